@@ -1,0 +1,20 @@
+"""Triton kernels for Llama-style models: RMSNorm, SwiGLU, RoPE and grouped-query attention.
+
+Importing this package loads neither Triton nor a GPU driver; the first use of a kernel does.
+"""
+
+from gqa_kernels.backends import get_backend
+
+OPS = ("rms_norm", "add_rms_norm", "swiglu", "apply_rope", "flash_attention", "decode_attention")
+
+__all__ = ["get_backend", *OPS]
+
+
+def __getattr__(name: str) -> object:
+    if name in OPS:
+        return getattr(get_backend("triton"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,16 @@
+"""The ops in Triton, as a namespace: the same names and signatures as `reference`."""
+
+from gqa_kernels.attention import flash_attention
+from gqa_kernels.decode import decode_attention
+from gqa_kernels.glu import swiglu
+from gqa_kernels.norm import add_rms_norm, rms_norm
+from gqa_kernels.rope import apply_rope
+
+__all__ = [
+    "add_rms_norm",
+    "apply_rope",
+    "decode_attention",
+    "flash_attention",
+    "rms_norm",
+    "swiglu",
+]

@@ -1,0 +1,190 @@
+"""The ops in plain PyTorch: the specification that every kernel is checked against.
+
+Nothing here is tuned. Every function runs on any device and in any floating dtype, differentiates
+through autograd, and keeps its intermediate results in `promote_types(dtype, float32)` wherever the
+kernels keep them in float32. Evaluated in float64, a function is its own oracle.
+
+Layout: `[batch, seq_len, num_heads, head_dim]`. Query head h reads key/value head h // group_size,
+where group_size = num_q_heads / num_kv_heads.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    """y = cast(x / sqrt(mean(x²) + eps)) · weight, the mean over the last dimension.
+
+    Llama's order of roundings: statistics in float32, cast to `x.dtype`, then times `weight`.
+
+    Args:
+        x: `[..., hidden_size]`.
+        weight: `[hidden_size]`.
+        eps: added to the mean square; the Llama 2 checkpoints use 1e-5.
+    Returns:
+        `[..., hidden_size]` in `promote_types(x.dtype, weight.dtype)`.
+    Reference: Zhang and Sennrich 2019, arXiv:1910.07467.
+    """
+    wide = _wide(x)
+    normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return normalized.to(x.dtype) * weight
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """h = x + residual, rounded to `x.dtype`; y = rms_norm(h, weight, eps).
+
+    Args:
+        x, residual: `[..., hidden_size]`, of one shape and dtype.
+        weight: `[hidden_size]`.
+    Returns:
+        (y, h): the normalised sum, and the sum itself, which is the next residual.
+    """
+    hidden = x + residual
+    return rms_norm(hidden, weight, eps), hidden
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up, with silu(z) = z / (1 + exp(-z)), computed in float32 and rounded once.
+
+    Args:
+        gate, up: `[..., intermediate_size]`, of one shape and dtype.
+    Reference: Shazeer 2020, arXiv:2002.05202.
+    """
+    return (F.silu(_wide(gate)) * _wide(up)).to(gate.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    wide = _wide(x)
+    if interleaved:
+        first, second = wide[..., 0::2], wide[..., 1::2]
+    else:
+        first, second = wide.chunk(2, dim=-1)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    out = torch.stack(rotated, dim=-1).flatten(-2) if interleaved else torch.cat(rotated, dim=-1)
+    return out.to(x.dtype)
+
+
+def apply_rope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    *,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Rotates each pair of features (a, b) of q and k at position p by the angle of the pair:
+    (a, b) → (a·cos[p] − b·sin[p], b·cos[p] + a·sin[p]), in float32, rounded once.
+
+    Args:
+        q: `[batch, seq_len, num_q_heads, head_dim]`.
+        k: `[batch, seq_len, num_kv_heads, head_dim]`.
+        cos, sin: float32 `[max_seq_len, head_dim / 2]`.
+        positions: integer `[batch, seq_len]`; None means 0, 1, … seq_len − 1 in every sequence.
+            A position outside [0, max_seq_len) gives NaN in its row.
+        interleaved: pairs are (2i, 2i + 1), as in Meta's checkpoints; otherwise
+            (i, i + head_dim / 2), as in Hugging Face's.
+    Returns:
+        (q, k) rotated, in new tensors.
+    Reference: Su et al. 2021, arXiv:2104.09864.
+    """
+    if positions is None:
+        positions = torch.arange(q.shape[1], device=q.device).expand(q.shape[:2])
+    outside = (positions < 0) | (positions >= cos.shape[0])
+    rows = positions.clamp(0, max(cos.shape[0] - 1, 0)).long()
+    # [batch, seq_len, 1, head_dim / 2]: one angle for all heads
+    cos = cos[rows].masked_fill(outside[..., None], math.nan).unsqueeze(2)
+    sin = sin[rows].masked_fill(outside[..., None], math.nan).unsqueeze(2)
+    return _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, softmax_scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention under a boolean mask; a query that sees no key gives 0 and lse −inf."""
+    if softmax_scale is None:
+        softmax_scale = q.shape[-1] ** -0.5
+    group_size = q.shape[2] // k.shape[2]
+    q = q.transpose(1, 2)  # [batch, num_q_heads, seq_len_q, head_dim]
+    k = k.transpose(1, 2).repeat_interleave(group_size, dim=1)
+    v = v.transpose(1, 2).repeat_interleave(group_size, dim=1)
+    scores = _wide(q @ k.transpose(-1, -2)) * softmax_scale
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -math.inf)
+    lse = torch.logsumexp(scores, dim=-1)  # [batch, num_q_heads, seq_len_q]
+    blind = lse == -math.inf
+    weights = torch.exp(scores - lse.masked_fill(blind, 0.0).unsqueeze(-1))
+    return (weights.to(v.dtype) @ v).transpose(1, 2), lse
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(softmax_scale · q kᵀ) v with grouped key/value heads.
+
+    Args:
+        q: `[batch, seq_len_q, num_q_heads, head_dim]`.
+        k, v: `[batch, seq_len_kv, num_kv_heads, head_dim]`; num_q_heads is a multiple of
+            num_kv_heads (equal: MHA; 1: MQA; between: GQA).
+        causal: query i sees keys j ≤ i + seq_len_kv − seq_len_q (the last query sees every key).
+        softmax_scale: positive; None means 1 / sqrt(head_dim).
+        return_lse: also return log Σ exp(softmax_scale · q kᵀ).
+    Returns:
+        out `[batch, seq_len_q, num_q_heads, head_dim]`, and with `return_lse` the natural-log
+        lse `[batch, num_q_heads, seq_len_q]` in float32. A query that sees no key gives 0 and −inf.
+    Reference: Dao et al. 2022, arXiv:2205.14135; Ainslie et al. 2023, arXiv:2305.13245.
+    """
+    visible = None
+    if causal:
+        query = torch.arange(q.shape[1], device=q.device)[:, None] + k.shape[1] - q.shape[1]
+        visible = torch.arange(k.shape[1], device=q.device)[None, :] <= query
+    out, lse = _attend(q, k, v, visible, softmax_scale)
+    return (out, lse) if return_lse else out
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    *,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """Attention of the last 1…16 tokens of each sequence over its key/value cache.
+
+    Sequence b holds `seq_lens[b]` tokens, its new ones included; new token i sees the keys
+    j < seq_lens[b] − (seq_len_q − 1 − i). What lies in the cache beyond a length, NaN included,
+    never matters. A query that sees no key gives 0.
+
+    Args:
+        q: `[batch, seq_len_q, num_q_heads, head_dim]`, seq_len_q ≤ 16.
+        k_cache, v_cache: `[batch, max_seq_len, num_kv_heads, head_dim]`.
+        seq_lens: int32 or int64 `[batch]`, in [0, max_seq_len], on q's device; read there only.
+            A length above max_seq_len counts as max_seq_len.
+        softmax_scale: positive; None means 1 / sqrt(head_dim).
+    Returns:
+        `[batch, seq_len_q, num_q_heads, head_dim]`.
+    """
+    seq_len_q, capacity = q.shape[1], k_cache.shape[1]
+    seq_lens = seq_lens.clamp(max=capacity)[:, None]
+    keys = torch.arange(capacity, device=q.device)
+    last_key = seq_lens - seq_len_q + torch.arange(seq_len_q, device=q.device)  # [batch, seq_len_q]
+    visible = keys <= last_key[:, :, None]
+    beyond = (keys >= seq_lens)[:, :, None, None]
+    k, v = k_cache.masked_fill(beyond, 0.0), v_cache.masked_fill(beyond, 0.0)
+    return _attend(q, k, v, visible[:, None], softmax_scale)[0]

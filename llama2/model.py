@@ -1,0 +1,197 @@
+"""The Llama 2 network, whole. It knows kernels only as `ops`: a module of functions.
+
+Parameters carry Hugging Face's names without the leading `model.`, so that checkpoints map
+one to one. Reference: Touvron et al. 2023, arXiv:2307.09288.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama2.config import ModelConfig
+from llama2.kv_cache import KVCache
+
+
+def rope_table(config: ModelConfig, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """cos and sin of position · theta^(−2i / head_dim), float32 `[max_seq_len, head_dim / 2]`."""
+    pair = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device)
+    frequency = config.rope_theta ** (-pair / config.head_dim)
+    angle = (
+        torch.arange(config.max_seq_len, dtype=torch.float64, device=device)[:, None] * frequency
+    )
+    return angle.cos().float(), angle.sin().float()
+
+
+class RotaryTable(nn.Module):
+    """Holds cos and sin, which follow the model's device but stay float32 when it is cast."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        cos, sin = rope_table(config, torch.get_default_device())
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryTable":
+        super()._apply(fn, recurse)
+        self.cos, self.sin = rope_table(self.config, self.cos.device)
+        return self
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, config: ModelConfig, ops: ModuleType) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.eps = config.norm_eps
+        self.ops = ops
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(normalised, residual) of x + residual; the first norm of the network has no residual."""
+        if residual is None:
+            return self.ops.rms_norm(x, self.weight, self.eps), x
+        return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, ops: ModuleType, layer: int) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.rope_interleaved = config.rope_interleaved
+        self.layer = layer
+        self.ops = ops
+        q_size = config.num_q_heads * config.head_dim
+        kv_size = config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, rope: RotaryTable, positions: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        batch, seq_len, _ = x.shape
+        # [batch, seq_len, num_heads, head_dim]
+        q, k, v = (
+            projection(x).view(batch, seq_len, -1, self.head_dim)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = self.ops.apply_rope(
+            q, k, rope.cos, rope.sin, positions, interleaved=self.rope_interleaved
+        )
+        if cache is not None:
+            cache.write(self.layer, k, v, positions)
+        if positions is None:  # the sequences start here: all their keys are k
+            out = self.ops.flash_attention(q, k, v, causal=True)
+        else:
+            out = self.ops.decode_attention(
+                q, cache.keys[self.layer], cache.values[self.layer], cache.seq_lens + seq_len
+            )
+        return self.o_proj(out.reshape(batch, seq_len, -1))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelConfig, ops: ModuleType) -> None:
+        super().__init__()
+        self.ops = ops
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, ops: ModuleType, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config, ops)
+        self.self_attn = Attention(config, ops, layer)
+        self.post_attention_layernorm = RMSNorm(config, ops)
+        self.mlp = FeedForward(config, ops)
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        rope: RotaryTable,
+        positions: Tensor | None,
+        cache: KVCache | None,
+    ) -> tuple[Tensor, Tensor]:
+        """(output, residual): their sum is the layer's output, added by the norm that follows."""
+        x, residual = self.input_layernorm(x, residual)
+        x = self.self_attn(x, rope, positions, cache)
+        x, residual = self.post_attention_layernorm(x, residual)
+        return self.mlp(x), residual
+
+
+class Llama2(nn.Module):
+    """A Llama 2 decoder whose ops are `get_backend("eager")` or `get_backend("triton")`.
+
+    Weights are drawn from N(0, 0.02²), the two projections that write to the residual stream from
+    N(0, 0.02² / (2 · num_layers)).
+    """
+
+    def __init__(self, config: ModelConfig, ops: ModuleType) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, ops, layer) for layer in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config, ops)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.rope = RotaryTable(config)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                depth = 2 * self.config.num_layers if writes_residual else 1
+                parameter.normal_(std=0.02 * depth**-0.5)
+
+    def hidden_states(
+        self, tokens: Tensor, cache: KVCache | None = None, num_valid: Tensor | None = None
+    ) -> Tensor:
+        """Final normalised states `[batch, seq_len, hidden_size]` of int tokens `[batch, seq_len]`.
+
+        With a cache, the tokens continue its sequences: any number into an empty cache, at most 16
+        per sequence later. Rows of a first call may be right-padded; `num_valid` int `[batch]` then
+        counts each row's tokens, and the states of the padding are meaningless.
+
+        Raises:
+            ValueError: the tokens do not fit in `max_seq_len` or in the cache.
+        """
+        seq_len = tokens.shape[1]
+        if cache is None:
+            if seq_len > self.config.max_seq_len:
+                raise ValueError(
+                    f"tokens: expected at most max_seq_len ({self.config.max_seq_len}) per "
+                    f"sequence; got {seq_len}"
+                )
+            positions = None
+        else:
+            positions = cache.reserve(seq_len)
+        x, residual = self.embed_tokens(tokens), None
+        for layer in self.layers:
+            x, residual = layer(x, residual, self.rope, positions, cache)
+        if cache is not None:
+            cache.advance(seq_len, num_valid)
+        return self.norm(x, residual)[0]
+
+    def forward(
+        self, tokens: Tensor, cache: KVCache | None = None, num_valid: Tensor | None = None
+    ) -> Tensor:
+        """Logits `[batch, seq_len, vocab_size]`; see `hidden_states`."""
+        return self.lm_head(self.hidden_states(tokens, cache, num_valid))
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        """Mean next-token cross-entropy in nats over int tokens `[batch, seq_len + 1]`."""
+        logits = self(tokens[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
