@@ -1,0 +1,91 @@
+"""Launch numbers: how much one program owns, and with how many warps.
+
+Each table is read top to bottom; the first row that covers the size wins. Rows marked "compiled"
+were chosen from compiled code (registers, spills, width of accesses) and await a GPU's word.
+"""
+
+from typing import NamedTuple
+
+
+class RowConfig(NamedTuple):
+    max_width: int
+    num_warps: int
+    programs_per_sm: int = 0  # persistent kernels only
+
+
+def row_config(table: tuple[RowConfig, ...], width: int) -> RowConfig:
+    return next(row for row in table if width <= row.max_width)
+
+
+# 40 float32 per thread: 5120 is 4 warps × 32 lanes × 5 loads of 16 bytes, so no lane idles.
+NORM_FORWARD = (  # compiled, sm_90
+    RowConfig(max_width=1280, num_warps=1),
+    RowConfig(max_width=2560, num_warps=2),
+    RowConfig(max_width=5120, num_warps=4),
+    RowConfig(max_width=10240, num_warps=8),
+    RowConfig(max_width=16384, num_warps=16),
+)
+
+# Half as many per thread: x, dy and the partial weight gradient are live together.
+NORM_BACKWARD = (  # compiled, sm_90
+    RowConfig(max_width=1280, num_warps=2, programs_per_sm=8),
+    RowConfig(max_width=2560, num_warps=4, programs_per_sm=4),
+    RowConfig(max_width=5120, num_warps=8, programs_per_sm=2),
+    RowConfig(max_width=10240, num_warps=16, programs_per_sm=1),
+    RowConfig(max_width=16384, num_warps=32, programs_per_sm=1),
+)
+
+NORM_MAX_WIDTH = NORM_FORWARD[-1].max_width
+
+# Two loads of 16 bytes per thread and operand, 16 programs per SM.
+SWIGLU_BLOCK = 1024  # compiled, sm_90
+SWIGLU_NUM_WARPS = 4
+
+
+class AttentionConfig(NamedTuple):
+    arch: str  # a prefix; "" covers every architecture
+    element_size: int
+    max_head_dim: int
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+ATTENTION_FORWARD = (
+    # Small tiles, whose borders tests cross with few keys.
+    AttentionConfig("interpreter", 2, 256, block_m=32, block_n=16, num_warps=4, num_stages=2),
+    AttentionConfig("interpreter", 4, 256, block_m=32, block_n=16, num_warps=4, num_stages=2),
+    # Compiled, sm_90: the softmax issues under the product of the next tile.
+    AttentionConfig("sm_90", 2, 128, block_m=128, block_n=64, num_warps=8, num_stages=2),
+    AttentionConfig("sm_90", 2, 256, block_m=128, block_n=32, num_warps=8, num_stages=2),
+    # Compiled: what fits the registers and the shared memory of every target.
+    AttentionConfig("", 2, 64, block_m=128, block_n=64, num_warps=8, num_stages=2),
+    AttentionConfig("", 2, 128, block_m=128, block_n=32, num_warps=8, num_stages=2),
+    AttentionConfig("", 2, 256, block_m=64, block_n=32, num_warps=8, num_stages=1),
+    # float32 multiplies outside the tensor cores, with a whole row of operands in registers.
+    AttentionConfig("", 4, 64, block_m=32, block_n=32, num_warps=8, num_stages=1),
+    AttentionConfig("", 4, 256, block_m=16, block_n=16, num_warps=8, num_stages=1),
+)
+
+
+def attention_config(arch: str, element_size: int, head_dim: int) -> AttentionConfig:
+    return next(
+        row
+        for row in ATTENTION_FORWARD
+        if arch.startswith(row.arch)
+        and element_size == row.element_size
+        and head_dim <= row.max_head_dim
+    )
+
+
+# Keys per program of the decode kernel, by the capacity of the cache. They do not depend on the
+# batch, so that neither do a sequence's bits; longer caches have programs enough with more keys.
+DECODE_CHUNKS = ((8192, 256), (32768, 512), (1 << 62, 1024))
+DECODE_BLOCK_N = 64  # compiled, sm_90: 4 to 5 programs per SM, each with 2 tiles in flight
+DECODE_NUM_WARPS = 4
+DECODE_NUM_STAGES = 2
+
+
+def decode_chunk(capacity: int) -> int:
+    return next(chunk for limit, chunk in DECODE_CHUNKS if capacity <= limit)

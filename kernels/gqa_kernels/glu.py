@@ -1,0 +1,158 @@
+"""SwiGLU: silu(gate) · up, with silu(z) = z · σ(z).
+
+Shazeer 2020, arXiv:2002.05202. With s = σ(gate):
+
+    dup   = dy · gate · s
+    dgate = dy · up · s · (1 + gate · (1 − s))
+
+One program owns a block of one row. gate and up are addressed by their row strides, so that the
+halves of a packed projection need no copy. Saved for backward: gate and up; σ is computed again.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from gqa_kernels import checks, configs, layout, target
+
+
+@triton.jit
+def _forward_kernel(
+    gate_ptr,
+    up_ptr,
+    y_ptr,
+    gate_stride,
+    up_stride,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program computes BLOCK columns of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < WIDTH
+    gate = tl.load(gate_ptr + row * gate_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    y = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(y_ptr + row * WIDTH + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward_kernel(
+    dy_ptr,
+    gate_ptr,
+    up_ptr,
+    dgate_ptr,
+    dup_ptr,
+    dy_stride,
+    gate_stride,
+    up_stride,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program differentiates BLOCK columns of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < WIDTH
+    dy = tl.load(dy_ptr + row * dy_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + row * gate_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    denominator = 1.0 + tl.exp(-gate)
+    if dup_ptr is not None:
+        # gate / denominator, not gate · σ: one rounding less.
+        dup = dy * (gate / denominator)
+        tl.store(dup_ptr + row * WIDTH + columns, dup.to(dup_ptr.dtype.element_ty), mask=mask)
+    if dgate_ptr is not None:
+        up = tl.load(up_ptr + row * up_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        sigmoid = 1.0 / denominator
+        dgate = dy * up * (sigmoid * (1.0 + gate * (1.0 - sigmoid)))
+        tl.store(dgate_ptr + row * WIDTH + columns, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
+
+
+def _plan(num_rows: int, width: int) -> tuple[tuple[int, int], int]:
+    """(grid, BLOCK)."""
+    block = min(configs.SWIGLU_BLOCK, triton.next_power_of_2(width))
+    return (num_rows, triton.cdiv(width, block)), block
+
+
+def _forward(gate: Tensor, up: Tensor) -> Tensor:
+    gate_rows, up_rows = layout.rows(gate), layout.rows(up)
+    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    grid, block = _plan(*gate_rows.shape)
+    with target.device_of(gate):
+        _forward_kernel[grid](
+            gate_ptr=gate_rows,
+            up_ptr=up_rows,
+            y_ptr=y,
+            gate_stride=gate_rows.stride(0),
+            up_stride=up_rows.stride(0),
+            WIDTH=gate.shape[-1],
+            BLOCK=block,
+            num_warps=configs.SWIGLU_NUM_WARPS,
+            enable_fp_fusion=True,
+        )
+    return y
+
+
+def _backward(
+    dy: Tensor, gate: Tensor, up: Tensor, *, need_dgate: bool, need_dup: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    dy_rows, gate_rows, up_rows = layout.rows(dy), layout.rows(gate), layout.rows(up)
+
+    def empty() -> Tensor:
+        return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+
+    dgate = empty() if need_dgate else None
+    dup = empty() if need_dup else None
+    grid, block = _plan(*gate_rows.shape)
+    with target.device_of(gate):
+        _backward_kernel[grid](
+            dy_ptr=dy_rows,
+            gate_ptr=gate_rows,
+            up_ptr=up_rows,
+            dgate_ptr=dgate,
+            dup_ptr=dup,
+            dy_stride=dy_rows.stride(0),
+            gate_stride=gate_rows.stride(0),
+            up_stride=up_rows.stride(0),
+            WIDTH=gate.shape[-1],
+            BLOCK=block,
+            num_warps=configs.SWIGLU_NUM_WARPS,
+            enable_fp_fusion=True,
+        )
+    return dgate, dup
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return _forward(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        need_dgate, need_dup = ctx.needs_input_grad
+        return _backward(dy, *ctx.saved_tensors, need_dgate=need_dgate, need_dup=need_dup)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up, in float32, rounded once; see `reference.swiglu`.
+
+    Args:
+        gate, up: float32, float16 or bfloat16 `[..., intermediate_size]`, of one shape and dtype,
+            any strides.
+    Returns:
+        `[..., intermediate_size]`, contiguous, in `gate.dtype`.
+    Raises:
+        TypeError, ValueError: an argument of another kind, dtype, shape or device.
+        RuntimeError: gate is not on a GPU that Triton drives.
+    """
+    checks.tensor("gate", gate)
+    if gate.dim() == 0 or gate.shape[-1] == 0:
+        raise ValueError(f"gate: expected a last dimension of 1 or more; got {list(gate.shape)}")
+    checks.tensor("up", up, shape=tuple(gate.shape), like=("gate", gate))
+    checks.same_dtype("up", up, "gate", gate)
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return _SwiGLU.apply(gate, up)
+    return _forward(gate, up)

@@ -1,0 +1,109 @@
+"""Runs the kernels without a GPU: Triton's CPU interpreter, with its bfloat16 put right.
+
+The interpreter (every version up to 3.9) holds bfloat16 as uint16. It multiplies those integers
+where a kernel multiplies bfloat16, in `tl.dot` too, and truncates where a GPU rounds to nearest
+even. `enable` replaces the operations concerned, so that bfloat16 results have the bits that
+PyTorch gives. It is for checking kernels, never for speed.
+"""
+
+import os
+import sys
+from typing import Any
+
+
+def enable() -> None:
+    """Switches the interpreter on for this process; calling it again changes nothing.
+
+    Raises:
+        RuntimeError: Triton was imported before without the interpreter, which fixes the mode of
+            every kernel already defined.
+    """
+    if "triton" in sys.modules and not is_enabled():
+        raise RuntimeError(
+            "interpreter: expected enable() to come before the first import of triton; "
+            "set TRITON_INTERPRET=1 in the environment instead"
+        )
+    os.environ["TRITON_INTERPRET"] = "1"
+    from triton.runtime import interpreter as triton_interpreter
+
+    if not hasattr(triton_interpreter.InterpreterBuilder, "_bfloat16_repaired"):
+        _repair(triton_interpreter)
+        triton_interpreter.InterpreterBuilder._bfloat16_repaired = True
+
+
+def is_enabled() -> bool:
+    """Whether kernels of this process run in the interpreter."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def _repair(module: Any) -> None:
+    import numpy as np
+    import triton.language as tl
+
+    builder, handle_type = module.InterpreterBuilder, module.TensorHandle
+
+    def is_bfloat16(handle: Any) -> bool:
+        return handle.dtype.scalar == tl.bfloat16
+
+    def widen(handle: Any) -> Any:
+        """bfloat16 is the upper half of a float32."""
+        if not is_bfloat16(handle):
+            return handle
+        bits = np.asarray(handle.data, dtype=np.uint32) << 16
+        return handle_type(bits.view(np.float32), tl.float32)
+
+    def narrow(data: Any) -> Any:
+        """float32 to bfloat16, to nearest even; every NaN becomes the quiet one."""
+        data = np.ascontiguousarray(data, dtype=np.float32).reshape(np.shape(data))
+        bits = data.view(np.uint32)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = np.where(np.isnan(data), 0x7FC0, rounded).astype(np.uint16)
+        return handle_type(rounded, tl.bfloat16)
+
+    original_cast = builder.cast_impl
+    original_fp_to_fp = builder.create_fp_to_fp
+    original_dot = builder.create_dot
+
+    def cast(self: Any, src: Any, dst_type: Any) -> Any:
+        wide = widen(src)
+        if dst_type.scalar == tl.bfloat16:
+            return narrow(wide.data)
+        return original_cast(self, wide, dst_type)
+
+    def fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
+        if is_bfloat16(src) or dst_type.scalar == tl.bfloat16:
+            return cast(self, src, dst_type)
+        return original_fp_to_fp(self, src, dst_type, rounding_mode)
+
+    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return original_dot(self, widen(a), widen(b), *rest)
+
+    def through_float32(original: Any) -> Any:
+        """An operation on bfloat16 computes in float32 and rounds its result once."""
+
+        def operation(self: Any, *operands: Any) -> Any:
+            handles = [x for x in operands if isinstance(x, handle_type)]
+            if not any(is_bfloat16(x) for x in handles):
+                return original(self, *operands)
+            wide = [widen(x) if isinstance(x, handle_type) else x for x in operands]
+            result = original(self, *wide)
+            return narrow(result.data) if result.data.dtype == np.float32 else result
+
+        return operation
+
+    builder.cast_impl = cast
+    builder.create_fp_to_fp = fp_to_fp
+    builder.create_dot = dot
+    for name in ("binary_op", "ternary_op", "unary_op", "create_fma", "create_fabs"):
+        setattr(builder, name, through_float32(getattr(builder, name)))
+
+    original_patch = module._patch_lang_tensor
+
+    def patch_tensor(tensor: Any, *scope: Any) -> None:
+        """Loop bounds are arrays of one element, which NumPy 2.4 no longer converts to int."""
+        original_patch(tensor, *scope)
+        tensor.__index__ = lambda self: int(np.asarray(self.handle.data).reshape(-1)[0])
+
+    module._patch_lang_tensor = patch_tensor

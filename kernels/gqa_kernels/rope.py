@@ -1,0 +1,260 @@
+"""Rotary position embedding of q and k in one launch.
+
+    (a, b) → (a · cos[p] − b · sin[p], b · cos[p] + a · sin[p])
+
+for each pair of features (a, b) of a head at position p, in float32. Su et al. 2021,
+arXiv:2104.09864. Backward is the same kernel with sin negated: a rotation's transpose.
+
+One program owns BLOCK_H heads, of q or of k, of one token. q and k are addressed by their strides,
+so that views of a fused projection need no copy. Nothing but the angles is saved for backward.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from gqa_kernels import checks, layout, target
+
+
+@triton.jit
+def _rotate_heads(
+    x_ptr,
+    y_ptr,
+    x_stride_h,
+    first_head,
+    cos,
+    sin,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """Rotates heads first_head … first_head + BLOCK_H − 1 of the token at x_ptr into y_ptr."""
+    heads = (first_head + tl.arange(0, BLOCK_H))[:, None]
+    pairs = tl.arange(0, BLOCK_PAIRS)[None, :]
+    x_ptrs = x_ptr + heads.to(tl.int64) * x_stride_h
+    y_ptrs = y_ptr + heads * HEAD_DIM
+    dtype = y_ptr.dtype.element_ty
+    if INTERLEAVED:
+        # Both halves of a pair in one access: loads two apart would not be 16 bytes wide.
+        features = tl.arange(0, 2 * BLOCK_PAIRS)[None, :]
+        mask = (heads < NUM_HEADS) & (features < HEAD_DIM)
+        x = tl.load(x_ptrs + features, mask=mask, other=0.0).to(tl.float32)
+        a, b = tl.split(tl.reshape(x, [BLOCK_H, BLOCK_PAIRS, 2]))  # [BLOCK_H, BLOCK_PAIRS]
+        y = tl.join(a * cos - b * sin, b * cos + a * sin)
+        tl.store(y_ptrs + features, tl.reshape(y, [BLOCK_H, 2 * BLOCK_PAIRS]).to(dtype), mask=mask)
+    else:
+        HALF: tl.constexpr = HEAD_DIM // 2
+        mask = (heads < NUM_HEADS) & (pairs < HALF)
+        a = tl.load(x_ptrs + pairs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_H, BLOCK_PAIRS]
+        b = tl.load(x_ptrs + HALF + pairs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptrs + pairs, (a * cos - b * sin).to(dtype), mask=mask)
+        tl.store(y_ptrs + HALF + pairs, (b * cos + a * sin).to(dtype), mask=mask)
+
+
+@triton.jit(do_not_specialize=["seq_len", "max_seq_len"])
+def _rotate_kernel(
+    q_ptr,
+    k_ptr,
+    cos_ptr,
+    sin_ptr,
+    positions_ptr,
+    q_out_ptr,
+    k_out_ptr,
+    q_strides,
+    k_strides,
+    positions_strides,
+    seq_len,
+    max_seq_len,
+    NUM_Q_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    INVERSE: tl.constexpr,
+):
+    """One program rotates BLOCK_H heads, of q or of k, of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    batch, index = token // seq_len, token % seq_len
+    position = index
+    if positions_ptr is not None:
+        position_ptr = positions_ptr + batch * positions_strides[0] + index * positions_strides[1]
+        position = tl.load(position_ptr).to(tl.int64)
+    pairs = tl.arange(0, BLOCK_PAIRS)[None, :]
+    inside = (position >= 0) & (position < max_seq_len)
+    mask = inside & (pairs < HEAD_DIM // 2)
+    angle = position * (HEAD_DIM // 2) + pairs
+    # No device-side error can be raised here: a position without an angle gives NaN.
+    cos = tl.load(cos_ptr + angle, mask=mask, other=float("nan"))  # [1, BLOCK_PAIRS]
+    sin = tl.load(sin_ptr + angle, mask=mask, other=float("nan"))
+    if INVERSE:
+        sin = -sin
+    NUM_Q_BLOCKS: tl.constexpr = (NUM_Q_HEADS + BLOCK_H - 1) // BLOCK_H
+    block = tl.program_id(1)
+    if block < NUM_Q_BLOCKS:
+        _rotate_heads(
+            q_ptr + batch * q_strides[0] + index * q_strides[1],
+            q_out_ptr + token * NUM_Q_HEADS * HEAD_DIM,
+            q_strides[2],
+            block * BLOCK_H,
+            cos,
+            sin,
+            NUM_Q_HEADS,
+            HEAD_DIM,
+            BLOCK_H,
+            BLOCK_PAIRS,
+            INTERLEAVED,
+        )
+    else:
+        _rotate_heads(
+            k_ptr + batch * k_strides[0] + index * k_strides[1],
+            k_out_ptr + token * NUM_KV_HEADS * HEAD_DIM,
+            k_strides[2],
+            (block - NUM_Q_BLOCKS) * BLOCK_H,
+            cos,
+            sin,
+            NUM_KV_HEADS,
+            HEAD_DIM,
+            BLOCK_H,
+            BLOCK_PAIRS,
+            INTERLEAVED,
+        )
+
+
+def _heads_per_program(*head_counts: int) -> int:
+    """The largest power of two up to 8 that divides the head counts, so that no lane idles; at
+    least 4, the width of one warp's 16-byte loads at head_dim 128."""
+    block = 8
+    while block > 4 and any(count % block for count in head_counts):
+        block //= 2
+    return block
+
+
+def _rotate(
+    q: Tensor | None,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    *,
+    interleaved: bool,
+    inverse: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Rotates those of q and k that are given."""
+    q = None if q is None else layout.contiguous_features(q)
+    k = None if k is None else layout.contiguous_features(k)
+    some = k if q is None else q
+    batch, seq_len, _, head_dim = some.shape
+    num_q_heads = 0 if q is None else q.shape[2]
+    num_kv_heads = 0 if k is None else k.shape[2]
+    q_out = None if q is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    k_out = None if k is None else torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    block_h = _heads_per_program(num_q_heads, num_kv_heads)
+    num_blocks = triton.cdiv(num_q_heads, block_h) + triton.cdiv(num_kv_heads, block_h)
+    with target.device_of(some):
+        _rotate_kernel[(batch * seq_len, num_blocks)](
+            # A tensor that is not given has no heads, hence no program: any pointer will do.
+            q_ptr=some if q is None else q,
+            k_ptr=some if k is None else k,
+            cos_ptr=cos,
+            sin_ptr=sin,
+            positions_ptr=positions,
+            q_out_ptr=k_out if q is None else q_out,
+            k_out_ptr=q_out if k is None else k_out,
+            q_strides=(some if q is None else q).stride()[:3],
+            k_strides=(some if k is None else k).stride()[:3],
+            positions_strides=(0, 0) if positions is None else positions.stride(),
+            seq_len=seq_len,
+            max_seq_len=cos.shape[0],
+            NUM_Q_HEADS=num_q_heads,
+            NUM_KV_HEADS=num_kv_heads,
+            HEAD_DIM=head_dim,
+            BLOCK_H=block_h,
+            BLOCK_PAIRS=triton.next_power_of_2(head_dim // 2),
+            INTERLEAVED=interleaved,
+            INVERSE=inverse,
+            num_warps=1,
+            enable_fp_fusion=True,
+        )
+    return q_out, k_out
+
+
+class _ApplyRoPE(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        q: Tensor,
+        k: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor | None,
+        interleaved: bool,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin, positions)
+        ctx.interleaved = interleaved
+        ctx.set_materialize_grads(False)
+        return _rotate(q, k, cos, sin, positions, interleaved=interleaved, inverse=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: FunctionCtx, dq: Tensor | None, dk: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        dq = dq if ctx.needs_input_grad[0] else None
+        dk = dk if ctx.needs_input_grad[1] else None
+        if dq is not None or dk is not None:
+            dq, dk = _rotate(dq, dk, *ctx.saved_tensors, interleaved=ctx.interleaved, inverse=True)
+        return dq, dk, None, None, None, None
+
+
+def apply_rope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    *,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Rotates q and k by the angles of their positions; see `reference.apply_rope`.
+
+    Args:
+        q: float32, float16 or bfloat16 `[batch, seq_len, num_q_heads, head_dim]`, any strides.
+        k: the same dtype, `[batch, seq_len, num_kv_heads, head_dim]`, any strides.
+        cos, sin: float32 `[max_seq_len, head_dim / 2]`; constants without a gradient.
+        positions: int32 or int64 `[batch, seq_len]`; None means 0, 1, … seq_len − 1. A position
+            outside [0, max_seq_len) gives NaN in its row.
+        interleaved: pairs are (2i, 2i + 1); otherwise (i, i + head_dim / 2).
+    Returns:
+        (q, k) rotated, in new contiguous tensors.
+    Raises:
+        TypeError, ValueError: an argument of another kind, dtype, shape or device.
+        NotImplementedError: cos or sin requires a gradient.
+        RuntimeError: q is not on a GPU that Triton drives.
+    """
+    checks.tensor("q", q, shape=("batch", "seq_len", "num_q_heads", "head_dim"))
+    batch, seq_len, _, head_dim = q.shape
+    if head_dim % 2 or head_dim == 0:
+        raise ValueError(f"q: expected an even head_dim; got {head_dim}")
+    checks.tensor("k", k, shape=(batch, seq_len, "num_kv_heads", head_dim), like=("q", q))
+    checks.same_dtype("k", k, "q", q)
+    for name, table in (("cos", cos), ("sin", sin)):
+        shape = ("max_seq_len" if name == "cos" else cos.shape[0], head_dim // 2)
+        checks.tensor(name, table, dtypes=(torch.float32,), shape=shape, like=("q", q))
+        if table.requires_grad:
+            raise NotImplementedError(f"{name}: expected a constant; got one that requires grad")
+    if positions is None:
+        if seq_len > cos.shape[0]:
+            raise ValueError(f"q: expected seq_len up to cos's {cos.shape[0]} rows; got {seq_len}")
+    else:
+        checks.tensor(
+            "positions", positions, dtypes=checks.INTS, shape=(batch, seq_len), like=("q", q)
+        )
+    cos, sin = cos.contiguous(), sin.contiguous()
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        return _ApplyRoPE.apply(q, k, cos, sin, positions, interleaved)
+    return _rotate(q, k, cos, sin, positions, interleaved=interleaved, inverse=False)

@@ -1,0 +1,421 @@
+"""The op table: what tests, compile checks, benchmarks and the demo iterate over.
+
+Data and ordinary functions; what is peculiar to one op is an ordinary test of that op.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gqa_kernels import fused, reference
+
+
+class Cost(NamedTuple):
+    """The algorithmic minimum of a forward pass."""
+
+    read_bytes: int
+    write_bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of an op and where it comes from. `test`: small enough for the interpreter."""
+
+    sizes: dict[str, Any]
+    source: str
+    test: bool = False
+
+    def __str__(self) -> str:
+        return "-".join(f"{name}={size}" for name, size in self.sizes.items())
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    name: str
+    reference: Callable[..., Any]
+    kernel: Callable[..., Any]
+    cases: tuple[Case, ...]
+    make_inputs: Callable[[Case, torch.dtype, torch.device, torch.Generator], dict[str, Any]]
+    cost: Callable[[Case, torch.dtype], Cost]
+    wrt: tuple[str, ...]  # the arguments with gradients
+
+    def test_cases(self) -> tuple[Case, ...]:
+        return tuple(case for case in self.cases if case.test)
+
+
+class _Draw:
+    """Standard normal tensors of one dtype and device from one generator."""
+
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    ) -> None:
+        self.dtype, self.device, self.generator = dtype, device, generator
+
+    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        drawn = torch.randn(shape, generator=self.generator, device=self.generator.device)
+        return drawn.to(self.device, dtype or self.dtype)
+
+
+# --- RMSNorm ---------------------------------------------------------------------------------
+
+
+def _norm_inputs(case: Case, *context: Any) -> dict[str, Any]:
+    draw, sizes = _Draw(*context), case.sizes
+    return {
+        "x": draw(sizes["num_tokens"], sizes["hidden_size"]),
+        "weight": draw(sizes["hidden_size"]),
+    }
+
+
+def _add_norm_inputs(case: Case, *context: Any) -> dict[str, Any]:
+    draw, sizes = _Draw(*context), case.sizes
+    return {
+        "x": draw(sizes["num_tokens"], sizes["hidden_size"]),
+        "residual": draw(sizes["num_tokens"], sizes["hidden_size"]),
+        "weight": draw(sizes["hidden_size"]),
+    }
+
+
+def _norm_cost(case: Case, dtype: torch.dtype) -> Cost:
+    """Reads x and weight, writes y; a square, an add, and two products per element."""
+    tokens, width = case.sizes["num_tokens"], case.sizes["hidden_size"]
+    return Cost(
+        (tokens + 1) * width * dtype.itemsize, tokens * width * dtype.itemsize, 4 * tokens * width
+    )
+
+
+def _add_norm_cost(case: Case, dtype: torch.dtype) -> Cost:
+    """Reads x, residual and weight, writes y and h; one add more than the norm."""
+    tokens, width = case.sizes["num_tokens"], case.sizes["hidden_size"]
+    size = dtype.itemsize
+    return Cost((2 * tokens + 1) * width * size, 2 * tokens * width * size, 5 * tokens * width)
+
+
+_HIDDEN = (("7B", 4096), ("13B", 5120), ("34B and 70B", 8192))
+
+_NORM_CASES = (
+    Case({"num_tokens": 5, "hidden_size": 128}, "more rows than one program takes", test=True),
+    Case({"num_tokens": 11, "hidden_size": 111}, "odd width: no 16-byte accesses", test=True),
+    Case({"num_tokens": 3, "hidden_size": 1}, "the narrowest row", test=True),
+    Case({"num_tokens": 1, "hidden_size": 4096}, "7B, decoding one token", test=True),
+    Case({"num_tokens": 9, "hidden_size": 5120}, "13B: not a power of two", test=True),
+    Case({"num_tokens": 2, "hidden_size": 16384}, "the widest row", test=True),
+    *(
+        Case({"num_tokens": tokens, "hidden_size": width}, source)
+        for source, width in _HIDDEN
+        for tokens in (1, 128, 8192)
+    ),
+)
+
+# --- SwiGLU ----------------------------------------------------------------------------------
+
+
+def _swiglu_inputs(case: Case, *context: Any) -> dict[str, Any]:
+    draw, sizes = _Draw(*context), case.sizes
+    shape = (sizes["num_tokens"], sizes["intermediate_size"])
+    return {"gate": draw(*shape), "up": draw(*shape)}
+
+
+def _swiglu_cost(case: Case, dtype: torch.dtype) -> Cost:
+    """Reads gate and up, writes y; exp, add, division and two products per element."""
+    elements = case.sizes["num_tokens"] * case.sizes["intermediate_size"]
+    return Cost(2 * elements * dtype.itemsize, elements * dtype.itemsize, 5 * elements)
+
+
+_INTERMEDIATE = (("7B", 11008), ("13B", 13824), ("34B", 22016), ("70B", 28672))
+
+_SWIGLU_CASES = (
+    Case({"num_tokens": 3, "intermediate_size": 63}, "odd width", test=True),
+    Case({"num_tokens": 2, "intermediate_size": 1}, "the narrowest row", test=True),
+    Case({"num_tokens": 4, "intermediate_size": 1025}, "one more than a block", test=True),
+    Case({"num_tokens": 2, "intermediate_size": 11008}, "7B: not a power of two", test=True),
+    Case({"num_tokens": 1, "intermediate_size": 13824}, "13B: not a power of two", test=True),
+    *(
+        Case({"num_tokens": tokens, "intermediate_size": width}, source)
+        for source, width in _INTERMEDIATE
+        for tokens in (1, 128, 8192)
+    ),
+)
+
+# --- RoPE ------------------------------------------------------------------------------------
+
+
+def _rope_inputs(case: Case, *context: Any) -> dict[str, Any]:
+    draw, sizes = _Draw(*context), case.sizes
+    batch, seq_len, head_dim = sizes["batch"], sizes["seq_len"], sizes["head_dim"]
+    max_seq_len = 2 * seq_len
+    angle = torch.outer(
+        torch.arange(max_seq_len, device=draw.device),
+        10000.0 ** (-torch.arange(0, head_dim, 2, device=draw.device) / head_dim),
+    )
+    positions = torch.randint(
+        0, max_seq_len, (batch, seq_len), generator=draw.generator, device=draw.generator.device
+    )
+    return {
+        "q": draw(batch, seq_len, sizes["num_q_heads"], head_dim),
+        "k": draw(batch, seq_len, sizes["num_kv_heads"], head_dim),
+        "cos": angle.cos(),
+        "sin": angle.sin(),
+        "positions": positions.to(draw.device) if sizes["positions"] else None,
+        "interleaved": sizes["interleaved"],
+    }
+
+
+def _rope_cost(case: Case, dtype: torch.dtype) -> Cost:
+    """Reads and writes q and k, reads one angle per token and pair; three flops per element."""
+    sizes = case.sizes
+    tokens = sizes["batch"] * sizes["seq_len"]
+    elements = tokens * (sizes["num_q_heads"] + sizes["num_kv_heads"]) * sizes["head_dim"]
+    angles = tokens * sizes["head_dim"] * 4
+    return Cost(elements * dtype.itemsize + angles, elements * dtype.itemsize, 3 * elements)
+
+
+def _rope_case(
+    batch: int,
+    seq_len: int,
+    heads: tuple[int, int],
+    head_dim: int,
+    source: str,
+    *,
+    interleaved: bool = False,
+    positions: bool = False,
+    test: bool = False,
+) -> Case:
+    sizes = {
+        "batch": batch,
+        "seq_len": seq_len,
+        "num_q_heads": heads[0],
+        "num_kv_heads": heads[1],
+        "head_dim": head_dim,
+        "interleaved": interleaved,
+        "positions": positions,
+    }
+    return Case(sizes, source, test)
+
+
+_ROPE_CASES = (
+    _rope_case(2, 3, (8, 8), 64, "MHA", test=True),
+    _rope_case(2, 3, (8, 2), 128, "GQA, Meta's pairs", interleaved=True, test=True),
+    _rope_case(1, 5, (7, 1), 80, "MQA, heads that fill no block", positions=True, test=True),
+    _rope_case(3, 2, (6, 2), 96, "GQA", interleaved=True, positions=True, test=True),
+    _rope_case(1, 1, (5, 5), 2, "the smallest head", test=True),
+    *(
+        _rope_case(1, tokens, heads, 128, source)
+        for source, heads in (("7B", (32, 32)), ("13B", (40, 40)), ("34B and 70B", (64, 8)))
+        for tokens in (1, 128, 8192)
+    ),
+)
+
+# --- Flash attention -------------------------------------------------------------------------
+
+
+def _attention_inputs(case: Case, *context: Any) -> dict[str, Any]:
+    draw, sizes = _Draw(*context), case.sizes
+    batch, head_dim = sizes["batch"], sizes["head_dim"]
+    kv_shape = (batch, sizes["seq_len_kv"], sizes["num_kv_heads"], head_dim)
+    return {
+        "q": draw(batch, sizes["seq_len_q"], sizes["num_q_heads"], head_dim),
+        "k": draw(*kv_shape),
+        "v": draw(*kv_shape),
+        "causal": sizes["causal"],
+        "return_lse": True,
+    }
+
+
+def _attention_cost(case: Case, dtype: torch.dtype) -> Cost:
+    """Two products of 2 · head_dim flops per visible pair of query and key; reads q, k, v, writes
+    out and the float32 lse."""
+    sizes = case.sizes
+    batch, heads, head_dim = sizes["batch"], sizes["num_q_heads"], sizes["head_dim"]
+    seq_len_q, seq_len_kv = sizes["seq_len_q"], sizes["seq_len_kv"]
+    pairs = seq_len_q * seq_len_kv
+    if sizes["causal"]:
+        diagonal = seq_len_kv - seq_len_q
+        pairs = sum(max(0, min(seq_len_kv, i + diagonal + 1)) for i in range(seq_len_q))
+    queries = batch * seq_len_q * heads
+    keys = batch * seq_len_kv * sizes["num_kv_heads"]
+    return Cost(
+        (queries + 2 * keys) * head_dim * dtype.itemsize,
+        queries * (head_dim * dtype.itemsize + 4),
+        4 * batch * heads * head_dim * pairs,
+    )
+
+
+def _attention_case(
+    batch: int,
+    seq_lens: tuple[int, int],
+    heads: tuple[int, int],
+    head_dim: int,
+    source: str,
+    *,
+    causal: bool,
+    test: bool = False,
+) -> Case:
+    sizes = {
+        "batch": batch,
+        "seq_len_q": seq_lens[0],
+        "seq_len_kv": seq_lens[1],
+        "num_q_heads": heads[0],
+        "num_kv_heads": heads[1],
+        "head_dim": head_dim,
+        "causal": causal,
+    }
+    return Case(sizes, source, test)
+
+
+_ATTENTION_CASES = (
+    _attention_case(
+        1, (63, 63), (4, 4), 64, "MHA, one short of two blocks", causal=True, test=True
+    ),
+    _attention_case(2, (33, 33), (4, 4), 64, "MHA", causal=False, test=True),
+    _attention_case(
+        1, (40, 111), (6, 2), 80, "GQA 3, keys before the queries", causal=True, test=True
+    ),
+    _attention_case(
+        1, (50, 20), (5, 1), 96, "MQA 5, queries that see no key", causal=True, test=True
+    ),
+    _attention_case(1, (1, 65), (7, 1), 128, "MQA 7, one query", causal=True, test=True),
+    _attention_case(1, (17, 47), (8, 1), 128, "MQA 8", causal=False, test=True),
+    _attention_case(1, (65, 65), (2, 1), 256, "the widest head", causal=True, test=True),
+    _attention_case(1, (34, 18), (2, 2), 8, "the narrowest head", causal=False, test=True),
+    *(
+        _attention_case(16384 // seq_len, (seq_len, seq_len), heads, 128, source, causal=causal)
+        for source, heads in (("7B", (32, 32)), ("13B", (40, 40)), ("34B and 70B", (64, 8)))
+        for seq_len in (512, 2048, 8192)
+        for causal in (True, False)
+    ),
+)
+
+# --- Decode attention ------------------------------------------------------------------------
+
+
+def _decode_inputs(case: Case, *context: Any) -> dict[str, Any]:
+    """Lengths spread from the longest down to an eighth of it; NaN beyond each in the caches."""
+    draw, sizes = _Draw(*context), case.sizes
+    batch, capacity, head_dim = sizes["batch"], sizes["max_seq_len"], sizes["head_dim"]
+    lengths = [capacity - i * capacity * 7 // (8 * batch) for i in range(batch)]
+    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=draw.device)
+    cache_shape = (batch, capacity, sizes["num_kv_heads"], head_dim)
+    caches = (draw(*cache_shape), draw(*cache_shape))
+    for cache in caches:
+        for row, length in zip(cache, lengths, strict=True):
+            row[length:] = math.nan
+    return {
+        "q": draw(batch, sizes["seq_len_q"], sizes["num_q_heads"], head_dim),
+        "k_cache": caches[0],
+        "v_cache": caches[1],
+        "seq_lens": seq_lens,
+    }
+
+
+def _decode_cost(case: Case, dtype: torch.dtype) -> Cost:
+    """Reads every valid cache entry once; two products of 2 · head_dim flops per query and key,
+    all keys counted as seen by all new tokens."""
+    sizes = case.sizes
+    batch, capacity, head_dim = sizes["batch"], sizes["max_seq_len"], sizes["head_dim"]
+    keys = sum(capacity - i * capacity * 7 // (8 * batch) for i in range(batch))
+    queries = batch * sizes["seq_len_q"] * sizes["num_q_heads"]
+    size = dtype.itemsize
+    return Cost(
+        (queries + 2 * keys * sizes["num_kv_heads"]) * head_dim * size,
+        queries * head_dim * size,
+        4 * sizes["seq_len_q"] * sizes["num_q_heads"] * head_dim * keys,
+    )
+
+
+def _decode_case(
+    batch: int,
+    seq_len_q: int,
+    max_seq_len: int,
+    heads: tuple[int, int],
+    head_dim: int,
+    source: str,
+    *,
+    test: bool = False,
+) -> Case:
+    sizes = {
+        "batch": batch,
+        "seq_len_q": seq_len_q,
+        "max_seq_len": max_seq_len,
+        "num_q_heads": heads[0],
+        "num_kv_heads": heads[1],
+        "head_dim": head_dim,
+    }
+    return Case(sizes, source, test)
+
+
+_DECODE_CASES = (
+    _decode_case(3, 1, 70, (4, 4), 64, "MHA, one chunk", test=True),
+    _decode_case(2, 1, 600, (8, 1), 128, "MQA 8, three chunks", test=True),
+    _decode_case(2, 3, 520, (6, 2), 80, "GQA 3, three new tokens", test=True),
+    _decode_case(1, 16, 300, (5, 1), 96, "MQA 5, sixteen new tokens in two blocks", test=True),
+    _decode_case(2, 2, 257, (7, 7), 8, "the narrowest head, one key in the last chunk", test=True),
+    *(
+        _decode_case(batch, 1, context, heads, 128, source)
+        for source, heads in (("7B", (32, 32)), ("13B", (40, 40)), ("34B and 70B", (64, 8)))
+        for batch, context in ((1, 1024), (1, 32768), (64, 4096))
+    ),
+)
+
+
+OPS = (
+    OpSpec(
+        "rms_norm",
+        reference.rms_norm,
+        fused.rms_norm,
+        _NORM_CASES,
+        _norm_inputs,
+        _norm_cost,
+        wrt=("x", "weight"),
+    ),
+    OpSpec(
+        "add_rms_norm",
+        reference.add_rms_norm,
+        fused.add_rms_norm,
+        _NORM_CASES,
+        _add_norm_inputs,
+        _add_norm_cost,
+        wrt=("x", "residual", "weight"),
+    ),
+    OpSpec(
+        "swiglu",
+        reference.swiglu,
+        fused.swiglu,
+        _SWIGLU_CASES,
+        _swiglu_inputs,
+        _swiglu_cost,
+        wrt=("gate", "up"),
+    ),
+    OpSpec(
+        "apply_rope",
+        reference.apply_rope,
+        fused.apply_rope,
+        _ROPE_CASES,
+        _rope_inputs,
+        _rope_cost,
+        wrt=("q", "k"),
+    ),
+    OpSpec(
+        "flash_attention",
+        reference.flash_attention,
+        fused.flash_attention,
+        _ATTENTION_CASES,
+        _attention_inputs,
+        _attention_cost,
+        wrt=(),
+    ),
+    OpSpec(
+        "decode_attention",
+        reference.decode_attention,
+        fused.decode_attention,
+        _DECODE_CASES,
+        _decode_inputs,
+        _decode_cost,
+        wrt=(),
+    ),
+)

@@ -1,0 +1,69 @@
+"""What the kernels run on: the only place that asks Triton's active driver anything."""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton.runtime import driver
+
+from gqa_kernels import interpreter
+
+
+class Target(NamedTuple):
+    """The processor that a launch is planned for."""
+
+    arch: str  # "sm_90", "gfx942", …
+    num_sms: int
+    has_tma: bool  # descriptor loads run on a bulk-copy engine
+
+
+# The interpreter has no processor: kernels are planned for one small enough to cross every border.
+_INTERPRETED = Target(arch="interpreter", num_sms=4, has_tma=True)
+
+
+def current() -> Target:
+    """The active device's target.
+
+    Raises:
+        RuntimeError: Triton drives no GPU here and its interpreter is off.
+    """
+    if interpreter.is_enabled():
+        return _INTERPRETED
+    return _describe(driver.active.get_current_device())
+
+
+@cache
+def _describe(device: object) -> Target:
+    gpu = driver.active.get_current_target()
+    properties = driver.active.utils.get_device_properties(device)
+    num_sms = properties["multiprocessor_count"]
+    if gpu.backend == "cuda":
+        return Target(f"sm_{gpu.arch}", num_sms, has_tma=gpu.arch in (90, 100, 103))
+    return Target(str(gpu.arch), num_sms, has_tma=False)
+
+
+def check_device(name: str, tensor: Tensor) -> None:
+    """Raises RuntimeError unless kernels can run on the tensor's device."""
+    if interpreter.is_enabled():
+        return
+    try:
+        expected = driver.active.get_active_torch_device().type
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{name}: expected a GPU that Triton can drive; found none ({error}). "
+            'Use get_backend("eager"), or set TRITON_INTERPRET=1 to check kernels on the CPU'
+        ) from error
+    if tensor.device.type != expected:
+        raise RuntimeError(
+            f"{name}: expected a tensor on {expected}; got one on {tensor.device}. "
+            'Use get_backend("eager") there'
+        )
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager:
+    """Makes the tensor's GPU the current one for a launch, where it is not already."""
+    if tensor.device.type == "cpu" or tensor.device.index == driver.active.get_current_device():
+        return nullcontext()
+    return torch.accelerator.device_index(tensor.device.index)

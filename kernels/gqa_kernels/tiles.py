@@ -1,0 +1,49 @@
+"""Tile primitives that two kernels or more use."""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_rows(
+    ptr,
+    stride,
+    start,
+    num_rows,
+    WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """Rows start … start + BLOCK_ROWS − 1 of a matrix of num_rows × WIDTH; zero outside it."""
+    rows = start + tl.arange(0, BLOCK_ROWS)[:, None]
+    columns = tl.arange(0, BLOCK_WIDTH)[None, :]
+    mask = (rows < num_rows) & (columns < WIDTH)
+    return tl.load(ptr + rows.to(tl.int64) * stride + columns, mask=mask, other=0.0)
+
+
+@triton.jit
+def online_softmax_step(scores, running_max, running_sum, accumulator, exponent_scale):
+    """Folds a tile of scores `[BLOCK_M, BLOCK_N]` into the running softmax (m, ℓ, O of the paper).
+
+    Returns the tile's weights, to be multiplied by V, and the new state. The weights are
+    exp2(exponent_scale · (score − max)): the softmax scale and log2(e) cost no instruction.
+    """
+    new_max = tl.maximum(running_max, tl.max(scores, 1))
+    # A row that has seen no key yet: −inf − (−inf) would be NaN, −inf − 0 is a weight of 0.
+    anchor = tl.where(new_max == -float("inf"), 0.0, new_max) * exponent_scale
+    weights = tl.math.exp2(scores * exponent_scale - anchor[:, None])
+    rescale = tl.math.exp2(running_max * exponent_scale - anchor)
+    running_sum = running_sum * rescale + tl.sum(weights, 1)
+    return weights, new_max, running_sum, accumulator * rescale[:, None]
+
+
+@triton.jit
+def finish_softmax(running_max, running_sum, accumulator, exponent_scale):
+    """(output, log2-sum-exp) of the rows; 0 and −inf for a row that saw no key."""
+    seen = running_sum != 0.0
+    divisor = tl.where(seen, running_sum, 1.0)
+    lse = tl.where(seen, running_max * exponent_scale + tl.math.log2(divisor), -float("inf"))
+    return accumulator / divisor[:, None], lse

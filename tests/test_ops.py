@@ -1,0 +1,77 @@
+"""Every op of the table, every small case, every dtype: outputs and gradients within budget."""
+
+import inspect
+
+import pytest
+import torch
+
+from gqa_kernels import fused, reference
+from gqa_kernels.accuracy import measure, measure_call
+from gqa_kernels.spec import OPS
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BY_NAME = {spec.name: spec for spec in OPS}
+TABLE = [
+    pytest.param(spec, case, id=f"{spec.name}-{case}") for spec in OPS for case in spec.test_cases()
+]
+
+
+def assert_within_budget(measured):
+    assert measured
+    assert all(m.ok for m in measured), "; ".join(str(m) for m in measured if not m.ok)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("spec", "case"), TABLE)
+def test_within_budget(spec, case, dtype, device):
+    assert_within_budget(measure(spec, case, dtype, device))
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    """The same values as a view with gaps between rows, as a slice of a fused projection is."""
+    wide = torch.full((*x.shape[:-1], x.shape[-1] + 24), float("nan"), device=x.device).to(x.dtype)
+    wide[..., 8 : 8 + x.shape[-1]] = x
+    return wide[..., 8 : 8 + x.shape[-1]]
+
+
+def transposed(x: torch.Tensor) -> torch.Tensor:
+    """The same values with features that are not contiguous."""
+    return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+@pytest.mark.parametrize("view", (strided, transposed))
+@pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.name)
+def test_strided_views(spec, view, device, generator):
+    inputs = spec.make_inputs(spec.test_cases()[0], torch.bfloat16, device, generator)
+    floating = [name for name, x in inputs.items() if isinstance(x, torch.Tensor)]
+    floating = [name for name in floating if inputs[name].is_floating_point()]
+    if view is transposed:
+        floating = [name for name in floating if not name.endswith("_cache")]
+    viewed = {name: view(inputs[name]) if name in floating else x for name, x in inputs.items()}
+    untouched = {name: viewed[name].clone() for name in floating}
+    assert_within_budget(measure_call(spec.kernel, spec.reference, viewed, spec.wrt))
+    for name in floating:
+        torch.testing.assert_close(viewed[name], untouched[name], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.name)
+def test_repeated_runs_give_the_same_bits(spec, device, generator):
+    inputs = spec.make_inputs(spec.test_cases()[0], torch.bfloat16, device, generator)
+    first, second = spec.kernel(**inputs), spec.kernel(**inputs)
+    for a, b in zip(*map(lambda x: x if isinstance(x, tuple) else (x,), (first, second))):
+        assert torch.equal(a, b)
+
+
+def test_backends_export_the_same_signatures():
+    assert {spec.name for spec in OPS} == set(fused.__all__)
+    for name in fused.__all__:
+        ours = inspect.signature(getattr(fused, name))
+        assert ours == inspect.signature(getattr(reference, name)), name
+
+
+@pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.name)
+def test_float64_is_refused_by_name(spec, device, generator):
+    inputs = spec.make_inputs(spec.test_cases()[0], torch.float64, device, generator)
+    first = next(iter(inputs))
+    with pytest.raises(TypeError, match=f"^{first}: expected dtype float32"):
+        spec.kernel(**inputs)
