@@ -1,4 +1,4 @@
-"""Without a GPU the kernels run in Triton's interpreter, switched on before anything is imported."""
+"""Without a GPU the kernels run in Triton's interpreter, switched on before they are imported."""
 
 import sys
 

@@ -4,7 +4,6 @@ import inspect
 
 import pytest
 import torch
-
 from gqa_kernels import fused, reference
 from gqa_kernels.accuracy import measure, measure_call
 from gqa_kernels.spec import OPS
@@ -52,14 +51,6 @@ def test_strided_views(spec, view, device, generator):
     assert_within_budget(measure_call(spec.kernel, spec.reference, viewed, spec.wrt))
     for name in floating:
         torch.testing.assert_close(viewed[name], untouched[name], rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.name)
-def test_repeated_runs_give_the_same_bits(spec, device, generator):
-    inputs = spec.make_inputs(spec.test_cases()[0], torch.bfloat16, device, generator)
-    first, second = spec.kernel(**inputs), spec.kernel(**inputs)
-    for a, b in zip(*map(lambda x: x if isinstance(x, tuple) else (x,), (first, second))):
-        assert torch.equal(a, b)
 
 
 def test_backends_export_the_same_signatures():

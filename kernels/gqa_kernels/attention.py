@@ -21,7 +21,7 @@ from torch.autograd.function import FunctionCtx
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gqa_kernels import checks, configs, layout, target
-from gqa_kernels.tiles import LN_2, LOG2_E, finish_softmax, load_rows, online_softmax_step
+from gqa_kernels.tiles import LOG2_E, finish_softmax, load_rows, online_softmax_step
 
 
 @triton.jit
@@ -162,7 +162,7 @@ def _forward_kernel(
     )
     accumulator = tl.dot(weights.to(value.dtype), value, accumulator, input_precision="ieee")
 
-    out, lse = finish_softmax(running_max, running_sum, accumulator, exponent_scale)
+    out, lse = finish_softmax(running_max, running_sum, accumulator, softmax_scale)
     rows = (batch_64 * seq_len_q + queries) * num_q_heads + head  # of out, [BLOCK_M]
     columns = tl.arange(0, BLOCK_D)[None, :]
     exists = queries < seq_len_q
@@ -173,7 +173,7 @@ def _forward_kernel(
     )
     if lse_ptr is not None:
         lse_ptr += (batch_64 * num_q_heads + head) * seq_len_q
-        tl.store(lse_ptr + queries, lse * LN_2, mask=exists)
+        tl.store(lse_ptr + queries, lse, mask=exists)
 
 
 def _descriptor(x: Tensor, block_n: int, block_d: int) -> TensorDescriptor:
@@ -183,7 +183,7 @@ def _descriptor(x: Tensor, block_n: int, block_d: int) -> TensorDescriptor:
 def _fits_tma(x: Tensor) -> bool:
     """The bulk-copy engine addresses in units of 16 bytes."""
     strides = (stride * x.element_size() for stride in x.stride()[:3])
-    return x.data_ptr() % 16 == 0 and all(0 < stride and stride % 16 == 0 for stride in strides)
+    return x.data_ptr() % 16 == 0 and all(stride > 0 and stride % 16 == 0 for stride in strides)
 
 
 def _forward(

@@ -91,7 +91,7 @@ def _partial_kernel(
         value = load_rows(v_ptr, v_strides[1], tile, end, HEAD_DIM, BLOCK_N, BLOCK_D)
         accumulator = tl.dot(weights.to(value.dtype), value, accumulator, input_precision="ieee")
 
-    out, lse = finish_softmax(running_max, running_sum, accumulator, exponent_scale)
+    out, lse = finish_softmax(running_max, running_sum, accumulator, softmax_scale)
     query = (batch * SEQ_LEN_Q + token) * (NUM_KV_HEADS * GROUP_SIZE) + head
     rows = query * num_splits + split  # [BLOCK_M]
     tl.store(out_ptr + rows[:, None] * HEAD_DIM + columns, out, mask=q_mask)
@@ -113,7 +113,7 @@ def _combine_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program combines the partial results of one query: out = Σ 2^lse · partial / Σ 2^lse."""
+    """One program combines one query's partial results: Σ exp(lse) · partial / Σ exp(lse)."""
     query = tl.program_id(0).to(tl.int64)
     seq_len = tl.load(seq_lens_ptr + query // queries_per_batch * seq_lens_stride).to(tl.int32)
     num_written = tl.cdiv(tl.minimum(seq_len, capacity), CHUNK)
@@ -128,7 +128,7 @@ def _combine_kernel(
         mask = (splits < num_written)[:, None] & (columns < HEAD_DIM)
         partial = tl.load(partial_ptr + rows[:, None] * HEAD_DIM + columns, mask=mask, other=0.0)
         weights, running_max, running_sum, accumulator = online_softmax_step(
-            lse[None, :], running_max, running_sum, accumulator, 1.0
+            lse[None, :], running_max, running_sum, accumulator, LOG2_E
         )
         accumulator += tl.sum(tl.trans(weights) * partial, 0)[None, :]
     out, _ = finish_softmax(running_max, running_sum, accumulator, 1.0)

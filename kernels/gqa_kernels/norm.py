@@ -19,9 +19,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from gqa_kernels import checks, configs, layout, target
+from gqa_kernels.autograd import once_differentiable
 
 
 @triton.jit

@@ -13,9 +13,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from gqa_kernels import checks, layout, target
+from gqa_kernels.autograd import once_differentiable
 
 
 @triton.jit

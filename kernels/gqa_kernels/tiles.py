@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -41,9 +40,9 @@ def online_softmax_step(scores, running_max, running_sum, accumulator, exponent_
 
 
 @triton.jit
-def finish_softmax(running_max, running_sum, accumulator, exponent_scale):
-    """(output, log2-sum-exp) of the rows; 0 and −inf for a row that saw no key."""
+def finish_softmax(running_max, running_sum, accumulator, softmax_scale):
+    """(output, natural log-sum-exp) of the rows; 0 and −inf for a row that saw no key."""
     seen = running_sum != 0.0
     divisor = tl.where(seen, running_sum, 1.0)
-    lse = tl.where(seen, running_max * exponent_scale + tl.math.log2(divisor), -float("inf"))
+    lse = tl.where(seen, running_max * softmax_scale + tl.log(divisor), -float("inf"))
     return accumulator / divisor[:, None], lse

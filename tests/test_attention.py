@@ -1,0 +1,180 @@
+"""What is peculiar to flash_attention."""
+
+import pytest
+import torch
+from gqa_kernels import attention, configs, reference, target
+from gqa_kernels.accuracy import compare, measure_call, run, widen
+from gqa_kernels.attention import flash_attention
+
+
+@pytest.fixture
+def draw(device, generator):
+    def make(*shape, dtype=torch.float32):
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    return make
+
+
+def assert_within_budget(q, k, v, **kwargs):
+    inputs = {"q": q, "k": k, "v": v, "return_lse": True, **kwargs}
+    measured = measure_call(flash_attention, reference.flash_attention, inputs)
+    assert all(m.ok for m in measured), "; ".join(map(str, measured))
+
+
+def border_lengths():
+    """Pairs of lengths on both sides of the tile borders of the running target's configuration."""
+    config = configs.attention_config(target.current().arch, 4, 16)
+    m, n = config.block_m, config.block_n
+    queries = (1, 3, m - 1, m, m + 1, 2 * m + 1)
+    keys = (1, n - 1, n, n + 1, m + n + 1, 2 * m)
+    return [(a, b) for a in queries for b in keys]
+
+
+@pytest.mark.parametrize("causal", (False, True))
+def test_lengths_that_cross_tile_borders(causal, draw):
+    """One budget for all lengths: a single short row says little about eager's error."""
+    runs = []
+    for seq_len_q, seq_len_kv in border_lengths():
+        inputs = {
+            "q": draw(1, seq_len_q, 1, 16),
+            "k": draw(1, seq_len_kv, 1, 16),
+            "v": draw(1, seq_len_kv, 1, 16),
+            "causal": causal,
+            "return_lse": True,
+        }
+        runs.append(
+            (
+                run(flash_attention, inputs, ()),
+                run(reference.flash_attention, inputs, ()),
+                run(reference.flash_attention, widen(inputs), ()),
+            )
+        )
+    for what in runs[0][0]:
+        joined = (torch.cat([results[what].flatten() for results in side]) for side in zip(*runs, strict=True))
+        measured = compare(what, *joined)
+        assert measured.ok, measured
+
+
+@pytest.mark.parametrize("group_size", (1, 2, 3, 5, 6, 7, 8, 12))
+def test_group_sizes(group_size, draw):
+    q, k, v = draw(2, 9, 2 * group_size, 16), draw(2, 21, 2, 16), draw(2, 21, 2, 16)
+    assert_within_budget(q, k, v, causal=True)
+
+
+@pytest.mark.parametrize("head_dim", (8, 16, 24, 40, 64, 72, 80, 96, 112, 128, 192, 256))
+def test_head_dims(head_dim, draw):
+    shapes = (1, 20, 2, head_dim), (1, 35, 1, head_dim), (1, 35, 1, head_dim)
+    assert_within_budget(*(draw(*shape, dtype=torch.bfloat16) for shape in shapes), causal=True)
+
+
+def test_queries_that_see_no_key_give_zero(draw):
+    q, k, v = draw(1, 50, 2, 16), draw(1, 20, 1, 16), draw(1, 20, 1, 16)
+    out, lse = flash_attention(q, k, v, causal=True, return_lse=True)
+    assert torch.equal(out[:, :30], torch.zeros_like(out[:, :30]))
+    assert (lse[..., :30] == -torch.inf).all()
+    assert lse[..., 30:].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", ((2, 3, 0), (2, 0, 3), (0, 3, 3)))
+def test_empty(shape, draw):
+    batch, seq_len_q, seq_len_kv = shape
+    q, k = draw(batch, seq_len_q, 4, 16), draw(batch, seq_len_kv, 2, 16)
+    out, lse = flash_attention(q, k, k, causal=True, return_lse=True)
+    assert torch.equal(out, torch.zeros_like(q))
+    assert torch.equal(lse, torch.full((batch, 4, seq_len_q), -torch.inf, device=q.device))
+
+
+@pytest.mark.parametrize("fits", (True, False))
+def test_views_of_a_fused_projection(fits, draw, monkeypatch):
+    """Both ways of loading K and V: by descriptor and by pointer."""
+    monkeypatch.setattr(attention, "_fits_tma", lambda x: fits)
+    qkv = draw(2, 40, 8, 64, dtype=torch.bfloat16)
+    before = qkv.clone()
+    assert_within_budget(*qkv.split((4, 2, 2), dim=2), causal=True)
+    assert torch.equal(qkv, before)
+
+
+def test_both_loads_give_the_same_bits(draw, monkeypatch):
+    q, k, v = draw(1, 50, 2, 80), draw(1, 70, 1, 80), draw(1, 70, 1, 80)
+    by_descriptor = flash_attention(q, k, v, causal=True)
+    monkeypatch.setattr(attention, "_fits_tma", lambda x: False)
+    assert torch.equal(by_descriptor, flash_attention(q, k, v, causal=True))
+
+
+def test_unaligned_views_are_not_given_to_the_copy_engine(draw):
+    whole = draw(1, 8, 2, 64, dtype=torch.bfloat16)
+    assert attention._fits_tma(whole)
+    assert not attention._fits_tma(whole[..., 4:44])  # begins 8 bytes off
+    assert not attention._fits_tma(draw(1, 8, 2, 63, dtype=torch.bfloat16))  # rows of 126 bytes
+    assert_within_budget(*(whole[..., 4:44] for _ in range(3)))
+
+
+@pytest.mark.parametrize("fits", (True, False))
+def test_nan_beyond_the_keys_never_matters(fits, draw, monkeypatch):
+    monkeypatch.setattr(attention, "_fits_tma", lambda x: fits)
+    q, storage = draw(1, 10, 2, 16), draw(1, 64, 2, 16)
+    storage[:, 21:] = float("nan")
+    k = v = storage[:, :21]
+    assert_within_budget(q, k, v, causal=True)
+
+
+def test_nan_stays_with_its_query(draw):
+    q, k, v = draw(1, 5, 2, 16), draw(1, 9, 1, 16), draw(1, 9, 1, 16)
+    q[0, 2, 1, 3] = float("nan")
+    bad = flash_attention(q, k, v).isnan().all(dim=-1)[0]
+    assert bad.nonzero().tolist() == [[2, 1]]
+
+
+def test_a_sequence_does_not_depend_on_the_batch(draw):
+    q, k, v = draw(3, 40, 4, 32), draw(3, 50, 2, 32), draw(3, 50, 2, 32)
+    together = flash_attention(q, k, v, causal=True)
+    alone = flash_attention(q[1:2], k[1:2], v[1:2], causal=True)
+    assert torch.equal(together[1:2], alone)
+
+
+@pytest.mark.parametrize("softmax_scale", (1e-3, 0.3, 4.0))
+def test_softmax_scale(softmax_scale, draw):
+    q, k, v = draw(1, 20, 2, 32), draw(1, 40, 2, 32), draw(1, 40, 2, 32)
+    assert_within_budget(q, k, v, softmax_scale=softmax_scale)
+
+
+def test_large_scores_do_not_overflow(draw):
+    q, k, v = 60 * draw(1, 20, 1, 64), 60 * draw(1, 40, 1, 64), draw(1, 40, 1, 64)
+    assert_within_budget(q, k, v, causal=True)
+    assert_within_budget(-q.abs(), k.abs(), v)  # every score far below zero
+
+
+def test_offsets_beyond_32_bits(device):
+    """Two sequences 2³¹ + 64 elements apart; only the pages that are touched exist."""
+    apart = 2**31 + 64
+    storage = torch.empty(apart + 4 * 16, dtype=torch.float16, device=device)
+    q = storage.as_strided((2, 2, 1, 32), (apart, 32, 32, 1))
+    q.copy_(torch.randn(2, 2, 1, 32))
+    out = flash_attention(q, q, q, causal=True)
+    assert torch.equal(out, flash_attention(*[q.contiguous()] * 3, causal=True))
+
+
+def test_gradient_is_refused_when_asked_for(draw):
+    q, k = draw(1, 4, 2, 16).requires_grad_(), draw(1, 4, 2, 16)
+    out = flash_attention(q, k, k)
+    with pytest.raises(NotImplementedError, match="flash_attention: its gradient"):
+        out.sum().backward()
+
+
+def test_wrong_arguments(draw):
+    q, k = draw(1, 4, 6, 16), draw(1, 5, 2, 16)
+    with pytest.raises(ValueError, match="multiple of k's 4; got 6"):
+        flash_attention(q, draw(1, 5, 4, 16), draw(1, 5, 4, 16))
+    with pytest.raises(ValueError, match=r"v: expected shape \[1, 5, 2, 16\]; got \[1, 4, 2, 16\]"):
+        flash_attention(q, k, k[:, :4])
+    with pytest.raises(ValueError, match=r"k: expected shape \[1, seq_len_kv, num_kv_heads, 16\]"):
+        flash_attention(q, k[..., :8], k[..., :8])
+    with pytest.raises(TypeError, match="k: expected q's dtype"):
+        flash_attention(q, k.half(), k.half())
+    with pytest.raises(NotImplementedError, match="multiple of 8 up to 256; got 12"):
+        flash_attention(q[..., :12], k[..., :12], k[..., :12])
+    with pytest.raises(NotImplementedError, match="multiple of 8 up to 256; got 264"):
+        flash_attention(draw(1, 1, 1, 264), draw(1, 1, 1, 264), draw(1, 1, 1, 264))
+    for scale in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="softmax_scale: expected a positive finite float"):
+            flash_attention(q, k, k, softmax_scale=scale)

@@ -1,0 +1,84 @@
+"""The interpreter's bfloat16 has the bits of PyTorch's. On a GPU there is nothing to test here."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from gqa_kernels import interpreter
+
+pytestmark = pytest.mark.skipif(
+    not interpreter.is_enabled(), reason="the kernels run on a GPU, not in the interpreter"
+)
+
+
+@triton.jit
+def _cast(x_ptr, y_ptr, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    tl.store(y_ptr + i, tl.load(x_ptr + i).to(y_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _arithmetic(a_ptr, b_ptr, y_ptr, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    a, b = tl.load(a_ptr + i), tl.load(b_ptr + i)
+    tl.store(y_ptr + i, a * b + a)
+    tl.store(y_ptr + SIZE + i, tl.maximum(a, b) - tl.where(a < b, a, -b))
+
+
+@triton.jit
+def _dot(a_ptr, b_ptr, y_ptr, SIZE: tl.constexpr):
+    i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    offsets = i * SIZE + j
+    y = tl.dot(tl.load(a_ptr + offsets), tl.load(b_ptr + offsets).T)
+    tl.store(y_ptr + offsets, y)
+
+
+def test_casts_round_to_nearest_even(generator):
+    x = torch.randn(4096, generator=generator)
+    x[:8] = torch.tensor([torch.inf, -torch.inf, torch.nan, 1e-40, 3.3895e38, -0.0, 0.0, 3.4e38])
+    narrow = torch.empty(4096, dtype=torch.bfloat16)
+    _cast[(1,)](x, narrow, SIZE=4096)
+    wanted = x.bfloat16()
+    assert narrow[2].isnan()
+    rest = torch.arange(4096) != 2
+    assert torch.equal(narrow[rest].view(torch.int16), wanted[rest].view(torch.int16))
+    back = torch.empty(4096)
+    _cast[(1,)](narrow, back, SIZE=4096)
+    assert torch.equal(back[rest], wanted.float()[rest])
+
+
+def test_integers_and_halves_cast_too(generator):
+    integers = torch.randint(-1000, 1000, (64,), generator=generator, dtype=torch.int32)
+    halves = torch.randn(64, generator=generator).half()
+    for x in (integers, halves):
+        y = torch.empty(64, dtype=torch.bfloat16)
+        _cast[(1,)](x, y, SIZE=64)
+        assert torch.equal(y, x.to(torch.float32).bfloat16())
+
+
+def test_arithmetic_rounds_after_each_operation(generator):
+    a, b = (torch.randn(1024, generator=generator).bfloat16() for _ in range(2))
+    y = torch.empty(2, 1024, dtype=torch.bfloat16)
+    _arithmetic[(1,)](a, b, y, SIZE=1024)
+    assert torch.equal(y[0], a * b + a)
+    assert torch.equal(y[1], torch.maximum(a, b) - torch.where(a < b, a, -b))
+
+
+def test_dot_accumulates_in_float32(generator):
+    a, b = (torch.randn(32, 32, generator=generator).bfloat16() for _ in range(2))
+    y = torch.empty(32, 32)
+    _dot[(1,)](a, b, y, SIZE=32)
+    torch.testing.assert_close(y, a.float() @ b.float().T, rtol=1e-6, atol=1e-6)
+
+
+def test_enabling_too_late_is_an_error():
+    code = "import triton\nfrom gqa_kernels import interpreter\ninterpreter.enable()"
+    environment = {"PATH": "/usr/bin:/bin", "HOME": "/tmp"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode != 0
+    assert "before the first import of triton" in result.stderr

@@ -1,0 +1,143 @@
+"""Who may import whom, and what importing and installing must not do."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "kernels" / "gqa_kernels"
+
+# What each module of the kernels' package may import from it.
+KERNEL_PARTS = {"checks", "configs", "target", "layout", "tiles", "autograd"}
+OPS = {"norm", "glu", "rope", "attention", "decode"}
+ALLOWED = {
+    "__init__": {"backends"},
+    "backends": set(),  # reference and fused, by name, when asked
+    "reference": set(),
+    "interpreter": set(),
+    "target": {"interpreter"},
+    "checks": {"target"},
+    "layout": set(),
+    "autograd": set(),
+    "configs": set(),
+    "tiles": set(),
+    **dict.fromkeys(OPS, KERNEL_PARTS),
+    "fused": OPS,
+    "spec": {"fused", "reference"},
+    "accuracy": {"spec"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports, at any depth of nesting."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def siblings(path: Path) -> set[str]:
+    prefix = "gqa_kernels."
+    found = {name.removeprefix(prefix) for name in imported(path) if name.startswith(prefix)}
+    return {name.split(".")[0] for name in found} & {p.stem for p in PACKAGE.glob("*.py")}
+
+
+def test_every_module_has_its_place():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_arrows_inside_the_kernels(path):
+    assert siblings(path) <= ALLOWED[path.stem]
+    outside = {name.split(".")[0] for name in imported(path)}
+    assert not outside & {"llama2", "tests", "bench"}
+
+
+def test_the_reference_needs_torch_only():
+    assert {name.split(".")[0] for name in imported(PACKAGE / "reference.py")} == {"math", "torch"}
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "llama2").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_the_model_knows_no_kernel(path):
+    names = imported(path)
+    assert not {name.split(".")[0] for name in names} & {"triton", "tests", "bench"}
+    modules = {name.split(".")[1] for name in names if name.startswith("gqa_kernels.")}
+    # The demo shows the errors of the op table; placement asks what Triton can drive.
+    assert modules <= {"get_backend", "backends", "interpreter", "target", "accuracy", "spec"}
+
+
+def fresh(code: str, **environment: str) -> None:
+    """Runs code in a new process, in a folder from which nothing can be imported by accident."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd="/",
+        env=kept | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_importing_the_package_loads_neither_triton_nor_a_gpu():
+    fresh(
+        "import os, sys; before = dict(os.environ)\n"
+        "import gqa_kernels\n"
+        "assert 'triton' not in sys.modules and 'torch' not in sys.modules\n"
+        "gqa_kernels.get_backend('eager')\n"
+        "import torch; assert not torch.cuda.is_initialized()\n"
+        "assert dict(os.environ) == before"
+    )
+
+
+def test_the_eager_backend_works_where_triton_does_not():
+    fresh(
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, gqa_kernels\n"
+        "ops = gqa_kernels.get_backend('eager')\n"
+        "ops.rms_norm(torch.zeros(2, 8), torch.ones(8))"
+    )
+
+
+def test_kernels_without_a_gpu_say_what_to_do():
+    fresh(
+        "import torch, gqa_kernels\n"
+        "try: gqa_kernels.rms_norm(torch.zeros(2, 8), torch.ones(8))\n"
+        "except RuntimeError as error: message = str(error)\n"
+        "assert message.startswith('x: expected') and 'get_backend(\"eager\")' in message, message"
+    )
+
+
+def test_the_functions_are_not_hidden_by_modules():
+    fresh(
+        "import gqa_kernels\n"
+        "for _ in range(2):\n"
+        "    for name in gqa_kernels.OPS: assert callable(getattr(gqa_kernels, name)), name"
+    )
+
+
+def test_an_install_provides_no_kernels():
+    """`kernels` is the import name of a Hugging Face package."""
+    fresh(
+        "import importlib.util, importlib.metadata as m\n"
+        "spec = importlib.util.find_spec('kernels')\n"
+        "assert spec is None or spec.origin is not None, spec\n"
+        "assert 'gqa-kernels' not in m.packages_distributions().get('kernels', [])"
+    )
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_unknown_backend():
+    import gqa_kernels
+
+    with pytest.raises(ValueError, match="backend: expected one of eager, triton; got 'cuda'"):
+        gqa_kernels.get_backend("cuda")
