@@ -1,0 +1,205 @@
+"""The files of a checkpoint: JSON, safetensors and pickles, opened without reading their tensors.
+
+What the tensors mean is the business of `hf_checkpoint` and `meta_checkpoint`.
+"""
+
+import importlib
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama2.config import ModelConfig
+
+FLOATS = {  # by safetensors' names
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is malformed; the message names the file and, where there is one, the key."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A floating-point tensor in a file; `read` brings it into memory."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a format's reader finds in a directory: the stored tensors by their keys in the files.
+
+    `dtype` is the one that the configuration declares; `key_of` gives the key of a parameter of
+    `Llama2` by its name.
+    """
+
+    config: ModelConfig
+    dtype: torch.dtype | None
+    tensors: dict[str, StoredTensor]
+    key_of: Callable[[str], str]
+
+
+class Settings(dict[str, Any]):
+    """A JSON object whose complaints name the file and the key.
+
+    An absent key and null are the same: the default holds.
+    """
+
+    def __init__(self, where: str, content: Any) -> None:
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{where}: expected a JSON object; got {content!r:.60}")
+        super().__init__((key, value) for key, value in content.items() if value is not None)
+        self.where = where
+
+    @classmethod
+    def read(cls, file: Path) -> "Settings":
+        try:
+            return cls(str(file), json.loads(file.read_bytes()))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{file}: expected JSON; {error}") from error
+
+    def section(self, key: str) -> "Settings":
+        """The object under a key, empty if absent."""
+        return Settings(f"{self.where}: {key}", self.get(key, {}))
+
+    def size(self, key: str, default: int | None = None) -> int:
+        value = self._get(key, default)
+        if type(value) is not int or value < 1:
+            raise CheckpointError(f"{self.where}: {key}: expected a positive int; got {value!r}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self._get(key, default)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise CheckpointError(f"{self.where}: {key}: expected a positive number; got {value!r}")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        value = self.get(key, False)
+        if type(value) is not bool:
+            raise CheckpointError(f"{self.where}: {key}: expected true or false; got {value!r}")
+        return value
+
+    def model_config(self, **sizes: Any) -> ModelConfig:
+        try:
+            return ModelConfig(**sizes)
+        except ValueError as error:
+            raise CheckpointError(f"{self.where}: {error}") from error
+
+    def _get(self, key: str, default: float | None) -> Any:
+        if key not in self and default is None:
+            raise CheckpointError(f"{self.where}: missing key {key}")
+        return self.get(key, default)
+
+
+def require(module: str) -> ModuleType:
+    """An optional dependency, imported when it is needed.
+
+    Raises:
+        ImportError: it is not installed; the message says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"checkpoints need {module.partition('.')[0]}: pip install gqa-kernels[models]"
+        ) from error
+
+
+def open_tensors(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file or of a `torch.save`d state dict, memory-mapped.
+
+    Pickles are opened with `weights_only=True`: a file that asks for any other code is refused.
+
+    Raises:
+        CheckpointError: the file is truncated, corrupt or no state dict, or holds a tensor whose
+            dtype is not in FLOATS.
+    """
+    return _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file)
+
+
+def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
+    safetensors = require("safetensors")
+    try:
+        handle = safetensors.safe_open(file, framework="pt")
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{file}: expected a safetensors file; {error}") from error
+    tensors = {}
+    for key in handle.keys():  # noqa: SIM118, the handle is not a mapping
+        header = handle.get_slice(key)
+        dtype = FLOATS.get(header.get_dtype())
+        if dtype is None:
+            raise _wrong_dtype(file, key, header.get_dtype())
+        tensors[key] = StoredTensor(
+            file, tuple(header.get_shape()), dtype, lambda key=key: handle.get_tensor(key)
+        )
+    return tensors
+
+
+def _open_pickle(file: Path) -> dict[str, StoredTensor]:
+    try:
+        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # bad bytes can fail anywhere inside zip, pickle and torch
+        raise CheckpointError(
+            f"{file}: expected a state dict that loads with weights_only=True; "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{file}: expected a dict of tensors; got {type(state).__name__}")
+    tensors = {}
+    for key, tensor in state.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(
+                f"{file}: {key}: expected a name and a tensor; got a {type(key).__name__} and a "
+                f"{type(tensor).__name__}"
+            )
+        if tensor.dtype not in FLOATS.values():
+            raise _wrong_dtype(file, key, tensor.dtype)
+        tensors[key] = StoredTensor(
+            file, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor
+        )
+    return tensors
+
+
+def _wrong_dtype(file: Path, key: str, dtype: object) -> CheckpointError:
+    return CheckpointError(f"{file}: {key}: expected one of {', '.join(FLOATS)}; got {dtype}")
+
+
+@contextmanager
+def staged(path: Path, obsolete: str) -> Iterator[Path]:
+    """A folder whose files move into `path` when the block ends, under their own names.
+
+    If the block raises, the files of `path` are as before. If not, files there whose names match
+    the regular expression `obsolete` and were not written now, an earlier checkpoint's, go.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=path) as folder:
+        yield Path(folder)
+        written = os.listdir(folder)
+        for name in written:
+            os.replace(Path(folder, name), path / name)
+    for name in os.listdir(path):
+        if re.fullmatch(obsolete, name) and name not in written:
+            (path / name).unlink()
