@@ -86,10 +86,10 @@ def _rotate_kernel(
         position_ptr = positions_ptr + batch * positions_strides[0] + index * positions_strides[1]
         position = tl.load(position_ptr).to(tl.int64)
     pairs = tl.arange(0, BLOCK_PAIRS)[None, :]
-    inside = (position >= 0) & (position < max_seq_len)
-    mask = inside & (pairs < HEAD_DIM // 2)
-    angle = position * (HEAD_DIM // 2) + pairs
-    # No device-side error can be raised here: a position without an angle gives NaN.
+    HALF: tl.constexpr = HEAD_DIM // 2
+    angle = position * HALF + pairs  # index into cos and sin
+    # No error can be raised here: a position outside the table gives NaN.
+    mask = (pairs < HALF) & (angle >= 0) & (angle < max_seq_len.to(tl.int64) * HALF)
     cos = tl.load(cos_ptr + angle, mask=mask, other=float("nan"))  # [1, BLOCK_PAIRS]
     sin = tl.load(sin_ptr + angle, mask=mask, other=float("nan"))
     if INVERSE:
