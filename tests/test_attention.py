@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from gqa_kernels import attention, configs, reference, target
 from gqa_kernels.accuracy import compare, measure_call, run, widen
 from gqa_kernels.attention import flash_attention
@@ -49,9 +50,13 @@ def test_lengths_that_cross_tile_borders(causal, draw):
                 run(reference.flash_attention, widen(inputs), ()),
             )
         )
-    for what in runs[0][0]:
-        joined = (torch.cat([results[what].flatten() for results in side]) for side in zip(*runs, strict=True))
-        measured = compare(what, *joined)
+    kernel, eager, oracle = zip(*runs, strict=True)
+    for what in kernel[0]:
+
+        def joined(side, what=what):
+            return torch.cat([results[what].flatten() for results in side])
+
+        measured = compare(what, joined(kernel), joined(eager), joined(oracle))
         assert measured.ok, measured
 
 

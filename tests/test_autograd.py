@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
+
 from gqa_kernels.accuracy import run
 from gqa_kernels.spec import OPS
-from torch.utils.checkpoint import checkpoint
 
 DIFFERENTIABLE = [pytest.param(spec, id=spec.name) for spec in OPS if spec.wrt]
 

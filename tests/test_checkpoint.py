@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from gqa_kernels.backends import get_backend
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from gqa_kernels.backends import get_backend
 from llama2 import PUBLISHED, KVCache, Llama2, ModelConfig, hf_checkpoint
 from llama2.checkpoint import CheckpointError, load, load_config, save_hf, save_meta
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from gqa_kernels import configs, reference
 from gqa_kernels.accuracy import measure_call
 from gqa_kernels.attention import flash_attention

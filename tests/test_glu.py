@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from gqa_kernels import reference
 from gqa_kernels.accuracy import measure_call
 from gqa_kernels.glu import swiglu

@@ -7,6 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+
 from gqa_kernels import interpreter
 
 pytestmark = pytest.mark.skipif(

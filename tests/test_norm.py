@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from gqa_kernels import norm, reference
 from gqa_kernels.accuracy import measure_call
 from gqa_kernels.norm import add_rms_norm, rms_norm

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+
 from gqa_kernels import fused, reference
 from gqa_kernels.accuracy import measure, measure_call
 from gqa_kernels.spec import OPS

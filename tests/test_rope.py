@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from gqa_kernels.rope import apply_rope
 
 

@@ -1,0 +1,1 @@
+"""Training recipes. They need the extra `models`: pip install gqa-kernels[models]."""
