@@ -1,6 +1,6 @@
 """Without a GPU the kernels run in Triton's interpreter, switched on before they are imported."""
 
-import sys
+import importlib
 
 import pytest
 import torch
@@ -9,6 +9,11 @@ if not torch.cuda.is_available():
     from gqa_kernels import interpreter
 
     interpreter.enable()
+
+# torch.device("meta") remembers, from its first use on, which functions allocate: torch's own, not
+# the poisoned ones below, which would let it allocate in earnest.
+with torch.device("meta"):
+    torch.empty(0)
 
 
 @pytest.fixture(scope="session")
@@ -26,19 +31,28 @@ def _fixed_seeds() -> None:
     torch.manual_seed(0)
 
 
+class _PoisonedTorch:
+    """torch, but what it allocates without a value holds NaN."""
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    @staticmethod
+    def empty(*args, **kwargs):
+        return _poisoned(torch.empty(*args, **kwargs))
+
+    @staticmethod
+    def empty_like(*args, **kwargs):
+        return _poisoned(torch.empty_like(*args, **kwargs))
+
+
+def _poisoned(x: torch.Tensor) -> torch.Tensor:
+    return x.fill_(float("nan")) if x.is_floating_point() else x
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that the package allocates holds NaN until a kernel writes it."""
-
-    def poison(allocate):
-        def allocate_and_fill(*args, **kwargs):
-            out = allocate(*args, **kwargs)
-            caller = sys._getframe(1).f_globals.get("__name__", "")
-            if caller.startswith("gqa_kernels") and out.is_floating_point():
-                out.fill_(float("nan"))
-            return out
-
-        return allocate_and_fill
-
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+    """Memory that a kernel module allocates holds NaN until a kernel writes it."""
+    for op in ("norm", "glu", "rope", "attention", "decode"):
+        module = importlib.import_module(f"gqa_kernels.{op}")
+        monkeypatch.setattr(module, "torch", _PoisonedTorch())

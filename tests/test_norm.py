@@ -25,6 +25,15 @@ def test_rounds_before_the_weight(draw):
     assert (y != late).float().mean() > 0.1
 
 
+def test_the_sum_is_rounded_before_its_norm(draw):
+    """y is the norm of the h that is returned, to the bit, not of an unrounded sum."""
+    x, residual = draw(8, 512, dtype=torch.bfloat16), draw(8, 512, dtype=torch.bfloat16)
+    weight = draw(512, dtype=torch.bfloat16)
+    y, h = add_rms_norm(x, residual, weight)
+    assert torch.equal(h, x + residual)
+    assert torch.equal(y, rms_norm(h, weight))
+
+
 @pytest.mark.parametrize("op", ("rms_norm", "add_rms_norm"))
 def test_weight_of_another_dtype(op, draw):
     inputs = {"x": draw(4, 96, dtype=torch.bfloat16), "weight": draw(96)}
