@@ -150,11 +150,11 @@ def test_large_scores_do_not_overflow(draw):
 
 
 def test_offsets_beyond_32_bits(device):
-    """Two sequences 2³¹ + 64 elements apart; only the pages that are touched exist."""
-    apart = 2**31 + 64
-    storage = torch.empty(apart + 4 * 16, dtype=torch.float16, device=device)
-    q = storage.as_strided((2, 2, 1, 32), (apart, 32, 32, 1))
-    q.copy_(torch.randn(2, 2, 1, 32))
+    """Strides of 31 bits whose multiples need more; only the pages that are touched exist."""
+    apart = 2**30 + 64
+    storage = torch.empty(2 * apart + 64, dtype=torch.float16, device=device)
+    q = storage.as_strided((3, 2, 1, 32), (apart, 32, 32, 1))
+    q.copy_(torch.randn(3, 2, 1, 32))
     out = flash_attention(q, q, q, causal=True)
     assert torch.equal(out, flash_attention(*[q.contiguous()] * 3, causal=True))
 

@@ -88,6 +88,17 @@ def test_caches_of_many_layers_and_strided_lengths(draw, device):
     assert torch.equal(out, wanted)
 
 
+def test_offsets_beyond_32_bits(draw, device):
+    """Strides of 31 bits whose multiples need more; only the pages that are touched exist."""
+    apart = 2**30 + 64
+    storage = torch.empty(2 * apart + 64, dtype=torch.float16, device=device)
+    cache = storage.as_strided((3, 2, 1, 32), (apart, 32, 32, 1))
+    cache.copy_(torch.randn(3, 2, 1, 32))
+    q, seq_lens = draw(3, 1, 2, 32, dtype=torch.float16), lengths(2, 1, 2, device=device)
+    out = decode_attention(q, cache, cache, seq_lens)
+    assert torch.equal(out, decode_attention(q, cache.clone(), cache.clone(), seq_lens))
+
+
 def test_no_capacity_and_no_batch(draw, device):
     q = draw(2, 1, 2, 16)
     empty = draw(2, 0, 1, 16)

@@ -23,7 +23,7 @@ from gqa_kernels.tiles import LOG2_E, finish_softmax, load_rows, online_softmax_
 MAX_NEW_TOKENS = 16
 
 
-@triton.jit(do_not_specialize=["capacity"])
+@triton.jit(do_not_specialize=["capacity", "num_splits"])
 def _partial_kernel(
     q_ptr,
     k_ptr,
@@ -98,7 +98,7 @@ def _partial_kernel(
     tl.store(lse_ptr + rows, lse, mask=exists)
 
 
-@triton.jit(do_not_specialize=["capacity", "queries_per_batch"])
+@triton.jit(do_not_specialize=["capacity", "num_splits", "queries_per_batch"])
 def _combine_kernel(
     partial_ptr,
     lse_ptr,

@@ -56,7 +56,10 @@ def _rotate_heads(
         tl.store(y_ptrs + HALF + pairs, (b * cos + a * sin).to(dtype), mask=mask)
 
 
-@triton.jit(do_not_specialize=["seq_len", "max_seq_len"])
+# A tuple is specialised whatever is asked for, hence the two scalars for positions' strides.
+@triton.jit(
+    do_not_specialize=["positions_stride_b", "positions_stride_t", "seq_len", "max_seq_len"]
+)
 def _rotate_kernel(
     q_ptr,
     k_ptr,
@@ -67,7 +70,8 @@ def _rotate_kernel(
     k_out_ptr,
     q_strides,
     k_strides,
-    positions_strides,
+    positions_stride_b,
+    positions_stride_t,
     seq_len,
     max_seq_len,
     NUM_Q_HEADS: tl.constexpr,
@@ -83,7 +87,7 @@ def _rotate_kernel(
     batch, index = token // seq_len, token % seq_len
     position = index
     if positions_ptr is not None:
-        position_ptr = positions_ptr + batch * positions_strides[0] + index * positions_strides[1]
+        position_ptr = positions_ptr + batch * positions_stride_b + index * positions_stride_t
         position = tl.load(position_ptr).to(tl.int64)
     pairs = tl.arange(0, BLOCK_PAIRS)[None, :]
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -168,7 +172,8 @@ def _rotate(
             k_out_ptr=q_out if k is None else k_out,
             q_strides=(some if q is None else q).stride()[:3],
             k_strides=(some if k is None else k).stride()[:3],
-            positions_strides=(0, 0) if positions is None else positions.stride(),
+            positions_stride_b=0 if positions is None else positions.stride(0),
+            positions_stride_t=0 if positions is None else positions.stride(1),
             seq_len=seq_len,
             max_seq_len=cos.shape[0],
             NUM_Q_HEADS=num_q_heads,
