@@ -196,9 +196,15 @@ def staged(path: Path, obsolete: str) -> Iterator[Path]:
     """
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=path) as folder:
+        probe = Path(folder, ".mode")
+        probe.touch()
+        usual_mode = probe.stat().st_mode
+        probe.unlink()
         yield Path(folder)
         written = os.listdir(folder)
         for name in written:
+            # safetensors makes files that their owner alone may read
+            os.chmod(Path(folder, name), usual_mode)
             os.replace(Path(folder, name), path / name)
     for name in os.listdir(path):
         if re.fullmatch(obsolete, name) and name not in written:

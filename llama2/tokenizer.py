@@ -1,0 +1,151 @@
+"""Text to token ids and back, and the Llama 2 chat prompt, over a SentencePiece model."""
+
+import codecs
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+_BEGIN_INSTRUCTION, _END_INSTRUCTION = "[INST]", "[/INST]"
+_BEGIN_SYSTEM, _END_SYSTEM = "<<SYS>>", "<</SYS>>"
+_CHAT_TAGS = (_BEGIN_INSTRUCTION, _END_INSTRUCTION, _BEGIN_SYSTEM, _END_SYSTEM)
+
+
+class Tokenizer:
+    """A SentencePiece model read from `path`, such as the `tokenizer.model` of a checkpoint.
+
+    With Llama's switches (byte fallback, identity normaliser, no whitespace collapse)
+    `decode(encode(text)) == text` for every text without U+2581, which SentencePiece itself writes
+    for a space. Control tokens are never found in text: "<s>" is encoded as three characters.
+
+    Attributes:
+        vocab_size: number of ids.
+        bos_id, eos_id, pad_id: control ids; −1 where the model has none (Llama 2 has no pad).
+
+    Raises:
+        ImportError: sentencepiece is not installed.
+        FileNotFoundError: no file at `path`.
+        ValueError: the file is not a SentencePiece model.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        try:
+            import sentencepiece
+        except ImportError as error:
+            raise ImportError(
+                "Tokenizer needs sentencepiece: pip install gqa-kernels[models]"
+            ) from error
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"path: expected a SentencePiece model file; got {path}")
+        self._model = sentencepiece.SentencePieceProcessor()
+        try:
+            self._model.LoadFromSerializedProto(path.read_bytes())
+        except RuntimeError as error:
+            raise ValueError(f"path: expected a SentencePiece model; got {path}") from error
+        self.vocab_size: int = self._model.vocab_size()
+        self.bos_id: int = self._model.bos_id()
+        self.eos_id: int = self._model.eos_id()
+        self.pad_id: int = self._model.pad_id()
+        self._bytes = [self._token_bytes(token) for token in range(self.vocab_size)]
+
+    def _token_bytes(self, token: int) -> bytes:
+        if self._model.IsControl(token):
+            return b""
+        if self._model.IsUnknown(token):
+            return " ⁇ ".encode()
+        piece = self._model.IdToPiece(token)
+        if self._model.IsByte(token):
+            return bytes([int(piece[1:-1], 16)])  # "<0x0A>"
+        return piece.replace("▁", " ").encode()
+
+    def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
+        """Ids of `text`, after BOS if `bos` and before EOS if `eos`."""
+        tokens = self._model.EncodeAsIds(text)
+        return [self.bos_id] * bos + tokens + [self.eos_id] * eos
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Text of whole ids: control tokens give nothing, malformed UTF-8 gives U+FFFD.
+
+        Raises:
+            ValueError: an id is outside [0, vocab_size).
+        """
+        stream = StreamDecoder(self, continues=False)
+        return "".join([*map(stream.push, tokens), stream.finish()])
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Ids of a Llama 2 chat prompt, to which the model's answer is the continuation:
+
+        `<s>[INST] <<SYS>>\\n{system}\\n<</SYS>>\\n\\n{user} [/INST] {answer} </s><s>[INST] …`
+
+        Args:
+            messages: `{"role": …, "content": …}`: an optional "system", then "user" and "assistant"
+                in turn, a "user" last. Contents are stripped.
+        Returns:
+            One BOS and one EOS for each finished turn, one BOS for the last.
+        Raises:
+            ValueError: the roles are in another order, or a content holds one of the format's tags,
+                which are plain text to the tokenizer: a content that holds one could speak for
+                another role.
+        Source: Touvron et al. 2023, arXiv:2307.09288, and the released chat models.
+        """
+        contents = []
+        for index, message in enumerate(messages):
+            content = message["content"].strip()
+            found = [tag for tag in _CHAT_TAGS if tag in content]
+            if found:
+                raise ValueError(
+                    f"messages[{index}]: expected a content without {', '.join(_CHAT_TAGS)}; "
+                    f"got {', '.join(found)}"
+                )
+            contents.append(content)
+        roles = [message["role"] for message in messages]
+        has_system = roles[:1] == ["system"]
+        turns = roles[has_system:]
+        if len(turns) % 2 == 0 or turns != (["user", "assistant"] * len(turns))[: len(turns)]:
+            raise ValueError(
+                "messages: expected an optional system, then user and assistant in turn, ending "
+                f"with user; got roles {', '.join(roles) or 'none'}"
+            )
+        if has_system:
+            system, user, *rest = contents
+            contents = [f"{_BEGIN_SYSTEM}\n{system}\n{_END_SYSTEM}\n\n{user}", *rest]
+        tokens = []
+        for user, answer in zip(contents[0:-1:2], contents[1::2], strict=True):
+            turn = f"{_BEGIN_INSTRUCTION} {user} {_END_INSTRUCTION} {answer} "
+            tokens += self.encode(turn, bos=True, eos=True)
+        last = f"{_BEGIN_INSTRUCTION} {contents[-1]} {_END_INSTRUCTION}"
+        return tokens + self.encode(last, bos=True)
+
+
+class StreamDecoder:
+    """Turns ids, one at a time, into pieces of text whose concatenation is the whole text.
+
+    A character whose bytes are spread over several ids appears with the last of them.
+
+    Args:
+        continues: the ids continue a text, so a leading space is theirs. Otherwise they begin one,
+            and the space that SentencePiece puts before the first word is dropped.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, continues: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._drop_space = not continues
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes, possibly none.
+
+        Raises:
+            ValueError: `token` is outside [0, vocab_size).
+        """
+        if not 0 <= token < self._tokenizer.vocab_size:
+            raise ValueError(f"token: expected 0 to {self._tokenizer.vocab_size - 1}; got {token}")
+        data = self._tokenizer._bytes[token]
+        if self._drop_space and data:
+            self._drop_space = False
+            if self._tokenizer._model.IdToPiece(token).startswith("▁"):
+                data = data.removeprefix(b" ")
+        return self._utf8.decode(data)
+
+    def finish(self) -> str:
+        """What is left: U+FFFD if the last character is incomplete, otherwise nothing."""
+        return self._utf8.decode(b"", final=True)

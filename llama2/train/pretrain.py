@@ -1,0 +1,230 @@
+"""Pre-training as Llama 2's paper gives it: AdamW, warm-up and cosine, clipping, exact resume.
+
+Reference: Touvron et al. 2023, arXiv:2307.09288, section 2.2.
+"""
+
+import json
+import math
+import time
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from tqdm import tqdm
+
+from llama2.model import Llama2
+from llama2.train.data import random_batch
+from llama2.train.state import cut_log, load_state, read_log, save_state
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. The defaults after `seq_len` are the paper's for its 7B model.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: sequences per optimiser step.
+        seq_len: predicted tokens per sequence.
+        micro_batch_size: sequences per forward pass; None means `batch_size`. Gradients of the
+            micro-batches accumulate to the batch's.
+        weight_decay: of the matrices; norms have none (our choice: the paper does not say).
+        final_lr_fraction: learning rate of the last step, as a fraction of the peak.
+        bf16: run the model in bfloat16 throughout; weights, gradients and optimiser stay float32.
+        seed: of the order of the data.
+
+    Raises:
+        ValueError: a size is not positive, or `micro_batch_size` does not divide `batch_size`.
+    """
+
+    steps: int
+    batch_size: int
+    seq_len: int
+    micro_batch_size: int | None = None
+    peak_lr: float = 3e-4
+    final_lr_fraction: float = 0.1
+    warmup_steps: int = 2000
+    beta1: float = 0.9
+    beta2: float = 0.95
+    adam_eps: float = 1e-5
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    bf16: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1; got {getattr(self, name)}")
+        micro = self.micro_batch_size
+        if micro is not None and (micro < 1 or self.batch_size % micro):
+            raise ValueError(
+                f"micro_batch_size: expected a divisor of batch_size ({self.batch_size}); "
+                f"got {micro}"
+            )
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Learning rate of `step`, counted from 0.
+
+    Linear to the peak over `warmup_steps` (peak · (step + 1) / warmup_steps), then
+    floor + (peak − floor) · (1 + cos(π · progress)) / 2, progress 0 at the first step after the
+    warm-up and 1 at the last step; floor = peak · final_lr_fraction.
+    """
+    if step < config.warmup_steps:
+        return config.peak_lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(config.steps - 1 - config.warmup_steps, 1)
+    floor = config.peak_lr * config.final_lr_fraction
+    return floor + (config.peak_lr - floor) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with two groups: matrices, which decay, and all else, which does not."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, config.peak_lr, betas=betas, eps=config.adam_eps, fused=True)
+
+
+def _loss(model: Llama2, tokens: Tensor, bf16: bool) -> Tensor:
+    """Mean cross-entropy over `[batch, seq_len + 1]`; bf16 casts the weights, differentiably.
+
+    Autocast is no substitute: it would hand the ops float32 residuals with bfloat16 updates.
+    """
+    if not bf16:
+        return model.loss(tokens)
+    weights = {name: weight.bfloat16() for name, weight in model.named_parameters()}
+    logits = functional_call(model, weights, (tokens[:, :-1],))
+    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def train_step(
+    model: Llama2, optimizer: torch.optim.Optimizer, batch: Tensor, step: int, config: TrainConfig
+) -> tuple[float, float]:
+    """One optimiser step on `batch` int64 `[batch_size, seq_len + 1]`, on the model's device.
+
+    Returns:
+        (loss, gradient norm before clipping): the loss is the batch's mean in nats per token.
+    Raises:
+        FloatingPointError: either is not finite. The weights are as before the step.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    micro_batches = batch.split(config.micro_batch_size or config.batch_size)
+    total = torch.zeros((), device=batch.device)
+    for micro_batch in micro_batches:
+        loss = _loss(model, micro_batch, config.bf16) / len(micro_batches)
+        loss.backward()
+        total += loss.detach()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    if not (total + norm).isfinite():
+        raise FloatingPointError(
+            f"step {step}: expected a finite loss and gradient norm; got {total.item()} and "
+            f"{norm.item()}. The last saved state is untouched; a lower peak_lr needs a new run"
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, config)
+    optimizer.step()
+    return total.item(), norm.item()
+
+
+def run_identity(model: Llama2, stream: np.ndarray, config: TrainConfig) -> dict[str, Any]:
+    """What two runs must share for one to resume the other: shapes, recipe and data."""
+    return {
+        "model_config": asdict(model.config),
+        "train_config": asdict(config),
+        "stream": {"num_tokens": len(stream), "crc32": zlib.crc32(np.ascontiguousarray(stream))},
+    }
+
+
+def train(
+    model: Llama2,
+    stream: np.ndarray,
+    config: TrainConfig,
+    folder: Path,
+    *,
+    save_every: int = 500,
+) -> list[dict[str, float]]:
+    """Trains `model` in place on `stream` and returns the records of the log, one per step.
+
+    `folder` receives `state.pt`, every `save_every` steps and at the end, and `log.jsonl`, a line
+    per step: step, loss, lr, grad_norm, tokens (so far), seconds (so far). If it holds a state, the
+    run resumes from it, bit for bit as though it had never stopped (on CUDA as far as its kernels
+    are deterministic).
+
+    Args:
+        stream: integer token ids `[num_tokens]`.
+    Raises:
+        ValueError: the state in `folder` is of another run.
+        FloatingPointError: a loss or gradient is not finite; such a step is never saved.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state_path, log_path = folder / "state.pt", folder / "log.jsonl"
+    device = next(model.parameters()).device
+    optimizer = make_optimizer(model, config)
+    identity = run_identity(model, stream, config)
+    first_step = load_state(state_path, model, optimizer, identity) if state_path.exists() else 0
+    started = time.perf_counter() - cut_log(log_path, first_step)
+    model.train()
+    steps = range(first_step, config.steps)
+    with (
+        log_path.open("a", buffering=1) as log,
+        tqdm(steps, initial=first_step, total=config.steps, unit="step") as progress,
+    ):
+        for step in progress:
+            batch = random_batch(
+                stream,
+                batch_size=config.batch_size,
+                seq_len=config.seq_len,
+                seed=config.seed,
+                step=step,
+            ).to(device)
+            loss, grad_norm = train_step(model, optimizer, batch, step, config)
+            record = {
+                "step": step,
+                "loss": loss,
+                "lr": learning_rate(step, config),
+                "grad_norm": grad_norm,
+                "tokens": (step + 1) * config.batch_size * config.seq_len,
+                "seconds": round(time.perf_counter() - started, 3),
+            }
+            log.write(json.dumps(record) + "\n")
+            progress.set_postfix(loss=f"{loss:.3f}")
+            if (step + 1) % save_every == 0 or step + 1 == config.steps:
+                save_state(state_path, model, optimizer, step + 1, identity)
+    return read_log(log_path)
+
+
+@torch.no_grad()
+def bits_per_byte(
+    model: Llama2, stream: np.ndarray, num_bytes: int, *, seq_len: int, batch_size: int = 16
+) -> float:
+    """Σ −log₂ p(token) / num_bytes: comparable between tokenizers, unlike loss per token.
+
+    Every id of `stream` but the first is predicted once, in windows of `seq_len` that start without
+    context, so it is an upper bound of what a sliding window would give.
+
+    Args:
+        stream: integer token ids `[num_tokens]`.
+        num_bytes: length in UTF-8 of the text that the ids stand for.
+    """
+    device = next(model.parameters()).device
+    num_windows = (len(stream) - 1) // seq_len
+    whole = np.arange(num_windows)[:, None] * seq_len + np.arange(seq_len + 1)
+    batches = [stream[whole[i : i + batch_size]] for i in range(0, num_windows, batch_size)]
+    tail = stream[num_windows * seq_len :]
+    if len(tail) > 1:
+        batches.append(tail[None])
+    nats = 0.0
+    for windows in tqdm(batches, desc="held out", unit="batch", leave=False):
+        tokens = torch.from_numpy(windows.astype(np.int64)).to(device)
+        logits = model(tokens[:, :-1]).flatten(0, 1).float()
+        nats += F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum").item()
+    return nats / math.log(2) / num_bytes
