@@ -1,0 +1,82 @@
+"""A conversation on the terminal, in Llama 2's chat format."""
+
+import contextlib
+import sys
+from typing import Any
+
+from llama2.model import Llama2
+from llama2.text import require_utf8, stream_text
+from llama2.tokenizer import Tokenizer
+
+_COMMANDS = "/reset forgets the conversation, /exit leaves"
+
+
+def chat(
+    model: Llama2,
+    tokenizer: Tokenizer,
+    *,
+    system: str | None = None,
+    max_new_tokens: int,
+    **settings: Any,
+) -> None:
+    """Reads lines from stdin and streams answers to stdout, until /exit or the end of the input.
+
+    A conversation is never shortened: when it has filled the model's context, the next line is
+    refused with the way out.
+
+    Args:
+        system: instructions that hold for the whole conversation.
+        max_new_tokens: of one answer, which is shorter where the context ends.
+        settings: `generate`'s temperature, top_p and seed.
+    Raises:
+        ValueError: the system prompt holds one of the chat format's tags, or fills the context; or
+            a setting is wrong.
+    """
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    _tokens(model, tokenizer, [*opening, {"role": "user", "content": ""}])
+    # Line editing, where Python has it.
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401
+    _note(_COMMANDS)
+    history = opening
+    while (line := _ask()) != "/exit":
+        if line == "/reset":
+            history = opening
+            _note("forgotten")
+        elif line:
+            try:
+                asked = [*history, {"role": "user", "content": require_utf8("the line", line)}]
+                tokens = _tokens(model, tokenizer, asked)
+            except ValueError as error:
+                _note(f"{error}; {_COMMANDS}")
+                continue
+            room = model.config.max_seq_len - len(tokens)
+            settings["max_new_tokens"] = min(max_new_tokens, room)
+            answer = ""
+            for piece in stream_text(model, tokenizer, tokens, **settings):
+                print(piece, end="", flush=True)
+                answer += piece
+            print()
+            history = [*asked, {"role": "assistant", "content": answer}]
+
+
+def _ask() -> str:
+    try:
+        return input("you> ").strip()
+    except EOFError:
+        print()
+        return "/exit"
+
+
+def _tokens(model: Llama2, tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
+    tokens = tokenizer.encode_chat(messages)
+    if len(tokens) >= model.config.max_seq_len:
+        raise ValueError(
+            f"the context is full: the conversation takes {len(tokens)} tokens, of which the "
+            f"model sees {model.config.max_seq_len}, its answer included"
+        )
+    return tokens
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)

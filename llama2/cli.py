@@ -1,0 +1,193 @@
+"""The `llama2` command: generate, chat, demo."""
+
+import argparse
+import io
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from llama2 import checkpoint
+from llama2.chat import chat
+from llama2.generate import generate
+from llama2.model import Llama2
+from llama2.placement import BACKENDS, place
+from llama2.text import require_utf8, stop_ids, stream_text
+from llama2.tokenizer import Tokenizer
+
+SHIPPED = Path(__file__).parent / "checkpoints" / "stdlib"
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# What a user can cause. Anything else is a defect and keeps its traceback.
+_COMPLAINTS = (
+    OSError,
+    ValueError,
+    ImportError,
+    NotImplementedError,
+    FloatingPointError,
+    torch.OutOfMemoryError,
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line `argv`, by default the process's.
+
+    Returns:
+        The exit status: 0; 1 if the demo's backends differ; 2 after a one-line complaint on stderr
+        about what the user gave; 130 after Ctrl-C.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):  # a terminal that lacks a character shows "?"
+            output.reconfigure(errors="replace")
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        # Python flushes stdout once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except _COMPLAINTS as error:
+        print(f"llama2: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    prompts = [require_utf8("--prompt", prompt) for prompt in arguments.prompt or ()]
+    if arguments.prompt_file is not None:
+        prompts.append(_read_prompt(arguments.prompt_file))
+    if not prompts:
+        raise ValueError("generate: expected --prompt TEXT or --prompt-file FILE; got neither")
+    model, tokenizer = _load(arguments)
+    settings = _settings(arguments)
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    if len(prompts) == 1:
+        pieces = stream_text(model, tokenizer, encoded[0], **settings)
+        print(prompts[0], end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+        return 0
+    continuations = generate(model, encoded, stop_ids=stop_ids(tokenizer), **settings)
+    for number, (prompt, new) in enumerate(zip(encoded, continuations, strict=True), 1):
+        print(f"--- prompt {number} of {len(prompts)}")
+        print(tokenizer.decode(prompt + new))
+    return 0
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    system = arguments.system and require_utf8("--system", arguments.system)
+    model, tokenizer = _load(arguments)
+    if arguments.checkpoint == SHIPPED:
+        print(
+            "note: the shipped model continues Python source; it was never taught to answer",
+            file=sys.stderr,
+        )
+    chat(model, tokenizer, system=system, **_settings(arguments))
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from llama2 import demo  # needs tqdm, whose absence is a complaint like any other
+
+    return demo.run(SHIPPED, arguments.device)
+
+
+def _load(arguments: argparse.Namespace) -> tuple[Llama2, Tokenizer]:
+    placement = place(arguments.backend, arguments.device)
+    if arguments.backend == "auto" or placement.interpreted:
+        placement.announce()
+    dtype = arguments.dtype and _DTYPES[arguments.dtype]
+    model = checkpoint.load(
+        arguments.checkpoint, placement.ops, dtype=dtype, device=placement.device
+    )
+    tokenizer = Tokenizer(arguments.checkpoint / "tokenizer.model")
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{arguments.checkpoint}: expected a tokenizer of at most the model's "
+            f"{model.config.vocab_size} ids; got one of {tokenizer.vocab_size}"
+        )
+    return model, tokenizer
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, float | int | None]:
+    names = ("max_new_tokens", "temperature", "top_p", "seed")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _read_prompt(name: str) -> str:
+    if name == "-":
+        return require_utf8("--prompt-file", sys.stdin.read())
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt-file: expected UTF-8 in {name}; {error}") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llama2", description="Llama 2 on plain PyTorch or on Triton kernels."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("generate", help="continue a text")
+    _add_model_options(command, max_new_tokens=128)
+    command.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="give it again for a batch"
+    )
+    command.add_argument("--prompt-file", metavar="FILE", help="a UTF-8 text; - is stdin")
+    command.set_defaults(run=_generate)
+
+    command = commands.add_parser("chat", help="converse with a chat model")
+    _add_model_options(command, max_new_tokens=512)
+    command.add_argument("--system", metavar="TEXT", help="instructions for the conversation")
+    command.set_defaults(run=_chat)
+
+    command = commands.add_parser("demo", help="both backends side by side on the shipped model")
+    command.add_argument("--device", help="default: cuda if there is one, otherwise cpu")
+    command.set_defaults(run=_demo)
+    return parser
+
+
+def _add_model_options(command: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    add = command.add_argument
+    add(
+        "--checkpoint",
+        type=Path,
+        default=SHIPPED,
+        metavar="DIR",
+        help="Hugging Face's or Meta's files with tokenizer.model; default: a small model of "
+        "Python source that comes with this package",
+    )
+    add(
+        "--backend",
+        choices=BACKENDS,
+        default="auto",
+        help="auto: triton on a GPU that Triton can drive, otherwise eager",
+    )
+    add("--device", help="default: cuda if there is one, otherwise cpu")
+    add("--dtype", choices=_DTYPES, help="default: the checkpoint's")
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=max_new_tokens,
+        metavar="N",
+        help="default: %(default)s",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="default: 0, the likeliest token",
+    )
+    add("--top-p", type=float, default=1.0, metavar="P", help="default: 1, no cut")
+    add("--seed", type=int, metavar="N", help="default: another one every time")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Where a command runs: its device and its backend, chosen once and said aloud on stderr."""
+
+import sys
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from gqa_kernels import get_backend, interpreter
+
+BACKENDS = ("auto", "eager", "triton")
+
+
+class Placement(NamedTuple):
+    device: torch.device
+    backend: str  # "eager" or "triton"
+    reason: str
+    interpreted: bool  # the kernels run in Triton's CPU interpreter
+
+    @property
+    def ops(self) -> ModuleType:
+        return get_backend(self.backend)
+
+    def announce(self) -> None:
+        print(f"backend: {self.backend} on {self.device}: {self.reason}", file=sys.stderr)
+        if self.interpreted:
+            print(
+                "The kernels run in Triton's interpreter on the CPU, which is slow: it checks "
+                "their results, and no speed is claimed.",
+                file=sys.stderr,
+            )
+
+
+def place(backend: str, device: str | None = None) -> Placement:
+    """Settles a device and a backend; "triton" on the CPU switches Triton's interpreter on.
+
+    To be called before anything imports Triton, which fixes the interpreter's mode when it defines
+    its first kernel.
+
+    Args:
+        backend: "auto" takes "triton" on a GPU that Triton can drive, otherwise "eager".
+        device: None means "cuda" if there is one, otherwise "cpu".
+    Raises:
+        ValueError: the backend is none of these, the device is not there, or "triton" is asked for
+            on a GPU that Triton cannot drive.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
+    where = _device(device)
+    if backend == "auto":
+        obstacle = _obstacle(where)
+        if obstacle is not None:
+            return Placement(where, "eager", obstacle, interpreted=False)
+        name = torch.cuda.get_device_name(where)
+        return Placement(where, "triton", f"Triton drives {name}", interpreted=False)
+    if backend == "eager":
+        return Placement(where, "eager", "as asked for", interpreted=False)
+    if where.type == "cpu":
+        interpreter.enable()
+    interpreted = interpreter.is_enabled()
+    if not interpreted and (obstacle := _obstacle(where)) is not None:
+        raise ValueError(
+            f"backend: expected a GPU that Triton can drive for triton; {where}: {obstacle}"
+        )
+    return Placement(where, "triton", "as asked for", interpreted)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).tolist()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device: expected one that is there, such as cpu or cuda; got {name!r}"
+        ) from error
+    return device
+
+
+def _obstacle(device: torch.device) -> str | None:
+    """Why "auto" does not take the kernels for this device, if it does not."""
+    if device.type == "cpu":
+        return "the device is the CPU" if torch.cuda.is_available() else "there is no GPU"
+    if interpreter.is_enabled():
+        return "Triton is set to its interpreter"
+    from gqa_kernels import target
+
+    try:
+        target.check_device("device", torch.empty(0, device=device))
+        target.current()
+    except RuntimeError as error:
+        return str(error)
+    return None

@@ -1,0 +1,68 @@
+"""Small models with random weights, and the budget that their results are held to."""
+
+import torch
+from torch import Tensor
+
+from gqa_kernels import get_backend
+from llama2 import Llama2, ModelConfig
+
+EAGER = get_backend("eager")
+
+
+def small_config(num_q_heads=4, num_kv_heads=2, head_dim=16, **changes) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=111,
+        num_layers=2,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        max_seq_len=128,
+        **changes,
+    )
+
+
+def lively(config: ModelConfig, device, ops=EAGER) -> Llama2:
+    """Weights large enough that attention is far from uniform and logits are far apart."""
+    model = Llama2(config, ops)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+        else:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model.to(device)
+
+
+def twin(model: Llama2, ops=EAGER, dtype=None) -> Llama2:
+    """The same weights on other ops or in another dtype; in float64 also a float64 rope table."""
+    weight = model.lm_head.weight
+    copy = Llama2(model.config, ops).to(weight.device, dtype or weight.dtype)
+    copy.load_state_dict(model.state_dict())
+    if dtype is torch.float64:
+        half = torch.arange(0, model.config.head_dim, 2, dtype=torch.float64, device=weight.device)
+        position = torch.arange(model.config.max_seq_len, dtype=torch.float64, device=weight.device)
+        angle = position[:, None] * model.config.rope_theta ** (-half / model.config.head_dim)
+        copy.rope.cos, copy.rope.sin = angle.cos(), angle.sin()
+    return copy
+
+
+def assert_within_budget(ours: Tensor, theirs: Tensor, oracle: Tensor) -> None:
+    """Our error is at most twice theirs plus one rounding of the output type.
+
+    In root mean square: through a whole network the largest error of one run is mostly chance.
+    """
+    assert ours.shape == theirs.shape == oracle.shape
+    rounding = torch.finfo(ours.dtype).eps / 2 * oracle.norm()
+    budget = 2 * (theirs.double() - oracle).norm() + rounding
+    error = (ours.double() - oracle).norm()
+    assert error <= budget, f"error {error:.3e}, budget {budget:.3e}"
+
+
+def random_tokens(device, *shape) -> Tensor:
+    return torch.randint(97, shape, device=device)
+
+
+def right_padded(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+    return tokens, torch.tensor([len(p) for p in prompts], device=tokens.device)

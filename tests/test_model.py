@@ -1,0 +1,234 @@
+"""The model against transformers' Llama, and against itself in other shapes of call."""
+
+import dataclasses
+
+import pytest
+import torch
+from small_llama import (
+    EAGER,
+    assert_within_budget,
+    lively,
+    random_tokens,
+    right_padded,
+    small_config,
+    twin,
+)
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llama2 import PUBLISHED, KVCache, Llama2
+from llama2.generate import generate
+from llama2.model import rope_table
+
+# (query heads, key/value heads, head_dim): MHA, GQA by 2 and by 3, MQA; an odd width.
+HEADS = [(4, 4, 16), (4, 2, 16), (6, 2, 8), (4, 1, 16), (2, 1, 80)]
+
+
+def hugging_face(model: Llama2) -> LlamaForCausalLM:
+    config = model.config
+    hf = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_q_heads,
+            num_key_value_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_seq_len,
+            rms_norm_eps=config.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            attn_implementation="eager",
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+    weights = {
+        name if name.startswith("lm_head") else f"model.{name}": weight
+        for name, weight in model.state_dict().items()
+    }
+    hf.load_state_dict(weights)
+    return hf.to(model.lm_head.weight.device).eval()
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@torch.no_grad()
+def test_logits_are_hugging_faces(heads, device):
+    model = lively(small_config(*heads), device)
+    tokens = random_tokens(device, 2, 63)
+    oracle = twin(model, dtype=torch.float64)(tokens)
+    assert_within_budget(model(tokens), hugging_face(model)(tokens).logits, oracle)
+
+
+@pytest.mark.parametrize("changes", [{"rope_theta": 1e6}, {"norm_eps": 1e-2}], ids=str)
+@torch.no_grad()
+def test_constants_reach_the_network(changes, device):
+    model = lively(small_config(**changes), device)
+    tokens = random_tokens(device, 1, 40)
+    oracle = twin(model, dtype=torch.float64)(tokens)
+    assert_within_budget(model(tokens), hugging_face(model)(tokens).logits, oracle)
+    default = Llama2(small_config(), EAGER).to(device)
+    default.load_state_dict(model.state_dict())
+    assert (default(tokens) - oracle).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("heads", HEADS[:4], ids=str)
+@torch.no_grad()
+def test_ragged_prefill_is_hugging_faces_left_padding(heads, device):
+    model = lively(small_config(*heads), device)
+    prompts = [random_tokens(device, length) for length in (5, 17, 1)]
+    tokens, num_valid = right_padded(prompts)
+    mask = torch.arange(17, device=device) >= 17 - num_valid[:, None]
+    left = torch.zeros_like(tokens)
+    left[mask] = torch.cat(prompts)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    theirs = hugging_face(model)(left, attention_mask=mask.long(), position_ids=positions).logits
+
+    def last_logits(model: Llama2) -> Tensor:
+        cache = KVCache(model.config, 3, 17, dtype=model.lm_head.weight.dtype, device=tokens.device)
+        logits = model(tokens, cache, num_valid)
+        assert cache.seq_lens.tolist() == [5, 17, 1]
+        return logits[torch.arange(3, device=device), num_valid - 1]
+
+    oracle = last_logits(twin(model, dtype=torch.float64))
+    assert_within_budget(last_logits(model), theirs[:, -1], oracle)
+
+
+@pytest.mark.parametrize("heads", HEADS[:4], ids=str)
+def test_greedy_tokens_are_hugging_faces(heads, device):
+    model = lively(small_config(*heads), device)
+    prompts = [random_tokens(device, length) for length in (5, 17, 1)]
+    mask = torch.arange(17, device=device) >= torch.tensor([[12], [0], [16]], device=device)
+    left = torch.zeros(3, 17, dtype=torch.long, device=device)
+    left[mask] = torch.cat(prompts)
+    theirs = hugging_face(model).generate(
+        left, attention_mask=mask.long(), max_new_tokens=24, do_sample=False, pad_token_id=0
+    )
+    ours = generate(model, [p.tolist() for p in prompts], max_new_tokens=24)
+    assert ours == theirs[:, 17:].tolist()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 16])
+@torch.no_grad()
+def test_prefill_and_decode_are_one_forward(chunk, device):
+    model = lively(small_config(), device)
+    tokens = random_tokens(device, 2, 40)
+    cache = KVCache(model.config, 2, 40, dtype=torch.float32, device=device)
+    parts = [tokens[:, :8], *tokens[:, 8:].split(chunk, dim=1)]
+    cached = torch.cat([model(part, cache) for part in parts], dim=1)
+    assert cache.seq_lens.tolist() == [40, 40]
+    assert_within_budget(cached, model(tokens), twin(model, dtype=torch.float64)(tokens))
+
+
+@torch.no_grad()
+def test_ragged_rows_decode_as_if_alone(device):
+    model = lively(small_config(), device)
+    oracle = twin(model, dtype=torch.float64)
+    prompts = [random_tokens(device, length) for length in (3, 11, 7)]
+    later = random_tokens(device, 3, 10)
+    tokens, num_valid = right_padded(prompts)
+    cache = KVCache(model.config, 3, 21, dtype=torch.float32, device=device)
+    # What lies beyond a sequence's length must not matter, be it NaN.
+    cache.keys.fill_(float("nan"))
+    cache.values.fill_(float("nan"))
+    model(tokens, cache, num_valid)
+    steps = torch.cat([model(later[:, i : i + 2], cache) for i in range(0, 10, 2)], dim=1)
+    for row, prompt in enumerate(prompts):
+        whole = torch.cat([prompt, later[row]])[None]
+        alone, exact = model(whole)[:, len(prompt) :], oracle(whole)[:, len(prompt) :]
+        assert_within_budget(steps[row : row + 1], alone, exact)
+
+
+@torch.no_grad()
+def test_interleaved_rope_is_a_permutation_of_the_weights(device):
+    half = lively(small_config(), device)
+    interleaved = Llama2(dataclasses.replace(half.config, rope_interleaved=True), EAGER).to(device)
+    interleaved.load_state_dict(half.state_dict())
+    for layer in interleaved.layers:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            weight = projection.weight  # feature i of a half goes to 2i, of the other to 2i + 1
+            weight.copy_(weight.view(-1, 2, 8, 48).transpose(1, 2).reshape(weight.shape))
+    tokens = random_tokens(device, 2, 50)
+    oracle = twin(half, dtype=torch.float64)(tokens)
+    assert_within_budget(interleaved(tokens), half(tokens), oracle)
+
+
+def test_training_reduces_the_loss(device):
+    model = Llama2(small_config(), EAGER).to(device)
+    tokens = random_tokens(device, 4, 33)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss = model.loss(tokens)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    # An untrained model knows nothing: log(vocab_size) nats.
+    assert abs(losses[0] - torch.tensor(97.0).log().item()) < 0.1
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_every_parameter_gets_a_gradient(device):
+    model = lively(small_config(), device)
+    model.loss(random_tokens(device, 2, 20)).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_cast_model_keeps_its_float32_rope_table(dtype, device):
+    model = Llama2(small_config(), EAGER).to(device).to(dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    cos, sin = rope_table(model.config, device)
+    assert model.rope.cos.dtype == model.rope.sin.dtype == torch.float32
+    assert model.rope.cos.device.type == device.type
+    assert torch.equal(model.rope.cos, cos) and torch.equal(model.rope.sin, sin)
+    assert not any(name.startswith("rope") for name in model.state_dict())
+
+
+def test_tied_embeddings_are_one_parameter(device):
+    model = Llama2(small_config(tie_word_embeddings=True), EAGER).to(device)
+    assert model.lm_head.weight is model.embed_tokens.weight
+    names = [name for name, _ in model.named_parameters()]
+    assert "embed_tokens.weight" in names and "lm_head.weight" not in names
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    # 7B, 13B and 70B as released; 34B from Code Llama's shape.
+    [("7B", 6738415616), ("13B", 13015864320), ("34B", 33743970304), ("70B", 68976648192)],
+)
+def test_published_parameter_counts(name, parameters):
+    with torch.device("meta"):
+        assert torch.empty(1).is_meta, "or the model would be built in memory"
+        model = Llama2(PUBLISHED[name], EAGER)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@torch.no_grad()
+def test_too_many_tokens_are_refused(device):
+    model = Llama2(small_config(), EAGER).to(device)
+    with pytest.raises(ValueError, match=r"tokens: expected at most max_seq_len \(128\).* got 129"):
+        model(random_tokens(device, 1, 129))
+    cache = KVCache(model.config, 1, 10, dtype=torch.float32, device=device)
+    model(random_tokens(device, 1, 7), cache)
+    with pytest.raises(ValueError, match=r"tokens: expected at most 3 more .* got 4"):
+        model(random_tokens(device, 1, 4), cache)
+    assert cache.seq_lens.tolist() == [7] and cache.num_written == 7
+    with pytest.raises(ValueError, match="capacity: expected 1 to max_seq_len"):
+        KVCache(model.config, 1, 129, dtype=torch.float32, device=device)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_kv_heads": 3}, r"num_q_heads: expected a multiple of num_kv_heads \(3\); got 4"),
+        ({"head_dim": 15}, "head_dim: expected an even number"),
+        ({"num_layers": 0}, "num_layers: expected a positive int; got 0"),
+        ({"vocab_size": 32.0}, "vocab_size: expected a positive int; got 32.0"),
+    ],
+)
+def test_impossible_configs_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(small_config(), **changes)
