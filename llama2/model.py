@@ -46,13 +46,14 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(config.hidden_size))
         self.eps = config.norm_eps
-        self.ops = ops
+        # The functions, not the module: copies and pickles of a model carry them by name.
+        self.rms_norm, self.add_rms_norm = ops.rms_norm, ops.add_rms_norm
 
     def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """(normalised, residual) of x + residual; the first norm of the network has no residual."""
         if residual is None:
-            return self.ops.rms_norm(x, self.weight, self.eps), x
-        return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
+            return self.rms_norm(x, self.weight, self.eps), x
+        return self.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -61,7 +62,8 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.rope_interleaved = config.rope_interleaved
         self.layer = layer
-        self.ops = ops
+        self.apply_rope = ops.apply_rope
+        self.flash_attention, self.decode_attention = ops.flash_attention, ops.decode_attention
         q_size = config.num_q_heads * config.head_dim
         kv_size = config.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
@@ -78,15 +80,15 @@ class Attention(nn.Module):
             projection(x).view(batch, seq_len, -1, self.head_dim)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = self.ops.apply_rope(
+        q, k = self.apply_rope(
             q, k, rope.cos, rope.sin, positions, interleaved=self.rope_interleaved
         )
         if cache is not None:
             cache.write(self.layer, k, v, positions)
         if positions is None:  # the sequences start here: all their keys are k
-            out = self.ops.flash_attention(q, k, v, causal=True)
+            out = self.flash_attention(q, k, v, causal=True)
         else:
-            out = self.ops.decode_attention(
+            out = self.decode_attention(
                 q, cache.keys[self.layer], cache.values[self.layer], cache.seq_lens + seq_len
             )
         return self.o_proj(out.reshape(batch, seq_len, -1))
@@ -95,13 +97,13 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig, ops: ModuleType) -> None:
         super().__init__()
-        self.ops = ops
+        self.swiglu = ops.swiglu
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(self.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class DecoderLayer(nn.Module):

@@ -1,6 +1,8 @@
 """The model against transformers' Llama, and against itself in other shapes of call."""
 
+import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -185,6 +187,15 @@ def test_a_cast_model_keeps_its_float32_rope_table(dtype, device):
     assert model.rope.cos.device.type == device.type
     assert torch.equal(model.rope.cos, cos) and torch.equal(model.rope.sin, sin)
     assert not any(name.startswith("rope") for name in model.state_dict())
+
+
+@torch.no_grad()
+def test_a_model_can_be_copied_and_pickled(device):
+    model = lively(small_config(), device)
+    tokens = random_tokens(device, 1, 5)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(tokens), model(tokens))
+        assert other.lm_head.weight.data_ptr() != model.lm_head.weight.data_ptr()
 
 
 def test_tied_embeddings_are_one_parameter(device):

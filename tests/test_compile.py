@@ -1,0 +1,146 @@
+"""What the kernels compile to, asserted from the binaries: no GPU is needed.
+
+`bench/compiled.py` compiles them in a process of its own, since Triton's interpreter, in which the
+tests of this process run, is switched on or off for a whole process. Its results are kept in
+Triton's cache: the first run takes minutes, the next ones seconds.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+ARCHS = ("sm_90", "sm_80", "sm_100", "sm_120", "gfx942")
+
+# float32 attention multiplies outside the tensor cores; at this head_dim no tile fits.
+SPILLS_ALLOWED = ("flash_attention", "float32", "head_dim=256")
+
+# Accesses of a row kernel that are not 16 bytes wide: one rstd per row; the float32 angles, half
+# as many as features; the sums of columns, one per thread.
+NARROW_ALLOWED = {
+    "norm.forward": {"STG.32"},
+    "norm.backward": {"LDG.32"},
+    "norm.sum_partials": {"STG.U16"},
+    "glu.forward": set(),
+    "glu.backward": set(),
+    "rope.rotate": {"LDG.64"},
+}
+
+
+def python(*arguments: str) -> str:
+    """What a fresh interpreter prints, with bench/ on its path and Triton compiling."""
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(BENCH)
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def count(mix: dict[str, int], *names: str) -> int:
+    return sum(n for opcode, n in mix.items() if opcode.startswith(names))
+
+
+def complaints(entry: dict) -> list[str]:
+    """What is wrong with one launch. Shared memory beyond the target's limit is an error."""
+    if entry["error"]:
+        return [entry["error"]]
+    binary, kernel = entry["binary"], entry["launch"]["kernel"]
+    loop, found = binary["loop"], []
+    where = f"{entry['op']}-{entry['dtype']}-{entry['case']}"
+    spills_allowed = all(part in where for part in SPILLS_ALLOWED)
+    if (binary["spills"] or binary["local_bytes"]) and not spills_allowed:
+        found.append(f"{binary['spills']} spills, {binary['local_bytes']} bytes of local memory")
+    if binary["serialized"]:
+        found.append(f"serialised wgmma: {binary['serialized']}")
+    if binary["transposed_dots"]:
+        found.append("a transposed dot result is an operand of a dot")
+    if kernel in NARROW_ALLOWED and entry["arch"].startswith("sm_"):
+        accesses = {op for op in binary["mix"] if op.startswith(("LDG", "STG"))}
+        if narrow := accesses - {"LDG.128", "STG.128"} - NARROW_ALLOWED[kernel]:
+            found.append(f"accesses narrower than 16 bytes: {sorted(narrow)}")
+    if kernel == "attention.forward" and entry["arch"] == "sm_90" and entry["dtype"] != "float32":
+        if not count(loop, "HGMMA"):
+            found.append("the main loop has no wgmma")
+        overlapped, exponentials = count(binary["under_wgmma"], "MUFU.EX2"), count(loop, "MUFU.EX2")
+        if overlapped < 0.9 * exponentials or not exponentials:
+            found.append(f"{overlapped} of {exponentials} exponentials issue under a wgmma")
+    return [f"{kernel} of {where}, {entry['mode']}: {complaint}" for complaint in found]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_binaries(arch):
+    entries = json.loads(python(str(BENCH / "compiled.py"), "--json", "--arch", arch))
+    assert {entry["op"] for entry in entries} >= {"rms_norm", "flash_attention"}
+    assert not [complaint for entry in entries for complaint in complaints(entry)]
+
+
+def test_one_binary_serves_every_number_of_tokens():
+    counted = json.loads(python(str(BENCH / "compiled.py"), "--count", "--arch", "sm_90"))["sm_90"]
+    # Backward rotates by the negated angle, a binary of its own.
+    expected = {key: 2 if key == "apply_rope, training, rope.rotate" else 1 for key in counted}
+    assert counted == expected
+
+
+def test_a_spilling_config_is_found():
+    """The check can fail: 128 × 128 tiles do not fit the registers of four warps."""
+    entries = json.loads(
+        python(
+            "-c",
+            "import compiled\n"
+            "from gqa_kernels import configs\n"
+            "wide = configs.AttentionConfig('', 2, 256, 128, 128, num_warps=4, num_stages=2)\n"
+            "configs.ATTENTION_FORWARD = (wide,)\n"
+            "case = compiled._variants(compiled.OPS[4])[6]\n"
+            "compiled.representative = lambda spec, arch: [case]\n"
+            "compiled.main(['--json', '--arch', 'sm_90', '--op', 'flash_attention'])",
+        )
+    )
+    found = " ".join(complaint for entry in entries for complaint in complaints(entry))
+    assert "bytes of local memory" in found
+    assert "serialised wgmma" in found
+
+
+def test_more_shared_memory_than_the_target_has_is_found():
+    entries = json.loads(
+        python(
+            "-c",
+            "import compiled\n"
+            "from gqa_kernels import configs\n"
+            "deep = configs.AttentionConfig('', 2, 256, 128, 64, num_warps=8, num_stages=4)\n"
+            "configs.ATTENTION_FORWARD = (deep,)\n"
+            "case = compiled._variants(compiled.OPS[4])[6]\n"
+            "compiled.representative = lambda spec, arch: [case]\n"
+            "compiled.main(['--json', '--arch', 'sm_120', '--op', 'flash_attention'])",
+        )
+    )
+    assert "shared memory" in entries[0]["error"]
+
+
+TRANSPOSED = """
+module {
+  tt.func public @k(%q: tensor<64x64xf16>, %k: tensor<64x64xf16>, %n: i32) {
+    %first = tt.dot %q, %k, %zero : tensor<64x64xf16> * tensor<64x64xf16> -> tensor<64x64xf32>
+    %out:2 = scf.for %i = %c0 to %n step %c1 iter_args(%a = %zero, %s = %first) -> (x, y) : i32 {
+      %p = math.exp2 %s : tensor<64x64xf32>
+      %h = arith.truncf %p : tensor<64x64xf32> to tensor<64x64xf16>
+      %t = tt.trans %h {order = array<i32: 1, 0>} : tensor<64x64xf16> -> tensor<64x64xf16>
+      %d = tt.dot OPERANDS, %a : tensor<64x64xf16> * tensor<64x64xf16> -> tensor<64x64xf32>
+      scf.yield %d, %s : tensor<64x64xf32>, tensor<64x64xf32>
+    }
+    tt.return
+  }
+}
+"""
+
+
+@pytest.mark.parametrize(("operands", "expected"), (("%t, %k", 1), ("%h, %k", 0), ("%k, %q", 0)))
+def test_a_transposed_dot_result_is_found(operands, expected, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import binary
+
+    assert binary.count_transposed_dots(TRANSPOSED.replace("OPERANDS", operands)) == expected
