@@ -198,11 +198,11 @@ def _forward(
         return out, lse if need_lse else None
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device) if need_lse else None
-    gpu = target.current()
-    config = configs.attention_config(gpu.arch, q.element_size(), head_dim)
     block_d = max(16, triton.next_power_of_2(head_dim))
-    use_tma = gpu.has_tma and _fits_tma(k) and _fits_tma(v)
     with target.device_of(q):
+        gpu = target.current()
+        config = configs.attention_config(gpu.arch, q.element_size(), head_dim)
+        use_tma = gpu.has_tma and _fits_tma(k) and _fits_tma(v)
         _forward_kernel[(triton.cdiv(seq_len_q, config.block_m) * num_q_heads * batch,)](
             q_ptr=q,
             k=_descriptor(k, config.block_n, block_d) if use_tma else k,

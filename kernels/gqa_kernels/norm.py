@@ -169,7 +169,8 @@ def _backward(
     num_rows = h_rows.shape[0]
     config = configs.row_config(configs.NORM_BACKWARD, width)
     # Without a weight gradient nothing ties rows together, yet persistence costs nothing either.
-    num_programs = min(num_rows, config.programs_per_sm * target.current().num_sms)
+    gpu = target.current()
+    num_programs = min(num_rows, config.programs_per_sm * gpu.num_sms)
     dx = torch.empty(h.shape, dtype=h.dtype, device=h.device) if need_dx else None
     partials, dweight = None, None
     if need_dweight:
@@ -190,7 +191,7 @@ def _backward(
             num_rows=num_rows,
             WIDTH=width,
             BLOCK=triton.next_power_of_2(width),
-            num_warps=config.num_warps,
+            num_warps=min(config.num_warps, gpu.max_warps),
             enable_fp_fusion=True,
         )
         if need_dweight:

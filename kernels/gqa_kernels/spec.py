@@ -99,7 +99,7 @@ def _add_norm_cost(case: Case, dtype: torch.dtype) -> Cost:
 _HIDDEN = (("7B", 4096), ("13B", 5120), ("34B and 70B", 8192))
 
 _NORM_CASES = (
-    Case({"num_tokens": 5, "hidden_size": 128}, "more rows than one program takes", test=True),
+    Case({"num_tokens": 19, "hidden_size": 128}, "more rows than persistent programs", test=True),
     Case({"num_tokens": 11, "hidden_size": 111}, "odd width: no 16-byte accesses", test=True),
     Case({"num_tokens": 3, "hidden_size": 1}, "the narrowest row", test=True),
     Case({"num_tokens": 1, "hidden_size": 4096}, "7B, decoding one token", test=True),

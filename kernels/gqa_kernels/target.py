@@ -17,10 +17,11 @@ class Target(NamedTuple):
     arch: str  # "sm_90", "gfx942", …
     num_sms: int
     has_tma: bool  # descriptor loads run on a bulk-copy engine
+    max_warps: int  # of one program: 1024 threads
 
 
 # The interpreter has no processor: kernels are planned for one small enough to cross every border.
-_INTERPRETED = Target(arch="interpreter", num_sms=4, has_tma=True)
+_INTERPRETED = Target(arch="interpreter", num_sms=4, has_tma=True, max_warps=32)
 
 
 def current() -> Target:
@@ -39,9 +40,10 @@ def _describe(device: object) -> Target:
     gpu = driver.active.get_current_target()
     properties = driver.active.utils.get_device_properties(device)
     num_sms = properties["multiprocessor_count"]
+    max_warps = 1024 // gpu.warp_size
     if gpu.backend == "cuda":
-        return Target(f"sm_{gpu.arch}", num_sms, has_tma=gpu.arch in (90, 100, 103))
-    return Target(str(gpu.arch), num_sms, has_tma=False)
+        return Target(f"sm_{gpu.arch}", num_sms, gpu.arch in (90, 100, 103), max_warps)
+    return Target(str(gpu.arch), num_sms, has_tma=False, max_warps=max_warps)
 
 
 def check_device(name: str, tensor: Tensor) -> None:
