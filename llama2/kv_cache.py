@@ -40,12 +40,17 @@ class KVCache:
     def capacity(self) -> int:
         return self.keys.shape[2]
 
-    def reserve(self, num_tokens: int) -> Tensor | None:
+    def reserve(self, batch: int, num_tokens: int) -> Tensor | None:
         """Positions `[batch, num_tokens]` of the next tokens; None means 0, 1, … in every sequence.
 
         Raises:
-            ValueError: the cache cannot hold that many more tokens. Nothing has been written.
+            ValueError: the cache is for another batch, or cannot hold that many more tokens.
+                Nothing has been written.
         """
+        if batch != len(self.seq_lens):
+            raise ValueError(
+                f"tokens: expected the cache's batch of {len(self.seq_lens)}; got {batch}"
+            )
         if self.num_written + num_tokens > self.capacity:
             raise ValueError(
                 f"tokens: expected at most {self.capacity - self.num_written} more in a cache of "

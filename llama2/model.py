@@ -59,6 +59,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, ops: ModuleType, layer: int) -> None:
         super().__init__()
+        self.num_q_heads, self.num_kv_heads = config.num_q_heads, config.num_kv_heads
         self.head_dim = config.head_dim
         self.rope_interleaved = config.rope_interleaved
         self.layer = layer
@@ -74,12 +75,10 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rope: RotaryTable, positions: Tensor | None, cache: KVCache | None
     ) -> Tensor:
-        batch, seq_len, _ = x.shape
         # [batch, seq_len, num_heads, head_dim]
-        q, k, v = (
-            projection(x).view(batch, seq_len, -1, self.head_dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q = self.q_proj(x).unflatten(-1, (self.num_q_heads, self.head_dim))
+        k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         q, k = self.apply_rope(
             q, k, rope.cos, rope.sin, positions, interleaved=self.rope_interleaved
         )
@@ -89,9 +88,9 @@ class Attention(nn.Module):
             out = self.flash_attention(q, k, v, causal=True)
         else:
             out = self.decode_attention(
-                q, cache.keys[self.layer], cache.values[self.layer], cache.seq_lens + seq_len
+                q, cache.keys[self.layer], cache.values[self.layer], cache.seq_lens + x.shape[1]
             )
-        return self.o_proj(out.reshape(batch, seq_len, -1))
+        return self.o_proj(out.flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -168,9 +167,18 @@ class Llama2(nn.Module):
         counts each row's tokens, and the states of the padding are meaningless.
 
         Raises:
-            ValueError: the tokens do not fit in `max_seq_len` or in the cache.
+            ValueError: the tokens do not fit in `max_seq_len` or in the cache, or their shape or
+                that of `num_valid` is another; `num_valid` without an empty cache.
+            TypeError: the cache is of another dtype than the model.
+            NotImplementedError: more than 16 tokens per sequence into a cache that is not empty.
         """
-        seq_len = tokens.shape[1]
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens: expected [batch, seq_len]; got {list(tokens.shape)}")
+        batch, seq_len = tokens.shape
+        if num_valid is not None and (cache is None or cache.num_written > 0):
+            raise ValueError("num_valid: expected only with an empty cache; got it without one")
+        if num_valid is not None and num_valid.shape != (batch,):
+            raise ValueError(f"num_valid: expected [{batch}]; got {list(num_valid.shape)}")
         if cache is None:
             if seq_len > self.config.max_seq_len:
                 raise ValueError(
@@ -179,7 +187,12 @@ class Llama2(nn.Module):
                 )
             positions = None
         else:
-            positions = cache.reserve(seq_len)
+            if cache.keys.dtype != self.embed_tokens.weight.dtype:
+                raise TypeError(
+                    f"cache: expected the model's dtype {self.embed_tokens.weight.dtype}; "
+                    f"got {cache.keys.dtype}"
+                )
+            positions = cache.reserve(batch, seq_len)
         x, residual = self.embed_tokens(tokens), None
         for layer in self.layers:
             x, residual = layer(x, residual, self.rope, positions, cache)
@@ -194,6 +207,14 @@ class Llama2(nn.Module):
         return self.lm_head(self.hidden_states(tokens, cache, num_valid))
 
     def loss(self, tokens: Tensor) -> Tensor:
-        """Mean next-token cross-entropy in nats over int tokens `[batch, seq_len + 1]`."""
+        """Mean next-token cross-entropy in nats over int tokens `[batch, seq_len + 1]`.
+
+        Raises:
+            ValueError: a sequence of less than two tokens has nothing to predict.
+        """
+        if tokens.dim() != 2 or tokens.shape[1] < 2:
+            raise ValueError(
+                f"tokens: expected [batch, seq_len + 1] with seq_len ≥ 1; got {list(tokens.shape)}"
+            )
         logits = self(tokens[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten().long())

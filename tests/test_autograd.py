@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from gqa_kernels.accuracy import run
@@ -106,10 +107,34 @@ def test_no_graph_without_grad(spec, call):
         outputs_of(spec, inputs)
 
 
+@pytest.mark.parametrize("op", ("rms_norm", "add_rms_norm", "swiglu"))
+def test_a_gradient_penalty_is_refused(op, call):
+    """It differentiates a gradient with respect to the inputs, for constant cotangents."""
+    (spec,) = (spec for spec in OPS if spec.name == op)
+    inputs = call(spec)
+    leaves = [inputs[name] for name in spec.wrt]
+    grads = grads_of(spec, inputs, outputs_of(spec, inputs), create_graph=True)
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        torch.autograd.grad(grads[0].square().sum(), leaves)
+
+
+@pytest.mark.parametrize("spec", DIFFERENTIABLE)
+def test_a_forward_mode_tangent_is_refused(spec, call):
+    inputs = {k: v.detach() if torch.is_tensor(v) else v for k, v in call(spec).items()}
+    name = spec.wrt[0]
+    with forward_ad.dual_level():
+        inputs[name] = forward_ad.make_dual(inputs[name], torch.ones_like(inputs[name]))
+        with pytest.raises(NotImplementedError, match=f"{name}: expected no forward-mode tangent"):
+            spec.kernel(**inputs)
+
+
 @pytest.mark.parametrize("spec", DIFFERENTIABLE)
 def test_second_derivative_is_refused(spec, call):
     inputs = call(spec)
-    grads = grads_of(spec, inputs, outputs_of(spec, inputs), create_graph=True)
+    outputs = outputs_of(spec, inputs)
+    cotangents = [torch.ones_like(output, requires_grad=True) for output in outputs]
+    leaves = [inputs[name] for name in spec.wrt]
+    grads = torch.autograd.grad(outputs, leaves, cotangents, create_graph=True)
     assert all(grad.requires_grad for grad in grads)
     for grad in grads:
         with pytest.raises(NotImplementedError, match="first derivatives only; got a second"):

@@ -41,9 +41,10 @@ def test_lengths_around_a_chunk_border(dtype, draw, device):
     assert torch.equal(decode_attention(q, k, v, seq_lens)[0], torch.zeros_like(q[0]))
 
 
-def test_a_length_beyond_the_cache_counts_as_its_end(draw, device):
+@pytest.mark.parametrize("length", (41, 1000, 2**31, 2**32 + 3))
+def test_a_length_beyond_the_cache_counts_as_its_end(length, draw, device):
     q, k, v = draw(1, 1, 2, 16), draw(1, 40, 1, 16), draw(1, 40, 1, 16)
-    beyond = decode_attention(q, k, v, lengths(1000, device=device))
+    beyond = decode_attention(q, k, v, lengths(length, device=device, dtype=torch.int64))
     assert torch.equal(beyond, decode_attention(q, k, v, lengths(40, device=device)))
 
 

@@ -141,3 +141,13 @@ def test_unknown_backend():
 
     with pytest.raises(ValueError, match="backend: expected one of eager, triton; got 'cuda'"):
         gqa_kernels.get_backend("cuda")
+
+
+def test_the_interpreter_is_repaired_when_the_environment_switches_it_on():
+    fresh(
+        "import torch, gqa_kernels\n"
+        "q = torch.randn(1, 40, 2, 16).bfloat16()\n"
+        "eager = gqa_kernels.get_backend('eager').flash_attention(q, q, q)\n"
+        "assert (gqa_kernels.flash_attention(q, q, q) - eager).abs().max() < 0.1",
+        TRITON_INTERPRET="1",
+    )

@@ -198,6 +198,46 @@ def test_a_model_can_be_copied_and_pickled(device):
         assert other.lm_head.weight.data_ptr() != model.lm_head.weight.data_ptr()
 
 
+@torch.no_grad()
+def test_no_sequences_and_no_tokens(device):
+    model = Llama2(small_config(), EAGER).to(device)
+    for shape in ((0, 5), (2, 0)):
+        tokens = torch.zeros(shape, dtype=torch.long, device=device)
+        assert model(tokens).shape == (*shape, model.config.vocab_size)
+
+
+@torch.no_grad()
+def test_a_cache_of_another_batch_or_dtype_is_refused(device):
+    model = Llama2(small_config(), EAGER).to(device)
+    tokens = random_tokens(device, 1, 5)
+    cache = KVCache(model.config, 3, 10, dtype=torch.float32, device=device)
+    with pytest.raises(ValueError, match="tokens: expected the cache's batch of 3; got 1"):
+        model(tokens, cache)
+    with pytest.raises(TypeError, match=r"cache: expected the model.s dtype torch\.float32"):
+        model(tokens, KVCache(model.config, 1, 10, dtype=torch.bfloat16, device=device))
+    assert cache.num_written == 0
+
+
+@torch.no_grad()
+def test_wrong_shapes_are_refused(device):
+    model = Llama2(small_config(), EAGER).to(device)
+    tokens, cache = (
+        random_tokens(device, 2, 20),
+        KVCache(model.config, 2, 40, dtype=torch.float32, device=device),
+    )
+    with pytest.raises(ValueError, match=r"tokens: expected \[batch, seq_len\]; got \[20\]"):
+        model(tokens[0])
+    with pytest.raises(ValueError, match=r"num_valid: expected \[2\]; got \[1\]"):
+        model(tokens, cache, torch.tensor([3], device=device))
+    with pytest.raises(ValueError, match="num_valid: expected only with an empty cache"):
+        model(tokens, None, torch.tensor([3, 4], device=device))
+    with pytest.raises(ValueError, match=r"tokens: expected .* seq_len ≥ 1"):
+        model.loss(tokens[:, :1])
+    model(tokens, cache)
+    with pytest.raises(NotImplementedError, match="seq_len_q of 1 to 16; got 17"):
+        model(tokens[:, :17], cache)
+
+
 def test_tied_embeddings_are_one_parameter(device):
     model = Llama2(small_config(tie_word_embeddings=True), EAGER).to(device)
     assert model.lm_head.weight is model.embed_tokens.weight

@@ -289,6 +289,8 @@ def flash_attention(
     checks.same_dtype("v", v, "q", q)
     checks.attention_heads(num_q_heads, k.shape[2], head_dim)
     softmax_scale = checks.softmax_scale(softmax_scale, head_dim)
+    checks.flag("causal", causal)
+    checks.flag("return_lse", return_lse)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
         out, lse = _FlashAttention.apply(q, k, v, causal, softmax_scale, return_lse)
     else:

@@ -10,10 +10,10 @@ from torch.autograd.function import FunctionCtx
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Passes a gradient on and raises when it is differentiated."""
+    """Passes a gradient on, as a function of what it depends on, and raises when differentiated."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, grad: Tensor, *depends_on: Tensor) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
@@ -37,10 +37,10 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
             results = backward(ctx, *grads)
         if not torch.is_grad_enabled():
             return results
+        # Tied to its arguments: a node that is on no path to them would never be run.
+        depends_on = [x for x in (*ctx.saved_tensors, *grads) if x is not None]
         return tuple(
-            result
-            if result is None
-            else _NoSecondDerivative.apply(result.detach().requires_grad_())
+            result if result is None else _NoSecondDerivative.apply(result, *depends_on)
             for result in results
         )
 

@@ -1,12 +1,16 @@
 """Argument checks that name the argument. They read metadata only, never values."""
 
+from numbers import Real
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gqa_kernels import target
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTS = (torch.int32, torch.int64)
+_FLOAT32 = torch.finfo(torch.float32)
 
 
 def tensor(
@@ -23,18 +27,27 @@ def tensor(
         shape: expected sizes; a string or None stands for any size and is shown in messages.
         like: another argument and its name, whose device this one shares.
     Raises:
-        TypeError: not a tensor, or of a dtype outside `dtypes`.
+        TypeError: not a strided tensor, or of a dtype outside `dtypes`.
+        NotImplementedError: a lazily negated view, or a tensor with a forward-mode tangent.
         ValueError: another shape, or another device than `like`.
         RuntimeError: a device that kernels do not run on.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor; got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(f"{name}: expected a strided tensor; got {value.layout}, or a nested one")
     if value.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: expected dtype {names}; got {value.dtype}")
     if shape is not None and not _matches(value.shape, shape):
         wanted = ", ".join("*" if size is None else str(size) for size in shape)
         raise ValueError(f"{name}: expected shape [{wanted}]; got {list(value.shape)}")
+    if value.is_neg():
+        raise NotImplementedError(
+            f"{name}: expected values as stored; got a view that negates them"
+        )
+    if forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(f"{name}: expected no forward-mode tangent; got one")
     if like is None:
         target.check_device(name, value)
     elif value.device != like[1].device:
@@ -58,9 +71,23 @@ def softmax_scale(value: float | None, head_dim: int) -> float:
     """The scale to use. The kernels scale inside the exponent, which needs a positive one."""
     if value is None:
         return head_dim**-0.5
-    if not 0.0 < value < float("inf"):
-        raise ValueError(f"softmax_scale: expected a positive finite float; got {value!r}")
+    scale = number("softmax_scale", value)
+    # A scale that is zero or infinite in float32 would turn masked scores into NaN.
+    if not _FLOAT32.tiny <= scale <= _FLOAT32.max / 2:
+        raise ValueError(f"softmax_scale: expected a positive finite float32; got {value!r}")
+    return scale
+
+
+def number(name: str, value: float) -> float:
+    """The value as a Python float. Tensors are refused: reading one would wait for the device."""
+    if isinstance(value, Tensor | bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number; got {type(value).__name__}")
     return float(value)
+
+
+def flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool; got {type(value).__name__}")
 
 
 def attention_heads(num_q_heads: int, num_kv_heads: int, head_dim: int) -> None:

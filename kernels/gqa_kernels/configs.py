@@ -56,14 +56,22 @@ ATTENTION_FORWARD = (
     # Small tiles, whose borders tests cross with few keys.
     AttentionConfig("interpreter", 2, 256, block_m=32, block_n=16, num_warps=4, num_stages=2),
     AttentionConfig("interpreter", 4, 256, block_m=32, block_n=16, num_warps=4, num_stages=2),
-    # Compiled, sm_90: the softmax issues under the product of the next tile.
+    # Compiled, sm_90: the softmax issues under the product of the next tile. Two stages let part of
+    # it slip behind that product at head_dim 64 and spill two instructions at 192.
+    AttentionConfig("sm_90", 2, 64, block_m=128, block_n=64, num_warps=8, num_stages=3),
     AttentionConfig("sm_90", 2, 128, block_m=128, block_n=64, num_warps=8, num_stages=2),
-    AttentionConfig("sm_90", 2, 256, block_m=128, block_n=32, num_warps=8, num_stages=2),
-    # Compiled: what fits the registers and the shared memory of every target.
+    AttentionConfig("sm_90", 2, 256, block_m=128, block_n=32, num_warps=8, num_stages=3),
+    # Compiled, sm_100: tcgen05 needs 64 rows or more.
+    AttentionConfig("sm_100", 2, 128, block_m=128, block_n=64, num_warps=8, num_stages=2),
+    AttentionConfig("sm_100", 2, 256, block_m=64, block_n=32, num_warps=8, num_stages=2),
+    # Compiled, every other target: the most that fits the registers and shared memory of all.
     AttentionConfig("", 2, 64, block_m=128, block_n=64, num_warps=8, num_stages=2),
+    # Compiled, sm_120: a padded head spills with 128 rows.
+    AttentionConfig("", 2, 120, block_m=64, block_n=32, num_warps=8, num_stages=2),
     AttentionConfig("", 2, 128, block_m=128, block_n=32, num_warps=8, num_stages=2),
-    AttentionConfig("", 2, 256, block_m=64, block_n=32, num_warps=8, num_stages=1),
-    # float32 multiplies outside the tensor cores, with a whole row of operands in registers.
+    AttentionConfig("", 2, 256, block_m=32, block_n=32, num_warps=8, num_stages=2),
+    # float32 multiplies outside the tensor cores, with a whole row of operands in registers:
+    # at head_dim 256 it spills with every tile.
     AttentionConfig("", 4, 64, block_m=32, block_n=32, num_warps=8, num_stages=1),
     AttentionConfig("", 4, 256, block_m=16, block_n=16, num_warps=8, num_stages=1),
 )
@@ -82,9 +90,21 @@ def attention_config(arch: str, element_size: int, head_dim: int) -> AttentionCo
 # Keys per program of the decode kernel, by the capacity of the cache. They do not depend on the
 # batch, so that neither do a sequence's bits; longer caches have programs enough with more keys.
 DECODE_CHUNKS = ((8192, 256), (32768, 512), (1 << 62, 1024))
-DECODE_BLOCK_N = 64  # compiled, sm_90: 4 to 5 programs per SM, each with 2 tiles in flight
 DECODE_NUM_WARPS = 4
 DECODE_NUM_STAGES = 2
+
+
+class DecodeConfig(NamedTuple):
+    max_block_m: int
+    block_n: int
+
+
+DECODE_TILES = {  # by element size
+    # Compiled, sm_90: 4 to 5 programs per SM, each with 2 tiles in flight.
+    2: DecodeConfig(max_block_m=64, block_n=64),
+    # Compiled, sm_90: more rows or keys in float32, outside the tensor cores, spill.
+    4: DecodeConfig(max_block_m=16, block_n=16),
+}
 
 
 def decode_chunk(capacity: int) -> int:

@@ -23,6 +23,13 @@ from gqa_kernels.tiles import LOG2_E, finish_softmax, load_rows, online_softmax_
 MAX_NEW_TOKENS = 16
 
 
+@triton.jit
+def _load_length(seq_lens_ptr, index, stride, capacity):
+    """A sequence's length in [0, capacity], clamped before it is narrowed."""
+    length = tl.load(seq_lens_ptr + index * stride).to(tl.int64)
+    return tl.minimum(tl.maximum(length, 0), capacity).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["capacity", "num_splits"])
 def _partial_kernel(
     q_ptr,
@@ -55,8 +62,7 @@ def _partial_kernel(
     row_block = tl.program_id(0) % NUM_ROW_BLOCKS
     kv_head = (tl.program_id(0) // NUM_ROW_BLOCKS) % NUM_KV_HEADS
     batch = (tl.program_id(0) // NUM_ROW_BLOCKS // NUM_KV_HEADS).to(tl.int64)
-    seq_len = tl.load(seq_lens_ptr + batch * seq_lens_stride).to(tl.int32)
-    seq_len = tl.minimum(seq_len, capacity)
+    seq_len = _load_length(seq_lens_ptr, batch, seq_lens_stride, capacity)
     start = split * CHUNK
     if start >= seq_len:
         return  # the combining kernel knows the length too
@@ -115,8 +121,9 @@ def _combine_kernel(
 ):
     """One program combines one query's partial results: Σ exp(lse) · partial / Σ exp(lse)."""
     query = tl.program_id(0).to(tl.int64)
-    seq_len = tl.load(seq_lens_ptr + query // queries_per_batch * seq_lens_stride).to(tl.int32)
-    num_written = tl.cdiv(tl.minimum(seq_len, capacity), CHUNK)
+    batch = query // queries_per_batch
+    seq_len = _load_length(seq_lens_ptr, batch, seq_lens_stride, capacity)
+    num_written = tl.cdiv(seq_len, CHUNK)
     columns = tl.arange(0, BLOCK_D)[None, :]
     running_max = tl.full([1], -float("inf"), dtype=tl.float32)
     running_sum = tl.zeros([1], dtype=tl.float32)
@@ -148,7 +155,8 @@ def _forward(
     num_splits = triton.cdiv(capacity, chunk)
     num_queries = batch * seq_len_q * num_q_heads
     num_rows = seq_len_q * (num_q_heads // num_kv_heads)
-    block_m = min(64, max(16, triton.next_power_of_2(num_rows)))
+    config = configs.DECODE_TILES[q.element_size()]
+    block_m = min(config.max_block_m, max(16, triton.next_power_of_2(num_rows)))
     block_d = max(16, triton.next_power_of_2(head_dim))
     partial = torch.empty(num_queries, num_splits, head_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(num_queries, num_splits, dtype=torch.float32, device=q.device)
@@ -174,7 +182,7 @@ def _forward(
             HEAD_DIM=head_dim,
             CHUNK=chunk,
             BLOCK_M=block_m,
-            BLOCK_N=configs.DECODE_BLOCK_N,
+            BLOCK_N=config.block_n,
             BLOCK_D=block_d,
             NUM_STAGES=configs.DECODE_NUM_STAGES,
             num_warps=configs.DECODE_NUM_WARPS,

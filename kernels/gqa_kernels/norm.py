@@ -255,13 +255,14 @@ class _AddRMSNorm(torch.autograd.Function):
         return dx, dx, dweight, None
 
 
-def _check(x: Tensor, weight: Tensor) -> None:
+def _check(x: Tensor, weight: Tensor, eps: float) -> float:
     checks.tensor("x", x)
     if x.dim() == 0 or not 1 <= x.shape[-1] <= configs.NORM_MAX_WIDTH:
         raise NotImplementedError(
             f"x: expected a last dimension of 1 to {configs.NORM_MAX_WIDTH}; got {list(x.shape)}"
         )
     checks.tensor("weight", weight, shape=(x.shape[-1],), like=("x", x))
+    return checks.number("eps", eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
@@ -277,7 +278,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
         NotImplementedError: hidden_size above 16384.
         RuntimeError: x is not on a GPU that Triton drives.
     """
-    _check(x, weight)
+    eps = _check(x, weight, eps)
     weight = layout.contiguous_features(weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _RMSNorm.apply(x, weight, eps)
@@ -300,7 +301,7 @@ def add_rms_norm(
     Raises:
         As `rms_norm`.
     """
-    _check(x, weight)
+    eps = _check(x, weight, eps)
     checks.tensor("residual", residual, shape=tuple(x.shape), like=("x", x))
     checks.same_dtype("residual", residual, "x", x)
     weight = layout.contiguous_features(weight)

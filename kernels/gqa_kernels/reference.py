@@ -179,8 +179,12 @@ def decode_attention(
         softmax_scale: positive; None means 1 / sqrt(head_dim).
     Returns:
         `[batch, seq_len_q, num_q_heads, head_dim]`.
+    Raises:
+        NotImplementedError: another number of new tokens.
     """
     seq_len_q, capacity = q.shape[1], k_cache.shape[1]
+    if not 1 <= seq_len_q <= 16:
+        raise NotImplementedError(f"q: expected a seq_len_q of 1 to 16; got {seq_len_q}")
     seq_lens = seq_lens.clamp(max=capacity)[:, None]
     keys = torch.arange(capacity, device=q.device)
     last_key = seq_lens - seq_len_q + torch.arange(seq_len_q, device=q.device)  # [batch, seq_len_q]

@@ -91,6 +91,8 @@ def _rotate_kernel(
         position = tl.load(position_ptr).to(tl.int64)
     pairs = tl.arange(0, BLOCK_PAIRS)[None, :]
     HALF: tl.constexpr = HEAD_DIM // 2
+    # Clamped to the rows around the table, so that no product of an absurd position wraps into it.
+    position = tl.minimum(tl.maximum(position, -1), max_seq_len)
     angle = position * HALF + pairs  # index into cos and sin
     # No error can be raised here: a position outside the table gives NaN.
     mask = (pairs < HALF) & (angle >= 0) & (angle < max_seq_len.to(tl.int64) * HALF)
@@ -260,6 +262,7 @@ def apply_rope(
         checks.tensor(
             "positions", positions, dtypes=checks.INTS, shape=(batch, seq_len), like=("q", q)
         )
+    checks.flag("interleaved", interleaved)
     cos, sin = cos.contiguous(), sin.contiguous()
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         return _ApplyRoPE.apply(q, k, cos, sin, positions, interleaved)

@@ -10,6 +10,9 @@ from triton.runtime import driver
 
 from gqa_kernels import interpreter
 
+if interpreter.is_enabled():
+    interpreter.enable()  # switched on by the environment, it needs the repair all the same
+
 
 class Target(NamedTuple):
     """The processor that a launch is planned for."""
@@ -49,6 +52,8 @@ def _describe(device: object) -> Target:
 def check_device(name: str, tensor: Tensor) -> None:
     """Raises RuntimeError unless kernels can run on the tensor's device."""
     if interpreter.is_enabled():
+        if tensor.device.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"{name}: expected a tensor on the CPU; got {tensor.device}")
         return
     try:
         expected = driver.active.get_active_torch_device().type
