@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench peers compile-check-3.6 clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -25,10 +25,26 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/pytest bench
 
+# Other people's kernels, for the benchmarks to compare with. Those that are missing are skipped.
+peers: $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev,peers]"
+
+# Triton 3.6.0 is what PyTorch 2.11 brings. Installed last and alone, because a CUDA build of the
+# pinned PyTorch asks for its own Triton; nothing is launched, so that the two need not match.
+compile-check-3.6: .venv-triton36/.ready
+	OMP_NUM_THREADS=1 .venv-triton36/bin/pytest tests/test_compile.py
+
+.venv-triton36/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-triton36
+	.venv-triton36/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt \
+		-e . pytest tqdm
+	.venv-triton36/bin/python -m pip install --disable-pip-version-check -q --no-deps triton==3.6.0
+	touch $@
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev]"
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-triton36 .pytest_cache .ruff_cache

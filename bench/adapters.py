@@ -1,0 +1,97 @@
+"""What a backend of the bench is, and how a workload becomes a call of it.
+
+An adapter takes a workload's inputs, does what a user would do once (masks, layouts, compiling),
+and returns a function without arguments that computes the outputs, in the op table's layout. It is
+differentiable where the backend is; the backward call is made here, the same for all.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from ceilings import version
+from timing import Call
+from torch import Tensor
+
+Adapter = Callable[[dict[str, Any]], Call]
+PASSES = ("fwd", "bwd")
+
+
+class Lacks(Exception):
+    """A backend does not cover a workload; the message says what it lacks."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One contender.
+
+    Attributes:
+        adapters: by op.
+        import_check: imports what the backend needs; None for what comes with PyTorch.
+        distribution: whose version is reported.
+        forward_only: ops without a backward pass, and why.
+        writes_inputs: ops that overwrite their inputs, which then get copies of their own.
+        ours: a failure is a failure of this package, not a line about a peer.
+    """
+
+    name: str
+    adapters: dict[str, Adapter]
+    import_check: Callable[[], Any] | None = None
+    distribution: str = "torch"
+    forward_only: dict[str, str] = field(default_factory=dict)
+    writes_inputs: frozenset[str] = frozenset()
+    ours: bool = False
+
+    def available(self) -> str | None:
+        """Why this backend cannot run here, or None."""
+        if self.import_check is None:
+            return None
+        try:
+            self.import_check()
+        except Exception as error:  # a package built for another CUDA fails in its own way
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            return f"{self.distribution} not usable ({reason:.120})"
+        return None
+
+    def lacks(self, op: str, pass_: str) -> str | None:
+        """Why this backend has no call for an op and pass, or None."""
+        if op not in self.adapters:
+            return f"{self.name} has no {op}"
+        if pass_ == "bwd" and op in self.forward_only:
+            return self.forward_only[op]
+        return None
+
+    @property
+    def version(self) -> str | None:
+        return version(self.distribution)
+
+
+def outputs_of(value: Any) -> tuple[Tensor, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def make_call(
+    backend: Backend,
+    op: str,
+    pass_: str,
+    inputs: dict[str, Any],
+    wrt: tuple[str, ...],
+    cotangents: tuple[Tensor, ...],
+) -> Call:
+    """The call that is checked and timed; it returns the outputs, or the gradients of `wrt`.
+
+    A backward call differentiates one forward pass again and again, so its forward pass is not
+    timed; it gets cotangents of its own, since some backends write to them.
+    """
+    if op in backend.writes_inputs:
+        inputs = {n: x.clone() if isinstance(x, Tensor) else x for n, x in inputs.items()}
+    if pass_ == "fwd":
+        forward = backend.adapters[op](inputs)
+        return lambda: outputs_of(forward())
+    leaves = {n: x.detach().requires_grad_() if n in wrt else x for n, x in inputs.items()}
+    with torch.enable_grad():
+        outputs = outputs_of(backend.adapters[op](leaves)())
+    wanted = [leaves[name] for name in wrt]
+    own = [c.to(o.dtype, copy=True) for c, o in zip(cotangents, outputs, strict=True)]
+    return lambda: torch.autograd.grad(outputs, wanted, own, retain_graph=True)

@@ -1,0 +1,248 @@
+"""What a compiled kernel's binary says: registers, spills, instructions, overlap.
+
+NVIDIA: from SASS, with the tools that ship in Triton's wheel. AMD: from the assembly text.
+"""
+
+import hashlib
+import json
+import re
+import subprocess
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from capture import Launch
+from triton import knobs
+from triton.runtime.cache import get_cache_manager
+
+# ptxas: "Potential Performance Loss: wgmma.mma_async instructions are serialized due to …"
+_SERIALIZED = re.compile(r"C75(?:10|11|12|18)\b.*|.*wgmma.*serialized.*")
+_MATMUL = re.compile(r"HGMMA|HMMA|UTC\w*MMA|v_mfma")
+_MEMORY = ("LDG", "STG", "LDGSTS", "LD", "ST")
+_DOTS = ("tt.dot", "tt.dot_scaled")
+
+
+@dataclass(frozen=True)
+class Binary:
+    registers: int  # per thread
+    spills: int  # instructions that touch local memory (AMD: spilled registers)
+    local_bytes: int  # per thread
+    mix: dict[str, int]  # instructions of the whole kernel, per warp
+    loop: dict[str, int] = field(default_factory=dict)  # of the main loop, if there is one
+    under_wgmma: dict[str, int] = field(default_factory=dict)  # of those, while a wgmma is running
+    serialized: tuple[str, ...] = ()  # what ptxas says where it serialises wgmma
+    transposed_dots: int = 0  # dot operands that are a transposed dot result
+
+
+def examine(launch: Launch) -> Binary:
+    """The binary behind a launch; read once, then kept beside it in Triton's cache."""
+    manager = get_cache_manager(launch.hash)
+    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+    file = f"{launch.name}.examined-{version}.json"
+    if path := manager.get_file(file):
+        return Binary(**json.loads(Path(path).read_text()))
+    files = launch.files()
+    binary = _examine_amd(files) if "amdgcn" in files else _examine_nvidia(files)
+    manager.put(json.dumps(vars(binary)), file, binary=False)
+    return binary
+
+
+def count(mix: dict[str, int], pattern: str) -> int:
+    """How many instructions of a mix match the pattern from their start."""
+    return sum(n for opcode, n in mix.items() if re.match(pattern, opcode))
+
+
+# --- NVIDIA ----------------------------------------------------------------------------------
+
+
+class _Instruction(NamedTuple):
+    address: int
+    predicate: str
+    text: str
+
+    @property
+    def opcode(self) -> str:
+        """The operation with what matters of its modifiers: the width of an access, MUFU's
+        function, HGMMA's shape."""
+        name, *modifiers = self.text.split()[0].split(".")
+        if name in _MEMORY:
+            widths = [m for m in modifiers if re.fullmatch(r"[US]?8|[US]?16|64|128|256", m)]
+            return f"{name}.{widths[0] if widths else '32'}"
+        return f"{name}.{modifiers[0]}" if name in ("MUFU", "HGMMA") and modifiers else name
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def _examine_nvidia(files: dict[str, str]) -> Binary:
+    disassembly = _run(knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", files["cubin"])
+    usage = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", disassembly)}
+    instructions = _parse_sass(disassembly)
+    mix = Counter(instruction.opcode for instruction in instructions)
+    loop = _main_loop(instructions)
+    ptx = Path(files["ptx"]).read_text()
+    return Binary(
+        registers=usage["REG"],
+        spills=count(mix, r"(LDL|STL)\b"),
+        local_bytes=max(usage["STACK"], usage["LOCAL"]),
+        mix=mix,
+        loop=Counter(instruction.opcode for instruction in loop),
+        under_wgmma=_under_wgmma(loop),
+        serialized=_serialized(files["ptx"]) if "wgmma" in ptx else (),
+        transposed_dots=count_transposed_dots(Path(files["ttir"]).read_text()),
+    )
+
+
+def _parse_sass(disassembly: str) -> list[_Instruction]:
+    line = re.compile(r"^\s*/\*([0-9a-f]{4,6})\*/\s+(?:@(!?U?P\w+)\s+)?(.*?)\s*;", re.MULTILINE)
+    return [_Instruction(int(a, 16), p, text) for a, p, text in line.findall(disassembly)]
+
+
+def _main_loop(instructions: list[_Instruction]) -> list[_Instruction]:
+    """The shortest loop with the most matrix products; without any, the shortest that reads or
+    writes global memory. A loop reaches back by a branch and holds no EXIT: what ptxas moves
+    behind the end of the kernel, such as the retry of a barrier, is no part of one."""
+    ranked = []
+    for branch in instructions:
+        goal = re.search(r"\b0x([0-9a-f]+)$", branch.text)
+        if not branch.text.startswith("BRA") or not goal or int(goal[1], 16) >= branch.address:
+            continue
+        start = int(goal[1], 16)
+        body = [i for i in instructions if start <= i.address <= branch.address]
+        products = sum(bool(_MATMUL.match(i.text)) for i in body)
+        accesses = any(i.text.startswith(("LDG", "STG", "UTMALDG")) for i in body)
+        if (products or accesses) and not any(i.text.startswith("EXIT") for i in body):
+            ranked.append((-products, len(body), body))
+    return min(ranked, key=lambda entry: entry[:2])[2] if ranked else []
+
+
+def _under_wgmma(loop: list[_Instruction]) -> dict[str, int]:
+    """The instructions issued while a wgmma of the loop is running.
+
+    The walk goes round twice: what the end of one step leaves running, the next one finds.
+    HGMMA's gsb0 closes a group; WARPGROUP.DEPBAR.LE waits until at most n groups are running.
+    """
+    groups, is_open, under = 0, False, Counter()
+    for counts in (False, True):
+        for instruction in loop:
+            opcode = instruction.opcode
+            if opcode.startswith("HGMMA"):
+                is_open = "gsb0" not in instruction.text
+                groups += not is_open
+            elif wait := re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x([0-9a-f]+)", instruction.text):
+                groups, is_open = min(groups, int(wait[1], 16)), False
+            elif counts and (groups or is_open):
+                under[opcode] += 1
+    return under
+
+
+def _serialized(ptx_path: str) -> tuple[str, ...]:
+    """ptxas speaks only while it compiles: the same PTX is compiled again for its messages."""
+    arch = re.search(r"\.target\s+(\w+)", Path(ptx_path).read_text())[1]
+    said = _run(knobs.nvidia.ptxas.path, "-v", f"--gpu-name={arch}", ptx_path, "-o", "/dev/null")
+    return tuple(line for line in said.splitlines() if _SERIALIZED.search(line))
+
+
+# --- AMD -------------------------------------------------------------------------------------
+
+
+def _examine_amd(files: dict[str, str]) -> Binary:
+    assembly = Path(files["amdgcn"]).read_text()
+
+    def stated(key: str) -> int:
+        found = re.search(rf"^\s*\.{key}:\s+(\d+)", assembly, re.MULTILINE)
+        return int(found[1]) if found else 0
+
+    opcodes = re.findall(r"^\t([a-z]\w+)(?:\s|$)", assembly, re.MULTILINE)
+    return Binary(
+        registers=stated("vgpr_count"),
+        # A spilled scalar goes to a lane of a vector register, not to memory.
+        spills=stated("vgpr_spill_count"),
+        local_bytes=stated("private_segment_fixed_size"),
+        mix=Counter(opcodes),
+        transposed_dots=count_transposed_dots(Path(files["ttir"]).read_text()),
+    )
+
+
+# --- Triton IR -------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Value:
+    operation: str = ""
+    sources: list["_Value"] = field(default_factory=list)
+
+
+def count_transposed_dots(ttir: str) -> int:
+    """Dot operands that are a transposed dot result.
+
+    Triton before 3.7.1 compiles such a product wrongly for Hopper, in silence. In Triton's IR
+    before layouts a value can be followed from operand to operand: through casts and arithmetic,
+    and through loops, whose results and arguments come from initial values and from scf.yield.
+    """
+    scopes: list[dict[str, _Value]] = [{}]
+    regions: list[tuple[list[_Value], list[_Value]]] = []  # results and loop arguments
+    dots: list[list[_Value]] = []
+    for line in ttir.splitlines():
+        text = line.partition(" loc(")[0].strip()
+        if text.startswith("}"):
+            scopes[-1].clear()
+            if len(scopes) > 1 and "else" not in text:
+                scopes.pop(), regions.pop()
+            continue
+        head = re.match(r'(?:((?:%\w+(?::\d+)?(?:, )?)+) = )?"?([\w.]+)"?(.*)', text)
+        if not head:
+            continue
+        names, operation, rest = _result_names(head[1] or ""), head[2], head[3]
+
+        def find(name: str) -> _Value:
+            return next((scope[name] for scope in reversed(scopes) if name in scope), _Value())
+
+        carried = re.findall(r"(%\w+) = (%\w+(?:#\d+)?)", rest.partition("iter_args")[2])
+        operands = [find(name) for name in re.findall(r"%\w+(?:#\d+)?", rest)]
+        if operation == "scf.yield" and regions:
+            for receivers in regions[-1]:
+                for receiver, operand in zip(receivers, operands, strict=False):
+                    receiver.sources.append(operand)
+        if operation in _DOTS:
+            dots.append(operands[:2])
+        initial = [find(name) for _, name in carried]
+        # A region's results come from its yields; a reduced value is no dot result any more.
+        is_region = operation in ("scf.for", "scf.if", "tt.reduce")
+        results = [_Value(operation, [] if is_region else operands) for _ in names]
+        arguments = [_Value(operation, [value]) for value in initial]
+        for result, value in zip(results, initial, strict=False):
+            result.sources.append(value)
+        scopes[-1].update(zip(names, results, strict=True))
+        if line.rstrip().endswith("{"):
+            names_inside = [name for name, _ in carried]
+            scopes.append(dict(zip(names_inside, arguments, strict=True)))
+            regions.append((results, arguments))
+    return sum(_is_transposed_dot(operand) for operands in dots for operand in operands)
+
+
+def _result_names(declared: str) -> list[str]:
+    """%a, %b → %a, %b; %c:2 → %c#0, %c#1."""
+    names = []
+    for name, number in re.findall(r"(%\w+)(?::(\d+))?", declared):
+        names += [f"{name}#{i}" for i in range(int(number))] if number else [name]
+    return names
+
+
+def _is_transposed_dot(operand: _Value) -> bool:
+    seen, waiting = set(), [(operand, False)]
+    while waiting:
+        state = value, transposed = waiting.pop()
+        if state in seen:
+            continue
+        seen.add(state)
+        if value.operation in _DOTS:
+            if transposed:
+                return True
+            continue  # the operands of that dot are judged as its own
+        transposed = transposed or value.operation == "tt.trans"
+        waiting += [(source, transposed) for source in value.sources]
+    return False

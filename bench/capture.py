@@ -1,0 +1,155 @@
+"""Compiles exactly what a public function launches, for a GPU that need not be there.
+
+A Triton driver that launches nothing is made active; the function is then called on CPU tensors.
+Its own launcher, specialisation, compiler and shared-memory check run as on the GPU, and each
+launch is recorded. Triton's mode is fixed when a kernel is defined: use a process of its own, in
+which the interpreter is off.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime import driver
+from triton.runtime.cache import get_cache_manager
+
+
+class Architecture(NamedTuple):
+    """A target and its limits, as its vendor documents them."""
+
+    target: GPUTarget
+    num_sms: int
+    shared_per_program: int  # bytes
+    shared_per_sm: int
+    warps_per_sm: int
+    programs_per_sm: int
+
+
+ARCHITECTURES = {
+    "sm_80": Architecture(GPUTarget("cuda", 80, 32), 108, 166912, 167936, 64, 32),
+    "sm_90": Architecture(GPUTarget("cuda", 90, 32), 132, 232448, 233472, 64, 32),
+    "sm_100": Architecture(GPUTarget("cuda", 100, 32), 148, 232448, 233472, 64, 32),
+    "sm_120": Architecture(GPUTarget("cuda", 120, 32), 170, 101376, 102400, 48, 24),
+    "gfx942": Architecture(GPUTarget("hip", "gfx942", 64), 304, 65536, 65536, 32, 16),
+}
+
+
+class Launch(NamedTuple):
+    """One launch of a compiled kernel."""
+
+    kernel: str  # "norm.forward"
+    name: str
+    grid: tuple[int, int, int]
+    num_warps: int
+    num_stages: int
+    shared: int  # bytes per program
+    hash: str  # of the binary, in Triton's cache
+
+    def files(self) -> dict[str, str]:
+        """The paths of all stages of the compilation, by suffix: ttir, ttgir, ptx, cubin, …"""
+        group = get_cache_manager(self.hash).get_group(f"{self.name}.json")
+        return {file.rpartition(".")[2]: path for file, path in group.items()}
+
+
+class _Launcher:
+    """Stands where Triton's launcher would: it writes the launch down."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        module = source.fn.module.rpartition(".")[2]
+        self.kernel = f"{module}.{metadata.name.removeprefix('_').removesuffix('_kernel')}"
+        self.metadata = metadata
+
+    def __call__(self, grid_x: int, grid_y: int, grid_z: int, *_: Any) -> None:
+        launch = Launch(
+            kernel=self.kernel,
+            name=self.metadata.name,
+            grid=(grid_x, grid_y, grid_z),
+            num_warps=self.metadata.num_warps,
+            num_stages=self.metadata.num_stages,
+            shared=self.metadata.shared,
+            hash=self.metadata.hash,
+        )
+        driver.active.launches.append(launch)
+
+
+class _Utilities:
+    """The part of a driver that Triton asks about devices and binaries."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        self.properties = {
+            "max_shared_mem": architecture.shared_per_program,
+            "multiprocessor_count": architecture.num_sms,
+            "max_num_regs": 65536,
+            "warpSize": architecture.target.warp_size,
+        }
+
+    def get_device_properties(self, device: object) -> dict[str, int]:
+        return self.properties
+
+    def load_binary(self, *_: Any) -> tuple[None, int, int, int, int]:
+        """(module, function, registers, spills, most threads per program); none is used."""
+        return None, 0, 0, 0, 1024
+
+    def unload_module(self, module: object) -> None:
+        pass
+
+
+class CaptureDriver(DriverBase):
+    """Compiles for `arch` and records launches; tensors live on the CPU."""
+
+    launcher_cls = _Launcher
+
+    def __init__(self, arch: str) -> None:
+        super().__init__()
+        self.target = ARCHITECTURES[arch].target
+        self.utils = _Utilities(ARCHITECTURES[arch])
+        self.launches: list[Launch] = []
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return False  # never chosen by itself
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> GPUTarget:
+        """Keys the caches of kernels, so it differs from architecture to architecture."""
+        return self.target
+
+    def set_current_device(self, device: object) -> None:
+        pass
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> Callable[..., Sequence[float]]:
+        raise RuntimeError("benchmarker: expected none; a captured launch takes no time")
+
+
+# A compiled kernel keeps the launcher of the driver it was first launched under.
+_driver = cache(CaptureDriver)
+
+
+def capture(arch: str, call: Callable[[], object]) -> list[Launch]:
+    """The launches of call() on `arch`, in order.
+
+    Raises:
+        ValueError: an architecture that is not in ARCHITECTURES.
+        Whatever the compiler raises, `OutOfResources` for shared memory included.
+    """
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"arch: expected one of {', '.join(ARCHITECTURES)}; got {arch!r}")
+    active = _driver(arch)
+    driver.set_active(active)
+    active.launches.clear()
+    call()
+    return list(active.launches)

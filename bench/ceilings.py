@@ -1,0 +1,152 @@
+"""What this GPU does at best, and what it is: measured and asked in the run that uses it.
+
+`python bench/ceilings.py` prints both.
+"""
+
+# ruff: noqa: E402  (what makes the rest importable comes first)
+
+import argparse
+import json
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import importable
+
+importable.make_importable()  # before anything of this package
+
+import torch
+from floors import Ceilings
+from stub import StubDevice, stand_ins
+from timing import Call, Clock, Timed
+
+COPY_BYTES = 2 * 2**30  # read + written; far above any L2 cache
+MATRIX_SIZE = 8192
+
+
+def measure_ceilings(
+    clock: Clock, copy_bytes: int = COPY_BYTES, matrix_size: int = MATRIX_SIZE
+) -> Ceilings:
+    """Copy (bytes read + written per second), read (a sum) and a square bfloat16 matrix product,
+    on random data (zeros run faster: they cost less power)."""
+    device = "cpu" if isinstance(clock.device, StubDevice) else "cuda"
+    source = torch.randn(copy_bytes // 2 // 2, device=device).bfloat16()
+    target = torch.empty_like(source)
+    words = source.view(torch.int32)
+    a, b = (torch.randn(matrix_size, matrix_size, device=device).bfloat16() for _ in range(2))
+    contenders: dict[str, Call] = {
+        "copy": lambda: target.copy_(source),
+        # int32: the widest loads, and an addition that nothing has to wait for.
+        "read": lambda: torch.sum(words, dtype=torch.int32),
+        "matrix": lambda: a @ b,
+    }
+    for call in contenders.values():
+        call()
+    timed = clock.measure(stand_ins(clock.device, contenders), "events")
+    failed = {name: result for name, result in timed.items() if not isinstance(result, Timed)}
+    if failed:
+        raise RuntimeError(f"ceilings: expected all three to run; got {failed}")
+    return Ceilings(
+        copy_bytes_per_s=copy_bytes / timed["copy"].median,
+        read_bytes_per_s=copy_bytes / 2 / timed["read"].median,
+        mma_flops_per_s=2 * matrix_size**3 / timed["matrix"].median,
+    )
+
+
+def simulated(clock: Clock) -> Ceilings:
+    """What a dry run divides by: the same arithmetic on a simulated device's times."""
+    return measure_ceilings(clock, copy_bytes=2**16, matrix_size=16)
+
+
+def ask(question: Call) -> Any:
+    """An answer, or None where the driver, a library or a permission is missing."""
+    try:
+        return question()
+    except Exception:
+        return None
+
+
+def sensors() -> dict[str, float | None]:
+    """SM clock in MHz, power in W, temperature in °C now; None for what cannot be asked."""
+    power = ask(torch.cuda.power_draw)
+    return {
+        "sm_mhz": ask(torch.cuda.clock_rate),
+        "power_w": None if power is None else power / 1000,
+        "temperature_c": ask(torch.cuda.temperature),
+    }
+
+
+def version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    found = Path("/proc/driver/nvidia/version")
+    if found.is_file():
+        words = found.read_text().split("\n")[0].split()
+        return next((word for word in words if word.count(".") >= 1 and word[0].isdigit()), None)
+    return None
+
+
+def commit() -> str | None:
+    """The checkout's commit, with "+changes" where it is not clean."""
+    folder = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    name = ask(lambda: git("rev-parse", "--short=12", "HEAD"))
+    changed = name and ask(lambda: git("status", "--porcelain", "--untracked-files=no"))
+    return f"{name}+changes" if changed else name
+
+
+def environment() -> dict[str, Any]:
+    """What the header of a report says. Nothing that names a person or a host."""
+    found: dict[str, Any] = {
+        "gpu": None,
+        "driver": _driver(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": ask(torch.backends.cudnn.version),
+        "triton": version("triton"),
+        "python": platform.python_version(),
+        "commit": commit(),
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties()
+        found |= {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "num_sms": properties.multi_processor_count,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            **sensors(),
+        }
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--dry-run", action="store_true", help="simulated numbers, no GPU")
+    options = parser.parse_args(arguments)
+    if options.dry_run:
+        found, kind = simulated(Clock(StubDevice())), "dry run: simulated"
+    else:
+        from cuda_device import CudaDevice
+
+        found, kind = measure_ceilings(Clock(CudaDevice())), "measurement"
+    content = {"kind": kind, "environment": environment(), "ceilings": found._asdict()}
+    print(json.dumps(content, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Compiles every op for GPUs that need not be there, and shows what came out.
+
+    python bench/compiled.py [--arch sm_90] [--op rms_norm] [--write bench/results/compiled.md]
+
+Registers, spills and instructions are read from the binaries. Programs per SM, bytes in flight and
+ceilings are predictions: `prediction.py` says how they are made. Nothing here is a measured speed.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import capture
+import torch
+from binary import Binary, examine
+from compiled_table import markdown
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from tqdm import tqdm
+
+from gqa_kernels import interpreter
+from gqa_kernels.spec import OPS, Case, OpSpec
+
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One launch of one op on one architecture; or the error that stood in its way."""
+
+    arch: str
+    op: str
+    case: Case
+    dtype: str
+    mode: str  # "inference" or "training"
+    launch: capture.Launch | None = None
+    binary: Binary | None = None
+    error: str = ""
+
+
+def _variants(spec: OpSpec) -> list[tuple[Case, torch.dtype]]:
+    """Shapes besides those of the op table: other heads, other dtypes."""
+    base = [case for case in spec.cases if not case.test][-1]
+
+    def variant(source: str, dtype: torch.dtype = torch.bfloat16, **sizes: Any) -> tuple:
+        return replace(base, sizes={**base.sizes, **sizes}, source=source), dtype
+
+    match spec.name:
+        case "rms_norm":
+            return [variant("the widest row", hidden_size=16384)]
+        case "apply_rope":
+            return [variant("Meta's pairs", interleaved=True)]
+        case "flash_attention":
+            wide = [
+                variant("other heads", head_dim=head_dim, causal=causal)
+                for head_dim in HEAD_DIMS
+                for causal in (True, False)
+            ]
+            return wide + [
+                variant("float32", torch.float32, head_dim=head_dim, causal=True)
+                for head_dim in (64, 128, 256)
+            ]
+        case "decode_attention":
+            return [
+                variant("other heads", head_dim=64),
+                variant("other heads", head_dim=256),
+                variant("sixteen new tokens", seq_len_q=16),
+                variant("float32", torch.float32),
+            ]
+    return []
+
+
+def representative(spec: OpSpec, arch: str) -> list[tuple[Case, torch.dtype]]:
+    """sm_90: the op table's real shapes and the variants; elsewhere the last shape of each op and
+    its bfloat16 variants, attention only causal, which takes the most registers."""
+    real = [(case, torch.bfloat16) for case in spec.cases if not case.test]
+    variants = _variants(spec)
+    if arch == "sm_90":
+        return real + variants
+    return real[-1:] + [
+        (case, dtype)
+        for case, dtype in variants
+        if dtype == torch.bfloat16 and case.sizes.get("causal", True)
+    ]
+
+
+def _without_values(x: Any) -> Any:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) if isinstance(x, Tensor) else x
+
+
+def make_inputs(spec: OpSpec, case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    """The case's inputs at full size, never written to, so that they cost address space only."""
+    with FakeTensorMode():
+        inputs = spec.make_inputs(case, dtype, torch.device("cpu"), torch.Generator())
+    return {name: _without_values(x) for name, x in inputs.items()}
+
+
+def _calls(spec: OpSpec, case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Callable]]:
+    inputs = make_inputs(spec, case, dtype)
+
+    def infer() -> None:
+        with torch.no_grad():
+            spec.kernel(**inputs)
+
+    def train() -> None:
+        wrt = [inputs[name].requires_grad_() for name in spec.wrt]
+        outputs = spec.kernel(**inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.autograd.grad(outputs, wrt, [torch.empty_like(output) for output in outputs])
+
+    yield "inference", infer
+    if spec.wrt:
+        yield "training", train
+
+
+def compile_case(spec: OpSpec, case: Case, dtype: torch.dtype, arch: str) -> Iterator[Entry]:
+    """Every launch of the op, forward, then forward and backward."""
+    for mode, call in _calls(spec, case, dtype):
+        entry = Entry(arch, spec.name, case, str(dtype).removeprefix("torch."), mode)
+        try:
+            for launch in capture.capture(arch, call):
+                yield replace(entry, launch=launch, binary=examine(launch))
+        except Exception as error:  # whatever stops a compilation is what this looks for
+            yield replace(entry, error=f"{type(error).__name__}: {error}")
+
+
+def compile_all(archs: list[str], ops: list[str]) -> list[Entry]:
+    specs = [spec for spec in OPS if spec.name in ops]
+    work = [
+        (spec, case, dtype, arch)
+        for arch in archs
+        for spec in specs
+        for case, dtype in representative(spec, arch)
+    ]
+    entries: dict[tuple, Entry] = {}  # the first case of each binary
+    for spec, case, dtype, arch in tqdm(work, unit="case", file=sys.stderr):
+        for entry in compile_case(spec, case, dtype, arch):
+            identity = entry.launch.hash if entry.launch else str(case)
+            entries.setdefault((arch, spec.name, identity), entry)
+    return list(entries.values())
+
+
+def count_binaries(arch: str) -> dict[str, int]:
+    """Binaries per op, mode and kernel over 20 calls that differ in the sizes of a call alone."""
+    lengths = (*range(1, 10), 15, 16, 17, 32, 33, 64, 100, 128, 255, 256, 1000)
+    hashes: dict[str, set[str]] = {}
+    for spec in OPS:
+        base = [case for case in spec.cases if not case.test][-1]
+        for index, length in enumerate(lengths):
+            sizes = {"num_tokens": length, "batch": 1 + index % 4, "seq_len": length}
+            # One query has no causal mask, hence a binary of its own.
+            sizes |= {"seq_len_kv": length + 7 * index, "max_seq_len": 8 * length}
+            sizes |= {"seq_len_q": length + 1} if spec.name == "flash_attention" else {}
+            sizes |= {"positions": True}
+            kept = {name: size for name, size in sizes.items() if name in base.sizes}
+            case = replace(base, sizes={**base.sizes, **kept})
+            for mode, call in _calls(spec, case, torch.bfloat16):
+                for launch in capture.capture(arch, call):
+                    key = f"{spec.name}, {mode}, {launch.kernel}"
+                    hashes.setdefault(key, set()).add(launch.hash)
+    return {key: len(found) for key, found in hashes.items()}
+
+
+def _as_json(entries: list[Entry]) -> str:
+    return json.dumps(
+        [
+            vars(entry)
+            | {
+                "case": str(entry.case),
+                "launch": entry.launch and entry.launch._asdict(),
+                "binary": entry.binary and vars(entry.binary),
+            }
+            for entry in entries
+        ]
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = [spec.name for spec in OPS]
+    parser.add_argument("--arch", action="append", choices=capture.ARCHITECTURES)
+    parser.add_argument("--op", action="append", choices=names)
+    parser.add_argument("--write", type=Path, metavar="PATH", help="write the table to a file")
+    parser.add_argument("--json", action="store_true", help="print every launch instead")
+    parser.add_argument("--count", action="store_true", help="count the binaries of 20 calls")
+    options = parser.parse_args(arguments)
+    if interpreter.is_enabled():
+        parser.error("TRITON_INTERPRET: expected unset; the interpreter compiles nothing")
+    archs = options.arch or list(capture.ARCHITECTURES)
+    if options.count:
+        print(json.dumps({arch: count_binaries(arch) for arch in archs}))
+        return
+    entries = compile_all(archs, options.op or names)
+    if options.json:
+        print(_as_json(entries))
+    elif options.write:
+        options.write.write_text(markdown(entries))
+    else:
+        print(markdown(entries))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""The table of `compiled.py` as markdown."""
+
+from typing import Any
+
+import prediction
+import torch
+import triton
+from binary import count
+
+# Sizes that change from call to call: they must not change a binary.
+CALL_SIZES = ("num_tokens", "batch", "seq_len", "seq_len_q", "seq_len_kv", "max_seq_len")
+
+_MIX = {  # by the name that the table gives
+    "HGMMA": "HGMMA",
+    "HMMA": "HMMA",
+    "UTCMMA": r"UTC\w*MMA",
+    "MFMA": "v_mfma",
+    "MUFU": "MUFU",
+    "FFMA": "FFMA",
+    "FMUL": "FMUL",
+    "SHFL": "SHFL",
+    "BAR": "BAR",
+}
+_ACCESSES = ("UTMALDG", "LDGSTS", "LDG", "STG")
+_HEAD = (
+    "kernel",
+    "shape",
+    "warps",
+    "regs",
+    "spills",
+    "shared KB",
+    "programs/SM *",
+    "main loop, or whole kernel: instructions per warp",
+    "KB in flight/SM *",
+    "ceiling TFLOP/s *",
+)
+
+
+def _mix(mix: dict[str, int]) -> str:
+    """The instructions that decide, accesses with their widths."""
+    parts = [f"{name} {n}" for name, pattern in _MIX.items() if (n := count(mix, pattern))]
+    for name in _ACCESSES:
+        parts += [f"{op} {n}" for op, n in sorted(mix.items()) if op.split(".")[0] == name]
+    return ", ".join([*parts, f"all {sum(mix.values())}"])
+
+
+def _row(entry: Any, shape: str) -> tuple[str, ...]:
+    launch, binary = entry.launch, entry.binary
+    programs = prediction.programs_per_sm(entry.arch, launch, binary)
+    in_flight = prediction.bytes_in_flight(entry.arch, launch, binary)
+    ceiling = prediction.attention_ceiling(entry.arch, launch, binary)
+    kernel = launch.kernel
+    if entry.op == "add_rms_norm":
+        kernel = kernel.replace("norm", "add_norm", 1)
+    return (
+        kernel,
+        shape,
+        str(launch.num_warps),
+        str(binary.registers),
+        str(binary.spills),
+        f"{launch.shared / 1024:.0f}",
+        "–" if programs is None else str(programs),
+        _mix(binary.loop or binary.mix),
+        "–" if in_flight is None else f"{in_flight / 1024:.0f}",
+        "–" if ceiling is None else f"{ceiling:.0f}",
+    )
+
+
+def _shape(entry: Any) -> str:
+    """The sizes that make the binary what it is."""
+    sizes = dict(entry.case.sizes)
+    new_tokens = {"seq_len_q": sizes["seq_len_q"]} if "max_seq_len" in sizes else {}
+    for name in CALL_SIZES:
+        sizes.pop(name, None)
+    parts = [f"{name}={size}" for name, size in (new_tokens | sizes).items()]
+    return ", ".join([*parts, entry.dtype, entry.mode])
+
+
+def markdown(entries: list[Any]) -> str:
+    """One section per architecture, one row per kernel and width; the first binary of each."""
+    lines = [
+        "# What the kernels compile to",
+        "",
+        f"Written by `python bench/compiled.py` with Triton {triton.__version__} and PyTorch "
+        f"{torch.__version__.partition('+')[0]}. Nothing here was measured on a GPU.",
+        "",
+        "Read from the binaries: registers per thread, spilled accesses, shared memory,",
+        "instructions. Columns with * are predictions; `bench/prediction.py` states their model.",
+        f"Little's law wants about {prediction.BYTES_IN_FLIGHT_NEEDED // 1024} KB in flight per SM "
+        "of an H200 at 4.3 TB/s. A ceiling leaves latencies out: a kernel stays below it.",
+    ]
+    arch, seen = "", set()
+    for entry in entries:
+        if entry.arch != arch:
+            arch = entry.arch
+            lines += ["", f"## {arch}", "", "| " + " | ".join(_HEAD) + " |"]
+            lines += ["|" + "---|" * len(_HEAD)]
+        shape = _shape(entry)
+        if entry.error:
+            lines.append(f"| {entry.op} | {shape} | {entry.error} |")
+            continue
+        row = _row(entry, shape)
+        if row not in seen:
+            seen.add(row)
+            lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"

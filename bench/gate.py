@@ -1,0 +1,174 @@
+"""The correctness gate: what is timed has been checked, on the same inputs and the same callable.
+
+The budget is the package's own (`gqa_kernels.accuracy`): the largest error against float64 is at
+most twice eager's, plus one rounding. Row ops are checked whole. Attention is checked where its
+reference fits: for the last sequence of the batch and its last key/value head, forward at the
+first, middle and last 64 queries, backward at all of them.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from grid import Workload
+from torch import Tensor
+
+from gqa_kernels import reference
+from gqa_kernels.accuracy import Measured, compare, widen
+
+SAMPLED_QUERIES = 64
+_QUERIES_AT_ONCE = 512
+
+Results = tuple[Tensor, ...]
+
+
+class GateError(AssertionError):
+    """A result is outside its budget."""
+
+
+def check(
+    workload: Workload, inputs: dict[str, Any], cotangents: Results, actual: Results
+) -> list[Measured]:
+    """Every output (fwd) or gradient (bwd) with its error and budget.
+
+    Args:
+        inputs: what the call was given, unchanged.
+        cotangents: of each output; ignored for a forward pass.
+        actual: the outputs, or the gradients of `workload.spec.wrt` in that order.
+    Raises:
+        GateError: an error exceeds its budget; the message gives both.
+    """
+    expected = {
+        ("flash_attention", "fwd"): _attention_forward,
+        ("flash_attention", "bwd"): _attention_backward,
+        ("decode_attention", "fwd"): _decode,
+    }.get((workload.op, workload.pass_), _whole)
+    measured = [
+        compare(what, mine, eager, oracle)
+        for what, mine, eager, oracle in expected(workload, inputs, cotangents, actual)
+    ]
+    wrong = [m for m in measured if not m.ok]
+    if wrong:
+        raise GateError("; ".join(map(str, wrong)))
+    return measured
+
+
+Comparison = list[tuple[str, Tensor, Tensor, Tensor]]
+
+
+def _both(function: Callable[..., Results], *arguments: Any) -> tuple[Results, Results]:
+    """(eager in the inputs' dtype, the float64 oracle)."""
+    wide = [widen({"x": argument})["x"] for argument in arguments]
+    return function(*arguments), function(*wide)
+
+
+def _tuple(value: Any) -> Results:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def gradients(outputs: Results, leaves: list[Tensor], cotangents: Results) -> Results:
+    return torch.autograd.grad(
+        outputs, leaves, [c.to(o.dtype) for c, o in zip(cotangents, outputs, strict=True)]
+    )
+
+
+def _whole(
+    workload: Workload, inputs: dict[str, Any], cotangents: Results, actual: Results
+) -> Comparison:
+    wrt = workload.spec.wrt if workload.pass_ == "bwd" else ()
+
+    def run(given: dict[str, Any]) -> Results:
+        leaves = {n: x.detach().requires_grad_() if n in wrt else x for n, x in given.items()}
+        with torch.set_grad_enabled(bool(wrt)):
+            outputs = _tuple(workload.spec.reference(**leaves))
+        return gradients(outputs, [leaves[n] for n in wrt], cotangents) if wrt else outputs
+
+    eager, oracle = run(inputs), run(widen(inputs))
+    names = [f"d {name}" for name in wrt] or [f"output {i}" for i in range(len(oracle))]
+    return list(zip(names, actual, eager, oracle, strict=True))
+
+
+def _last_head(inputs: dict[str, Any]) -> tuple[slice, slice, slice]:
+    """The last sequence, its last key/value head, and the query heads that read it."""
+    q, k = inputs["q"], inputs.get("k", inputs.get("k_cache"))
+    group_size = q.shape[2] // k.shape[2]
+    return slice(-1, None), slice(-1, None), slice(-group_size, None)
+
+
+def _attention_forward(
+    workload: Workload, inputs: dict[str, Any], cotangents: Results, actual: Results
+) -> Comparison:
+    batch, kv_head, q_heads = _last_head(inputs)
+    q = inputs["q"][batch, :, q_heads]
+    k, v = (inputs[name][batch, :, kv_head] for name in ("k", "v"))
+    out = actual[0][batch, :, q_heads]
+    seq_len, causal = q.shape[1], inputs["causal"]
+    count = min(SAMPLED_QUERIES, seq_len)
+    compared = []
+    for start in sorted({0, (seq_len - count) // 2, seq_len - count}):
+        rows = slice(start, start + count)
+        attend = functools.partial(_attend_rows, causal=causal, rows=rows, seq_len_q=seq_len)
+        eager, oracle = _both(attend, q, k, v)
+        compared.append((f"queries from {start}", out[:, rows], eager[0], oracle[0]))
+    return compared
+
+
+def _attend_rows(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, rows: slice, seq_len_q: int
+) -> Results:
+    """Attention of some queries. Their last sees keys up to a diagonal: with k cut there, the
+    reference's own alignment (the last query sees every key) is that of the whole."""
+    if causal:
+        end = max(0, rows.stop + k.shape[1] - seq_len_q)
+        k, v = k[:, :end], v[:, :end]
+    return (reference.flash_attention(q[:, rows], k, v, causal=causal),)
+
+
+def _attention_backward(
+    workload: Workload, inputs: dict[str, Any], cotangents: Results, actual: Results
+) -> Comparison:
+    batch, kv_head, q_heads = _last_head(inputs)
+    q = inputs["q"][batch, :, q_heads]
+    k, v = (inputs[name][batch, :, kv_head] for name in ("k", "v"))
+    dout = cotangents[0][batch, :, q_heads]
+    seq_len, causal = q.shape[1], inputs["causal"]
+
+    def run(*given: Tensor) -> Results:
+        """Gradients summed over blocks of queries, in float32 or wider, and rounded once."""
+        leaves = [x.detach().requires_grad_() for x in given]
+        wide = torch.promote_types(given[0].dtype, torch.float32)
+        total = [torch.zeros_like(x, dtype=wide) for x in given]
+        for start in range(0, seq_len, _QUERIES_AT_ONCE):
+            rows = slice(start, min(start + _QUERIES_AT_ONCE, seq_len))
+            with torch.enable_grad():
+                out = _attend_rows(*leaves, causal=causal, rows=rows, seq_len_q=seq_len)
+            for sum_, grad in zip(total, gradients(out, leaves, (dout[:, rows],)), strict=True):
+                sum_ += grad
+        return tuple(x.to(given[0].dtype) for x in total)
+
+    eager, oracle = _both(run, q, k, v)
+    heads = (q_heads, kv_head, kv_head)
+    return [
+        (f"d {name}", grad[batch, :, head], expected, truth)
+        for name, grad, head, expected, truth in zip(
+            "qkv", actual, heads, eager, oracle, strict=True
+        )
+    ]
+
+
+def _decode(
+    workload: Workload, inputs: dict[str, Any], cotangents: Results, actual: Results
+) -> Comparison:
+    batch, kv_head, q_heads = _last_head(inputs)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Results:
+        return (reference.decode_attention(q, k, v, inputs["seq_lens"][batch]),)
+
+    eager, oracle = _both(
+        run,
+        inputs["q"][batch, :, q_heads],
+        inputs["k_cache"][batch, :, kv_head],
+        inputs["v_cache"][batch, :, kv_head],
+    )
+    return [("last sequence", actual[0][batch, :, q_heads], eager[0], oracle[0])]

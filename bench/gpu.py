@@ -1,0 +1,227 @@
+"""One command for a GPU at hand: is it right, how fast is it, what next.
+
+    python bench/gpu.py --budget 1800 --out results/
+
+Stages, each a process of its own with a share of the budget (what one leaves, the next ones get):
+correctness on the device, ceilings, our table, the peers, tuning. Results are written as they come:
+a stage that is cut short, or this command killed, leaves what it had, and the same command run
+again goes on from there. OUT/plan.md says how to read them. Needs PyTorch, Triton and pytest; the
+packages of this checkout need not be installed. `--dry-run` goes through every stage without a GPU.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import importable
+import report
+
+BENCH = Path(__file__).resolve().parent
+STOP_EARLY_S = 20  # for writing and for a last group
+GRACE_S = 15  # between asking a stage to stop and making it
+MIN_STAGE_S = 60  # to import PyTorch and say something
+_DRY = {"ours": "rms_norm-fwd", "peers": "swiglu-bwd or attention-fwd or decode_step"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    share: float
+    question: str
+
+    def command(self, out: Path, seconds: float, dry: bool) -> list[str]:
+        pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        timed = [
+            *pytest,
+            *map(str, sorted(BENCH.glob("test_bench_*.py"))),
+            # In a dry run each of the two takes some of the ops: together, every kind of test.
+            *(["-k", _DRY[self.name]] if dry and self.name in _DRY else []),
+            f"--bench-json={out / self.name}.json",
+            "--bench-resume",
+            f"--bench-budget={max(1.0, seconds - STOP_EARLY_S):.0f}",
+            *(["--bench-dry-run"] if dry else []),
+        ]
+        script = [f"--json={out / self.name}.json", *(["--dry-run"] if dry else [])]
+        if self.name == "correctness":
+            tests = BENCH.parent / "tests"
+            if dry:  # the tests themselves need no dry run: it is enough that some are found
+                return [*pytest, str(tests / "test_ops.py"), "--collect-only"]
+            # What is compiled for other GPUs says nothing about this one.
+            return [*pytest, str(tests), f"--ignore={tests / 'test_compile.py'}"]
+        if self.name == "ceilings":
+            return [sys.executable, str(BENCH / "ceilings.py"), *script]
+        if self.name == "ours":
+            return [*timed, "--bench-tier=full", "--bench-backends=triton"]
+        if self.name == "peers":
+            raw = [f"--benchmark-json={out / 'peers_samples.json'}"]
+            return [*timed, "--bench-tier=full", *(raw if find_spec("pytest_benchmark") else [])]
+        return [
+            sys.executable,
+            str(BENCH / "tune.py"),
+            *script,
+            f"--budget={max(1.0, seconds - STOP_EARLY_S):.0f}",
+        ]
+
+
+STAGES = (
+    Stage("correctness", 0.20, "Do the tests pass on this GPU?"),
+    Stage("ceilings", 0.02, "What does the device itself do?"),
+    Stage("ours", 0.15, "Where are we far from the floor?"),
+    Stage("peers", 0.45, "Who is faster than we are, and where?"),
+    Stage("tuning", 0.18, "Which launch numbers would be better?"),
+)
+
+_PLAN = """# How to read these files
+
+| stage | its question | answer in | how it went |
+| --- | --- | --- | --- |
+{table}
+
+1. **correctness.log**: its last lines. A failure comes before every speed: mend it first. Rows of
+   the other stages are checked one by one all the same, and a wrong one is never timed.
+2. **ceilings.json**: copy, read and matrix rate. Far below the data sheet means that something else
+   uses the GPU, or that its clocks are held down: the shares of the floor still hold, times do not.
+3. **ours/report.md**: the column "% of floor". Above 85 % for row ops and decoding there is little
+   to win; the lowest shares on the largest shapes are the next work. `bound: latency` rows are
+   about launches: look at their host time.
+4. **peers/report.md**: the losses, at its top. Within the noise is a tie. A loss to `compile` or to
+   a Triton peer can be won by tuning or a better schedule; to `sdpa_cudnn` and `fa3` in prefill
+   attention perhaps not. "Not timed" says which peers were absent: their rows prove nothing.
+5. **tuning.log**: rows to paste into `kernels/gqa_kernels/configs.py`. A gain below the noise is
+   none. Paste, then run `ours` again: `python bench/gpu.py --out {out} --again ours`.
+
+What is quoted elsewhere is quoted from these files, losses as plainly as wins.
+"""
+
+
+def _state(out: Path) -> dict[str, Any]:
+    file = out / "stages.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _write(out: Path, state: dict[str, Any]) -> None:
+    (out / "stages.json").write_text(json.dumps(state, indent=1) + "\n")
+    table = "\n".join(
+        f"| {stage.name} | {stage.question} | {_answer(stage)} | "
+        f"{state.get(stage.name, {}).get('status', 'not run yet')} |"
+        for stage in STAGES
+    )
+    (out / "plan.md").write_text(_PLAN.format(table=table, out=out.name))
+
+
+def _answer(stage: Stage) -> str:
+    return {
+        "correctness": "correctness.log",
+        "ceilings": "ceilings.json",
+        "ours": "ours/report.md",
+        "peers": "peers/report.md",
+        "tuning": "tuning.log, tuning.json",
+    }[stage.name]
+
+
+def run_stage(stage: Stage, out: Path, seconds: float, dry: bool) -> dict[str, Any]:
+    """Runs a stage for at most that long; its output goes to OUT/STAGE.log."""
+    start = time.monotonic()
+    status = "done"
+    with (out / f"{stage.name}.log").open("a") as log:
+        process = subprocess.Popen(
+            stage.command(out, seconds, dry),
+            cwd=BENCH.parent,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if dry else {})},
+            start_new_session=True,  # its own children stop with it
+        )
+        try:
+            code = process.wait(timeout=seconds)
+            status = "done" if code == 0 else f"failed (exit status {code})"
+            if code == 0 and _left(stage, out):
+                status = "cut short"
+        except subprocess.TimeoutExpired:
+            status = "cut short"
+            stop(process)
+        except BaseException:
+            stop(process)
+            raise
+    return {"status": status, "seconds": round(time.monotonic() - start, 1)}
+
+
+def _left(stage: Stage, out: Path) -> int:
+    """How many groups of a timed stage its budget left unmeasured."""
+    results = out / f"{stage.name}.json"
+    if stage.name not in ("ours", "peers") or not results.exists():
+        return 0
+    return json.loads(results.read_text()).get("groups_left", 0)
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Ends a process that leads a session of its own, and what it has started."""
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        process.wait(timeout=GRACE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _report(stage: Stage, out: Path) -> None:
+    results = out / f"{stage.name}.json"
+    if stage.name in ("ours", "peers") and results.exists():
+        try:
+            report.main([str(results), f"--out={out / stage.name}"])
+        except Exception:  # the result file is there; the stages that follow must run
+            traceback.print_exc()
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--budget", type=float, default=1800.0, metavar="SECONDS")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the result files")
+    parser.add_argument("--again", action="append", default=[], metavar="STAGE")
+    parser.add_argument("--dry-run", action="store_true", help="every stage, without a GPU")
+    options = parser.parse_args(arguments)
+    for name in options.again:
+        if name not in [stage.name for stage in STAGES]:
+            parser.error(f"--again: expected one of the stages; got {name}")
+    importable.extend_path()
+    if not options.dry_run and not _has_gpu():
+        parser.error("no GPU that PyTorch can drive; --dry-run goes through the stages without one")
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    state = _state(out)
+    for name in options.again:
+        state.pop(name, None)
+        (out / f"{name}.json").unlink(missing_ok=True)
+    _write(out, state)
+    end = time.monotonic() + options.budget
+    todo = [s for s in STAGES if state.get(s.name, {}).get("status") != "done"]
+    for index, stage in enumerate(todo):
+        left = end - time.monotonic()
+        share = left * stage.share / sum(later.share for later in todo[index:])
+        seconds = max(share, MIN_STAGE_S)
+        print(f"{stage.name}: up to {seconds:.0f} s", flush=True)
+        state[stage.name] = run_stage(stage, out, seconds, options.dry_run)
+        print(f"{stage.name}: {state[stage.name]['status']}", flush=True)
+        _report(stage, out)
+        _write(out, state)
+    print(f"{out / 'plan.md'} says how to read the results")
+    return 0 if all(entry["status"] == "done" for entry in state.values()) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,276 @@
+"""The shapes that are timed: Llama 2's layers, swept over tokens, sequence lengths and contexts.
+
+A workload is one (op, pass, shape). Tiers: "smoke" is a handful that says whether the rest makes
+sense, "core" the shapes that claims are made of, "full" the sweeps. A tier contains those before
+it.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from floors import backward_cost
+
+from gqa_kernels.spec import OPS, Case, Cost, OpSpec
+
+TIERS = ("smoke", "core", "full")
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Model:
+    """The widths of one model's layers; `heads` is (query, key/value)."""
+
+    name: str
+    hidden_size: int
+    intermediate_size: int
+    heads: tuple[int, int]
+
+
+MODELS = (
+    Model("7B", 4096, 11008, (32, 32)),
+    Model("13B", 5120, 13824, (40, 40)),
+    Model("34B", 8192, 22016, (64, 8)),
+    Model("70B", 8192, 28672, (64, 8)),
+)
+_7B, _13B, _34B, _70B = MODELS
+
+
+@dataclass(frozen=True)
+class Workload:
+    spec: OpSpec
+    pass_: str  # "fwd" or "bwd"
+    shape: str  # as in test ids: "7B-T8192"
+    case: Case
+    tier: str
+
+    @property
+    def op(self) -> str:
+        return self.spec.name
+
+    @property
+    def group(self) -> str:
+        return f"{self.op}|{self.pass_}|{self.shape}"
+
+    @property
+    def cost(self) -> Cost:
+        forward = self.spec.cost(self.case, DTYPE)
+        if self.pass_ == "fwd":
+            return forward
+        return backward_cost(self.op, self.case, DTYPE, forward)
+
+    @property
+    def input_bytes(self) -> int:
+        return self.spec.cost(self.case, DTYPE).read_bytes
+
+
+# --- Decode: full caches, so that every peer computes the same -------------------------------
+
+
+def _decode_inputs(
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> dict[str, Any]:
+    """Random data in the whole cache; lengths all the capacity, or spread as the op table has them.
+
+    What lies beyond a length is finite here: some peers multiply it by a weight of zero.
+    """
+    sizes = case.sizes
+    batch, capacity, head_dim = sizes["batch"], sizes["max_seq_len"], sizes["head_dim"]
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=generator.device).to(device, dtype)
+
+    return {
+        "q": draw(batch, sizes["seq_len_q"], sizes["num_q_heads"], head_dim),
+        "k_cache": draw(batch, capacity, sizes["num_kv_heads"], head_dim),
+        "v_cache": draw(batch, capacity, sizes["num_kv_heads"], head_dim),
+        "seq_lens": torch.tensor(decode_lengths(case), dtype=torch.int32, device=device),
+    }
+
+
+def decode_lengths(case: Case) -> list[int]:
+    batch, capacity = case.sizes["batch"], case.sizes["max_seq_len"]
+    if case.sizes["ragged"]:
+        return [capacity - i * capacity * 7 // (8 * batch) for i in range(batch)]
+    return [capacity] * batch
+
+
+def _decode_cost(case: Case, dtype: torch.dtype) -> Cost:
+    """As the op table's, whose lengths are ragged; a full cache costs batch × its first row."""
+    if case.sizes["ragged"]:
+        return _OPS["decode_attention"].cost(case, dtype)
+    one = _OPS["decode_attention"].cost(Case({**case.sizes, "batch": 1}, case.source), dtype)
+    return Cost(*(case.sizes["batch"] * amount for amount in one))
+
+
+_OPS = {spec.name: spec for spec in OPS}
+# Peers have a backward pass whether or not the op table says that ours has.
+_OPS["flash_attention"] = dataclasses.replace(_OPS["flash_attention"], wrt=("q", "k", "v"))
+_DECODE = dataclasses.replace(
+    _OPS["decode_attention"], make_inputs=_decode_inputs, cost=_decode_cost
+)
+
+
+# --- The grid --------------------------------------------------------------------------------
+
+
+def _row_ops() -> list[Workload]:
+    found = []
+
+    def add(op: str, model: Model, tokens: int, tier: str, width: int | None = None) -> None:
+        if op == "apply_rope":
+            sizes = {
+                "batch": 1,
+                "seq_len": tokens,
+                "num_q_heads": model.heads[0],
+                "num_kv_heads": model.heads[1],
+                "head_dim": 128,
+                "interleaved": False,
+                "positions": False,
+            }
+        elif op == "swiglu":
+            sizes = {"num_tokens": tokens, "intermediate_size": width or model.intermediate_size}
+        else:
+            sizes = {"num_tokens": tokens, "hidden_size": width or model.hidden_size}
+        name = model.name if width is None else f"W{width}"
+        shape, case = f"{name}-T{tokens}", Case(sizes, name)
+        for pass_ in ("fwd", "bwd"):
+            if pass_ == "fwd" or tokens >= 1024:  # nobody trains on fewer
+                found.append(Workload(_OPS[op], pass_, shape, case, tier))
+
+    for op in ("rms_norm", "add_rms_norm", "swiglu", "apply_rope"):
+        # 34B and 70B share their hidden size and their heads.
+        models = MODELS if op == "swiglu" else (_7B, _13B, _70B)
+        add(op, _7B, 8192, "smoke")
+        for model in models[1:]:
+            add(op, model, 8192, "core")
+        for tokens in (1, 128):
+            add(op, _7B, tokens, "core")
+            add(op, _70B, tokens, "core")
+        for tokens in (16, 1024, 4096, 8191, 16384):
+            add(op, _70B, tokens, "full")
+        if op != "apply_rope":
+            for width in (1024, 2048, 16384):
+                add(op, _7B, 4096, "full", width)
+    return found
+
+
+def _attention() -> list[Workload]:
+    found = []
+
+    def add(
+        name: str,
+        heads: tuple[int, int],
+        seq_lens: tuple[int, int],
+        tier: str,
+        *,
+        causal: bool = True,
+        batch: int | None = None,
+        head_dim: int = 128,
+        backward: bool = True,
+    ) -> None:
+        seq_len_q, seq_len_kv = seq_lens
+        batch = max(1, 16384 // seq_len_q) if batch is None else batch
+        sizes = {
+            "batch": batch,
+            "seq_len_q": seq_len_q,
+            "seq_len_kv": seq_len_kv,
+            "num_q_heads": heads[0],
+            "num_kv_heads": heads[1],
+            "head_dim": head_dim,
+            "causal": causal,
+        }
+        length = f"S{seq_len_q}" + (f"x{seq_len_kv}" if seq_len_q != seq_len_kv else "")
+        mask = "causal" if causal else "full"
+        shape, case = f"{name}-B{batch}-{length}-{mask}", Case(sizes, name)
+        for pass_ in ("fwd", "bwd") if backward else ("fwd",):
+            found.append(Workload(_OPS["flash_attention"], pass_, shape, case, tier))
+
+    core = {"7B": (1024, 4096, 16384), "70B": (512, 2048, 8192, 16384)}
+    for model in (_70B, _7B, _13B):
+        for seq_len in (512, 1024, 2048, 4096, 8192, 16384):
+            tier = "core" if seq_len in core.get(model.name, ()) else "full"
+            if (model.name, seq_len) == ("70B", 4096):
+                tier = "smoke"
+            add(model.name, model.heads, (seq_len, seq_len), tier)
+            tier = "core" if (model.name, seq_len) in (("70B", 4096), ("7B", 4096)) else "full"
+            add(model.name, model.heads, (seq_len, seq_len), tier, causal=False, backward=False)
+    for seq_len in (2048, 4096, 8192, 32768):
+        add("70B", _70B.heads, (seq_len, seq_len), "full", batch=1, backward=False)
+    for seq_len in (4095, 8191):
+        add("7B", _7B.heads, (seq_len, seq_len), "full", batch=2, backward=False)
+    add("7B", _7B.heads, (512, 8192), "core", batch=4, backward=False)  # a chunk of a prefill
+    add("D64", (32, 32), (4096, 4096), "full", head_dim=64)
+    return found
+
+
+def _decode() -> list[Workload]:
+    found = []
+    heads = {"7B": (32, 32), "13B": (40, 40), "70B": (64, 8), "MQA": (64, 1)}
+    points = (
+        (1, 4096), (1, 32768), (1, 131072), (16, 4096), (64, 4096), (64, 8192), (128, 2048),
+        (256, 1024),
+    )  # fmt: skip
+
+    def add(name: str, batch: int, context: int, tier: str, *, ragged: bool = False) -> None:
+        sizes = {
+            "batch": batch,
+            "seq_len_q": 1,
+            "max_seq_len": context,
+            "num_q_heads": heads[name][0],
+            "num_kv_heads": heads[name][1],
+            "head_dim": 128,
+            "ragged": ragged,
+        }
+        shape = f"{name}-B{batch}-L{context}" + ("-ragged" if ragged else "")
+        found.append(Workload(_DECODE, "fwd", shape, Case(sizes, name), tier))
+
+    for name in ("70B", "7B", "13B", "MQA"):
+        for batch, context in points:
+            tier = "full" if name in ("13B", "MQA") or batch > 64 else "core"
+            tier = "smoke" if (name, batch, context) == ("70B", 16, 4096) else tier
+            add(name, batch, context, tier)
+    add("70B", 64, 4096, "core", ragged=True)
+    add("7B", 64, 4096, "full", ragged=True)
+    return found
+
+
+GRID = tuple(sorted(_row_ops() + _attention() + _decode(), key=lambda w: TIERS.index(w.tier)))
+
+
+def select(tier: str, ops: tuple[str, ...]) -> tuple[Workload, ...]:
+    """The workloads of these ops up to a tier, the most valuable first."""
+    wanted = TIERS[: TIERS.index(tier) + 1]
+    return tuple(work for work in GRID if work.tier in wanted and work.op in ops)
+
+
+def _tiny() -> tuple[Workload, ...]:
+    """A workload of each op that the interpreter runs in a moment, for the dry run."""
+    heads = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+    rope = {"batch": 1, "seq_len": 5, **heads, "interleaved": False, "positions": False}
+    attention = {"batch": 1, "seq_len_q": 17, "seq_len_kv": 17, **heads, "causal": True}
+    decode = {"batch": 2, "seq_len_q": 1, "max_seq_len": 40, **heads, "ragged": False}
+    cases = {
+        "rms_norm": {"num_tokens": 3, "hidden_size": 64},
+        "add_rms_norm": {"num_tokens": 3, "hidden_size": 64},
+        "swiglu": {"num_tokens": 3, "intermediate_size": 64},
+        "apply_rope": rope,
+        "flash_attention": attention,
+        "decode_attention": decode,
+    }
+    return tuple(
+        Workload(
+            _DECODE if op == "decode_attention" else _OPS[op],
+            pass_,
+            "tiny",
+            Case(sizes, "dry run"),
+            "smoke",
+        )
+        for op, sizes in cases.items()
+        for pass_ in ("fwd", "bwd")
+        if (op, pass_) != ("decode_attention", "bwd")
+    )
+
+
+TINY = _tiny()

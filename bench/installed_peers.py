@@ -1,0 +1,200 @@
+"""Backends of other packages, imported when they are first used.
+
+liger-kernel, fa3-fwd (FlashAttention 3, forward), xformers (its Triton split-K decode kernel) and
+fla-core. Each adapter was written against the version that its comment names.
+"""
+
+from typing import Any
+
+import torch
+from adapters import Backend, Lacks
+from timing import Call
+
+EPS = 1e-5
+
+# --- liger-kernel 0.8.5 ----------------------------------------------------------------------
+
+
+def _liger() -> Any:
+    import liger_kernel.ops as ops
+
+    return ops
+
+
+def _liger_rms_norm(inputs: dict[str, Any]) -> Call:
+    function = _liger().LigerRMSNormFunction
+    x, weight = inputs["x"], inputs["weight"]
+    # in_place would write dx over the cotangent, which the next call needs.
+    return lambda: function.apply(x, weight, EPS, 0.0, "llama", False, None)
+
+
+def _liger_add_rms_norm(inputs: dict[str, Any]) -> Call:
+    function = _liger().LigerFusedAddRMSNormFunction
+    x, residual, weight = inputs["x"], inputs["residual"], inputs["weight"]
+    return lambda: function.apply(x, residual, weight, EPS, 0.0, "llama", False)
+
+
+def _liger_swiglu(inputs: dict[str, Any]) -> Call:
+    function = _liger().LigerSiLUMulFunction
+    gate, up = inputs["gate"], inputs["up"]
+    return lambda: function.apply(gate, up)
+
+
+def _liger_rope(inputs: dict[str, Any]) -> Call:
+    """Rotates q and k where they lie, so a second call rotates them further: same work, other
+    values; the first call is the one that is checked."""
+    if inputs["interleaved"] or inputs["positions"] is not None:
+        raise Lacks("Liger's RoPE has neither interleaved pairs nor positions")
+    function = _liger().LigerRopeFunction
+    q, k = (inputs[name].transpose(1, 2) for name in ("q", "k"))
+    seq_len = inputs["q"].shape[1]
+    cos, sin = (inputs[name][:seq_len].repeat(1, 2)[None] for name in ("cos", "sin"))
+
+    def call() -> tuple[torch.Tensor, torch.Tensor]:
+        q_out, k_out = function.apply(q, k, cos, sin)
+        return q_out.transpose(1, 2), k_out.transpose(1, 2)
+
+    return call
+
+
+# --- fa3-fwd 0.0.3 ---------------------------------------------------------------------------
+
+
+def _fa3() -> Any:
+    import fa3_fwd_interface
+
+    return fa3_fwd_interface
+
+
+def _fa3_prefill(inputs: dict[str, Any]) -> Call:
+    function = _fa3().flash_attn_func
+    q, k, v, causal = (inputs[name] for name in ("q", "k", "v", "causal"))
+    return lambda: function(q, k, v, causal=causal)
+
+
+def _fa3_decode(inputs: dict[str, Any]) -> Call:
+    function = _fa3().flash_attn_with_kvcache
+    q, k, v, seq_lens = (inputs[name] for name in ("q", "k_cache", "v_cache", "seq_lens"))
+    return lambda: function(q, k, v, cache_seqlens=seq_lens, causal=True)
+
+
+# --- xformers 0.0.35 -------------------------------------------------------------------------
+
+
+def _xformers() -> Any:
+    from xformers.ops import fmha
+
+    return fmha
+
+
+def _xformers_decode(inputs: dict[str, Any]) -> Call:
+    fmha = _xformers()
+    q, k, v = inputs["q"], inputs["k_cache"], inputs["v_cache"]
+    batch, seq_len_q, num_q_heads, head_dim = q.shape
+    capacity, num_kv_heads = k.shape[1:3]
+    group_size = num_q_heads // num_kv_heads
+    bias = fmha.attn_bias.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
+        q_seqlen=[seq_len_q] * batch,
+        kv_padding=capacity,
+        kv_seqlen=inputs["seq_lens"].tolist(),
+        device=q.device,
+    )
+    # [1, tokens, kv heads, group, head_dim]: groups are expanded by strides, not in memory.
+    flat_q = q.reshape(1, batch * seq_len_q, num_kv_heads, group_size, head_dim)
+    flat_k, flat_v = (
+        x.reshape(1, batch * capacity, num_kv_heads, 1, head_dim).expand(-1, -1, -1, group_size, -1)
+        for x in (k, v)
+    )
+    if group_size == 1:
+        flat_q, flat_k, flat_v = (x.squeeze(3) for x in (flat_q, flat_k, flat_v))
+
+    def call() -> torch.Tensor:
+        out = fmha.memory_efficient_attention_forward(
+            flat_q, flat_k, flat_v, attn_bias=bias, op=fmha.triton_splitk.FwOp
+        )
+        return out.reshape(q.shape)
+
+    return call
+
+
+# --- fla-core 0.6.0 --------------------------------------------------------------------------
+
+
+def _fla() -> Any:
+    from fla.modules import activations, rotary
+    from fla.modules.norm import layernorm
+
+    return layernorm.rms_norm, activations.swiglu, rotary.rotary_embedding
+
+
+def _fla_rms_norm(inputs: dict[str, Any]) -> Call:
+    rms_norm, _, _ = _fla()
+    x, weight = inputs["x"], inputs["weight"]
+    return lambda: rms_norm(x, weight, None, eps=EPS)
+
+
+def _fla_add_rms_norm(inputs: dict[str, Any]) -> Call:
+    rms_norm, _, _ = _fla()
+    x, residual, weight = inputs["x"], inputs["residual"], inputs["weight"]
+    return lambda: rms_norm(x, weight, None, residual=residual, eps=EPS, prenorm=True)
+
+
+def _fla_swiglu(inputs: dict[str, Any]) -> Call:
+    _, swiglu, _ = _fla()
+    gate, up = inputs["gate"], inputs["up"]
+    return lambda: swiglu(gate, up)
+
+
+def _fla_rope(inputs: dict[str, Any]) -> Call:
+    if inputs["positions"] is not None:
+        raise Lacks("fla's rotary takes offsets, not positions")
+    q, k, cos, sin = (inputs[name] for name in ("q", "k", "cos", "sin"))
+    if cos.dtype != q.dtype:
+        raise Lacks(f"fla's rotary takes cos and sin rounded to {q.dtype}: another function")
+    _, _, rotary = _fla()
+    pairs = inputs["interleaved"]
+    return lambda: (rotary(q, cos, sin, pairs), rotary(k, cos, sin, pairs))
+
+
+BACKENDS = (
+    Backend(
+        "liger",
+        {
+            "rms_norm": _liger_rms_norm,
+            "add_rms_norm": _liger_add_rms_norm,
+            "swiglu": _liger_swiglu,
+            "apply_rope": _liger_rope,
+        },
+        import_check=_liger,
+        distribution="liger-kernel",
+        writes_inputs=frozenset({"apply_rope"}),
+    ),
+    Backend(
+        "fa3",
+        {"flash_attention": _fa3_prefill, "decode_attention": _fa3_decode},
+        import_check=_fa3,
+        distribution="fa3-fwd",
+        forward_only={
+            "flash_attention": "fa3-fwd has no backward pass",
+            "decode_attention": "a cache has no gradient",
+        },
+    ),
+    Backend(
+        "xformers",
+        {"decode_attention": _xformers_decode},
+        import_check=_xformers,
+        distribution="xformers",
+        forward_only={"decode_attention": "a cache has no gradient"},
+    ),
+    Backend(
+        "fla",
+        {
+            "rms_norm": _fla_rms_norm,
+            "add_rms_norm": _fla_add_rms_norm,
+            "swiglu": _fla_swiglu,
+            "apply_rope": _fla_rope,
+        },
+        import_check=_fla,
+        distribution="fla-core",
+    ),
+)

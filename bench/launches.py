@@ -1,0 +1,61 @@
+"""Which of this package's kernels a call launches.
+
+A hook on every `triton.jit` function of `gqa_kernels`, called as the function is launched: on a
+GPU, and in Triton's interpreter, so that the check itself can be tested without a GPU. Kernels of
+other packages, inductor's included, have functions of their own and are not counted.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from triton.runtime import KernelInterface
+
+
+def package_kernels() -> dict[str, Any]:
+    """The jit functions of the package's modules, by qualified name."""
+    found = {}
+    for module_name, module in list(sys.modules.items()):
+        if module is None or not module_name.startswith("gqa_kernels."):
+            continue
+        for name, value in vars(module).items():
+            # Defined there, not imported from a sibling: each function once.
+            if (
+                isinstance(value, KernelInterface)
+                and hasattr(value, "add_pre_run_hook")
+                and value.fn.__module__ == module_name
+            ):
+                found[f"{module_name}.{name}"] = value
+    return found
+
+
+@contextmanager
+def recorded() -> Iterator[list[str]]:
+    """The names of the package's kernels that are launched inside the context, in order."""
+    launched: list[str] = []
+    hooks = []
+    for name, kernel in package_kernels().items():
+
+        def hook(*_: Any, name: str = name, **__: Any) -> None:
+            launched.append(name)
+
+        kernel.add_pre_run_hook(hook)
+        hooks.append((kernel, hook))
+    try:
+        yield launched
+    finally:
+        for kernel, hook in hooks:
+            kernel.pre_run_hooks.remove(hook)
+
+
+class NotWhatItSays(AssertionError):
+    """A backend did not run what its name says."""
+
+
+def check(backend: str, launched: list[str]) -> None:
+    """Raises NotWhatItSays if "triton" launched none of this package's kernels, or another did."""
+    if backend == "triton" and not launched:
+        raise NotWhatItSays("triton: expected a launch of this package's kernels; got none")
+    if backend != "triton" and launched:
+        raise NotWhatItSays(f"{backend}: expected none of this package's kernels; got {launched}")

@@ -1,0 +1,241 @@
+"""The backends that are timed: ours, eager, and what PyTorch itself brings.
+
+Every one is forced and named: no SDPA call may choose its kernel except the one called "default",
+no compiled call may fall back to eager. `installed_peers` has those of other packages.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import installed_peers
+import torch
+import torch.nn.functional as F
+from adapters import Adapter, Backend, Lacks
+from timing import Call
+
+from gqa_kernels import fused, reference
+
+EPS = 1e-5
+NO_ATTENTION_BACKWARD = "flash_attention has no backward pass in the triton backend yet"
+
+
+def of_module(ops: Any) -> dict[str, Adapter]:
+    """The ops of a `gqa_kernels` backend; attention without its lse, which no peer is asked for."""
+
+    def adapter(op: str) -> Adapter:
+        def adapt(inputs: dict[str, Any]) -> Call:
+            given = {name: x for name, x in inputs.items() if name != "return_lse"}
+            return functools.partial(getattr(ops, op), **given)
+
+        return adapt
+
+    return {op: adapter(op) for op in fused.__all__}
+
+
+# --- torch.compile of the reference ----------------------------------------------------------
+
+
+def strict_compile(function: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
+    """`torch.compile` that raises where it would otherwise run eagerly."""
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.suppress_errors = False
+    # A backward pass that frees its buffers cannot be run again.
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+
+
+def _compiled_adapters() -> dict[str, Adapter]:
+    def adapter(op: str) -> Adapter:
+        def adapt(inputs: dict[str, Any]) -> Call:
+            compiled = _compiled(getattr(reference, op))
+            given = {name: x for name, x in inputs.items() if name != "return_lse"}
+            return functools.partial(compiled, **given)
+
+        return adapt
+
+    return {op: adapter(op) for op in fused.__all__}
+
+
+_cache: dict[Any, Any] = {}
+
+
+def _once(key: Any, make: Callable[[], Any]) -> Any:
+    """One compiled function, or one mask, for all copies of a workload's inputs."""
+    if key not in _cache:
+        _cache[key] = make()
+    return _cache[key]
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return _once(function, lambda: strict_compile(function))
+
+
+def forget_compiled() -> None:
+    """Between workloads: guards of other shapes would be tried at every call."""
+    _cache.clear()
+    torch._dynamo.reset()
+
+
+# --- F.rms_norm ------------------------------------------------------------------------------
+
+
+def _torch_rms_norm(inputs: dict[str, Any]) -> Call:
+    x, weight = inputs["x"], inputs["weight"]
+    return lambda: F.rms_norm(x, weight.shape, weight, EPS)
+
+
+def _torch_add_rms_norm(inputs: dict[str, Any]) -> Call:
+    x, residual, weight = inputs["x"], inputs["residual"], inputs["weight"]
+
+    def call() -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = x + residual
+        return F.rms_norm(hidden, weight.shape, weight, EPS), hidden
+
+    return call
+
+
+def _torch_swiglu(inputs: dict[str, Any]) -> Call:
+    """As Hugging Face's Llama has it: silu rounded to the dtype before the product."""
+    gate, up = inputs["gate"], inputs["up"]
+    return lambda: F.silu(gate) * up
+
+
+# --- SDPA ------------------------------------------------------------------------------------
+
+_SDPA = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", None)
+
+
+def _heads_first(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """[batch, heads, seq_len, head_dim] views, as SDPA wants them."""
+    return [x.transpose(1, 2) for x in tensors]
+
+
+def _sdpa(kernel: str | None, q: Any, k: Any, v: Any, *, causal: bool) -> Call:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    grouped = q.shape[2] != k.shape[2]
+    if kernel == "EFFICIENT_ATTENTION" and grouped:
+        raise Lacks("memory-efficient SDPA takes no grouped heads")
+    if causal and q.shape[1] != k.shape[1]:
+        raise Lacks("SDPA aligns a causal mask at the top left")
+
+    def call() -> torch.Tensor:
+        out = F.scaled_dot_product_attention(
+            *_heads_first(q, k, v), is_causal=causal, enable_gqa=grouped
+        )
+        return out.transpose(1, 2)
+
+    if kernel is None:
+        return call
+
+    def forced() -> torch.Tensor:
+        with sdpa_kernel(getattr(SDPBackend, kernel)):
+            return call()
+
+    return forced
+
+
+def _sdpa_adapters(kernel: str | None) -> dict[str, Adapter]:
+    def prefill(inputs: dict[str, Any]) -> Call:
+        return _sdpa(kernel, inputs["q"], inputs["k"], inputs["v"], causal=inputs["causal"])
+
+    def decode(inputs: dict[str, Any]) -> Call:
+        if not _caches_are_full(inputs):
+            raise Lacks("SDPA takes no lengths per sequence without a mask")
+        return _sdpa(kernel, inputs["q"], inputs["k_cache"], inputs["v_cache"], causal=False)
+
+    return {"flash_attention": prefill, "decode_attention": decode}
+
+
+def _caches_are_full(inputs: dict[str, Any]) -> bool:
+    return bool((inputs["seq_lens"] == inputs["k_cache"].shape[1]).all())
+
+
+# --- FlexAttention ---------------------------------------------------------------------------
+
+
+def _flex(q: Any, k: Any, v: Any, mask: Any, batch: int | None) -> Call:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    block_mask = None
+    if mask is not None:
+        block_mask = _once(
+            "block mask",
+            lambda: create_block_mask(mask, batch, None, q.shape[1], k.shape[1], device=q.device),
+        )
+    grouped = q.shape[2] != k.shape[2]
+    compiled = _compiled(flex_attention)
+
+    def call() -> torch.Tensor:
+        out = compiled(*_heads_first(q, k, v), block_mask=block_mask, enable_gqa=grouped)
+        return out.transpose(1, 2)
+
+    return call
+
+
+def _flex_prefill(inputs: dict[str, Any]) -> Call:
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    diagonal = k.shape[1] - q.shape[1]
+
+    def causal(b: Any, h: Any, query: Any, key: Any) -> Any:
+        return key <= query + diagonal
+
+    return _flex(q, k, v, causal if inputs["causal"] else None, None)
+
+
+def _flex_decode(inputs: dict[str, Any]) -> Call:
+    q, seq_lens = inputs["q"], inputs["seq_lens"]
+
+    def within(b: Any, h: Any, query: Any, key: Any) -> Any:
+        return key < seq_lens[b]
+
+    mask = None if _caches_are_full(inputs) else within
+    return _flex(q, inputs["k_cache"], inputs["v_cache"], mask, q.shape[0])
+
+
+# --- The table -------------------------------------------------------------------------------
+
+_DECODE_FORWARD = {"decode_attention": "a cache has no gradient"}
+
+BACKENDS = (
+    Backend(
+        "triton",
+        of_module(fused),
+        distribution="gqa-kernels",
+        forward_only={"flash_attention": NO_ATTENTION_BACKWARD, **_DECODE_FORWARD},
+        ours=True,
+    ),
+    Backend("eager", of_module(reference), forward_only=_DECODE_FORWARD, ours=True),
+    Backend(
+        "torch",
+        {
+            "rms_norm": _torch_rms_norm,
+            "add_rms_norm": _torch_add_rms_norm,
+            "swiglu": _torch_swiglu,
+        },
+    ),
+    Backend("compile", _compiled_adapters(), forward_only=_DECODE_FORWARD),
+    *(
+        Backend(
+            "sdpa_" + ("default" if kernel is None else kernel.split("_")[0].lower()),
+            _sdpa_adapters(kernel),
+            forward_only=_DECODE_FORWARD,
+        )
+        for kernel in _SDPA
+    ),
+    Backend(
+        "flex",
+        {"flash_attention": _flex_prefill, "decode_attention": _flex_decode},
+        forward_only=_DECODE_FORWARD,
+    ),
+    *installed_peers.BACKENDS,
+)
+
+BY_NAME = {backend.name: backend for backend in BACKENDS}
+
+
+def for_op(op: str) -> list[str]:
+    """The backends that have the op at all, ours first."""
+    return [backend.name for backend in BACKENDS if op in backend.adapters]

@@ -1,0 +1,165 @@
+"""What `tune.py` sweeps: for each row of a table of `configs`, candidates and how to write one."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from grid import GRID, TINY, Workload
+
+from gqa_kernels import configs
+
+Candidate = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One row of a table of `configs`.
+
+    Attributes:
+        workload: the shape that stands for the row's class.
+        candidates: launch numbers to try.
+        patch: attributes of `configs`, with the values that make it choose a candidate.
+        row: the text to paste.
+    """
+
+    workload: Workload
+    candidates: tuple[Candidate, ...]
+    patch: Callable[[Candidate], dict[str, Any]]
+    row: Callable[[Candidate], str]
+
+
+def _product(**choices: tuple[int, ...]) -> tuple[Candidate, ...]:
+    return tuple(
+        dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())
+    )
+
+
+def arguments_of(candidate: Candidate) -> str:
+    return ", ".join(f"{name}={value}" for name, value in candidate.items())
+
+
+def _workload(op: str, pass_: str, **sizes: int | bool) -> Workload:
+    """The workload of the grid with these sizes."""
+    for work in GRID:
+        if (work.op, work.pass_) == (op, pass_) and sizes.items() <= work.case.sizes.items():
+            return work
+    raise KeyError(f"no workload {op} {pass_} with {sizes} in the grid")
+
+
+def _norm(pass_: str) -> list[Sweep]:
+    table = {"fwd": "NORM_FORWARD", "bwd": "NORM_BACKWARD"}[pass_]
+    choices = {"num_warps": (1, 2, 4, 8, 16, 32)}
+    if pass_ == "bwd":
+        choices["programs_per_sm"] = (1, 2, 4, 8)
+    # The widest row of the grid in each class of the table.
+    widths = {1280: (1024, 4096), 2560: (2048, 4096), 5120: (5120, 8192), 10240: (8192, 8192),
+              16384: (16384, 4096)}  # fmt: skip
+    sweeps = []
+    for max_width, (width, tokens) in widths.items():
+
+        def config(candidate: Candidate, max_width: int = max_width) -> configs.RowConfig:
+            return configs.RowConfig(max_width=max_width, **candidate)
+
+        sweeps.append(
+            Sweep(
+                _workload("rms_norm", pass_, hidden_size=width, num_tokens=tokens),
+                _product(**choices),
+                lambda candidate, config=config: {table: (config(candidate),)},
+                lambda candidate, max_width=max_width: (
+                    f"RowConfig(max_width={max_width}, {arguments_of(candidate)}),"
+                ),
+            )
+        )
+    return sweeps
+
+
+def _swiglu(pass_: str) -> list[Sweep]:
+    return [
+        Sweep(
+            _workload("swiglu", pass_, intermediate_size=width, num_tokens=8192),
+            _product(SWIGLU_BLOCK=(512, 1024, 2048, 4096), SWIGLU_NUM_WARPS=(2, 4, 8)),
+            dict,
+            lambda candidate: "\n".join(f"{n} = {v}" for n, v in candidate.items()),
+        )
+        for width in (11008, 28672)
+    ]
+
+
+def _attention() -> list[Sweep]:
+    choices = _product(
+        block_m=(64, 128), block_n=(32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3, 4)
+    )
+
+    def config(candidate: Candidate, arch: str, max_head_dim: int) -> configs.AttentionConfig:
+        return configs.AttentionConfig(arch, 2, max_head_dim, **candidate)
+
+    def sweep(head_dim: int, **sizes: int | bool) -> Sweep:
+        return Sweep(
+            _workload("flash_attention", "fwd", head_dim=head_dim, causal=True, **sizes),
+            choices,
+            lambda candidate: {"ATTENTION_FORWARD": (config(candidate, "", 256),)},
+            lambda candidate: (
+                f'AttentionConfig("{_arch()}", 2, {head_dim}, {arguments_of(candidate)}),'
+            ),
+        )
+
+    return [sweep(128, num_kv_heads=8, seq_len_q=4096), sweep(64, seq_len_q=4096)]
+
+
+def _decode() -> list[Sweep]:
+    tile = configs.DECODE_TILES[2]
+
+    def sweep(limit: int, batch: int, context: int) -> Sweep:
+        return Sweep(
+            _workload(
+                "decode_attention",
+                "fwd",
+                num_kv_heads=8,
+                batch=batch,
+                max_seq_len=context,
+                ragged=False,
+            ),
+            _product(
+                chunk=(128, 256, 512, 1024),
+                block_n=(32, 64, 128),
+                num_warps=(2, 4, 8),
+                num_stages=(2, 3, 4),
+            ),
+            lambda candidate: {
+                "DECODE_CHUNKS": ((1 << 62, candidate["chunk"]),),
+                "DECODE_TILES": {2: tile._replace(block_n=candidate["block_n"])},
+                "DECODE_NUM_WARPS": candidate["num_warps"],
+                "DECODE_NUM_STAGES": candidate["num_stages"],
+            },
+            lambda candidate: f"({limit}, {candidate['chunk']}),  # with {arguments_of(candidate)}",
+        )
+
+    return [sweep(8192, 16, 4096), sweep(32768, 1, 32768), sweep(1 << 62, 1, 131072)]
+
+
+SWEEPS: dict[str, Callable[[], list[Sweep]]] = {
+    "rms_norm-fwd": lambda: _norm("fwd"),
+    "rms_norm-bwd": lambda: _norm("bwd"),
+    "swiglu-fwd": lambda: _swiglu("fwd"),
+    "swiglu-bwd": lambda: _swiglu("bwd"),
+    "flash_attention-fwd": _attention,
+    "decode_attention-fwd": _decode,
+}
+
+
+def _arch() -> str:
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+    return f"sm_{major}{minor}"
+
+
+def tiny_sweeps() -> list[Sweep]:
+    """Two candidates of each table on a tiny shape: what the dry run sweeps."""
+    tiny = {(work.op, work.pass_): work for work in TINY}
+    found = []
+    for name, make in SWEEPS.items():
+        op, pass_ = name.split("-")
+        sweep = make()[-1]
+        found.append(Sweep(tiny[op, pass_], sweep.candidates[:2], sweep.patch, sweep.row))
+    return found

@@ -1,0 +1,7 @@
+"""Whole models: prefill, a decoding step, a training step."""
+
+OPS = "models"
+
+
+def test_time(workload, backend, timed):
+    timed(workload, backend)

@@ -1,0 +1,626 @@
+"""Tests of the bench itself. They need no GPU, and time nothing."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import ceilings
+import gate
+import gpu
+import grid
+import installed_peers
+import launches
+import model_grid
+import peers
+import pytest
+import record
+import report
+import torch
+import tune
+from adapters import Backend, Lacks, make_call
+from floors import Ceilings, floor
+from runner import OpContest, Runner
+from stub import FLUSH_SECONDS, LAUNCH_SECONDS, StubDevice
+from timing import Clock, Rotation, Timed, copies_needed
+
+from gqa_kernels import configs, fused, reference
+
+BENCH = Path(__file__).resolve().parent
+SAMPLE = BENCH / "sample.json"
+CPU = torch.device("cpu")
+TINY = {(work.op, work.pass_): work for work in grid.TINY}
+TINY_IDS = {"params": grid.TINY, "ids": [work.group for work in grid.TINY]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def started_dry_run(tmp_path_factory):
+    """`gpu.py --dry-run` as a user types it, from an empty folder, under way during the others."""
+    folder = tmp_path_factory.mktemp("dry")
+    process = subprocess.Popen(
+        [sys.executable, str(BENCH / "gpu.py"), "--dry-run", "--out", "results"],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    yield folder, process
+    if process.poll() is None:
+        gpu.stop(process)
+
+
+# --- Floors ----------------------------------------------------------------------------------
+
+# 4.3 TB/s and 790 TFLOP/s, against numbers worked out by hand.
+ROUND_CEILINGS = Ceilings(4.3e12, 4.3e12, 790e12)
+BY_GROUP = {work.group: work for work in grid.GRID}
+
+
+@pytest.mark.parametrize(
+    ("group", "microseconds", "bound"),
+    [
+        # 2 planes of 8192 x 4096 x 2 bytes; the weight is 0.01 % more
+        ("rms_norm|fwd|7B-T8192", 31.2, "mem"),
+        ("rms_norm|bwd|7B-T8192", 46.8, "mem"),  # 3 planes
+        ("rms_norm|bwd|70B-T8192", 93.6, "mem"),
+        ("rms_norm|fwd|70B-T1", 0.01143, "latency"),  # the row, its weight and its result
+        ("add_rms_norm|fwd|7B-T8192", 62.4, "mem"),  # 4 planes
+        ("add_rms_norm|bwd|7B-T8192", 62.4, "mem"),
+        ("swiglu|fwd|7B-T8192", 125.8, "mem"),  # 3 x 8192 x 11008 x 2 bytes
+        ("swiglu|bwd|70B-T8192", 546.2, "mem"),  # 5 x 8192 x 28672 x 2 bytes
+        # 2 x 8192 x 64 x 128 x 2 bytes, and 8192 x 64 pairs of angles of 8 bytes
+        ("apply_rope|fwd|7B-T8192", 63.4, "mem"),
+        # 4 x 16384 tokens x 64 heads x 128 x 4096 / 2 pairs
+        ("flash_attention|fwd|70B-B4-S4096-causal", 1392, "mma"),
+        ("flash_attention|fwd|70B-B4-S4096-full", 2784, "mma"),
+        ("flash_attention|bwd|70B-B2-S8192-causal", 6959, "mma"),  # 2.5 x 2784
+        ("flash_attention|fwd|7B-B1-S16384-causal", 2784, "mma"),
+        # 2 x 4096 keys x 32 heads x 128 x 2 bytes
+        ("decode_attention|fwd|7B-B1-L4096", 15.6, "mem"),
+        ("decode_attention|fwd|70B-B16-L4096", 62.5, "mem"),
+        ("decode_attention|fwd|MQA-B64-L8192", 62.9, "mem"),
+    ],
+)
+def test_floor_is_the_hand_number(group, microseconds, bound):
+    found = floor(BY_GROUP[group].cost, ROUND_CEILINGS)
+    assert found.seconds * 1e6 == pytest.approx(microseconds, rel=0.01)
+    assert found.bound == bound
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "milliseconds"),
+    [
+        # 6.476e9 weights of the layers and 0.131e9 of the head, 2 bytes each; 1.07e9 bytes of cache
+        ("decode_step", "7B-B1-S2048", 3.32),
+        # 2 x 6.476e9 x 2048 flops, and 1.1e12 of attention
+        ("prefill", "7B-B1-S2048", 35.0),
+    ],
+)
+def test_floor_of_a_model_is_the_hand_number(op, shape, milliseconds):
+    work = next(w for w in model_grid.GRID if (w.op, w.shape) == (op, shape))
+    assert floor(work.cost, ROUND_CEILINGS).seconds * 1e3 == pytest.approx(milliseconds, rel=0.01)
+
+
+def test_reading_is_held_to_the_rate_of_reading():
+    fast_reads = Ceilings(1e12, 2e12, 1e15)
+    decode, norm = BY_GROUP["decode_attention|fwd|7B-B64-L4096"], BY_GROUP["rms_norm|fwd|7B-T8192"]
+    for work, rate in ((decode, 2e12), (norm, 1e12)):
+        total = work.cost.read_bytes + work.cost.write_bytes
+        assert floor(work.cost, fast_reads).seconds == pytest.approx(total / rate)
+
+
+def test_grid_names_are_unique_and_tiers_grow():
+    assert len(BY_GROUP) == len(grid.GRID)
+    counts = [len(grid.select(tier, tuple(fused.__all__))) for tier in grid.TIERS]
+    assert 0 < counts[0] < counts[1] < counts[2] == len(grid.GRID)
+
+
+# --- The clock, on a simulated device --------------------------------------------------------
+
+
+def measure(method, **contenders):
+    device = next(iter(contenders.values())).device
+    calls = {name: contender.call for name, contender in contenders.items()}
+    return Clock(device).measure(calls, method)
+
+
+def on(device, *arguments, **options):
+    return SimpleNamespace(device=device, call=device.kernel(*arguments, **options))
+
+
+def test_a_kernels_time_is_exact_and_cold():
+    timed = measure("events", kernel=on(StubDevice(), 50e-6, warm=30e-6))["kernel"]
+    assert timed.samples == pytest.approx([50e-6] * len(timed.samples))
+    assert timed.host_seconds == pytest.approx(LAUNCH_SECONDS)
+    assert timed.median == pytest.approx(50e-6)
+    assert not timed.starved
+
+
+@pytest.mark.parametrize("host", [100e-6, 1e-3, 5e-3])
+def test_a_slow_host_does_not_slow_the_kernel(host):
+    """The device is kept busy until the call is enqueued, however long that takes."""
+    timed = measure("events", kernel=on(StubDevice(), 20e-6, host=host))["kernel"]
+    assert timed.median == pytest.approx(20e-6)
+    assert timed.host_seconds == pytest.approx(host)
+    assert not timed.starved
+
+
+def test_a_call_that_waits_for_the_device_is_called_starved():
+    device = StubDevice()
+    kernel = device.kernel(20e-6)
+
+    def synchronising():
+        kernel()
+        device.synchronize()
+        kernel()
+
+    timed = Clock(device).measure({"it": synchronising}, "events")["it"]
+    assert timed.starved
+
+
+def test_a_graph_divides_by_its_calls_and_leaves_launches_out():
+    device = StubDevice()
+    rotation = Rotation([device.kernel(3e-6) for _ in range(7)])
+    timed = Clock(device).measure({"it": rotation}, "graph")["it"]
+    assert timed.median == pytest.approx(3e-6)
+
+
+def test_end_to_end_includes_the_host():
+    timed = measure("end to end", kernel=on(StubDevice(), 10e-6, host=70e-6))["kernel"]
+    assert timed.median == pytest.approx(70e-6)
+
+
+def test_rounds_alternate_between_contenders():
+    device = StubDevice()
+    calls = {name: device.kernel(1e-3, name=name) for name in "ab"}
+    clock = Clock(device)
+    device.log.clear()
+    clock.measure(calls, "events")
+    turns = [name for i, name in enumerate(device.log) if i == 0 or device.log[i - 1] != name]
+    assert turns == ["a", "b"] + ["a", "b"] * clock.rounds
+
+
+def test_peak_memory_is_what_the_call_allocates():
+    device = StubDevice()
+    device.allocated = 1000
+    timed = measure("events", kernel=on(device, 1e-5, temporary_bytes=64))["kernel"]
+    assert timed.peak_bytes == 64
+
+
+def test_one_contenders_failure_is_its_own():
+    device = StubDevice()
+
+    def broken():
+        raise RuntimeError("no such kernel")
+
+    results = Clock(device).measure({"broken": broken, "fine": device.kernel(1e-5)}, "events")
+    assert isinstance(results["broken"], RuntimeError)
+    assert results["fine"].median == pytest.approx(1e-5)
+
+
+def test_a_disturbed_round_counts_once():
+    timed = Timed("events", rounds=[[1.0] * 5, [9.0] * 50, [1.2] * 5])
+    assert timed.median == 1.2
+    assert timed.spread == pytest.approx(8.0 / 1.2)
+    assert [timed.quantile(share) for share in (0.0, 0.1, 0.2, 0.8)] == [1.0, 1.2, 9.0, 9.0]
+
+
+def test_copies_exceed_the_cache_where_nothing_flushes_it():
+    assert copies_needed(10, 1000, "graph") == 64
+    assert copies_needed(1000, 1000, "graph") == 3
+    assert copies_needed(10_000, 1000, "graph") == 1
+    assert copies_needed(10, 1000, "events") == 2
+
+
+def test_flush_is_outside_the_sample():
+    device = StubDevice()
+    assert measure("events", kernel=on(device, FLUSH_SECONDS / 10))[
+        "kernel"
+    ].median == pytest.approx(FLUSH_SECONDS / 10)
+
+
+# --- Nothing is timed under another's name ---------------------------------------------------
+
+
+@pytest.fixture
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def run_group(workload, names, device):
+    clock = Clock(StubDevice())
+    contest = OpContest(workload, device, StubDevice.l2_bytes)
+    return Runner(clock, ceilings.simulated(clock)).run(contest, names)
+
+
+@pytest.mark.parametrize("key", [("rms_norm", "fwd"), ("rms_norm", "bwd")], ids="-".join)
+def test_eager_cannot_be_timed_as_triton(monkeypatch, device, key):
+    fake = dataclasses.replace(peers.BY_NAME["triton"], adapters=peers.of_module(reference))
+    monkeypatch.setitem(peers.BY_NAME, "triton", fake)
+    row = run_group(TINY[key], ["triton"], device)["triton"]
+    assert row.status == "fail"
+    assert "expected a launch of this package's kernels" in row.reason
+    assert not row.samples
+
+
+def test_triton_cannot_be_timed_as_eager(monkeypatch, device):
+    fake = dataclasses.replace(peers.BY_NAME["eager"], adapters=peers.of_module(fused))
+    monkeypatch.setitem(peers.BY_NAME, "eager", fake)
+    row = run_group(TINY["swiglu", "fwd"], ["eager"], device)["eager"]
+    assert row.status == "fail"
+    assert "expected none of this package's kernels" in row.reason
+
+
+def test_launches_of_every_op_are_seen(device):
+    """Where this fails for a new op, `launches.package_kernels` does not find its kernels."""
+    for work in grid.TINY:
+        if peers.BY_NAME["triton"].lacks(work.op, work.pass_) is None:
+            row = run_group(work, ["triton"], device)["triton"]
+            assert row.status == "ok", row.reason
+            assert row.info["ours_launched"], work.group
+
+
+def test_hooks_are_taken_away():
+    with launches.recorded():
+        pass
+    assert all(not kernel.pre_run_hooks for kernel in launches.package_kernels().values())
+
+
+@pytest.mark.parametrize("work", TINY_IDS["params"], ids=TINY_IDS["ids"])
+def test_a_wrong_result_is_never_timed(monkeypatch, work):
+    """Every output and gradient, one at a time, is off by 5 %."""
+    count = len(work.spec.wrt) if work.pass_ == "bwd" else len(_eager_result(work))
+    for wrong in range(count):
+
+        def spoiled(workload, inputs, cotangents, actual, wrong=wrong, check=gate.check):
+            actual = tuple(x * 1.05 if i == wrong else x for i, x in enumerate(actual))
+            return check(workload, inputs, cotangents, actual)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(gate, "check", spoiled)
+            row = run_group(work, ["eager"], CPU)["eager"]
+        assert row.status == "fail"
+        assert "GateError" in row.reason
+        assert not row.samples
+
+
+def _eager_result(work):
+    inputs = work.spec.make_inputs(work.case, grid.DTYPE, CPU, torch.Generator().manual_seed(0))
+    return make_call(peers.BY_NAME["eager"], work.op, "fwd", inputs, (), ())()
+
+
+@pytest.mark.parametrize("seq_lens", [(200, 200), (70, 200), (200, 70)], ids=str)
+def test_sampled_queries_are_those_of_the_whole(seq_lens):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, seq_len, 2, 8, generator=generator, dtype=torch.float64)
+        for seq_len in (seq_lens[0], seq_lens[1], seq_lens[1])
+    )
+    whole = reference.flash_attention(q, k, v, causal=True)
+    for start in (0, 3, seq_lens[0] - 64):
+        rows = slice(start, start + 64)
+        part = gate._attend_rows(q, k, v, causal=True, rows=rows, seq_len_q=seq_lens[0])[0]
+        torch.testing.assert_close(part, whole[:, rows])
+
+
+# --- Backends --------------------------------------------------------------------------------
+
+
+def test_every_backend_names_ops_of_the_table():
+    assert len(peers.BY_NAME) == len(peers.BACKENDS)
+    for backend in peers.BACKENDS:
+        assert set(backend.adapters) <= set(fused.__all__), backend.name
+
+
+def test_what_a_backend_lacks_is_a_reason():
+    assert peers.BY_NAME["fa3"].lacks("rms_norm", "fwd") == "fa3 has no rms_norm"
+    assert "no backward" in peers.BY_NAME["fa3"].lacks("flash_attention", "bwd")
+    assert peers.BY_NAME["fa3"].lacks("flash_attention", "fwd") is None
+
+
+def test_a_missing_package_is_a_reason():
+    def missing():
+        raise ModuleNotFoundError("No module named 'nonesuch'")
+
+    reason = Backend("nonesuch", {}, import_check=missing, distribution="nonesuch").available()
+    assert "nonesuch not usable" in reason
+
+
+@pytest.mark.parametrize(
+    ("work", "name"),
+    [
+        pytest.param(work, name, id=f"{work.group}|{name}")
+        for name in ("torch", "sdpa_flash", "sdpa_default")
+        for work in grid.TINY
+        if peers.BY_NAME[name].lacks(work.op, work.pass_) is None
+    ],
+)
+def test_adapters_of_torch_pass_the_gate(work, name):
+    row = run_group(work, [name], CPU)[name]
+    assert row.status == "ok", row.reason
+
+
+class _Apply:
+    """Stands in for an autograd Function of a peer."""
+
+    def __init__(self, function):
+        self.apply = function
+
+
+def _liger_like_rope(q, k, cos, sin):
+    """[batch, heads, seq_len, head_dim] views, angles twice, in place: as liger-kernel has it."""
+    half = cos.shape[-1] // 2
+    assert torch.equal(cos[..., :half], cos[..., half:])
+    rotated = reference.apply_rope(
+        q.transpose(1, 2), k.transpose(1, 2), cos[0, :, :half], sin[0, :, :half]
+    )
+    for x, new in zip((q, k), rotated, strict=True):
+        assert x.transpose(1, 2).is_contiguous()
+        x.copy_(new.transpose(1, 2))
+    return q, k
+
+
+def _split_k_like(q, k, v, *, attn_bias, op):
+    """[1, tokens, kv heads, group, head_dim], padded sequences: as xformers has it."""
+    lengths, capacity = attn_bias
+    batch = len(lengths)
+    q = q.reshape(batch, -1, q.shape[2] * q.shape[3], q.shape[4])
+    assert k.stride(3) == 0  # a group shares its key/value head
+    k, v = (x[:, :, :, 0].reshape(batch, capacity, x.shape[2], x.shape[4]) for x in (k, v))
+    return reference.decode_attention(q, k, v, torch.tensor(lengths)).flatten(0, 1)[None]
+
+
+class _Bias:
+    @staticmethod
+    def from_seqlens(q_seqlen, kv_padding, kv_seqlen, device):
+        assert q_seqlen == [1] * len(kv_seqlen)
+        return kv_seqlen, kv_padding
+
+
+_STANDINS = {
+    "liger": {
+        "_liger": SimpleNamespace(
+            LigerRMSNormFunction=_Apply(lambda x, w, eps, *_: reference.rms_norm(x, w, eps)),
+            LigerFusedAddRMSNormFunction=_Apply(
+                lambda x, r, w, eps, *_: reference.add_rms_norm(x, r, w, eps)
+            ),
+            LigerSiLUMulFunction=_Apply(reference.swiglu),
+            LigerRopeFunction=_Apply(_liger_like_rope),
+        )
+    },
+    "fa3": {
+        "_fa3": SimpleNamespace(
+            flash_attn_func=reference.flash_attention,
+            flash_attn_with_kvcache=lambda q, k, v, *, cache_seqlens, causal: (
+                reference.decode_attention(q, k, v, cache_seqlens)
+            ),
+        )
+    },
+    "xformers": {
+        "_xformers": SimpleNamespace(
+            attn_bias=SimpleNamespace(BlockDiagonalCausalWithOffsetPaddedKeysMask=_Bias),
+            memory_efficient_attention_forward=_split_k_like,
+            triton_splitk=SimpleNamespace(FwOp=None),
+        )
+    },
+    "fla": {
+        "_fla": (
+            lambda x, w, b, *, residual=None, eps, prenorm=False: (
+                reference.add_rms_norm(x, residual, w, eps)
+                if prenorm
+                else reference.rms_norm(x, w, eps)
+            ),
+            reference.swiglu,
+            None,
+        )
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "op"), [(name, op) for name in _STANDINS for op in peers.BY_NAME[name].adapters]
+)
+def test_adapters_of_other_packages_pass_layouts_right(monkeypatch, name, op):
+    """With stand-ins that have the peers' layouts, an adapter's forward pass is within budget."""
+    for loader, standin in _STANDINS[name].items():
+        monkeypatch.setattr(installed_peers, loader, lambda standin=standin: standin)
+    work, backend = TINY[op, "fwd"], peers.BY_NAME[name]
+    inputs = work.spec.make_inputs(work.case, grid.DTYPE, CPU, torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad():
+            actual = make_call(backend, op, "fwd", inputs, (), ())()
+    except Lacks:
+        assert (name, op) == ("fla", "apply_rope")
+        return
+    gate.check(work, inputs, (), actual)
+
+
+def test_a_causal_mask_that_sdpa_would_misalign_is_refused():
+    q, k = torch.zeros(1, 3, 2, 8), torch.zeros(1, 5, 2, 8)
+    with pytest.raises(Lacks, match="top left"):
+        peers._sdpa("FLASH_ATTENTION", q, k, k, causal=True)
+
+
+def test_compiled_peers_cannot_fall_back_to_eager():
+    def broken_graph(x):
+        print("this cannot be in a graph")
+        return x + 1
+
+    with pytest.raises(Exception, match=r"graph|print|Unsupported"):
+        peers.strict_compile(broken_graph, backend="eager")(torch.ones(2))
+
+    compiled = peers.strict_compile(lambda x: x + 1, backend="eager")
+    torch._dynamo.config.recompile_limit = 2
+    try:
+        with pytest.raises(Exception, match="recompile_limit"):
+            for size in range(2, 8):
+                compiled(torch.ones(size))
+    finally:
+        torch._dynamo.config.recompile_limit = 64
+        peers.forget_compiled()
+
+
+# --- Results ---------------------------------------------------------------------------------
+
+
+def test_a_record_is_on_disk_after_every_row(tmp_path):
+    kept = record.Record(tmp_path / "out" / "rows.json", record.DRY_RUN, {"gpu": "none"})
+    head = {"op": "o", "pass": "fwd", "shape": "s"}
+    kept.add(record.Row("skip", head, "because"))
+    assert record.read(kept.path)["rows"] == [{"status": "skip", "reason": "because", **head}]
+    again = record.Record(kept.path, record.DRY_RUN, {"gpu": "none"})
+    assert again.resume() == {"o|fwd|s"}
+    again.add(record.Row("ok", head))
+    assert len(record.read(kept.path)["rows"]) == 2
+    with pytest.raises(ValueError, match="expected a file of another"):
+        record.Record(kept.path, record.DRY_RUN, {"gpu": "another"}).resume()
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return record.read(SAMPLE)
+
+
+def test_the_sample_cannot_be_taken_for_a_result(sample):
+    assert "sample" in sample["kind"] and "not a measurement" in sample["environment"]["gpu"]
+    page = report.build(sample)
+    assert "INVENTED NUMBERS" in page and "No number on this page is a result" in page
+
+
+def test_report_lists_losses_first_and_every_backend(sample):
+    page = report.build(sample)
+    headings = [line for line in page.splitlines() if line.startswith("## ")]
+    assert headings[0] == "## Losses"
+    losses = report.losses(sample["rows"])
+    ratios = [ratio for ratio, _, _ in losses]
+    assert ratios == sorted(ratios, reverse=True)
+    # six of attention against cuDNN (1.6 / 2.0), one of RMSNorm against torch.compile (1.1 / 1.25)
+    assert ratios == pytest.approx([1.25] * 6 + [1.25 / 1.1])
+    assert "| rms_norm | fwd | 70B-T8192 | 250 | compile | 220 | 1.14 |" in page
+    # 1.5 / 1.25 twice and 1.1 / 1.25
+    assert report.geometric_mean([1.2, 1.2, 0.88]) == pytest.approx(1.0821, abs=1e-4)
+    assert "1.08 (3)" in page and "51,200" in page
+    assert "liger-kernel not usable (sample)" in page and "GateError" in page
+
+
+def test_a_difference_within_the_noise_is_no_loss(sample):
+    rows = [dict(row) for row in sample["rows"] if row["status"] == "ok"]
+    for row in rows:
+        row["noise"] = 0.3
+    assert report.losses(rows) == []
+
+
+def test_plots_of_the_sample(sample, tmp_path):
+    plots = pytest.importorskip("plots", reason="matplotlib not installed")
+    files = plots.draw(sample, tmp_path)
+    assert {"attention_fwd_70B.png", "rms_norm_fwd.png", "decode_70B_B1.png", "roofline.png"} == {
+        *files
+    }
+    assert all((tmp_path / name).stat().st_size > 1000 for name in files)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(ValueError, match="expected a result file"):
+        record.read(tmp_path / "x.json")
+
+
+# --- Tuning ----------------------------------------------------------------------------------
+
+
+def test_a_patch_of_an_unknown_table_is_refused_and_nothing_stays():
+    before = configs.SWIGLU_BLOCK
+    with pytest.raises(AttributeError), tune.patched({"SWIGLU_BLOCK": 1, "NO_SUCH_TABLE": 1}):
+        pass
+    with tune.patched({"SWIGLU_BLOCK": 256}):
+        assert configs.SWIGLU_BLOCK == 256
+    assert before == configs.SWIGLU_BLOCK
+
+
+@pytest.mark.parametrize("name", tune.SWEEPS)
+def test_sweeps_reach_the_tables(name):
+    """Every patch names tables that exist; every row can be read as Python or as a comment."""
+    for sweep in tune.SWEEPS[name]():
+        values = sweep.patch(sweep.candidates[0])
+        assert all(hasattr(configs, table) for table in values)
+        compile(sweep.row(sweep.candidates[0]), name, "exec")
+
+
+def test_a_sweep_proposes_the_fastest_right_candidate(monkeypatch, device):
+    sweep = next(s for s in tune.tiny_sweeps() if s.workload.op == "rms_norm")
+    clock = Clock(StubDevice())
+    with torch.no_grad():
+        outcomes = tune.run_sweep(sweep, clock, device)
+    assert [o.candidate for o in outcomes] == list(sweep.candidates)
+    assert sweep.row(sweep.candidates[0]) in tune.describe(sweep, outcomes)
+    right = gate.check
+
+    def wrong_for_one_warp(*arguments):
+        if configs.NORM_FORWARD[0].num_warps == 1:
+            raise gate.GateError("wrong")
+        return right(*arguments)
+
+    monkeypatch.setattr(gate, "check", wrong_for_one_warp)
+    with torch.no_grad():
+        outcomes = tune.run_sweep(sweep, clock, device)
+    assert [o.seconds is None for o in outcomes] == [False, True]
+    assert "GateError" in outcomes[1].reason
+
+
+# --- The one command -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dry_run(started_dry_run):
+    folder, process = started_dry_run
+    output, _ = process.communicate(timeout=300)
+    return folder / "results", process.returncode, output
+
+
+def test_dry_run_goes_through_every_stage(dry_run):
+    out, code, output = dry_run
+    logs = "\n".join(file.read_text()[-2000:] for file in out.glob("*.log"))
+    assert code == 0, f"{output}\n{logs}"
+    state = json.loads((out / "stages.json").read_text())
+    assert [state[stage.name]["status"] for stage in gpu.STAGES] == ["done"] * len(gpu.STAGES)
+    plan = (out / "plan.md").read_text()
+    assert plan.count("| done |") == len(gpu.STAGES)
+    for name in ("ours/report.md", "peers/report.md", "ceilings.json", "tuning.json"):
+        assert (out / name).exists() and name in plan
+
+
+def test_dry_run_shows_no_time_as_a_kernels(dry_run):
+    out, _, _ = dry_run
+    for name in ("ours", "peers"):
+        content = record.read(out / f"{name}.json")
+        assert content["kind"] == record.DRY_RUN
+        assert content["environment"]["gpu"] == StubDevice.name
+        page = (out / name / "report.md").read_text()
+        assert "SIMULATED TIMES, NOT A MEASUREMENT" in page
+    ok = [row for row in record.read(out / "peers.json")["rows"] if row["status"] == "ok"]
+    assert {row["backend"] for row in ok} >= {"triton", "eager", "torch", "sdpa_flash"}
+    # The samples went through pytest-benchmark as they were.
+    raw = out / "peers_samples.json"
+    if raw.exists():
+        for entry in json.loads(raw.read_text())["benchmarks"]:
+            assert entry["stats"]["median"] == pytest.approx(
+                entry["extra_info"]["median_us"] * 1e-6, rel=0.01
+            )
+            assert entry["group"].startswith("SIMULATED TIMES|")
+
+
+def test_done_stages_are_not_run_again(dry_run, monkeypatch):
+    out, _, _ = dry_run
+    monkeypatch.setattr(gpu, "run_stage", lambda *_: pytest.fail("ran a stage that was done"))
+    assert gpu.main(["--dry-run", "--out", str(out)]) == 0
+
+
+def test_a_stage_is_stopped_when_its_time_is_up(monkeypatch, tmp_path):
+    sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(gpu.Stage, "command", lambda *_: sleeper)
+    assert gpu.run_stage(gpu.STAGES[0], tmp_path, 1.0, dry=True)["status"] == "cut short"
