@@ -56,6 +56,7 @@ def _partial_kernel(
     NUM_STAGES: tl.constexpr,
 ):
     """One program attends from BLOCK_M packed queries to one chunk of one key/value head."""
+    tl.static_assert(CHUNK % BLOCK_N == 0)
     split = tl.program_id(1)
     NUM_ROWS: tl.constexpr = SEQ_LEN_Q * GROUP_SIZE
     NUM_ROW_BLOCKS: tl.constexpr = (NUM_ROWS + BLOCK_M - 1) // BLOCK_M
@@ -88,9 +89,8 @@ def _partial_kernel(
         key = load_rows(k_ptr, k_strides[1], tile, end, HEAD_DIM, BLOCK_N, BLOCK_D)
         scores = tl.dot(q, key.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         keys = tile + tl.arange(0, BLOCK_N)[None, :]
-        # last_key ends within the sequence, but the tile may reach beyond the chunk.
-        visible = (keys <= last_key[:, None]) & (keys < end)
-        scores = tl.where(visible, scores, -float("inf"))
+        # A tile reaches beyond its chunk only at the end of the sequence, where last_key cuts it.
+        scores = tl.where(keys <= last_key[:, None], scores, -float("inf"))
         weights, running_max, running_sum, accumulator = online_softmax_step(
             scores, running_max, running_sum, accumulator, exponent_scale
         )
