@@ -19,7 +19,7 @@ import torch
 from binary import Binary, examine
 from compiled_table import markdown
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from gqa_kernels import interpreter
@@ -88,15 +88,28 @@ def representative(spec: OpSpec, arch: str) -> list[tuple[Case, torch.dtype]]:
     ]
 
 
-def _without_values(x: Any) -> Any:
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) if isinstance(x, Tensor) else x
+class _WithoutDrawing(TorchFunctionMode):
+    """What would be drawn at random gets a shape and no values."""
+
+    def __torch_function__(
+        self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.pop("generator", None) is not None:
+            kwargs["device"] = "meta"
+        return function(*args, **kwargs)
 
 
 def make_inputs(spec: OpSpec, case: Case, dtype: torch.dtype) -> dict[str, Any]:
     """The case's inputs at full size, never written to, so that they cost address space only."""
-    with FakeTensorMode():
-        inputs = spec.make_inputs(case, dtype, torch.device("cpu"), torch.Generator())
-    return {name: _without_values(x) for name, x in inputs.items()}
+    with _WithoutDrawing():
+        inputs = spec.make_inputs(case, dtype, torch.device("meta"), torch.Generator())
+    return {
+        name: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+        if isinstance(x, Tensor)
+        else x
+        for name, x in inputs.items()
+    }
 
 
 def _calls(spec: OpSpec, case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Callable]]:
