@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "kernels" / "gqa_kernels"
 
 # What each module of the kernels' package may import from it.
-KERNEL_PARTS = {"checks", "configs", "target", "layout", "tiles", "autograd"}
+KERNEL_PARTS = {"checks", "configs", "target", "layout", "tiles", "autograd", "library"}
 OPS = {"norm", "glu", "rope", "attention", "decode"}
 ALLOWED = {
     "__init__": {"backends"},
@@ -23,6 +23,7 @@ ALLOWED = {
     "checks": {"target"},
     "layout": set(),
     "autograd": set(),
+    "library": {"autograd"},
     "configs": set(),
     "tiles": set(),
     **dict.fromkeys(OPS, KERNEL_PARTS),

@@ -28,7 +28,8 @@ def tensor(
         like: another argument and its name, whose device this one shares.
     Raises:
         TypeError: not a strided tensor, or of a dtype outside `dtypes`.
-        NotImplementedError: a lazily negated view, or a tensor with a forward-mode tangent.
+        NotImplementedError: a lazily negated view, a tensor with a forward-mode tangent, or one
+            inside a transform of torch.func.
         ValueError: another shape, or another device than `like`.
         RuntimeError: a device that kernels do not run on.
     """
@@ -46,6 +47,11 @@ def tensor(
         raise NotImplementedError(
             f"{name}: expected values as stored; got a view that negates them"
         )
+    if torch._C._functorch.is_functorch_wrapped_tensor(value):
+        raise NotImplementedError(
+            f"{name}: expected a tensor outside torch.func's transforms (vmap, grad, …); "
+            "got one inside. A batch dimension or torch.autograd.grad does the same"
+        )
     if forward_ad.unpack_dual(value).tangent is not None:
         raise NotImplementedError(f"{name}: expected no forward-mode tangent; got one")
     if like is None:
@@ -58,7 +64,7 @@ def tensor(
 
 def _matches(actual: torch.Size, expected: tuple[int | str | None, ...]) -> bool:
     return len(actual) == len(expected) and all(
-        not isinstance(want, int) or got == want for got, want in zip(actual, expected, strict=True)
+        not isinstance(want, int | torch.SymInt) or got == want for got, want in zip(actual, expected, strict=True)
     )
 
 
