@@ -12,12 +12,14 @@ sequence's result has the same bits whatever else is decoded with it.
 Entries beyond a sequence's length are never loaded.
 """
 
+from typing import Any, NoReturn
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gqa_kernels import checks, configs, layout, target
+from gqa_kernels import checks, configs, layout, library, target
 from gqa_kernels.tiles import LOG2_E, finish_softmax, load_rows, online_softmax_step
 
 MAX_NEW_TOKENS = 16
@@ -144,7 +146,7 @@ def _combine_kernel(
 
 
 def _forward(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, softmax_scale: float
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, softmax_scale: float | None
 ) -> Tensor:
     q, k_cache, v_cache = map(layout.contiguous_features, (q, k_cache, v_cache))
     batch, seq_len_q, num_q_heads, head_dim = q.shape
@@ -175,7 +177,7 @@ def _forward(
             seq_lens_stride=seq_lens.stride(0),
             capacity=capacity,
             num_splits=num_splits,
-            softmax_scale=softmax_scale,
+            softmax_scale=head_dim**-0.5 if softmax_scale is None else float(softmax_scale),
             NUM_KV_HEADS=num_kv_heads,
             GROUP_SIZE=num_q_heads // num_kv_heads,
             SEQ_LEN_Q=seq_len_q,
@@ -208,6 +210,49 @@ def _forward(
     return out
 
 
+def _check(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, softmax_scale: float | None
+) -> None:
+    checks.tensor("q", q, shape=("batch", "seq_len_q", "num_q_heads", "head_dim"))
+    batch, seq_len_q, num_q_heads, head_dim = q.shape
+    shape = (batch, "max_seq_len", "num_kv_heads", head_dim)
+    checks.tensor("k_cache", k_cache, shape=shape, like=("q", q))
+    checks.tensor("v_cache", v_cache, shape=tuple(k_cache.shape), like=("q", q))
+    checks.same_dtype("k_cache", k_cache, "q", q)
+    checks.same_dtype("v_cache", v_cache, "q", q)
+    checks.tensor("seq_lens", seq_lens, dtypes=checks.INTS, shape=(batch,), like=("q", q))
+    checks.attention_heads(num_q_heads, k_cache.shape[2], head_dim)
+    checks.softmax_scale(softmax_scale, head_dim)
+    if not 1 <= seq_len_q <= MAX_NEW_TOKENS:
+        raise NotImplementedError(f"q: expected a seq_len_q of 1 to 16; got {seq_len_q}")
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if x.stride(-1) != 1:
+            raise ValueError(f"{name}: expected contiguous features; got strides {x.stride()}")
+
+
+def _fake(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, softmax_scale: float | None
+) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+def _refuse_gradient(*_: Any, **__: Any) -> NoReturn:
+    raise NotImplementedError(
+        "q: expected inputs without a gradient (decode under torch.no_grad()); got one that "
+        "requires grad"
+    )
+
+
+_DECODE_ATTENTION = library.Op(
+    "decode_attention",
+    _forward,
+    _fake,
+    check=_check,
+    setup_context=_refuse_gradient,
+    backward=_refuse_gradient,
+)
+
+
 def decode_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -234,24 +279,9 @@ def decode_attention(
             gradient: a cache has none.
         RuntimeError: q is not on a GPU that Triton drives.
     """
-    checks.tensor("q", q, shape=("batch", "seq_len_q", "num_q_heads", "head_dim"))
-    batch, seq_len_q, num_q_heads, head_dim = q.shape
-    shape = (batch, "max_seq_len", "num_kv_heads", head_dim)
-    checks.tensor("k_cache", k_cache, shape=shape, like=("q", q))
-    checks.tensor("v_cache", v_cache, shape=tuple(k_cache.shape), like=("q", q))
-    checks.same_dtype("k_cache", k_cache, "q", q)
-    checks.same_dtype("v_cache", v_cache, "q", q)
-    checks.tensor("seq_lens", seq_lens, dtypes=checks.INTS, shape=(batch,), like=("q", q))
-    checks.attention_heads(num_q_heads, k_cache.shape[2], head_dim)
-    softmax_scale = checks.softmax_scale(softmax_scale, head_dim)
-    if not 1 <= seq_len_q <= MAX_NEW_TOKENS:
-        raise NotImplementedError(f"q: expected a seq_len_q of 1 to 16; got {seq_len_q}")
-    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if x.stride(-1) != 1:
-            raise ValueError(f"{name}: expected contiguous features; got strides {x.stride()}")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache)):
-        raise NotImplementedError(
-            "q: expected inputs without a gradient (decode under torch.no_grad()); got one that "
-            "requires grad"
-        )
+    if library.is_traced(q, k_cache, v_cache, seq_lens):
+        return _DECODE_ATTENTION.dispatched(q, k_cache, v_cache, seq_lens, softmax_scale)
+    _check(q, k_cache, v_cache, seq_lens, softmax_scale)
+    if library.needs_graph(q, k_cache, v_cache):
+        _refuse_gradient()
     return _forward(q, k_cache, v_cache, seq_lens, softmax_scale)

@@ -15,8 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from gqa_kernels import checks, configs, layout, target
-from gqa_kernels.autograd import once_differentiable
+from gqa_kernels import checks, configs, layout, library, target
 
 
 @triton.jit
@@ -124,17 +123,55 @@ def _backward(
     return dgate, dup
 
 
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return _forward(gate, up)
+def _check(gate: Tensor, up: Tensor) -> None:
+    checks.tensor("gate", gate)
+    if gate.dim() == 0 or gate.shape[-1] == 0:
+        raise ValueError(f"gate: expected a last dimension of 1 or more; got {list(gate.shape)}")
+    checks.tensor("up", up, shape=tuple(gate.shape), like=("gate", gate))
+    checks.same_dtype("up", up, "gate", gate)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        need_dgate, need_dup = ctx.needs_input_grad
-        return _backward(dy, *ctx.saved_tensors, need_dgate=need_dgate, need_dup=need_dup)
+
+def _fake(gate: Tensor, up: Tensor) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+def _backward_launch(
+    dy: Tensor, gate: Tensor, up: Tensor, need_dgate: bool, need_dup: bool
+) -> tuple[Tensor, Tensor]:
+    dgate, dup = _backward(dy, gate, up, need_dgate=need_dgate, need_dup=need_dup)
+    return library.or_empty(dgate, like=gate), library.or_empty(dup, like=gate)
+
+
+def _backward_fake(
+    dy: Tensor, gate: Tensor, up: Tensor, need_dgate: bool, need_dup: bool
+) -> tuple[Tensor, Tensor]:
+    return tuple(gate.new_empty(gate.shape if need else 0) for need in (need_dgate, need_dup))
+
+
+_BACKWARD = library.Op("swiglu_backward", _backward_launch, _backward_fake)
+
+
+def _setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: FunctionCtx, dy: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if dy is None:
+        return None, None
+    need_dgate, need_dup = ctx.needs_input_grad
+    dgate, dup = _BACKWARD(dy, *ctx.saved_tensors, need_dgate, need_dup)
+    return dgate if need_dgate else None, dup if need_dup else None
+
+
+_SWIGLU = library.Op(
+    "swiglu",
+    _forward,
+    _fake,
+    check=_check,
+    setup_context=_setup_context,
+    backward=_differentiate,
+)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -149,11 +186,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         TypeError, ValueError: an argument of another kind, dtype, shape or device.
         RuntimeError: gate is not on a GPU that Triton drives.
     """
-    checks.tensor("gate", gate)
-    if gate.dim() == 0 or gate.shape[-1] == 0:
-        raise ValueError(f"gate: expected a last dimension of 1 or more; got {list(gate.shape)}")
-    checks.tensor("up", up, shape=tuple(gate.shape), like=("gate", gate))
-    checks.same_dtype("up", up, "gate", gate)
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        return _SwiGLU.apply(gate, up)
+    if library.is_traced(gate, up):
+        return _SWIGLU.dispatched(gate, up)
+    _check(gate, up)
+    if library.needs_graph(gate, up):
+        return _SWIGLU.function.apply(gate, up)
     return _forward(gate, up)

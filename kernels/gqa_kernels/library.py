@@ -1,16 +1,19 @@
 """Each op as PyTorch knows it: a direct path for eager calls, a `torch.library` op for the rest.
 
-An op is a forward function (checks and launches), a fake one (checks and allocates) and, where it
-has a gradient, what to save and a backward function. From these come
+An op is a check, a launch, a fake launch that only allocates and, where it has a gradient, what to
+save and a backward function. From these come
 
 - a `torch.autograd.Function` for eager calls on plain tensors: no dispatcher stands on the way;
 - a `torch.library` op `gqa_kernels::name` with a functional schema, a fake implementation and
   autograd, which compilers, dispatch modes and tensor subclasses see.
 
-Both run the same kernels, so that their results have the same bits.
+Both run the same kernels, so that their results have the same bits. Neither knows autocast: an op
+computes in the dtypes of its arguments, inside an autocast region and outside. torch.func's
+transforms (vmap, grad, …) are refused by both.
 """
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -24,17 +27,26 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_traced(*values: Any) -> bool:
-    """Whether a call belongs to PyTorch's dispatcher: a compiler, a mode or a subclass watches."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or any(isinstance(x, Tensor) and type(x) not in _PLAIN for x in values)
-    )
+    """Whether a call belongs to PyTorch's dispatcher: a compiler, a mode or a subclass watches.
+
+    A public function asks this before anything else, so that a compiler traces no check.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    # A loop: a generator would cost a microsecond at every call.
+    for x in values:  # noqa: SIM110
+        if type(x) not in _PLAIN and isinstance(x, Tensor):
+            return True
+    return False
 
 
 def needs_graph(*tensors: Tensor | None) -> bool:
     """Whether autograd has to record an eager call."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def or_empty(x: Tensor | None, like: Tensor) -> Tensor:
@@ -46,49 +58,86 @@ class Op:
     """One op in both forms.
 
     Args:
-        forward: what the op computes on real tensors. Its annotations become the schema; its
-            outputs are new tensors.
-        fake: for the same arguments, the same outputs without values.
-        setup_context: `(ctx, inputs, output)`: what the backward function needs is saved.
-        backward: `(ctx, *grads)`, made of other ops. None for an op without a gradient.
+        launch: computes the op from arguments that were checked. Its annotations are the schema;
+            it takes every argument as the caller gave it, and its outputs are new tensors.
+        fake: for the same arguments, the same outputs without values: sizes, strides, dtypes.
+        check: raises unless the arguments are what `launch` takes. It reads metadata only and runs
+            once for real tensors and once for fake ones. None where only this package calls the op.
+        setup_context: `(ctx, inputs, output)`: saves what `backward` needs. It runs wherever
+            autograd records; an op without a gradient raises in it.
+        backward: `(ctx, *grads)`, made of other ops.
+
+    Attributes:
+        dispatched: the `torch.library` op; it checks.
+        function: the `torch.autograd.Function`; its caller has checked. None without a
+            `setup_context`.
+        launch: as given.
     """
 
     def __init__(
         self,
         name: str,
-        forward: Callable[..., Any],
+        launch: Callable[..., Any],
         fake: Callable[..., Any],
+        *,
+        check: Callable[..., None] | None = None,
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
     ) -> None:
-        self.direct = forward
-        self.dispatched = torch.library.custom_op(f"{NAMESPACE}::{name}", forward, mutates_args=())
-        self.dispatched.register_fake(fake)
-
-        def refuse_vmap(info: Any, in_dims: Any, *_: Any) -> None:
-            raise NotImplementedError(
-                f"{name}: expected no torch.func.vmap; got a mapped tensor. Give the op the "
-                "dimension as one of its batch"
-            )
-
-        self.dispatched.register_vmap(refuse_vmap)
-        if backward is None:
-            return
-        self.dispatched.register_autograd(backward, setup_context=setup_context)
-
-        def forward_and_save(ctx: FunctionCtx, *args: Any) -> Any:
-            output = forward(*args)
-            setup_context(ctx, args, output)
-            return output
-
-        # Forward and setup_context apart would have PyTorch bind the arguments at every call.
-        members = {"forward": forward_and_save, "backward": once_differentiable(backward)}
-        self.function = type(
-            name, (torch.autograd.Function,), {k: staticmethod(v) for k, v in members.items()}
+        self.launch, self.function = launch, None
+        definition = torch.library.custom_op(
+            f"{NAMESPACE}::{name}", _after(check, launch), mutates_args=()
         )
+        definition.register_fake(_after(check, fake))
+        definition.register_vmap(_refuse_vmap(name))
+        if setup_context is not None:
+            backward = once_differentiable(backward)
+            definition.register_autograd(backward, setup_context=setup_context)
+            self.function = _function(name, launch, setup_context, backward)
+        self.dispatched = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def __call__(self, *args: Any) -> Any:
-        """The op, by the direct path or through the dispatcher; eager autograd does not see it."""
-        if is_traced(*args):
+        """The op, directly or through the dispatcher, for a caller that has checked: a backward
+        function. Eager autograd does not see it."""
+        # Batched gradients (`is_grads_batched=True`) come as plain tensors inside a transform.
+        if is_traced(*args) or torch._C._functorch.peek_interpreter_stack() is not None:
             return self.dispatched(*args)
-        return self.direct(*args)
+        return self.launch(*args)
+
+
+def _after(check: Callable[..., None] | None, then: Callable[..., Any]) -> Callable[..., Any]:
+    if check is None:
+        return then
+
+    @wraps(then)
+    def checked(*args: Any) -> Any:
+        check(*args)
+        return then(*args)
+
+    return checked
+
+
+def _refuse_vmap(name: str) -> Callable[..., None]:
+    def refuse(info: Any, in_dims: Any, *_: Any) -> None:
+        raise NotImplementedError(
+            f"{name}: expected no torch.func.vmap; got a mapped tensor. Give the op the "
+            "dimension as one of its batch"
+        )
+
+    return refuse
+
+
+def _function(
+    name: str,
+    launch: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+) -> type[torch.autograd.Function]:
+    def forward(ctx: FunctionCtx, *args: Any) -> Any:
+        output = launch(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    # Forward and setup_context apart would have PyTorch bind the arguments at every call.
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), members)

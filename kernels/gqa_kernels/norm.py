@@ -21,8 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from gqa_kernels import checks, configs, layout, target
-from gqa_kernels.autograd import once_differentiable
+from gqa_kernels import checks, configs, layout, library, target
 
 
 @triton.jit
@@ -131,19 +130,19 @@ def _forward(
     dtype = torch.promote_types(x.dtype, weight.dtype)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     h = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device) if save_rstd else None
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) if save_rstd else None
     config = configs.row_config(configs.NORM_FORWARD, width)
     with target.device_of(x):
         _forward_kernel[(num_rows,)](
             x_ptr=x_rows,
             residual_ptr=residual_rows,
-            weight_ptr=weight,
+            weight_ptr=layout.contiguous_features(weight),
             y_ptr=y,
             h_ptr=None if residual is None else h,
             rstd_ptr=rstd,
             x_stride=x_rows.stride(0),
             residual_stride=0 if residual is None else residual_rows.stride(0),
-            eps=eps,
+            eps=float(eps),
             WIDTH=width,
             BLOCK=triton.next_power_of_2(width),
             num_warps=config.num_warps,
@@ -175,13 +174,13 @@ def _backward(
     partials, dweight = None, None
     if need_dweight:
         partials = torch.empty(num_programs, width, dtype=torch.float32, device=h.device)
-        dweight = torch.empty_like(weight)
+        dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     with target.device_of(h):
         _backward_kernel[(num_programs,)](
             dy_ptr=dy_rows,
             dh_ptr=dh_rows,
             h_ptr=h_rows,
-            weight_ptr=weight,
+            weight_ptr=layout.contiguous_features(weight),
             rstd_ptr=rstd,
             dx_ptr=dx,
             partials_ptr=partials,
@@ -208,61 +207,134 @@ def _backward(
     return dx, dweight
 
 
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, _, rstd = _forward(x, None, weight, eps, save_rstd=True)
-        ctx.save_for_backward(x, weight, rstd)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, rstd = ctx.saved_tensors
-        need_dx, need_dweight, _ = ctx.needs_input_grad
-        grads = _backward(dy, None, x, weight, rstd, need_dx=need_dx, need_dweight=need_dweight)
-        return *grads, None
-
-
-class _AddRMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: Tensor, residual: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        y, h, rstd = _forward(x, residual, weight, eps, save_rstd=True)
-        ctx.save_for_backward(h, weight, rstd)
-        ctx.set_materialize_grads(False)
-        return y, h
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: FunctionCtx, dy: Tensor | None, dh: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        if dy is None:  # only h was used: the add alone
-            return dh, dh, None, None
-        h, weight, rstd = ctx.saved_tensors
-        need_x, need_residual, need_dweight, _ = ctx.needs_input_grad
-        dx, dweight = _backward(
-            dy,
-            dh,
-            h,
-            weight,
-            rstd,
-            need_dx=need_x or need_residual,
-            need_dweight=need_dweight,
-        )
-        return dx, dx, dweight, None
-
-
-def _check(x: Tensor, weight: Tensor, eps: float) -> float:
+def _check(x: Tensor, weight: Tensor, eps: float) -> None:
     checks.tensor("x", x)
     if x.dim() == 0 or not 1 <= x.shape[-1] <= configs.NORM_MAX_WIDTH:
         raise NotImplementedError(
             f"x: expected a last dimension of 1 to {configs.NORM_MAX_WIDTH}; got {list(x.shape)}"
         )
     checks.tensor("weight", weight, shape=(x.shape[-1],), like=("x", x))
-    return checks.number("eps", eps)
+    checks.number("eps", eps)
+
+
+def _add_check(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
+    _check(x, weight, eps)
+    checks.tensor("residual", residual, shape=tuple(x.shape), like=("x", x))
+    checks.same_dtype("residual", residual, "x", x)
+
+
+def _launch(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    y, _, rstd = _forward(x, None, weight, eps, save_rstd=True)
+    return y, rstd
+
+
+def _fake(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _add_launch(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(x, residual, weight, eps, save_rstd=True)
+
+
+def _add_fake(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, rstd = _fake(x, weight, eps)
+    return y, x.new_empty(x.shape), rstd
+
+
+def _backward_launch(
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    need_dx: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor]:
+    dx, dweight = _backward(dy, dh, h, weight, rstd, need_dx=need_dx, need_dweight=need_dweight)
+    return library.or_empty(dx, like=h), library.or_empty(dweight, like=weight)
+
+
+def _backward_fake(
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    need_dx: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        h.new_empty(h.shape if need_dx else 0),
+        weight.new_empty(weight.shape if need_dweight else 0),
+    )
+
+
+_BACKWARD = library.Op("rms_norm_backward", _backward_launch, _backward_fake)
+
+
+def _save(ctx: FunctionCtx, h: Tensor, weight: Tensor, rstd: Tensor) -> None:
+    ctx.save_for_backward(h, weight, rstd)
+    ctx.mark_non_differentiable(rstd)
+    # Otherwise every backward pass would fill a gradient of rstd with zeros.
+    ctx.set_materialize_grads(False)
+
+
+def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
+    _save(ctx, *inputs[:2], output[1])
+
+
+def _differentiate(ctx: FunctionCtx, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return None, None, None
+    need_dx, need_dweight, _ = ctx.needs_input_grad
+    dx, dweight = _BACKWARD(dy, None, *ctx.saved_tensors, need_dx, need_dweight)
+    return dx if need_dx else None, dweight if need_dweight else None, None
+
+
+_RMS_NORM = library.Op(
+    "rms_norm",
+    _launch,
+    _fake,
+    check=_check,
+    setup_context=_setup_context,
+    backward=_differentiate,
+)
+
+
+def _add_setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
+    _save(ctx, output[1], inputs[2], output[2])
+
+
+def _add_differentiate(
+    ctx: FunctionCtx, dy: Tensor | None, dh: Tensor | None, _: None
+) -> tuple[Tensor | None, ...]:
+    need_x, need_residual, need_dweight, _ = ctx.needs_input_grad
+    if dy is None:  # only h was used: the add alone
+        dx, dweight, need_dweight = dh, None, False
+    else:
+        need_dx = need_x or need_residual
+        dx, dweight = _BACKWARD(dy, dh, *ctx.saved_tensors, need_dx, need_dweight)
+    return (
+        dx if need_x else None,
+        dx if need_residual else None,
+        dweight if need_dweight else None,
+        None,
+    )
+
+
+_ADD_RMS_NORM = library.Op(
+    "add_rms_norm",
+    _add_launch,
+    _add_fake,
+    check=_add_check,
+    setup_context=_add_setup_context,
+    backward=_add_differentiate,
+)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
@@ -278,10 +350,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
         NotImplementedError: hidden_size above 16384.
         RuntimeError: x is not on a GPU that Triton drives.
     """
-    eps = _check(x, weight, eps)
-    weight = layout.contiguous_features(weight)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _RMSNorm.apply(x, weight, eps)
+    if library.is_traced(x, weight):
+        return _RMS_NORM.dispatched(x, weight, eps)[0]
+    _check(x, weight, eps)
+    if library.needs_graph(x, weight):
+        return _RMS_NORM.function.apply(x, weight, eps)[0]
     return _forward(x, None, weight, eps, save_rstd=False)[0]
 
 
@@ -301,11 +374,9 @@ def add_rms_norm(
     Raises:
         As `rms_norm`.
     """
-    eps = _check(x, weight, eps)
-    checks.tensor("residual", residual, shape=tuple(x.shape), like=("x", x))
-    checks.same_dtype("residual", residual, "x", x)
-    weight = layout.contiguous_features(weight)
-    inputs = (x, residual, weight)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        return _AddRMSNorm.apply(x, residual, weight, eps)
+    if library.is_traced(x, residual, weight):
+        return _ADD_RMS_NORM.dispatched(x, residual, weight, eps)[:2]
+    _add_check(x, residual, weight, eps)
+    if library.needs_graph(x, residual, weight):
+        return _ADD_RMS_NORM.function.apply(x, residual, weight, eps)[:2]
     return _forward(x, residual, weight, eps, save_rstd=False)[:2]

@@ -15,8 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from gqa_kernels import checks, layout, target
-from gqa_kernels.autograd import once_differentiable
+from gqa_kernels import checks, layout, library, target
 
 
 @triton.jit
@@ -167,8 +166,8 @@ def _rotate(
             # A tensor that is not given has no heads, hence no program: any pointer will do.
             q_ptr=some if q is None else q,
             k_ptr=some if k is None else k,
-            cos_ptr=cos,
-            sin_ptr=sin,
+            cos_ptr=cos.contiguous(),
+            sin_ptr=sin.contiguous(),
             positions_ptr=positions,
             q_out_ptr=k_out if q is None else q_out,
             k_out_ptr=q_out if k is None else k_out,
@@ -191,32 +190,109 @@ def _rotate(
     return q_out, k_out
 
 
-class _ApplyRoPE(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        q: Tensor,
-        k: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        positions: Tensor | None,
-        interleaved: bool,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(cos, sin, positions)
-        ctx.interleaved = interleaved
-        ctx.set_materialize_grads(False)
-        return _rotate(q, k, cos, sin, positions, interleaved=interleaved, inverse=False)
+def _check(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    interleaved: bool,
+) -> None:
+    checks.tensor("q", q, shape=("batch", "seq_len", "num_q_heads", "head_dim"))
+    batch, seq_len, _, head_dim = q.shape
+    if head_dim % 2 or head_dim == 0:
+        raise ValueError(f"q: expected an even head_dim; got {head_dim}")
+    checks.tensor("k", k, shape=(batch, seq_len, "num_kv_heads", head_dim), like=("q", q))
+    checks.same_dtype("k", k, "q", q)
+    for name, table in (("cos", cos), ("sin", sin)):
+        shape = ("max_seq_len" if name == "cos" else cos.shape[0], head_dim // 2)
+        checks.tensor(name, table, dtypes=(torch.float32,), shape=shape, like=("q", q))
+    if positions is None:
+        if seq_len > cos.shape[0]:
+            raise ValueError(f"q: expected seq_len up to cos's {cos.shape[0]} rows; got {seq_len}")
+    else:
+        checks.tensor(
+            "positions", positions, dtypes=checks.INTS, shape=(batch, seq_len), like=("q", q)
+        )
+    checks.flag("interleaved", interleaved)
 
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: FunctionCtx, dq: Tensor | None, dk: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        dq = dq if ctx.needs_input_grad[0] else None
-        dk = dk if ctx.needs_input_grad[1] else None
-        if dq is not None or dk is not None:
-            dq, dk = _rotate(dq, dk, *ctx.saved_tensors, interleaved=ctx.interleaved, inverse=True)
-        return dq, dk, None, None, None, None
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    return _rotate(q, k, cos, sin, positions, interleaved=interleaved, inverse=False)
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _backward_launch(
+    dq: Tensor | None,
+    dk: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    dq, dk = _rotate(dq, dk, cos, sin, positions, interleaved=interleaved, inverse=True)
+    return library.or_empty(dq, like=cos), library.or_empty(dk, like=cos)
+
+
+def _backward_fake(
+    dq: Tensor | None,
+    dk: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    return tuple(cos.new_empty(0) if x is None else x.new_empty(x.shape) for x in (dq, dk))
+
+
+_BACKWARD = library.Op("apply_rope_backward", _backward_launch, _backward_fake)
+
+
+def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    _, _, cos, sin, positions, ctx.interleaved = inputs
+    for name, needs_grad in zip(("cos", "sin"), ctx.needs_input_grad[2:4], strict=True):
+        if needs_grad:
+            raise NotImplementedError(f"{name}: expected a constant; got one that requires grad")
+    ctx.save_for_backward(cos, sin, positions)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(
+    ctx: FunctionCtx, dq: Tensor | None, dk: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    need_dq = ctx.needs_input_grad[0] and dq is not None
+    need_dk = ctx.needs_input_grad[1] and dk is not None
+    if need_dq or need_dk:
+        dq, dk = dq if need_dq else None, dk if need_dk else None
+        dq, dk = _BACKWARD(dq, dk, *ctx.saved_tensors, ctx.interleaved)
+    return dq if need_dq else None, dk if need_dk else None, None, None, None, None
+
+
+_APPLY_ROPE = library.Op(
+    "apply_rope",
+    _launch,
+    _fake,
+    check=_check,
+    setup_context=_setup_context,
+    backward=_differentiate,
+)
 
 
 def apply_rope(
@@ -241,29 +317,12 @@ def apply_rope(
         (q, k) rotated, in new contiguous tensors.
     Raises:
         TypeError, ValueError: an argument of another kind, dtype, shape or device.
-        NotImplementedError: cos or sin requires a gradient.
+        NotImplementedError: cos or sin requires a gradient, where autograd records.
         RuntimeError: q is not on a GPU that Triton drives.
     """
-    checks.tensor("q", q, shape=("batch", "seq_len", "num_q_heads", "head_dim"))
-    batch, seq_len, _, head_dim = q.shape
-    if head_dim % 2 or head_dim == 0:
-        raise ValueError(f"q: expected an even head_dim; got {head_dim}")
-    checks.tensor("k", k, shape=(batch, seq_len, "num_kv_heads", head_dim), like=("q", q))
-    checks.same_dtype("k", k, "q", q)
-    for name, table in (("cos", cos), ("sin", sin)):
-        shape = ("max_seq_len" if name == "cos" else cos.shape[0], head_dim // 2)
-        checks.tensor(name, table, dtypes=(torch.float32,), shape=shape, like=("q", q))
-        if table.requires_grad:
-            raise NotImplementedError(f"{name}: expected a constant; got one that requires grad")
-    if positions is None:
-        if seq_len > cos.shape[0]:
-            raise ValueError(f"q: expected seq_len up to cos's {cos.shape[0]} rows; got {seq_len}")
-    else:
-        checks.tensor(
-            "positions", positions, dtypes=checks.INTS, shape=(batch, seq_len), like=("q", q)
-        )
-    checks.flag("interleaved", interleaved)
-    cos, sin = cos.contiguous(), sin.contiguous()
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        return _ApplyRoPE.apply(q, k, cos, sin, positions, interleaved)
+    if library.is_traced(q, k, cos, sin, positions):
+        return _APPLY_ROPE.dispatched(q, k, cos, sin, positions, interleaved)
+    _check(q, k, cos, sin, positions, interleaved)
+    if library.needs_graph(q, k, cos, sin):
+        return _APPLY_ROPE.function.apply(q, k, cos, sin, positions, interleaved)
     return _rotate(q, k, cos, sin, positions, interleaved=interleaved, inverse=False)
