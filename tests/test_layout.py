@@ -14,6 +14,7 @@ PACKAGE = ROOT / "kernels" / "gqa_kernels"
 # What each module of the kernels' package may import from it.
 KERNEL_PARTS = {"checks", "configs", "target", "layout", "tiles", "autograd", "library"}
 OPS = {"norm", "glu", "rope", "attention", "decode"}
+ATTENTION_KERNELS = {"attention_forward", "attention_backward"}
 ALLOWED = {
     "__init__": {"backends"},
     "backends": set(),  # reference and fused, by name, when asked
@@ -26,7 +27,11 @@ ALLOWED = {
     "library": {"autograd"},
     "configs": set(),
     "tiles": set(),
+    "scores": {"tiles"},
+    "sequences": set(),
     **dict.fromkeys(OPS, KERNEL_PARTS),
+    **dict.fromkeys(ATTENTION_KERNELS, KERNEL_PARTS | {"scores", "sequences"}),
+    "attention": KERNEL_PARTS | ATTENTION_KERNELS,
     "fused": OPS,
     "spec": {"fused", "reference"},
     "accuracy": {"spec"},

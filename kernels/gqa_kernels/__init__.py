@@ -5,7 +5,15 @@ Importing this package loads neither Triton nor a GPU driver; the first use of a
 
 from gqa_kernels.backends import get_backend
 
-OPS = ("rms_norm", "add_rms_norm", "swiglu", "apply_rope", "flash_attention", "decode_attention")
+OPS = (
+    "rms_norm",
+    "add_rms_norm",
+    "swiglu",
+    "apply_rope",
+    "flash_attention",
+    "flash_attention_varlen",
+    "decode_attention",
+)
 
 __all__ = ["get_backend", *OPS]
 

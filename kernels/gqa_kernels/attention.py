@@ -1,255 +1,279 @@
-"""Flash attention with grouped key/value heads: forward.
+"""Flash attention with grouped key/value heads: the public functions and their gradient.
 
-    out = softmax(softmax_scale · q kᵀ) v,  lse = log Σ exp(softmax_scale · q kᵀ)
-
-Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691 (the loop over keys inside, the
-division at the end); Shah et al. 2024, arXiv:2407.08608 (the product of the next tile under the
-softmax of this one). Query head h reads key/value head h // GROUP_SIZE: K and V are never repeated.
-
-One program owns BLOCK_M queries of one head. It walks the key tiles from the last to the first: the
-tiles that need a mask, on the diagonal and at the end, come first and the long loop has none;
-tiles above the diagonal are never visited.
-
-The gradient is not implemented: asking for it raises.
+The kernels, with the formulas and what one program owns, are in `attention_forward.py` and
+`attention_backward.py`; windows, soft cap, ALiBi and masks in `scores.py`; packed sequences in
+`sequences.py`. Saved for backward: the inputs, out and lse.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gqa_kernels import checks, configs, layout, target
-from gqa_kernels.tiles import LOG2_E, finish_softmax, load_rows, online_softmax_step
+from gqa_kernels import attention_backward, attention_forward, checks, library
 
 
-@triton.jit
-def _load_keys(
-    source,
-    stride,
-    batch,
-    kv_head,
-    tile,
-    num_rows,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    USE_TMA: tl.constexpr,
-):
-    """Tile `[BLOCK_N, BLOCK_D]` of K or V: from a 4-D descriptor, or from one head's pointer."""
-    if USE_TMA:
-        return source.load([batch, tile * BLOCK_N, kv_head, 0]).reshape([BLOCK_N, BLOCK_D])
-    else:
-        return load_rows(source, stride, tile * BLOCK_N, num_rows, HEAD_DIM, BLOCK_N, BLOCK_D)
-
-
-@triton.jit
-def _mask_scores(scores, queries, tile, diagonal, seq_len_kv, IS_CAUSAL, BLOCK_N: tl.constexpr):
-    """−inf where a key does not exist or lies beyond its query's last one."""
-    keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    visible = keys < seq_len_kv
-    if IS_CAUSAL:
-        visible = visible & (keys <= queries[:, None] + diagonal)
-    return tl.where(visible, scores, -float("inf"))
-
-
-@triton.jit(do_not_specialize=["seq_len_q", "seq_len_kv"])
-def _forward_kernel(
-    q_ptr,
-    k,
-    v,
-    out_ptr,
-    lse_ptr,
-    q_strides,
-    k_strides,
-    v_strides,
-    seq_len_q,
-    seq_len_kv,
-    num_q_heads,
-    softmax_scale,
-    GROUP_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-):
-    """One program attends from BLOCK_M queries of one head to all the keys that they see."""
-    num_blocks = tl.cdiv(seq_len_q, BLOCK_M)
-    program = tl.program_id(0)
-    # Causal: the last queries see the most keys, so they start first.
-    block = num_blocks - 1 - program % num_blocks
-    head = (program // num_blocks) % num_q_heads
-    batch = program // num_blocks // num_q_heads
-    kv_head = head // GROUP_SIZE
-    batch_64, head_64, kv_head_64 = batch.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
-
-    q_ptr += batch_64 * q_strides[0] + head_64 * q_strides[2]
-    if not USE_TMA:
-        k += batch_64 * k_strides[0] + kv_head_64 * k_strides[2]
-        v += batch_64 * v_strides[0] + kv_head_64 * v_strides[2]
-    q = load_rows(q_ptr, q_strides[1], block * BLOCK_M, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D)
-
-    queries = block * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    diagonal = seq_len_kv - seq_len_q  # query i sees keys up to i + diagonal
-    last_key, first_hidden = seq_len_kv, seq_len_kv
-    if IS_CAUSAL:
-        last_key = tl.minimum(seq_len_kv, (block + 1) * BLOCK_M + diagonal)
-        first_hidden = tl.minimum(seq_len_kv, block * BLOCK_M + diagonal + 1)
-    # Tiles below num_free are seen whole by every query. At least one tile is visited, so that
-    # queries that see no key come out of the same code: all their scores are −inf.
-    num_tiles = tl.maximum(tl.cdiv(tl.maximum(last_key, 0), BLOCK_N), 1)
-    num_free = tl.minimum(tl.maximum(first_hidden, 0) // BLOCK_N, num_tiles - 1)
-
-    exponent_scale = softmax_scale * LOG2_E
-    running_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
-    running_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-    accumulator = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-
-    tile = num_tiles - 1
-    key = _load_keys(
-        k, k_strides[1], batch, kv_head, tile, seq_len_kv, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA
+def _arguments(
+    q: Tensor,
+    cu_seqlens: tuple[Tensor | None, Tensor | None],
+    constants: tuple[Tensor | None, Tensor | None],
+    softmax_scale: float | None,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
+) -> tuple:
+    """What both passes hand to their kernels after the tensors of `[batch, …]`."""
+    cu_seqlens_q, cu_seqlens_kv, sinks, alibi_slopes = (
+        None if x is None else x.contiguous() for x in (*cu_seqlens, *constants)
     )
-    scores = tl.dot(q, key.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-    scores = _mask_scores(scores, queries, tile, diagonal, seq_len_kv, IS_CAUSAL, BLOCK_N)
-
-    # Each step multiplies q by the next tile's keys before it needs the result, so that the tensor
-    # cores work while this tile's softmax runs.
-    if IS_CAUSAL:
-        for step in tl.range(0, num_tiles - 1 - num_free, num_stages=NUM_STAGES):
-            tile = num_tiles - 2 - step
-            key = _load_keys(
-                k, k_strides[1], batch, kv_head, tile, seq_len_kv,
-                HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA,
-            )  # fmt: skip
-            next_scores = tl.dot(q, key.T, input_precision="ieee")
-            weights, running_max, running_sum, accumulator = online_softmax_step(
-                scores, running_max, running_sum, accumulator, exponent_scale
-            )
-            value = _load_keys(
-                v, v_strides[1], batch, kv_head, tile + 1, seq_len_kv,
-                HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA,
-            )  # fmt: skip
-            accumulator = tl.dot(
-                weights.to(value.dtype), value, accumulator, input_precision="ieee"
-            )
-            scores = _mask_scores(
-                next_scores, queries, tile, diagonal, seq_len_kv, IS_CAUSAL, BLOCK_N
-            )
-    for step in tl.range(0, num_free, num_stages=NUM_STAGES):
-        tile = num_free - 1 - step
-        key = _load_keys(
-            k, k_strides[1], batch, kv_head, tile, seq_len_kv, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA
-        )
-        next_scores = tl.dot(q, key.T, input_precision="ieee")
-        weights, running_max, running_sum, accumulator = online_softmax_step(
-            scores, running_max, running_sum, accumulator, exponent_scale
-        )
-        value = _load_keys(
-            v, v_strides[1], batch, kv_head, tile + 1, seq_len_kv,
-            HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA,
-        )  # fmt: skip
-        accumulator = tl.dot(weights.to(value.dtype), value, accumulator, input_precision="ieee")
-        scores = next_scores
-    weights, running_max, running_sum, accumulator = online_softmax_step(
-        scores, running_max, running_sum, accumulator, exponent_scale
-    )
-    value = _load_keys(
-        v, v_strides[1], batch, kv_head, 0, seq_len_kv, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA
-    )
-    accumulator = tl.dot(weights.to(value.dtype), value, accumulator, input_precision="ieee")
-
-    out, lse = finish_softmax(running_max, running_sum, accumulator, softmax_scale)
-    rows = (batch_64 * seq_len_q + queries) * num_q_heads + head  # of out, [BLOCK_M]
-    columns = tl.arange(0, BLOCK_D)[None, :]
-    exists = queries < seq_len_q
-    tl.store(
-        out_ptr + rows[:, None] * HEAD_DIM + columns,
-        out.to(out_ptr.dtype.element_ty),
-        mask=exists[:, None] & (columns < HEAD_DIM),
-    )
-    if lse_ptr is not None:
-        lse_ptr += (batch_64 * num_q_heads + head) * seq_len_q
-        tl.store(lse_ptr + queries, lse, mask=exists)
+    softmax_scale = checks.softmax_scale(softmax_scale, q.shape[-1])
+    # Nothing is as far away as 2³⁰ rows, and sums of two such distances fit 32 bits.
+    window = (None if side is None else min(side, 2**30) for side in (window_left, window_right))
+    return cu_seqlens_q, cu_seqlens_kv, sinks, alibi_slopes, softmax_scale, *window, softcap
 
 
-def _descriptor(x: Tensor, block_n: int, block_d: int) -> TensorDescriptor:
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, block_n, 1, block_d])
+def _batched(packed: bool, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Packed tensors as one batch entry."""
+    return tuple(x if x is None or not packed else x.unsqueeze(0) for x in tensors)
 
 
-def _fits_tma(x: Tensor) -> bool:
-    """The bulk-copy engine addresses in units of 16 bytes."""
-    strides = (stride * x.element_size() for stride in x.stride()[:3])
-    return x.data_ptr() % 16 == 0 and all(stride > 0 and stride % 16 == 0 for stride in strides)
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_kv: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    softmax_scale: float | None,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    return _forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_kv, sinks, alibi_slopes,
+        softmax_scale, window_left, window_right, softcap, need_lse=True,
+    )  # fmt: skip
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float, need_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_kv: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    *scores: float | None,
+    need_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    q, k, v = map(layout.contiguous_features, (q, k, v))
-    batch, seq_len_q, num_q_heads, head_dim = q.shape
-    seq_len_kv, num_kv_heads = k.shape[1:3]
-    lse_shape = (batch, num_q_heads, seq_len_q)
-    if batch == 0 or seq_len_q == 0 or seq_len_kv == 0:
-        out, lse = q.new_zeros(q.shape), q.new_full(lse_shape, -torch.inf, dtype=torch.float32)
-        return out, lse if need_lse else None
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device) if need_lse else None
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    with target.device_of(q):
-        gpu = target.current()
-        config = configs.attention_config(gpu.arch, q.element_size(), head_dim)
-        use_tma = gpu.has_tma and _fits_tma(k) and _fits_tma(v)
-        _forward_kernel[(triton.cdiv(seq_len_q, config.block_m) * num_q_heads * batch,)](
-            q_ptr=q,
-            k=_descriptor(k, config.block_n, block_d) if use_tma else k,
-            v=_descriptor(v, config.block_n, block_d) if use_tma else v,
-            out_ptr=out,
-            lse_ptr=lse,
-            q_strides=q.stride()[:3],
-            k_strides=k.stride()[:3],
-            v_strides=v.stride()[:3],
-            seq_len_q=seq_len_q,
-            seq_len_kv=seq_len_kv,
-            num_q_heads=num_q_heads,
-            softmax_scale=softmax_scale,
-            GROUP_SIZE=num_q_heads // num_kv_heads,
-            HEAD_DIM=head_dim,
-            IS_CAUSAL=causal and seq_len_q > 1,  # one query, the last, sees every key
-            USE_TMA=use_tma,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_D=block_d,
-            NUM_STAGES=config.num_stages,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=True,
+    packed = cu_seqlens_q is not None
+    out, lse = attention_forward.forward(
+        *_batched(packed, q, k, v),
+        *_arguments(q, (cu_seqlens_q, cu_seqlens_kv), (sinks, alibi_slopes), *scores),
+        need_lse=need_lse,
+    )
+    return out.view(q.shape), lse[0] if packed and need_lse else lse
+
+
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, *_: object
+) -> tuple[Tensor, Tensor]:
+    if cu_seqlens_q is None:
+        lse_shape = (q.shape[0], q.shape[2], q.shape[1])
+    else:
+        lse_shape = (q.shape[1], q.shape[0])
+    return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
+
+
+def _backward_launch(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_kv: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    softmax_scale: float | None,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
+    need_dq: bool,
+    need_dkdv: bool,
+    need_dsinks: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    packed = cu_seqlens_q is not None
+    *grads, dsinks = attention_backward.backward(
+        *_batched(packed, dout, dlse, q, k, v, out, lse),
+        *_arguments(
+            q, (cu_seqlens_q, cu_seqlens_kv), (sinks, alibi_slopes),
+            softmax_scale, window_left, window_right, softcap,
+        ),
+        need_dq=need_dq,
+        need_dkdv=need_dkdv,
+        need_dsinks=need_dsinks,
+    )  # fmt: skip
+    grads = (
+        library.or_empty(None if grad is None else grad.view(x.shape), q)
+        for grad, x in zip(grads, (q, k, v), strict=True)
+    )
+    return *grads, library.or_empty(dsinks, q)
+
+
+def _backward_fake(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_kv: Tensor | None,
+    sinks: Tensor | None,
+    *rest: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, need_dq, need_dkdv, need_dsinks = rest
+    needs = ((q, need_dq), (k, need_dkdv), (v, need_dkdv))
+    dsinks = sinks.new_empty(sinks.shape) if need_dsinks else q.new_empty(0)
+    return *(x.new_empty(x.shape if need else 0) for x, need in needs), dsinks
+
+
+_BACKWARD = library.Op("flash_attention_backward", _backward_launch, _backward_fake)
+
+
+def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_seqlens_q, cu_seqlens_kv, sinks, alibi_slopes, *ctx.scores = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_kv, sinks, alibi_slopes)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ctx: FunctionCtx, dout: Tensor | None, dlse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_kv, sinks, alibi_slopes = ctx.saved_tensors
+    need_dq, need_dk, need_dv, _, _, need_dsinks, *_ = ctx.needs_input_grad
+    if dout is None and dlse is None:
+        return (None,) * 11
+    dq, dk, dv, dsinks = _BACKWARD(
+        torch.zeros_like(out) if dout is None else dout, dlse, q, k, v, out, lse,
+        cu_seqlens_q, cu_seqlens_kv, sinks, alibi_slopes, *ctx.scores,
+        need_dq, need_dk or need_dv, need_dsinks,
+    )  # fmt: skip
+    return (
+        dq if need_dq else None,
+        dk if need_dk else None,
+        dv if need_dv else None,
+        None,
+        None,
+        dsinks if need_dsinks else None,
+        *(None,) * 5,
+    )
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_kv: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    softmax_scale: float | None,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
+) -> None:
+    if cu_seqlens_q is None:
+        checks.tensor("q", q, shape=("batch", "seq_len_q", "num_q_heads", "head_dim"))
+        kv_shape = (q.shape[0], "seq_len_kv", "num_kv_heads", q.shape[-1])
+        num_sequences = q.shape[0]
+    else:
+        checks.tensor("q", q, shape=("total_q", "num_q_heads", "head_dim"))
+        kv_shape = ("total_kv", "num_kv_heads", q.shape[-1])
+        bounds = ("num_sequences + 1",)
+        checks.tensor("cu_seqlens_q", cu_seqlens_q, dtypes=checks.INTS, shape=bounds, like=("q", q))
+        num_sequences = cu_seqlens_q.shape[0] - 1
+        if num_sequences < 1:
+            raise ValueError("cu_seqlens_q: expected the bounds of one sequence or more; got none")
+        checks.tensor(
+            "cu_seqlens_kv",
+            cu_seqlens_kv,
+            dtypes=checks.INTS,
+            shape=(num_sequences + 1,),
+            like=("q", q),
         )
-    return out, lse
-
-
-class _FlashAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        causal: bool,
-        softmax_scale: float,
-        need_lse: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        return _forward(q, k, v, causal, softmax_scale, need_lse)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, ...]:
-        raise NotImplementedError(
-            "flash_attention: its gradient is not implemented in the triton backend; train with "
-            'get_backend("eager")'
+    checks.tensor("k", k, shape=kv_shape, like=("q", q))
+    checks.tensor("v", v, shape=tuple(k.shape), like=("q", q))
+    checks.same_dtype("k", k, "q", q)
+    checks.same_dtype("v", v, "q", q)
+    num_q_heads, head_dim = q.shape[-2:]
+    checks.attention_heads(num_q_heads, k.shape[-2], head_dim)
+    checks.softmax_scale(softmax_scale, head_dim)
+    checks.softcap(softcap)
+    checks.window((window_left, window_right))
+    if sinks is not None:
+        checks.tensor("sinks", sinks, shape=(num_q_heads,), like=("q", q))
+    if alibi_slopes is not None:
+        per_sequence = (num_sequences,) if alibi_slopes.dim() == 2 else ()
+        checks.tensor(
+            "alibi_slopes",
+            alibi_slopes,
+            dtypes=(torch.float32,),
+            shape=(*per_sequence, num_q_heads),
+            like=("q", q),
         )
+
+
+def _setup_after_checking_constants(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
+    if ctx.needs_input_grad[6]:
+        raise NotImplementedError("alibi_slopes: expected a constant; got one that requires grad")
+    _setup_context(ctx, inputs, output)
+
+
+_OP = library.Op(
+    "flash_attention",
+    _launch,
+    _fake,
+    check=_check,
+    setup_context=_setup_after_checking_constants,
+    backward=_backward,
+)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_kv: Tensor | None,
+    causal: bool,
+    softmax_scale: float | None,
+    window: tuple[int | None, int | None] | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    checks.flag("causal", causal)
+    checks.flag("return_lse", return_lse)
+    window_left, window_right = checks.window(window)
+    if causal:
+        window_right = 0
+    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_kv, sinks, alibi_slopes)
+    scores = (softmax_scale, window_left, window_right, softcap)
+    if library.is_traced(*tensors):
+        out, lse = _OP.dispatched(*tensors, *scores)
+    else:
+        _check(*tensors, *scores)
+        if library.needs_graph(q, k, v, sinks, alibi_slopes):
+            out, lse = _OP.function.apply(*tensors, *scores)
+        else:
+            out, lse = _forward(*tensors, *scores, need_lse=return_lse)
+    return (out, lse) if return_lse else out
 
 
 def flash_attention(
@@ -259,40 +283,84 @@ def flash_attention(
     *,
     causal: bool = False,
     softmax_scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(softmax_scale · q kᵀ) v with grouped heads; see `reference.flash_attention`.
+    """Softmax attention with grouped heads; formula and sources: `reference.flash_attention`.
 
     Args:
         q: float32, float16 or bfloat16 `[batch, seq_len_q, num_q_heads, head_dim]`; head_dim a
             multiple of 8 up to 256; any strides, without a copy where features are contiguous.
         k, v: the same dtype, `[batch, seq_len_kv, num_kv_heads, head_dim]`; num_q_heads is a
             multiple of num_kv_heads.
-        causal: query i sees keys j ≤ i + seq_len_kv − seq_len_q.
+        causal: query i sees keys j ≤ p = i + seq_len_kv − seq_len_q.
         softmax_scale: positive; None means 1 / sqrt(head_dim).
+        window: (left, right): query i sees keys p − left ≤ j ≤ p + right; None does not limit a
+            side. Causal attention sees no key to the right.
+        softcap: positive; scores become softcap · tanh(score / softcap).
+        sinks: float32, float16 or bfloat16 `[num_q_heads]`: the score of one more key per head,
+            whose value is 0. Differentiable.
+        alibi_slopes: float32 `[num_q_heads]` or `[batch, num_q_heads]`; scores become
+            score − slope · |p − j|. A constant.
         return_lse: also return the natural-log lse, float32 `[batch, num_q_heads, seq_len_q]`.
+            Differentiable.
     Returns:
-        out, contiguous, of q's shape and dtype; or (out, lse). A query that sees no key gives 0
-        and −inf.
+        out, contiguous, of q's shape and dtype; or (out, lse). A query that sees no key gives 0,
+        and −inf or its sink; its gradients are 0.
     Numerics: products accumulate in float32, float32 inputs multiply in float32 (not TF32); the
-        softmax is float32, its weights are rounded to v's dtype before the second product.
+        softmax is float32; weights and the gradients of scores are rounded to the inputs' dtype
+        before they are multiplied. Gradients have the same bits in every run.
     Raises:
         TypeError, ValueError: an argument of another kind, dtype, shape or device.
-        NotImplementedError: another head_dim; in the backward pass, always.
+        NotImplementedError: another head_dim; alibi_slopes that require a gradient.
         RuntimeError: q is not on a GPU that Triton drives.
     """
-    checks.tensor("q", q, shape=("batch", "seq_len_q", "num_q_heads", "head_dim"))
-    batch, _, num_q_heads, head_dim = q.shape
-    checks.tensor("k", k, shape=(batch, "seq_len_kv", "num_kv_heads", head_dim), like=("q", q))
-    checks.tensor("v", v, shape=tuple(k.shape), like=("q", q))
-    checks.same_dtype("k", k, "q", q)
-    checks.same_dtype("v", v, "q", q)
-    checks.attention_heads(num_q_heads, k.shape[2], head_dim)
-    softmax_scale = checks.softmax_scale(softmax_scale, head_dim)
-    checks.flag("causal", causal)
-    checks.flag("return_lse", return_lse)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
-        out, lse = _FlashAttention.apply(q, k, v, causal, softmax_scale, return_lse)
-    else:
-        out, lse = _forward(q, k, v, causal, softmax_scale, return_lse)
-    return (out, lse) if return_lse else out
+    return _attend(
+        q, k, v, None, None,
+        causal, softmax_scale, window, softcap, sinks, alibi_slopes, return_lse,
+    )  # fmt: skip
+
+
+def flash_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_kv: Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`flash_attention` of packed sequences; see `reference.flash_attention_varlen`.
+
+    Bounds are read on the device, so that no longest length has to be known. Bounds beyond the
+    rows count as the number of rows; decreasing ones give rows without meaning.
+
+    Args:
+        q: float32, float16 or bfloat16 `[total_q, num_q_heads, head_dim]`, any strides.
+        k, v: the same dtype, `[total_kv, num_kv_heads, head_dim]`.
+        cu_seqlens_q, cu_seqlens_kv: int32 or int64 `[num_sequences + 1]`, num_sequences ≥ 1, from
+            0 and never decreasing; sequences may be empty. Rows after the last sequence see no
+            key, and no query sees them.
+        alibi_slopes: float32 `[num_q_heads]` or `[num_sequences, num_q_heads]`.
+        All else as in `flash_attention`.
+    Returns:
+        out `[total_q, num_q_heads, head_dim]`; or (out, lse), lse float32 `[num_q_heads, total_q]`.
+    Raises:
+        As `flash_attention`.
+    """
+    for name, bounds in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_kv", cu_seqlens_kv)):
+        if not isinstance(bounds, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor; got {type(bounds).__name__}")
+    return _attend(
+        q, k, v, cu_seqlens_q, cu_seqlens_kv,
+        causal, softmax_scale, window, softcap, sinks, alibi_slopes, return_lse,
+    )  # fmt: skip

@@ -64,7 +64,8 @@ def tensor(
 
 def _matches(actual: torch.Size, expected: tuple[int | str | None, ...]) -> bool:
     return len(actual) == len(expected) and all(
-        not isinstance(want, int | torch.SymInt) or got == want for got, want in zip(actual, expected, strict=True)
+        not isinstance(want, int | torch.SymInt) or got == want
+        for got, want in zip(actual, expected, strict=True)
     )
 
 
@@ -82,6 +83,25 @@ def softmax_scale(value: float | None, head_dim: int) -> float:
     if not _FLOAT32.tiny <= scale <= _FLOAT32.max / 2:
         raise ValueError(f"softmax_scale: expected a positive finite float32; got {value!r}")
     return scale
+
+
+def softcap(value: float | None) -> None:
+    if value is not None and not _FLOAT32.tiny <= number("softcap", value) <= _FLOAT32.max / 2:
+        raise ValueError(f"softcap: expected a positive finite float32, or None; got {value!r}")
+
+
+def window(value: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
+    """The two sides of a window of attention."""
+    if value is None:
+        return None, None
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(f"window: expected (left, right) or None; got {value!r}")
+    for side in value:
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
+            raise TypeError(f"window: expected whole numbers or None; got {value!r}")
+        if side is not None and side < 0:
+            raise ValueError(f"window: expected distances of 0 or more, or None; got {value!r}")
+    return tuple(value)
 
 
 def number(name: str, value: float) -> float:

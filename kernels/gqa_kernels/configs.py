@@ -76,11 +76,36 @@ ATTENTION_FORWARD = (
     AttentionConfig("", 4, 256, block_m=16, block_n=16, num_warps=8, num_stages=1),
 )
 
+# Keys and values of block_n rows stay; queries pass by, block_m at a time.
+ATTENTION_DKDV = (
+    AttentionConfig("interpreter", 2, 256, block_m=16, block_n=32, num_warps=4, num_stages=2),
+    AttentionConfig("interpreter", 4, 256, block_m=16, block_n=32, num_warps=4, num_stages=2),
+    AttentionConfig("sm_90", 2, 64, block_m=64, block_n=128, num_warps=8, num_stages=2),
+    AttentionConfig("sm_90", 2, 128, block_m=64, block_n=128, num_warps=8, num_stages=2),
+    AttentionConfig("", 2, 256, block_m=32, block_n=32, num_warps=8, num_stages=2),
+    AttentionConfig("", 4, 256, block_m=16, block_n=16, num_warps=8, num_stages=1),
+)
 
-def attention_config(arch: str, element_size: int, head_dim: int) -> AttentionConfig:
+# Queries of block_m rows stay; keys and values pass by, block_n at a time.
+ATTENTION_DQ = (
+    AttentionConfig("interpreter", 2, 256, block_m=32, block_n=16, num_warps=4, num_stages=2),
+    AttentionConfig("interpreter", 4, 256, block_m=32, block_n=16, num_warps=4, num_stages=2),
+    AttentionConfig("sm_90", 2, 64, block_m=128, block_n=64, num_warps=8, num_stages=2),
+    AttentionConfig("sm_90", 2, 128, block_m=128, block_n=64, num_warps=8, num_stages=2),
+    AttentionConfig("", 2, 256, block_m=32, block_n=32, num_warps=8, num_stages=2),
+    AttentionConfig("", 4, 256, block_m=16, block_n=16, num_warps=8, num_stages=1),
+)
+
+ATTENTION_DELTA_BLOCK = 64
+ATTENTION_DELTA_NUM_WARPS = 4
+
+
+def attention_config(
+    table: tuple[AttentionConfig, ...], arch: str, element_size: int, head_dim: int
+) -> AttentionConfig:
     return next(
         row
-        for row in ATTENTION_FORWARD
+        for row in table
         if arch.startswith(row.arch)
         and element_size == row.element_size
         and head_dim <= row.max_head_dim

@@ -1,6 +1,6 @@
 """The ops in Triton, as a namespace: the same names and signatures as `reference`."""
 
-from gqa_kernels.attention import flash_attention
+from gqa_kernels.attention import flash_attention, flash_attention_varlen
 from gqa_kernels.decode import decode_attention
 from gqa_kernels.glu import swiglu
 from gqa_kernels.norm import add_rms_norm, rms_norm
@@ -11,6 +11,7 @@ __all__ = [
     "apply_rope",
     "decode_attention",
     "flash_attention",
+    "flash_attention_varlen",
     "rms_norm",
     "swiglu",
 ]

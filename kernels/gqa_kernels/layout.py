@@ -1,6 +1,7 @@
 """Views of tensors that the kernels can address by strides."""
 
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 def rows(x: Tensor) -> Tensor:
@@ -15,3 +16,20 @@ def rows(x: Tensor) -> Tensor:
 def contiguous_features(x: Tensor) -> Tensor:
     """x itself when its last dimension is contiguous, a copy otherwise."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def fits_tma(x: Tensor) -> bool:
+    """Whether the bulk-copy engine, which addresses in units of 16 bytes, can load from x
+    `[batch, row, head, feature]`."""
+    strides = (stride * x.element_size() for stride in x.stride()[:3])
+    return x.data_ptr() % 16 == 0 and all(stride > 0 and stride % 16 == 0 for stride in strides)
+
+
+def descriptor(x: Tensor, block_rows: int, block_features: int) -> TensorDescriptor:
+    """For loads of tiles of one head of x `[batch, row, head, feature]`."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, block_rows, 1, block_features])
+
+
+def sequence_stride(per_head: Tensor | None) -> int:
+    """The distance between the rows of `[num_heads]` or `[num_sequences, num_heads]`."""
+    return per_head.stride(0) if per_head is not None and per_head.dim() == 2 else 0

@@ -291,6 +291,84 @@ _ATTENTION_CASES = (
     ),
 )
 
+# --- Flash attention, packed -----------------------------------------------------------------
+
+
+def packed_lengths(case: Case) -> list[int]:
+    """Lengths of the sequences: every fifth and the last are empty, the rest from a half to one and
+    a half of their mean."""
+    total, count = case.sizes["total"], case.sizes["num_sequences"]
+    shares = [0 if i % 5 == 4 or i == count - 1 else 2 + i % 5 for i in range(count)]
+    shares = shares if any(shares) else [1] * count
+    lengths = [total * share // sum(shares) for share in shares]
+    lengths[0] += total - sum(lengths)
+    return lengths
+
+
+def _varlen_inputs(case: Case, *context: Any) -> dict[str, Any]:
+    """Queries and keys of the same lengths, as where documents are packed for training."""
+    draw, sizes = _Draw(*context), case.sizes
+    total, head_dim = sizes["total"], sizes["head_dim"]
+    bounds = torch.tensor([0, *packed_lengths(case)]).cumsum(0)
+    cu_seqlens = bounds.to(draw.device, torch.int32)
+    return {
+        "q": draw(total, sizes["num_q_heads"], head_dim),
+        "k": draw(total, sizes["num_kv_heads"], head_dim),
+        "v": draw(total, sizes["num_kv_heads"], head_dim),
+        "cu_seqlens_q": cu_seqlens,
+        "cu_seqlens_kv": cu_seqlens,
+        "causal": sizes["causal"],
+        "return_lse": True,
+    }
+
+
+def _varlen_cost(case: Case, dtype: torch.dtype) -> Cost:
+    """The sum of flash_attention's over the sequences."""
+    kept = {
+        name: case.sizes[name] for name in ("num_q_heads", "num_kv_heads", "head_dim", "causal")
+    }
+    costs = [
+        _attention_cost(
+            Case({"batch": 1, "seq_len_q": length, "seq_len_kv": length, **kept}, case.source),
+            dtype,
+        )
+        for length in packed_lengths(case)
+    ]
+    return Cost(*map(sum, zip(*costs, strict=True)))
+
+
+def _varlen_case(
+    total: int,
+    num_sequences: int,
+    heads: tuple[int, int],
+    head_dim: int,
+    source: str,
+    *,
+    causal: bool = True,
+    test: bool = False,
+) -> Case:
+    sizes = {
+        "total": total,
+        "num_sequences": num_sequences,
+        "num_q_heads": heads[0],
+        "num_kv_heads": heads[1],
+        "head_dim": head_dim,
+        "causal": causal,
+    }
+    return Case(sizes, source, test)
+
+
+_VARLEN_CASES = (
+    _varlen_case(150, 6, (4, 2), 64, "GQA 2, two sequences empty", test=True),
+    _varlen_case(97, 1, (3, 1), 80, "MQA 3, one sequence", causal=False, test=True),
+    _varlen_case(40, 11, (2, 2), 16, "MHA, sequences of a few rows", test=True),
+    *(
+        _varlen_case(16384, num_sequences, heads, 128, source)
+        for source, heads in (("7B", (32, 32)), ("34B and 70B", (64, 8)))
+        for num_sequences in (8, 64)
+    ),
+)
+
 # --- Decode attention ------------------------------------------------------------------------
 
 
@@ -407,7 +485,16 @@ OPS = (
         _ATTENTION_CASES,
         _attention_inputs,
         _attention_cost,
-        wrt=(),
+        wrt=("q", "k", "v"),
+    ),
+    OpSpec(
+        "flash_attention_varlen",
+        reference.flash_attention_varlen,
+        fused.flash_attention_varlen,
+        _VARLEN_CASES,
+        _varlen_inputs,
+        _varlen_cost,
+        wrt=("q", "k", "v"),
     ),
     OpSpec(
         "decode_attention",

@@ -24,6 +24,46 @@ def load_rows(
 
 
 @triton.jit
+def load_tile(
+    source,
+    stride,
+    batch,
+    head,
+    start,
+    num_rows,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    USE_TMA: tl.constexpr,
+):
+    """Rows start … of one head: from a descriptor of `[batch, row, head, feature]`, or from a
+    pointer to the head's row 0. Zero outside the rows and features."""
+    if USE_TMA:
+        return source.load([batch, start, head, 0]).reshape([BLOCK_ROWS, BLOCK_D])
+    else:
+        return load_rows(source, stride, start, num_rows, HEAD_DIM, BLOCK_ROWS, BLOCK_D)
+
+
+@triton.jit
+def store_rows(
+    ptr,
+    stride,
+    start,
+    num_rows,
+    tile,
+    WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """Writes rows start … start + BLOCK_ROWS − 1 of a matrix, those that exist."""
+    rows = start + tl.arange(0, BLOCK_ROWS)[:, None]
+    columns = tl.arange(0, BLOCK_WIDTH)[None, :]
+    mask = (rows < num_rows) & (columns < WIDTH)
+    ptrs = ptr + rows.to(tl.int64) * stride + columns
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def online_softmax_step(scores, running_max, running_sum, accumulator, exponent_scale):
     """Folds a tile of scores `[BLOCK_M, BLOCK_N]` into the running softmax (m, ℓ, O of the paper).
 

@@ -1,0 +1,448 @@
+"""The backward kernels of flash attention.
+
+With P = exp(scores − lse), dP = dO Vᵀ and delta = rowsum(dO ∘ O) − dlse,
+
+    dS = P ∘ (dP − delta)      with respect to the scores; times 1 − tanh² under a soft cap
+    dV = Pᵀ dO        dK = softmax_scale · dSᵀ Q        dQ = softmax_scale · dS K
+    dsinks = −Σ over queries of exp(sink − lse) · delta
+
+Dao 2023, arXiv:2307.08691, in two kernels with seven products, so that every gradient is summed in
+one program's registers, in one order: the same bits in every run. One program of the first owns
+BLOCK_N keys and values of one key/value head and walks the queries of all the heads of its group;
+one of the second owns BLOCK_M queries of one head and walks its keys. The first computes Sᵀ and dPᵀ
+as such: the transpose of a product is never the operand of another (miscompiled for Hopper before
+Triton 3.7.1).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gqa_kernels import configs, layout, sequences, target
+from gqa_kernels.scores import add_bias, cap, cap_derivative, key_tiles, load_slope, mask
+from gqa_kernels.sequences import locate
+from gqa_kernels.tiles import LOG2_E, load_rows, load_tile, store_rows
+
+
+@triton.jit(do_not_specialize=["seq_len_q"])
+def _delta_kernel(
+    out_ptr,
+    dout_ptr,
+    dlse_ptr,
+    delta_ptr,
+    dout_strides,
+    seq_len_q,
+    num_heads,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program computes delta of BLOCK_M queries of one head."""
+    num_blocks = tl.cdiv(seq_len_q, BLOCK_M)
+    start = tl.program_id(0) % num_blocks * BLOCK_M
+    head = (tl.program_id(0) // num_blocks % num_heads).to(tl.int64)
+    batch = (tl.program_id(0) // num_blocks // num_heads).to(tl.int64)
+    out_ptr += (batch * seq_len_q * num_heads + head) * HEAD_DIM
+    dout_ptr += batch * dout_strides[0] + head * dout_strides[2]
+    out = load_rows(out_ptr, num_heads * HEAD_DIM, start, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D)
+    dout = load_rows(dout_ptr, dout_strides[1], start, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)  # [BLOCK_M]
+    queries = start + tl.arange(0, BLOCK_M)
+    offsets = (batch * num_heads + head) * seq_len_q + queries
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + offsets, mask=queries < seq_len_q, other=0.0)
+    tl.store(delta_ptr + offsets, delta, mask=queries < seq_len_q)
+
+
+@triton.jit
+def _load_lse(lse_ptr, queries, seq_len_q):
+    """lse · log2(e); +∞, a weight of 0 for every key, where a query sees none or does not exist."""
+    lse = tl.load(lse_ptr + queries, mask=queries < seq_len_q, other=float("inf"))
+    return tl.where(lse == -float("inf"), float("inf"), lse * LOG2_E)
+
+
+@triton.jit(
+    do_not_specialize=["num_sequences", "seq_len_q", "seq_len_kv", "window_left", "window_right"]
+)
+def _dkdv_kernel(
+    q,
+    k_ptr,
+    v_ptr,
+    dout,
+    lse_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_kv_ptr,
+    alibi_slopes_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    dout_strides,
+    alibi_stride,
+    num_sequences,
+    seq_len_q,
+    seq_len_kv,
+    num_kv_heads,
+    window_left,
+    window_right,
+    softmax_scale,
+    score_unit,
+    cap_scale,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """One program sums the gradients of BLOCK_N keys and values over all heads of a group."""
+    rows_q, rows_kv = seq_len_q, seq_len_kv  # per batch entry
+    sequence, batch, kv_head, block, first_kv, seq_len_kv, first_q, seq_len_q = locate(
+        cu_seqlens_kv_ptr, cu_seqlens_q_ptr, num_sequences, num_kv_heads, seq_len_kv, seq_len_q,
+        BLOCK_N,
+    )  # fmt: skip
+    start_n = block * BLOCK_N
+    if start_n >= seq_len_kv:
+        return
+    batch_64, kv_head_64 = batch.to(tl.int64), kv_head.to(tl.int64)
+    k_ptr += batch_64 * k_strides[0] + first_kv * k_strides[1] + kv_head_64 * k_strides[2]
+    v_ptr += batch_64 * v_strides[0] + first_kv * v_strides[1] + kv_head_64 * v_strides[2]
+    key = load_rows(k_ptr, k_strides[1], start_n, seq_len_kv, HEAD_DIM, BLOCK_N, BLOCK_D)
+    value = load_rows(v_ptr, v_strides[1], start_n, seq_len_kv, HEAD_DIM, BLOCK_N, BLOCK_D)
+
+    keys = start_n + tl.arange(0, BLOCK_N)[:, None]
+    diagonal = seq_len_kv - seq_len_q  # query i stands on key i + diagonal
+    first_tile, end_query = 0, seq_len_q
+    if window_right is not None:
+        first_tile = tl.maximum(start_n - window_right - diagonal, 0) // BLOCK_M
+    if window_left is not None:
+        end_query = tl.minimum(end_query, start_n + BLOCK_N + window_left - diagonal)
+    num_tiles = tl.maximum(tl.cdiv(tl.maximum(end_query, 0), BLOCK_M) - first_tile, 0)
+
+    exponent_scale = score_unit * LOG2_E
+    row = batch_64 * num_kv_heads * GROUP_SIZE * rows_q + first_q  # of lse and delta, head 0
+    dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    # One loop over all tiles of all heads: its loads run ahead across the heads' borders.
+    for step in tl.range(0, num_tiles * GROUP_SIZE, num_stages=NUM_STAGES):
+        head = kv_head * GROUP_SIZE + step // num_tiles
+        start_m = (first_tile + step % num_tiles) * BLOCK_M
+        queries = start_m + tl.arange(0, BLOCK_M)
+        if USE_TMA:
+            query = load_tile(
+                q, q_strides[1], batch, head, start_m, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D, True
+            )
+            d_out = load_tile(
+                dout, dout_strides[1], batch, head, start_m, seq_len_q,
+                HEAD_DIM, BLOCK_M, BLOCK_D, True,
+            )  # fmt: skip
+        else:
+            head_64 = head.to(tl.int64)
+            query = load_rows(
+                q + batch_64 * q_strides[0] + first_q * q_strides[1] + head_64 * q_strides[2],
+                q_strides[1], start_m, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D,
+            )  # fmt: skip
+            dout_head = dout + batch_64 * dout_strides[0] + head_64 * dout_strides[2]
+            d_out = load_rows(
+                dout_head + first_q * dout_strides[1],
+                dout_strides[1], start_m, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D,
+            )  # fmt: skip
+        head_row = row + head.to(tl.int64) * rows_q
+        lse = _load_lse(lse_ptr + head_row, queries, seq_len_q)  # [BLOCK_M]
+        delta = tl.load(delta_ptr + head_row + queries, mask=queries < seq_len_q, other=0.0)
+        slope = load_slope(alibi_slopes_ptr, alibi_stride, sequence, head, score_unit)
+        own_keys = (queries + diagonal)[None, :]
+
+        capped = cap(tl.dot(key, query.T, input_precision="ieee"), cap_scale)  # [BLOCK_N, BLOCK_M]
+        scores = add_bias(capped, own_keys, keys, slope)
+        # Keys that do not exist have rows of their own, which are not stored.
+        if window_left is not None or window_right is not None:
+            scores = mask(scores, own_keys, keys, seq_len_kv, window_left, window_right)
+        weights = tl.math.exp2(scores * exponent_scale - lse[None, :])
+        dv = tl.dot(weights.to(d_out.dtype), d_out, dv, input_precision="ieee")
+        d_weights = tl.dot(value, d_out.T, input_precision="ieee")
+        d_scores = weights * (d_weights - delta[None, :])
+        if cap_scale is not None:
+            d_scores *= cap_derivative(capped, cap_scale)
+        dk = tl.dot(d_scores.to(query.dtype), query, dk, input_precision="ieee")
+
+    offset = ((batch_64 * rows_kv + first_kv) * num_kv_heads + kv_head) * HEAD_DIM
+    stride = num_kv_heads * HEAD_DIM
+    store_rows(
+        dk_ptr + offset, stride, start_n, seq_len_kv, dk * softmax_scale, HEAD_DIM, BLOCK_N, BLOCK_D
+    )
+    store_rows(dv_ptr + offset, stride, start_n, seq_len_kv, dv, HEAD_DIM, BLOCK_N, BLOCK_D)
+
+
+@triton.jit
+def _walk_keys(
+    q,
+    d_out,
+    k,
+    v,
+    k_stride,
+    v_stride,
+    batch,
+    kv_head,
+    seq_len_kv,
+    own_keys,
+    lse,
+    delta,
+    window_left,
+    window_right,
+    cap_scale,
+    slope,
+    exponent_scale,
+    dq,
+    first_tile,
+    num_steps,
+    MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """dq and what num_steps tiles from first_tile on add to it."""
+    for step in tl.range(0, num_steps, num_stages=NUM_STAGES):
+        start = (first_tile + step) * BLOCK_N
+        key = load_tile(
+            k, k_stride, batch, kv_head, start, seq_len_kv, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA
+        )
+        value = load_tile(
+            v, v_stride, batch, kv_head, start, seq_len_kv, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA
+        )
+        keys = start + tl.arange(0, BLOCK_N)[None, :]
+        capped = cap(tl.dot(q, key.T, input_precision="ieee"), cap_scale)  # [BLOCK_M, BLOCK_N]
+        scores = add_bias(capped, own_keys, keys, slope)
+        if MASKED:
+            scores = mask(scores, own_keys, keys, seq_len_kv, window_left, window_right)
+        weights = tl.math.exp2(scores * exponent_scale - lse)
+        d_weights = tl.dot(d_out, value.T, input_precision="ieee")
+        d_scores = weights * (d_weights - delta)
+        if cap_scale is not None:
+            d_scores *= cap_derivative(capped, cap_scale)
+        dq = tl.dot(d_scores.to(key.dtype), key, dq, input_precision="ieee")
+    return dq
+
+
+@triton.jit(
+    do_not_specialize=["num_sequences", "seq_len_q", "seq_len_kv", "window_left", "window_right"]
+)
+def _dq_kernel(
+    q_ptr,
+    k,
+    v,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_kv_ptr,
+    alibi_slopes_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    dout_strides,
+    alibi_stride,
+    num_sequences,
+    seq_len_q,
+    seq_len_kv,
+    num_q_heads,
+    window_left,
+    window_right,
+    softmax_scale,
+    score_unit,
+    cap_scale,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """One program sums the gradient of BLOCK_M queries of one head over the keys that they see."""
+    rows_q = seq_len_q  # per batch entry
+    sequence, batch, head, block, first_q, seq_len_q, first_kv, seq_len_kv = locate(
+        cu_seqlens_q_ptr, cu_seqlens_kv_ptr, num_sequences, num_q_heads, seq_len_q, seq_len_kv,
+        BLOCK_M,
+    )  # fmt: skip
+    if block * BLOCK_M >= seq_len_q:
+        return
+    start_m = (tl.cdiv(seq_len_q, BLOCK_M) - 1 - block) * BLOCK_M  # the most keys first
+    kv_head = head // GROUP_SIZE
+    batch_64, head_64, kv_head_64 = batch.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
+    q_ptr += batch_64 * q_strides[0] + first_q * q_strides[1] + head_64 * q_strides[2]
+    dout_ptr += batch_64 * dout_strides[0] + first_q * dout_strides[1] + head_64 * dout_strides[2]
+    if not USE_TMA:
+        k += batch_64 * k_strides[0] + first_kv * k_strides[1] + kv_head_64 * k_strides[2]
+        v += batch_64 * v_strides[0] + first_kv * v_strides[1] + kv_head_64 * v_strides[2]
+    q = load_rows(q_ptr, q_strides[1], start_m, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D)
+    d_out = load_rows(dout_ptr, dout_strides[1], start_m, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D)
+    queries = start_m + tl.arange(0, BLOCK_M)
+    row = (batch_64 * num_q_heads + head) * rows_q + first_q
+    lse = _load_lse(lse_ptr + row, queries, seq_len_q)[:, None]
+    delta = tl.load(delta_ptr + row + queries, mask=queries < seq_len_q, other=0.0)[:, None]
+
+    first_own_key = start_m + seq_len_kv - seq_len_q
+    own_keys = (first_own_key + tl.arange(0, BLOCK_M))[:, None]
+    first_tile, num_tiles, num_free = key_tiles(
+        first_own_key, seq_len_kv, window_left, window_right, BLOCK_M, BLOCK_N
+    )
+    slope = load_slope(alibi_slopes_ptr, alibi_stride, sequence, head, score_unit)
+    exponent_scale = score_unit * LOG2_E
+    dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    if window_left is None:
+        dq = _walk_keys(
+            q, d_out, k, v, k_strides[1], v_strides[1], batch, kv_head, seq_len_kv, own_keys, lse,
+            delta, window_left, window_right, cap_scale, slope, exponent_scale, dq,
+            first_tile, num_free,
+            False, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA, NUM_STAGES,
+        )  # fmt: skip
+    dq = _walk_keys(
+        q, d_out, k, v, k_strides[1], v_strides[1], batch, kv_head, seq_len_kv, own_keys, lse,
+        delta, window_left, window_right, cap_scale, slope, exponent_scale, dq,
+        first_tile + num_free, num_tiles - num_free,
+        True, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA, NUM_STAGES,
+    )  # fmt: skip
+    dq_ptr += ((batch_64 * rows_q + first_q) * num_q_heads + head) * HEAD_DIM
+    store_rows(
+        dq_ptr, num_q_heads * HEAD_DIM, start_m, seq_len_q, dq * softmax_scale,
+        HEAD_DIM, BLOCK_M, BLOCK_D,
+    )  # fmt: skip
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_kv: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    softmax_scale: float,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
+    *,
+    need_dq: bool,
+    need_dkdv: bool,
+    need_dsinks: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(dq, dk, dv, dsinks), each None unless needed; shapes as in `forward`."""
+    q, k, v, dout, out = map(layout.contiguous_features, (q, k, v, dout, out))
+    batch, seq_len_q, num_q_heads, head_dim = q.shape
+    seq_len_kv, num_kv_heads = k.shape[1:3]
+    packed = cu_seqlens_q is not None
+    num_sequences = cu_seqlens_q.shape[0] - 1 if packed else None
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    if seq_len_q == 1 and not packed and window_right is not None:
+        window_right = None  # as in the forward pass
+    shared = {
+        "lse_ptr": lse,
+        "cu_seqlens_q_ptr": cu_seqlens_q,
+        "cu_seqlens_kv_ptr": cu_seqlens_kv,
+        "alibi_slopes_ptr": alibi_slopes,
+        "q_strides": q.stride()[:3],
+        "k_strides": k.stride()[:3],
+        "v_strides": v.stride()[:3],
+        "dout_strides": dout.stride()[:3],
+        "alibi_stride": layout.sequence_stride(alibi_slopes),
+        "num_sequences": num_sequences,
+        "seq_len_q": seq_len_q,
+        "seq_len_kv": seq_len_kv,
+        "window_left": window_left,
+        "window_right": window_right,
+        "softmax_scale": softmax_scale,
+        "score_unit": softmax_scale if softcap is None else softcap,
+        "cap_scale": None if softcap is None else softmax_scale / softcap,
+        "GROUP_SIZE": num_q_heads // num_kv_heads,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": block_d,
+        "enable_fp_fusion": True,
+    }
+    delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if need_dq else None
+    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device) if need_dkdv else None
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device) if need_dkdv else None
+    with target.device_of(q):
+        gpu = target.current()
+
+        def plan(
+            table: tuple[configs.AttentionConfig, ...],
+        ) -> tuple[configs.AttentionConfig, dict]:
+            config = configs.attention_config(table, gpu.arch, q.element_size(), head_dim)
+            return config, {
+                "BLOCK_M": config.block_m,
+                "BLOCK_N": config.block_n,
+                "NUM_STAGES": config.num_stages,
+                "num_warps": config.num_warps,
+                "num_stages": config.num_stages,
+            }
+
+        if q.numel() > 0:
+            block_m = configs.ATTENTION_DELTA_BLOCK
+            _delta_kernel[(triton.cdiv(seq_len_q, block_m) * num_q_heads * batch,)](
+                out_ptr=out,
+                dout_ptr=dout,
+                dlse_ptr=None if dlse is None else dlse.contiguous(),
+                delta_ptr=delta,
+                dout_strides=dout.stride()[:3],
+                seq_len_q=seq_len_q,
+                num_heads=num_q_heads,
+                HEAD_DIM=head_dim,
+                BLOCK_M=block_m,
+                BLOCK_D=block_d,
+                num_warps=configs.ATTENTION_DELTA_NUM_WARPS,
+                enable_fp_fusion=True,
+            )
+        if need_dkdv and k.numel() > 0:
+            config, numbers = plan(configs.ATTENTION_DKDV)
+            use_tma = gpu.has_tma and not packed and seq_len_q > 0
+            use_tma = use_tma and layout.fits_tma(q) and layout.fits_tma(dout)
+            num_blocks = sequences.num_blocks(seq_len_kv, num_sequences, config.block_n)
+            _dkdv_kernel[(num_blocks * num_kv_heads * batch,)](
+                q=layout.descriptor(q, config.block_m, block_d) if use_tma else q,
+                dout=layout.descriptor(dout, config.block_m, block_d) if use_tma else dout,
+                k_ptr=k,
+                v_ptr=v,
+                delta_ptr=delta,
+                dk_ptr=dk,
+                dv_ptr=dv,
+                num_kv_heads=num_kv_heads,
+                USE_TMA=use_tma,
+                **shared,
+                **numbers,
+            )
+        if need_dq and q.numel() > 0:
+            config, numbers = plan(configs.ATTENTION_DQ)
+            use_tma = gpu.has_tma and not packed and seq_len_kv > 0
+            use_tma = use_tma and layout.fits_tma(k) and layout.fits_tma(v)
+            num_blocks = sequences.num_blocks(seq_len_q, num_sequences, config.block_m)
+            _dq_kernel[(num_blocks * num_q_heads * batch,)](
+                q_ptr=q,
+                dout_ptr=dout,
+                k=layout.descriptor(k, config.block_n, block_d) if use_tma else k,
+                v=layout.descriptor(v, config.block_n, block_d) if use_tma else v,
+                delta_ptr=delta,
+                dq_ptr=dq,
+                num_q_heads=num_q_heads,
+                USE_TMA=use_tma,
+                **shared,
+                **numbers,
+            )
+    dsinks = None
+    if need_dsinks:
+        weights = torch.exp(sinks.float()[:, None] - lse)  # [batch, num_q_heads, seq_len_q]
+        weights = weights.masked_fill(lse == -torch.inf, 0.0)
+        dsinks = -(weights * delta).sum((0, 2)).to(sinks.dtype)
+    return dq, dk, dv, dsinks

@@ -1,0 +1,280 @@
+"""The forward kernel of flash attention.
+
+    out = softmax(scores) v,  lse = log Σ exp(scores)
+
+Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691 (the loop over keys inside, the
+division at the end); Shah et al. 2024, arXiv:2407.08608 (the product of the next tile under the
+softmax of this one). Query head h reads key/value head h // GROUP_SIZE: K and V are never repeated.
+
+One program owns BLOCK_M queries of one head. It walks the key tiles from the last to the first: the
+tiles that need a mask, on the diagonal and at the end, come first and the long loop has none; tiles
+that no query sees are never visited.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gqa_kernels import configs, layout, sequences, target
+from gqa_kernels.scores import add_bias, cap, key_tiles, load_slope, mask
+from gqa_kernels.sequences import locate
+from gqa_kernels.tiles import (
+    LOG2_E,
+    finish_softmax,
+    load_rows,
+    load_tile,
+    online_softmax_step,
+    store_rows,
+)
+
+
+@triton.jit
+def _walk(
+    q,
+    k,
+    v,
+    k_stride,
+    v_stride,
+    batch,
+    kv_head,
+    seq_len_kv,
+    own_keys,
+    window_left,
+    window_right,
+    cap_scale,
+    slope,
+    exponent_scale,
+    scores,
+    running_max,
+    running_sum,
+    accumulator,
+    last_tile,
+    num_steps,
+    MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """num_steps tiles downwards from last_tile, whose scores are given; returns the state and the
+    scores of the tile after them.
+
+    Each step multiplies q by the next tile's keys before it needs the result, so that the tensor
+    cores work while this tile's softmax runs.
+    """
+    for step in tl.range(0, num_steps, num_stages=NUM_STAGES):
+        start = (last_tile - step) * BLOCK_N
+        key = load_tile(
+            k, k_stride, batch, kv_head, start - BLOCK_N, seq_len_kv,
+            HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA,
+        )  # fmt: skip
+        next_scores = tl.dot(q, key.T, input_precision="ieee")
+        weights, running_max, running_sum, accumulator = online_softmax_step(
+            scores, running_max, running_sum, accumulator, exponent_scale
+        )
+        value = load_tile(
+            v, v_stride, batch, kv_head, start, seq_len_kv, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA
+        )
+        accumulator = tl.dot(weights.to(value.dtype), value, accumulator, input_precision="ieee")
+        keys = start - BLOCK_N + tl.arange(0, BLOCK_N)
+        scores = add_bias(cap(next_scores, cap_scale), own_keys[:, None], keys[None, :], slope)
+        if MASKED:
+            scores = mask(
+                scores, own_keys[:, None], keys[None, :], seq_len_kv, window_left, window_right
+            )
+    return scores, running_max, running_sum, accumulator
+
+
+@triton.jit(
+    do_not_specialize=["num_sequences", "seq_len_q", "seq_len_kv", "window_left", "window_right"]
+)
+def _forward_kernel(
+    q_ptr,
+    k,
+    v,
+    out_ptr,
+    lse_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_kv_ptr,
+    sinks_ptr,
+    alibi_slopes_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    alibi_stride,
+    num_sequences,
+    seq_len_q,
+    seq_len_kv,
+    num_q_heads,
+    window_left,
+    window_right,
+    score_unit,
+    cap_scale,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """One program attends from BLOCK_M queries of one head to all the keys that they see."""
+    rows_per_batch = seq_len_q
+    sequence, batch, head, block, first_q, seq_len_q, first_kv, seq_len_kv = locate(
+        cu_seqlens_q_ptr, cu_seqlens_kv_ptr, num_sequences, num_q_heads, seq_len_q, seq_len_kv,
+        BLOCK_M,
+    )  # fmt: skip
+    if block * BLOCK_M >= seq_len_q:
+        return
+    # Causal: the last queries see the most keys, so they start first.
+    block = tl.cdiv(seq_len_q, BLOCK_M) - 1 - block
+    kv_head = head // GROUP_SIZE
+    batch_64, head_64, kv_head_64 = batch.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
+
+    q_ptr += batch_64 * q_strides[0] + first_q * q_strides[1] + head_64 * q_strides[2]
+    if not USE_TMA:
+        k += batch_64 * k_strides[0] + first_kv * k_strides[1] + kv_head_64 * k_strides[2]
+        v += batch_64 * v_strides[0] + first_kv * v_strides[1] + kv_head_64 * v_strides[2]
+    q = load_rows(q_ptr, q_strides[1], block * BLOCK_M, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D)
+
+    first_own_key = block * BLOCK_M + seq_len_kv - seq_len_q
+    own_keys = first_own_key + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    first_tile, num_tiles, num_free = key_tiles(
+        first_own_key, seq_len_kv, window_left, window_right, BLOCK_M, BLOCK_N
+    )
+    slope = load_slope(alibi_slopes_ptr, alibi_stride, sequence, head, score_unit)
+    exponent_scale = score_unit * LOG2_E
+    running_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
+    running_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    if sinks_ptr is not None:  # a key that has been seen already, whose value is 0
+        sink = tl.load(sinks_ptr + head).to(tl.float32) / score_unit
+        running_max = tl.zeros([BLOCK_M], dtype=tl.float32) + sink
+        running_sum += 1.0
+    accumulator = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+
+    last_tile = first_tile + num_tiles - 1
+    key = load_tile(
+        k, k_strides[1], batch, kv_head, last_tile * BLOCK_N, seq_len_kv,
+        HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA,
+    )  # fmt: skip
+    keys = last_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    scores = cap(tl.dot(q, key.T, input_precision="ieee"), cap_scale)  # [BLOCK_M, BLOCK_N]
+    scores = add_bias(scores, own_keys[:, None], keys[None, :], slope)
+    scores = mask(scores, own_keys[:, None], keys[None, :], seq_len_kv, window_left, window_right)
+    if window_left is not None or window_right is not None:
+        num_masked = num_tiles - 1 - num_free
+        scores, running_max, running_sum, accumulator = _walk(
+            q, k, v, k_strides[1], v_strides[1], batch, kv_head, seq_len_kv, own_keys,
+            window_left, window_right, cap_scale, slope, exponent_scale,
+            scores, running_max, running_sum, accumulator, last_tile, num_masked,
+            True, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA, NUM_STAGES,
+        )  # fmt: skip
+        last_tile -= num_masked
+    if window_left is None:
+        scores, running_max, running_sum, accumulator = _walk(
+            q, k, v, k_strides[1], v_strides[1], batch, kv_head, seq_len_kv, own_keys,
+            window_left, window_right, cap_scale, slope, exponent_scale,
+            scores, running_max, running_sum, accumulator, last_tile, num_free,
+            False, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA, NUM_STAGES,
+        )  # fmt: skip
+    weights, running_max, running_sum, accumulator = online_softmax_step(
+        scores, running_max, running_sum, accumulator, exponent_scale
+    )
+    value = load_tile(
+        v, v_strides[1], batch, kv_head, first_tile * BLOCK_N, seq_len_kv,
+        HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA,
+    )  # fmt: skip
+    accumulator = tl.dot(weights.to(value.dtype), value, accumulator, input_precision="ieee")
+
+    out, lse = finish_softmax(running_max, running_sum, accumulator, score_unit)
+    row = batch_64 * rows_per_batch + first_q  # of out, the sequence's first
+    out_ptr += (row * num_q_heads + head) * HEAD_DIM
+    store_rows(
+        out_ptr, num_q_heads * HEAD_DIM, block * BLOCK_M, seq_len_q, out, HEAD_DIM, BLOCK_M, BLOCK_D
+    )
+    if lse_ptr is not None:
+        queries = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        lse_ptr += (batch_64 * num_q_heads + head) * rows_per_batch + first_q
+        tl.store(lse_ptr + queries, lse, mask=queries < seq_len_q)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_kv: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    softmax_scale: float,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
+    *,
+    need_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) of `[batch, seq_len, num_heads, head_dim]`; packed sequences are one batch entry.
+
+    lse is `[batch, num_q_heads, seq_len_q]`, None unless needed.
+    """
+    q, k, v = map(layout.contiguous_features, (q, k, v))
+    batch, seq_len_q, num_q_heads, head_dim = q.shape
+    seq_len_kv, num_kv_heads = k.shape[1:3]
+    lse_shape = (batch, num_q_heads, seq_len_q)
+    if q.numel() == 0 or seq_len_kv == 0:
+        lse = q.new_full(lse_shape, -torch.inf, dtype=torch.float32)
+        if sinks is not None:
+            lse.copy_(sinks[:, None])
+        return q.new_zeros(q.shape), lse if need_lse else None
+    packed = cu_seqlens_q is not None
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device) if need_lse else None
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    num_sequences = cu_seqlens_q.shape[0] - 1 if packed else None
+    if seq_len_q == 1 and not packed and window_right is not None:
+        window_right = None  # one query, the last: no key lies to its right
+    with target.device_of(q):
+        gpu = target.current()
+        config = configs.attention_config(
+            configs.ATTENTION_FORWARD, gpu.arch, q.element_size(), head_dim
+        )
+        # A descriptor's tile would end in the rows of the next packed sequence.
+        use_tma = gpu.has_tma and not packed and layout.fits_tma(k) and layout.fits_tma(v)
+        block = (config.block_n, block_d)
+        num_blocks = sequences.num_blocks(seq_len_q, num_sequences, config.block_m)
+        _forward_kernel[(num_blocks * num_q_heads * batch,)](
+            q_ptr=q,
+            k=layout.descriptor(k, *block) if use_tma else k,
+            v=layout.descriptor(v, *block) if use_tma else v,
+            out_ptr=out,
+            lse_ptr=lse,
+            cu_seqlens_q_ptr=cu_seqlens_q,
+            cu_seqlens_kv_ptr=cu_seqlens_kv,
+            sinks_ptr=sinks,
+            alibi_slopes_ptr=alibi_slopes,
+            q_strides=q.stride()[:3],
+            k_strides=k.stride()[:3],
+            v_strides=v.stride()[:3],
+            alibi_stride=layout.sequence_stride(alibi_slopes),
+            num_sequences=num_sequences,
+            seq_len_q=seq_len_q,
+            seq_len_kv=seq_len_kv,
+            num_q_heads=num_q_heads,
+            window_left=window_left,
+            window_right=window_right,
+            score_unit=softmax_scale if softcap is None else softcap,
+            cap_scale=None if softcap is None else softmax_scale / softcap,
+            GROUP_SIZE=num_q_heads // num_kv_heads,
+            HEAD_DIM=head_dim,
+            USE_TMA=use_tma,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_D=block_d,
+            NUM_STAGES=config.num_stages,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=True,
+        )
+    return out, lse

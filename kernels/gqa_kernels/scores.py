@@ -1,0 +1,103 @@
+"""From the product of a query and a key to the exponent of its weight, and which pairs exist.
+
+    score = q·k                              in units of softmax_scale
+          = tanh(cap_scale · q·k)            in softcaps; cap_scale = softmax_scale / softcap
+    score ← score − slope · |own_key − key|  slope in the same unit
+
+A kernel carries scores in such units and multiplies by the unit inside the exponent, so that
+without cap and slope a score is the bare product. The own key of query i is the key that it stands
+on, i + seq_len_kv − seq_len_q; it sees the keys own_key − window_left … own_key + window_right.
+Causal attention is window_right = 0. What is None at launch costs nothing.
+"""
+
+import triton
+import triton.language as tl
+
+from gqa_kernels.tiles import LOG2_E
+
+
+@triton.jit
+def _tanh(x):
+    """tanh to a few float32 roundings near 0 too, where 1 − 2 / (1 + exp 2x) cancels.
+
+    Both branches, the polynomial included: Moshier, Cephes Mathematical Library, `tanhf.c`.
+    """
+    square = x * x
+    series = -5.70498872745e-3 * square + 2.06390887954e-2
+    series = series * square - 5.37397155531e-2
+    series = series * square + 1.33314422036e-1
+    series = series * square - 3.33332819422e-1
+    near = x + x * (square * series)
+    magnitude = tl.abs(x)
+    far = 1.0 - 2.0 / (1.0 + tl.math.exp2(magnitude * (2.0 * LOG2_E)))
+    return tl.where(magnitude < 0.625, near, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def cap(products, cap_scale):
+    if cap_scale is not None:
+        products = _tanh(products * cap_scale)
+    return products
+
+
+@triton.jit
+def cap_derivative(capped, cap_scale):
+    """d score / d product in units of softmax_scale, from the capped score."""
+    return 1.0 - capped * capped
+
+
+@triton.jit
+def load_slope(alibi_slopes_ptr, stride, sequence, head, score_unit):
+    """A head's slope in score units; None without ALiBi."""
+    slope = None
+    if alibi_slopes_ptr is not None:
+        slope = tl.load(alibi_slopes_ptr + sequence * stride + head) / score_unit
+    return slope
+
+
+@triton.jit
+def add_bias(scores, own_keys, keys, slope):
+    if slope is not None:
+        scores -= slope * tl.abs(own_keys - keys).to(tl.float32)
+    return scores
+
+
+@triton.jit
+def mask(scores, own_keys, keys, seq_len_kv, window_left, window_right):
+    """−inf where a key does not exist or lies outside the window of the query."""
+    visible = keys < seq_len_kv
+    if window_left is not None:
+        visible = visible & (keys >= own_keys - window_left)
+    if window_right is not None:
+        visible = visible & (keys <= own_keys + window_right)
+    return tl.where(visible, scores, -float("inf"))
+
+
+@triton.jit
+def key_tiles(
+    first_own_key,
+    seq_len_kv,
+    window_left,
+    window_right,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """(first tile, number of tiles, number of tiles at the front that need no mask) of the keys
+    that BLOCK_M queries see, the first of which stands on first_own_key.
+
+    At least one tile, so that queries that see no key come out of the same code: all their scores
+    are −inf. A window to the left has every tile masked: it is short beside the code for two ends.
+    """
+    end_key, num_free_keys = seq_len_kv, seq_len_kv
+    if window_right is not None:
+        end_key = tl.minimum(end_key, first_own_key + BLOCK_M + window_right)
+        num_free_keys = tl.minimum(num_free_keys, first_own_key + window_right + 1)
+    end_tile = tl.cdiv(tl.maximum(end_key, 0), BLOCK_N)
+    first_tile = 0
+    if window_left is not None:
+        first_tile = tl.maximum(first_own_key - window_left, 0) // BLOCK_N
+        first_tile = tl.minimum(first_tile, tl.maximum(end_tile - 1, 0))
+        num_free_keys = 0
+    num_tiles = tl.maximum(end_tile - first_tile, 1)
+    num_free = tl.minimum(tl.maximum(num_free_keys, 0) // BLOCK_N, num_tiles - 1)
+    return first_tile, num_tiles, num_free
