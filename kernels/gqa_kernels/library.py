@@ -19,11 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.compiler import is_compiling
 
 from gqa_kernels.autograd import once_differentiable
 
 NAMESPACE = "gqa_kernels"
-_PLAIN = (Tensor, torch.nn.Parameter)
+# What an argument is most often, first of all tensors that belong to no subclass.
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float))
+_num_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 def is_traced(*values: Any) -> bool:
@@ -31,7 +34,7 @@ def is_traced(*values: Any) -> bool:
 
     A public function asks this before anything else, so that a compiler traces no check.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if is_compiling() or _num_dispatch_modes():
         return True
     # A loop: a generator would cost a microsecond at every call.
     for x in values:  # noqa: SIM110
@@ -99,8 +102,7 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         """The op, directly or through the dispatcher, for a caller that has checked: a backward
         function. Eager autograd does not see it."""
-        # Batched gradients (`is_grads_batched=True`) come as plain tensors inside a transform.
-        if is_traced(*args) or torch._C._functorch.peek_interpreter_stack() is not None:
+        if is_traced(*args):
             return self.dispatched(*args)
         return self.launch(*args)
 

@@ -15,6 +15,8 @@ sums in a fixed order. Saved for backward: h, weight and rstd (float32, one per 
 Widths up to 16384. A row whose elements are not contiguous is copied first.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -130,7 +132,7 @@ def _forward(
     dtype = torch.promote_types(x.dtype, weight.dtype)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     h = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) if save_rstd else None
+    rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device) if save_rstd else None
     config = configs.row_config(configs.NORM_FORWARD, width)
     with target.device_of(x):
         _forward_kernel[(num_rows,)](
@@ -230,7 +232,8 @@ def _launch(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def _fake(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, weight.dtype)
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    num_rows = math.prod(x.shape[:-1])
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(num_rows, dtype=torch.float32)
 
 
 def _add_launch(
@@ -277,15 +280,13 @@ def _backward_fake(
 _BACKWARD = library.Op("rms_norm_backward", _backward_launch, _backward_fake)
 
 
-def _save(ctx: FunctionCtx, h: Tensor, weight: Tensor, rstd: Tensor) -> None:
-    ctx.save_for_backward(h, weight, rstd)
+def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
+    x, weight, _ = inputs
+    _, rstd = output
+    ctx.save_for_backward(x, weight, rstd)
     ctx.mark_non_differentiable(rstd)
     # Otherwise every backward pass would fill a gradient of rstd with zeros.
     ctx.set_materialize_grads(False)
-
-
-def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
-    _save(ctx, *inputs[:2], output[1])
 
 
 def _differentiate(ctx: FunctionCtx, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
@@ -307,7 +308,11 @@ _RMS_NORM = library.Op(
 
 
 def _add_setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
-    _save(ctx, output[1], inputs[2], output[2])
+    _, _, weight, _ = inputs
+    _, h, rstd = output
+    ctx.save_for_backward(h, weight, rstd)
+    ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)
 
 
 def _add_differentiate(
