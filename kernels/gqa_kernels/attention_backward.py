@@ -26,19 +26,26 @@ from gqa_kernels.tiles import LOG2_E, load_rows, load_tile, store_rows
 
 
 @triton.jit(do_not_specialize=["seq_len_q"])
-def _delta_kernel(
+def _prepare_kernel(
     out_ptr,
     dout_ptr,
+    lse_ptr,
     dlse_ptr,
-    delta_ptr,
+    neg_lse_ptr,
+    neg_delta_ptr,
     dout_strides,
     seq_len_q,
     num_heads,
+    score_unit,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program computes delta of BLOCK_M queries of one head."""
+    """One program computes −lse, in score units, and −delta of BLOCK_M queries of one head.
+
+    Negated, they are where the accumulators of two products begin. A query that sees no key gets
+    −∞ for its lse too: a weight of 0 for every key.
+    """
     num_blocks = tl.cdiv(seq_len_q, BLOCK_M)
     start = tl.program_id(0) % num_blocks * BLOCK_M
     head = (tl.program_id(0) // num_blocks % num_heads).to(tl.int64)
@@ -47,19 +54,38 @@ def _delta_kernel(
     dout_ptr += batch * dout_strides[0] + head * dout_strides[2]
     out = load_rows(out_ptr, num_heads * HEAD_DIM, start, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D)
     dout = load_rows(dout_ptr, dout_strides[1], start, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D)
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)  # [BLOCK_M]
+    neg_delta = -tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)  # [BLOCK_M]
     queries = start + tl.arange(0, BLOCK_M)
+    exists = queries < seq_len_q
     offsets = (batch * num_heads + head) * seq_len_q + queries
     if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + offsets, mask=queries < seq_len_q, other=0.0)
-    tl.store(delta_ptr + offsets, delta, mask=queries < seq_len_q)
+        neg_delta += tl.load(dlse_ptr + offsets, mask=exists, other=0.0)
+    tl.store(neg_delta_ptr + offsets, neg_delta, mask=exists)
+    lse = tl.load(lse_ptr + offsets, mask=exists, other=0.0)
+    neg_lse = tl.where(lse == -float("inf"), lse, -lse / score_unit)
+    tl.store(neg_lse_ptr + offsets, neg_lse, mask=exists)
 
 
 @triton.jit
-def _load_lse(lse_ptr, queries, seq_len_q):
-    """lse · log2(e); +∞, a weight of 0 for every key, where a query sees none or does not exist."""
-    lse = tl.load(lse_ptr + queries, mask=queries < seq_len_q, other=float("inf"))
-    return tl.where(lse == -float("inf"), float("inf"), lse * LOG2_E)
+def _load_statistics(neg_lse_ptr, neg_delta_ptr, queries, seq_len_q):
+    """(−lse, −delta) of queries; those that do not exist weigh no key."""
+    exists = queries < seq_len_q
+    neg_lse = tl.load(neg_lse_ptr + queries, mask=exists, other=-float("inf"))
+    return neg_lse, tl.load(neg_delta_ptr + queries, mask=exists, other=0.0)
+
+
+@triton.jit
+def _scores_less_lse(a, b_transposed, neg_lse, own_keys, keys, cap_scale, slope):
+    """(scores − lse, capped scores) of the product of a and b, both in score units."""
+    ROWS: tl.constexpr = a.shape[0]
+    COLUMNS: tl.constexpr = b_transposed.shape[1]
+    capped = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    if cap_scale is None:
+        scores = tl.dot(a, b_transposed, capped + neg_lse, input_precision="ieee")
+    else:
+        capped = cap(tl.dot(a, b_transposed, input_precision="ieee"), cap_scale)
+        scores = capped + neg_lse
+    return add_bias(scores, own_keys, keys, slope), capped
 
 
 @triton.jit(
@@ -70,8 +96,8 @@ def _dkdv_kernel(
     k_ptr,
     v_ptr,
     dout,
-    lse_ptr,
-    delta_ptr,
+    neg_lse_ptr,
+    neg_delta_ptr,
     dk_ptr,
     dv_ptr,
     cu_seqlens_q_ptr,
@@ -124,7 +150,7 @@ def _dkdv_kernel(
     num_tiles = tl.maximum(tl.cdiv(tl.maximum(end_query, 0), BLOCK_M) - first_tile, 0)
 
     exponent_scale = score_unit * LOG2_E
-    row = batch_64 * num_kv_heads * GROUP_SIZE * rows_q + first_q  # of lse and delta, head 0
+    row = batch_64 * num_kv_heads * GROUP_SIZE * rows_q + first_q  # of the statistics, head 0
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     # One loop over all tiles of all heads: its loads run ahead across the heads' borders.
@@ -152,22 +178,24 @@ def _dkdv_kernel(
                 dout_strides[1], start_m, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D,
             )  # fmt: skip
         head_row = row + head.to(tl.int64) * rows_q
-        lse = _load_lse(lse_ptr + head_row, queries, seq_len_q)  # [BLOCK_M]
-        delta = tl.load(delta_ptr + head_row + queries, mask=queries < seq_len_q, other=0.0)
+        neg_lse, neg_delta = _load_statistics(
+            neg_lse_ptr + head_row, neg_delta_ptr + head_row, queries, seq_len_q
+        )  # [BLOCK_M]
         slope = load_slope(alibi_slopes_ptr, alibi_stride, sequence, head, score_unit)
         own_keys = (queries + diagonal)[None, :]
 
-        capped = cap(tl.dot(key, query.T, input_precision="ieee"), cap_scale)  # [BLOCK_N, BLOCK_M]
-        scores = add_bias(capped, own_keys, keys, slope)
+        scores, capped = _scores_less_lse(
+            key, query.T, neg_lse[None, :], own_keys, keys, cap_scale, slope
+        )  # [BLOCK_N, BLOCK_M]
         # Keys that do not exist have rows of their own, which are not stored.
         if window_left is not None or window_right is not None:
             scores = mask(scores, own_keys, keys, seq_len_kv, window_left, window_right)
-        weights = tl.math.exp2(scores * exponent_scale - lse[None, :])
+        weights = tl.math.exp2(scores * exponent_scale)
         dv = tl.dot(weights.to(d_out.dtype), d_out, dv, input_precision="ieee")
-        d_weights = tl.dot(value, d_out.T, input_precision="ieee")
-        d_scores = weights * (d_weights - delta[None, :])
+        d_weights = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32) + neg_delta[None, :]
+        d_scores = weights * tl.dot(value, d_out.T, d_weights, input_precision="ieee")
         if cap_scale is not None:
-            d_scores *= cap_derivative(capped, cap_scale)
+            d_scores *= cap_derivative(capped)
         dk = tl.dot(d_scores.to(query.dtype), query, dk, input_precision="ieee")
 
     offset = ((batch_64 * rows_kv + first_kv) * num_kv_heads + kv_head) * HEAD_DIM
@@ -190,8 +218,8 @@ def _walk_keys(
     kv_head,
     seq_len_kv,
     own_keys,
-    lse,
-    delta,
+    neg_lse,
+    neg_delta,
     window_left,
     window_right,
     cap_scale,
@@ -217,15 +245,14 @@ def _walk_keys(
             v, v_stride, batch, kv_head, start, seq_len_kv, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA
         )
         keys = start + tl.arange(0, BLOCK_N)[None, :]
-        capped = cap(tl.dot(q, key.T, input_precision="ieee"), cap_scale)  # [BLOCK_M, BLOCK_N]
-        scores = add_bias(capped, own_keys, keys, slope)
+        scores, capped = _scores_less_lse(q, key.T, neg_lse, own_keys, keys, cap_scale, slope)
         if MASKED:
             scores = mask(scores, own_keys, keys, seq_len_kv, window_left, window_right)
-        weights = tl.math.exp2(scores * exponent_scale - lse)
-        d_weights = tl.dot(d_out, value.T, input_precision="ieee")
-        d_scores = weights * (d_weights - delta)
+        weights = tl.math.exp2(scores * exponent_scale)
+        d_weights = tl.zeros(weights.shape, dtype=tl.float32) + neg_delta
+        d_scores = weights * tl.dot(d_out, value.T, d_weights, input_precision="ieee")
         if cap_scale is not None:
-            d_scores *= cap_derivative(capped, cap_scale)
+            d_scores *= cap_derivative(capped)
         dq = tl.dot(d_scores.to(key.dtype), key, dq, input_precision="ieee")
     return dq
 
@@ -238,8 +265,8 @@ def _dq_kernel(
     k,
     v,
     dout_ptr,
-    lse_ptr,
-    delta_ptr,
+    neg_lse_ptr,
+    neg_delta_ptr,
     dq_ptr,
     cu_seqlens_q_ptr,
     cu_seqlens_kv_ptr,
@@ -286,8 +313,10 @@ def _dq_kernel(
     d_out = load_rows(dout_ptr, dout_strides[1], start_m, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D)
     queries = start_m + tl.arange(0, BLOCK_M)
     row = (batch_64 * num_q_heads + head) * rows_q + first_q
-    lse = _load_lse(lse_ptr + row, queries, seq_len_q)[:, None]
-    delta = tl.load(delta_ptr + row + queries, mask=queries < seq_len_q, other=0.0)[:, None]
+    neg_lse, neg_delta = _load_statistics(
+        neg_lse_ptr + row, neg_delta_ptr + row, queries, seq_len_q
+    )
+    neg_lse, neg_delta = neg_lse[:, None], neg_delta[:, None]
 
     first_own_key = start_m + seq_len_kv - seq_len_q
     own_keys = (first_own_key + tl.arange(0, BLOCK_M))[:, None]
@@ -299,14 +328,14 @@ def _dq_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     if window_left is None:
         dq = _walk_keys(
-            q, d_out, k, v, k_strides[1], v_strides[1], batch, kv_head, seq_len_kv, own_keys, lse,
-            delta, window_left, window_right, cap_scale, slope, exponent_scale, dq,
+            q, d_out, k, v, k_strides[1], v_strides[1], batch, kv_head, seq_len_kv, own_keys,
+            neg_lse, neg_delta, window_left, window_right, cap_scale, slope, exponent_scale, dq,
             first_tile, num_free,
             False, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA, NUM_STAGES,
         )  # fmt: skip
     dq = _walk_keys(
-        q, d_out, k, v, k_strides[1], v_strides[1], batch, kv_head, seq_len_kv, own_keys, lse,
-        delta, window_left, window_right, cap_scale, slope, exponent_scale, dq,
+        q, d_out, k, v, k_strides[1], v_strides[1], batch, kv_head, seq_len_kv, own_keys,
+        neg_lse, neg_delta, window_left, window_right, cap_scale, slope, exponent_scale, dq,
         first_tile + num_free, num_tiles - num_free,
         True, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA, NUM_STAGES,
     )  # fmt: skip
@@ -347,8 +376,11 @@ def backward(
     block_d = max(16, triton.next_power_of_2(head_dim))
     if seq_len_q == 1 and not packed and window_right is not None:
         window_right = None  # as in the forward pass
+    neg_lse = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
+    neg_delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
     shared = {
-        "lse_ptr": lse,
+        "neg_lse_ptr": neg_lse,
+        "neg_delta_ptr": neg_delta,
         "cu_seqlens_q_ptr": cu_seqlens_q,
         "cu_seqlens_kv_ptr": cu_seqlens_kv,
         "alibi_slopes_ptr": alibi_slopes,
@@ -370,7 +402,6 @@ def backward(
         "BLOCK_D": block_d,
         "enable_fp_fusion": True,
     }
-    delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if need_dq else None
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device) if need_dkdv else None
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device) if need_dkdv else None
@@ -390,19 +421,22 @@ def backward(
             }
 
         if q.numel() > 0:
-            block_m = configs.ATTENTION_DELTA_BLOCK
-            _delta_kernel[(triton.cdiv(seq_len_q, block_m) * num_q_heads * batch,)](
+            block_m = configs.ATTENTION_PREPARE_BLOCK
+            _prepare_kernel[(triton.cdiv(seq_len_q, block_m) * num_q_heads * batch,)](
                 out_ptr=out,
                 dout_ptr=dout,
+                lse_ptr=lse,
                 dlse_ptr=None if dlse is None else dlse.contiguous(),
-                delta_ptr=delta,
+                neg_lse_ptr=neg_lse,
+                neg_delta_ptr=neg_delta,
                 dout_strides=dout.stride()[:3],
                 seq_len_q=seq_len_q,
                 num_heads=num_q_heads,
+                score_unit=shared["score_unit"],
                 HEAD_DIM=head_dim,
                 BLOCK_M=block_m,
                 BLOCK_D=block_d,
-                num_warps=configs.ATTENTION_DELTA_NUM_WARPS,
+                num_warps=configs.ATTENTION_PREPARE_NUM_WARPS,
                 enable_fp_fusion=True,
             )
         if need_dkdv and k.numel() > 0:
@@ -415,7 +449,6 @@ def backward(
                 dout=layout.descriptor(dout, config.block_m, block_d) if use_tma else dout,
                 k_ptr=k,
                 v_ptr=v,
-                delta_ptr=delta,
                 dk_ptr=dk,
                 dv_ptr=dv,
                 num_kv_heads=num_kv_heads,
@@ -433,7 +466,6 @@ def backward(
                 dout_ptr=dout,
                 k=layout.descriptor(k, config.block_n, block_d) if use_tma else k,
                 v=layout.descriptor(v, config.block_n, block_d) if use_tma else v,
-                delta_ptr=delta,
                 dq_ptr=dq,
                 num_q_heads=num_q_heads,
                 USE_TMA=use_tma,
@@ -444,5 +476,5 @@ def backward(
     if need_dsinks:
         weights = torch.exp(sinks.float()[:, None] - lse)  # [batch, num_q_heads, seq_len_q]
         weights = weights.masked_fill(lse == -torch.inf, 0.0)
-        dsinks = -(weights * delta).sum((0, 2)).to(sinks.dtype)
+        dsinks = (weights * neg_delta).sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, dsinks

@@ -52,7 +52,8 @@ def tensor(
             f"{name}: expected a tensor outside torch.func's transforms (vmap, grad, …); "
             "got one inside. A batch dimension or torch.autograd.grad does the same"
         )
-    if forward_ad.unpack_dual(value).tangent is not None:
+    # The level first: unpacking costs as much as all other checks.
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
         raise NotImplementedError(f"{name}: expected no forward-mode tangent; got one")
     if like is None:
         target.check_device(name, value)

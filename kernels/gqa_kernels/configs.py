@@ -96,8 +96,8 @@ ATTENTION_DQ = (
     AttentionConfig("", 4, 256, block_m=16, block_n=16, num_warps=8, num_stages=1),
 )
 
-ATTENTION_DELTA_BLOCK = 64
-ATTENTION_DELTA_NUM_WARPS = 4
+ATTENTION_PREPARE_BLOCK = 64
+ATTENTION_PREPARE_NUM_WARPS = 4
 
 
 def attention_config(

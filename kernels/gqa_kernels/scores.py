@@ -41,7 +41,7 @@ def cap(products, cap_scale):
 
 
 @triton.jit
-def cap_derivative(capped, cap_scale):
+def cap_derivative(capped):
     """d score / d product in units of softmax_scale, from the capped score."""
     return 1.0 - capped * capped
 

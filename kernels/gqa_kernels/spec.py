@@ -279,10 +279,10 @@ _ATTENTION_CASES = (
     _attention_case(
         1, (50, 20), (5, 1), 96, "MQA 5, queries that see no key", causal=True, test=True
     ),
-    _attention_case(1, (1, 65), (7, 1), 128, "MQA 7, one query", causal=True, test=True),
+    _attention_case(4, (1, 65), (7, 1), 128, "MQA 7, one query", causal=True, test=True),
     _attention_case(1, (17, 47), (8, 1), 128, "MQA 8", causal=False, test=True),
     _attention_case(1, (65, 65), (2, 1), 256, "the widest head", causal=True, test=True),
-    _attention_case(1, (34, 18), (2, 2), 8, "the narrowest head", causal=False, test=True),
+    _attention_case(3, (34, 18), (2, 2), 8, "the narrowest head", causal=False, test=True),
     *(
         _attention_case(16384 // seq_len, (seq_len, seq_len), heads, 128, source, causal=causal)
         for source, heads in (("7B", (32, 32)), ("13B", (40, 40)), ("34B and 70B", (64, 8)))
