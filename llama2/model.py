@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from llama2.config import ModelConfig
 from llama2.kv_cache import KVCache
 
+_IGNORED = -100  # a target that counts for nothing
+
 
 def rope_table(config: ModelConfig, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """cos and sin of position · theta^(−2i / head_dim), float32 `[max_seq_len, head_dim / 2]`."""
@@ -23,6 +25,28 @@ def rope_table(config: ModelConfig, device: torch.device | str) -> tuple[Tensor,
         torch.arange(config.max_seq_len, dtype=torch.float64, device=device)[:, None] * frequency
     )
     return angle.cos().float(), angle.sin().float()
+
+
+def packed_positions(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Positions of packed tokens `[1, total]`: from 0 in every sequence, without a device sync.
+
+    Tokens after the last sequence are at position 0, as though each began a sequence.
+
+    Raises:
+        ValueError, TypeError: tokens of another shape, `cu_seqlens` of another shape or dtype.
+    """
+    if tokens.shape[0] != 1:
+        raise ValueError(f"tokens: expected [1, total] with cu_seqlens; got {list(tokens.shape)}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens: expected int32 or int64; got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+        raise ValueError(
+            "cu_seqlens: expected [num_sequences + 1] with num_sequences ≥ 1; "
+            f"got {list(cu_seqlens.shape)}"
+        )
+    row = torch.arange(tokens.shape[1], dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens, row, right=True) - 1  # never an empty one
+    return (row - cu_seqlens[sequence]).masked_fill(row >= cu_seqlens[-1], 0)[None]
 
 
 class RotaryTable(nn.Module):
@@ -65,6 +89,7 @@ class Attention(nn.Module):
         self.layer = layer
         self.apply_rope = ops.apply_rope
         self.flash_attention, self.decode_attention = ops.flash_attention, ops.decode_attention
+        self.flash_attention_varlen = ops.flash_attention_varlen
         q_size = config.num_q_heads * config.head_dim
         kv_size = config.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
@@ -73,7 +98,12 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
     def forward(
-        self, x: Tensor, rope: RotaryTable, positions: Tensor | None, cache: KVCache | None
+        self,
+        x: Tensor,
+        rope: RotaryTable,
+        positions: Tensor | None,
+        cache: KVCache | None,
+        cu_seqlens: Tensor | None,
     ) -> Tensor:
         # [batch, seq_len, num_heads, head_dim]
         q = self.q_proj(x).unflatten(-1, (self.num_q_heads, self.head_dim))
@@ -84,7 +114,10 @@ class Attention(nn.Module):
         )
         if cache is not None:
             cache.write(self.layer, k, v, positions)
-        if positions is None:  # the sequences start here: all their keys are k
+        if cu_seqlens is not None:
+            packed = (q.squeeze(0), k.squeeze(0), v.squeeze(0), cu_seqlens, cu_seqlens)
+            out = self.flash_attention_varlen(*packed, causal=True).unsqueeze(0)
+        elif positions is None:  # the sequences start here: all their keys are k
             out = self.flash_attention(q, k, v, causal=True)
         else:
             out = self.decode_attention(
@@ -120,10 +153,11 @@ class DecoderLayer(nn.Module):
         rope: RotaryTable,
         positions: Tensor | None,
         cache: KVCache | None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(output, residual): their sum is the layer's output, added by the norm that follows."""
         x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, rope, positions, cache)
+        x = self.self_attn(x, rope, positions, cache, cu_seqlens)
         x, residual = self.post_attention_layernorm(x, residual)
         return self.mlp(x), residual
 
@@ -158,7 +192,12 @@ class Llama2(nn.Module):
                 parameter.normal_(std=0.02 * depth**-0.5)
 
     def hidden_states(
-        self, tokens: Tensor, cache: KVCache | None = None, num_valid: Tensor | None = None
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        num_valid: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Final normalised states `[batch, seq_len, hidden_size]` of int tokens `[batch, seq_len]`.
 
@@ -166,10 +205,20 @@ class Llama2(nn.Module):
         per sequence later. Rows of a first call may be right-padded; `num_valid` int `[batch]` then
         counts each row's tokens, and the states of the padding are meaningless.
 
+        Packed sequences are tokens `[1, total]`, one sequence after another, with their bounds in
+        `cu_seqlens`, int32 or int64 `[num_sequences + 1]`, from 0 and never decreasing: sequence b
+        is the tokens cu_seqlens[b] … cu_seqlens[b + 1] − 1. Each gets the states that it gets
+        alone; it may be empty. Bounds beyond the tokens end there; the states of tokens after the
+        last sequence are finite and meaningless. `total` may exceed `max_seq_len`, a sequence may
+        not: bounds are read on the device, where no error can be raised, and the states of a
+        sequence that is longer are NaN.
+
         Raises:
             ValueError: the tokens do not fit in `max_seq_len` or in the cache, or their shape or
-                that of `num_valid` is another; `num_valid` without an empty cache.
-            TypeError: the cache is of another dtype than the model.
+                that of `num_valid` or `cu_seqlens` is another; `num_valid` without an empty cache;
+                `cu_seqlens` with a cache.
+            TypeError: the cache is of another dtype than the model, or `cu_seqlens` of another
+                than int32 and int64.
             NotImplementedError: more than 16 tokens per sequence into a cache that is not empty.
         """
         if tokens.dim() != 2:
@@ -179,7 +228,11 @@ class Llama2(nn.Module):
             raise ValueError("num_valid: expected only with an empty cache; got it without one")
         if num_valid is not None and num_valid.shape != (batch,):
             raise ValueError(f"num_valid: expected [{batch}]; got {list(num_valid.shape)}")
-        if cache is None:
+        if cu_seqlens is not None:
+            if cache is not None:
+                raise ValueError("cu_seqlens: expected no cache with packed sequences; got one")
+            positions = packed_positions(tokens, cu_seqlens)
+        elif cache is None:
             if seq_len > self.config.max_seq_len:
                 raise ValueError(
                     f"tokens: expected at most max_seq_len ({self.config.max_seq_len}) per "
@@ -195,26 +248,64 @@ class Llama2(nn.Module):
             positions = cache.reserve(batch, seq_len)
         x, residual = self.embed_tokens(tokens), None
         for layer in self.layers:
-            x, residual = layer(x, residual, self.rope, positions, cache)
+            x, residual = layer(x, residual, self.rope, positions, cache, cu_seqlens)
         if cache is not None:
             cache.advance(seq_len, num_valid)
         return self.norm(x, residual)[0]
 
     def forward(
-        self, tokens: Tensor, cache: KVCache | None = None, num_valid: Tensor | None = None
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        num_valid: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Logits `[batch, seq_len, vocab_size]`; see `hidden_states`."""
-        return self.lm_head(self.hidden_states(tokens, cache, num_valid))
+        return self.lm_head(self.hidden_states(tokens, cache, num_valid, cu_seqlens=cu_seqlens))
 
-    def loss(self, tokens: Tensor) -> Tensor:
+    def loss(
+        self,
+        tokens: Tensor,
+        *,
+        num_valid: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """Mean next-token cross-entropy in nats over int tokens `[batch, seq_len + 1]`.
 
+        Every token but the first of its sequence is predicted once, and every prediction weighs the
+        same:
+
+        - padded: only the first `num_valid` tokens of each row count, int `[batch]`, each in
+          [0, seq_len + 1]. What pads a row on the right is any id of the vocabulary; it changes
+          neither the loss nor a gradient.
+        - packed: tokens `[1, total]` with `cu_seqlens`, as `hidden_states` takes them. The first
+          token of a sequence is not predicted, nor is any token after the last sequence.
+
+        Where no token is to be predicted, the loss is NaN.
+
         Raises:
-            ValueError: a sequence of less than two tokens has nothing to predict.
+            ValueError: tokens of less than two columns, which have nothing to predict, or another
+                shape of an argument; both `num_valid` and `cu_seqlens`.
+            TypeError: as `hidden_states`.
         """
         if tokens.dim() != 2 or tokens.shape[1] < 2:
             raise ValueError(
                 f"tokens: expected [batch, seq_len + 1] with seq_len ≥ 1; got {list(tokens.shape)}"
             )
-        logits = self(tokens[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten().long())
+        batch, columns = tokens.shape
+        targets = tokens[:, 1:].long()
+        if cu_seqlens is not None:
+            if num_valid is not None:
+                raise ValueError("num_valid: expected none with cu_seqlens; got both")
+            ignored = packed_positions(tokens, cu_seqlens)[:, 1:] == 0
+            targets = targets.masked_fill(ignored, _IGNORED)
+        elif num_valid is not None:
+            if num_valid.shape != (batch,):
+                raise ValueError(f"num_valid: expected [{batch}]; got {list(num_valid.shape)}")
+            column = torch.arange(1, columns, device=tokens.device)
+            targets = targets.masked_fill(column >= num_valid[:, None], _IGNORED)
+        # Causal attention keeps what pads a row on the right from all tokens before it.
+        logits = self(tokens[:, :-1], cu_seqlens=cu_seqlens)
+        logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=_IGNORED)

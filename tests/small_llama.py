@@ -63,6 +63,30 @@ def random_tokens(device, *shape) -> Tensor:
     return torch.randint(97, shape, device=device)
 
 
+def random_documents(device) -> list[Tensor]:
+    """Ragged, one of a single token and an empty one among them."""
+    return [random_tokens(device, length) for length in (9, 1, 0, 6)]
+
+
+def packed(documents: list[Tensor], after: int = 0, dtype=torch.int32) -> tuple[Tensor, Tensor]:
+    """(tokens `[1, total]`, cu_seqlens), with tokens after the last document."""
+    device = documents[0].device
+    lengths = torch.tensor([0, *map(len, documents)], device=device)
+    tokens = torch.cat([*documents, random_tokens(device, after)])
+    return tokens[None], lengths.cumsum(0).to(dtype)
+
+
+def loss_alone(model: Llama2, documents: list[Tensor]) -> Tensor:
+    """The mean over all predictions, each document run for itself."""
+    parts = [(model.loss(x[None]), len(x) - 1) for x in documents if len(x) > 1]
+    return sum(loss * count for loss, count in parts) / sum(count for _, count in parts)
+
+
+def gradients(model: Llama2, loss: Tensor) -> dict[str, Tensor]:
+    parameters = dict(model.named_parameters())
+    return dict(zip(parameters, torch.autograd.grad(loss, parameters.values()), strict=True))
+
+
 def right_padded(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
     tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
     return tokens, torch.tensor([len(p) for p in prompts], device=tokens.device)

@@ -9,7 +9,11 @@ import torch
 from small_llama import (
     EAGER,
     assert_within_budget,
+    gradients,
     lively,
+    loss_alone,
+    packed,
+    random_documents,
     random_tokens,
     right_padded,
     small_config,
@@ -20,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama2 import PUBLISHED, KVCache, Llama2
 from llama2.generate import generate
-from llama2.model import rope_table
+from llama2.model import packed_positions, rope_table
 
 # (query heads, key/value heads, head_dim): MHA, GQA by 2 and by 3, MQA; an odd width.
 HEADS = [(4, 4, 16), (4, 2, 16), (6, 2, 8), (4, 1, 16), (2, 1, 80)]
@@ -139,6 +143,110 @@ def test_ragged_rows_decode_as_if_alone(device):
         whole = torch.cat([prompt, later[row]])[None]
         alone, exact = model(whole)[:, len(prompt) :], oracle(whole)[:, len(prompt) :]
         assert_within_budget(steps[row : row + 1], alone, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_packed_positions_restart(dtype, device):
+    tokens, cu_seqlens = packed(random_documents(device), after=3, dtype=dtype)
+    positions = packed_positions(tokens, cu_seqlens)
+    assert positions.dtype == dtype
+    assert positions.tolist() == [[*range(9), 0, *range(6), 0, 0, 0]]
+    beyond = torch.tensor([0, 2, 50, 60], dtype=dtype, device=device)
+    assert packed_positions(tokens, beyond).tolist() == [[0, 1, *range(17)]]
+
+
+@pytest.mark.parametrize("after", [0, 3])
+@torch.no_grad()
+def test_packed_states_are_those_of_documents_alone(after, device):
+    model = twin(lively(small_config(), device), dtype=torch.float64)
+    documents = random_documents(device)
+    tokens, cu_seqlens = packed(documents, after)
+    states = model.hidden_states(tokens, cu_seqlens=cu_seqlens)
+    alone = torch.cat([model.hidden_states(x[None]) for x in documents], dim=1)
+    assert (states[:, :16] - alone).norm() <= 1e-12 * alone.norm()
+    assert states.shape[1] == 16 + after and states.isfinite().all()
+    assert model(tokens, cu_seqlens=cu_seqlens).equal(model.lm_head(states))
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_packed_loss_is_the_mean_over_documents_alone(after, device):
+    model = twin(lively(small_config(), device), dtype=torch.float64)
+    documents = random_documents(device)
+    tokens, cu_seqlens = packed(documents, after)
+    loss, alone = model.loss(tokens, cu_seqlens=cu_seqlens), loss_alone(model, documents)
+    assert_same_loss_and_gradients(model, loss, alone)
+
+
+def test_padded_loss_is_the_mean_over_documents_alone(device):
+    model = twin(lively(small_config(), device), dtype=torch.float64)
+    documents = random_documents(device)
+    tokens, num_valid = right_padded(documents)
+    loss, alone = model.loss(tokens, num_valid=num_valid), loss_alone(model, documents)
+    assert_same_loss_and_gradients(model, loss, alone)
+
+
+def assert_same_loss_and_gradients(model: Llama2, loss: Tensor, expected: Tensor) -> None:
+    assert abs(loss - expected) <= 1e-12 * expected
+    ours, theirs = gradients(model, loss), gradients(model, expected)
+    for name, gradient in theirs.items():
+        assert gradient.abs().max() > 0, name
+        assert (ours[name] - gradient).norm() <= 1e-12 * gradient.norm(), name
+
+
+def test_padded_loss_without_padding_is_the_plain_loss(device):
+    model = lively(small_config(), device)
+    tokens = random_tokens(device, 2, 12)
+    full = torch.tensor([12, 12], device=device)
+    assert model.loss(tokens, num_valid=full).equal(model.loss(tokens))
+
+
+def test_packed_tokens_may_be_more_than_max_seq_len(device):
+    model = twin(lively(small_config(), device), dtype=torch.float64)
+    documents = [random_tokens(device, length) for length in (128, 60)]
+    tokens, cu_seqlens = packed(documents)
+    loss, alone = model.loss(tokens, cu_seqlens=cu_seqlens), loss_alone(model, documents)
+    assert abs(loss - alone) <= 1e-12 * alone
+    # No error can be raised for a document that is too long: its states say it.
+    tokens, cu_seqlens = packed([random_tokens(device, 10), random_tokens(device, 129)])
+    states = model.hidden_states(tokens, cu_seqlens=cu_seqlens)
+    assert states[:, :10].isfinite().all() and states[:, -1].isnan().all()
+
+
+def test_many_tokens_after_the_last_document_have_a_position(device):
+    model = lively(small_config(), device)
+    tokens, cu_seqlens = packed(random_documents(device), after=130)
+    loss = model.loss(tokens, cu_seqlens=cu_seqlens)
+    assert loss.isfinite()
+    assert all(gradient.isfinite().all() for gradient in gradients(model, loss).values())
+
+
+def test_nothing_to_predict_is_nan(device):
+    model = lively(small_config(), device)
+    tokens, cu_seqlens = packed([random_tokens(device, 1) for _ in range(3)])
+    assert model.loss(tokens, cu_seqlens=cu_seqlens).isnan()
+    assert model.loss(tokens, num_valid=torch.tensor([1], device=device)).isnan()
+
+
+@torch.no_grad()
+def test_impossible_packed_or_padded_calls_are_refused(device):
+    model = Llama2(small_config(), EAGER).to(device)
+    tokens, cu_seqlens = packed(random_documents(device))
+    cache = KVCache(model.config, 1, 40, dtype=torch.float32, device=device)
+    with pytest.raises(ValueError, match="cu_seqlens: expected no cache with packed sequences"):
+        model(tokens, cache, cu_seqlens=cu_seqlens)
+    assert cache.num_written == 0
+    for call in (model, model.loss):
+        with pytest.raises(ValueError, match=r"tokens: expected \[1, total\] .* got \[2, 16\]"):
+            call(tokens.expand(2, -1), cu_seqlens=cu_seqlens)
+        with pytest.raises(TypeError, match=r"cu_seqlens: expected int32 or int64; got .*float32"):
+            call(tokens, cu_seqlens=cu_seqlens.float())
+        for wrong in (cu_seqlens[:1], cu_seqlens[None]):
+            with pytest.raises(ValueError, match=r"cu_seqlens: expected \[num_sequences \+ 1\]"):
+                call(tokens, cu_seqlens=wrong)
+    with pytest.raises(ValueError, match="num_valid: expected none with cu_seqlens; got both"):
+        model.loss(tokens, num_valid=cu_seqlens[:1], cu_seqlens=cu_seqlens)
+    with pytest.raises(ValueError, match=r"num_valid: expected \[1\]; got \[5\]"):
+        model.loss(tokens, num_valid=cu_seqlens)
 
 
 @torch.no_grad()

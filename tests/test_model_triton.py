@@ -3,16 +3,31 @@
 Where there is no GPU the kernels run in Triton's interpreter.
 """
 
-from types import SimpleNamespace
+import math
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from small_llama import EAGER, assert_within_budget, lively, random_tokens, small_config, twin
+from small_llama import (
+    assert_within_budget,
+    gradients,
+    lively,
+    loss_alone,
+    packed,
+    random_documents,
+    random_tokens,
+    right_padded,
+    small_config,
+    twin,
+)
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from gqa_kernels import get_backend
 from llama2 import KVCache, Llama2
 from llama2.generate import generate
+from llama2.train.pretrain import TrainConfig, make_optimizer, train_step
 
 TRITON = get_backend("triton")
 
@@ -62,23 +77,131 @@ def test_triton_bfloat16_greedy_tokens_are_the_likeliest_within_budget(device):
         assert (exact.amax(1) - chosen).max() <= 2 * budget
 
 
-def test_triton_gradients_within_budget_of_eager(device):
-    """Of every op but attention, whose gradient the backend leaves to eager."""
-    ops = SimpleNamespace(**{name: getattr(TRITON, name) for name in TRITON.__all__})
-    ops.flash_attention = EAGER.flash_attention
+# --- training: plain batches, packed documents, right-padded documents --------------------------
+
+DTYPES = [torch.float32, torch.bfloat16]
+FORMS = ["plain", "packed", "padded"]
+RECIPE = TrainConfig(steps=3, batch_size=2, seq_len=11, peak_lr=3e-3, warmup_steps=1)
+
+
+def batch_of(form: str, device) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """(documents, what `Llama2.loss` takes for all of them at once)."""
+    if form == "plain":
+        tokens = random_tokens(device, 2, 12)
+        return list(tokens), {"tokens": tokens}
+    documents = random_documents(device)
+    if form == "packed":
+        tokens, cu_seqlens = packed(documents, after=3)
+        return documents, {"tokens": tokens, "cu_seqlens": cu_seqlens}
+    tokens, num_valid = right_padded(documents)
+    return documents, {"tokens": tokens, "num_valid": num_valid}
+
+
+def loss_and_gradients(model: Llama2, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    loss = model.loss(**batch)
+    return {"loss": loss.detach(), **gradients(model, loss)}
+
+
+def shallow(device) -> Llama2:
+    """One layer, where bits are compared and depth adds only time."""
+    return lively(replace(small_config(), num_layers=1), device, TRITON)
+
+
+def assert_same_bits(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not ours[name].equal(theirs[name])] == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_triton_gradients_within_budget_of_eager(form, dtype, device):
+    """Of every parameter; the truth is every document alone, in float64."""
+    eager = lively(small_config(), device).to(dtype)
+    exact = twin(eager, dtype=torch.float64)
+    documents, batch = batch_of(form, device)
+    triton = twin(eager, TRITON)
+    ours = gradients(triton, triton.loss(**batch))
+    theirs = gradients(eager, eager.loss(**batch))
+    oracle = gradients(exact, loss_alone(exact, documents))
+    assert ours["embed_tokens.weight"].dtype == dtype
+    for name, truth in oracle.items():
+        assert truth.abs().max() > 0, name
+        assert_within_budget(ours[name], theirs[name], truth)
+
+
+def test_what_pads_a_row_changes_no_bit(device):
+    model = shallow(device)
+    _, batch = batch_of("padded", device)
+    clean = loss_and_gradients(model, batch)
+    tokens, num_valid = batch["tokens"], batch["num_valid"]
+    padding = torch.arange(tokens.shape[1], device=device) >= num_valid[:, None]
+    garbage = torch.where(padding, random_tokens(device, *tokens.shape), tokens)
+    assert not garbage.equal(tokens)
+    assert_same_bits(loss_and_gradients(model, {**batch, "tokens": garbage}), clean)
+
+
+def test_what_follows_the_last_document_changes_no_bit(device):
+    model = shallow(device)
+    _, batch = batch_of("packed", device)
+    clean = loss_and_gradients(model, batch)
+    garbage = batch["tokens"].clone()
+    garbage[:, -3:] = (garbage[:, -3:] + 1) % 97
+    assert_same_bits(loss_and_gradients(model, {**batch, "tokens": garbage}), clean)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_triton_train_step_within_budget_of_eager(bf16, device):
     eager = lively(small_config(), device)
-    tokens = random_tokens(device, 2, 18)
+    models = twin(eager, TRITON), eager, twin(eager, dtype=torch.float64)
+    tokens = random_tokens(device, 2, 12)
 
-    def gradients(model: Llama2) -> list[Tensor]:
-        model.loss(tokens).backward()
-        return [parameter.grad for parameter in model.parameters()]
+    def step(model: Llama2, recipe: TrainConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        optimizer = make_optimizer(model, recipe)
+        train_step(model, optimizer, tokens, 0, recipe)
+        parameters = dict(model.named_parameters())
+        return (
+            {name: weight.grad for name, weight in parameters.items()},
+            {name: weight.detach() for name, weight in parameters.items()},
+        )
 
-    models = twin(eager, ops), eager, twin(eager, dtype=torch.float64)
-    for ours, theirs, oracle in zip(*map(gradients, models), strict=True):
-        assert_within_budget(ours, theirs, oracle)
+    if bf16:  # the exact gradients at the weights as the pass rounds them
+        with torch.no_grad():
+            for weight in models[2].parameters():
+                weight.copy_(weight.bfloat16())
+    recipe = replace(RECIPE, bf16=bf16, max_grad_norm=math.inf)
+    ours, theirs = step(models[0], recipe), step(models[1], recipe)
+    exact = step(models[2], replace(recipe, bf16=False))
+    for name in exact[0]:
+        assert ours[0][name].dtype == ours[1][name].dtype == torch.float32
+        assert ours[1][name].isfinite().all(), name
+        assert_within_budget(ours[0][name], theirs[0][name], exact[0][name])
+        if not bf16:
+            assert_within_budget(ours[1][name], theirs[1][name], exact[1][name])
 
 
-def test_triton_refuses_the_gradient_of_attention(device):
-    model = lively(small_config(), device, TRITON)
-    with pytest.raises(NotImplementedError, match=r'flash_attention: .* get_backend\("eager"\)'):
-        model.loss(random_tokens(device, 1, 9)).backward()
+def test_triton_training_lowers_the_loss(device):
+    model = shallow(device)
+    optimizer = make_optimizer(model, RECIPE)
+    tokens = random_tokens(device, 2, 12)
+    losses = [train_step(model, optimizer, tokens, step, RECIPE)[0] for step in range(3)]
+    assert losses[0] - 0.1 > losses[1] > losses[2] + 0.1
+
+
+def test_checkpointed_layers_give_the_same_bits(device):
+    model = shallow(device)
+    _, batch = batch_of("packed", device)
+    expected = loss_and_gradients(model, batch)
+    for layer in model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    assert_same_bits(loss_and_gradients(model, batch), expected)
+
+
+@pytest.mark.parametrize("form", ["plain", "packed"])
+def test_compiled_loss_gives_the_same_bits(form, device):
+    """In one graph, hence without a look at a value on the device."""
+    model = shallow(device)
+    _, batch = batch_of(form, device)
+    expected = loss_and_gradients(model, batch)
+    torch._dynamo.reset()
+    loss = torch.compile(model.loss, fullgraph=True, backend="aot_eager")(**batch)
+    assert_same_bits({"loss": loss.detach(), **gradients(model, loss)}, expected)
