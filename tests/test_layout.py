@@ -16,7 +16,7 @@ KERNEL_PARTS = {"checks", "configs", "target", "layout", "tiles", "autograd", "l
 OPS = {"norm", "glu", "rope", "attention", "decode"}
 ATTENTION_KERNELS = {"attention_forward", "attention_backward"}
 ALLOWED = {
-    "__init__": {"backends"},
+    "__init__": {"backends", "sdpa"},
     "backends": set(),  # reference and fused, by name, when asked
     "reference": set(),
     "interpreter": set(),
@@ -32,6 +32,8 @@ ALLOWED = {
     **dict.fromkeys(OPS, KERNEL_PARTS),
     **dict.fromkeys(ATTENTION_KERNELS, KERNEL_PARTS | {"scores", "sequences"}),
     "attention": KERNEL_PARTS | ATTENTION_KERNELS,
+    "flash_attn": {"attention", "checks"},
+    "sdpa": {"attention", "checks"},
     "fused": OPS,
     "spec": {"fused", "reference"},
     "accuracy": {"spec"},

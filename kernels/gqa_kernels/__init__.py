@@ -15,12 +15,16 @@ OPS = (
     "decode_attention",
 )
 
-__all__ = ["get_backend", *OPS]
+__all__ = ["get_backend", "scaled_dot_product_attention", *OPS]
 
 
 def __getattr__(name: str) -> object:
     if name in OPS:
         return getattr(get_backend("triton"), name)
+    if name == "scaled_dot_product_attention":
+        from gqa_kernels.sdpa import scaled_dot_product_attention
+
+        return scaled_dot_product_attention
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

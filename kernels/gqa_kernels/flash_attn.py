@@ -1,0 +1,288 @@
+"""flash-attn 2.8's functions on this package's kernels.
+
+To port code, `import gqa_kernels.flash_attn as flash_attn`, or its functions from there. Names,
+signatures, layouts and return values are flash-attn's; what a call computes is `flash_attention` or
+`flash_attention_varlen` of `attention.py`, numerics included. In every function:
+
+    dropout_p: 0.0.
+    softmax_scale: positive; None means 1 / sqrt(headdim).
+    causal: query i sees keys j ≤ i + seqlen_k − seqlen_q: the mask ends in the bottom right corner.
+    window_size: (left, right): query i sees the keys from i + seqlen_k − seqlen_q − left to
+        i + seqlen_k − seqlen_q + right; a negative number, −1, does not limit a side.
+    softcap: positive; 0.0 means none.
+    alibi_slopes: float32 (nheads,) or (batch, nheads), a constant.
+    deterministic: either way; gradients always have the same bits.
+    return_attn_probs: return (out, softmax_lse, S_dmask), S_dmask empty as without dropout there.
+
+Unlike flash-attn: float32 and int64 bounds are accepted; softmax_lse is differentiable, and −inf,
+not +inf, for a query that sees no key; longest lengths are not used, since bounds are read on the
+device; rows after the last sequence give 0; headdim is a multiple of 8 up to 256, never padded.
+
+Raises, in every function:
+    TypeError, ValueError: an argument of another kind, dtype, shape or device; a negative softcap.
+        What holds for a part of a packed tensor names the part, q, k or v; bounds are named
+        cu_seqlens_q and cu_seqlens_kv.
+    NotImplementedError: a dropout_p other than 0.0, a block_table, another headdim, alibi_slopes
+        that require a gradient.
+    RuntimeError: tensors that are not on a GPU that Triton drives.
+
+Source: Dao 2023, arXiv:2307.08691; github.com/Dao-AILab/flash-attention v2.8.3,
+`flash_attn/flash_attn_interface.py`.
+"""
+
+import torch
+from torch import Tensor
+
+from gqa_kernels import attention, checks
+
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+]
+
+# The flash-attn whose interface this is, for code that asks what it may pass.
+__version__ = "2.8.3"
+
+_Result = Tensor | tuple[Tensor, Tensor, Tensor]
+
+
+def _options(
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    return_attn_probs: bool,
+) -> dict[str, object]:
+    """flash-attn's options as `flash_attention` takes them."""
+    if checks.number("dropout_p", dropout_p) != 0.0:
+        raise NotImplementedError(f"dropout_p: expected 0.0; got {dropout_p!r}")
+    checks.flag("deterministic", deterministic)
+    checks.flag("return_attn_probs", return_attn_probs)
+    if not checks.number("softcap", softcap) >= 0.0:
+        raise ValueError(f"softcap: expected a positive number, or 0.0 for none; got {softcap!r}")
+    return {
+        "causal": causal,
+        "softmax_scale": softmax_scale,
+        "window": _window(window_size),
+        "softcap": softcap if softcap > 0.0 else None,
+        "alibi_slopes": alibi_slopes,
+        "return_lse": return_attn_probs,
+    }
+
+
+def _window(window_size: tuple[int, int]) -> tuple[int | None, int | None]:
+    if not isinstance(window_size, tuple | list) or len(window_size) != 2:
+        raise TypeError(f"window_size: expected (left, right); got {window_size!r}")
+    left, right = (_whole("window_size", side) for side in window_size)
+    return (None if left < 0 else left), (None if right < 0 else right)
+
+
+def _whole(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name}: expected a whole number; got {type(value).__name__}")
+    return value
+
+
+def _parts(name: str, packed: Tensor, count: int, shape: str) -> tuple[Tensor, ...]:
+    """Views of the tensors packed in the third dimension from the end. The gradient of the views
+    is one tensor, stacked."""
+    if not isinstance(packed, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor; got {type(packed).__name__}")
+    if packed.dim() != shape.count(",") + 1 or packed.shape[-3] != count:
+        raise ValueError(f"{name}: expected shape [{shape}]; got {list(packed.shape)}")
+    return packed.unbind(-3)
+
+
+def _result(result: Tensor | tuple[Tensor, Tensor]) -> _Result:
+    if isinstance(result, tuple):
+        out, softmax_lse = result
+        return out, softmax_lse, out.new_empty(0)
+    return result
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> _Result:
+    """Softmax attention with grouped heads; options and errors: see the module.
+
+    Args:
+        q: float32, float16 or bfloat16 (batch, seqlen_q, nheads, headdim), any strides.
+        k, v: the same dtype, (batch, seqlen_k, nheads_k, headdim); nheads is a multiple of
+            nheads_k, and query head h reads head h // (nheads / nheads_k).
+    Returns:
+        out (batch, seqlen_q, nheads, headdim); or (out, softmax_lse, S_dmask), softmax_lse float32
+        (batch, nheads, seqlen_q).
+    """
+    options = _options(
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic, return_attn_probs,
+    )  # fmt: skip
+    return _result(attention.flash_attention(q, k, v, **options))
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> _Result:
+    """`flash_attn_func` of keys and values in one tensor, read in place.
+
+    Args:
+        q: (batch, seqlen_q, nheads, headdim).
+        kv: (batch, seqlen_k, 2, nheads_k, headdim).
+    """
+    k, v = _parts("kv", kv, 2, "batch, seqlen_k, 2, nheads_k, headdim")
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> _Result:
+    """`flash_attn_func` of queries, keys and values in one tensor, read in place.
+
+    Args:
+        qkv: (batch, seqlen, 3, nheads, headdim).
+    """
+    q, k, v = _parts("qkv", qkv, 3, "batch, seqlen, 3, nheads, headdim")
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> _Result:
+    """`flash_attn_func` of sequences packed one after another; none sees another.
+
+    Args:
+        q: (total_q, nheads, headdim).
+        k, v: (total_k, nheads_k, headdim).
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 (batch + 1,): sequence b has the rows from
+            cu_seqlens[b] up to cu_seqlens[b + 1].
+        max_seqlen_q, max_seqlen_k: not used.
+        block_table: None.
+    Returns:
+        out (total_q, nheads, headdim); or (out, softmax_lse, S_dmask), softmax_lse float32
+        (nheads, total_q).
+    """
+    if block_table is not None:
+        raise NotImplementedError(
+            f"block_table: expected None; got {type(block_table).__name__}. Paged keys and values "
+            "are not supported"
+        )
+    _whole("max_seqlen_q", max_seqlen_q)
+    _whole("max_seqlen_k", max_seqlen_k)
+    options = _options(
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic, return_attn_probs,
+    )  # fmt: skip
+    return _result(attention.flash_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options))
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> _Result:
+    """`flash_attn_varlen_func` of keys and values in one tensor, read in place.
+
+    Args:
+        q: (total_q, nheads, headdim).
+        kv: (total_k, 2, nheads_k, headdim).
+    """
+    k, v = _parts("kv", kv, 2, "total_k, 2, nheads_k, headdim")
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> _Result:
+    """`flash_attn_varlen_func` of queries, keys and values in one tensor, read in place.
+
+    Args:
+        qkv: (total, 3, nheads, headdim).
+        cu_seqlens: the bounds of queries and keys.
+    """
+    q, k, v = _parts("qkv", qkv, 3, "total, 3, nheads, headdim")
+    _whole("max_seqlen", max_seqlen)
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic, return_attn_probs,
+    )  # fmt: skip
