@@ -152,7 +152,7 @@ def _print_table(worst: "dict[tuple[str, str], dict[torch.dtype, Measured]]") ->
         for measured in (row[dtype] for dtype in DTYPES):
             sign = "≤" if measured.ok else ">"
             cells.append(f"{measured.error:.1e} {sign} {measured.budget:.1e}")
-        label = f"{'' if op == previous else op:<20}{what:<14}"
+        label = f"{'' if op == previous else op:<23}{what:<11}"
         print((label + "".join(f"{cell:^22}" for cell in cells)).rstrip())
         previous = op
 
