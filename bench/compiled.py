@@ -60,10 +60,21 @@ def _variants(spec: OpSpec) -> list[tuple[Case, torch.dtype]]:
                 for head_dim in HEAD_DIMS
                 for causal in (True, False)
             ]
-            return wide + [
-                variant("float32", torch.float32, head_dim=head_dim, causal=True)
-                for head_dim in (64, 128, 256)
+            scores = ({"window": (4096, None)}, {"softcap": 50.0}, {"alibi": True}, {"sinks": True})
+            return [
+                *wide,
+                *(
+                    variant("float32", torch.float32, head_dim=head_dim, causal=True)
+                    for head_dim in (64, 128, 256)
+                ),
+                *(
+                    variant("scores", head_dim=head_dim, causal=True, **score)
+                    for head_dim in (64, 128)
+                    for score in scores
+                ),
             ]
+        case "flash_attention_varlen":
+            return [variant("other heads", head_dim=64)]
         case "decode_attention":
             return [
                 variant("other heads", head_dim=64),
@@ -76,7 +87,8 @@ def _variants(spec: OpSpec) -> list[tuple[Case, torch.dtype]]:
 
 def representative(spec: OpSpec, arch: str) -> list[tuple[Case, torch.dtype]]:
     """sm_90: the op table's real shapes and the variants; elsewhere the last shape of each op and
-    its bfloat16 variants, attention only causal, which takes the most registers."""
+    its bfloat16 variants, attention only causal, which takes the most registers, and of all that
+    shapes scores the soft cap, which takes the most."""
     real = [(case, torch.bfloat16) for case in spec.cases if not case.test]
     variants = _variants(spec)
     if arch == "sm_90":
@@ -84,7 +96,9 @@ def representative(spec: OpSpec, arch: str) -> list[tuple[Case, torch.dtype]]:
     return real[-1:] + [
         (case, dtype)
         for case, dtype in variants
-        if dtype == torch.bfloat16 and case.sizes.get("causal", True)
+        if dtype == torch.bfloat16
+        and case.sizes.get("causal", True)
+        and (case.source != "scores" or "softcap" in case.sizes)
     ]
 
 
@@ -168,7 +182,7 @@ def count_binaries(arch: str) -> dict[str, int]:
             # One query has no causal mask, hence a binary of its own.
             sizes |= {"seq_len_kv": length + 7 * index, "max_seq_len": 8 * length}
             sizes |= {"seq_len_q": length + 1} if spec.name == "flash_attention" else {}
-            sizes |= {"positions": True}
+            sizes |= {"positions": True, "total": 8 * length, "num_sequences": 1 + index % 4}
             kept = {name: size for name, size in sizes.items() if name in base.sizes}
             case = replace(base, sizes={**base.sizes, **kept})
             for mode, call in _calls(spec, case, torch.bfloat16):

@@ -8,7 +8,8 @@ import triton
 from binary import count
 
 # Sizes that change from call to call: they must not change a binary.
-CALL_SIZES = ("num_tokens", "batch", "seq_len", "seq_len_q", "seq_len_kv", "max_seq_len")
+CALL_SIZES = ("num_tokens", "batch", "seq_len", "seq_len_q", "seq_len_kv", "max_seq_len", "total",
+              "num_sequences")  # fmt: skip
 
 _MIX = {  # by the name that the table gives
     "HGMMA": "HGMMA",

@@ -51,7 +51,7 @@ def backward_cost(op: str, case: Case, dtype: torch.dtype, forward: Cost) -> Cos
         swiglu: reads dy, gate, up; writes dgate, dup: 5 T d
         apply_rope: as forward, with dq and dk
         flash_attention: reads q, k, v, out, dout, lse; writes dq, dk, dv; five products where the
-            forward pass has two: 2.5 × its flops
+            forward pass has two: 2.5 × its flops. Packed, likewise
 
     Raises:
         KeyError: the op has no backward pass.
@@ -67,10 +67,13 @@ def backward_cost(op: str, case: Case, dtype: torch.dtype, forward: Cost) -> Cos
         return Cost(3 * plane, 2 * plane, 3 * forward.flops)
     if op == "apply_rope":
         return forward
-    if op == "flash_attention":
-        batch, head_dim = sizes["batch"], sizes["head_dim"]
-        queries = batch * sizes["seq_len_q"] * sizes["num_q_heads"]
-        keys = batch * sizes["seq_len_kv"] * sizes["num_kv_heads"]
+    if op in ("flash_attention", "flash_attention_varlen"):
+        head_dim = sizes["head_dim"]
+        if "total" in sizes:
+            rows_q = rows_kv = sizes["total"]
+        else:
+            rows_q, rows_kv = (sizes["batch"] * sizes[f"seq_len_{side}"] for side in ("q", "kv"))
+        queries, keys = rows_q * sizes["num_q_heads"], rows_kv * sizes["num_kv_heads"]
         read = (3 * queries + 2 * keys) * head_dim * size + 4 * queries
         write = (queries + 2 * keys) * head_dim * size
         return Cost(read, write, math.ceil(2.5 * forward.flops))

@@ -105,8 +105,6 @@ def _decode_cost(case: Case, dtype: torch.dtype) -> Cost:
 
 
 _OPS = {spec.name: spec for spec in OPS}
-# Peers have a backward pass whether or not the op table says that ours has.
-_OPS["flash_attention"] = dataclasses.replace(_OPS["flash_attention"], wrt=("q", "k", "v"))
 _DECODE = dataclasses.replace(
     _OPS["decode_attention"], make_inputs=_decode_inputs, cost=_decode_cost
 )
@@ -205,6 +203,27 @@ def _attention() -> list[Workload]:
     return found
 
 
+def _packed() -> list[Workload]:
+    """Documents packed to 16384 tokens, a fifth of them empty; `spec.packed_lengths` has them."""
+    found = []
+    for model in (_70B, _7B):
+        for num_sequences in (8, 64):
+            sizes = {
+                "total": 16384,
+                "num_sequences": num_sequences,
+                "num_q_heads": model.heads[0],
+                "num_kv_heads": model.heads[1],
+                "head_dim": 128,
+                "causal": True,
+            }
+            tier = "core" if model is _70B else "full"
+            shape = f"{model.name}-N{num_sequences}-T16384-causal"
+            for pass_ in ("fwd", "bwd"):
+                spec = _OPS["flash_attention_varlen"]
+                found.append(Workload(spec, pass_, shape, Case(sizes, model.name), tier))
+    return found
+
+
 def _decode() -> list[Workload]:
     found = []
     heads = {"7B": (32, 32), "13B": (40, 40), "70B": (64, 8), "MQA": (64, 1)}
@@ -236,7 +255,9 @@ def _decode() -> list[Workload]:
     return found
 
 
-GRID = tuple(sorted(_row_ops() + _attention() + _decode(), key=lambda w: TIERS.index(w.tier)))
+GRID = tuple(
+    sorted(_row_ops() + _attention() + _packed() + _decode(), key=lambda w: TIERS.index(w.tier))
+)
 
 
 def select(tier: str, ops: tuple[str, ...]) -> tuple[Workload, ...]:
@@ -250,6 +271,7 @@ def _tiny() -> tuple[Workload, ...]:
     heads = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 16}
     rope = {"batch": 1, "seq_len": 5, **heads, "interleaved": False, "positions": False}
     attention = {"batch": 1, "seq_len_q": 17, "seq_len_kv": 17, **heads, "causal": True}
+    packed = {"total": 33, "num_sequences": 3, **heads, "causal": True}
     decode = {"batch": 2, "seq_len_q": 1, "max_seq_len": 40, **heads, "ragged": False}
     cases = {
         "rms_norm": {"num_tokens": 3, "hidden_size": 64},
@@ -257,6 +279,7 @@ def _tiny() -> tuple[Workload, ...]:
         "swiglu": {"num_tokens": 3, "intermediate_size": 64},
         "apply_rope": rope,
         "flash_attention": attention,
+        "flash_attention_varlen": packed,
         "decode_attention": decode,
     }
     return tuple(

@@ -72,6 +72,14 @@ def _fa3_prefill(inputs: dict[str, Any]) -> Call:
     return lambda: function(q, k, v, causal=causal)
 
 
+def _fa3_packed(inputs: dict[str, Any]) -> Call:
+    function = _fa3().flash_attn_varlen_func
+    q, k, v, bounds = (inputs[name] for name in ("q", "k", "v", "cu_seqlens_q"))
+    longest = int(bounds.diff().max())
+    causal = inputs["causal"]
+    return lambda: function(q, k, v, bounds, bounds, longest, longest, causal=causal)
+
+
 def _fa3_decode(inputs: dict[str, Any]) -> Call:
     function = _fa3().flash_attn_with_kvcache
     q, k, v, seq_lens = (inputs[name] for name in ("q", "k_cache", "v_cache", "seq_lens"))
@@ -171,11 +179,16 @@ BACKENDS = (
     ),
     Backend(
         "fa3",
-        {"flash_attention": _fa3_prefill, "decode_attention": _fa3_decode},
+        {
+            "flash_attention": _fa3_prefill,
+            "flash_attention_varlen": _fa3_packed,
+            "decode_attention": _fa3_decode,
+        },
         import_check=_fa3,
         distribution="fa3-fwd",
         forward_only={
             "flash_attention": "fa3-fwd has no backward pass",
+            "flash_attention_varlen": "fa3-fwd has no backward pass",
             "decode_attention": "a cache has no gradient",
         },
     ),

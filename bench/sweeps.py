@@ -87,25 +87,33 @@ def _swiglu(pass_: str) -> list[Sweep]:
     ]
 
 
-def _attention() -> list[Sweep]:
+def _attention(pass_: str) -> list[Sweep]:
+    """One sweep per table of the pass and head_dim."""
+    tables = {"fwd": ("ATTENTION_FORWARD",), "bwd": ("ATTENTION_DKDV", "ATTENTION_DQ")}[pass_]
+    block_m = {"fwd": (64, 128), "bwd": (32, 64, 128)}[pass_]
     choices = _product(
-        block_m=(64, 128), block_n=(32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3, 4)
+        block_m=block_m, block_n=(32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3, 4)
     )
 
-    def config(candidate: Candidate, arch: str, max_head_dim: int) -> configs.AttentionConfig:
-        return configs.AttentionConfig(arch, 2, max_head_dim, **candidate)
+    def sweep(table: str, head_dim: int, **sizes: int | bool) -> Sweep:
+        def config(candidate: Candidate) -> configs.AttentionConfig:
+            return configs.AttentionConfig("", 2, 256, **candidate)
 
-    def sweep(head_dim: int, **sizes: int | bool) -> Sweep:
         return Sweep(
-            _workload("flash_attention", "fwd", head_dim=head_dim, causal=True, **sizes),
+            _workload("flash_attention", pass_, head_dim=head_dim, causal=True, **sizes),
             choices,
-            lambda candidate: {"ATTENTION_FORWARD": (config(candidate, "", 256),)},
+            lambda candidate: {table: (config(candidate),)},
             lambda candidate: (
                 f'AttentionConfig("{_arch()}", 2, {head_dim}, {arguments_of(candidate)}),'
+                f"  # {table}"
             ),
         )
 
-    return [sweep(128, num_kv_heads=8, seq_len_q=4096), sweep(64, seq_len_q=4096)]
+    return [
+        sweep(table, head_dim, seq_len_q=4096, **heads)
+        for table in tables
+        for head_dim, heads in ((128, {"num_kv_heads": 8}), (64, {}))
+    ]
 
 
 def _decode() -> list[Sweep]:
@@ -144,7 +152,8 @@ SWEEPS: dict[str, Callable[[], list[Sweep]]] = {
     "rms_norm-bwd": lambda: _norm("bwd"),
     "swiglu-fwd": lambda: _swiglu("fwd"),
     "swiglu-bwd": lambda: _swiglu("bwd"),
-    "flash_attention-fwd": _attention,
+    "flash_attention-fwd": lambda: _attention("fwd"),
+    "flash_attention-bwd": lambda: _attention("bwd"),
     "decode_attention-fwd": _decode,
 }
 

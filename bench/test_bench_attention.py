@@ -1,6 +1,6 @@
-"""Prefill attention, forward and backward."""
+"""Prefill and packed attention, forward and backward."""
 
-OPS = ("flash_attention",)
+OPS = ("flash_attention", "flash_attention_varlen")
 
 
 def test_time(workload, backend, timed):

@@ -22,7 +22,7 @@ from torch import Tensor
 from gqa_kernels import configs, layout, sequences, target
 from gqa_kernels.scores import add_bias, cap, cap_derivative, key_tiles, load_slope, mask
 from gqa_kernels.sequences import locate
-from gqa_kernels.tiles import LOG2_E, load_rows, load_tile, store_rows
+from gqa_kernels.tiles import LOG2_E, load_rows, store_rows
 
 
 @triton.jit(do_not_specialize=["seq_len_q"])
@@ -92,10 +92,10 @@ def _scores_less_lse(a, b_transposed, neg_lse, own_keys, keys, cap_scale, slope)
     do_not_specialize=["num_sequences", "seq_len_q", "seq_len_kv", "window_left", "window_right"]
 )
 def _dkdv_kernel(
-    q,
+    q_ptr,
     k_ptr,
     v_ptr,
-    dout,
+    dout_ptr,
     neg_lse_ptr,
     neg_delta_ptr,
     dk_ptr,
@@ -119,7 +119,6 @@ def _dkdv_kernel(
     cap_scale,
     GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    USE_TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -140,6 +139,9 @@ def _dkdv_kernel(
     key = load_rows(k_ptr, k_strides[1], start_n, seq_len_kv, HEAD_DIM, BLOCK_N, BLOCK_D)
     value = load_rows(v_ptr, v_strides[1], start_n, seq_len_kv, HEAD_DIM, BLOCK_N, BLOCK_D)
 
+    q_ptr += batch_64 * q_strides[0] + first_q * q_strides[1]
+    dout_ptr += batch_64 * dout_strides[0] + first_q * dout_strides[1]
+
     keys = start_n + tl.arange(0, BLOCK_N)[:, None]
     diagonal = seq_len_kv - seq_len_q  # query i stands on key i + diagonal
     first_tile, end_query = 0, seq_len_q
@@ -158,26 +160,16 @@ def _dkdv_kernel(
         head = kv_head * GROUP_SIZE + step // num_tiles
         start_m = (first_tile + step % num_tiles) * BLOCK_M
         queries = start_m + tl.arange(0, BLOCK_M)
-        if USE_TMA:
-            query = load_tile(
-                q, q_strides[1], batch, head, start_m, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D, True
-            )
-            d_out = load_tile(
-                dout, dout_strides[1], batch, head, start_m, seq_len_q,
-                HEAD_DIM, BLOCK_M, BLOCK_D, True,
-            )  # fmt: skip
-        else:
-            head_64 = head.to(tl.int64)
-            query = load_rows(
-                q + batch_64 * q_strides[0] + first_q * q_strides[1] + head_64 * q_strides[2],
-                q_strides[1], start_m, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D,
-            )  # fmt: skip
-            dout_head = dout + batch_64 * dout_strides[0] + head_64 * dout_strides[2]
-            d_out = load_rows(
-                dout_head + first_q * dout_strides[1],
-                dout_strides[1], start_m, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D,
-            )  # fmt: skip
-        head_row = row + head.to(tl.int64) * rows_q
+        head_64 = head.to(tl.int64)
+        query = load_rows(
+            q_ptr + head_64 * q_strides[2],
+            q_strides[1], start_m, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+        d_out = load_rows(
+            dout_ptr + head_64 * dout_strides[2],
+            dout_strides[1], start_m, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+        head_row = row + head_64 * rows_q
         neg_lse, neg_delta = _load_statistics(
             neg_lse_ptr + head_row, neg_delta_ptr + head_row, queries, seq_len_q
         )  # [BLOCK_M]
@@ -210,12 +202,10 @@ def _dkdv_kernel(
 def _walk_keys(
     q,
     d_out,
-    k,
-    v,
+    k_ptr,
+    v_ptr,
     k_stride,
     v_stride,
-    batch,
-    kv_head,
     seq_len_kv,
     own_keys,
     neg_lse,
@@ -232,18 +222,13 @@ def _walk_keys(
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    USE_TMA: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     """dq and what num_steps tiles from first_tile on add to it."""
     for step in tl.range(0, num_steps, num_stages=NUM_STAGES):
         start = (first_tile + step) * BLOCK_N
-        key = load_tile(
-            k, k_stride, batch, kv_head, start, seq_len_kv, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA
-        )
-        value = load_tile(
-            v, v_stride, batch, kv_head, start, seq_len_kv, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA
-        )
+        key = load_rows(k_ptr, k_stride, start, seq_len_kv, HEAD_DIM, BLOCK_N, BLOCK_D)
+        value = load_rows(v_ptr, v_stride, start, seq_len_kv, HEAD_DIM, BLOCK_N, BLOCK_D)
         keys = start + tl.arange(0, BLOCK_N)[None, :]
         scores, capped = _scores_less_lse(q, key.T, neg_lse, own_keys, keys, cap_scale, slope)
         if MASKED:
@@ -262,8 +247,8 @@ def _walk_keys(
 )
 def _dq_kernel(
     q_ptr,
-    k,
-    v,
+    k_ptr,
+    v_ptr,
     dout_ptr,
     neg_lse_ptr,
     neg_delta_ptr,
@@ -287,7 +272,6 @@ def _dq_kernel(
     cap_scale,
     GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    USE_TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -306,9 +290,8 @@ def _dq_kernel(
     batch_64, head_64, kv_head_64 = batch.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
     q_ptr += batch_64 * q_strides[0] + first_q * q_strides[1] + head_64 * q_strides[2]
     dout_ptr += batch_64 * dout_strides[0] + first_q * dout_strides[1] + head_64 * dout_strides[2]
-    if not USE_TMA:
-        k += batch_64 * k_strides[0] + first_kv * k_strides[1] + kv_head_64 * k_strides[2]
-        v += batch_64 * v_strides[0] + first_kv * v_strides[1] + kv_head_64 * v_strides[2]
+    k_ptr += batch_64 * k_strides[0] + first_kv * k_strides[1] + kv_head_64 * k_strides[2]
+    v_ptr += batch_64 * v_strides[0] + first_kv * v_strides[1] + kv_head_64 * v_strides[2]
     q = load_rows(q_ptr, q_strides[1], start_m, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D)
     d_out = load_rows(dout_ptr, dout_strides[1], start_m, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D)
     queries = start_m + tl.arange(0, BLOCK_M)
@@ -328,16 +311,16 @@ def _dq_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     if window_left is None:
         dq = _walk_keys(
-            q, d_out, k, v, k_strides[1], v_strides[1], batch, kv_head, seq_len_kv, own_keys,
+            q, d_out, k_ptr, v_ptr, k_strides[1], v_strides[1], seq_len_kv, own_keys,
             neg_lse, neg_delta, window_left, window_right, cap_scale, slope, exponent_scale, dq,
             first_tile, num_free,
-            False, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA, NUM_STAGES,
+            False, HEAD_DIM, BLOCK_N, BLOCK_D, NUM_STAGES,
         )  # fmt: skip
     dq = _walk_keys(
-        q, d_out, k, v, k_strides[1], v_strides[1], batch, kv_head, seq_len_kv, own_keys,
+        q, d_out, k_ptr, v_ptr, k_strides[1], v_strides[1], seq_len_kv, own_keys,
         neg_lse, neg_delta, window_left, window_right, cap_scale, slope, exponent_scale, dq,
         first_tile + num_free, num_tiles - num_free,
-        True, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA, NUM_STAGES,
+        True, HEAD_DIM, BLOCK_N, BLOCK_D, NUM_STAGES,
     )  # fmt: skip
     dq_ptr += ((batch_64 * rows_q + first_q) * num_q_heads + head) * HEAD_DIM
     store_rows(
@@ -440,35 +423,32 @@ def backward(
                 enable_fp_fusion=True,
             )
         if need_dkdv and k.numel() > 0:
-            config, numbers = plan(configs.ATTENTION_DKDV)
-            use_tma = gpu.has_tma and not packed and seq_len_q > 0
-            use_tma = use_tma and layout.fits_tma(q) and layout.fits_tma(dout)
+            small = packed or softcap is not None
+            config, numbers = plan(
+                configs.ATTENTION_DKDV_SMALL if small else configs.ATTENTION_DKDV
+            )
             num_blocks = sequences.num_blocks(seq_len_kv, num_sequences, config.block_n)
             _dkdv_kernel[(num_blocks * num_kv_heads * batch,)](
-                q=layout.descriptor(q, config.block_m, block_d) if use_tma else q,
-                dout=layout.descriptor(dout, config.block_m, block_d) if use_tma else dout,
+                q_ptr=q,
+                dout_ptr=dout,
                 k_ptr=k,
                 v_ptr=v,
                 dk_ptr=dk,
                 dv_ptr=dv,
                 num_kv_heads=num_kv_heads,
-                USE_TMA=use_tma,
                 **shared,
                 **numbers,
             )
         if need_dq and q.numel() > 0:
             config, numbers = plan(configs.ATTENTION_DQ)
-            use_tma = gpu.has_tma and not packed and seq_len_kv > 0
-            use_tma = use_tma and layout.fits_tma(k) and layout.fits_tma(v)
             num_blocks = sequences.num_blocks(seq_len_q, num_sequences, config.block_m)
             _dq_kernel[(num_blocks * num_q_heads * batch,)](
                 q_ptr=q,
                 dout_ptr=dout,
-                k=layout.descriptor(k, config.block_n, block_d) if use_tma else k,
-                v=layout.descriptor(v, config.block_n, block_d) if use_tma else v,
+                k_ptr=k,
+                v_ptr=v,
                 dq_ptr=dq,
                 num_q_heads=num_q_heads,
-                USE_TMA=use_tma,
                 **shared,
                 **numbers,
             )

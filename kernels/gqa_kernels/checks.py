@@ -98,7 +98,9 @@ def window(value: tuple[int | None, int | None] | None) -> tuple[int | None, int
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise TypeError(f"window: expected (left, right) or None; got {value!r}")
     for side in value:
-        if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
+        if side is not None and (
+            isinstance(side, bool) or not isinstance(side, int | torch.SymInt)
+        ):
             raise TypeError(f"window: expected whole numbers or None; got {value!r}")
         if side is not None and side < 0:
             raise ValueError(f"window: expected distances of 0 or more, or None; got {value!r}")

@@ -76,26 +76,48 @@ ATTENTION_FORWARD = (
     AttentionConfig("", 4, 256, block_m=16, block_n=16, num_warps=8, num_stages=1),
 )
 
-# Keys and values of block_n rows stay; queries pass by, block_m at a time.
+# block_n keys and values stay in a program; queries pass by, block_m at a time.
 ATTENTION_DKDV = (
     AttentionConfig("interpreter", 2, 256, block_m=16, block_n=32, num_warps=4, num_stages=2),
     AttentionConfig("interpreter", 4, 256, block_m=16, block_n=32, num_warps=4, num_stages=2),
-    AttentionConfig("sm_90", 2, 64, block_m=64, block_n=128, num_warps=8, num_stages=2),
+    # Compiled, sm_90: the largest tiles that do not spill. A padded head needs more registers.
+    AttentionConfig("sm_90", 2, 64, block_m=64, block_n=64, num_warps=4, num_stages=2),
+    AttentionConfig("sm_90", 2, 120, block_m=32, block_n=128, num_warps=8, num_stages=2),
     AttentionConfig("sm_90", 2, 128, block_m=64, block_n=128, num_warps=8, num_stages=2),
-    AttentionConfig("", 2, 256, block_m=32, block_n=32, num_warps=8, num_stages=2),
+    AttentionConfig("sm_90", 2, 256, block_m=32, block_n=64, num_warps=8, num_stages=2),
+    # Compiled, gfx942.
+    AttentionConfig("gfx", 2, 128, block_m=32, block_n=32, num_warps=4, num_stages=1),
+    AttentionConfig("gfx", 2, 256, block_m=16, block_n=32, num_warps=4, num_stages=1),
+    # Compiled, every other target.
+    AttentionConfig("", 2, 64, block_m=32, block_n=64, num_warps=4, num_stages=2),
+    AttentionConfig("", 2, 128, block_m=32, block_n=64, num_warps=8, num_stages=2),
+    AttentionConfig("", 2, 256, block_m=32, block_n=32, num_warps=8, num_stages=1),
     AttentionConfig("", 4, 256, block_m=16, block_n=16, num_warps=8, num_stages=1),
 )
 
-# Queries of block_m rows stay; keys and values pass by, block_n at a time.
+# A soft cap keeps a second tile of scores alive, packed sequences more offsets.
+ATTENTION_DKDV_SMALL = (
+    AttentionConfig("sm_90", 2, 128, block_m=32, block_n=128, num_warps=8, num_stages=2),
+    *ATTENTION_DKDV,
+)
+
+# block_m queries stay in a program; keys and values pass by, block_n at a time.
 ATTENTION_DQ = (
     AttentionConfig("interpreter", 2, 256, block_m=32, block_n=16, num_warps=4, num_stages=2),
     AttentionConfig("interpreter", 4, 256, block_m=32, block_n=16, num_warps=4, num_stages=2),
-    AttentionConfig("sm_90", 2, 64, block_m=128, block_n=64, num_warps=8, num_stages=2),
+    # Compiled, sm_90: no spills, and nearly every exponential issues under a product.
     AttentionConfig("sm_90", 2, 128, block_m=128, block_n=64, num_warps=8, num_stages=2),
-    AttentionConfig("", 2, 256, block_m=32, block_n=32, num_warps=8, num_stages=2),
+    AttentionConfig("sm_90", 2, 256, block_m=64, block_n=32, num_warps=8, num_stages=2),
+    # Compiled, gfx942.
+    AttentionConfig("gfx", 2, 256, block_m=32, block_n=16, num_warps=4, num_stages=1),
+    # Compiled, every other target.
+    AttentionConfig("", 2, 64, block_m=64, block_n=64, num_warps=4, num_stages=2),
+    AttentionConfig("", 2, 128, block_m=64, block_n=32, num_warps=8, num_stages=2),
+    AttentionConfig("", 2, 256, block_m=32, block_n=32, num_warps=8, num_stages=1),
     AttentionConfig("", 4, 256, block_m=16, block_n=16, num_warps=8, num_stages=1),
 )
 
+# Memory-bound, as the row kernels are.
 ATTENTION_PREPARE_BLOCK = 64
 ATTENTION_PREPARE_NUM_WARPS = 4
 

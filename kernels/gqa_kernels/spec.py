@@ -222,9 +222,22 @@ def _attention_inputs(case: Case, *context: Any) -> dict[str, Any]:
         "q": draw(batch, sizes["seq_len_q"], sizes["num_q_heads"], head_dim),
         "k": draw(*kv_shape),
         "v": draw(*kv_shape),
-        "causal": sizes["causal"],
         "return_lse": True,
+        **_score_inputs(case, draw),
     }
+
+
+def _score_inputs(case: Case, draw: _Draw) -> dict[str, Any]:
+    """What the case names of that which shapes scores. Slopes are those of ALiBi's paper."""
+    sizes = case.sizes
+    heads = sizes["num_q_heads"]
+    inputs = {name: sizes[name] for name in ("causal", "window", "softcap") if name in sizes}
+    if sizes.get("alibi"):
+        exponents = torch.arange(1, heads + 1, device=draw.device) * (-8.0 / heads)
+        inputs["alibi_slopes"] = exponents.exp2()
+    if sizes.get("sinks"):
+        inputs["sinks"] = draw(heads)
+    return inputs
 
 
 def _attention_cost(case: Case, dtype: torch.dtype) -> Cost:
@@ -233,10 +246,13 @@ def _attention_cost(case: Case, dtype: torch.dtype) -> Cost:
     sizes = case.sizes
     batch, heads, head_dim = sizes["batch"], sizes["num_q_heads"], sizes["head_dim"]
     seq_len_q, seq_len_kv = sizes["seq_len_q"], sizes["seq_len_kv"]
-    pairs = seq_len_q * seq_len_kv
+    left, right = sizes.get("window", (None, None))
     if sizes["causal"]:
-        diagonal = seq_len_kv - seq_len_q
-        pairs = sum(max(0, min(seq_len_kv, i + diagonal + 1)) for i in range(seq_len_q))
+        right = 0
+    own_keys = range(seq_len_kv - seq_len_q, seq_len_kv)  # the key that each query stands on
+    ends = [seq_len_kv if right is None else min(seq_len_kv, p + right + 1) for p in own_keys]
+    starts = [0 if left is None else max(0, p - left) for p in own_keys]
+    pairs = sum(max(0, end - start) for start, end in zip(starts, ends, strict=True))
     queries = batch * seq_len_q * heads
     keys = batch * seq_len_kv * sizes["num_kv_heads"]
     return Cost(
@@ -255,6 +271,7 @@ def _attention_case(
     *,
     causal: bool,
     test: bool = False,
+    **scores: Any,
 ) -> Case:
     sizes = {
         "batch": batch,
@@ -264,6 +281,7 @@ def _attention_case(
         "num_kv_heads": heads[1],
         "head_dim": head_dim,
         "causal": causal,
+        **scores,
     }
     return Case(sizes, source, test)
 
@@ -283,6 +301,15 @@ _ATTENTION_CASES = (
     _attention_case(1, (17, 47), (8, 1), 128, "MQA 8", causal=False, test=True),
     _attention_case(1, (65, 65), (2, 1), 256, "the widest head", causal=True, test=True),
     _attention_case(3, (34, 18), (2, 2), 8, "the narrowest head", causal=False, test=True),
+    _attention_case(
+        1, (45, 70), (4, 2), 64, "Mistral's window", causal=True, window=(20, None), test=True
+    ),
+    _attention_case(
+        1, (70, 45), (4, 2), 32, "a window to both sides", causal=False, window=(9, 3), test=True
+    ),
+    _attention_case(1, (40, 40), (4, 2), 64, "Gemma 2's cap", causal=True, softcap=5.0, test=True),
+    _attention_case(1, (40, 40), (4, 2), 64, "gpt-oss's sinks", causal=True, sinks=True, test=True),
+    _attention_case(1, (40, 50), (4, 1), 64, "ALiBi", causal=True, alibi=True, test=True),
     *(
         _attention_case(16384 // seq_len, (seq_len, seq_len), heads, 128, source, causal=causal)
         for source, heads in (("7B", (32, 32)), ("13B", (40, 40)), ("34B and 70B", (64, 8)))
