@@ -1,5 +1,6 @@
 """The ops as compilers, dispatch modes and transforms see them."""
 
+import functools
 import shutil
 import sys
 from contextlib import nullcontext
@@ -39,6 +40,29 @@ SIZES = {
         },
         "seq_len",
     ),
+    "flash_attention": (
+        {
+            "batch": 2,
+            "seq_len_q": 5,
+            "seq_len_kv": 9,
+            "num_q_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 8,
+            "causal": True,
+        },
+        "seq_len_kv",
+    ),
+    "flash_attention_varlen": (
+        {
+            "total": 11,
+            "num_sequences": 2,
+            "num_q_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 8,
+            "causal": True,
+        },
+        "total",
+    ),
     "decode_attention": (
         {
             "batch": 2,
@@ -52,7 +76,14 @@ SIZES = {
     ),
 }
 # Arguments of the schemas that the table leaves to their defaults.
-DEFAULTS = {"eps": 1e-5, "softmax_scale": None}
+DEFAULTS = {"eps": 1e-5, "softmax_scale": None, "window_right": 0} | dict.fromkeys(
+    ("cu_seqlens_q", "cu_seqlens_kv", "sinks", "alibi_slopes", "window_left", "softcap")
+)
+# A function whose op has another name: packed sequences are attention with bounds.
+OP_NAMES = {
+    "flash_attention_varlen": "flash_attention",
+    "flash_attention_varlen_backward": "flash_attention_backward",
+}
 
 SPECS = {spec.name: spec for spec in OPS if spec.name in SIZES}
 EVERY_OP = pytest.mark.parametrize("name", SPECS)
@@ -88,8 +119,12 @@ def strided(x):
     return view.requires_grad_(x.requires_grad)
 
 
+def op_name(name):
+    return OP_NAMES.get(name, name)
+
+
 def overload(name):
-    return getattr(LIBRARY, name).default
+    return getattr(LIBRARY, op_name(name)).default
 
 
 def arguments(name, inputs):
@@ -154,7 +189,32 @@ def _rope_backward(make, dtype):
     return tuple(inputs[k] for k in ("q", "k", "cos", "sin", "positions", "interleaved"))
 
 
+def _attention_backward(name, make, dtype):
+    inputs = make(name, dtype)
+    if name == "flash_attention":
+        inputs["sinks"] = torch.zeros_like(inputs["q"][0, 0, :, 0])
+    q, k, v, *rest = arguments(name, inputs)
+    out, lse = overload(name)(q, k, v, *rest)
+    return torch.ones_like(out), torch.ones_like(lse), q, k, v, out, lse, *rest
+
+
 BACKWARD = {
+    "flash_attention_backward": (
+        functools.partial(_attention_backward, "flash_attention"),
+        (
+            lambda *args: (*args, True, True, True),
+            lambda dout, _, *rest: (dout, None, *rest, True, False, False),
+            lambda *args: (*args, False, True, False),
+        ),
+    ),
+    "flash_attention_varlen_backward": (
+        functools.partial(_attention_backward, "flash_attention_varlen"),
+        (
+            lambda *args: (*args, True, True, False),
+            lambda dout, _, *rest: (dout, None, *rest, True, False, False),
+            lambda *args: (*args, False, True, False),
+        ),
+    ),
     "rms_norm_backward": (
         _norm_backward,
         (
@@ -205,7 +265,7 @@ def test_both_paths_give_the_same_bits(name, make):
     direct = outputs_of(name, inputs)
     with Watch() as watch:
         dispatched = outputs_of(name, inputs)
-    assert watch.seen == [name]
+    assert watch.seen == [op_name(name)]
     assert_same_bits(direct, dispatched)
 
 
@@ -215,7 +275,8 @@ def test_a_mode_sees_the_backward_op(name, make):
     direct = grads_of(name, inputs, outputs_of(name, inputs))
     with Watch() as watch:
         dispatched = grads_of(name, inputs, outputs_of(name, inputs))
-    assert watch.seen == [name, f"{name.removeprefix('add_')}_backward"]
+    op = op_name(name)
+    assert watch.seen == [op, f"{op.removeprefix('add_')}_backward"]
     assert_same_bits(direct, dispatched)
 
 
@@ -356,7 +417,9 @@ def test_vmap_is_refused(name, make):
     first_name = next(iter(inputs))
     with pytest.raises(NotImplementedError, match=f"{first_name}: expected a tensor outside"):
         torch.func.vmap(lambda x: SPECS[name].kernel(**inputs | {first_name: x}))(batch)
-    with pytest.raises(NotImplementedError, match=rf"{name}: expected no torch\.func\.vmap"):
+    with pytest.raises(
+        NotImplementedError, match=rf"{op_name(name)}: expected no torch\.func\.vmap"
+    ):
         torch.func.vmap(lambda x: overload(name)(x, *arguments(name, inputs)[1:]))(batch)
 
 

@@ -63,7 +63,9 @@ ATTENTION_FORWARD = (
     AttentionConfig("sm_90", 2, 256, block_m=128, block_n=32, num_warps=8, num_stages=3),
     # Compiled, sm_100: tcgen05 needs 64 rows or more.
     AttentionConfig("sm_100", 2, 128, block_m=128, block_n=64, num_warps=8, num_stages=2),
-    AttentionConfig("sm_100", 2, 256, block_m=64, block_n=32, num_warps=8, num_stages=2),
+    AttentionConfig("sm_100", 2, 256, block_m=64, block_n=64, num_warps=8, num_stages=1),
+    # Compiled, gfx942: a soft cap spills with 128 rows.
+    AttentionConfig("gfx", 2, 128, block_m=64, block_n=32, num_warps=8, num_stages=2),
     # Compiled, every other target: the most that fits the registers and shared memory of all.
     AttentionConfig("", 2, 64, block_m=128, block_n=64, num_warps=8, num_stages=2),
     # Compiled, sm_120: a padded head spills with 128 rows.
