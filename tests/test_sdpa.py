@@ -168,6 +168,10 @@ def test_one_graph_serves_every_length(draw):
         assert torch.equal(function(query, key), expected)
         counts.append(counter.frame_count)
     assert counts[0] == counts[-1]
+    for seq_len_q, seq_len_kv in ((9, 5), (11, 8)):  # more queries: another branch, a window
+        query, key = draw(1, 2, seq_len_q, 16), draw(1, 2, seq_len_kv, 16)
+        expected = scaled_dot_product_attention(query, key, key, is_causal=True)
+        assert torch.equal(function(query, key), expected)
 
 
 @pytest.mark.parametrize(
