@@ -14,7 +14,6 @@ from floors import Floor
 from gate import GateError
 from grid import DTYPE
 from model_grid import ModelWorkload
-from peers import NO_ATTENTION_BACKWARD
 from runner import Prepared, check_first_call
 from timing import Device
 from torch import Tensor, nn
@@ -44,8 +43,6 @@ class ModelContest:
         return "end to end"
 
     def missing(self, backend: str) -> str | None:
-        if self.op == "train_step" and backend == "triton":
-            return NO_ATTENTION_BACKWARD
         if backend == "hf" and version("transformers") is None:
             return "transformers not installed"
         return None

@@ -27,6 +27,12 @@ def rope_table(config: ModelConfig, device: torch.device | str) -> tuple[Tensor,
     return angle.cos().float(), angle.sin().float()
 
 
+def _check_whole_numbers(name: str, value: Tensor) -> None:
+    kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+    if kind not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected a tensor of int32 or int64; got {kind}")
+
+
 def packed_positions(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Positions of packed tokens `[1, total]`: from 0 in every sequence, without a device sync.
 
@@ -37,8 +43,7 @@ def packed_positions(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
     """
     if tokens.shape[0] != 1:
         raise ValueError(f"tokens: expected [1, total] with cu_seqlens; got {list(tokens.shape)}")
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens: expected int32 or int64; got {cu_seqlens.dtype}")
+    _check_whole_numbers("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
         raise ValueError(
             "cu_seqlens: expected [num_sequences + 1] with num_sequences ≥ 1; "
@@ -226,8 +231,10 @@ class Llama2(nn.Module):
         batch, seq_len = tokens.shape
         if num_valid is not None and (cache is None or cache.num_written > 0):
             raise ValueError("num_valid: expected only with an empty cache; got it without one")
-        if num_valid is not None and num_valid.shape != (batch,):
-            raise ValueError(f"num_valid: expected [{batch}]; got {list(num_valid.shape)}")
+        if num_valid is not None:
+            _check_whole_numbers("num_valid", num_valid)
+            if num_valid.shape != (batch,):
+                raise ValueError(f"num_valid: expected [{batch}]; got {list(num_valid.shape)}")
         if cu_seqlens is not None:
             if cache is not None:
                 raise ValueError("cu_seqlens: expected no cache with packed sequences; got one")
@@ -301,6 +308,7 @@ class Llama2(nn.Module):
             ignored = packed_positions(tokens, cu_seqlens)[:, 1:] == 0
             targets = targets.masked_fill(ignored, _IGNORED)
         elif num_valid is not None:
+            _check_whole_numbers("num_valid", num_valid)
             if num_valid.shape != (batch,):
                 raise ValueError(f"num_valid: expected [{batch}]; got {list(num_valid.shape)}")
             column = torch.arange(1, columns, device=tokens.device)

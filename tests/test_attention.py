@@ -5,7 +5,7 @@ import torch
 
 from gqa_kernels import configs, layout, reference, target
 from gqa_kernels.accuracy import compare, measure_call, run, widen
-from gqa_kernels.attention import flash_attention
+from gqa_kernels.attention import flash_attention, flash_attention_varlen
 
 
 @pytest.fixture
@@ -157,6 +157,29 @@ def test_offsets_beyond_32_bits(device):
     q.copy_(torch.randn(3, 2, 1, 32))
     out = flash_attention(q, q, q, causal=True)
     assert torch.equal(out, flash_attention(*[q.contiguous()] * 3, causal=True))
+
+
+def test_the_output_can_be_written_to(draw):
+    q = draw(1, 4, 2, 16).requires_grad_()
+    flash_attention(q, q, q).mul_(2)
+    bounds = torch.tensor([0, 4], device=q.device)
+    flash_attention_varlen(q[0], q[0], q[0], bounds, bounds, return_lse=True)[0].mul_(2)
+
+
+def test_wrong_scores(draw):
+    q = draw(1, 4, 6, 16)
+    for softcap in (0.0, -1.0, float("nan"), 1e-38):
+        with pytest.raises(ValueError, match="softcap: expected None or a positive finite float32"):
+            flash_attention(q, q, q, softcap=softcap, softmax_scale=10.0)
+    with pytest.raises(ValueError, match="softmax_scale: expected a float; got a larger integer"):
+        flash_attention(q, q, q, softmax_scale=10**400)
+    with pytest.raises(TypeError, match=r"alibi_slopes: expected a torch\.Tensor; got list"):
+        flash_attention(q, q, q, alibi_slopes=[0.5] * 6)
+    with pytest.raises(ValueError, match=r"sinks: expected shape \[6\]; got \[1\]"):
+        flash_attention(q, q, q, sinks=torch.zeros(1, device=q.device))
+    for window, error in (((-1, 0), ValueError), (5, TypeError), ((1.0, 2), TypeError)):
+        with pytest.raises(error, match="window: expected"):
+            flash_attention(q, q, q, window=window)
 
 
 def test_wrong_arguments(draw):

@@ -233,16 +233,20 @@ def test_refused_options(options, error, message, draw, bounds):
         flash_attn.flash_attn_varlen_func(q, q, q, bounds(3), bounds(3), 3, 3, **options)
 
 
+def test_longest_lengths_are_whatever_callers_pass(draw, bounds):
+    q, cu_seqlens = draw(3, 4, 16), bounds(3)
+    expected = flash_attn.flash_attn_varlen_func(q, q, q, cu_seqlens, cu_seqlens, 3, 3)
+    for longest in (1, None, cu_seqlens.diff().max()):
+        out = flash_attn.flash_attn_varlen_func(q, q, q, cu_seqlens, cu_seqlens, longest, longest)
+        assert torch.equal(out, expected)
+
+
 def test_refused_tensors(draw, bounds):
     q, cu_seqlens = draw(3, 4, 16), bounds(3)
     with pytest.raises(NotImplementedError, match="block_table: expected None; got Tensor"):
         flash_attn.flash_attn_varlen_func(
             q, q, q, cu_seqlens, cu_seqlens, 3, 3, block_table=cu_seqlens
         )
-    with pytest.raises(TypeError, match="max_seqlen_k: expected a whole number; got Tensor"):
-        flash_attn.flash_attn_varlen_func(q, q, q, cu_seqlens, cu_seqlens, 3, cu_seqlens[1])
-    with pytest.raises(TypeError, match="max_seqlen: expected a whole number; got NoneType"):
-        flash_attn.flash_attn_varlen_qkvpacked_func(draw(3, 3, 4, 16), cu_seqlens, None)
     with pytest.raises(TypeError, match=r"kv: expected a torch\.Tensor; got tuple"):
         flash_attn.flash_attn_kvpacked_func(q[None], (q[None], q[None]))
     shape = r"qkv: expected shape \[batch, seqlen, 3, nheads, headdim\]; got \[1, 3, 2, 4, 16\]"

@@ -238,7 +238,9 @@ def test_impossible_packed_or_padded_calls_are_refused(device):
     for call in (model, model.loss):
         with pytest.raises(ValueError, match=r"tokens: expected \[1, total\] .* got \[2, 16\]"):
             call(tokens.expand(2, -1), cu_seqlens=cu_seqlens)
-        with pytest.raises(TypeError, match=r"cu_seqlens: expected int32 or int64; got .*float32"):
+        with pytest.raises(
+            TypeError, match=r"cu_seqlens: expected a tensor of int32 or int64; got .*float32"
+        ):
             call(tokens, cu_seqlens=cu_seqlens.float())
         for wrong in (cu_seqlens[:1], cu_seqlens[None]):
             with pytest.raises(ValueError, match=r"cu_seqlens: expected \[num_sequences \+ 1\]"):

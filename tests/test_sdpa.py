@@ -218,3 +218,10 @@ def test_refused_tensors(draw):
         scaled_dot_product_attention(*[query[None]] * 3)
     with pytest.raises(NotImplementedError, match="multiple of 8 up to 256; got 12"):
         scaled_dot_product_attention(*[query[..., :12]] * 3)
+
+
+def test_autocast_casts_as_torch_does(draw, device):
+    query, key = draw(1, 2, 5, 16), draw(1, 2, 5, 16).bfloat16()
+    with torch.autocast(device.type, torch.bfloat16):
+        out = scaled_dot_product_attention(query, key, key)
+    assert torch.equal(out, scaled_dot_product_attention(query.bfloat16(), key, key))

@@ -28,6 +28,7 @@ def _arguments(
     softmax_scale = checks.softmax_scale(softmax_scale, q.shape[-1])
     # Nothing is as far away as 2³⁰ rows, and sums of two such distances fit 32 bits.
     window = (None if side is None else min(side, 2**30) for side in (window_left, window_right))
+    softcap = None if softcap is None else float(softcap)
     return cu_seqlens_q, cu_seqlens_kv, sinks, alibi_slopes, softmax_scale, *window, softcap
 
 
@@ -72,7 +73,11 @@ def _forward(
         *_arguments(q, (cu_seqlens_q, cu_seqlens_kv), (sinks, alibi_slopes), *scores),
         need_lse=need_lse,
     )
-    return out.view(q.shape), lse[0] if packed and need_lse else lse
+    if packed:  # in place: a view could not be written to by the caller
+        out.squeeze_(0)
+        if need_lse:
+            lse.squeeze_(0)
+    return out, lse
 
 
 def _fake(
@@ -212,20 +217,14 @@ def _check(
     checks.same_dtype("v", v, "q", q)
     num_q_heads, head_dim = q.shape[-2:]
     checks.attention_heads(num_q_heads, k.shape[-2], head_dim)
-    checks.softmax_scale(softmax_scale, head_dim)
-    checks.softcap(softcap)
+    checks.softcap(softcap, checks.softmax_scale(softmax_scale, head_dim))
     checks.window((window_left, window_right))
     if sinks is not None:
         checks.tensor("sinks", sinks, shape=(num_q_heads,), like=("q", q))
     if alibi_slopes is not None:
-        per_sequence = (num_sequences,) if alibi_slopes.dim() == 2 else ()
-        checks.tensor(
-            "alibi_slopes",
-            alibi_slopes,
-            dtypes=(torch.float32,),
-            shape=(*per_sequence, num_q_heads),
-            like=("q", q),
-        )
+        checks.tensor("alibi_slopes", alibi_slopes, dtypes=(torch.float32,), like=("q", q))
+        shape = (num_sequences, num_q_heads) if alibi_slopes.dim() == 2 else (num_q_heads,)
+        checks.tensor("alibi_slopes", alibi_slopes, dtypes=(torch.float32,), shape=shape)
 
 
 def _setup_after_checking_constants(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
@@ -302,7 +301,7 @@ def flash_attention(
             side. Causal attention sees no key to the right.
         softcap: positive; scores become softcap · tanh(score / softcap).
         sinks: float32, float16 or bfloat16 `[num_q_heads]`: the score of one more key per head,
-            whose value is 0. Differentiable.
+            whose value is 0; finite, or −inf for none. Differentiable.
         alibi_slopes: float32 `[num_q_heads]` or `[batch, num_q_heads]`; scores become
             score − slope · |p − j|. A constant.
         return_lse: also return the natural-log lse, float32 `[batch, num_q_heads, seq_len_q]`.
@@ -312,7 +311,8 @@ def flash_attention(
         and −inf or its sink; its gradients are 0.
     Numerics: products accumulate in float32, float32 inputs multiply in float32 (not TF32); the
         softmax is float32; weights and the gradients of scores are rounded to the inputs' dtype
-        before they are multiplied. Gradients have the same bits in every run.
+        before they are multiplied. The backward pass computes weights again from lse, with a
+        relative error that grows as |lse| · 2⁻²⁴. Gradients have the same bits in every run.
     Raises:
         TypeError, ValueError: an argument of another kind, dtype, shape or device.
         NotImplementedError: another head_dim; alibi_slopes that require a gradient.

@@ -86,9 +86,15 @@ def softmax_scale(value: float | None, head_dim: int) -> float:
     return scale
 
 
-def softcap(value: float | None) -> None:
-    if value is not None and not _FLOAT32.tiny <= number("softcap", value) <= _FLOAT32.max / 2:
-        raise ValueError(f"softcap: expected a positive finite float32, or None; got {value!r}")
+def softcap(value: float | None, softmax_scale: float) -> None:
+    if value is None:
+        return
+    cap = number("softcap", value)
+    if not _FLOAT32.tiny <= cap <= _FLOAT32.max / 2 or softmax_scale / cap > _FLOAT32.max / 2:
+        raise ValueError(
+            "softcap: expected None or a positive finite float32 that softmax_scale can be divided "
+            f"by; got {value!r}"
+        )
 
 
 def window(value: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
@@ -111,7 +117,10 @@ def number(name: str, value: float) -> float:
     """The value as a Python float. Tensors are refused: reading one would wait for the device."""
     if isinstance(value, Tensor | bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number; got {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: expected a float; got a larger integer") from None
 
 
 def flag(name: str, value: bool) -> None:

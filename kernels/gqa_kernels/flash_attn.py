@@ -221,8 +221,6 @@ def flash_attn_varlen_func(
             f"block_table: expected None; got {type(block_table).__name__}. Paged keys and values "
             "are not supported"
         )
-    _whole("max_seqlen_q", max_seqlen_q)
-    _whole("max_seqlen_k", max_seqlen_k)
     options = _options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         deterministic, return_attn_probs,
@@ -280,7 +278,6 @@ def flash_attn_varlen_qkvpacked_func(
         cu_seqlens: the bounds of queries and keys.
     """
     q, k, v = _parts("qkv", qkv, 3, "total, 3, nheads, headdim")
-    _whole("max_seqlen", max_seqlen)
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,

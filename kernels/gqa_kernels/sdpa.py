@@ -1,5 +1,6 @@
 """torch's scaled_dot_product_attention on this package's flash attention."""
 
+import torch
 from torch import Tensor
 
 from gqa_kernels import attention, checks
@@ -35,7 +36,7 @@ def scaled_dot_product_attention(
     Returns:
         out of query's shape and dtype: a view of a contiguous tensor whose second and third
         dimensions are exchanged, so that `out.transpose(1, 2)` is contiguous.
-    Numerics: as in `flash_attention`.
+    Numerics: as in `flash_attention`. Under torch.autocast inputs are cast to its dtype.
     Raises:
         TypeError, ValueError: an argument of another kind, dtype, shape or device.
         NotImplementedError: a mask, dropout, another head_dim, another number of dimensions.
@@ -53,6 +54,7 @@ def scaled_dot_product_attention(
     checks.flag("enable_gqa", enable_gqa)
     if scale is not None and not checks.number("scale", scale) > 0.0:
         raise ValueError(f"scale: expected a positive number, or None; got {scale!r}")
+    query, key, value = _autocast(query, key, value)
     _check(query, key, value, enable_gqa)
     window = None
     if is_causal:
@@ -73,6 +75,19 @@ def scaled_dot_product_attention(
         window=window,
     ).transpose(1, 2)
     return out.squeeze(heads) if without_heads else out
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under torch.autocast its dtype, as torch's own function does; float64 stays."""
+    if not isinstance(tensors[0], Tensor):
+        return tensors
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(
+        x.to(dtype) if isinstance(x, Tensor) and x.dtype in checks.FLOATS else x for x in tensors
+    )
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
