@@ -1,5 +1,7 @@
 """What is peculiar to the gradients of flash_attention."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -63,6 +65,22 @@ def test_lengths_that_cross_tile_borders(scores, draw):
 
         measured = compare(what, joined(kernel), joined(eager), joined(oracle))
         assert measured.ok, measured
+
+
+# FlashAttention's own: crossed on a GPU; in the interpreter each once, longer and shorter mixed.
+LENGTHS = (1, 3, 108, 113, 203, 239, 256, 799, 1023, 1024)
+PAIRS = tuple(itertools.product(LENGTHS, LENGTHS))
+SOME_PAIRS = ((1, 239), (799, 3), (108, 113), (113, 203), (256, 108))
+
+
+@pytest.mark.parametrize("lengths", PAIRS if torch.cuda.is_available() else SOME_PAIRS, ids=str)
+def test_the_lengths_of_flash_attention(lengths, draw):
+    q, k, v = (
+        draw(1, rows, heads, 16, dtype=torch.bfloat16)
+        for rows, heads in zip((lengths[0], lengths[1], lengths[1]), (2, 1, 1), strict=True)
+    )
+    assert_within_budget(q, k, v, causal=True)
+    assert_within_budget(q, k, v, window=(60, 15), softcap=15.0)
 
 
 @pytest.mark.parametrize("group_size", (1, 3, 5, 7, 8, 12))
