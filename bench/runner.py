@@ -107,6 +107,7 @@ class OpContest:
             "swiglu": ("gate",),
             "apply_rope": ("q", "k"),
             "flash_attention": ("q",),
+            "flash_attention_varlen": ("q",),
             "decode_attention": ("q",),
         }[self.op]
         generator = torch.Generator(self.device).manual_seed(1)

@@ -396,6 +396,9 @@ _STANDINS = {
     "fa3": {
         "_fa3": SimpleNamespace(
             flash_attn_func=reference.flash_attention,
+            flash_attn_varlen_func=lambda q, k, v, bounds_q, bounds_kv, *_, causal: (
+                reference.flash_attention_varlen(q, k, v, bounds_q, bounds_kv, causal=causal)
+            ),
             flash_attn_with_kvcache=lambda q, k, v, *, cache_seqlens, causal: (
                 reference.decode_attention(q, k, v, cache_seqlens)
             ),
