@@ -67,6 +67,13 @@ def test_lengths_that_cross_tile_borders(scores, draw):
         assert measured.ok, measured
 
 
+def test_windows_that_end_at_every_row_of_a_tile(draw):
+    """Among 16 neighbouring diagonals one has a key block's last query begin a tile."""
+    for seq_len_kv in range(40, 56):
+        q, k, v = (draw(1, n, 1, 16, dtype=torch.bfloat16) for n in (40, seq_len_kv, seq_len_kv))
+        assert_within_budget(q, k, v, window=(11, 6))
+
+
 # FlashAttention's own: crossed on a GPU; in the interpreter each once, longer and shorter mixed.
 LENGTHS = (1, 3, 108, 113, 203, 239, 256, 799, 1023, 1024)
 PAIRS = tuple(itertools.product(LENGTHS, LENGTHS))
