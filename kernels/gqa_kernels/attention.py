@@ -26,6 +26,8 @@ def _arguments(
         None if x is None else x.contiguous() for x in (*cu_seqlens, *constants)
     )
     softmax_scale = checks.softmax_scale(softmax_scale, q.shape[-1])
+    if cu_seqlens_q is None and q.shape[1] == 1:
+        window_right = None  # one query, the last: no key lies to its right
     # Nothing is as far away as 2³⁰ rows, and sums of two such distances fit 32 bits.
     window = (None if side is None else min(side, 2**30) for side in (window_left, window_right))
     softcap = None if softcap is None else float(softcap)

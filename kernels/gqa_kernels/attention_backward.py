@@ -357,8 +357,6 @@ def backward(
     packed = cu_seqlens_q is not None
     num_sequences = cu_seqlens_q.shape[0] - 1 if packed else None
     block_d = max(16, triton.next_power_of_2(head_dim))
-    if seq_len_q == 1 and not packed and window_right is not None:
-        window_right = None  # as in the forward pass
     neg_lse = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
     neg_delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
     shared = {

@@ -233,8 +233,6 @@ def forward(
     lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device) if need_lse else None
     block_d = max(16, triton.next_power_of_2(head_dim))
     num_sequences = cu_seqlens_q.shape[0] - 1 if packed else None
-    if seq_len_q == 1 and not packed and window_right is not None:
-        window_right = None  # one query, the last: no key lies to its right
     with target.device_of(q):
         gpu = target.current()
         config = configs.attention_config(
