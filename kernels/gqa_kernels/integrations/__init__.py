@@ -1,0 +1,1 @@
+"""Adapters for other packages, one file each, imported on request only."""
