@@ -15,8 +15,6 @@ sums in a fixed order. Saved for backward: h, weight and rstd (float32, one per 
 Widths up to 16384. A row whose elements are not contiguous is copied first.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -132,7 +130,7 @@ def _forward(
     dtype = torch.promote_types(x.dtype, weight.dtype)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     h = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device) if save_rstd else None
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) if save_rstd else None
     config = configs.row_config(configs.NORM_FORWARD, width)
     with target.device_of(x):
         _forward_kernel[(num_rows,)](
@@ -183,7 +181,7 @@ def _backward(
             dh_ptr=dh_rows,
             h_ptr=h_rows,
             weight_ptr=layout.contiguous_features(weight),
-            rstd_ptr=rstd,
+            rstd_ptr=rstd.contiguous(),
             dx_ptr=dx,
             partials_ptr=partials,
             dy_stride=dy_rows.stride(0),
@@ -232,8 +230,8 @@ def _launch(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def _fake(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, weight.dtype)
-    num_rows = math.prod(x.shape[:-1])
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(num_rows, dtype=torch.float32)
+    # One rstd per row, in the shape of the rows, so that it is sharded as they are.
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 def _add_launch(
