@@ -1,0 +1,284 @@
+"""How each op is sharded: rules for DTensor, `torch.distributed.tensor`.
+
+    from gqa_kernels import sharding
+    sharding.register()
+
+and the public functions take DTensors, forward and backward. Per dimension of the device mesh, the
+tensors of a call are all replicated or sharded on one of
+
+    rms_norm, add_rms_norm    any dimension but the last; the weight is replicated, its gradient is
+                              a partial sum
+    swiglu                    any dimension
+    apply_rope                the batch; the sequence, where positions are given; the heads; cos and
+                              sin are replicated
+    flash_attention           the batch; the heads
+    flash_attention_varlen    the heads
+    decode_attention          the batch; the heads
+
+Heads of attention are sharded where the key/value heads can be dealt out evenly, so that a query
+head stays beside the head that it reads; a single key/value head is replicated. Sinks and slopes
+follow the heads.
+
+A tensor in any other placement is redistributed, as everywhere in DTensor: `apply_rope` gathers
+nothing of a sharded sequence, attention does. What looks as though it could be sharded and cannot,
+is refused: a sequence without positions, heads that the mesh does not divide.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from math import prod
+from typing import Any, TypeAlias
+
+import torch
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.experimental import register_sharding
+from torch.distributed.tensor.placement_types import Placement
+
+# No public name lets a rule say which of an op's arguments it depends on.
+from torch.distributed.tensor._op_schema import RuntimeSchemaInfo  # isort: skip
+
+from gqa_kernels import attention, decode, glu, library, norm, rope  # noqa: F401, define the ops
+
+# A tensor argument as a rule sees it: shape, ndim, placements and mesh, without values.
+Spec: TypeAlias = Any
+# One way to shard a call on one dimension of a mesh: the outputs' placements, and the arguments' by
+# name. An argument that is not named is replicated.
+Sharding: TypeAlias = tuple[list[Placement], dict[str, Placement]]
+Rule: TypeAlias = Callable[..., Iterator[Sharding]]
+
+_BATCH, _SEQUENCE, _HEADS = 0, 1, 2  # of [batch, seq_len, num_heads, head_dim]
+
+
+def _where_needed(needed: bool, placement: Placement) -> Placement:
+    """An output's placement, or that of the empty tensor which stands for it."""
+    return placement if needed else Replicate()
+
+
+def _rms_norm(x: Spec, weight: Spec, eps: float) -> Iterator[Sharding]:
+    for dim in range(x.ndim - 1):
+        rows = Shard(dim)
+        yield [rows, rows], {"x": rows}
+
+
+def _add_rms_norm(x: Spec, residual: Spec, weight: Spec, eps: float) -> Iterator[Sharding]:
+    for dim in range(x.ndim - 1):
+        rows = Shard(dim)
+        yield [rows, rows, rows], {"x": rows, "residual": rows}
+
+
+def _rms_norm_backward(
+    dy: Spec,
+    dh: Spec | None,
+    h: Spec,
+    weight: Spec,
+    rstd: Spec,
+    need_dx: bool,
+    need_dweight: bool,
+) -> Iterator[Sharding]:
+    for dim in range(h.ndim - 1):
+        rows = Shard(dim)
+        outputs = [_where_needed(need_dx, rows), _where_needed(need_dweight, Partial())]
+        yield outputs, dict.fromkeys(("dy", "dh", "h", "rstd"), rows)
+
+
+def _swiglu(gate: Spec, up: Spec) -> Iterator[Sharding]:
+    for dim in range(gate.ndim):
+        yield [Shard(dim)], {"gate": Shard(dim), "up": Shard(dim)}
+
+
+def _swiglu_backward(
+    dy: Spec, gate: Spec, up: Spec, need_dgate: bool, need_dup: bool
+) -> Iterator[Sharding]:
+    for dim in range(gate.ndim):
+        same = Shard(dim)
+        outputs = [_where_needed(need_dgate, same), _where_needed(need_dup, same)]
+        yield outputs, {"dy": same, "gate": same, "up": same}
+
+
+def _apply_rope(
+    q: Spec, k: Spec, cos: Spec, sin: Spec, positions: Spec | None, interleaved: bool
+) -> Iterator[Sharding]:
+    if positions is None and _num_shards(_SEQUENCE, q, k) > 1:
+        raise NotImplementedError(
+            "positions: expected a tensor for q and k that are sharded on the sequence; got None"
+        )
+    yield from _rotations("q", "k", True, True, positions)
+
+
+def _apply_rope_backward(
+    dq: Spec | None,
+    dk: Spec | None,
+    cos: Spec,
+    sin: Spec,
+    positions: Spec | None,
+    interleaved: bool,
+) -> Iterator[Sharding]:
+    yield from _rotations("dq", "dk", dq is not None, dk is not None, positions)
+
+
+def _rotations(
+    q: str, k: str, has_q: bool, has_k: bool, positions: Spec | None
+) -> Iterator[Sharding]:
+    tokens = (_BATCH,) if positions is None else (_BATCH, _SEQUENCE)
+    for dim in tokens:
+        same = Shard(dim)
+        outputs = [_where_needed(has_q, same), _where_needed(has_k, same)]
+        yield outputs, {q: same, k: same, "positions": same}
+    heads = Shard(_HEADS)
+    q_heads = _where_needed(has_q, heads)
+    yield [q_heads, _where_needed(has_k, heads)], {q: heads, k: heads}
+    # A single key/value head cannot be sharded, the query heads can.
+    yield [q_heads, Replicate()], {q: heads}
+
+
+def _flash_attention(
+    q: Spec,
+    k: Spec,
+    v: Spec,
+    cu_seqlens_q: Spec | None,
+    sinks: Spec | None,
+    alibi_slopes: Spec | None,
+    **_: Any,
+) -> Iterator[Sharding]:
+    for layout in _attention_layouts(q, k, v, cu_seqlens_q, alibi_slopes):
+        yield [layout["out"], layout["lse"]], layout
+
+
+def _flash_attention_backward(
+    q: Spec,
+    k: Spec,
+    v: Spec,
+    cu_seqlens_q: Spec | None,
+    sinks: Spec | None,
+    alibi_slopes: Spec | None,
+    need_dq: bool,
+    need_dkdv: bool,
+    need_dsinks: bool,
+    **_: Any,
+) -> Iterator[Sharding]:
+    for layout in _attention_layouts(q, k, v, cu_seqlens_q, alibi_slopes):
+        # What several shards read has a gradient from each.
+        dk = dv = Partial() if layout["k"] == Replicate() else layout["k"]
+        dsinks = Partial() if layout["sinks"] == Replicate() else layout["sinks"]
+        outputs = [
+            _where_needed(need_dq, layout["q"]),
+            _where_needed(need_dkdv, dk),
+            _where_needed(need_dkdv, dv),
+            _where_needed(need_dsinks, dsinks),
+        ]
+        yield outputs, layout
+
+
+def _attention_layouts(
+    q: Spec, k: Spec, v: Spec, cu_seqlens_q: Spec | None, alibi_slopes: Spec | None
+) -> Iterator[dict[str, Placement]]:
+    """Every way to shard attention, as placements of all that its two passes read or write."""
+    packed = cu_seqlens_q is not None
+    per_sequence_slopes = alibi_slopes is not None and alibi_slopes.ndim == 2
+    if not packed:  # q, k and v are [batch, …], lse is [batch, num_q_heads, seq_len_q]
+        names = ("q", "k", "v", "out", "lse", "dout", "dlse", "key_ranges", "key_mask")
+        layout = dict.fromkeys(names, Shard(_BATCH))
+        layout["alibi_slopes"] = Shard(0) if per_sequence_slopes else Replicate()
+        layout["sinks"] = Replicate()
+        yield layout
+    head_dim = 1 if packed else _HEADS
+    kv_heads = _kv_heads(head_dim, q, k, v)
+    if kv_heads is not None:
+        layout = dict.fromkeys(("q", "out", "dout"), Shard(head_dim))
+        layout |= dict.fromkeys(("k", "v"), kv_heads)
+        layout |= dict.fromkeys(("lse", "dlse"), Shard(0 if packed else 1))
+        layout["sinks"] = Shard(0)
+        layout["alibi_slopes"] = Shard(1 if per_sequence_slopes else 0)
+        yield layout
+
+
+def _decode_attention(q: Spec, k_cache: Spec, v_cache: Spec, **_: Any) -> Iterator[Sharding]:
+    batch, heads = Shard(_BATCH), Shard(_HEADS)
+    names = ("q", "k_cache", "v_cache", "seq_lens", "key_ranges", "key_mask")
+    yield [batch], dict.fromkeys(names, batch)
+    kv_heads = _kv_heads(_HEADS, q, k_cache, v_cache)
+    if kv_heads is not None:
+        yield [heads], {"q": heads, "k_cache": kv_heads, "v_cache": kv_heads}
+
+
+def _num_shards(dim: int, *tensors: Spec) -> int:
+    """Into how many parts the mesh cuts dimension dim of one tensor or another."""
+    sizes = tensors[0].mesh.shape
+    placements = zip(*(x.placements for x in tensors), strict=True)
+    return prod(
+        size
+        for size, here in zip(sizes, placements, strict=True)
+        if any(placement.is_shard(dim) for placement in here)
+    )
+
+
+def _kv_heads(dim: int, q: Spec, k: Spec, v: Spec) -> Placement | None:
+    """The placement of the key/value heads beside query heads that are sharded on `dim`; None where
+    these cannot be.
+
+    Query head h reads key/value head h // group_size. In every shard that stays so only if all hold
+    as many key/value heads, whichever dimensions of the mesh shard them: a rule cannot tell which.
+
+    Raises:
+        NotImplementedError: the heads are sharded already, and cannot be.
+    """
+    num_kv_heads, mesh = k.shape[dim], tuple(k.mesh.shape)
+    if num_kv_heads == 1:
+        return Replicate()
+    divisors = {1}
+    for size in mesh:
+        divisors |= {divisor * size for divisor in divisors}
+    even = all(num_kv_heads % divisor == 0 for divisor in divisors if divisor <= num_kv_heads)
+    num_shards = _num_shards(dim, q, k, v)
+    if num_shards > 1 and (not even or num_kv_heads % num_shards):
+        raise NotImplementedError(
+            f"k: expected a number of heads that the dimensions of the mesh {mesh} divide, where "
+            f"heads are sharded; got {num_kv_heads}. Shard the batch, or replicate the tensors"
+        )
+    return Shard(dim) if even else None
+
+
+RULES: dict[str, Rule] = {
+    "rms_norm": _rms_norm,
+    "add_rms_norm": _add_rms_norm,
+    "rms_norm_backward": _rms_norm_backward,
+    "swiglu": _swiglu,
+    "swiglu_backward": _swiglu_backward,
+    "apply_rope": _apply_rope,
+    "apply_rope_backward": _apply_rope_backward,
+    "flash_attention": _flash_attention,
+    "flash_attention_backward": _flash_attention_backward,
+    "decode_attention": _decode_attention,
+}
+
+
+@cache
+def register() -> None:
+    """Teaches DTensor the ops of this package, for the whole process; again changes nothing."""
+    propagator = DTensor._op_dispatcher.sharding_propagator
+    for name, rule in RULES.items():
+        op = getattr(getattr(torch.ops, library.NAMESPACE), name).default
+        register_sharding(op)(_strategy(op, rule))
+        # DTensor keeps what it derived, by the tensors of a call and all that follows its first
+        # int. The rules and the outputs depend on more: which tensors are None, what is needed.
+        propagator.op_to_schema_info[op] = RuntimeSchemaInfo(static_argnum=0)
+
+
+def _strategy(op: torch._ops.OpOverload, rule: Rule) -> Callable[..., list]:
+    names = [argument.name for argument in op._schema.arguments]
+    num_outputs = len(op._schema.returns)
+
+    def strategy(*values: Any) -> list[tuple[list[Placement], list[Placement | None]]]:
+        arguments = dict(zip(names, values, strict=True))
+
+        def placements(named: dict[str, Placement]) -> list[Placement | None]:
+            return [
+                named.get(name, Replicate()) if hasattr(value, "placements") else None
+                for name, value in arguments.items()
+            ]
+
+        replicated = [Replicate()] * num_outputs, placements({})
+        sharded = [(outputs, placements(named)) for outputs, named in rule(**arguments)]
+        return [replicated, *sharded]
+
+    return strategy
