@@ -1,0 +1,261 @@
+"""This package's kernels behind torch.nn.functional.scaled_dot_product_attention itself.
+
+PyTorch 2.13 keeps a register of implementations of its flash attention. With this one active,
+models that call `F.scaled_dot_product_attention` run on `flash_attention` as they stand, gradients
+included, and so does `torch.nn.attention.varlen.varlen_attn`:
+
+    from gqa_kernels.integrations import torch_sdpa
+
+    torch_sdpa.register()
+    torch.nn.attention.activate_flash_attention_impl("gqa_kernels")
+    ...
+    torch.nn.attention.restore_flash_attention_impl()
+
+or, for a while, `with torch_sdpa.activated(): ...`. Either holds for the whole process.
+
+PyTorch goes on choosing what is given to flash attention: float16 and bfloat16 tensors on a GPU,
+head_dim up to 256, no mask, equal lengths where `is_causal`, and no other kernel preferred
+(`torch.nn.attention.sdpa_kernel` prefers). What it gives elsewhere, as calls with a mask or in
+float32, never comes here. What comes here and is not supported raises: dropout, the debug mask,
+and of varlen_attn's options seqused_k, block_table and num_splits above 1.
+
+Not tried on a GPU: there is none in the tests, which run the same functions registered for CPU
+tensors, so that dispatch, autograd and compilation are tested but PyTorch's choice is not.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import attention as torch_attention
+
+from gqa_kernels import attention
+
+__all__ = ["NAME", "activated", "register"]
+
+NAME = "gqa_kernels"
+
+
+def register() -> None:
+    """Enters this implementation in PyTorch's register; nothing is replaced by that.
+
+    Raises:
+        RuntimeError: this PyTorch has no such register.
+    """
+    if not hasattr(torch_attention, "restore_flash_attention_impl"):
+        raise RuntimeError(
+            "torch: expected 2.13 or newer, with torch.nn.attention.register_flash_attention_impl; "
+            f"got {torch.__version__}. gqa_kernels.scaled_dot_product_attention runs on it"
+        )
+    torch_attention.register_flash_attention_impl(NAME, register_fn=_Kernels)
+
+
+@contextmanager
+def activated() -> Iterator[None]:
+    """Registers and activates this implementation; at the end, what was active before.
+
+    Backward passes belong inside as well: a later one runs on what is active then.
+
+    Raises:
+        RuntimeError: as `register`.
+    """
+    register()
+    before = torch_attention.current_flash_attention_impl()
+    torch_attention.activate_flash_attention_impl(NAME)
+    try:
+        yield
+    finally:
+        if before is None:
+            torch_attention.restore_flash_attention_impl()
+        else:
+            torch_attention.activate_flash_attention_impl(before)
+
+
+class _Kernels:
+    """The functions below in the place of aten's, until removed."""
+
+    def __init__(self, dispatch_key: str = "CUDA") -> None:
+        self._library = torch.library.Library("aten", "IMPL", dispatch_key)
+        for function in (
+            _scaled_dot_product_flash_attention,
+            _scaled_dot_product_flash_attention_backward,
+            _flash_attention_forward,
+            _flash_attention_forward_no_dropout_inplace,
+            _flash_attention_backward,
+        ):
+            self._library.impl(function.__name__, function)
+
+    def remove(self) -> None:
+        self._library = None  # which ends its registrations
+
+
+# What follows has aten's names, signatures and results. `is_causal` means there what it means in
+# `flash_attention`: the mask ends in the bottom right corner. F.scaled_dot_product_attention, whose
+# mask begins in the top left one, gives only equal lengths to flash attention.
+
+
+def _scaled_dot_product_flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    return_debug_mask: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple:
+    """Of `[batch, num_heads, seq_len, head_dim]`."""
+    out, lse, *rest = _flash_attention_forward(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
+        None, None, query.shape[2], key.shape[2], dropout_p, is_causal, return_debug_mask,
+        scale=scale,
+    )  # fmt: skip
+    return out.transpose(1, 2), lse, None, None, query.shape[2], key.shape[2], *rest
+
+
+def _scaled_dot_product_flash_attention_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cum_seq_q: Tensor | None,
+    cum_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    philox_seed: Tensor,
+    philox_offset: Tensor,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, ...]:
+    grad_out, query, key, value, out = (
+        x.transpose(1, 2) for x in (grad_out, query, key, value, out)
+    )
+    grads = _flash_attention_backward(
+        grad_out, query, key, value, out, logsumexp, None, None, max_q, max_k,
+        dropout_p, is_causal, philox_seed, philox_offset, scale=scale,
+    )  # fmt: skip
+    return tuple(grad.transpose(1, 2) for grad in grads)
+
+
+def _flash_attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cum_seq_q: Tensor | None,
+    cum_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    return_debug_mask: bool,
+    *,
+    scale: float | None = None,
+    window_size_left: int | None = None,
+    window_size_right: int | None = None,
+    seqused_k: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    block_table: Tensor | None = None,
+    num_splits: int | None = None,
+) -> tuple[Tensor, ...]:
+    """Of `[batch, seq_len, num_heads, head_dim]`, or packed `[total, num_heads, head_dim]`."""
+    _refuse("dropout_p", dropout_p, 0.0)
+    _refuse("return_debug_mask", return_debug_mask, False)
+    _refuse("seqused_k", seqused_k, None)
+    _refuse("alibi_slopes", alibi_slopes, None)  # aten's backward function does not take them
+    _refuse("block_table", block_table, None)
+    _refuse("num_splits", num_splits, None, 0, 1)  # nothing is split here
+    packed = () if cum_seq_q is None and cum_seq_k is None else (cum_seq_q, cum_seq_k)
+    attend = attention.flash_attention_varlen if packed else attention.flash_attention
+    with torch.no_grad():  # aten records its own backward function
+        out, lse = attend(
+            query, key, value, *packed,
+            causal=is_causal,
+            softmax_scale=scale,
+            window=(_side(window_size_left), _side(window_size_right)),
+            return_lse=True,
+        )  # fmt: skip
+    # Nothing is drawn, so that these are read by nobody.
+    rng_state = torch.empty(2, dtype=torch.uint64, device=query.device)
+    unused = torch.empty((), dtype=torch.uint64, device=query.device)
+    return _strided_like(query, out), lse, rng_state, unused, query.new_empty(0)
+
+
+def _flash_attention_forward_no_dropout_inplace(
+    out: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Writes to out, and returns lse."""
+    result, lse, *_ = _flash_attention_forward(query, key, value, *args, **kwargs)
+    out.copy_(result)
+    return lse
+
+
+def _flash_attention_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cum_seq_q: Tensor | None,
+    cum_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    rng_state: Tensor,
+    unused: Tensor,
+    *,
+    scale: float | None = None,
+    window_size_left: int | None = None,
+    window_size_right: int | None = None,
+) -> tuple[Tensor, ...]:
+    _refuse("dropout_p", dropout_p, 0.0)
+    *grads, _ = attention._BACKWARD.launch(
+        dout=grad_out,
+        dlse=None,
+        q=query,
+        k=key,
+        v=value,
+        out=out.contiguous(),  # as the kernels wrote it
+        lse=logsumexp.contiguous(),
+        cu_seqlens_q=cum_seq_q,
+        cu_seqlens_kv=cum_seq_k,
+        sinks=None,
+        alibi_slopes=None,
+        softmax_scale=scale,
+        window_left=_side(window_size_left),
+        window_right=0 if is_causal else _side(window_size_right),
+        softcap=None,
+        need_dq=True,
+        need_dkdv=True,
+        need_dsinks=False,
+    )
+    return tuple(map(_strided_like, (query, key, value), grads))
+
+
+def _refuse(name: str, value: object, *supported: object) -> None:
+    if not any(value is x or (x is not None and value == x) for x in supported):
+        got = "a tensor" if isinstance(value, Tensor) else repr(value)
+        raise NotImplementedError(
+            f"{name}: expected {supported[0]!r}; got {got}. "
+            "torch.nn.attention.restore_flash_attention_impl() returns to PyTorch's own kernels"
+        )
+
+
+def _side(size: int | None) -> int | None:
+    return None if size is None or size < 0 else size
+
+
+def _strided_like(x: Tensor, result: Tensor) -> Tensor:
+    """result with the strides of `torch.empty_like(x)`, which compilers have been promised."""
+    promised = torch.empty_like(x, device="meta").stride()
+    sizes = zip(x.shape, promised, result.stride(), strict=True)
+    if all(size == 1 or want == got for size, want, got in sizes):
+        return result
+    return torch.empty_like(x).copy_(result)
