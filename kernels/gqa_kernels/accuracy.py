@@ -1,8 +1,11 @@
 """The error budget: how far a kernel may be from the truth, derived and never chosen.
 
-The truth is the reference evaluated in float64 on the very inputs of the kernel. The largest error
-of a kernel may be at most twice that of the same maths in eager PyTorch in the kernel's dtype,
-plus one rounding of the largest true value to that dtype.
+The truth is the reference evaluated in float64 on the very inputs of the kernel. The error of a
+kernel may be at most twice that of the same maths in eager PyTorch in the kernel's dtype, plus one
+rounding of the true value to that dtype. In 16 bits that is said of the largest error, which is a
+rounding. In float32 an error is a sum of many roundings, and the largest of them a chance that
+differs between two machines by more than a factor of two: there it is said of the root mean square,
+and the largest may be twice as much again.
 """
 
 from collections.abc import Callable
@@ -15,7 +18,7 @@ from gqa_kernels.spec import Case, OpSpec
 
 
 class Measured(NamedTuple):
-    """The largest error of one output or gradient, and what it may be."""
+    """The error of one output or gradient, and what it may be."""
 
     what: str
     error: float
@@ -49,10 +52,17 @@ def compare(what: str, actual: Tensor, eager: Tensor, oracle: Tensor) -> Measure
     if not finite.any():
         return Measured(what, 0.0, 0.0)
     truth = oracle[finite]
-    error = (actual[finite].double() - truth).abs().max().item()
-    eager_error = (eager[finite].double() - truth).abs().max().item()
-    rounding = 0.5 * torch.finfo(actual.dtype).eps * truth.abs().max().item()
-    return Measured(what, error, 2.0 * eager_error + rounding)
+    error, eager_error = (x[finite].double() - truth for x in (actual, eager))
+    rounding = 0.5 * torch.finfo(actual.dtype).eps
+
+    def measured(size: Callable[[Tensor], float]) -> Measured:
+        return Measured(what, size(error), 2.0 * size(eager_error) + rounding * size(truth))
+
+    largest = measured(lambda x: x.abs().max().item())
+    if actual.dtype != torch.float32:
+        return largest
+    allowed = largest._replace(budget=2.0 * largest.budget)
+    return measured(lambda x: x.square().mean().sqrt().item()) if allowed.ok else allowed
 
 
 def run(
