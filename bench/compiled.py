@@ -60,7 +60,14 @@ def _variants(spec: OpSpec) -> list[tuple[Case, torch.dtype]]:
                 for head_dim in HEAD_DIMS
                 for causal in (True, False)
             ]
-            scores = ({"window": (4096, None)}, {"softcap": 50.0}, {"alibi": True}, {"sinks": True})
+            scores = (
+                {"window": (4096, None)},
+                {"softcap": 50.0},
+                {"alibi": True},
+                {"sinks": True},
+                {"padded": True},
+                {"documents": 4},
+            )
             return [
                 *wide,
                 *(

@@ -32,6 +32,7 @@ ALLOWED = {
     **dict.fromkeys(OPS, KERNEL_PARTS),
     **dict.fromkeys(ATTENTION_KERNELS, KERNEL_PARTS | {"scores", "sequences"}),
     "attention": KERNEL_PARTS | ATTENTION_KERNELS,
+    "decode": KERNEL_PARTS | {"scores"},
     "flash_attn": {"attention", "checks"},
     "sdpa": {"attention", "checks"},
     "fused": OPS,

@@ -77,7 +77,16 @@ SIZES = {
 }
 # Arguments of the schemas that the table leaves to their defaults.
 DEFAULTS = {"eps": 1e-5, "softmax_scale": None, "window_right": 0} | dict.fromkeys(
-    ("cu_seqlens_q", "cu_seqlens_kv", "sinks", "alibi_slopes", "window_left", "softcap")
+    (
+        "cu_seqlens_q",
+        "cu_seqlens_kv",
+        "sinks",
+        "alibi_slopes",
+        "key_ranges",
+        "key_mask",
+        "window_left",
+        "softcap",
+    )
 )
 # A function whose op has another name: packed sequences are attention with bounds.
 OP_NAMES = {

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from gqa_kernels import attention_backward, attention_forward, checks, library
+from gqa_kernels import attention_backward, attention_forward, checks, layout, library
 
 
 def _arguments(
     q: Tensor,
     cu_seqlens: tuple[Tensor | None, Tensor | None],
     constants: tuple[Tensor | None, Tensor | None],
+    key_ranges: Tensor | None,
+    key_mask: Tensor | None,
     softmax_scale: float | None,
     window_left: int | None,
     window_right: int | None,
@@ -31,7 +33,10 @@ def _arguments(
     # Nothing is as far away as 2³⁰ rows, and sums of two such distances fit 32 bits.
     window = (None if side is None else min(side, 2**30) for side in (window_left, window_right))
     softcap = None if softcap is None else float(softcap)
-    return cu_seqlens_q, cu_seqlens_kv, sinks, alibi_slopes, softmax_scale, *window, softcap
+    return (
+        cu_seqlens_q, cu_seqlens_kv, sinks, alibi_slopes, key_ranges, layout.key_mask(key_mask),
+        softmax_scale, *window, softcap,
+    )  # fmt: skip
 
 
 def _batched(packed: bool, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -47,13 +52,15 @@ def _launch(
     cu_seqlens_kv: Tensor | None,
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
+    key_ranges: Tensor | None,
+    key_mask: Tensor | None,
     softmax_scale: float | None,
     window_left: int | None,
     window_right: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     return _forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_kv, sinks, alibi_slopes,
+        q, k, v, cu_seqlens_q, cu_seqlens_kv, sinks, alibi_slopes, key_ranges, key_mask,
         softmax_scale, window_left, window_right, softcap, need_lse=True,
     )  # fmt: skip
 
@@ -66,13 +73,17 @@ def _forward(
     cu_seqlens_kv: Tensor | None,
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
+    key_ranges: Tensor | None,
+    key_mask: Tensor | None,
     *scores: float | None,
     need_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     packed = cu_seqlens_q is not None
     out, lse = attention_forward.forward(
         *_batched(packed, q, k, v),
-        *_arguments(q, (cu_seqlens_q, cu_seqlens_kv), (sinks, alibi_slopes), *scores),
+        *_arguments(
+            q, (cu_seqlens_q, cu_seqlens_kv), (sinks, alibi_slopes), key_ranges, key_mask, *scores
+        ),
         need_lse=need_lse,
     )
     if packed:  # in place: a view could not be written to by the caller
@@ -104,6 +115,8 @@ def _backward_launch(
     cu_seqlens_kv: Tensor | None,
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
+    key_ranges: Tensor | None,
+    key_mask: Tensor | None,
     softmax_scale: float | None,
     window_left: int | None,
     window_right: int | None,
@@ -116,7 +129,7 @@ def _backward_launch(
     *grads, dsinks = attention_backward.backward(
         *_batched(packed, dout, dlse, q, k, v, out, lse),
         *_arguments(
-            q, (cu_seqlens_q, cu_seqlens_kv), (sinks, alibi_slopes),
+            q, (cu_seqlens_q, cu_seqlens_kv), (sinks, alibi_slopes), key_ranges, key_mask,
             softmax_scale, window_left, window_right, softcap,
         ),
         need_dq=need_dq,
@@ -153,21 +166,21 @@ _BACKWARD = library.Op("flash_attention_backward", _backward_launch, _backward_f
 
 
 def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens_q, cu_seqlens_kv, sinks, alibi_slopes, *ctx.scores = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_kv, sinks, alibi_slopes)
+    q, k, v, *constants, ctx.softmax_scale, ctx.left, ctx.right, ctx.softcap = inputs
+    ctx.save_for_backward(q, k, v, *output, *constants)
     ctx.set_materialize_grads(False)
 
 
 def _backward(
     ctx: FunctionCtx, dout: Tensor | None, dlse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_kv, sinks, alibi_slopes = ctx.saved_tensors
+    q, k, v, out, lse, *constants = ctx.saved_tensors
     need_dq, need_dk, need_dv, _, _, need_dsinks, *_ = ctx.needs_input_grad
     if dout is None and dlse is None:
-        return (None,) * 11
+        return (None,) * 13
     dq, dk, dv, dsinks = _BACKWARD(
         torch.zeros_like(out) if dout is None else dout, dlse, q, k, v, out, lse,
-        cu_seqlens_q, cu_seqlens_kv, sinks, alibi_slopes, *ctx.scores,
+        *constants, ctx.softmax_scale, ctx.left, ctx.right, ctx.softcap,
         need_dq, need_dk or need_dv, need_dsinks,
     )  # fmt: skip
     return (
@@ -177,7 +190,7 @@ def _backward(
         None,
         None,
         dsinks if need_dsinks else None,
-        *(None,) * 5,
+        *(None,) * 7,
     )
 
 
@@ -189,6 +202,8 @@ def _check(
     cu_seqlens_kv: Tensor | None,
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
+    key_ranges: Tensor | None,
+    key_mask: Tensor | None,
     softmax_scale: float | None,
     window_left: int | None,
     window_right: int | None,
@@ -227,6 +242,9 @@ def _check(
         checks.tensor("alibi_slopes", alibi_slopes, dtypes=(torch.float32,), like=("q", q))
         shape = (num_sequences, num_q_heads) if alibi_slopes.dim() == 2 else (num_q_heads,)
         checks.tensor("alibi_slopes", alibi_slopes, dtypes=(torch.float32,), shape=shape)
+    if cu_seqlens_q is not None and (key_ranges is not None or key_mask is not None):
+        raise ValueError("key_ranges, key_mask: expected None with cu_seqlens_q; got one of them")
+    checks.key_limits(key_ranges, key_mask, (num_sequences, q.shape[1], k.shape[1]), like=("q", q))
 
 
 def _setup_after_checking_constants(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
@@ -257,6 +275,8 @@ def _attend(
     softcap: float | None,
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
+    key_ranges: Tensor | None,
+    key_mask: Tensor | None,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     checks.flag("causal", causal)
@@ -264,7 +284,7 @@ def _attend(
     window_left, window_right = checks.window(window)
     if causal:
         window_right = 0
-    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_kv, sinks, alibi_slopes)
+    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_kv, sinks, alibi_slopes, key_ranges, key_mask)
     scores = (softmax_scale, window_left, window_right, softcap)
     if library.is_traced(*tensors):
         out, lse = _OP.dispatched(*tensors, *scores)
@@ -288,6 +308,8 @@ def flash_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    key_ranges: Tensor | None = None,
+    key_mask: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention with grouped heads; formula and sources: `reference.flash_attention`.
@@ -306,6 +328,11 @@ def flash_attention(
             whose value is 0; finite, or −inf for none. Differentiable.
         alibi_slopes: float32 `[num_q_heads]` or `[batch, num_q_heads]`; scores become
             score − slope · |p − j|. A constant.
+        key_ranges: int32 or int64 `[batch, seq_len_q, 2]`, any strides: (first, end) of the keys
+            that each query may see, first ≤ j < end, beside all else. Ranges may be empty and may
+            reach beyond the keys. Read on the device; tiles outside all ranges are not visited.
+        key_mask: bool, uint8, int32 or int64 `[batch, seq_len_kv]`; a key with 0 is hidden from
+            every query. Hidden keys and values must be finite: 0 · NaN is NaN.
         return_lse: also return the natural-log lse, float32 `[batch, num_q_heads, seq_len_q]`.
             Differentiable.
     Returns:
@@ -322,7 +349,8 @@ def flash_attention(
     """
     return _attend(
         q, k, v, None, None,
-        causal, softmax_scale, window, softcap, sinks, alibi_slopes, return_lse,
+        causal, softmax_scale, window, softcap, sinks, alibi_slopes, key_ranges, key_mask,
+        return_lse,
     )  # fmt: skip
 
 
@@ -364,5 +392,5 @@ def flash_attention_varlen(
             raise TypeError(f"{name}: expected a torch.Tensor; got {type(bounds).__name__}")
     return _attend(
         q, k, v, cu_seqlens_q, cu_seqlens_kv,
-        causal, softmax_scale, window, softcap, sinks, alibi_slopes, return_lse,
+        causal, softmax_scale, window, softcap, sinks, alibi_slopes, None, None, return_lse,
     )  # fmt: skip

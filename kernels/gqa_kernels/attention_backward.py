@@ -20,7 +20,16 @@ import triton.language as tl
 from torch import Tensor
 
 from gqa_kernels import configs, layout, sequences, target
-from gqa_kernels.scores import add_bias, cap, cap_derivative, key_tiles, load_slope, mask
+from gqa_kernels.scores import (
+    add_bias,
+    cap,
+    cap_derivative,
+    key_tiles,
+    load_ranges,
+    load_slope,
+    mask,
+    rows_that_see,
+)
 from gqa_kernels.sequences import locate
 from gqa_kernels.tiles import LOG2_E, load_rows, store_rows
 
@@ -103,11 +112,15 @@ def _dkdv_kernel(
     cu_seqlens_q_ptr,
     cu_seqlens_kv_ptr,
     alibi_slopes_ptr,
+    key_ranges_ptr,
+    key_mask_ptr,
     q_strides,
     k_strides,
     v_strides,
     dout_strides,
     alibi_stride,
+    key_ranges_strides,
+    key_mask_stride,
     num_sequences,
     seq_len_q,
     seq_len_kv,
@@ -122,6 +135,7 @@ def _dkdv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    RANGES_BLOCK: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     """One program sums the gradients of BLOCK_N keys and values over all heads of a group."""
@@ -149,6 +163,15 @@ def _dkdv_kernel(
         first_tile = tl.maximum(start_n - window_right - diagonal, 0) // BLOCK_M
     if window_left is not None:
         end_query = tl.minimum(end_query, start_n + BLOCK_N + window_left - diagonal)
+    if key_ranges_ptr is not None:
+        first_row, end_row = rows_that_see(
+            start_n, start_n + BLOCK_N, key_ranges_ptr, key_ranges_strides, batch,
+            seq_len_q, seq_len_kv, RANGES_BLOCK,
+        )  # fmt: skip
+        first_tile = tl.maximum(first_tile, first_row // BLOCK_M)
+        end_query = tl.minimum(end_query, end_row)
+    if key_mask_ptr is not None:
+        key_mask_ptr += batch_64 * key_mask_stride
     num_tiles = tl.maximum(tl.cdiv(tl.maximum(end_query, 0), BLOCK_M) - first_tile, 0)
 
     exponent_scale = score_unit * LOG2_E
@@ -179,9 +202,18 @@ def _dkdv_kernel(
         scores, capped = _scores_less_lse(
             key, query.T, neg_lse[None, :], own_keys, keys, cap_scale, slope
         )  # [BLOCK_N, BLOCK_M]
+        first_keys, end_keys = load_ranges(
+            key_ranges_ptr, key_ranges_strides, batch, queries, seq_len_q, seq_len_kv
+        )
+        if first_keys is not None:
+            first_keys, end_keys = first_keys[None, :], end_keys[None, :]
+        LIMITED: tl.constexpr = first_keys is not None or key_mask_ptr is not None
         # Keys that do not exist have rows of their own, which are not stored.
-        if window_left is not None or window_right is not None:
-            scores = mask(scores, own_keys, keys, seq_len_kv, window_left, window_right)
+        if window_left is not None or window_right is not None or LIMITED:
+            scores = mask(
+                scores, own_keys, keys, seq_len_kv, window_left, window_right,
+                first_keys, end_keys, key_mask_ptr,
+            )  # fmt: skip
         weights = tl.math.exp2(scores * exponent_scale)
         dv = tl.dot(weights.to(d_out.dtype), d_out, dv, input_precision="ieee")
         d_weights = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32) + neg_delta[None, :]
@@ -212,6 +244,9 @@ def _walk_keys(
     neg_delta,
     window_left,
     window_right,
+    first_keys,
+    end_keys,
+    key_mask_ptr,
     cap_scale,
     slope,
     exponent_scale,
@@ -232,7 +267,10 @@ def _walk_keys(
         keys = start + tl.arange(0, BLOCK_N)[None, :]
         scores, capped = _scores_less_lse(q, key.T, neg_lse, own_keys, keys, cap_scale, slope)
         if MASKED:
-            scores = mask(scores, own_keys, keys, seq_len_kv, window_left, window_right)
+            scores = mask(
+                scores, own_keys, keys, seq_len_kv, window_left, window_right,
+                first_keys, end_keys, key_mask_ptr,
+            )  # fmt: skip
         weights = tl.math.exp2(scores * exponent_scale)
         d_weights = tl.zeros(weights.shape, dtype=tl.float32) + neg_delta
         d_scores = weights * tl.dot(d_out, value.T, d_weights, input_precision="ieee")
@@ -256,11 +294,15 @@ def _dq_kernel(
     cu_seqlens_q_ptr,
     cu_seqlens_kv_ptr,
     alibi_slopes_ptr,
+    key_ranges_ptr,
+    key_mask_ptr,
     q_strides,
     k_strides,
     v_strides,
     dout_strides,
     alibi_stride,
+    key_ranges_strides,
+    key_mask_stride,
     num_sequences,
     seq_len_q,
     seq_len_kv,
@@ -303,23 +345,31 @@ def _dq_kernel(
 
     first_own_key = start_m + seq_len_kv - seq_len_q
     own_keys = (first_own_key + tl.arange(0, BLOCK_M))[:, None]
-    first_tile, num_tiles, num_free = key_tiles(
-        first_own_key, seq_len_kv, window_left, window_right, BLOCK_M, BLOCK_N
+    first_keys, end_keys = load_ranges(
+        key_ranges_ptr, key_ranges_strides, batch, queries, seq_len_q, seq_len_kv
     )
+    if key_mask_ptr is not None:
+        key_mask_ptr += batch_64 * key_mask_stride
+    first_tile, num_tiles, num_free = key_tiles(
+        first_own_key, seq_len_kv, window_left, window_right, first_keys, end_keys, key_mask_ptr,
+        BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    if first_keys is not None:
+        first_keys, end_keys = first_keys[:, None], end_keys[:, None]
     slope = load_slope(alibi_slopes_ptr, alibi_stride, sequence, head, score_unit)
     exponent_scale = score_unit * LOG2_E
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    if window_left is None:
+    if window_left is None and first_keys is None and key_mask_ptr is None:
         dq = _walk_keys(
             q, d_out, k_ptr, v_ptr, k_strides[1], v_strides[1], seq_len_kv, own_keys,
-            neg_lse, neg_delta, window_left, window_right, cap_scale, slope, exponent_scale, dq,
-            first_tile, num_free,
+            neg_lse, neg_delta, window_left, window_right, first_keys, end_keys, key_mask_ptr,
+            cap_scale, slope, exponent_scale, dq, first_tile, num_free,
             False, HEAD_DIM, BLOCK_N, BLOCK_D, NUM_STAGES,
         )  # fmt: skip
     dq = _walk_keys(
         q, d_out, k_ptr, v_ptr, k_strides[1], v_strides[1], seq_len_kv, own_keys,
-        neg_lse, neg_delta, window_left, window_right, cap_scale, slope, exponent_scale, dq,
-        first_tile + num_free, num_tiles - num_free,
+        neg_lse, neg_delta, window_left, window_right, first_keys, end_keys, key_mask_ptr,
+        cap_scale, slope, exponent_scale, dq, first_tile + num_free, num_tiles - num_free,
         True, HEAD_DIM, BLOCK_N, BLOCK_D, NUM_STAGES,
     )  # fmt: skip
     dq_ptr += ((batch_64 * rows_q + first_q) * num_q_heads + head) * HEAD_DIM
@@ -341,6 +391,8 @@ def backward(
     cu_seqlens_kv: Tensor | None,
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
+    key_ranges: Tensor | None,
+    key_mask: Tensor | None,
     softmax_scale: float,
     window_left: int | None,
     window_right: int | None,
@@ -365,11 +417,15 @@ def backward(
         "cu_seqlens_q_ptr": cu_seqlens_q,
         "cu_seqlens_kv_ptr": cu_seqlens_kv,
         "alibi_slopes_ptr": alibi_slopes,
+        "key_ranges_ptr": key_ranges,
+        "key_mask_ptr": key_mask,
         "q_strides": q.stride()[:3],
         "k_strides": k.stride()[:3],
         "v_strides": v.stride()[:3],
         "dout_strides": dout.stride()[:3],
         "alibi_stride": layout.sequence_stride(alibi_slopes),
+        "key_ranges_strides": None if key_ranges is None else key_ranges.stride(),
+        "key_mask_stride": None if key_mask is None else key_mask.stride(0),
         "num_sequences": num_sequences,
         "seq_len_q": seq_len_q,
         "seq_len_kv": seq_len_kv,
@@ -434,6 +490,7 @@ def backward(
                 dk_ptr=dk,
                 dv_ptr=dv,
                 num_kv_heads=num_kv_heads,
+                RANGES_BLOCK=configs.ATTENTION_RANGES_BLOCK,
                 **shared,
                 **numbers,
             )

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gqa_kernels import configs, layout, sequences, target
-from gqa_kernels.scores import add_bias, cap, key_tiles, load_slope, mask
+from gqa_kernels.scores import add_bias, cap, key_tiles, load_ranges, load_slope, mask
 from gqa_kernels.sequences import locate
 from gqa_kernels.tiles import (
     LOG2_E,
@@ -42,6 +42,9 @@ def _walk(
     own_keys,
     window_left,
     window_right,
+    first_keys,
+    end_keys,
+    key_mask_ptr,
     cap_scale,
     slope,
     exponent_scale,
@@ -82,8 +85,9 @@ def _walk(
         scores = add_bias(cap(next_scores, cap_scale), own_keys[:, None], keys[None, :], slope)
         if MASKED:
             scores = mask(
-                scores, own_keys[:, None], keys[None, :], seq_len_kv, window_left, window_right
-            )
+                scores, own_keys[:, None], keys[None, :], seq_len_kv, window_left, window_right,
+                first_keys, end_keys, key_mask_ptr,
+            )  # fmt: skip
     return scores, running_max, running_sum, accumulator
 
 
@@ -100,10 +104,14 @@ def _forward_kernel(
     cu_seqlens_kv_ptr,
     sinks_ptr,
     alibi_slopes_ptr,
+    key_ranges_ptr,
+    key_mask_ptr,
     q_strides,
     k_strides,
     v_strides,
     alibi_stride,
+    key_ranges_strides,
+    key_mask_stride,
     num_sequences,
     seq_len_q,
     seq_len_kv,
@@ -141,9 +149,18 @@ def _forward_kernel(
 
     first_own_key = block * BLOCK_M + seq_len_kv - seq_len_q
     own_keys = first_own_key + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    first_tile, num_tiles, num_free = key_tiles(
-        first_own_key, seq_len_kv, window_left, window_right, BLOCK_M, BLOCK_N
+    queries = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_keys, end_keys = load_ranges(
+        key_ranges_ptr, key_ranges_strides, batch, queries, seq_len_q, seq_len_kv
     )
+    if key_mask_ptr is not None:
+        key_mask_ptr += batch_64 * key_mask_stride
+    first_tile, num_tiles, num_free = key_tiles(
+        first_own_key, seq_len_kv, window_left, window_right, first_keys, end_keys, key_mask_ptr,
+        BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    if first_keys is not None:
+        first_keys, end_keys = first_keys[:, None], end_keys[:, None]
     slope = load_slope(alibi_slopes_ptr, alibi_stride, sequence, head, score_unit)
     exponent_scale = score_unit * LOG2_E
     running_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
@@ -162,20 +179,26 @@ def _forward_kernel(
     keys = last_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     scores = cap(tl.dot(q, key.T, input_precision="ieee"), cap_scale)  # [BLOCK_M, BLOCK_N]
     scores = add_bias(scores, own_keys[:, None], keys[None, :], slope)
-    scores = mask(scores, own_keys[:, None], keys[None, :], seq_len_kv, window_left, window_right)
-    if window_left is not None or window_right is not None:
+    scores = mask(
+        scores, own_keys[:, None], keys[None, :], seq_len_kv, window_left, window_right,
+        first_keys, end_keys, key_mask_ptr,
+    )  # fmt: skip
+    LIMITED: tl.constexpr = first_keys is not None or key_mask_ptr is not None
+    if window_left is not None or window_right is not None or LIMITED:
         num_masked = num_tiles - 1 - num_free
         scores, running_max, running_sum, accumulator = _walk(
             q, k, v, k_strides[1], v_strides[1], batch, kv_head, seq_len_kv, own_keys,
-            window_left, window_right, cap_scale, slope, exponent_scale,
+            window_left, window_right, first_keys, end_keys, key_mask_ptr,
+            cap_scale, slope, exponent_scale,
             scores, running_max, running_sum, accumulator, last_tile, num_masked,
             True, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA, NUM_STAGES,
         )  # fmt: skip
         last_tile -= num_masked
-    if window_left is None:
+    if window_left is None and not LIMITED:
         scores, running_max, running_sum, accumulator = _walk(
             q, k, v, k_strides[1], v_strides[1], batch, kv_head, seq_len_kv, own_keys,
-            window_left, window_right, cap_scale, slope, exponent_scale,
+            window_left, window_right, first_keys, end_keys, key_mask_ptr,
+            cap_scale, slope, exponent_scale,
             scores, running_max, running_sum, accumulator, last_tile, num_free,
             False, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA, NUM_STAGES,
         )  # fmt: skip
@@ -195,7 +218,6 @@ def _forward_kernel(
         out_ptr, num_q_heads * HEAD_DIM, block * BLOCK_M, seq_len_q, out, HEAD_DIM, BLOCK_M, BLOCK_D
     )
     if lse_ptr is not None:
-        queries = block * BLOCK_M + tl.arange(0, BLOCK_M)
         lse_ptr += (batch_64 * num_q_heads + head) * rows_per_batch + first_q
         tl.store(lse_ptr + queries, lse, mask=queries < seq_len_q)
 
@@ -208,6 +230,8 @@ def forward(
     cu_seqlens_kv: Tensor | None,
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
+    key_ranges: Tensor | None,
+    key_mask: Tensor | None,
     softmax_scale: float,
     window_left: int | None,
     window_right: int | None,
@@ -252,10 +276,14 @@ def forward(
             cu_seqlens_kv_ptr=cu_seqlens_kv,
             sinks_ptr=sinks,
             alibi_slopes_ptr=alibi_slopes,
+            key_ranges_ptr=key_ranges,
+            key_mask_ptr=key_mask,
             q_strides=q.stride()[:3],
             k_strides=k.stride()[:3],
             v_strides=v.stride()[:3],
             alibi_stride=layout.sequence_stride(alibi_slopes),
+            key_ranges_strides=None if key_ranges is None else key_ranges.stride(),
+            key_mask_stride=None if key_mask is None else key_mask.stride(0),
             num_sequences=num_sequences,
             seq_len_q=seq_len_q,
             seq_len_kv=seq_len_kv,

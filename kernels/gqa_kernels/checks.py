@@ -70,6 +70,23 @@ def _matches(actual: torch.Size, expected: tuple[int | str | None, ...]) -> bool
     )
 
 
+def key_limits(
+    key_ranges: Tensor | None,
+    key_mask: Tensor | None,
+    sizes: tuple[int, int, int],
+    *,
+    like: tuple[str, Tensor],
+) -> None:
+    """Which keys may be seen; `sizes` are (batch, number of queries, number of keys)."""
+    batch, num_queries, num_keys = sizes
+    if key_ranges is not None:
+        shape = (batch, num_queries, 2)
+        tensor("key_ranges", key_ranges, dtypes=INTS, shape=shape, like=like)
+    if key_mask is not None:
+        dtypes = (torch.bool, torch.uint8, *INTS)
+        tensor("key_mask", key_mask, dtypes=dtypes, shape=(batch, num_keys), like=like)
+
+
 def same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.dtype != other.dtype:
         raise TypeError(f"{name}: expected {other_name}'s dtype {other.dtype}; got {value.dtype}")

@@ -122,6 +122,7 @@ ATTENTION_DQ = (
 # Memory-bound, as the row kernels are.
 ATTENTION_PREPARE_BLOCK = 64
 ATTENTION_PREPARE_NUM_WARPS = 4
+ATTENTION_RANGES_BLOCK = 256  # ranges that a program reads at a time, to find the queries it has
 
 
 def attention_config(

@@ -9,7 +9,8 @@ tile), so that K and V are read once; one program of the second combines one que
 results, in order. Lengths are read on the device only. Chunks do not depend on the batch: a
 sequence's result has the same bits whatever else is decoded with it.
 
-Entries beyond a sequence's length are never loaded.
+Entries beyond a sequence's length are never loaded. Within it, each new token may have a range of
+keys of its own and keys may be hidden from all of them.
 """
 
 from typing import Any, NoReturn
@@ -20,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gqa_kernels import checks, configs, layout, library, target
+from gqa_kernels.scores import load_ranges, mask
 from gqa_kernels.tiles import LOG2_E, finish_softmax, load_rows, online_softmax_step
 
 MAX_NEW_TOKENS = 16
@@ -38,12 +40,16 @@ def _partial_kernel(
     k_ptr,
     v_ptr,
     seq_lens_ptr,
+    key_ranges_ptr,
+    key_mask_ptr,
     out_ptr,
     lse_ptr,
     q_strides,
     k_strides,
     v_strides,
     seq_lens_stride,
+    key_ranges_strides,
+    key_mask_stride,
     capacity,
     num_splits,
     softmax_scale,
@@ -80,6 +86,13 @@ def _partial_kernel(
     q_mask = exists[:, None] & (columns < HEAD_DIM)
     q = tl.load(q_ptrs[:, None] + columns, mask=q_mask, other=0.0)  # [BLOCK_M, BLOCK_D]
     last_key = seq_len - SEQ_LEN_Q + token  # [BLOCK_M]
+    first_keys, end_keys = load_ranges(
+        key_ranges_ptr, key_ranges_strides, batch, token, SEQ_LEN_Q, seq_len
+    )
+    if first_keys is not None:
+        first_keys, end_keys = first_keys[:, None], end_keys[:, None]
+    if key_mask_ptr is not None:
+        key_mask_ptr += batch * key_mask_stride
 
     k_ptr += batch * k_strides[0] + kv_head.to(tl.int64) * k_strides[2]
     v_ptr += batch * v_strides[0] + kv_head.to(tl.int64) * v_strides[2]
@@ -91,8 +104,10 @@ def _partial_kernel(
         key = load_rows(k_ptr, k_strides[1], tile, end, HEAD_DIM, BLOCK_N, BLOCK_D)
         scores = tl.dot(q, key.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         keys = tile + tl.arange(0, BLOCK_N)[None, :]
-        # A tile reaches beyond its chunk only at the end of the sequence, where last_key cuts it.
-        scores = tl.where(keys <= last_key[:, None], scores, -float("inf"))
+        # A tile reaches beyond its chunk only at the end of the sequence.
+        scores = mask(
+            scores, last_key[:, None], keys, seq_len, None, 0, first_keys, end_keys, key_mask_ptr
+        )
         weights, running_max, running_sum, accumulator = online_softmax_step(
             scores, running_max, running_sum, accumulator, exponent_scale
         )
@@ -146,7 +161,13 @@ def _combine_kernel(
 
 
 def _forward(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, softmax_scale: float | None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    key_ranges: Tensor | None,
+    key_mask: Tensor | None,
+    softmax_scale: float | None,
 ) -> Tensor:
     q, k_cache, v_cache = map(layout.contiguous_features, (q, k_cache, v_cache))
     batch, seq_len_q, num_q_heads, head_dim = q.shape
@@ -155,6 +176,7 @@ def _forward(
         return q.new_zeros(q.shape)
     chunk = configs.decode_chunk(capacity)
     num_splits = triton.cdiv(capacity, chunk)
+    key_mask = layout.key_mask(key_mask)
     num_queries = batch * seq_len_q * num_q_heads
     num_rows = seq_len_q * (num_q_heads // num_kv_heads)
     config = configs.DECODE_TILES[q.element_size()]
@@ -169,12 +191,16 @@ def _forward(
             k_ptr=k_cache,
             v_ptr=v_cache,
             seq_lens_ptr=seq_lens,
+            key_ranges_ptr=key_ranges,
+            key_mask_ptr=key_mask,
             out_ptr=partial,
             lse_ptr=lse,
             q_strides=q.stride()[:3],
             k_strides=k_cache.stride()[:3],
             v_strides=v_cache.stride()[:3],
             seq_lens_stride=seq_lens.stride(0),
+            key_ranges_strides=None if key_ranges is None else key_ranges.stride(),
+            key_mask_stride=None if key_mask is None else key_mask.stride(0),
             capacity=capacity,
             num_splits=num_splits,
             softmax_scale=head_dim**-0.5 if softmax_scale is None else float(softmax_scale),
@@ -211,7 +237,13 @@ def _forward(
 
 
 def _check(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, softmax_scale: float | None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    key_ranges: Tensor | None,
+    key_mask: Tensor | None,
+    softmax_scale: float | None,
 ) -> None:
     checks.tensor("q", q, shape=("batch", "seq_len_q", "num_q_heads", "head_dim"))
     batch, seq_len_q, num_q_heads, head_dim = q.shape
@@ -221,6 +253,7 @@ def _check(
     checks.same_dtype("k_cache", k_cache, "q", q)
     checks.same_dtype("v_cache", v_cache, "q", q)
     checks.tensor("seq_lens", seq_lens, dtypes=checks.INTS, shape=(batch,), like=("q", q))
+    checks.key_limits(key_ranges, key_mask, (batch, seq_len_q, k_cache.shape[1]), like=("q", q))
     checks.attention_heads(num_q_heads, k_cache.shape[2], head_dim)
     checks.softmax_scale(softmax_scale, head_dim)
     if not 1 <= seq_len_q <= MAX_NEW_TOKENS:
@@ -230,9 +263,7 @@ def _check(
             raise ValueError(f"{name}: expected contiguous features; got strides {x.stride()}")
 
 
-def _fake(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, softmax_scale: float | None
-) -> Tensor:
+def _fake(q: Tensor, *_: object) -> Tensor:
     return q.new_empty(q.shape)
 
 
@@ -260,6 +291,8 @@ def decode_attention(
     seq_lens: Tensor,
     *,
     softmax_scale: float | None = None,
+    key_ranges: Tensor | None = None,
+    key_mask: Tensor | None = None,
 ) -> Tensor:
     """Attention of each sequence's last tokens over its cache; see `reference.decode_attention`.
 
@@ -271,6 +304,7 @@ def decode_attention(
         seq_lens: int32 or int64 `[batch]` in [0, max_seq_len], the new tokens included. Read on
             the device; a length above max_seq_len counts as max_seq_len.
         softmax_scale: positive; None means 1 / sqrt(head_dim).
+        key_ranges, key_mask: as in `flash_attention`, with max_seq_len for seq_len_kv.
     Returns:
         `[batch, seq_len_q, num_q_heads, head_dim]`, contiguous; 0 where a query sees no key.
     Raises:
@@ -279,9 +313,10 @@ def decode_attention(
             gradient: a cache has none.
         RuntimeError: q is not on a GPU that Triton drives.
     """
-    if library.is_traced(q, k_cache, v_cache, seq_lens):
-        return _DECODE_ATTENTION.dispatched(q, k_cache, v_cache, seq_lens, softmax_scale)
-    _check(q, k_cache, v_cache, seq_lens, softmax_scale)
+    tensors = (q, k_cache, v_cache, seq_lens, key_ranges, key_mask)
+    if library.is_traced(*tensors):
+        return _DECODE_ATTENTION.dispatched(*tensors, softmax_scale)
+    _check(*tensors, softmax_scale)
     if library.needs_graph(q, k_cache, v_cache):
         _refuse_gradient()
-    return _forward(q, k_cache, v_cache, seq_lens, softmax_scale)
+    return _forward(*tensors, softmax_scale)

@@ -1,5 +1,6 @@
 """Views of tensors that the kernels can address by strides."""
 
+import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -33,3 +34,11 @@ def descriptor(x: Tensor, block_rows: int, block_features: int) -> TensorDescrip
 def sequence_stride(per_head: Tensor | None) -> int:
     """The distance between the rows of `[num_heads]` or `[num_sequences, num_heads]`."""
     return per_head.stride(0) if per_head is not None and per_head.dim() == 2 else 0
+
+
+def key_mask(mask: Tensor | None) -> Tensor | None:
+    """`[batch, num_keys]` as bytes or whole numbers, contiguous along the keys."""
+    if mask is None:
+        return None
+    mask = contiguous_features(mask)
+    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask

@@ -141,6 +141,19 @@ def _attend(
     return (weights.to(v.dtype) @ v).transpose(1, 2), lse
 
 
+def _in_range(key_ranges: Tensor | None, key: Tensor) -> Tensor | None:
+    """`[batch, 1, seq_len_q, seq_len_kv]`: whether a key lies in a query's range."""
+    if key_ranges is None:
+        return None
+    first, end = key_ranges[:, None, :, :1], key_ranges[:, None, :, 1:]
+    return (key >= first) & (key < end)
+
+
+def _nonzero(key_mask: Tensor | None) -> Tensor | None:
+    """`[batch, 1, 1, seq_len_kv]`: whether a key is shown at all."""
+    return None if key_mask is None else (key_mask != 0)[:, None, None]
+
+
 def flash_attention(
     q: Tensor,
     k: Tensor,
@@ -152,6 +165,8 @@ def flash_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    key_ranges: Tensor | None = None,
+    key_mask: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention with grouped key/value heads.
@@ -176,6 +191,9 @@ def flash_attention(
         softcap: positive.
         sinks: `[num_q_heads]`: the score of one more key per head, whose value is 0.
         alibi_slopes: `[num_q_heads]` or `[batch, num_q_heads]`, a constant.
+        key_ranges: `[batch, seq_len_q, 2]`: (first, end) of the keys that each query may see,
+            first ≤ j < end, beside all else. An empty range sees no key.
+        key_mask: `[batch, seq_len_kv]`: a key with 0 is hidden from every query.
         return_lse: also return lse.
     Returns:
         out `[batch, seq_len_q, num_q_heads, head_dim]`, and with `return_lse` the natural-log
@@ -197,6 +215,9 @@ def flash_attention(
             visible &= key >= own_key - left
         if right is not None:
             visible &= key <= own_key + right
+    for limit in (_in_range(key_ranges, key), _nonzero(key_mask)):
+        if limit is not None:
+            visible = limit if visible is None else visible & limit
     bias = None
     if alibi_slopes is not None:
         bias = -alibi_slopes[..., None, None] * (own_key - key).abs()
@@ -271,6 +292,8 @@ def decode_attention(
     seq_lens: Tensor,
     *,
     softmax_scale: float | None = None,
+    key_ranges: Tensor | None = None,
+    key_mask: Tensor | None = None,
 ) -> Tensor:
     """Attention of the last 1…16 tokens of each sequence over its key/value cache.
 
@@ -284,6 +307,7 @@ def decode_attention(
         seq_lens: int32 or int64 `[batch]`, in [0, max_seq_len], on q's device; read there only.
             A length above max_seq_len counts as max_seq_len.
         softmax_scale: positive; None means 1 / sqrt(head_dim).
+        key_ranges, key_mask: as in `flash_attention`, with max_seq_len for seq_len_kv.
     Returns:
         `[batch, seq_len_q, num_q_heads, head_dim]`.
     Raises:
@@ -295,7 +319,10 @@ def decode_attention(
     seq_lens = seq_lens.clamp(max=capacity)[:, None]
     keys = torch.arange(capacity, device=q.device)
     last_key = seq_lens - seq_len_q + torch.arange(seq_len_q, device=q.device)  # [batch, seq_len_q]
-    visible = keys <= last_key[:, :, None]
+    visible = (keys <= last_key[:, :, None])[:, None]
+    for limit in (_in_range(key_ranges, keys), _nonzero(key_mask)):
+        if limit is not None:
+            visible = visible & limit
     beyond = (keys >= seq_lens)[:, :, None, None]
     k, v = k_cache.masked_fill(beyond, 0.0), v_cache.masked_fill(beyond, 0.0)
-    return _attend(q, k, v, visible[:, None], softmax_scale)[0]
+    return _attend(q, k, v, visible, softmax_scale)[0]

@@ -7,7 +7,8 @@
 A kernel carries scores in such units and multiplies by the unit inside the exponent, so that
 without cap and slope a score is the bare product. The own key of query i is the key that it stands
 on, i + seq_len_kv − seq_len_q; it sees the keys own_key − window_left … own_key + window_right.
-Causal attention is window_right = 0. What is None at launch costs nothing.
+Causal attention is window_right = 0. Beside the window each query may have a range of keys of its
+own, and each key may be hidden from all queries. What is None at launch costs nothing.
 """
 
 import triton
@@ -63,9 +64,56 @@ def add_bias(scores, own_keys, keys, slope):
 
 
 @triton.jit
-def mask(scores, own_keys, keys, seq_len_kv, window_left, window_right):
-    """−inf where a key does not exist or lies outside the window of the query."""
+def load_ranges(key_ranges_ptr, strides, batch, queries, seq_len_q, seq_len_kv):
+    """(first key, end of the keys) that each query may see, (seq_len_kv, 0) where it sees none;
+    None without ranges."""
+    first_keys, end_keys = None, None
+    if key_ranges_ptr is not None:
+        exists = queries < seq_len_q
+        ptrs = key_ranges_ptr + batch.to(tl.int64) * strides[0] + queries.to(tl.int64) * strides[1]
+        first = tl.maximum(tl.load(ptrs, mask=exists, other=0), 0)
+        end = tl.minimum(tl.load(ptrs + strides[2], mask=exists, other=0), seq_len_kv)
+        first_keys = tl.where(first < end, first, seq_len_kv).to(tl.int32)
+        end_keys = tl.where(first < end, end, 0).to(tl.int32)
+    return first_keys, end_keys
+
+
+@triton.jit
+def rows_that_see(
+    start, end, key_ranges_ptr, strides, batch, seq_len_q, seq_len_kv, BLOCK: tl.constexpr
+):
+    """(first query, end of the queries) whose ranges meet the keys start … end − 1."""
+    first_query, end_query = seq_len_q, 0
+    for first in tl.range(0, seq_len_q, BLOCK):
+        queries = first + tl.arange(0, BLOCK)
+        first_keys, end_keys = load_ranges(
+            key_ranges_ptr, strides, batch, queries, seq_len_q, seq_len_kv
+        )
+        sees = (first_keys < end) & (end_keys > start)
+        first_query = tl.minimum(first_query, tl.min(tl.where(sees, queries, seq_len_q), 0))
+        end_query = tl.maximum(end_query, tl.max(tl.where(sees, queries + 1, 0), 0))
+    return first_query, end_query
+
+
+@triton.jit
+def mask(
+    scores,
+    own_keys,
+    keys,
+    seq_len_kv,
+    window_left,
+    window_right,
+    first_keys,
+    end_keys,
+    key_mask_ptr,
+):
+    """−inf where a key does not exist, is hidden, or lies outside the window or range of the
+    query. The key mask begins with the batch entry's key 0."""
     visible = keys < seq_len_kv
+    if key_mask_ptr is not None:
+        visible = tl.load(key_mask_ptr + keys, mask=visible, other=0) != 0
+    if first_keys is not None:
+        visible = visible & (keys >= first_keys) & (keys < end_keys)
     if window_left is not None:
         visible = visible & (keys >= own_keys - window_left)
     if window_right is not None:
@@ -79,6 +127,9 @@ def key_tiles(
     seq_len_kv,
     window_left,
     window_right,
+    first_keys,
+    end_keys,
+    key_mask_ptr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -86,17 +137,23 @@ def key_tiles(
     that BLOCK_M queries see, the first of which stands on first_own_key.
 
     At least one tile, so that queries that see no key come out of the same code: all their scores
-    are −inf. A window to the left has every tile masked: it is short beside the code for two ends.
+    are −inf. A window to the left, ranges and a key mask have every tile masked: the first is short
+    beside the code for two ends, the others may hide any key.
     """
-    end_key, num_free_keys = seq_len_kv, seq_len_kv
+    first_key, end_key, num_free_keys = 0, seq_len_kv, seq_len_kv
     if window_right is not None:
         end_key = tl.minimum(end_key, first_own_key + BLOCK_M + window_right)
         num_free_keys = tl.minimum(num_free_keys, first_own_key + window_right + 1)
+    if window_left is not None:
+        first_key = tl.maximum(first_own_key - window_left, 0)
+    if first_keys is not None:
+        first_key = tl.maximum(first_key, tl.min(first_keys, 0))
+        end_key = tl.minimum(end_key, tl.max(end_keys, 0))
     end_tile = tl.cdiv(tl.maximum(end_key, 0), BLOCK_N)
     first_tile = 0
-    if window_left is not None:
-        first_tile = tl.maximum(first_own_key - window_left, 0) // BLOCK_N
-        first_tile = tl.minimum(first_tile, tl.maximum(end_tile - 1, 0))
+    if window_left is not None or first_keys is not None:
+        first_tile = tl.minimum(first_key // BLOCK_N, tl.maximum(end_tile - 1, 0))
+    if window_left is not None or first_keys is not None or key_mask_ptr is not None:
         num_free_keys = 0
     num_tiles = tl.maximum(end_tile - first_tile, 1)
     num_free = tl.minimum(tl.maximum(num_free_keys, 0) // BLOCK_N, num_tiles - 1)

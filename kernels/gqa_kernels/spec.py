@@ -224,7 +224,26 @@ def _attention_inputs(case: Case, *context: Any) -> dict[str, Any]:
         "v": draw(*kv_shape),
         "return_lse": True,
         **_score_inputs(case, draw),
+        **_limits(case, draw.device),
     }
+
+
+def _limits(case: Case, device: torch.device) -> dict[str, Any]:
+    """Padding on the left, and documents side by side, as masks that each query or key has."""
+    batch, seq_len_q, seq_len_kv = (
+        case.sizes[name] for name in ("batch", "seq_len_q", "seq_len_kv")
+    )
+    keys = torch.arange(seq_len_kv, device=device)
+    limits = {}
+    if case.sizes.get("padded"):
+        padding = torch.arange(batch, device=device)[:, None] * (seq_len_kv // batch)
+        limits["key_mask"] = keys >= padding
+    if num_documents := case.sizes.get("documents"):
+        length = -(-seq_len_kv // num_documents)
+        own_keys = torch.arange(seq_len_q, device=device) + seq_len_kv - seq_len_q
+        first = own_keys // length * length
+        limits["key_ranges"] = torch.stack((first, first + length), -1).expand(batch, -1, -1)
+    return limits
 
 
 def _score_inputs(case: Case, draw: _Draw) -> dict[str, Any]:
@@ -310,6 +329,15 @@ _ATTENTION_CASES = (
     _attention_case(1, (40, 40), (4, 2), 64, "Gemma 2's cap", causal=True, softcap=5.0, test=True),
     _attention_case(1, (40, 40), (4, 2), 64, "gpt-oss's sinks", causal=True, sinks=True, test=True),
     _attention_case(1, (40, 50), (4, 1), 64, "ALiBi", causal=True, alibi=True, test=True),
+    _attention_case(
+        3, (40, 40), (4, 2), 64, "padded on the left", causal=True, padded=True, test=True
+    ),
+    _attention_case(
+        2, (70, 75), (6, 2), 32, "documents in a row", causal=True, documents=3, test=True
+    ),
+    _attention_case(
+        2, (20, 75), (4, 4), 64, "both", causal=False, documents=2, padded=True, test=True
+    ),
     *(
         _attention_case(16384 // seq_len, (seq_len, seq_len), heads, 128, source, causal=causal)
         for source, heads in (("7B", (32, 32)), ("13B", (40, 40)), ("34B and 70B", (64, 8)))
