@@ -16,7 +16,7 @@ KERNEL_PARTS = {"checks", "configs", "target", "layout", "tiles", "autograd", "l
 OPS = {"norm", "glu", "rope", "attention", "decode"}
 ATTENTION_KERNELS = {"attention_forward", "attention_backward"}
 ALLOWED = {
-    "__init__": {"backends", "sdpa"},
+    "__init__": {"backends", "patching", "sdpa"},
     "backends": set(),  # reference and fused, by name, when asked
     "reference": set(),
     "interpreter": set(),
@@ -38,9 +38,12 @@ ALLOWED = {
     "fused": OPS,
     "nn": {"backends", "checks"},
     "sharding": OPS | {"library"},
-    "patching": {"backends", "integrations"},
+    "patching": {"patch_plan"},
+    "patch_plan": {"patch_checks", "patched_forwards", "integrations"},
+    "patch_checks": {"backends", "checks", "patched_forwards"},
+    "patched_forwards": set(),
     "integrations.__init__": set(),
-    "integrations.transformers": OPS | {"checks"},
+    "integrations.transformers": {"attention", "decode", "sdpa"},
     "integrations.torch_sdpa": {"attention", "checks", "flash_attn"},
     "spec": {"fused", "reference"},
     "accuracy": {"spec"},

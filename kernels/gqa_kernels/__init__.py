@@ -15,7 +15,7 @@ OPS = (
     "decode_attention",
 )
 
-__all__ = ["get_backend", "scaled_dot_product_attention", *OPS]
+__all__ = ["get_backend", "patch", "scaled_dot_product_attention", "unpatch", *OPS]
 
 
 def __getattr__(name: str) -> object:
@@ -25,6 +25,10 @@ def __getattr__(name: str) -> object:
         from gqa_kernels.sdpa import scaled_dot_product_attention
 
         return scaled_dot_product_attention
+    if name in ("patch", "unpatch"):
+        from gqa_kernels import patching
+
+        return getattr(patching, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,0 +1,229 @@
+"""Which modules of a model `patch` replaces, and by what.
+
+How a module looks makes it a candidate; `patch_checks` decides. Nothing is changed here.
+"""
+
+import copy
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from gqa_kernels import patch_checks, patched_forwards
+from gqa_kernels.patch_checks import has
+
+BEFORE = "_gqa_kernels_before"  # on a patched module: {attribute: (what was set, *what was there)}
+
+_ROUNDS_ONCE = (
+    "torch.nn.RMSNorm multiplies by its weight before it rounds; "
+    '"torch_rms_norm" in ops takes Llama\'s order'
+)
+
+
+class Replaced(NamedTuple):
+    module: str
+    op: str
+
+
+class NotReplaced(NamedTuple):
+    module: str
+    op: str
+    reason: str
+
+
+class Change(NamedTuple):
+    module: nn.Module
+    attribute: str
+    value: Any
+
+
+class Plan(NamedTuple):
+    replaced: list[Replaced]
+    not_replaced: list[NotReplaced]
+    changes: list[Change]
+
+
+def make(model: nn.Module, ops: Collection[str]) -> Plan:
+    plan = Plan([], [], [])
+    check = _Checks()
+    for name, module in model.named_modules():
+        for kind in _KINDS:
+            if kind.op in ops and kind.holds(module):
+                _add(plan, kind.op, name, module, partial(check, kind.check))
+        if _is_torch_norm(module) and "rms_norm" in ops and "torch_rms_norm" not in ops:
+            plan.not_replaced.append(NotReplaced(name, "rms_norm", _ROUNDS_ONCE))
+    if "rms_norm" in ops:
+        _add_layers(plan, model, check)
+    if "attention" in ops:
+        _add_attention(plan, model)
+    found = {entry.op for entry in (*plan.replaced, *plan.not_replaced)}
+    for op in ops:
+        if op not in found:
+            plan.not_replaced.append(NotReplaced("", op, "the model has no module of its kind"))
+    return plan
+
+
+def _is_norm(module: nn.Module) -> bool:
+    # Its own weight: a wrapper may show that of what it wraps.
+    weight = module._parameters.get("weight")
+    return (
+        weight is not None
+        and weight.dim() == 1
+        and (hasattr(module, "variance_epsilon") or hasattr(module, "eps"))
+        and getattr(module, "bias", None) is None
+        and not type(module).__module__.startswith("torch.nn.")
+        and not _has_our_ops(module)
+    )
+
+
+def _is_torch_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.RMSNorm) and type(module).forward is nn.RMSNorm.forward
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    gate_and_up = has(module, "gate_proj", "up_proj") or has(module, "gate_up_proj")
+    return gate_and_up and has(module, "down_proj") and not _has_our_ops(module)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    qkv = has(module, "q_proj", "k_proj", "v_proj") or has(module, "qkv_proj")
+    return qkv and has(module, "o_proj") and not _has_our_ops(module)
+
+
+def _has_our_ops(module: nn.Module) -> bool:
+    """Modules that were built on a backend of this package: theirs to choose."""
+    names = [getattr(value, "__module__", None) for value in vars(module).values()]
+    return any(isinstance(name, str) and name.startswith("gqa_kernels.") for name in names)
+
+
+class _Kind(NamedTuple):
+    """Modules that an op may replace: how they look, and what decides."""
+
+    op: str
+    holds: Callable[[nn.Module], bool]
+    check: Callable[[nn.Module], patch_checks.Binding]
+
+
+_KINDS = (
+    _Kind("rms_norm", _is_norm, patch_checks.norm),
+    _Kind("torch_rms_norm", _is_torch_norm, patch_checks.torch_norm),
+    _Kind("swiglu", _is_mlp, patch_checks.mlp),
+    _Kind("rope", _is_attention, patch_checks.attention),
+)
+
+
+class _Checks:
+    """Checks, each made once for all modules of one class and with equal settings."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, patch_checks.Binding | patch_checks.Unlike] = {}
+        self._own = vars(nn.Module()).keys()
+
+    def __call__(self, check: Callable[..., Any], module: nn.Module) -> patch_checks.Binding:
+        settings = [
+            (name, value if isinstance(value, str | int | float) else id(value))
+            for name, value in vars(module).items()
+            if name not in self._own and name not in ("layer_idx", BEFORE)
+        ]
+        children = [
+            (name, type(child), patched_forwards.has_hooks(child))
+            for name, child in module.named_children()
+        ]
+        key = (check, type(module), tuple(settings), tuple(children))
+        if key not in self._known:
+            self._known[key] = self._make(check, module)
+        if isinstance(self._known[key], patch_checks.Unlike):
+            raise self._known[key]
+        return self._known[key]
+
+    @staticmethod
+    def _make(check: Callable[..., Any], module: nn.Module) -> Any:
+        try:
+            return check(module)
+        except patch_checks.Unlike as reason:
+            return reason
+        except Exception as error:  # whatever a stranger's forward makes of a stand-in
+            message = f"its forward cannot be checked: {type(error).__name__}: {error}"
+            return patch_checks.Unlike(message)
+
+
+def _add(
+    plan: Plan,
+    op: str,
+    name: str,
+    module: nn.Module,
+    check: Callable[[nn.Module], patch_checks.Binding],
+) -> None:
+    if "forward" not in vars(module).get(BEFORE, ()):
+        try:
+            if "forward" in vars(module):
+                raise patch_checks.Unlike("it has a forward of its own, set on the instance")
+            function, *bound = check(module)
+        except patch_checks.Unlike as reason:
+            plan.not_replaced.append(NotReplaced(name, op, str(reason)))
+            return
+        forward = partial(function, module, *bound)
+        plan.changes.append(Change(module, "forward", forward))
+    plan.replaced.append(Replaced(name, op))
+
+
+def _add_layers(plan: Plan, model: nn.Module, check: _Checks) -> None:
+    """Layers that add and normalise in one pass; elsewhere the norm stays replaced alone."""
+    forwards = {id(change.module): change.value for change in plan.changes}
+    for name, layer in model.named_modules():
+        if not has(layer, "self_attn", "mlp", "input_layernorm", "post_attention_layernorm"):
+            continue
+        norm = layer.post_attention_layernorm
+        forward = forwards.get(id(norm), vars(norm).get("forward"))
+        if getattr(forward, "func", None) is patched_forwards.rounded_norm:
+            found = len(plan.not_replaced)
+            _add(plan, "add_rms_norm", name, layer, partial(check, patch_checks.decoder_layer))
+            del plan.not_replaced[found:]
+
+
+def _add_attention(plan: Plan, model: nn.Module) -> None:
+    attentions = [
+        (name, module)
+        for name, module in model.named_modules()
+        if patch_checks.uses_attention_functions(module)
+    ]
+    if not attentions:
+        reason = "the model has no attention that Transformers' attention functions compute"
+        plan.not_replaced.append(NotReplaced("", "attention", reason))
+        return
+    from gqa_kernels.integrations import transformers as adapter
+
+    reasons = {name: patch_checks.attention_reason(module) for name, module in attentions}
+    # A config chooses for all that hold it.
+    refused = {id(module.config) for name, module in attentions if reasons[name]}
+    for name, module in attentions:
+        if id(module.config) in refused:
+            reason = reasons[name] or "another attention under its config cannot be replaced"
+            plan.not_replaced.append(NotReplaced(name, "attention", reason))
+        else:
+            plan.replaced.append(Replaced(name, "attention"))
+    chosen = {
+        id(module.config): module.config
+        for _, module in attentions
+        if id(module.config) not in refused
+        and module.config._attn_implementation != adapter.ATTENTION_NAME
+    }
+    if chosen:
+        adapter.register()
+        plan.changes += _config_changes(model, chosen, adapter.ATTENTION_NAME)
+
+
+def _config_changes(model: nn.Module, chosen: dict[int, Any], name: str) -> list[Change]:
+    """Copies of the model's configs, which other models may hold too, for every module that holds
+    one; the chosen ones with another attention function."""
+    copies: dict[int, Any] = {}  # of nested configs too
+    changes = []
+    for module in model.modules():
+        config = vars(module).get("config")
+        if hasattr(config, "_attn_implementation"):
+            changes.append(Change(module, "config", copy.deepcopy(config, copies)))
+    for config in chosen.values():
+        # Its public name would choose for nested configs as well.
+        copies[id(config)]._attn_implementation_internal = name
+    return changes

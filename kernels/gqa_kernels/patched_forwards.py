@@ -1,0 +1,175 @@
+"""The forwards that `patch` binds to modules of a model.
+
+Each takes the module, then the op to use, then what the module's own forward takes. They call the
+projections and never read their weights, which may be sharded, quantised or wrapped. Bound by
+`functools.partial`, they are copied and pickled with their module.
+"""
+
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+# How attention functions call a setting, and how attention modules and configs do.
+SETTINGS = {"sliding_window": "sliding_window", "softcap": "attn_logit_softcapping"}
+
+
+def norm_eps(norm: nn.Module) -> float:
+    return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+
+
+def rounded_norm(self, rms_norm, x: Tensor) -> Tensor:
+    """Llama's order of roundings: the op itself."""
+    return rms_norm(x, self.weight, norm_eps(self))
+
+
+def wide_norm(self, rms_norm, x: Tensor) -> Tensor:
+    """Normalised and multiplied in float32, rounded once."""
+    return rms_norm(x.float(), self.weight.float(), norm_eps(self)).type_as(x)
+
+
+def wide_offset_norm(self, rms_norm, x: Tensor) -> Tensor:
+    """The same with 1 + weight: Gemma's."""
+    return rms_norm(x.float(), 1.0 + self.weight.float(), norm_eps(self)).type_as(x)
+
+
+def gated_mlp(self, swiglu, x: Tensor) -> Tensor:
+    return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+def packed_mlp(self, swiglu, x: Tensor) -> Tensor:
+    gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+    return self.down_proj(swiglu(gate, up))
+
+
+def attention(
+    self,
+    apply_rope,
+    home: str,
+    settings: tuple[str, ...],
+    takes_cache_position: bool,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Projections, rotation, cache, the config's attention function, projection.
+
+    Args:
+        home: the module whose attention functions the class uses.
+        settings: what this class passes to an attention function beside scale and dropout.
+        takes_cache_position: whether cache_position is for the cache, as before Transformers 5.
+    """
+    q, k, v = _project(self, hidden_states)
+    cos, sin = position_embeddings
+    q, k = _rotate(apply_rope, q, k, cos, sin)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    cache_kwargs = ()
+    if takes_cache_position:
+        cache_kwargs = (
+            {"sin": sin, "cos": cos, "cache_position": kwargs.pop("cache_position", 0)},
+        )
+    if past_key_values is not None:
+        k, v = past_key_values.update(k, v, self.layer_idx, *cache_kwargs)
+    out, weights = _attention_function(home, self.config._attn_implementation)(
+        self,
+        q,
+        k,
+        v,
+        attention_mask,
+        dropout=self.attention_dropout if self.training else 0.0,
+        scaling=self.scaling,
+        **{name: _setting(self, SETTINGS[name]) for name in settings},
+        **kwargs,
+    )
+    out = out.reshape(*hidden_states.shape[:-1], -1).contiguous()
+    return self.o_proj(out), weights
+
+
+def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v `[batch, seq_len, heads, head_dim]`."""
+    heads = (*x.shape[:-1], -1, self.head_dim)
+    if hasattr(self, "qkv_proj"):
+        num_q, num_kv = self.config.num_attention_heads, self.config.num_key_value_heads
+        return self.qkv_proj(x).view(heads).split((num_q, num_kv, num_kv), dim=-2)
+    q, k = self.q_proj(x).view(heads), self.k_proj(x).view(heads)
+    if getattr(self, "q_norm", None) is not None:
+        q, k = self.q_norm(q), self.k_norm(k)
+    return q, k, self.v_proj(x).view(heads)
+
+
+def _rotate(apply_rope, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Transformers hands cos and sin `[batch or 1, seq_len, head_dim]`, each angle twice and
+    rounded to the activations' dtype; the op reads rows of float32."""
+    half = cos.shape[-1] // 2
+    tables = [x[..., :half].float().reshape(-1, half) for x in (cos, sin)]
+    positions = None
+    if cos.shape[0] > 1:  # a row for each token; otherwise one for each position
+        positions = torch.arange(q.shape[0] * q.shape[1], device=q.device).view(q.shape[:2])
+    return apply_rope(q, k, *tables, positions)
+
+
+def _attention_function(home: str, implementation: str) -> Any:
+    source = sys.modules[home]
+    if implementation == "eager":
+        return source.eager_attention_forward
+    return source.ALL_ATTENTION_FUNCTIONS[implementation]
+
+
+def _setting(self, attribute: str) -> Any:
+    if hasattr(self, attribute):
+        return getattr(self, attribute)
+    return getattr(self.config, attribute, None)
+
+
+def decoder_layer(
+    self,
+    add_rms_norm,
+    hidden_states: Tensor,
+    *args: Any,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    use_cache: bool | None = False,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """A pre-norm layer with its first residual add and second norm in one pass."""
+    kwargs |= {
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        "past_key_values": past_key_values,
+        "use_cache": use_cache,
+        "position_embeddings": position_embeddings,
+    }
+    # Transformers may checkpoint in the class's forward, which ours stands before.
+    if args or (self.training and getattr(self, "gradient_checkpointing", False)):
+        return type(self).forward(self, hidden_states, *args, **kwargs)
+    update, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+    norm = self.post_attention_layernorm
+    if _may_fuse(norm) and update.dtype == hidden_states.dtype:
+        y, residual = add_rms_norm(update, hidden_states, norm.weight, norm_eps(norm))
+    else:
+        residual = hidden_states + update
+        y = norm(residual)
+    return residual + self.mlp(y)
+
+
+def _may_fuse(norm: nn.Module) -> bool:
+    """Whether a call of the norm is a call of `rounded_norm` alone, without hook or wrapper."""
+    forward = norm.forward
+    rounded = isinstance(forward, partial) and forward.func is rounded_norm
+    return rounded and not has_hooks(norm) and not torch_module._has_any_global_hook()
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+    )

@@ -1,0 +1,151 @@
+"""`patch(model)`: the kernels in a model that others wrote, and `unpatch(model)`.
+
+Only instances change: a replaced module gets a `forward` of its own, and with "attention" a config
+of its own. No class and no module global is touched, so that another model of the same class in the
+same process knows nothing of it. What was there before is kept on each module, hence a copy or a
+pickle of a patched model is patched, and can be unpatched for itself.
+"""
+
+import re
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from torch import nn
+
+from gqa_kernels import patch_plan
+from gqa_kernels.patch_plan import BEFORE
+
+OPS = ("rms_norm", "swiglu", "rope", "attention", "torch_rms_norm")
+DEFAULT_OPS = OPS[:4]
+
+
+class Report:
+    """What a call of `patch` found. As a context manager it undoes that call at the end.
+
+    Attributes:
+        replaced: (module, op) in the model's order; "add_rms_norm" stands for a layer whose
+            residual add and norm are one pass.
+        not_replaced: (module, op, reason), or ("", op, reason) where no module was of the kind.
+    """
+
+    def __init__(self, model_name: str, plan: patch_plan.Plan) -> None:
+        self.replaced, self.not_replaced = plan.replaced, plan.not_replaced
+        self._model_name, self._changes = model_name, plan.changes
+
+    def __str__(self) -> str:
+        lines = [f"{self._model_name}:"]
+        for op, names in _grouped((entry.op, entry.module) for entry in self.replaced):
+            lines.append(f"  {op}: {names}")
+        for (op, reason), names in _grouped(
+            ((entry.op, entry.reason), entry.module) for entry in self.not_replaced
+        ):
+            lines.append(f"  {op} not replaced{f' in {names}' if names else ''}: {reason}")
+        return "\n".join(lines)
+
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        _undo(
+            [
+                (module, attribute)
+                for module, attribute, value in self._changes
+                # Not what another call has set since.
+                if vars(module).get(BEFORE, {}).get(attribute, (None,))[0] is value
+            ]
+        )
+
+
+def patch(model: nn.Module, ops: Collection[str] = DEFAULT_OPS, *, strict: bool = False) -> Report:
+    """Puts the Triton kernels into this model, and only into this one.
+
+        rms_norm    RMSNorm as in Llama, Mistral, Qwen; Gemma's 1 + weight, and norms that multiply
+                    before they round, through float32 copies; residual add and second norm of a
+                    Llama-like decoder layer in one pass
+        swiglu      MLPs with SiLU: gate_proj and up_proj, or gate_up_proj
+        rope        attention of Transformers that rotates by halves: the kernel reads the
+                    projections where they are
+        attention   the attention function of a Transformers model, in a copy of its config
+        torch_rms_norm   torch.nn.RMSNorm, in Llama's order of roundings: in 16 bits the normalised
+                    value is rounded before it is multiplied by the weight, not only after
+
+    A module is replaced if its class's forward, run on a small stand-in, computes what the op does;
+    see `patch_checks`. Projections are called, never read. From then on a call runs the kernel or
+    raises what the kernel raises: a model may be patched on the CPU and moved to a GPU, but does
+    not run before. A layer whose norm has hooks, or that Transformers is checkpointing, adds and
+    normalises in two steps, with the same bits.
+
+    A module with an instance-level `forward` is left alone: whoever set it stands before the class.
+    Patch before torch.compile. Patching again adds to what is there.
+
+    Args:
+        ops: some of the names above.
+        strict: raise where something asked for cannot be replaced, and leave the model as it is.
+    Returns:
+        A report, to print, or to undo this call: `with patch(model): …`.
+    Raises:
+        TypeError: model is not a module.
+        ValueError: ops names an op that is not there; with `strict`, something is not replaced.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
+    if isinstance(ops, str) or not set(ops) <= set(OPS):
+        raise ValueError(f"ops: expected some of {', '.join(OPS)}; got {ops!r}")
+    plan = patch_plan.make(model, [op for op in OPS if op in ops])
+    report = Report(type(model).__name__, plan)
+    if strict and plan.not_replaced:
+        raise ValueError(f"model: expected every op to be replaced; got\n{report}")
+    for change in plan.changes:
+        _set(*change)
+    return report
+
+
+def unpatch(model: nn.Module) -> None:
+    """Gives every module of the model what it had before `patch`; a model without patches is left.
+
+    Raises:
+        RuntimeError: a `forward` or a config was set after `patch`, over ours; nothing is undone.
+    """
+    _undo([(m, attribute) for m in model.modules() for attribute in vars(m).get(BEFORE, ())])
+
+
+def _set(module: nn.Module, attribute: str, value: Any) -> None:
+    own = vars(module)
+    record = own.setdefault(BEFORE, {})
+    if attribute in record:
+        before = record[attribute][1:]
+    else:
+        before = (own[attribute],) if attribute in own else ()
+    record[attribute] = (value, *before)
+    own[attribute] = value
+
+
+def _undo(places: list[tuple[nn.Module, str]]) -> None:
+    for module, attribute in places:
+        if vars(module).get(attribute) is not vars(module)[BEFORE][attribute][0]:
+            raise RuntimeError(
+                f"{type(module).__name__}.{attribute}: expected what patch set; got another, set "
+                "since. Undo that first"
+            )
+    for module, attribute in places:
+        own = vars(module)
+        _, *before = own[BEFORE].pop(attribute)
+        if before:
+            own[attribute] = before[0]
+        else:
+            del own[attribute]
+        if not own[BEFORE]:
+            del own[BEFORE]
+
+
+def _grouped(entries: Iterable[tuple[Any, str]]) -> list[tuple[Any, str]]:
+    """(key, names) in order, names that differ in a number counted as one."""
+    groups: dict[Any, dict[str, int]] = {}
+    for key, name in entries:
+        pattern = re.sub(r"\d+", "*", name)
+        counts = groups.setdefault(key, {})
+        counts[pattern] = counts.get(pattern, 0) + 1
+    return [
+        (key, ", ".join(f"{n} ({count})" if "*" in n else n for n, count in counts.items()))
+        for key, counts in groups.items()
+    ]

@@ -1,0 +1,662 @@
+"""`patch` puts the kernels into one Transformers model: same results, no trace elsewhere."""
+
+import copy
+import io
+import pickle
+from types import MethodType
+
+import pytest
+import torch
+from small_llama import assert_within_budget
+from torch import nn
+
+import gqa_kernels
+from gqa_kernels import patch, unpatch
+
+transformers = pytest.importorskip("transformers")
+
+ROW_OPS = ("rms_norm", "swiglu", "rope")
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# What is replaced per layer, beside the last norm; and what is not.
+FAMILIES = {
+    "Llama": {"add_rms_norm": 1, "rms_norm": 2, "swiglu": 1, "rope": 1},
+    "Mistral": {"add_rms_norm": 1, "rms_norm": 2, "swiglu": 1, "rope": 1},
+    "Qwen2": {"add_rms_norm": 1, "rms_norm": 2, "swiglu": 1, "rope": 1},
+    "Qwen3": {"add_rms_norm": 1, "rms_norm": 4, "swiglu": 1, "rope": 1},
+    "Phi3": {"rms_norm": 2, "swiglu": 1, "rope": 1},
+    "Gemma": {"rms_norm": 2, "rope": 1},
+    "Gemma2": {"rms_norm": 4, "rope": 1},
+}
+
+
+def build(family="Llama", device="cpu", dtype=torch.float32, **changes):
+    """A model with weights large enough to matter, in every norm too."""
+    config = getattr(transformers, f"{family}Config")(**SIZES | changes)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    offset = 1.0 if family.startswith("Gemma") else 0.0
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+        else:
+            nn.init.uniform_(parameter, 0.5 - offset, 1.5 - offset)
+    return cast(model, dtype).to(device).eval()
+
+
+def cast(model, dtype):
+    """In another dtype, but for the angles' frequencies: as Transformers loads a checkpoint."""
+    kept = {n: b.clone() for n, b in model.named_buffers() if b.is_floating_point()}
+    model = model.to(dtype)
+    for name, buffer in kept.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer)
+    return model
+
+
+@pytest.fixture
+def tokens(device):
+    return torch.randint(3, 97, (2, 7), generator=torch.Generator().manual_seed(1)).to(device)
+
+
+def loss_and_gradients(model, tokens):
+    logits = model(tokens, use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    parameters = dict(model.named_parameters())
+    gradients = torch.autograd.grad(loss, parameters.values())
+    return logits, dict(zip(parameters, gradients, strict=True))
+
+
+def assert_same_bits(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def snapshot(model):
+    """Every module's instance attributes, by identity."""
+    return {
+        name: {key: id(value) for key, value in vars(module).items() if not key.startswith("_")}
+        | {"own": list(vars(module))}
+        for name, module in model.named_modules()
+    }
+
+
+def counts(report):
+    found = {}
+    for _, op in report.replaced:
+        found[op] = found.get(op, 0) + 1
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients(family, dtype, device, tokens):
+    model = build(family, device, dtype)
+    oracle, _ = loss_and_gradients(cast(copy.deepcopy(model), torch.float64), tokens)
+    _, exact = loss_and_gradients(cast(copy.deepcopy(model), torch.float64), tokens)
+    theirs, their_gradients = loss_and_gradients(model, tokens)
+    report = patch(model, ROW_OPS)
+    per_layer = {op: 2 * count for op, count in FAMILIES[family].items()}
+    per_layer["rms_norm"] += 1
+    assert counts(report) == per_layer, str(report)
+    assert all("down(silu(gate) · up)" in reason for _, _, reason in report.not_replaced)
+    ours, our_gradients = loss_and_gradients(model, tokens)
+    assert not torch.equal(ours, theirs)
+    assert_within_budget(ours, theirs, oracle)
+    for name, gradient in our_gradients.items():
+        assert_within_budget(gradient, their_gradients[name], exact[name])
+
+
+def test_another_model_of_the_class_and_the_class_itself_stay_as_they_are(device, tokens):
+    from transformers.models.llama import modeling_llama
+
+    def state():
+        members = {k: v for k, v in vars(modeling_llama).items() if k != "__builtins__"}
+        for name, value in list(members.items()):
+            if isinstance(value, type) and value.__module__ == modeling_llama.__name__:
+                members |= {f"{name}.{key}": member for key, member in vars(value).items()}
+        return members
+
+    ours = build(device=device)
+    other = type(ours)(ours.config).to(device).eval()  # of the same config object
+    other.load_state_dict(ours.state_dict())
+    before, parts, logits = state(), snapshot(other), other(tokens).logits
+    functions = dict(modeling_llama.ALL_ATTENTION_FUNCTIONS)
+    patch(ours, ROW_OPS)
+    ours(tokens)
+    after = state()
+    assert before.keys() == after.keys() and all(before[k] is after[k] for k in before)
+    assert dict(modeling_llama.ALL_ATTENTION_FUNCTIONS) == functions
+    assert snapshot(other) == parts
+    assert_same_bits(other(tokens).logits, logits)
+    assert not torch.equal(ours(tokens).logits, logits)
+
+
+def test_unpatch_gives_back_every_attribute(device, tokens):
+    model = build(device=device)
+    model(tokens)
+    keys, before, logits = list(model.state_dict()), snapshot(model), model(tokens).logits
+    patch(model, ROW_OPS)
+    assert list(model.state_dict()) == keys
+    model.load_state_dict(model.state_dict())
+    unpatch(model)
+    assert snapshot(model) == before
+    unpatch(model)
+    assert snapshot(model) == before
+    assert_same_bits(model(tokens).logits, logits)
+
+
+def test_patching_twice_is_patching_once(device, tokens):
+    model = build(device=device)
+    before = snapshot(model)
+    first = patch(model, ("swiglu",))
+    partly = snapshot(model)
+    with patch(model, ROW_OPS) as second:
+        assert set(first.replaced) < set(second.replaced)
+        both = snapshot(model)
+        assert patch(model, ROW_OPS).replaced == second.replaced
+        assert snapshot(model) == both
+    assert snapshot(model) == partly
+    unpatch(model)
+    assert snapshot(model) == before
+
+
+def test_the_report_undoes_its_call_at_the_end_of_a_block(device):
+    model = build(device=device)
+    before = snapshot(model)
+    with pytest.raises(KeyError), patch(model, ROW_OPS):
+        assert snapshot(model) != before
+        raise KeyError
+    assert snapshot(model) == before
+
+
+def test_an_old_report_does_not_undo_a_new_call(device):
+    model = build(device=device)
+    with patch(model, ROW_OPS):
+        unpatch(model)
+        patch(model, ROW_OPS)
+        patched = snapshot(model)
+    assert snapshot(model) == patched
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies_are_patched_for_themselves(how, device, tokens):
+    model = build(device=device)
+    plain = model(tokens).logits
+    patch(model, ROW_OPS)
+    logits = model(tokens).logits
+    if how == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif how == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    for module in twin.modules():
+        if "forward" in vars(module):
+            assert module.forward.args[0] is module
+    assert_same_bits(twin(tokens).logits, logits)
+    with torch.no_grad():
+        twin.model.layers[0].mlp.down_proj.weight.zero_()
+    assert_same_bits(model(tokens).logits, logits)
+    unpatch(twin)
+    assert all("forward" not in vars(module) for module in twin.modules())
+    assert_same_bits(model(tokens).logits, logits)
+    unpatch(model)
+    assert_same_bits(model(tokens).logits, plain)
+
+
+def test_a_training_step_then_unpatch(device, tokens):
+    model = build(device=device).train()
+    patch(model, ROW_OPS)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = model(tokens, labels=tokens).loss
+    before.backward()
+    optimizer.step()
+    assert model(tokens, labels=tokens).loss < before
+    unpatch(model)
+    never_patched = build(device=device).train()
+    never_patched.load_state_dict(model.state_dict())
+    assert_same_bits(model(tokens).logits, never_patched(tokens).logits)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant, device, tokens):
+    model = build(device=device).train()
+    patch(model, ROW_OPS)
+    runs = []
+    for module in model.modules():
+        if type(module).__name__ == "LlamaMLP":
+            module.down_proj.register_forward_pre_hook(lambda *_: runs.append(1))
+    model(tokens, labels=tokens, use_cache=False).loss.backward()
+    assert len(runs) == 2
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    model(tokens, labels=tokens, use_cache=False).loss.backward()
+    assert len(runs) == 2 + 4  # each layer once more, in the backward pass
+    assert_same_bits({name: p.grad for name, p in model.named_parameters()}, gradients)
+
+
+def test_hidden_states_and_hooks(device, tokens):
+    model = build(device=device)
+    patch(model, ROW_OPS)
+    logits, seen = model(tokens).logits, []
+    norm = model.model.layers[0].post_attention_layernorm
+    hook = norm.register_forward_hook(lambda module, args, output: seen.append(output))
+    out = model(tokens, output_hidden_states=True)
+    assert len(seen) == 1
+    assert_same_bits(out.logits, logits)  # one pass or two
+    hook.remove()
+    assert_same_bits(model(tokens).logits, logits)
+    assert len(seen) == 1
+    unpatch(model)
+    theirs = model(tokens, output_hidden_states=True).hidden_states
+    for ours, their in zip(out.hidden_states, theirs, strict=True):
+        torch.testing.assert_close(ours, their)
+
+
+def test_the_residual_add_and_the_norm_are_one_call(device, tokens, monkeypatch):
+    from gqa_kernels import fused
+
+    calls, add_rms_norm = [], fused.add_rms_norm
+    monkeypatch.setattr(fused, "add_rms_norm", lambda *args: calls.append(1) or add_rms_norm(*args))
+    model = build(device=device)
+    patch(model, ROW_OPS)
+    model(tokens)
+    assert len(calls) == 2
+
+
+def test_autocast(device, tokens):
+    """Updates in bfloat16 beside a float32 residual: two steps instead of an error."""
+    model = build(device=device)
+    patch(model, ROW_OPS)
+    with torch.autocast(device.type, torch.bfloat16):
+        ours = model(tokens).logits
+        unpatch(model)
+        theirs = model(tokens).logits
+    assert_within_budget(ours, theirs, cast(model, torch.float64)(tokens).logits)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen3"])
+def test_generation(family, device):
+    changes = {"sliding_window": 4} if family == "Mistral" else {}
+    model = build(family, device, **changes)
+    prompts = torch.randint(3, 97, (2, 6), device=device)
+    mask = torch.ones_like(prompts)
+    mask[0, :3] = 0  # on the left: positions differ in every row
+    options = {
+        "attention_mask": mask,
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "eos_token_id": None,
+    }
+    theirs = model.generate(prompts, **options)
+    with patch(model, ROW_OPS):
+        ours = model.generate(prompts, **options)
+        static = model.generate(prompts, cache_implementation="static", **options)
+    assert torch.equal(ours, theirs) and torch.equal(static, theirs)
+
+
+def test_compiled(device, tokens):
+    model = build(device=device).train()
+    patch(model, ROW_OPS)
+    _, gradients = loss_and_gradients(model, tokens)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    logits = compiled(tokens, use_cache=False).logits
+    assert_same_bits(logits, model(tokens, use_cache=False).logits)
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert_same_bits(parameter.grad, gradients[name])
+
+
+class Adapted(nn.Module):
+    """A projection as adapters wrap it: without a weight of its own."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 2, bias=False, device=base.weight.device)
+        self.up = nn.Linear(2, base.out_features, bias=False, device=base.weight.device)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+class Wrapper(nn.Module):
+    """Shows the attributes of what it wraps, as PEFT's wrappers do."""
+
+    def __init__(self, wrapped):
+        super().__init__()
+        self.wrapped = wrapped
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("wrapped"), name)
+
+    def forward(self, x, *args, **kwargs):
+        return self.wrapped(x, *args, **kwargs)
+
+
+@pytest.mark.parametrize("wrap_first", [False, True])
+def test_adapters(wrap_first, device, tokens):
+    model = build(device=device)
+
+    def wrap():
+        for layer in model.model.layers:
+            for parent, names in ((layer.mlp, "gate down"), (layer.self_attn, "q v o")):
+                for name in names.split():
+                    setattr(parent, f"{name}_proj", Adapted(getattr(parent, f"{name}_proj")))
+            layer.post_attention_layernorm = Wrapper(layer.post_attention_layernorm)
+
+    if wrap_first:
+        wrap()
+    outer = Wrapper(model)
+    report = patch(outer, ROW_OPS, strict=True)
+    if not wrap_first:
+        wrap()
+    # A wrapped norm has work of its own to do: it is called.
+    assert counts(report).get("add_rms_norm", 0) == (0 if wrap_first else 2)
+    assert "wrapped.model.layers.1.mlp" in {name for name, _ in report.replaced}
+    ours, our_gradients = loss_and_gradients(outer, tokens)
+    unpatch(outer)
+    theirs, their_gradients = loss_and_gradients(outer, tokens)
+    assert not torch.equal(ours, theirs)
+    exact, exact_gradients = loss_and_gradients(cast(outer, torch.float64), tokens)
+    assert_within_budget(ours, theirs, exact)
+    for name, gradient in our_gradients.items():
+        assert_within_budget(gradient, their_gradients[name], exact_gradients[name])
+
+
+def test_strict_leaves_the_model_as_it_was(device):
+    model = build("Gemma", device)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"model: expected every op to be replaced; got(.|\n)*mlp"):
+        patch(model, ROW_OPS, strict=True)
+    assert snapshot(model) == before
+    patch(model, ("rms_norm", "rope"), strict=True)
+
+
+@pytest.mark.parametrize("ops", [("rmsnorm",), "swiglu", ("swiglu", "mlp")])
+def test_unknown_ops(ops):
+    with pytest.raises(ValueError, match="ops: expected some of rms_norm, swiglu, rope, attention"):
+        patch(nn.Linear(2, 2), ops)
+
+
+def test_not_a_module():
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module; got dict"):
+        patch({})
+
+
+def test_what_is_not_there_is_reported():
+    report = patch(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)))
+    assert report.replaced == []
+    assert [entry.op for entry in report.not_replaced] == [
+        "attention",
+        "rms_norm",
+        "swiglu",
+        "rope",
+    ]
+    assert "rms_norm not replaced: the model has no module of its kind" in str(report)
+
+
+def test_the_report_reads_well(device):
+    report = patch(build("Gemma", device), ROW_OPS)
+    assert str(report).splitlines() == [
+        "GemmaForCausalLM:",
+        "  rope: model.layers.*.self_attn (2)",
+        "  rms_norm: model.layers.*.input_layernorm (2), "
+        "model.layers.*.post_attention_layernorm (2), model.norm",
+        "  swiglu not replaced in model.layers.*.mlp (2): "
+        "its maths is not SwiGLU's: down(silu(gate) · up)",
+    ]
+
+
+def reason(model, op, ops=ROW_OPS):
+    (found,) = {entry.reason for entry in patch(model, ops).not_replaced if entry.op == op}
+    return found
+
+
+def test_a_forward_on_the_instance_stands(device):
+    model = build(device=device)
+    mlp = model.model.layers[0].mlp
+    mlp.forward = MethodType(lambda self, x: 0 * x, mlp)
+    before = snapshot(model)
+    assert reason(model, "swiglu") == "it has a forward of its own, set on the instance"
+    unpatch(model)
+    assert snapshot(model) == before
+
+
+def test_a_forward_set_over_ours_is_not_removed(device):
+    model = build(device=device)
+    patch(model, ROW_OPS)
+    mlp = model.model.layers[1].mlp
+    ours, mlp.forward = mlp.forward, lambda x: x
+    before = snapshot(model)
+    with pytest.raises(
+        RuntimeError, match=r"LlamaMLP.forward: expected what patch set; got another"
+    ):
+        unpatch(model)
+    assert snapshot(model) == before
+    mlp.forward = ours
+    unpatch(model)
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+class Norm(nn.Module):
+    """Llama's, with a place to go wrong."""
+
+    def __init__(self, change=lambda x: x, eps=1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(48) + 0.5)
+        self.variance_epsilon, self.change = eps, change
+
+    def forward(self, x):
+        wide = x.float()
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * self.change((wide * scale).to(x.dtype))
+
+
+class NormWithoutEps(Norm):
+    def forward(self, x):
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True))).to(x.dtype)
+
+
+class NormInInputDtype(Norm):
+    def forward(self, x):
+        return self.weight * (
+            x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        )
+
+
+class CenteredNorm(Norm):
+    def forward(self, x):
+        return super().forward(x - x.mean(-1, keepdim=True))
+
+
+class NormWithResidual(Norm):
+    def forward(self, x, residual):
+        return super().forward(x + residual)
+
+
+class Torchlike(Norm):
+    def forward(self, x):
+        wide = x.float()
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (self.weight.float() * wide * scale).to(x.dtype)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [NormWithoutEps(), NormInInputDtype(), CenteredNorm(), NormWithResidual(), Norm(torch.relu)],
+)
+def test_norms_that_compute_something_else(norm):
+    report = patch(nn.Sequential(norm), ("rms_norm",))
+    assert not report.replaced
+    assert "forward" not in vars(norm)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [Norm, Torchlike])
+def test_norms_that_round_early_and_late(kind, dtype, device):
+    norm = kind().to(device, dtype)
+    x = torch.randn(33, 48, device=device, dtype=dtype)
+    with torch.no_grad():
+        theirs = norm(x)
+        patch(norm, ("rms_norm",), strict=True)
+        ours = norm(x)
+    # The float32 statistics differ in their last bits; 16-bit results as good as never.
+    assert (ours != theirs).float().mean() < (1.0 if dtype is torch.float32 else 0.01)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_torch_norms_on_request(dtype, device):
+    model = nn.Sequential(nn.RMSNorm(48, eps=1e-5)).to(device, dtype)
+    assert "multiplies by its weight before it rounds" in reason(model, "rms_norm", ("rms_norm",))
+    nn.init.uniform_(model[0].weight, 0.5, 1.5)
+    x = torch.randn(33, 48, device=device, dtype=dtype)
+    theirs = model(x)
+    patch(model, ("torch_rms_norm",), strict=True)
+    exact = torch.nn.functional.rms_norm(x.double(), (48,), model[0].weight.double(), 1e-5)
+    llama = gqa_kernels.get_backend("eager").rms_norm(x, model[0].weight, 1e-5)
+    assert_within_budget(model(x), llama, exact)
+    assert_within_budget(model(x), theirs, exact)
+
+
+@pytest.mark.parametrize(
+    ("norm", "why"),
+    [
+        (nn.RMSNorm(48), "eps is None"),
+        (nn.RMSNorm((2, 24), eps=1e-5), "one dimension"),
+        (nn.RMSNorm(48, eps=1e-5, elementwise_affine=False), "no weight"),
+    ],
+)
+def test_torch_norms_without_a_kernel(norm, why):
+    assert why in reason(norm, "torch_rms_norm", ("torch_rms_norm",))
+
+
+def with_mlp(activation):
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    mlp = LlamaMLP(transformers.LlamaConfig(**SIZES))
+    mlp.act_fn = activation
+    return mlp
+
+
+class Swapped(nn.Module):
+    """SiLU on the other half."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj, self.down_proj = nn.Linear(8, 12), nn.Linear(6, 8)
+
+    def forward(self, x):
+        up, gate = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(torch.nn.functional.silu(gate) * up)
+
+
+class Clamped(nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.silu(x).clamp(max=7.0)
+
+
+@pytest.mark.parametrize(
+    "mlp",
+    [with_mlp(nn.GELU()), with_mlp(nn.Sigmoid()), with_mlp(Clamped()), Swapped()],
+    ids=["gelu", "sigmoid", "clamped", "swapped"],
+)
+def test_other_mlps(mlp):
+    assert reason(mlp, "swiglu").startswith("its maths is not SwiGLU's")
+
+
+def test_an_activation_with_a_hook():
+    mlps = nn.ModuleList([with_mlp(nn.SiLU()), with_mlp(nn.SiLU())])
+    mlps[1].act_fn.register_forward_hook(lambda *_: None)
+    assert reason(mlps, "swiglu") == "its act_fn has a hook, which the kernel would not call"
+    assert "forward" not in vars(mlps[1])
+
+
+def test_layers_that_add_otherwise(device, tokens):
+    """Granite scales the update; without a scale its layer is Llama's."""
+    assert counts(patch(build("Granite", device), ROW_OPS))["add_rms_norm"] == 2
+    model = build("Granite", device, residual_multiplier=0.5)
+    theirs = model(tokens).logits
+    assert "add_rms_norm" not in counts(patch(model, ROW_OPS))
+    torch.testing.assert_close(model(tokens).logits, theirs)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "why"),
+    [
+        ("StableLm", {}, "rotates a part of the features: partial_rotary_factor 0.25"),
+        ("Phi3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ("Cohere", {}, "its steps are not projection, rotation by halves, cache and attention"),
+        ("Olmo2", {}, "its forward cannot be checked"),
+    ],
+)
+def test_other_rotations(family, changes, why, device):
+    assert why in reason(build(family, device, **changes), "rope")
+
+
+def test_an_attention_with_steps_of_its_own(device, tokens):
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    class Scaled(LlamaAttention):
+        def forward(self, hidden_states, **kwargs):
+            return super().forward(2 * hidden_states, **kwargs)
+
+    model = build(device=device)
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = Scaled
+    theirs = model(tokens).logits
+    assert "rope" in {entry.op for entry in patch(model, ROW_OPS).not_replaced}
+    torch.testing.assert_close(model(tokens).logits, theirs)
+
+
+def test_checking_runs_no_module_and_draws_no_global_number(device):
+    model = build(device=device)
+    for module in model.modules():
+        if type(module).__name__ != "SiLUActivation":
+            module.register_forward_pre_hook(lambda *_: pytest.fail("a module was run"))
+    state = torch.get_rng_state()
+    with torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
+        patch(model, ROW_OPS, strict=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    with torch.device("meta"):
+        huge = transformers.LlamaForCausalLM(transformers.LlamaConfig())
+    patch(huge, ROW_OPS, strict=True)
+
+
+def test_this_repository_s_model_has_its_own_way_to_the_kernels(device):
+    from small_llama import lively, small_config
+
+    model = lively(small_config(), device)
+    report = patch(model)
+    assert not report.replaced
+    assert {entry.op for entry in report.not_replaced} == set(gqa_kernels.patching.DEFAULT_OPS)
+
+
+def test_modules_of_this_package_are_left_alone():
+    from gqa_kernels.nn import Attention, RMSNorm, SwiGLU
+
+    model = nn.Sequential(RMSNorm(16), SwiGLU(16, 24), Attention(16, 2, 1))
+    report = patch(model, ROW_OPS)
+    assert not report.replaced
+    assert {entry.module for entry in report.not_replaced} == {""}
