@@ -228,6 +228,8 @@ def _flash_attention_backward(
         cu_seqlens_kv=cum_seq_k,
         sinks=None,
         alibi_slopes=None,
+        key_ranges=None,
+        key_mask=None,
         softmax_scale=scale,
         window_left=_side(window_size_left),
         window_right=0 if is_causal else _side(window_size_right),
