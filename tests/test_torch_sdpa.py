@@ -10,12 +10,15 @@ import torch.nn.functional as F
 from small_llama import assert_within_budget
 from test_layout import fresh
 from torch.nn import attention as torch_attention
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.varlen import AuxRequest, varlen_attn, varlen_attn_out
+from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 
 import gqa_kernels
 from gqa_kernels.integrations import torch_sdpa
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch_attention, "restore_flash_attention_impl"),
+    reason="this PyTorch keeps no register of flash attentions",
+)
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention
 KEY = "CUDA" if torch.cuda.is_available() else "CPU"
 HEADS = pytest.mark.parametrize("num_kv_heads", (4, 2, 1), ids=("mha", "gqa", "mqa"))
@@ -202,7 +205,9 @@ def test_varlen_attn(window, ours, draw, device):
         visible = visible & (-distance <= window[1])
 
     def function(*inputs):
-        return varlen_attn(*inputs, bounds, bounds, 11, 11, window_size=window, enable_gqa=True)
+        return varlen.varlen_attn(
+            *inputs, bounds, bounds, 11, 11, window_size=window, enable_gqa=True
+        )
 
     def reference(*inputs):
         return maths(*(x.transpose(0, 1)[None] for x in inputs), visible)[0].transpose(0, 1)
@@ -211,10 +216,10 @@ def test_varlen_attn(window, ours, draw, device):
     options = {"window_size": window, "enable_gqa": True}
     with torch.no_grad():
         arguments = (*inputs, bounds, bounds, 11, 11)
-        out, lse = varlen_attn(*arguments, **options, return_aux=AuxRequest(lse=True))
+        out, lse = varlen.varlen_attn(*arguments, **options, return_aux=varlen.AuxRequest(lse=True))
         assert lse.shape == (4, total)
         into = torch.empty_like(inputs[0])
-        varlen_attn_out(into, *arguments, **options)
+        varlen.varlen_attn_out(into, *arguments, **options)
         assert torch.equal(into, out)
 
 
