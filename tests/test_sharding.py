@@ -312,6 +312,11 @@ ON_TWO_RANKS = {
         check, "apply_rope", partial(rope_inputs, positions=False, kv=1), on("q", HEADS),
         [(HEADS,), (WHOLE,)], on("q", HEADS) | on("k", WHOLE),
     ),
+    # Each rank would take its first token for the first of the sequence.
+    "apply_rope, cotangents on the sequence, without positions": partial(
+        check, "apply_rope", partial(rope_inputs, positions=False), {}, [(WHOLE,)] * 2,
+        on("q k", WHOLE), cotangents=(SEQUENCE,), collectives=2,
+    ),
     "apply_rope, a sequence without positions": partial(
         refuse, "apply_rope", partial(rope_inputs, positions=False), on("q k", SEQUENCE),
         "positions: expected a tensor for q and k that are sharded on the sequence; got None",
@@ -400,9 +405,13 @@ ON_FOUR_RANKS = {
         on("q k v", HEADS, HEADS), [(HEADS, HEADS), (Shard(1), Shard(1))],
         on("q k v", HEADS, HEADS), mesh=square,
     ),
-    "attention, heads that only one dimension of the mesh divides": partial(
+    "attention, heads that both dimensions of the mesh do not divide": partial(
         refuse, "flash_attention", partial(attention_inputs, q=12, kv=6),
         on("q k v", HEADS, HEADS), r"k: .* the mesh \(2, 2\) divide", mesh=square,
+    ),
+    "attention, heads on one dimension of a mesh that could not divide them": partial(
+        refuse, "flash_attention", partial(attention_inputs, q=12, kv=6),
+        on("q k v", HEADS, WHOLE), r"k: .* the mesh \(2, 2\) divide", mesh=square,
     ),
     "attention, fewer heads than ranks": partial(
         refuse, "flash_attention", attention_inputs, on("q", HEADS) | on("k v", WHOLE),
