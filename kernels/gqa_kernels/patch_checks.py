@@ -144,7 +144,8 @@ def attention_reason(module: nn.Module) -> str:
         return "it is not causal"
     config = module.config
     try:
-        num_q, num_kv = config.num_attention_heads, config.num_key_value_heads
+        num_q = config.num_attention_heads
+        num_kv = getattr(config, "num_key_value_heads", None) or num_q
         checks.attention_heads(num_q, num_kv, module.head_dim)
     except (AttributeError, NotImplementedError, ValueError) as error:
         return str(error)

@@ -211,7 +211,7 @@ def _add_attention(plan: Plan, model: nn.Module) -> None:
     }
     if chosen:
         adapter.register()
-        plan.changes += _config_changes(model, chosen, adapter.ATTENTION_NAME)
+        plan.changes.extend(_config_changes(model, chosen, adapter.ATTENTION_NAME))
 
 
 def _config_changes(model: nn.Module, chosen: dict[int, Any], name: str) -> list[Change]:

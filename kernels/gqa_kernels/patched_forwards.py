@@ -115,9 +115,10 @@ def _rotate(apply_rope, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple
 
 def _attention_function(home: str, implementation: str) -> Any:
     source = sys.modules[home]
-    if implementation == "eager":
-        return source.eager_attention_forward
-    return source.ALL_ATTENTION_FUNCTIONS[implementation]
+    functions, eager = source.ALL_ATTENTION_FUNCTIONS, source.eager_attention_forward
+    if hasattr(functions, "get_interface"):  # Transformers 5
+        return functions.get_interface(implementation, eager)
+    return eager if implementation == "eager" else functions[implementation]
 
 
 def _setting(self, attribute: str) -> Any:
