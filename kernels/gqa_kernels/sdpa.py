@@ -54,7 +54,7 @@ def scaled_dot_product_attention(
     checks.flag("enable_gqa", enable_gqa)
     if scale is not None and not checks.number("scale", scale) > 0.0:
         raise ValueError(f"scale: expected a positive number, or None; got {scale!r}")
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     _check(query, key, value, enable_gqa)
     window = None
     if is_causal:
@@ -77,7 +77,7 @@ def scaled_dot_product_attention(
     return out.squeeze(heads) if without_heads else out
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under torch.autocast its dtype, as torch's own function does; float64 stays."""
     if not isinstance(tensors[0], Tensor):
         return tensors

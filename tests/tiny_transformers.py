@@ -1,0 +1,100 @@
+"""Small models of Transformers with random weights, and the ways in which their rows are run."""
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+VOCABULARY = 61
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "tie_word_embeddings": False,
+}
+# What a kind of model has beside the sizes.
+KINDS = {
+    "Llama": {},
+    "Mistral": {"sliding_window": 5},
+    "Qwen2": {},
+    "Qwen3": {},
+    "Gemma2": {"sliding_window": 6, "query_pre_attn_scalar": 8},
+}
+transformers.logging.set_verbosity_error()
+
+
+def make(kind: str = "Llama", *, attention: str = "eager", **changes) -> nn.Module:
+    """The same weights for the same kind, far enough from zero that tokens differ."""
+    config_class = getattr(transformers, f"{kind}Config")
+    config = config_class(**SIZES | KINDS.get(kind, {}) | changes)
+    config._attn_implementation = attention
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+            else:
+                parameter.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+class _WideTorch:
+    """torch, but what a model computes in float32 whatever its dtype it computes in float64."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+def double(model: nn.Module) -> Callable:
+    """The oracle: runs a function of the same model in float64 on eager attention, where float32 in
+    the midst of it, as in norms and softmax, is float64 too."""
+    wide = copy.deepcopy(model).double()
+    modeling = sys.modules[type(model).__module__]
+
+    def run(function: Callable) -> Any:
+        modeling.torch = _WideTorch()
+        try:
+            return function(wide)
+        finally:
+            modeling.torch = torch
+
+    return run
+
+
+def rows(padding: str, *, length: int = 9, batch: int = 3) -> tuple[dict[str, Tensor], Tensor]:
+    """(arguments of a model's call, which positions are no padding)."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(1, VOCABULARY, (batch, length), generator=generator)
+    real = torch.ones_like(tokens)
+    if padding == "packed":
+        tokens = tokens[:1]
+        third = length // 3
+        positions = torch.arange(length)
+        positions[third:] -= third
+        positions[2 * third :] = torch.arange(length - 2 * third)
+        return {"input_ids": tokens, "position_ids": positions[None]}, real[:1].bool()
+    for i in range(1, batch):
+        if padding == "left":
+            real[i, : 2 * i] = 0
+        elif padding == "right":
+            real[i, length - 2 * i :] = 0
+    arguments = {"input_ids": tokens * real}
+    if padding != "none":
+        arguments["attention_mask"] = real
+        arguments["position_ids"] = (real.cumsum(-1) - 1).clamp(min=0)
+    return arguments, real.bool()
