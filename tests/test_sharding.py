@@ -136,6 +136,17 @@ def attention_inputs(more: str = "", *, batch: int = 3, q: int = 4, kv: int = 2)
     return tensors | constants(more, q, batch) | {"causal": True, "return_lse": True}
 
 
+def key_limits(num_queries: int, num_keys: int) -> dict:
+    """For three sequences; none of them alike."""
+    first = torch.randint(num_keys, (3, num_queries))
+    ranges = torch.stack([first, first + torch.randint(num_keys, (3, num_queries))], -1)
+    return {"key_ranges": ranges.int(), "key_mask": torch.rand(3, num_keys) < 0.7}
+
+
+def limited_attention_inputs() -> dict:
+    return attention_inputs() | key_limits(5, 7)
+
+
 def packed_inputs(more: str = "") -> dict:
     bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
     tensors = {"q": torch.randn(9, 4, 8), "k": torch.randn(9, 2, 8), "v": torch.randn(9, 2, 8)}
@@ -143,8 +154,8 @@ def packed_inputs(more: str = "") -> dict:
     return tensors | constants(more, 4, 2) | {"causal": True, "return_lse": True}
 
 
-def decode_inputs(*, q: int = 4, kv: int = 2) -> dict:
-    return {
+def decode_inputs(*, q: int = 4, kv: int = 2, limits: bool = False) -> dict:
+    return (key_limits(2, 6) if limits else {}) | {
         "q": torch.randn(3, 2, q, 8),
         "k_cache": torch.randn(3, 6, kv, 8),
         "v_cache": torch.randn(3, 6, kv, 8),
@@ -343,6 +354,14 @@ ON_TWO_RANKS = {
         on("q k v", HEADS) | on("alibi_slopes", Shard(0)),
         [(HEADS,), (Shard(1),)], on("q k v", HEADS),
     ),
+    "flash_attention, batch, key limits": partial(
+        check, "flash_attention", limited_attention_inputs,
+        on("q k v key_ranges key_mask", BATCH), [(BATCH,), (BATCH,)], on("q k v", BATCH),
+    ),
+    "flash_attention, heads, key limits": partial(
+        check, "flash_attention", limited_attention_inputs, on("q k v", HEADS),
+        [(HEADS,), (Shard(1),)], on("q k v", HEADS),
+    ),
     # Replicated constants are cut without a collective.
     "flash_attention, heads, whole constants": partial(
         check, "flash_attention", every_constant, on("q k v", HEADS),
@@ -372,11 +391,12 @@ ON_TWO_RANKS = {
         on("q k v", WHOLE),
     ),
     "decode_attention, batch": partial(
-        check, "decode_attention", decode_inputs, on("q k_cache v_cache seq_lens", BATCH),
-        [(BATCH,)], {},
+        check, "decode_attention", partial(decode_inputs, limits=True),
+        on("q k_cache v_cache seq_lens key_ranges key_mask", BATCH), [(BATCH,)], {},
     ),
     "decode_attention, heads": partial(
-        check, "decode_attention", decode_inputs, on("q k_cache v_cache", HEADS), [(HEADS,)], {},
+        check, "decode_attention", partial(decode_inputs, limits=True),
+        on("q k_cache v_cache", HEADS), [(HEADS,)], {},
     ),
     "decode_attention, one key/value head": partial(
         check, "decode_attention", partial(decode_inputs, kv=1), on("q", HEADS), [(HEADS,)], {},
