@@ -63,9 +63,11 @@ def patch(model: nn.Module, ops: Collection[str] = DEFAULT_OPS, *, strict: bool 
                     before they round, through float32 copies; residual add and second norm of a
                     Llama-like decoder layer in one pass
         swiglu      MLPs with SiLU: gate_proj and up_proj, or gate_up_proj
-        rope        attention of Transformers that rotates by halves: the kernel reads the
-                    projections where they are
-        attention   the attention function of a Transformers model, in a copy of its config
+        rope        attention of Transformers that rotates all features by halves: the kernel reads
+                    the projections where they are and rotates in float32, by cos and sin as
+                    Transformers rounds them to the activations' dtype
+        attention   the attention function of a Transformers model's causal attention, in a copy of
+                    its config; dropout in training raises, see `integrations.transformers`
         torch_rms_norm   torch.nn.RMSNorm, in Llama's order of roundings: in 16 bits the normalised
                     value is rounded before it is multiplied by the weight, not only after
 
@@ -76,7 +78,7 @@ def patch(model: nn.Module, ops: Collection[str] = DEFAULT_OPS, *, strict: bool 
     normalises in two steps, with the same bits.
 
     A module with an instance-level `forward` is left alone: whoever set it stands before the class.
-    Patch before torch.compile. Patching again adds to what is there.
+    Patch before torch.compile; before or after FSDP2. Patching again adds to what is there.
 
     Args:
         ops: some of the names above.
