@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format bench peers compile-check-3.6 clean
+.PHONY: demo test test-matrix lint format bench peers compile-check-3.6 clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -13,6 +13,22 @@ demo: $(READY)
 # One thread per test process: the two share the cores, and the interpreter is single-threaded.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 tests
+
+# Every combination in which Transformers' models are run, under the pinned version and the last 4.
+MATRIX := pytest -n auto --maxprocesses 4 -m "" tests/test_transformers.py tests/test_patching.py \
+	tests/test_peer_failures.py
+
+test-matrix: $(READY) .venv-transformers4/.ready
+	OMP_NUM_THREADS=1 $(BIN)/$(MATRIX)
+	OMP_NUM_THREADS=1 .venv-transformers4/bin/$(MATRIX)
+
+.venv-transformers4/.ready: pyproject.toml constraints.txt constraints-transformers4.txt
+	$(PYTHON) -m venv .venv-transformers4
+	.venv-transformers4/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt \
+		-e ".[models]" pytest pytest-xdist
+	.venv-transformers4/bin/python -m pip install --disable-pip-version-check -q \
+		-c constraints-transformers4.txt transformers
+	touch $@
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -47,4 +63,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) .venv-triton36 .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-triton36 .venv-transformers4 .pytest_cache .ruff_cache

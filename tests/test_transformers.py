@@ -1,6 +1,7 @@
-"""Transformers' models with attn_implementation="gqa_kernels", in the ways that models are run."""
+"""Transformers' models on the kernels, in the ways that models are run.
 
-import copy
+By both routes: "attention" is attn_implementation="gqa_kernels", "patch" all that `patch` replaces.
+"""
 
 import pytest
 import torch
@@ -9,14 +10,15 @@ pytest.importorskip("transformers")
 
 import transformers
 from small_llama import assert_within_budget
-from tiny_transformers import double, make, rows
+from tiny_transformers import cached, cast, double, make, matrix, on_kernels, rows
+from torch._dynamo.backends.registry import lookup_backend
 
-from gqa_kernels.integrations import transformers as ours
-
-NAME = ours.ATTENTION_NAME
+ROUTES = ("attention", "patch")
+MODELS = ("Llama", "Mistral", "Qwen3", "Gemma2")
 PADDINGS = ("none", "left", "right", "packed")
-FLOATS = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-ours.register()
+CHECKPOINTING = ("none", "reentrant", "not reentrant")
+CACHES = ("dynamic", "static")
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
@@ -24,111 +26,135 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-def on_kernels(model):
-    model = copy.deepcopy(model)
-    model.set_attn_implementation(NAME)
-    return model
+def compiled(model):
+    return torch.compile(model, fullgraph=True, backend="aot_eager")
 
 
-def cached(model, cache):
-    if cache is None:
-        return {"use_cache": False}
-    if cache == "dynamic":
-        return {"past_key_values": transformers.DynamicCache(config=model.config)}
-    return {"past_key_values": transformers.StaticCache(config=model.config, max_cache_len=32)}
+def to(device, arguments):
+    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in arguments.items()}
 
 
-@FLOATS
-@pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("kind", ("Llama", "Mistral", "Qwen3", "Gemma2"))
-def test_logits_without_a_cache(kind, padding, dtype, device):
+# --- one pass without a cache, and its gradients ----------------------------------------------
+
+
+def check_training(route, kind, padding, checkpointing, dtype, device, how=lambda model: model):
+    """Logits and gradients; of the positions that are no padding, which means nothing."""
+    model = make(kind).to(device).train()
+    arguments, real = rows(padding)
+    arguments = to(device, arguments)
+    cotangent = torch.randn(int(real.sum()), model.config.vocab_size).to(device)
+
+    def run(model, how=lambda model: model):
+        if checkpointing != "none":
+            model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+        logits = how(model)(**arguments, use_cache=False).logits[real]
+        logits.backward(cotangent.to(logits.dtype))
+        return {"logits": logits.detach()} | {n: p.grad for n, p in model.named_parameters()}
+
+    oracle = double(model)(run)
+    model = cast(model, dtype)
+    result = run(on_kernels(model, route), how)
+    eager = run(model)
+    for name, value in result.items():
+        assert_within_budget(value, eager[name], oracle[name])
+
+
+@matrix(2, route=ROUTES, kind=MODELS, padding=PADDINGS, checkpointing=CHECKPOINTING, dtype=DTYPES)
+def test_training(route, kind, padding, checkpointing, dtype, device):
+    check_training(route, kind, padding, checkpointing, dtype, device)
+
+
+@matrix(1, route=ROUTES, kind=MODELS, padding=PADDINGS, checkpointing=CHECKPOINTING, dtype=DTYPES)
+def test_training_compiled(route, kind, padding, checkpointing, dtype, device):
+    check_training(route, kind, padding, checkpointing, dtype, device, compiled)
+
+
+# --- caches ----------------------------------------------------------------------------------
+
+
+def places(start, count, device):
+    """Transformers 4 compiles steps only if it is told where in the cache they are."""
+    if transformers.__version__ >= "5":
+        return {}
+    return {"cache_position": torch.arange(start, start + count, device=device)}
+
+
+def check_steps(route, kind, padding, cache, dtype, device, how=lambda model: model):
+    """A prefill, one token, three tokens at once."""
     model = make(kind).to(device)
     arguments, real = rows(padding)
-    arguments = {name: value.to(device) for name, value in arguments.items()}
-    oracle = double(model)(lambda m: m(**arguments, use_cache=False).logits[real])
-    model = model.to(dtype)
-    eager = model(**arguments, use_cache=False).logits[real]
-    result = on_kernels(model)(**arguments, use_cache=False).logits[real]
-    assert_within_budget(result, eager, oracle)
+    arguments = to(device, arguments)
+    batch = len(real)
 
-
-@FLOATS
-@pytest.mark.parametrize("cache", ("dynamic", "static"))
-@pytest.mark.parametrize("padding", ("none", "left", "right"))
-@pytest.mark.parametrize("kind", ("Llama", "Mistral"))
-def test_logits_of_a_prefill_and_two_steps(kind, padding, cache, dtype, device):
-    """The second step brings three tokens at once."""
-    model = make(kind).to(device)
-
-    def run(model):
-        arguments, real = rows(padding)
-        arguments = {name: value.to(device) for name, value in arguments.items()}
-        past = cached(model, cache)
-        results = [model(**arguments, **past).logits[real]]
+    def run(model, how=lambda model: model):
+        past, call = cached(model, cache), how(model)
+        first = arguments | places(0, real.shape[1], device)
+        results = [call(**first, **past).logits[real]]
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
-        for count in (1, 3):
-            tokens = torch.arange(1, 1 + 3 * count, device=device).view(3, count)
-            step = {"input_ids": tokens}
+        for start, count in ((0, 1), (1, 3)):
+            step = {"input_ids": torch.arange(1, 1 + batch * count, device=device).view(batch, -1)}
+            step |= places(real.shape[1] + start, count, device)
             if mask is not None:
-                mask = torch.cat((mask, mask.new_ones(3, count)), 1)
+                mask = torch.cat((mask, mask.new_ones(batch, count)), 1)
                 positions = positions[:, -1:] + 1 + torch.arange(count, device=device)
                 step |= {"attention_mask": mask, "position_ids": positions}
-            results.append(model(**step, **past).logits.flatten(0, 1))
+            results.append(call(**step, **past).logits.flatten(0, 1))
         return torch.cat(results)
 
     with torch.no_grad():
         oracle = double(model)(run)
-        model = model.to(dtype)
-        assert_within_budget(run(on_kernels(model)), run(model), oracle)
+        model = cast(model, dtype)
+        assert_within_budget(run(on_kernels(model, route), how), run(model), oracle)
 
 
-@pytest.mark.parametrize("cache", ("dynamic", "static"))
-@pytest.mark.parametrize("padding", ("none", "left", "right"))
-@pytest.mark.parametrize("kind", ("Llama", "Mistral", "Gemma2"))
-def test_greedy_tokens(kind, padding, cache, device):
-    model = make(kind).to(device)
+# Transformers sees packed rows where there is no cache: with one, positions only turn the keys.
+@matrix(2, route=ROUTES, kind=MODELS, padding=PADDINGS, cache=CACHES, dtype=DTYPES)
+def test_steps(route, kind, padding, cache, dtype, device):
+    check_steps(route, kind, padding, cache, dtype, device)
+
+
+@matrix(1, route=ROUTES, kind=MODELS, padding=PADDINGS, cache=CACHES, dtype=DTYPES)
+def test_steps_compiled(route, kind, padding, cache, dtype, device):
+    check_steps(route, kind, padding, cache, dtype, device, compiled)
+
+
+# --- generation ------------------------------------------------------------------------------
+
+
+def prompts(padding, device):
     arguments, _ = rows(padding)
     arguments.pop("position_ids", None)
-    arguments = {name: value.to(device) for name, value in arguments.items()}
-    options = {"max_new_tokens": 6, "do_sample": False, "disable_compile": True}
-    if cache == "static":
-        options["cache_implementation"] = "static"
-    expected = model.generate(**arguments, **options)
-    assert torch.equal(on_kernels(model).generate(**arguments, **options), expected)
+    return to(device, arguments)
 
 
-@pytest.mark.parametrize("checkpointing", (None, True, False), ids=("none", "reentrant", "not"))
-@pytest.mark.parametrize("padding", PADDINGS)
-def test_gradients(padding, checkpointing, device):
-    model = make("Llama").to(device).train()
-    arguments, real = rows(padding)
-    arguments = {name: value.to(device) for name, value in arguments.items()}
-    # Nothing real is predicted from padding: what stands there sees no key and means nothing.
-    predicted = real & real.roll(1, dims=1)
-    labels = arguments["input_ids"].masked_fill(~predicted.to(device), -100)
-
-    def gradient(model):
-        if checkpointing is not None:
-            model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
-        model(**arguments, labels=labels, use_cache=False).loss.backward()
-        return torch.cat([p.grad.flatten() for p in model.parameters()])
-
-    oracle, result = double(model)(gradient), gradient(on_kernels(model))
-    assert_within_budget(result, gradient(model), oracle)
+GREEDY = {"max_new_tokens": 4, "do_sample": False}
 
 
-def test_packed_rows_with_bounds(device):
-    """As data collators hand them over: positions and cu_seq_lens, and no mask."""
-    arguments, _ = rows("packed")
-    arguments["cu_seq_lens_q"] = arguments["cu_seq_lens_k"] = torch.tensor([0, 3, 6, 9]).int()
-    arguments |= {"max_length_q": 3, "max_length_k": 3}
-    arguments = {k: v.to(device) if torch.is_tensor(v) else v for k, v in arguments.items()}
-    for kind in ("Llama", "Mistral"):
-        model = make(kind, **({"sliding_window": 2} if kind == "Mistral" else {})).to(device)
-        oracle = double(model)(lambda m: m(**arguments, use_cache=False).logits)
-        eager = model(**arguments, use_cache=False).logits
-        result = on_kernels(model)(**arguments, use_cache=False).logits
-        assert_within_budget(result, eager, oracle)
-        without_positions = {k: v for k, v in arguments.items() if k != "position_ids"}
-        out = on_kernels(model)(**without_positions, use_cache=False).logits
-        assert not torch.equal(out, result)  # positions turn the keys, the bounds hide them
+@matrix(1, route=ROUTES, kind=MODELS, padding=PADDINGS[:3], cache=CACHES)
+def test_greedy_tokens(route, kind, padding, cache, device):
+    """Right padding too: its prompts go on behind their holes."""
+    model, arguments = make(kind).to(device), prompts(padding, device)
+    options = GREEDY | ({"cache_implementation": "static"} if cache == "static" else {})
+    expected = model.generate(**arguments, **options, disable_compile=True)
+    result = on_kernels(model, route).generate(**arguments, **options, disable_compile=True)
+    assert torch.equal(result, expected)
+
+
+@matrix(1, route=ROUTES, kind=MODELS, padding=PADDINGS[:3])
+def test_greedy_tokens_with_compiled_steps(route, kind, padding, device):
+    """As generate compiles by itself on a GPU: its own masks, a static cache, fullgraph."""
+    model, arguments = make(kind).to(device), prompts(padding, device)
+    options = GREEDY | {"cache_implementation": "static"}
+    expected = model.generate(**arguments, **options, disable_compile=True)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    config = transformers.CompileConfig(fullgraph=True, backend=backend, mode=None)
+    config._compile_all_devices = True
+    result = on_kernels(model, route).generate(**arguments, **options, compile_config=config)
+    assert torch.equal(result, expected)
+    # In a window's cache Transformers counts what was written in a Python number.
+    assert len(graphs) == (1 if getattr(model.config, "sliding_window", None) is None else 2)

@@ -1,13 +1,19 @@
 """Small models of Transformers with random weights, and the ways in which their rows are run."""
 
 import copy
+import itertools
+import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+
+from gqa_kernels import patch
+from gqa_kernels.integrations import transformers as ours
 
 VOCABULARY = 61
 SIZES = {
@@ -51,6 +57,29 @@ def make(kind: str = "Llama", *, attention: str = "eager", **changes) -> nn.Modu
     return model.eval()
 
 
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """In another dtype, but for the angles' frequencies: as Transformers loads a checkpoint."""
+    kept = {n: b.clone() for n, b in model.named_buffers() if b.is_floating_point()}
+    model = model.to(dtype)
+    for name, buffer in kept.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer)
+    return model
+
+
+def on_kernels(model: nn.Module, route: str) -> nn.Module:
+    """A copy whose attention alone, or all of it, runs on the kernels."""
+    model = copy.deepcopy(model)
+    if route == "attention":
+        ours.register()
+        model.set_attn_implementation(ours.ATTENTION_NAME)
+    else:
+        replaced = {op for _, op in patch(model).replaced}
+        assert {"attention", "rms_norm", "rope"} <= replaced
+    assert model.config._attn_implementation == ours.ATTENTION_NAME
+    return model
+
+
 class _WideTorch:
     """torch, but what a model computes in float32 whatever its dtype it computes in float64."""
 
@@ -76,7 +105,45 @@ def double(model: nn.Module) -> Callable:
     return run
 
 
-def rows(padding: str, *, length: int = 9, batch: int = 3) -> tuple[dict[str, Tensor], Tensor]:
+def cached(model: nn.Module, cache: str) -> dict[str, Any]:
+    """What a model is called with to fill a cache of its own."""
+    if cache == "dynamic":
+        return {"past_key_values": transformers.DynamicCache(config=model.config)}
+    return {"past_key_values": transformers.StaticCache(config=model.config, max_cache_len=32)}
+
+
+def matrix(at_once: int, **dimensions: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrizes a test by all combinations of the dimensions' values.
+
+    Those that it takes to meet every value (at_once 1) or every pair of values (2) run by default;
+    the others have the mark `matrix`.
+    """
+
+    def met(combination):
+        return set(itertools.combinations(enumerate(combination), at_once))
+
+    combinations = list(itertools.product(*dimensions.values()))
+    # In another order, that no value is met more often for being the first.
+    shuffled = random.Random(0).sample(combinations, len(combinations))
+    missing, chosen = set().union(*map(met, combinations)), set()
+    while missing:
+        best = max(shuffled, key=lambda combination: len(met(combination) & missing))
+        chosen.add(best)
+        missing -= met(best)
+    return pytest.mark.parametrize(
+        tuple(dimensions),
+        [
+            pytest.param(
+                *combination,
+                id="-".join(str(value).removeprefix("torch.") for value in combination),
+                marks=() if combination in chosen else pytest.mark.matrix,
+            )
+            for combination in combinations
+        ],
+    )
+
+
+def rows(padding: str, *, length: int = 9, batch: int = 2) -> tuple[dict[str, Tensor], Tensor]:
     """(arguments of a model's call, which positions are no padding)."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(1, VOCABULARY, (batch, length), generator=generator)

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import causal_mask_function, or_masks, sdpa_mask
 
 from gqa_kernels.attention import flash_attention, flash_attention_varlen
 from gqa_kernels.decode import MAX_NEW_TOKENS, decode_attention
@@ -40,6 +40,8 @@ from gqa_kernels.sdpa import autocast
 ATTENTION_NAME = "gqa_kernels"
 # Elements of a mask that are looked at together when its ranges are read off.
 _CHUNK = 2**24
+_UNION = or_masks().__code__
+_GAPS = "mask_function: expected one range of keys per query; got a custom one with gaps"
 
 
 def register() -> None:
@@ -49,14 +51,14 @@ def register() -> None:
 
 
 def attention_mask(
+    *,
     batch_size: int,
-    q_length: int | Tensor,
     kv_length: int,
-    q_offset: int | Tensor = 0,
     kv_offset: int = 0,
+    q_length: int | Tensor | None = None,
+    q_offset: int | Tensor = 0,
     mask_function: Callable[..., Tensor] = causal_mask_function,
     attention_mask: Tensor | None = None,
-    *,
     use_vmap: bool | None = None,
     allow_is_causal_skip: bool = True,
     device: torch.device | str | None = None,
@@ -75,7 +77,7 @@ def attention_mask(
         None, or int32 `[batch, 1, 1 to 3, …]`; see the module.
     Raises:
         NotImplementedError: a custom mask function under which a query sees more than one range
-            of keys, or, while compiling, any custom one: its values would have to be read.
+            of keys; compiled code, which cannot raise it, asserts that on the device.
     """
     if cache_position is not None:
         queries, q_length = cache_position, cache_position.shape[0]
@@ -136,24 +138,24 @@ def _ranges(
 
     It is asked for all pairs, some queries at a time, so that no matrix of them is kept.
     """
-    if check and torch.compiler.is_compiling():
-        raise NotImplementedError(
-            "mask_function: expected one of Transformers' own while compiling; got a custom one, "
-            "whose ranges have to be looked at"
-        )
+    compiling = torch.compiler.is_compiling()
+    # A union may have gaps even if Transformers made it, of blocks that are in two places.
+    check = check or compiling or mask_function.__code__ is _UNION
     keys = torch.arange(kv_length, device=queries.device)
     step = max(1, _CHUNK // max(1, batch_size * kv_length))
-    if torch.compiler.is_compiling():
+    if compiling:
         step = queries.shape[0]
     firsts, ends = [], []
     for chunk in queries.split(step):
         visible = _visible(mask_function, batch_size, chunk, kv_length, kv_offset, use_vmap)[:, 0]
         firsts.append(keys.where(visible, kv_length).amin(-1))
         ends.append((keys + 1).where(visible, 0).amax(-1))
-        if check and not torch.equal(visible.sum(-1), (ends[-1] - firsts[-1]).clamp(min=0)):
-            raise NotImplementedError(
-                "mask_function: expected one range of keys per query; got a custom one with gaps"
-            )
+        if check:
+            whole = (visible.sum(-1) == (ends[-1] - firsts[-1]).clamp(min=0)).all()
+            if compiling:
+                torch._assert_async(whole, _GAPS)
+            elif not whole:
+                raise NotImplementedError(_GAPS)
     return torch.cat(firsts, 1), torch.cat(ends, 1)
 
 
@@ -227,7 +229,11 @@ def attention_forward(
     key_ranges, key_mask = _unpack(attention_mask, q.shape[1], k.shape[1])
     # Ranges say everything; flags of keys stand beside the causal mask.
     causal = key_ranges is None and (key_mask is not None or bool(is_causal))
-    packed = cu_seq_lens_q is not None and key_mask is None
+    packed = cu_seq_lens_q is not None
+    if packed and key_mask is not None:
+        raise NotImplementedError(
+            "attention_mask: expected none beside cu_seq_lens_q; got one that marks padding"
+        )
     window = None
     if sliding_window is not None and (causal or packed):
         window = (sliding_window - 1, None)
@@ -238,7 +244,7 @@ def attention_forward(
         bounds = (cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k)
         rows = (x.squeeze(0) for x in (q, k, v))
         out = flash_attention_varlen(*rows, *bounds, causal=bool(is_causal), **scores).unsqueeze(0)
-    elif softcap is sinks is window is None and _decodes(q, k, key_ranges, causal):
+    elif softcap is sinks is window is None and _decodes(q, k, v, causal):
         if key_ranges is None:
             seq_lens = torch.full(q.shape[:1], k.shape[1], dtype=torch.int32, device=q.device)
         else:
@@ -265,10 +271,11 @@ def _unpack(
     return key_ranges, mask[:, 0, -1, :kv_length] if rows != 2 else None
 
 
-def _decodes(q: Tensor, k: Tensor, key_ranges: Tensor | None, causal: bool) -> bool:
+def _decodes(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
     """Whether few new tokens meet a cache: then the keys are split among programs."""
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return False
     if q.shape[1] == 1:
         return True
-    return causal and q.shape[1] <= MAX_NEW_TOKENS and q.shape[1] < k.shape[1]
+    # The lengths' order first: without a cache a compiler then need not know them.
+    return causal and q.shape[1] < k.shape[1] and q.shape[1] <= MAX_NEW_TOKENS
