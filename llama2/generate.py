@@ -96,7 +96,7 @@ def _steps(
     uniform = _uniform(batch, max_new_tokens, seed).to(weight.device)
     # The last new token is never fed back, so it needs no room.
     capacity = longest + max_new_tokens - 1
-    cache = KVCache(model.config, batch, capacity, dtype=weight.dtype, device=weight.device)
+    cache = KVCache(model.cache_config, batch, capacity, dtype=weight.dtype, device=weight.device)
 
     states = model.hidden_states(tokens, cache, num_valid)
     last = states[torch.arange(batch, device=weight.device), num_valid - 1]  # [batch, hidden_size]

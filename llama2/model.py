@@ -5,6 +5,7 @@ one to one. Reference: Touvron et al. 2023, arXiv:2307.09288.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -52,6 +53,35 @@ def packed_positions(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
     row = torch.arange(tokens.shape[1], dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     sequence = torch.searchsorted(cu_seqlens, row, right=True) - 1  # never an empty one
     return (row - cu_seqlens[sequence]).masked_fill(row >= cu_seqlens[-1], 0)[None]
+
+
+def _targets(tokens: Tensor, num_valid: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """The token to predict at each place but the last, or _IGNORED; see `Llama2.loss`."""
+    if tokens.dim() != 2 or tokens.shape[1] < 2:
+        raise ValueError(
+            f"tokens: expected [batch, seq_len + 1] with seq_len ≥ 1; got {list(tokens.shape)}"
+        )
+    batch, columns = tokens.shape
+    targets = tokens[:, 1:].long()
+    if cu_seqlens is not None:
+        if num_valid is not None:
+            raise ValueError("num_valid: expected none with cu_seqlens; got both")
+        ignored = packed_positions(tokens, cu_seqlens)[:, 1:] == 0
+        targets = targets.masked_fill(ignored, _IGNORED)
+    elif num_valid is not None:
+        _check_whole_numbers("num_valid", num_valid)
+        if num_valid.shape != (batch,):
+            raise ValueError(f"num_valid: expected [{batch}]; got {list(num_valid.shape)}")
+        column = torch.arange(1, columns, device=tokens.device)
+        targets = targets.masked_fill(column >= num_valid[:, None], _IGNORED)
+    return targets
+
+
+def count_predictions(
+    tokens: Tensor, *, num_valid: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """How many tokens `Llama2.loss` of these arguments predicts, int64, on their device."""
+    return (_targets(tokens, num_valid, cu_seqlens) != _IGNORED).sum()
 
 
 class RotaryTable(nn.Module):
@@ -188,6 +218,14 @@ class Llama2(nn.Module):
         self.rope = RotaryTable(config)
         self.reset_parameters()
 
+    @property
+    def cache_config(self) -> ModelConfig:
+        """The configuration of a cache for this model: its own, with the heads that this process
+        has of it."""
+        attention = self.layers[0].self_attn
+        heads = {"num_q_heads": attention.num_q_heads, "num_kv_heads": attention.num_kv_heads}
+        return replace(self.config, **heads)
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         for name, parameter in self.named_parameters():
@@ -221,7 +259,7 @@ class Llama2(nn.Module):
         Raises:
             ValueError: the tokens do not fit in `max_seq_len` or in the cache, or their shape or
                 that of `num_valid` or `cu_seqlens` is another; `num_valid` without an empty cache;
-                `cu_seqlens` with a cache.
+                `cu_seqlens` with a cache; a cache of another number of heads.
             TypeError: the cache is of another dtype than the model, or `cu_seqlens` of another
                 than int32 and int64.
             NotImplementedError: more than 16 tokens per sequence into a cache that is not empty.
@@ -252,6 +290,12 @@ class Llama2(nn.Module):
                     f"cache: expected the model's dtype {self.embed_tokens.weight.dtype}; "
                     f"got {cache.keys.dtype}"
                 )
+            num_kv_heads = self.layers[0].self_attn.num_kv_heads
+            if cache.keys.shape[3] != num_kv_heads:  # a single head would be written to all
+                raise ValueError(
+                    f"cache: expected {num_kv_heads} key/value heads, those of cache_config; "
+                    f"got {cache.keys.shape[3]}"
+                )
             positions = cache.reserve(batch, seq_len)
         x, residual = self.embed_tokens(tokens), None
         for layer in self.layers:
@@ -277,6 +321,7 @@ class Llama2(nn.Module):
         *,
         num_valid: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        num_predictions: Tensor | None = None,
     ) -> Tensor:
         """Mean next-token cross-entropy in nats over int tokens `[batch, seq_len + 1]`.
 
@@ -289,31 +334,20 @@ class Llama2(nn.Module):
         - packed: tokens `[1, total]` with `cu_seqlens`, as `hidden_states` takes them. The first
           token of a sequence is not predicted, nor is any token after the last sequence.
 
-        Where no token is to be predicted, the loss is NaN.
+        Where no token is to be predicted, the loss is NaN. With `num_predictions`, a scalar, it is
+        the sum over the predictions divided by that: losses of parts of a batch, divided by
+        `count_predictions` of the whole, add up to the whole's.
 
         Raises:
             ValueError: tokens of less than two columns, which have nothing to predict, or another
                 shape of an argument; both `num_valid` and `cu_seqlens`.
             TypeError: as `hidden_states`.
         """
-        if tokens.dim() != 2 or tokens.shape[1] < 2:
-            raise ValueError(
-                f"tokens: expected [batch, seq_len + 1] with seq_len ≥ 1; got {list(tokens.shape)}"
-            )
-        batch, columns = tokens.shape
-        targets = tokens[:, 1:].long()
-        if cu_seqlens is not None:
-            if num_valid is not None:
-                raise ValueError("num_valid: expected none with cu_seqlens; got both")
-            ignored = packed_positions(tokens, cu_seqlens)[:, 1:] == 0
-            targets = targets.masked_fill(ignored, _IGNORED)
-        elif num_valid is not None:
-            _check_whole_numbers("num_valid", num_valid)
-            if num_valid.shape != (batch,):
-                raise ValueError(f"num_valid: expected [{batch}]; got {list(num_valid.shape)}")
-            column = torch.arange(1, columns, device=tokens.device)
-            targets = targets.masked_fill(column >= num_valid[:, None], _IGNORED)
+        targets = _targets(tokens, num_valid, cu_seqlens)
         # Causal attention keeps what pads a row on the right from all tokens before it.
         logits = self(tokens[:, :-1], cu_seqlens=cu_seqlens)
         logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=_IGNORED)
+        if num_predictions is None:
+            return F.cross_entropy(logits, targets.flatten(), ignore_index=_IGNORED)
+        total = F.cross_entropy(logits, targets.flatten(), ignore_index=_IGNORED, reduction="sum")
+        return total / num_predictions
