@@ -38,17 +38,21 @@ def load_state(
         ValueError: the state is of another model, recipe or stream; names the first difference.
     """
     state = torch.load(path, map_location="cpu", weights_only=True)
-    for kind, expected in identity.items():
-        for name, value in expected.items():
-            found = state[kind].get(name)
-            if found != value:
-                raise ValueError(
-                    f"{path}: expected the state of a run with {kind} {name}={value!r}; "
-                    f"got {found!r}"
-                )
+    check_identity(path, state, identity)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"]
+
+
+def check_identity(path: Path, found: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Raises a ValueError that names the first difference between two runs, if there is one."""
+    for kind, expected in identity.items():
+        for name, value in expected.items():
+            if found[kind].get(name) != value:
+                raise ValueError(
+                    f"{path}: expected the state of a run with {kind} {name}={value!r}; "
+                    f"got {found[kind].get(name)!r}"
+                )
 
 
 def read_log(path: Path) -> list[dict[str, float]]:

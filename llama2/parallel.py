@@ -1,0 +1,189 @@
+"""One model on several processes: tensor parallelism and FSDP, on the dimensions of a device mesh.
+
+    mesh = init_device_mesh("cuda", (4, 2), mesh_dim_names=("dp", "tp"))
+    parallelize(model, mesh)
+
+Tensor parallelism deals out heads, columns of the feed-forward layers and the vocabulary: a rank
+computes whole activations of its own heads, and two sums over the ranks per layer put them
+together. Shoeybi et al. 2019, arXiv:1909.08053. FSDP deals out parameters, gradients and optimiser
+states, and gathers a layer's parameters when it runs. Rajbhandari et al. 2019, arXiv:1910.02054.
+
+The model's ops see plain local tensors, on either backend.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils.checkpoint import checkpoint
+
+from llama2.model import Llama2, count_predictions
+
+DATA, TENSOR = "dp", "tp"  # what the dimensions of a mesh are called
+
+
+def parallelize(
+    model: Llama2,
+    mesh: DeviceMesh,
+    *,
+    param_dtype: torch.dtype | None = None,
+    recompute_layers: bool = False,
+    reshard_after_forward: bool = True,
+) -> Llama2:
+    """Shards `model` in place over `mesh` and returns it.
+
+    On "tp", all ranks take the same tokens and get the same logits; `generate` works. On "dp", each
+    takes its own tokens; the model trains and computes logits, it does not generate. An optimiser
+    is made afterwards, from the new parameters.
+
+    Args:
+        model: on the mesh's device, with the same weights in every rank; or on the meta device, to
+            be given memory by `to_empty` and weights by a checkpoint.
+        mesh: its dimensions are "dp", "tp", or both in this order.
+        param_dtype: with "dp", the dtype that layers compute in; parameters, gradients and
+            optimiser states keep theirs, sums of gradients are taken in float32.
+        recompute_layers: a layer keeps only its input for the backward pass, and runs again in it.
+        reshard_after_forward: with "dp", free a layer's parameters after the forward pass and
+            gather them again for the backward pass.
+    Raises:
+        ValueError: dimensions of other names, a "tp" that does not divide the heads or the
+            intermediate size, `param_dtype` without "dp", weights that differ between ranks.
+    """
+    names = mesh.mesh_dim_names
+    if names not in ((DATA,), (TENSOR,), (DATA, TENSOR)):
+        raise ValueError(f"mesh: expected dimensions ('dp',), ('tp',) or ('dp', 'tp'); got {names}")
+    if param_dtype is not None and DATA not in names:
+        raise ValueError(
+            f"param_dtype: expected None without 'dp', where the model's dtype is that of its "
+            f"layers; got {param_dtype}"
+        )
+    _check_same_weights(model, mesh)
+    if TENSOR in names:
+        _shard_tensors(model, mesh[TENSOR])
+    if recompute_layers:
+        for layer in model.layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    if DATA in names:
+        sums = None if param_dtype is None else torch.float32
+        shard = partial(
+            fully_shard,
+            mesh=mesh[DATA],
+            reshard_after_forward=reshard_after_forward,
+            mp_policy=MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=sums),
+        )
+        for layer in model.layers:
+            shard(layer)
+        shard(model)
+    return model
+
+
+@torch.no_grad()
+def _check_same_weights(model: Llama2, mesh: DeviceMesh) -> None:
+    """Nothing copies weights between ranks: shards of different models would make one of none."""
+    parameters = list(model.parameters())
+    if parameters[0].is_meta:
+        return
+    total = sum(parameter.double().sum() for parameter in parameters)
+    bounds = torch.stack([total, -total])
+    for group in mesh.get_all_groups():
+        dist.all_reduce(bounds, dist.ReduceOp.MAX, group)
+    if not bounds[0].equal(-bounds[1]):
+        raise ValueError(
+            "model: expected the same weights in every rank, from one seed or one checkpoint; got "
+            f"sums between {-bounds[1].item()} and {bounds[0].item()}"
+        )
+
+
+def _shard_tensors(model: Llama2, mesh: DeviceMesh) -> None:
+    """Norms stay plain parameters, the same in every rank, as are their gradients."""
+    size = mesh.size()
+    for name in ("num_q_heads", "num_kv_heads", "intermediate_size"):
+        value = getattr(model.config, name)
+        if value % size:
+            raise ValueError(f"{name}: expected a multiple of tp, which is {size}; got {value}")
+    whole = Replicate()
+    projections = {
+        "self_attn.q_proj": ColwiseParallel(),
+        "self_attn.k_proj": ColwiseParallel(),
+        "self_attn.v_proj": ColwiseParallel(),
+        "self_attn.o_proj": RowwiseParallel(),
+        "mlp.gate_proj": ColwiseParallel(),
+        "mlp.up_proj": ColwiseParallel(),
+        "mlp.down_proj": RowwiseParallel(),
+        # Made one DTensor for all projections that read it, so that their gradients are added
+        # before they are summed over the ranks.
+        "self_attn": PrepareModuleInput(
+            input_layouts=(whole, None, None, None, None),
+            desired_input_layouts=(whole, None, None, None, None),
+        ),
+        "mlp": PrepareModuleInput(input_layouts=(whole,), desired_input_layouts=(whole,)),
+    }
+    plan = {f"layers.*.{name}": style for name, style in projections.items()}
+    plan["embed_tokens"] = RowwiseParallel(input_layouts=whole)
+    plan["lm_head"] = ColwiseParallel(output_layouts=whole)
+    # Every rank has the weights: no copies from the first.
+    parallelize_module(model, mesh, plan, src_data_rank=None)
+    if model.config.tie_word_embeddings:  # sharding made two parameters of one
+        model.lm_head.weight = model.embed_tokens.weight
+    for layer in model.layers:
+        layer.self_attn.num_q_heads //= size
+        layer.self_attn.num_kv_heads //= size
+
+
+def loss(
+    model: Llama2,
+    tokens: Tensor,
+    mesh: DeviceMesh,
+    *,
+    num_valid: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """This rank's share of `Llama2.loss` of the tokens of all ranks of "dp", however many each
+    predicts: the mean of the shares is the loss, and the gradients that FSDP leaves are its own."""
+    if DATA not in mesh.mesh_dim_names:
+        return model.loss(tokens, num_valid=num_valid, cu_seqlens=cu_seqlens)
+    count = count_predictions(tokens, num_valid=num_valid, cu_seqlens=cu_seqlens)
+    dist.all_reduce(count, group=mesh.get_group(DATA))
+    count = count / mesh[DATA].size()  # FSDP takes the mean of the ranks' gradients
+    return model.loss(tokens, num_valid=num_valid, cu_seqlens=cu_seqlens, num_predictions=count)
+
+
+def mean(value: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The mean of a tensor over the ranks of "dp"."""
+    value = value.detach().clone()
+    if DATA in mesh.mesh_dim_names:
+        dist.all_reduce(value, group=mesh.get_group(DATA))
+        value /= mesh[DATA].size()
+    return value
+
+
+@torch.no_grad()
+def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """`torch.nn.utils.clip_grad_norm_` where gradients are sharded, over one mesh or several.
+
+    Returns:
+        the norm of the whole gradient before clipping, a scalar, the same in every rank.
+    """
+    by_mesh = defaultdict(list)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_mesh[getattr(parameter.grad, "device_mesh", None)].append(parameter)
+    norms = [get_total_norm([p.grad for p in group]) for group in by_mesh.values()]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    for group in by_mesh.values():
+        clip_grads_with_norm_(group, max_norm, total)
+    return total

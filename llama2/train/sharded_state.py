@@ -1,0 +1,124 @@
+"""What a killed run on several processes leaves behind, and a run on any number picks up.
+
+A folder holds `step-N`, a directory of `torch.distributed.checkpoint`, for the last state saved.
+Its `.metadata` is a pickle, which can run code when it is read: load what you have saved yourself.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+
+from llama2.train.state import check_identity
+
+_STATE = re.compile(r"step-(\d+)")
+_IDENTITY = "identity.json"
+
+
+def save_sharded_state(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    identity: dict[str, Any],
+) -> None:
+    """Writes what resuming after `step` steps needs; every rank calls it.
+
+    The folder always holds a whole state: the old one goes when the new one is there.
+
+    Args:
+        identity: of the run, as `pretrain.run_identity` gives it.
+    Raises:
+        ValueError: the folder holds a state after as many steps or more.
+    """
+    newest = max(_states(folder), default=-1)
+    if newest >= step:
+        raise ValueError(f"step: expected one after the {newest} saved in {folder}; got {step}")
+    partial = folder / f"step-{step}.partial"
+    if _first_rank():
+        shutil.rmtree(partial, ignore_errors=True)  # a killed run's
+        folder.mkdir(parents=True, exist_ok=True)
+    _wait()
+    weights, moments = get_state_dict(model, optimizer)
+    state = {"model": weights, "optimizer": moments}
+    dcp.save(state, checkpoint_id=partial)
+    _wait()
+    if _first_rank():
+        (partial / _IDENTITY).write_text(json.dumps(identity, indent=2))
+        old = _states(folder)
+        os.replace(partial, folder / f"step-{step}")
+        for path in old.values():
+            shutil.rmtree(path)
+    _wait()
+
+
+def load_sharded_state(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    identity: dict[str, Any] | None = None,
+) -> int:
+    """Restores the newest state of a folder, on as many processes as there are now; every rank
+    calls it.
+
+    Args:
+        optimizer: None reads the weights alone.
+        identity: of the run that goes on; None takes a state of any.
+    Returns:
+        the number of steps done; 0 where the folder holds no state, and nothing changes.
+    Raises:
+        ValueError: the state is of another run; names the first difference.
+        torch.distributed.checkpoint.CheckpointException: the state is of a model of other shapes.
+    """
+    states = _states(folder)
+    if not states:
+        return 0
+    step = max(states)
+    if identity is not None:
+        check_identity(states[step], json.loads((states[step] / _IDENTITY).read_text()), identity)
+    if optimizer is None:
+        state = {"model": get_model_state_dict(model)}
+    else:
+        weights, moments = get_state_dict(model, optimizer)
+        state = {"model": weights, "optimizer": moments}
+    dcp.load(state, checkpoint_id=states[step])
+    if optimizer is None:
+        set_model_state_dict(model, state["model"])
+    else:
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+    return step
+
+
+def _states(folder: Path) -> dict[int, Path]:
+    """The whole states of a folder by their steps."""
+    if not folder.is_dir():
+        return {}
+    found = {path: _STATE.fullmatch(path.name) for path in folder.iterdir()}
+    return {int(match[1]): path for path, match in found.items() if match}
+
+
+def _first_rank() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _wait() -> None:
+    if dist.is_initialized():
+        dist.barrier()
