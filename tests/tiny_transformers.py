@@ -112,6 +112,13 @@ def cached(model: nn.Module, cache: str) -> dict[str, Any]:
     return {"past_key_values": transformers.StaticCache(config=model.config, max_cache_len=32)}
 
 
+def places(start: int, count: int, device: torch.device) -> dict[str, Tensor]:
+    """Transformers 4 compiles steps only if it is told where in the cache they are."""
+    if transformers.__version__ >= "5":
+        return {}
+    return {"cache_position": torch.arange(start, start + count, device=device)}
+
+
 def matrix(at_once: int, **dimensions: Sequence[Any]) -> pytest.MarkDecorator:
     """Parametrizes a test by all combinations of the dimensions' values.
 
