@@ -60,7 +60,8 @@ def parallelize(
             gather them again for the backward pass.
     Raises:
         ValueError: dimensions of other names, a "tp" that does not divide the heads or the
-            intermediate size, `param_dtype` without "dp", weights that differ between ranks.
+            intermediate size, `param_dtype` without "dp", weights that differ between ranks,
+            tied embeddings on the meta device, where leaving it would part them.
     """
     names = mesh.mesh_dim_names
     if names not in ((DATA,), (TENSOR,), (DATA, TENSOR)):
@@ -70,7 +71,10 @@ def parallelize(
             f"param_dtype: expected None without 'dp', where the model's dtype is that of its "
             f"layers; got {param_dtype}"
         )
-    _check_same_weights(model, mesh)
+    if not model.embed_tokens.weight.is_meta:
+        _check_same_weights(model, mesh)
+    elif model.config.tie_word_embeddings:
+        raise ValueError("model: expected memory for tied word embeddings; got the meta device")
     if TENSOR in names:
         _shard_tensors(model, mesh[TENSOR])
     if recompute_layers:
@@ -93,10 +97,7 @@ def parallelize(
 @torch.no_grad()
 def _check_same_weights(model: Llama2, mesh: DeviceMesh) -> None:
     """Nothing copies weights between ranks: shards of different models would make one of none."""
-    parameters = list(model.parameters())
-    if parameters[0].is_meta:
-        return
-    total = sum(parameter.double().sum() for parameter in parameters)
+    total = sum(parameter.sum(dtype=torch.float64) for parameter in model.parameters())
     bounds = torch.stack([total, -total])
     for group in mesh.get_all_groups():
         dist.all_reduce(bounds, dist.ReduceOp.MAX, group)

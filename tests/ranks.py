@@ -14,30 +14,26 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run(cases: dict[str, Callable[[], None]], world_size: int) -> dict[str, str]:
-    """The outcome of every case, by name: "passed", or what went wrong in some rank.
+def run(cases: dict[str, Callable[[], None]], world_size: int) -> None:
+    """Runs all cases, functions of a module, in order in every rank, and raises an AssertionError
+    that says which failed and how.
 
-    All ranks run all cases, functions of a module, in order; processes start once. The kernels run
-    in Triton's interpreter, on a machine with a GPU too.
+    Processes start once; cases are no tests of their own, which workers of pytest would share out.
+    The kernels run in Triton's interpreter, on a machine with a GPU too.
     """
     with tempfile.TemporaryDirectory() as folder:
         before = os.environ.get("TRITON_INTERPRET")
         os.environ["TRITON_INTERPRET"] = "1"  # for the children, before they import anything
         try:
             mp.spawn(_rank, args=(world_size, folder, cases), nprocs=world_size)
-        except mp.ProcessExitedException as error:
-            return dict.fromkeys(cases, str(error))
         finally:
             del os.environ["TRITON_INTERPRET"]
             if before is not None:
                 os.environ["TRITON_INTERPRET"] = before
         reports = [json.loads(file.read_text()) for file in sorted(Path(folder).glob("*.json"))]
-    return {
-        name: next((r[name] for r in reports if r.get(name) not in (None, "passed")), "passed")
-        if all(name in r for r in reports)
-        else "not run: a case before it failed"
-        for name in cases
-    }
+    failures = [f"{name}: {r[name]}" for r in reports for name in r if r[name] != "passed"]
+    failures += [f"{name}: not run" for name in cases if not all(name in r for r in reports)]
+    assert not failures, "\n".join(failures)
 
 
 def _rank(rank: int, world_size: int, folder: str, cases: dict[str, Callable[[], None]]) -> None:

