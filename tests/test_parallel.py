@@ -24,6 +24,7 @@ from small_llama import (
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from llama2 import Llama2, ModelConfig, parallel
 from llama2.generate import generate
@@ -135,6 +136,16 @@ def logits(name: str) -> None:
     mesh = make_mesh(name)
     tokens = batches("plain", mesh)[0]["tokens"]
     close(parallel.parallelize(float64_model(), mesh)(tokens), float64_model()(tokens))
+
+
+def two_sums_per_layer() -> None:
+    """And as many for the gradients; the vocabulary costs one more of each, and a gather."""
+    model = parallel.parallelize(float64_model(), make_mesh("tp"))
+    with CommDebugMode() as communication:
+        model.loss(random_tokens("cpu", 2, 9)).backward()
+    counts = {op.__name__: n for op, n in communication.get_comm_counts().items()}
+    sums = 2 * (2 * len(model.layers) + 1)
+    assert counts == {"all_reduce": sums, "all_gather_into_tensor": 1}, counts
 
 
 def generation() -> None:
@@ -349,6 +360,7 @@ ON_TWO_RANKS = {
     "recomputed layers run twice": recomputed_layers_run_twice,
     **{f"training, {name}": partial(training, name) for name in ("tp", "dp")},
     "layers in bfloat16": layers_in_bfloat16,
+    "two sums per layer": two_sums_per_layer,
     "generation": generation,
     "no generation from sharded parameters": no_generation_from_sharded_parameters,
     "a cache of all heads": a_cache_of_all_heads,
