@@ -403,7 +403,8 @@ def backward(
     need_dsinks: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dq, dk, dv, dsinks), each None unless needed; shapes as in `forward`."""
-    q, k, v, dout, out = map(layout.contiguous_features, (q, k, v, dout, out))
+    q, k, v, dout = map(layout.contiguous_features, (q, k, v, dout))
+    out, lse = out.contiguous(), lse.contiguous()  # as the forward pass leaves them
     batch, seq_len_q, num_q_heads, head_dim = q.shape
     seq_len_kv, num_kv_heads = k.shape[1:3]
     packed = cu_seqlens_q is not None
