@@ -445,7 +445,7 @@ def shard_then_patch():
 
 def test_fully_sharded():
     cases = {"patch, then shard": patch_then_shard, "shard, then patch": shard_then_patch}
-    assert ranks.run(cases, 2) == dict.fromkeys(cases, "passed")
+    ranks.run(cases, 2)  # raises where a case fails
 
 
 class Adapted(nn.Module):
@@ -787,3 +787,62 @@ def test_modules_of_this_package_are_left_alone():
     report = patch(model, ROW_OPS)
     assert not report.replaced
     assert {entry.module for entry in report.not_replaced} == {""}
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64), ids=str)
+def test_the_default_dtype_decides_nothing(dtype):
+    """In 16 bits a check's own roundings would hide another activation."""
+    models = [build(), build(hidden_act="relu"), build("Gemma")]
+    torch.set_default_dtype(dtype)
+    try:
+        reports = [patch(model, ROW_OPS) for model in models]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert not reports[0].not_replaced
+    for report in reports[1:]:
+        assert {entry.op for entry in report.not_replaced} == {"swiglu"}
+
+
+def test_every_activation_is_judged_by_its_own_settings():
+    class Swish(nn.Module):
+        def __init__(self, beta):
+            super().__init__()
+            self.beta = beta
+
+        def forward(self, x):
+            return x * torch.sigmoid(self.beta * x)
+
+    model = build()
+    model.model.layers[0].mlp.act_fn, model.model.layers[1].mlp.act_fn = Swish(1.0), Swish(1.7)
+    report = patch(model, ["swiglu"])
+    assert [entry.module for entry in report.replaced] == ["model.layers.0.mlp"]
+    unpatch(model)
+    model.model.layers[0].mlp.act_fn = Swish(nn.Parameter(torch.ones(())))
+    assert "has a parameter" in str(patch(model, ["swiglu"]))
+
+
+def test_arguments_keep_their_names(tokens, device):
+    model = build("Phi3").to(device)
+    x = torch.randn(2, 3, 48, device=device)
+    norm, mlp = model.model.norm, model.model.layers[0].mlp
+    expected = norm(hidden_states=x), mlp(hidden_states=x)
+    with patch(model, ROW_OPS):
+        torch.testing.assert_close((norm(hidden_states=x), mlp(hidden_states=x)), expected)
+
+
+def test_positions_that_do_not_fit_are_named(tokens, device):
+    model = build().to(device)
+    one = model(tokens, position_ids=torch.tensor([[5], [3]], device=device)).logits
+    patch(model, ROW_OPS)
+    result = model(tokens, position_ids=torch.tensor([[5], [3]], device=device)).logits
+    torch.testing.assert_close(result, one)
+    with pytest.raises(ValueError, match=r"position_ids: expected \[2 or 1, 7\]; got \[2, 9\]"):
+        model(tokens, position_ids=torch.arange(9, device=device)[None].repeat(2, 1))
+
+
+@pytest.mark.parametrize("ops", (None, 5, iter(["swiglu"]), ["gelu"], "swiglu"))
+def test_ops_that_are_none_are_named(ops):
+    with pytest.raises(ValueError, match="ops: expected some of"):
+        patch(build(), ops)
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module"):
+        unpatch(None)

@@ -287,3 +287,46 @@ def test_other_searches(options, device):
     options = options | {"max_new_tokens": 4, "do_sample": False, "eos_token_id": 1}
     expected = model.generate(**arguments, **options)
     assert torch.equal(on_kernels(model, "attention").generate(**arguments, **options), expected)
+
+
+def test_bounds_of_documents_stand_beside_other_ranges(device):
+    """Windows and chunks hold within a document, whether positions tell of it or not."""
+    bounds = torch.tensor([0, 5, 5, 14], dtype=torch.int32, device=device)
+    ids = torch.arange(1, 15, device=device)[None]
+    alone = [ids[:, :5], ids[:, 5:]]
+    model = make("Mistral", sliding_window=4).to(device)
+    expected = torch.cat([model(part, use_cache=False).logits for part in alone], 1)
+    model.set_attn_implementation(ours.ATTENTION_NAME)
+    positions = torch.cat([torch.arange(part.shape[1], device=device) for part in alone])[None]
+    result = model(ids, position_ids=positions, cu_seq_lens_q=bounds, use_cache=False).logits
+    torch.testing.assert_close(result, expected)
+    q = torch.randn(1, 4, 14, 8, device=device)
+    everything = torch.tensor([0, 14], dtype=torch.int32, device=device)
+    chunk = torch.arange(14, device=device) // 3 * 3
+    ranges = torch.stack((chunk, torch.arange(1, 15, device=device)))[None, None].int()
+    module = torch.nn.Module()
+    whole, _ = ours.attention_forward(module, q, q, q, ranges)
+    packed, _ = ours.attention_forward(module, q, q, q, ranges, cu_seq_lens_q=everything)
+    torch.testing.assert_close(packed, whole)
+    cut, _ = ours.attention_forward(module, q, q, q, ranges, cu_seq_lens_q=bounds)
+    assert not torch.allclose(cut[:, 5], whole[:, 5])
+    torch.testing.assert_close(cut[:, :5], whole[:, :5])
+
+
+def test_tensors_that_nobody_knows_are_refused(device):
+    """Sparse attention says in an argument of its own which keys are left."""
+    q = torch.randn(1, 2, 4, 8, device=device)
+    with pytest.raises(NotImplementedError, match="block_indices: expected no such tensor"):
+        ours.attention_forward(torch.nn.Module(), q, q, q, None, block_indices=torch.zeros(4))
+
+
+@pytest.mark.parametrize("columns", (4, 10))
+def test_masks_of_another_length_are_refused(columns, device):
+    model = make("Llama").to(device)
+    model.set_attn_implementation(ours.ATTENTION_NAME)
+    ids = torch.ones(2, 6, dtype=torch.int64, device=device)
+    with pytest.raises(ValueError, match="attention_mask: expected"):
+        model(ids, attention_mask=ids.new_ones(2, columns), use_cache=False)
+    ready = torch.zeros(2, 1, 6, 6, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match="attention_mask: expected"):
+        model(ids, attention_mask=ready, use_cache=False)

@@ -187,6 +187,7 @@ class Attention(nn.Module):
         ValueError: a size that is not positive, num_q_heads that are no multiple of num_kv_heads, a
             head_dim that is odd or that does not follow from the sizes, an unknown
             checkpoint_format or backend.
+        NotImplementedError: with "triton", a head_dim that is no multiple of 8 up to 256.
     """
 
     def __init__(
@@ -228,6 +229,10 @@ class Attention(nn.Module):
         self.num_q_heads, self.num_kv_heads = num_q_heads, num_kv_heads
         self.rope_interleaved = checkpoint_format == "meta"
         self.causal, self.window = causal, window
+        if backend == "triton" and (head_dim % 8 or head_dim > 256):
+            raise NotImplementedError(
+                f"head_dim: expected a multiple of 8 up to 256 with triton; got {head_dim}"
+            )
         ops = get_backend(backend)
         self._apply_rope, self._decode_attention = ops.apply_rope, ops.decode_attention
         self._flash_attention = ops.flash_attention
@@ -265,7 +270,8 @@ class Attention(nn.Module):
             seq_lens: int32 or int64 `[batch]`, for 1 to 16 new tokens per sequence: how many tokens
                 the cache holds with the new ones, as in `decode_attention`; in [seq_len, capacity].
                 It is read on the device, where no error can name it: with a larger one the write
-                fails, with a smaller one outputs have no meaning.
+                fails, with a smaller one it wraps to the cache's last rows and outputs have no
+                meaning. A position beyond cos and sin gives NaN.
         Returns:
             `[batch, seq_len, hidden_size]`.
         Raises:
@@ -336,6 +342,10 @@ class Attention(nn.Module):
         for name, cache in zip(("k_cache", "v_cache"), kv_cache, strict=True):
             _check_tensor(name, cache, shape)
             shape = tuple(cache.shape)  # of the second as of the first
+            if cache.stride(-1) != 1:
+                raise ValueError(
+                    f"{name}: expected contiguous features; got strides {cache.stride()}"
+                )
         capacity = shape[1]
         if seq_len > capacity:
             raise ValueError(f"x: expected seq_len up to the cache's {capacity}; got {seq_len}")

@@ -39,8 +39,8 @@ def norm(module: nn.Module) -> Binding:
     _check_arguments(module, 1)
     eager, triton = EAGER.rms_norm, get_backend("triton").rms_norm
     with _bench() as generator:
-        x = torch.randn(64, 33, generator=generator)
-        weight = torch.rand(33, generator=generator) + 0.5
+        x = _draw(64, 33, generator=generator)
+        weight = torch.rand(33, generator=generator, dtype=torch.float32) + 0.5
         # A large eps, to see that it is used.
         twin = stand_in(module)
         setattr(twin, "variance_epsilon" if hasattr(module, "variance_epsilon") else "eps", 0.5)
@@ -95,8 +95,12 @@ def mlp(module: nn.Module) -> Binding:
     """down(silu(gate) · up), with gate and up projected apart or as halves of one projection."""
     _check_arguments(module, 1)
     for name in ("act_fn", "activation_fn"):
-        if has(module, name) and forwards.has_hooks(getattr(module, name)):
+        if not has(module, name):
+            continue
+        if forwards.has_hooks(getattr(module, name)):
             raise Unlike(f"its {name} has a hook, which the kernel would not call")
+        if next(getattr(module, name).parameters(), None) is not None:
+            raise Unlike(f"its {name} has a parameter, which would get no gradient")
     with _bench() as generator:
         twin = stand_in(module)
         names = [name for name in ("gate_proj", "up_proj", "gate_up_proj") if has(module, name)]
@@ -105,7 +109,7 @@ def mlp(module: nn.Module) -> Binding:
             twin.__dict__[name] = _Linear(rows, _WIDTH, generator)
         twin.__dict__["down_proj"] = _Linear(_WIDTH, 5, generator)
         ours = forwards.packed_mlp if "gate_up_proj" in names else forwards.gated_mlp
-        x = 10.0 * torch.randn(2, 16, _WIDTH, generator=generator)  # large: shows any clamp
+        x = 10.0 * _draw(2, 16, _WIDTH, generator=generator)  # large: shows any clamp
         if not same(ours(twin, EAGER.swiglu, x), type(twin).forward(twin, x)):
             raise Unlike("its maths is not SwiGLU's: down(silu(gate) · up)")
     return ours, get_backend("triton").swiglu
@@ -182,7 +186,7 @@ def decoder_layer(module: nn.Module) -> Binding:
             return project(hidden_states), None
 
         twin.__dict__.update(self_attn=self_attn, mlp=_Linear(_WIDTH, _WIDTH, generator))
-        x = torch.randn(2, 3, _WIDTH, generator=generator)
+        x = _draw(2, 3, _WIDTH, generator=generator)
         given = dict.fromkeys(("attention_mask", "position_ids", "past_key_values"), x)
         given |= {"position_embeddings": (x, x), "use_cache": True, "cache_position": x}
         theirs = type(twin).forward(twin, x, **given)
@@ -190,6 +194,11 @@ def decoder_layer(module: nn.Module) -> Binding:
         if not same([ours, calls[1]], [theirs, calls[0]]):
             raise Unlike("its steps are not norm, attention, add, norm, mlp, add")
     return forwards.decoder_layer, get_backend("triton").add_rms_norm
+
+
+def _draw(*shape: int, generator: torch.Generator) -> Tensor:
+    """float32 whatever the default dtype: in 16 bits unlike maths would look alike."""
+    return torch.randn(shape, generator=generator, dtype=torch.float32)
 
 
 def stand_in(module: nn.Module) -> nn.Module:
@@ -226,7 +235,7 @@ class _Linear(nn.Module):
 
     def __init__(self, rows: int, columns: int, generator: torch.Generator) -> None:
         super().__init__()
-        self.weight = torch.randn(rows, columns, generator=generator)
+        self.weight = _draw(rows, columns, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight.T
@@ -288,10 +297,10 @@ def _attention_twin(module: nn.Module, generator: torch.Generator) -> nn.Module:
 def _run_attention(twin: nn.Module, forward: Callable[..., Any], batch: int) -> dict[str, Any]:
     """All that an attention forward returns and passes on, with `batch` rows of angles."""
     generator = torch.Generator().manual_seed(1)
-    cache, mask = _Cache(), torch.zeros(2, 1, 3, 3)
-    angles = torch.randn(batch, 3, twin.head_dim // 2, generator=generator).repeat(1, 1, 2)
+    cache, mask = _Cache(), torch.zeros(2, 1, 3, 3, dtype=torch.float32)
+    angles = _draw(batch, 3, twin.head_dim // 2, generator=generator).repeat(1, 1, 2)
     returned = forward(
-        hidden_states=torch.randn(2, 3, _WIDTH, generator=generator),
+        hidden_states=_draw(2, 3, _WIDTH, generator=generator),
         position_embeddings=(angles.cos(), angles.sin()),
         attention_mask=mask,
         past_key_values=cache,

@@ -121,21 +121,28 @@ class _Checks:
         self._own = vars(nn.Module()).keys()
 
     def __call__(self, check: Callable[..., Any], module: nn.Module) -> patch_checks.Binding:
-        settings = [
-            (name, value if isinstance(value, str | int | float) else id(value))
-            for name, value in vars(module).items()
-            if name not in self._own and name not in ("layer_idx", BEFORE)
-        ]
         children = [
-            (name, type(child), patched_forwards.has_hooks(child))
+            (name, type(child), patched_forwards.has_hooks(child), self._of_function(child))
             for name, child in module.named_children()
         ]
-        key = (check, type(module), tuple(settings), tuple(children))
+        key = (check, type(module), self._settings(module), tuple(children))
         if key not in self._known:
             self._known[key] = self._make(check, module)
         if isinstance(self._known[key], patch_checks.Unlike):
             raise self._known[key]
         return self._known[key]
+
+    def _settings(self, module: nn.Module) -> tuple:
+        return tuple(
+            (name, value if isinstance(value, str | int | float) else id(value))
+            for name, value in vars(module).items()
+            if name not in self._own and name not in ("layer_idx", BEFORE)
+        )
+
+    def _of_function(self, child: nn.Module) -> tuple:
+        """What an activation function, say, is set to, or how many parameters it has."""
+        num_parameters = sum(1 for _ in child.parameters())
+        return (num_parameters,) if num_parameters else self._settings(child)
 
     @staticmethod
     def _make(check: Callable[..., Any], module: nn.Module) -> Any:

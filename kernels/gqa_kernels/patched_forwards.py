@@ -21,27 +21,37 @@ def norm_eps(norm: nn.Module) -> float:
     return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
 
 
-def rounded_norm(self, rms_norm, x: Tensor) -> Tensor:
+def _only(*args: Tensor, **kwargs: Tensor) -> Tensor:
+    """The one argument, whatever the class calls it."""
+    (x,) = (*args, *kwargs.values())
+    return x
+
+
+def rounded_norm(self, rms_norm, *args: Tensor, **kwargs: Tensor) -> Tensor:
     """Llama's order of roundings: the op itself."""
+    x = _only(*args, **kwargs)
     return rms_norm(x, self.weight, norm_eps(self))
 
 
-def wide_norm(self, rms_norm, x: Tensor) -> Tensor:
+def wide_norm(self, rms_norm, *args: Tensor, **kwargs: Tensor) -> Tensor:
     """Normalised and multiplied in float32, rounded once."""
+    x = _only(*args, **kwargs)
     return rms_norm(x.float(), self.weight.float(), norm_eps(self)).type_as(x)
 
 
-def wide_offset_norm(self, rms_norm, x: Tensor) -> Tensor:
+def wide_offset_norm(self, rms_norm, *args: Tensor, **kwargs: Tensor) -> Tensor:
     """The same with 1 + weight: Gemma's."""
+    x = _only(*args, **kwargs)
     return rms_norm(x.float(), 1.0 + self.weight.float(), norm_eps(self)).type_as(x)
 
 
-def gated_mlp(self, swiglu, x: Tensor) -> Tensor:
+def gated_mlp(self, swiglu, *args: Tensor, **kwargs: Tensor) -> Tensor:
+    x = _only(*args, **kwargs)
     return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
-def packed_mlp(self, swiglu, x: Tensor) -> Tensor:
-    gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+def packed_mlp(self, swiglu, *args: Tensor, **kwargs: Tensor) -> Tensor:
+    gate, up = self.gate_up_proj(_only(*args, **kwargs)).chunk(2, dim=-1)
     return self.down_proj(swiglu(gate, up))
 
 
@@ -105,11 +115,15 @@ def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _rotate(apply_rope, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Transformers hands cos and sin `[batch or 1, seq_len, head_dim]`, each angle twice and
     rounded to the activations' dtype; the op reads rows of float32."""
-    half = cos.shape[-1] // 2
-    tables = [x[..., :half].float().reshape(-1, half) for x in (cos, sin)]
+    half, (batch, seq_len) = cos.shape[-1] // 2, q.shape[:2]
+    if cos.shape[0] not in (1, batch) or cos.shape[1] not in (1, seq_len):
+        raise ValueError(
+            f"position_ids: expected [{batch} or 1, {seq_len}]; got {list(cos.shape[:2])}"
+        )
+    tables = [x[..., :half].float().expand(-1, seq_len, -1).reshape(-1, half) for x in (cos, sin)]
     positions = None
     if cos.shape[0] > 1:  # a row for each token; otherwise one for each position
-        positions = torch.arange(q.shape[0] * q.shape[1], device=q.device).view(q.shape[:2])
+        positions = torch.arange(batch * seq_len, device=q.device).view(batch, seq_len)
     return apply_rope(q, k, *tables, positions)
 
 

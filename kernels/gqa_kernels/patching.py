@@ -80,6 +80,10 @@ def patch(model: nn.Module, ops: Collection[str] = DEFAULT_OPS, *, strict: bool 
     A module with an instance-level `forward` is left alone: whoever set it stands before the class.
     Patch before torch.compile; before or after FSDP2. Patching again adds to what is there.
 
+    What a module is was found out here: another act_fn or a hook on it, set later, is not seen.
+    With "attention" a change of the model's config, as resize_token_embeddings makes it, is a
+    change of the copy, and `unpatch` takes it back.
+
     Args:
         ops: some of the names above.
         strict: raise where something asked for cannot be replaced, and leave the model as it is.
@@ -91,7 +95,7 @@ def patch(model: nn.Module, ops: Collection[str] = DEFAULT_OPS, *, strict: bool 
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
-    if isinstance(ops, str) or not set(ops) <= set(OPS):
+    if not isinstance(ops, Collection) or isinstance(ops, str) or not set(ops) <= set(OPS):
         raise ValueError(f"ops: expected some of {', '.join(OPS)}; got {ops!r}")
     plan = patch_plan.make(model, [op for op in OPS if op in ops])
     report = Report(type(model).__name__, plan)
@@ -106,8 +110,11 @@ def unpatch(model: nn.Module) -> None:
     """Gives every module of the model what it had before `patch`; a model without patches is left.
 
     Raises:
+        TypeError: model is not a module.
         RuntimeError: a `forward` or a config was set after `patch`, over ours; nothing is undone.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
     _undo([(m, attribute) for m in model.modules() for attribute in vars(m).get(BEFORE, ())])
 
 

@@ -41,6 +41,17 @@ ATTENTION_NAME = "gqa_kernels"
 # Elements of a mask that are looked at together when its ranges are read off.
 _CHUNK = 2**24
 _UNION = or_masks().__code__
+# Tensors that layers hand down to every attention and that change nothing in it.
+_IGNORED = (
+    "position_ids",
+    "cache_position",
+    "max_length_q",
+    "max_length_k",
+    "token_type_ids",
+    "labels",
+    "shift_labels",
+    "num_items_in_batch",
+)
 _GAPS = "mask_function: expected one range of keys per query; got a custom one with gaps"
 
 
@@ -78,6 +89,7 @@ def attention_mask(
     Raises:
         NotImplementedError: a custom mask function under which a query sees more than one range
             of keys; compiled code, which cannot raise it, asserts that on the device.
+        ValueError: a causal mask with fewer keys than queries.
     """
     if cache_position is not None:
         queries, q_length = cache_position, cache_position.shape[0]
@@ -89,6 +101,10 @@ def attention_mask(
         aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
         custom = bool(use_vmap)
     shown = _shown_keys(attention_mask, kv_length, kv_offset)
+    if shown is not None and mask_function is causal_mask_function and q_length > kv_length:
+        raise ValueError(
+            f"attention_mask: expected a column for each of {q_length} tokens; got {kv_length}"
+        )
     if mask_function is causal_mask_function:
         if aligned:
             return None if shown is None else shown[:, None, None].int()
@@ -214,7 +230,8 @@ def attention_forward(
         (out `[batch, q_length, num_q_heads, head_dim]`, None).
     Raises:
         NotImplementedError: dropout, a mask that was not made here, attention weights, a paged
-            cache, a position bias. Otherwise as `flash_attention`.
+            cache, a position bias, any other tensor that may shape attention. Otherwise as
+            `flash_attention`.
     """
     if dropout:
         raise NotImplementedError(
@@ -223,25 +240,33 @@ def attention_forward(
     for name in ("output_attentions", "cache", "position_bias"):
         if others.get(name) is not None and others[name] is not False:
             raise NotImplementedError(f"{name}: expected none with {ATTENTION_NAME}; got one")
+    for name, other in others.items():
+        if isinstance(other, Tensor) and name not in _IGNORED:
+            raise NotImplementedError(
+                f"{name}: expected no such tensor with {ATTENTION_NAME}; got {list(other.shape)}"
+            )
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     q, k, v = (x.transpose(1, 2) for x in autocast(query, key, value))
     key_ranges, key_mask = _unpack(attention_mask, q.shape[1], k.shape[1])
     # Ranges say everything; flags of keys stand beside the causal mask.
     causal = key_ranges is None and (key_mask is not None or bool(is_causal))
-    packed = cu_seq_lens_q is not None
-    if packed and key_mask is not None:
-        raise NotImplementedError(
-            "attention_mask: expected none beside cu_seq_lens_q; got one that marks padding"
-        )
+    bounds = None
+    if cu_seq_lens_q is not None:
+        if key_mask is not None:
+            raise NotImplementedError(
+                "attention_mask: expected none beside cu_seq_lens_q; got one that marks padding"
+            )
+        bounds = (cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k)
+        if key_ranges is not None:  # of windows, chunks, positions: both hold
+            key_ranges, bounds = _within_documents(key_ranges, *bounds), None
     window = None
-    if sliding_window is not None and (causal or packed):
+    if sliding_window is not None and key_ranges is None and (causal or bounds is not None):
         window = (sliding_window - 1, None)
     sinks = None if s_aux is None else s_aux.reshape(-1)
     scores = {"softmax_scale": scaling, "softcap": softcap, "sinks": sinks, "window": window}
     limits = {"key_ranges": key_ranges, "key_mask": key_mask}
-    if packed:
-        bounds = (cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k)
+    if bounds is not None:
         rows = (x.squeeze(0) for x in (q, k, v))
         out = flash_attention_varlen(*rows, *bounds, causal=bool(is_causal), **scores).unsqueeze(0)
     elif softcap is sinks is window is None and _decodes(q, k, v, causal):
@@ -267,8 +292,25 @@ def _unpack(
             f"got a ready-made mask of {mask.dtype} {list(mask.shape)}"
         )
     rows = mask.shape[2]
+    widths = {1: kv_length, 2: q_length, 3: max(q_length, kv_length)}
+    if mask.shape[3] != widths.get(rows):
+        raise ValueError(
+            f"attention_mask: expected one of {q_length} queries and {kv_length} keys, made from "
+            f"[batch, {kv_length}]; got {list(mask.shape)}"
+        )
     key_ranges = mask[:, 0, :2, :q_length].transpose(1, 2) if rows > 1 else None
     return key_ranges, mask[:, 0, -1, :kv_length] if rows != 2 else None
+
+
+def _within_documents(key_ranges: Tensor, bounds_q: Tensor, bounds_kv: Tensor) -> Tensor:
+    """Ranges of keys cut to the document of each query; none after the last document."""
+    queries = torch.arange(key_ranges.shape[1], dtype=bounds_q.dtype, device=bounds_q.device)
+    document = torch.searchsorted(bounds_q, queries, right=True) - 1
+    first = bounds_kv[document]
+    end = bounds_kv[(document + 1).clamp(max=bounds_kv.shape[0] - 1)]
+    return torch.stack(
+        (torch.maximum(key_ranges[..., 0], first), torch.minimum(key_ranges[..., 1], end)), -1
+    )
 
 
 def _decodes(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
