@@ -42,6 +42,8 @@ class Report:
             lines.append(f"  {op} not replaced{f' in {names}' if names else ''}: {reason}")
         return "\n".join(lines)
 
+    __repr__ = __str__
+
     def __enter__(self) -> "Report":
         return self
 
@@ -74,8 +76,8 @@ def patch(model: nn.Module, ops: Collection[str] = DEFAULT_OPS, *, strict: bool 
     A module is replaced if its class's forward, run on a small stand-in, computes what the op does;
     see `patch_checks`. Projections are called, never read. From then on a call runs the kernel or
     raises what the kernel raises: a model may be patched on the CPU and moved to a GPU, but does
-    not run before. A layer whose norm has hooks, or that Transformers is checkpointing, adds and
-    normalises in two steps, with the same bits.
+    not run before. A layer whose norm has hooks, whose two terms differ in dtype as under autocast,
+    or that Transformers is checkpointing, adds and normalises in two steps, with the same bits.
 
     A module with an instance-level `forward` is left alone: whoever set it stands before the class.
     Patch before torch.compile; before or after FSDP2. Patching again adds to what is there.
