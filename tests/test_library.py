@@ -452,7 +452,8 @@ def test_decode_attention_has_no_gradient(where, make):
         "op": overload("decode_attention"),
         "compiler": torch.compile(kernel, backend="aot_eager"),
     }
-    arguments = inputs | ({"softmax_scale": None} if where == "op" else {})
+    defaults = dict.fromkeys(("softmax_scale", "key_ranges", "key_mask"))
+    arguments = inputs | (defaults if where == "op" else {})
     with Watch() if where == "mode" else nullcontext():
         with pytest.raises(NotImplementedError, match="q: expected inputs without a gradient"):
             calls[where](**arguments)
