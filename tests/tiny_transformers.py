@@ -48,12 +48,13 @@ def make(kind: str = "Llama", *, attention: str = "eager", **changes) -> nn.Modu
     config._attn_implementation = attention
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    offset = 1.0 if kind.startswith("Gemma") else 0.0  # its norms add it to their weights
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.normal_(std=parameter.shape[1] ** -0.5)
             else:
-                parameter.uniform_(0.5, 1.5)
+                parameter.uniform_(0.5 - offset, 1.5 - offset)
     return model.eval()
 
 
