@@ -44,6 +44,7 @@ ALLOWED = {
     "patched_forwards": set(),
     "integrations.__init__": set(),
     "integrations.transformers": {"attention", "decode", "sdpa"},
+    "integrations.hub_kernels": {"norm"},
     "integrations.torch_sdpa": {"attention", "checks", "flash_attn"},
     "spec": {"fused", "reference"},
     "accuracy": {"spec"},

@@ -1,0 +1,46 @@
+"""RMSNorm for Hugging Face's `kernels` package, which exchanges the layers that it has names for.
+
+    from gqa_kernels.integrations import hub_kernels
+    from kernels import Mode, kernelize, use_kernel_mapping
+
+    with use_kernel_mapping(hub_kernels.mapping(), inherit_mapping=False):
+        model = kernelize(model, device="cuda", mode=Mode.TRAINING | Mode.TORCH_COMPILE)
+
+Transformers names its norms of Llama's kind "RMSNorm" where it takes the installed release of
+`kernels` (5.23: from 0.18.2, below 0.19); each instance in the model then gets the forward below, and
+`kernelize` with an empty mapping gives the originals back. Without such a release nothing has a name,
+and `kernelize` changes nothing and says nothing.
+`gqa_kernels.patch` does the same and more without that package.
+"""
+
+from torch import Tensor, nn
+
+from gqa_kernels.norm import rms_norm
+
+
+class RMSNorm(nn.Module):
+    """`kernels` takes its forward only: weight and variance_epsilon are the exchanged module's."""
+
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+class _Repository:
+    """What `kernels` loads a layer from; this one is here already."""
+
+    layer_name = "RMSNorm"
+
+    def load(self) -> type[nn.Module]:
+        return RMSNorm
+
+    def __str__(self) -> str:
+        return f"{RMSNorm.__module__}.{RMSNorm.__name__}"
+
+
+def mapping() -> dict[str, dict[str, _Repository]]:
+    """For `kernels.use_kernel_mapping`. On the CPU the kernel runs in Triton's interpreter, or
+    raises."""
+    return {"RMSNorm": {device: _Repository() for device in ("cuda", "cpu")}}
