@@ -7,9 +7,9 @@
         model = kernelize(model, device="cuda", mode=Mode.TRAINING | Mode.TORCH_COMPILE)
 
 Transformers names its norms of Llama's kind "RMSNorm" where it takes the installed release of
-`kernels` (5.23: from 0.18.2, below 0.19); each instance in the model then gets the forward below, and
-`kernelize` with an empty mapping gives the originals back. Without such a release nothing has a name,
-and `kernelize` changes nothing and says nothing.
+`kernels` (5.23: from 0.18.2, below 0.19); each instance in the model then gets the forward below,
+and `kernelize` with an empty mapping gives the originals back. Without such a release nothing has a
+name, and `kernelize` changes nothing and says nothing.
 `gqa_kernels.patch` does the same and more without that package.
 """
 
