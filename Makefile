@@ -15,8 +15,8 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 tests
 
 # Every combination in which Transformers' models are run, under the pinned version and the last 4.
-MATRIX := pytest -n auto --maxprocesses 4 -m "" tests/test_transformers.py tests/test_patching.py \
-	tests/test_peer_failures.py
+MATRIX := pytest -n auto --maxprocesses 4 -m "" tests/test_transformers.py \
+	tests/test_transformers_masks.py tests/test_patching.py tests/test_peer_failures.py
 
 test-matrix: $(READY) .venv-transformers4/.ready
 	OMP_NUM_THREADS=1 $(BIN)/$(MATRIX)
