@@ -6,11 +6,13 @@
     with use_kernel_mapping(hub_kernels.mapping(), inherit_mapping=False):
         model = kernelize(model, device="cuda", mode=Mode.TRAINING | Mode.TORCH_COMPILE)
 
-Transformers names its norms of Llama's kind "RMSNorm" where it takes the installed release of
-`kernels` (5.23: from 0.18.2, below 0.19); each instance in the model then gets the forward below,
-and `kernelize` with an empty mapping gives the originals back. Without such a release nothing has a
-name, and `kernelize` changes nothing and says nothing.
-`gqa_kernels.patch` does the same and more without that package.
+Transformers names its norms "RMSNorm" where it takes the installed release of `kernels` (5.23: from
+0.18.2, below 0.19); each instance in the model then gets the forward below, and `kernelize` with an
+empty mapping gives the originals back. Without such a release nothing has a name, and `kernelize`
+changes nothing and says nothing.
+A name is all that `kernels` goes by: of the 141 classes named so in 5.23, some (Olmo 2 and 3,
+GPT-OSS, Nemotron-H) round once, after the weight, and get Llama's order all the same, other values
+in 16 bits. `gqa_kernels.patch` looks, does the same and more, and needs no such package.
 """
 
 from torch import Tensor, nn
