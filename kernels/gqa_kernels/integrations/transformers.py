@@ -101,10 +101,17 @@ def attention_mask(
         aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
         custom = bool(use_vmap)
     shown = _shown_keys(attention_mask, kv_length, kv_offset)
-    if shown is not None and mask_function is causal_mask_function and q_length > kv_length:
-        raise ValueError(
-            f"attention_mask: expected a column for each of {q_length} tokens; got {kv_length}"
-        )
+    if shown is not None:
+        columns = attention_mask.shape[-1]
+        # Without a cache Transformers 5 counts the keys by the mask; 4 would cut or lengthen it.
+        if cache_position is not None:
+            fits = columns == kv_length or not aligned
+        else:
+            fits = q_length <= kv_length or mask_function is not causal_mask_function
+        if not fits:
+            raise ValueError(
+                f"attention_mask: expected a column for each of {q_length} tokens; got {columns}"
+            )
     if mask_function is causal_mask_function:
         if aligned:
             return None if shown is None else shown[:, None, None].int()
