@@ -203,10 +203,8 @@ def _dkdv_kernel(
             key, query.T, neg_lse[None, :], own_keys, keys, cap_scale, slope
         )  # [BLOCK_N, BLOCK_M]
         first_keys, end_keys = load_ranges(
-            key_ranges_ptr, key_ranges_strides, batch, queries, seq_len_q, seq_len_kv
-        )
-        if first_keys is not None:
-            first_keys, end_keys = first_keys[None, :], end_keys[None, :]
+            key_ranges_ptr, key_ranges_strides, batch, queries[None, :], seq_len_q, seq_len_kv
+        )  # [1, BLOCK_M]
         LIMITED: tl.constexpr = first_keys is not None or key_mask_ptr is not None
         # Keys that do not exist have rows of their own, which are not stored.
         if window_left is not None or window_right is not None or LIMITED:
@@ -346,16 +344,14 @@ def _dq_kernel(
     first_own_key = start_m + seq_len_kv - seq_len_q
     own_keys = (first_own_key + tl.arange(0, BLOCK_M))[:, None]
     first_keys, end_keys = load_ranges(
-        key_ranges_ptr, key_ranges_strides, batch, queries, seq_len_q, seq_len_kv
-    )
+        key_ranges_ptr, key_ranges_strides, batch, queries[:, None], seq_len_q, seq_len_kv
+    )  # [BLOCK_M, 1]
     if key_mask_ptr is not None:
         key_mask_ptr += batch_64 * key_mask_stride
     first_tile, num_tiles, num_free = key_tiles(
         first_own_key, seq_len_kv, window_left, window_right, first_keys, end_keys, key_mask_ptr,
         BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    if first_keys is not None:
-        first_keys, end_keys = first_keys[:, None], end_keys[:, None]
     slope = load_slope(alibi_slopes_ptr, alibi_stride, sequence, head, score_unit)
     exponent_scale = score_unit * LOG2_E
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)

@@ -151,16 +151,14 @@ def _forward_kernel(
     own_keys = first_own_key + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     queries = block * BLOCK_M + tl.arange(0, BLOCK_M)
     first_keys, end_keys = load_ranges(
-        key_ranges_ptr, key_ranges_strides, batch, queries, seq_len_q, seq_len_kv
-    )
+        key_ranges_ptr, key_ranges_strides, batch, queries[:, None], seq_len_q, seq_len_kv
+    )  # [BLOCK_M, 1]
     if key_mask_ptr is not None:
         key_mask_ptr += batch_64 * key_mask_stride
     first_tile, num_tiles, num_free = key_tiles(
         first_own_key, seq_len_kv, window_left, window_right, first_keys, end_keys, key_mask_ptr,
         BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    if first_keys is not None:
-        first_keys, end_keys = first_keys[:, None], end_keys[:, None]
     slope = load_slope(alibi_slopes_ptr, alibi_stride, sequence, head, score_unit)
     exponent_scale = score_unit * LOG2_E
     running_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)

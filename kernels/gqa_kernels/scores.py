@@ -65,8 +65,10 @@ def add_bias(scores, own_keys, keys, slope):
 
 @triton.jit
 def load_ranges(key_ranges_ptr, strides, batch, queries, seq_len_q, seq_len_kv):
-    """(first key, end of the keys) that each query may see, (seq_len_kv, 0) where it sees none;
-    None without ranges."""
+    """(first key, end of the keys) that each query may see, in the shape of queries.
+
+    (seq_len_kv, 0) where it sees none; None without ranges.
+    """
     first_keys, end_keys = None, None
     if key_ranges_ptr is not None:
         exists = queries < seq_len_q
@@ -147,8 +149,8 @@ def key_tiles(
     if window_left is not None:
         first_key = tl.maximum(first_own_key - window_left, 0)
     if first_keys is not None:
-        first_key = tl.maximum(first_key, tl.min(first_keys, 0))
-        end_key = tl.minimum(end_key, tl.max(end_keys, 0))
+        first_key = tl.maximum(first_key, tl.min(first_keys))
+        end_key = tl.minimum(end_key, tl.max(end_keys))
     end_tile = tl.cdiv(tl.maximum(end_key, 0), BLOCK_N)
     first_tile = 0
     if window_left is not None or first_keys is not None:
