@@ -222,8 +222,8 @@ def _flash_attention_backward(
         q=query,
         k=key,
         v=value,
-        out=out.contiguous(),  # as the kernels wrote it
-        lse=logsumexp.contiguous(),
+        out=out,
+        lse=logsumexp,
         cu_seqlens_q=cum_seq_q,
         cu_seqlens_kv=cum_seq_k,
         sinks=None,
