@@ -24,7 +24,7 @@ from llama2 import parallel
 from llama2.model import Llama2
 from llama2.tokenizer import Tokenizer
 from llama2.train.data import random_batch, stdlib_documents, token_stream
-from llama2.train.pretrain import TrainConfig, learning_rate, make_optimizer, run_identity
+from llama2.train.pretrain import TrainConfig, apply_gradients, make_optimizer, run_identity
 from llama2.train.sharded_state import load_sharded_state, save_sharded_state
 from llama2.train.stdlib_checkpoint import MODEL
 
@@ -71,15 +71,7 @@ def train_step(
     loss.backward()
     total = parallel.mean(loss, mesh)
     norm = parallel.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-    if not (total + norm).isfinite():
-        raise FloatingPointError(
-            f"step {step}: expected a finite loss and gradient norm; got {total.item()} and "
-            f"{norm.item()}"
-        )
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, config)
-    optimizer.step()
-    return total.item(), norm.item()
+    return apply_gradients(optimizer, total, norm, step, config)
 
 
 def train(

@@ -124,6 +124,13 @@ def train_step(
         loss.backward()
         total += loss.detach()
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    return apply_gradients(optimizer, total, norm, step, config)
+
+
+def apply_gradients(
+    optimizer: torch.optim.Optimizer, total: Tensor, norm: Tensor, step: int, config: TrainConfig
+) -> tuple[float, float]:
+    """The end of `train_step`, given the loss, the norm before clipping and clipped gradients."""
     if not (total + norm).isfinite():
         raise FloatingPointError(
             f"step {step}: expected a finite loss and gradient norm; got {total.item()} and "
