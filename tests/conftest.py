@@ -1,6 +1,7 @@
 """Without a GPU the kernels run in Triton's interpreter, switched on before they are imported."""
 
 import importlib
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -24,6 +25,16 @@ def device() -> torch.device:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def draw(device: torch.device, generator: torch.Generator) -> Callable[..., torch.Tensor]:
+    """Normal numbers of a shape, float32 unless asked otherwise, the same in every run."""
+
+    def make(*shape, dtype=torch.float32):
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    return make
 
 
 @pytest.fixture(autouse=True)

@@ -12,14 +12,6 @@ from gqa_kernels.attention import flash_attention
 WRT = ("q", "k", "v")
 
 
-@pytest.fixture
-def draw(device, generator):
-    def make(*shape, dtype=torch.float32):
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    return make
-
-
 def assert_within_budget(q, k, v, wrt=WRT, **kwargs):
     inputs = {"q": q, "k": k, "v": v, "return_lse": True, **kwargs}
     measured = measure_call(flash_attention, reference.flash_attention, inputs, wrt)

@@ -11,14 +11,6 @@ WRT = ("q", "k", "v")
 
 
 @pytest.fixture
-def draw(device, generator):
-    def make(*shape, dtype=torch.float32):
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    return make
-
-
-@pytest.fixture
 def bounds(device):
     def make(*lengths, dtype=torch.int32):
         return torch.tensor([0, *lengths]).cumsum(0).to(device, dtype)

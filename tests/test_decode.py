@@ -11,14 +11,6 @@ from gqa_kernels.decode import decode_attention
 CHUNK = configs.decode_chunk(1024)
 
 
-@pytest.fixture
-def draw(device, generator):
-    def make(*shape, dtype=torch.float32):
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    return make
-
-
 def lengths(*values, device, dtype=torch.int32):
     return torch.tensor(values, dtype=dtype, device=device)
 

@@ -48,14 +48,6 @@ EVERY_MEANING = pytest.mark.parametrize(
 
 
 @pytest.fixture
-def draw(device, generator):
-    def make(*shape, dtype=torch.float32):
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    return make
-
-
-@pytest.fixture
 def bounds(device):
     def make(*lengths):
         return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)

@@ -9,14 +9,6 @@ from gqa_kernels.accuracy import measure_call
 WRT = ("q", "k", "v")
 
 
-@pytest.fixture
-def draw(device, generator):
-    def make(*shape, dtype=torch.float32):
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    return make
-
-
 def assert_within_budget(kernel, oracle, inputs, wrt=()):
     measured = measure_call(kernel, oracle, inputs, wrt)
     assert all(m.ok for m in measured), "; ".join(map(str, measured))

@@ -8,14 +8,6 @@ from gqa_kernels.accuracy import measure_call
 from gqa_kernels.norm import add_rms_norm, rms_norm
 
 
-@pytest.fixture
-def draw(device, generator):
-    def make(*shape, dtype=torch.float32):
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    return make
-
-
 def test_rounds_before_the_weight(draw):
     """Llama casts to the input's dtype first; a product in float32 has a quarter other bits."""
     x, weight = draw(64, 512, dtype=torch.bfloat16), draw(512, dtype=torch.bfloat16)

@@ -6,15 +6,18 @@ import pickle
 from types import MethodType
 
 import pytest
-import ranks
 import torch
+
+pytest.importorskip("transformers")
+
+import ranks
+import transformers
 from small_llama import assert_within_budget
+from tiny_transformers import cast
 from torch import nn
 
 import gqa_kernels
 from gqa_kernels import patch, unpatch
-
-transformers = pytest.importorskip("transformers")
 
 ROW_OPS = ("rms_norm", "swiglu", "rope")
 SIZES = {
@@ -55,16 +58,6 @@ def build(family="Llama", device="cpu", dtype=torch.float32, **changes):
         else:
             nn.init.uniform_(parameter, 0.5 - offset, 1.5 - offset)
     return cast(model, dtype).to(device).eval()
-
-
-def cast(model, dtype):
-    """In another dtype, but for the angles' frequencies: as Transformers loads a checkpoint."""
-    kept = {n: b.clone() for n, b in model.named_buffers() if b.is_floating_point()}
-    model = model.to(dtype)
-    for name, buffer in kept.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, buffer)
-    return model
 
 
 @pytest.fixture

@@ -62,11 +62,6 @@ def _fresh_compiler():
 
 
 @pytest.fixture
-def draw(device):
-    return lambda *shape: torch.randn(shape).to(device)
-
-
-@pytest.fixture
 def tokens(device):
     return rows("none")[0]["input_ids"].to(device)
 

@@ -12,11 +12,6 @@ def table(max_seq_len, head_dim, device):
     return angle.cos(), angle.sin()
 
 
-@pytest.fixture
-def draw(device, generator):
-    return lambda *shape: torch.randn(shape, generator=generator).to(device)
-
-
 def to_half_split(x):
     """Features (0, 1, 2, 3, …) of interleaved pairs in half-split order (0, 2, …, 1, 3, …)."""
     return torch.cat([x[..., 0::2], x[..., 1::2]], dim=-1)

@@ -46,14 +46,6 @@ def assert_within_budget(*calls, **options):
         assert measured.ok, measured
 
 
-@pytest.fixture
-def draw(device, generator):
-    def make(*shape, dtype=torch.float32):
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    return make
-
-
 def test_signature():
     schema = torch.ops.aten.scaled_dot_product_attention.default._schema
     expected = [
