@@ -1,0 +1,151 @@
+"""Parameters, flops and bytes of a model shape, and shapes with other numbers of key/value heads.
+
+Everything here is arithmetic on a `ModelConfig`: computed, not measured.
+"""
+
+from dataclasses import replace
+
+from llama2.config import ModelConfig
+
+# How a model with fewer key/value heads gets back the parameters that it loses, if at all.
+MATCHINGS = ("same_ffn", "exact", "paper")
+
+# Touvron et al. 2023, arXiv:2307.09288, section A.2.1: the feed-forward layers' factors in the
+# ablation of table 18. The paper gives them for one 30B model: MQA, and GQA with 8 heads.
+PAPER_FACTOR_MQA, PAPER_FACTOR_GQA = 1.33, 1.3
+PAPER_WIDTH_MULTIPLE = 8  # ours: the paper does not say how it rounds
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Parameters of `Llama2(config)`, norms included, tied embeddings counted once.
+
+    Per layer: hidden · head_dim · (2 num_q_heads + 2 num_kv_heads) + 3 hidden · intermediate
+    + 2 hidden; beyond them the embedding, the head and the last norm.
+    """
+    norms = (2 * config.num_layers + 1) * config.hidden_size
+    embeddings = 1 if config.tie_word_embeddings else 2
+    embedding = config.vocab_size * config.hidden_size
+    return _layers_weights(config) + norms + embeddings * embedding
+
+
+def kv_parameters(config: ModelConfig) -> int:
+    """Parameters of all projections to keys and values: the part that num_kv_heads decides."""
+    return 2 * config.num_layers * config.hidden_size * config.num_kv_heads * config.head_dim
+
+
+def embedding_parameters(config: ModelConfig) -> int:
+    """Parameters of the embedding that only a row per token is read of: none where it is tied,
+    because the head reads them all."""
+    return 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+
+
+def _layers_weights(config: ModelConfig) -> int:
+    """Elements of all matrices of all layers."""
+    q_and_o = 2 * config.hidden_size * config.num_q_heads * config.head_dim
+    ffn = 3 * config.hidden_size * config.intermediate_size
+    return config.num_layers * (q_and_o + ffn) + kv_parameters(config)
+
+
+def product_flops_per_token(config: ModelConfig, *, head: bool = True) -> int:
+    """Forward flops of one token in the projections: 2 per weight. The look-up of an embedding
+    has none."""
+    weights = _layers_weights(config)
+    return 2 * (weights + config.vocab_size * config.hidden_size * head)
+
+
+def attention_flops_per_pair(config: ModelConfig) -> int:
+    """Forward flops of one query and one key that it sees, in all layers: q·k and the sum of
+    values are 2 · head_dim each per query head, however few key/value heads there are."""
+    return 4 * config.num_layers * config.num_q_heads * config.head_dim
+
+
+def flops_per_token(config: ModelConfig, context: int) -> int:
+    """Forward flops of one token that attends to `context` keys, its own included.
+
+    Matrix products, the head among them, at 2 flops per multiply-add; softmax, norms, rotary
+    embeddings and SwiGLU are not counted.
+    """
+    _check_positive("context", context)
+    return product_flops_per_token(config) + attention_flops_per_pair(config) * context
+
+
+def mean_flops_per_token(config: ModelConfig, seq_len: int) -> int:
+    """`flops_per_token` averaged over a causal sequence, whose tokens see (seq_len + 1) / 2 keys
+    on average. Training a token costs about three times that."""
+    _check_positive("seq_len", seq_len)
+    # Exact: the flops of a pair are a multiple of four.
+    return product_flops_per_token(config) + attention_flops_per_pair(config) * (seq_len + 1) // 2
+
+
+def kv_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2) -> int:
+    """Bytes that a cache keeps of each token: keys and values of every layer, 2 bytes a value
+    in bfloat16."""
+    _check_positive("bytes_per_value", bytes_per_value)
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * bytes_per_value
+
+
+def head_counts(config: ModelConfig) -> tuple[int, ...]:
+    """Every possible num_kv_heads, from MQA (1) to MHA (num_q_heads)."""
+    return tuple(k for k in range(1, config.num_q_heads + 1) if config.num_q_heads % k == 0)
+
+
+def matched(config: ModelConfig, num_kv_heads: int, matching: str) -> ModelConfig:
+    """`config` with another number of key/value heads, and feed-forward layers as `matching` says.
+
+    - "same_ffn": nothing else changes; the model gets smaller with fewer heads.
+    - "exact": the parameters of the projections to keys and values go to the feed-forward layers,
+      intermediate_size + 2 · head_dim · (old − new num_kv_heads) / 3, or the nearest whole width
+      where that is none: `unmatched_parameters` says what is left. Widths are not rounded to what
+      a GPU likes.
+    - "paper": intermediate_size times the factor of Llama 2's ablation (arXiv:2307.09288, A.2.1),
+      1.33 for MQA and 1.3 for every other count, to the nearest multiple of 8. The paper gives 1.3
+      for 8 heads of its 30B model alone, and both factors add more than MHA's heads held: the
+      models that they make are larger than the one that they are compared to.
+
+    The same count gives `config` itself.
+
+    Raises:
+        ValueError: another matching; a count that does not divide num_q_heads; "paper" with a
+            config that is not MHA; "exact" where nothing would remain of the feed-forward layers.
+    """
+    if matching not in MATCHINGS:
+        raise ValueError(f"matching: expected one of {', '.join(MATCHINGS)}; got {matching!r}")
+    _check_divisor(config, num_kv_heads)
+    if num_kv_heads == config.num_kv_heads:
+        return config
+    width = config.intermediate_size
+    if matching == "exact":
+        freed = 2 * config.head_dim * (config.num_kv_heads - num_kv_heads)
+        width += (freed + 1) // 3  # to the nearest: thirds are never halfway
+        if width < 1:
+            raise ValueError(
+                f"num_kv_heads: expected feed-forward layers with {-freed} / 3 columns to spare; "
+                f"got intermediate_size {config.intermediate_size}"
+            )
+    elif matching == "paper":
+        if config.num_kv_heads != config.num_q_heads:
+            raise ValueError(
+                f"config: expected MHA, num_kv_heads {config.num_q_heads}, to which the paper's "
+                f"factors refer; got {config.num_kv_heads}"
+            )
+        factor = PAPER_FACTOR_MQA if num_kv_heads == 1 else PAPER_FACTOR_GQA
+        width = round(width * factor / PAPER_WIDTH_MULTIPLE) * PAPER_WIDTH_MULTIPLE
+    return replace(config, num_kv_heads=num_kv_heads, intermediate_size=width)
+
+
+def unmatched_parameters(config: ModelConfig, num_kv_heads: int, matching: str) -> int:
+    """By how many parameters `matched` exceeds `config`; negative where it has fewer."""
+    return num_parameters(matched(config, num_kv_heads, matching)) - num_parameters(config)
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1; got {value}")
+
+
+def _check_divisor(config: ModelConfig, num_kv_heads: int) -> None:
+    if num_kv_heads not in head_counts(config):
+        raise ValueError(
+            f"num_kv_heads: expected a divisor of num_q_heads ({config.num_q_heads}); "
+            f"got {num_kv_heads}"
+        )
