@@ -119,6 +119,11 @@ class Deployment:
         sequence = self.kv_bytes_per_token_per_rank * context
         return max(0, int(self.cache_bytes_per_rank // sequence))
 
+    def largest_context(self, batch: int) -> int:
+        """Tokens per sequence that fit for a batch; 0 where not even one does."""
+        _check(batch=batch)
+        return max(0, int(self.cache_bytes_per_rank // (self.kv_bytes_per_token_per_rank * batch)))
+
     def decode_bytes(self, batch: int, context: int) -> float:
         """Bytes that a rank reads in one step: its weights once, and all keys and values.
 
