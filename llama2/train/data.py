@@ -1,9 +1,10 @@
-"""A corpus that every Python carries, the standard library, read in place; and batches of it."""
+"""A corpus: texts of one's own, or the standard library that every Python carries; and batches."""
 
+import sys
 import sysconfig
 import tokenize
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,19 +18,31 @@ _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_tes
 # Written when Python is built: they hold that machine's paths.
 _BUILD_RECORDS = ("_sysconfigdata", "config-")
 _HELD_OUT_ONE_IN = 20
+_HELD_OUT_OF_ONE_FILE = 0.05
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text, and its path relative to the corpus, "/" between the parts."""
+    """A text, and its path relative to the corpus, "/" between the parts.
+
+    `kept_back` says whether it is for evaluation only; None leaves that to its path.
+    """
 
     path: str
     text: str
+    kept_back: bool | None = None
 
     @property
     def held_out(self) -> bool:
-        """Whether it is for evaluation only: one path in 20, by CRC-32 of the path."""
+        """Whether it is for evaluation only: as said, or one path in 20, by CRC-32 of the path."""
+        if self.kept_back is not None:
+            return self.kept_back
         return zlib.crc32(self.path.encode()) % _HELD_OUT_ONE_IN == 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the text in UTF-8."""
+        return len(self.text.encode())
 
 
 def read_sources(folder: Path) -> list[Document]:
@@ -52,6 +65,86 @@ def stdlib_documents() -> list[Document]:
     sources = read_sources(Path(sysconfig.get_path("stdlib")))
     prose = [Document(f"{manual}:{name}", text) for name, text in sorted(topics.items())]
     return [document for document in sources if document.path != manual] + prose
+
+
+def text_documents(path: Path) -> list[Document]:
+    """Every UTF-8 text file under a directory, in the order of their paths; or the parts of a file.
+
+    Hidden files and folders are left out, and so are files that are no UTF-8 or contain a zero
+    byte: how many is said on stderr. One path in 20 is held out. Of a single file the last whole
+    lines are, at most 5 % of its characters; without a line border there, it is all for training.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        ValueError: there is no text in it.
+    """
+    if path.is_file():
+        text = _decoded(path)
+        if not text:
+            raise ValueError(f"{path}: expected a UTF-8 text that is not empty; got another file")
+        return _split_at_a_line(path.name, text)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: expected a text file or a directory of them; got none")
+    documents, num_skipped = [], 0
+    for file in path.rglob("*"):
+        name = file.relative_to(path)
+        if any(part.startswith(".") for part in name.parts) or not file.is_file():
+            continue
+        text = _decoded(file)
+        if text is None:
+            num_skipped += 1
+        else:
+            documents.append(Document(name.as_posix(), text))
+    if num_skipped:
+        print(f"{path}: {num_skipped} files are no UTF-8 text and left out", file=sys.stderr)
+    if not any(document.text for document in documents):
+        raise ValueError(f"{path}: expected a UTF-8 text file; got {num_skipped} others")
+    return sorted(documents, key=lambda document: document.path)
+
+
+def _decoded(file: Path) -> str | None:
+    content = file.read_bytes()
+    if b"\0" in content:
+        return None
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _split_at_a_line(name: str, text: str) -> list[Document]:
+    border = text.find("\n", int(len(text) * (1 - _HELD_OUT_OF_ONE_FILE))) + 1 or len(text)
+    parts = [Document(f"{name}:head", text[:border], False)]
+    if border < len(text):
+        parts.append(Document(f"{name}:tail", text[border:], True))
+    return parts
+
+
+def corpus_documents(path: Path | None, held_out: Path | None = None) -> list[Document]:
+    """The documents of a text file or directory, None for those of the standard library.
+
+    Args:
+        held_out: a text file or directory that is held out, all of it; `path` then is for training,
+            all of it. None holds out what `Document` and `text_documents` say, which of a few files
+            may be none: a line on stderr then says so.
+    Raises:
+        OSError, ValueError: as `text_documents`; or one of the paths is inside the other.
+    """
+    documents = stdlib_documents() if path is None else text_documents(path)
+    if held_out is not None:
+        inner, outer = held_out.resolve(), path and path.resolve()
+        if outer and (inner.is_relative_to(outer) or outer.is_relative_to(inner)):
+            raise ValueError(f"held_out: expected texts outside of {path}; got {held_out}")
+        kept = text_documents(held_out)
+        documents = [replace(document, kept_back=False) for document in documents]
+        return documents + [replace(document, kept_back=True) for document in kept]
+    if not any(document.held_out for document in documents):
+        print(
+            f"{path}: nothing is held out, as one file in {_HELD_OUT_ONE_IN} is by its path and "
+            f"there are {len(documents)}; --held-out PATH gives texts for evaluation",
+            file=sys.stderr,
+        )
+    return documents
 
 
 def token_stream(documents: list[Document], tokenizer: Tokenizer) -> np.ndarray:
