@@ -15,7 +15,7 @@ from llama2.checkpoint import load, load_config
 from llama2.tokenizer import Tokenizer
 from llama2.train import stdlib_checkpoint
 from llama2.train.data import random_batch, read_sources, stdlib_documents, token_stream
-from llama2.train.pretrain import bits_per_byte
+from llama2.train.evaluate import bits_per_byte
 
 SHIPPED = Path(llama2.__file__).parent / "checkpoints" / "stdlib"
 UNSEEN = '''class Basket:

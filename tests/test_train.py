@@ -12,7 +12,7 @@ from llama2.config import ModelConfig
 from llama2.model import Llama2
 from llama2.train import pretrain
 from llama2.train.data import random_batch
-from llama2.train.pretrain import TrainConfig, bits_per_byte, learning_rate, train
+from llama2.train.pretrain import TrainConfig, learning_rate, train
 from llama2.train.state import read_log, save_state
 
 MODEL = ModelConfig(
@@ -206,24 +206,3 @@ def test_non_finite_loss_stops_the_run_and_is_not_saved(tmp_path, monkeypatch):
     assert (tmp_path / "state.pt").read_bytes() == before
     for name, parameter in model.named_parameters():
         assert parameter.equal(weights[name]), name
-
-
-def test_bits_per_byte_of_a_uniform_model():
-    model = make_model()
-    torch.nn.init.zeros_(model.lm_head.weight)
-    bits = bits_per_byte(model, STREAM[:78], 50, seq_len=8, batch_size=4)
-    assert bits == pytest.approx(77 * 5 / 50)
-
-
-def test_bits_per_byte_is_the_loss():
-    model, stream = make_model(), STREAM[:17]
-    loss = model.loss(torch.from_numpy(stream[None].astype(np.int64))).item()
-    assert bits_per_byte(model, stream, 10, seq_len=16) == pytest.approx(
-        loss * 16 / math.log(2) / 10
-    )
-
-
-def test_bits_per_byte_of_a_text_shorter_than_a_window():
-    model = make_model()
-    torch.nn.init.zeros_(model.lm_head.weight)
-    assert bits_per_byte(model, STREAM[:3], 10, seq_len=8) == pytest.approx(2 * 5 / 10)

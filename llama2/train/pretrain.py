@@ -207,31 +207,3 @@ def train(
             if (step + 1) % save_every == 0 or step + 1 == config.steps:
                 save_state(state_path, model, optimizer, step + 1, identity)
     return read_log(log_path)
-
-
-@torch.no_grad()
-def bits_per_byte(
-    model: Llama2, stream: np.ndarray, num_bytes: int, *, seq_len: int, batch_size: int = 16
-) -> float:
-    """Σ −log₂ p(token) / num_bytes: comparable between tokenizers, unlike loss per token.
-
-    Every id of `stream` but the first is predicted once, in windows of `seq_len` that start without
-    context, so it is an upper bound of what a sliding window would give.
-
-    Args:
-        stream: integer token ids `[num_tokens]`.
-        num_bytes: length in UTF-8 of the text that the ids stand for.
-    """
-    device = next(model.parameters()).device
-    num_windows = (len(stream) - 1) // seq_len
-    whole = np.arange(num_windows)[:, None] * seq_len + np.arange(seq_len + 1)
-    batches = [stream[whole[i : i + batch_size]] for i in range(0, num_windows, batch_size)]
-    tail = stream[num_windows * seq_len :]
-    if len(tail) > 1:
-        batches.append(tail[None])
-    nats = 0.0
-    for windows in tqdm(batches, desc="held out", unit="batch", leave=False):
-        tokens = torch.from_numpy(windows.astype(np.int64)).to(device)
-        logits = model(tokens[:, :-1]).flatten(0, 1).float()
-        nats += F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum").item()
-    return nats / math.log(2) / num_bytes

@@ -30,7 +30,8 @@ from llama2.config import ModelConfig
 from llama2.model import Llama2
 from llama2.tokenizer import Tokenizer
 from llama2.train.data import Document, stdlib_documents, token_stream
-from llama2.train.pretrain import TrainConfig, bits_per_byte, train
+from llama2.train.evaluate import bits_per_byte
+from llama2.train.pretrain import TrainConfig, train
 
 MODEL = ModelConfig(
     vocab_size=1024,

@@ -1,0 +1,82 @@
+"""How well a model predicts text that it has not seen, in bits: comparable between tokenizers.
+
+Tokens are predicted in windows that start without context, so that the figures are upper bounds of
+what a sliding window would give.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from llama2.model import Llama2
+
+
+@torch.no_grad()
+def bits_per_byte(
+    model: Llama2, stream: np.ndarray, num_bytes: int, *, seq_len: int, batch_size: int = 16
+) -> float:
+    """Σ −log₂ p(token) / num_bytes of a stream of ids.
+
+    Every id of `stream` but the first is predicted once, in windows of `seq_len`.
+
+    Args:
+        stream: integer token ids `[num_tokens]`.
+        num_bytes: length in UTF-8 of the text that the ids stand for.
+    """
+    num_windows = (len(stream) - 1) // seq_len
+    whole = np.arange(num_windows)[:, None] * seq_len + np.arange(seq_len + 1)
+    batches = [stream[whole[i : i + batch_size]] for i in range(0, num_windows, batch_size)]
+    tail = stream[num_windows * seq_len :]
+    if len(tail) > 1:
+        batches.append(tail[None])
+    nats = 0.0
+    for windows in tqdm(batches, desc="held out", unit="batch", leave=False):
+        nats += _nats(model, windows, "sum").item()
+    return nats / math.log(2) / num_bytes
+
+
+@torch.no_grad()
+def bits_per_document(
+    model: Llama2, documents_tokens: Sequence[np.ndarray], seq_len: int, batch_size: int = 16
+) -> list[float]:
+    """Σ −log₂ p(token) of each document, so that a sum over documents can be split by document.
+
+    Every id of a document but its first is predicted once, in windows of `seq_len` that belong to
+    that document alone. Windows of equal length are computed together, at most `batch_size`; with
+    the size of these batches a sum changes in the last digits only.
+
+    Args:
+        documents_tokens: integer ids `[num_tokens]` of each document, as a rule from BOS to EOS; of
+            less than two there is nothing to predict, and the sum is 0.
+        seq_len: predicted tokens per window, at most the model's `max_seq_len`.
+    """
+    windows: defaultdict[int, list[tuple[int, np.ndarray]]] = defaultdict(list)
+    for number, tokens in enumerate(documents_tokens):
+        for start in range(0, len(tokens) - 1, seq_len):
+            window = tokens[start : start + seq_len + 1]
+            windows[len(window)].append((number, window))
+    batches = [
+        same_length[start : start + batch_size]
+        for same_length in windows.values()
+        for start in range(0, len(same_length), batch_size)
+    ]
+    bits = [0.0] * len(documents_tokens)
+    for batch in tqdm(batches, desc="held out", unit="batch", leave=False):
+        stacked = np.stack([window for _, window in batch])
+        nats = _nats(model, stacked, "none").view(len(batch), -1).double().sum(1)
+        for (number, _), value in zip(batch, nats.tolist(), strict=True):
+            bits[number] += value / math.log(2)
+    return bits
+
+
+def _nats(model: Llama2, windows: np.ndarray, reduction: str) -> Tensor:
+    """Cross-entropy in float32 of the ids `[batch, seq_len + 1]` but each first, summed or each."""
+    tokens = torch.from_numpy(windows.astype(np.int64)).to(next(model.parameters()).device)
+    logits = model(tokens[:, :-1]).flatten(0, 1).float()
+    return F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction=reduction)
