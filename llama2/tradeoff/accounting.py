@@ -25,7 +25,7 @@ def num_parameters(config: ModelConfig) -> int:
     norms = (2 * config.num_layers + 1) * config.hidden_size
     embeddings = 1 if config.tie_word_embeddings else 2
     embedding = config.vocab_size * config.hidden_size
-    return _layers_weights(config) + norms + embeddings * embedding
+    return layers_parameters(config) + norms + embeddings * embedding
 
 
 def kv_parameters(config: ModelConfig) -> int:
@@ -33,14 +33,8 @@ def kv_parameters(config: ModelConfig) -> int:
     return 2 * config.num_layers * config.hidden_size * config.num_kv_heads * config.head_dim
 
 
-def embedding_parameters(config: ModelConfig) -> int:
-    """Parameters of the embedding that only a row per token is read of: none where it is tied,
-    because the head reads them all."""
-    return 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-
-
-def _layers_weights(config: ModelConfig) -> int:
-    """Elements of all matrices of all layers."""
+def layers_parameters(config: ModelConfig) -> int:
+    """Parameters of all projections of all layers: what a step reads of them, but for norms."""
     q_and_o = 2 * config.hidden_size * config.num_q_heads * config.head_dim
     ffn = 3 * config.hidden_size * config.intermediate_size
     return config.num_layers * (q_and_o + ffn) + kv_parameters(config)
@@ -49,7 +43,7 @@ def _layers_weights(config: ModelConfig) -> int:
 def product_flops_per_token(config: ModelConfig, *, head: bool = True) -> int:
     """Forward flops of one token in the projections: 2 per weight. The look-up of an embedding
     has none."""
-    weights = _layers_weights(config)
+    weights = layers_parameters(config)
     return 2 * (weights + config.vocab_size * config.hidden_size * head)
 
 
