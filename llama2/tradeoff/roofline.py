@@ -32,8 +32,8 @@ def _gpu(name: str, memory_gb: int, tb_per_s: float, tflops: float, source: str)
 
 
 # Data sheets print flops with 2:4 sparsity for most NVIDIA cards: these are half of that. Their GB
-# of memory are counted as GiB, in which such memory is made; the driver keeps some per cent of it,
-# for which `Deployment.reserved_bytes` has room.
+# of memory are counted as GiB, which drivers come close to: what they report less, by some per cent,
+# `Deployment.reserved_bytes` has room for.
 GPUS = {
     "H200": _gpu("H200 SXM", 141, 4.8, 989.5, "NVIDIA H200 Tensor Core GPU, data sheet"),
     "H100": _gpu("H100 SXM", 80, 3.35, 989.5, "NVIDIA H100 Tensor Core GPU, data sheet"),
@@ -42,7 +42,9 @@ GPUS = {
     "RTX 4090": _gpu(
         "RTX 4090", 24, 1.008, 165.2, "NVIDIA Ada GPU architecture, white paper, appendix A"
     ),
-    "B200": _gpu("B200 SXM", 180, 8.0, 2250, "NVIDIA DGX B200, data sheet, an eighth"),
+    "B200": _gpu(
+        "B200 SXM", 180, 8.0, 2250, "NVIDIA HGX B200 and DGX B200, data sheets, an eighth"
+    ),
     "MI300X": _gpu("MI300X", 192, 5.3, 1307.4, "AMD Instinct MI300X Accelerator, data sheet"),
 }
 
