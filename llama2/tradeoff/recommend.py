@@ -202,10 +202,10 @@ def _what_would_fit(
     offers = []
     if longest:
         offers.append(f"a context of {longest:,} at batch {wanted:,}")
-    if batch and (largest := smallest.largest_batch(context)):
+    if largest := smallest.largest_batch(context):
         offers.append(f"a batch of {largest:,} at context {context:,}")
     for ranks in head_counts(config):
-        if ranks > tp and Deployment(smallest.config, gpu, ranks).largest_batch(context) >= wanted:
+        if Deployment(smallest.config, gpu, ranks).largest_batch(context) >= wanted:
             offers.append(f"tp={ranks}")
             break
     found = f"; what would fit: {', or '.join(offers)}" if offers else ""

@@ -32,8 +32,8 @@ def _gpu(name: str, memory_gb: int, tb_per_s: float, tflops: float, source: str)
 
 
 # Data sheets print flops with 2:4 sparsity for most NVIDIA cards: these are half of that. Their GB
-# of memory are counted as GiB, which drivers come close to: what they report less, by some per cent,
-# `Deployment.reserved_bytes` has room for.
+# of memory are counted as GiB; drivers report some per cent less, for which
+# `Deployment.reserved_bytes` has room.
 GPUS = {
     "H200": _gpu("H200 SXM", 141, 4.8, 989.5, "NVIDIA H200 Tensor Core GPU, data sheet"),
     "H100": _gpu("H100 SXM", 80, 3.35, 989.5, "NVIDIA H100 Tensor Core GPU, data sheet"),
