@@ -1,6 +1,9 @@
 """Speed and memory on paper as tables, and the published tables beside them."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from llama2.config import PUBLISHED, ModelConfig
 from llama2.tradeoff import accounting
@@ -11,6 +14,10 @@ from llama2.tradeoff.wording import heads_name, parameters_name
 
 SHOWN_BATCHES = (1, 32)
 SHOWN_TP = (1, 2, 4, 8)
+_MEASURED = (
+    *("floor_microseconds", "microseconds", "microseconds_p20", "microseconds_p80"),
+    "percent_of_floor",
+)
 
 
 @dataclass(frozen=True)
@@ -178,4 +185,51 @@ def published_table(table: PublishedTable) -> Table:
         [*columns, Column("mean of the scores", "computed")],
         rows,
         " ".join(table.setting),
+    )
+
+
+def check_measured(rows: Sequence[dict[str, Any]]) -> None:
+    """Raises ValueError: a row that says "measured" has a figure that is not finite."""
+    for index, row in enumerate(rows):
+        for name in _MEASURED if row["tag"] == "measured" else ():
+            if not isinstance(row[name], int | float) or not math.isfinite(row[name]):
+                raise ValueError(
+                    f"measured_rows[{index}].{name}: expected a finite number; got {row[name]!r}"
+                )
+
+
+def measured_table(rows: Sequence[dict[str, Any]], num_q_heads: int) -> Table:
+    """Rows of `measured.measure_decode` as they are."""
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        if row["tag"] != "measured":
+            return [row["tag"], MISSING, f"{row['floor_microseconds']:.1f}", MISSING]
+        p20, p80 = row["microseconds_p20"], row["microseconds_p80"]
+        return [
+            f"{row['microseconds']:.1f}",
+            f"{p20:.1f} to {p80:.1f}",
+            f"{row['floor_microseconds']:.1f}",
+            f"{row['percent_of_floor']:.0f} %",
+        ]
+
+    return Table(
+        f"A decode step of {rows[0]['num_layers']} layers on {rows[0]['gpu']}",
+        [
+            *(Column(name) for name in ("key/value heads", "batch", "context")),
+            Column("microseconds, median", "measured"),
+            Column("20th to 80th percentile", "measured"),
+            Column("floor, microseconds", "computed"),
+            Column("floor over time", "measured"),
+        ],
+        [
+            [
+                heads_name(row["num_kv_heads"], num_q_heads),
+                f"{row['batch']:,}",
+                f"{row['context']:,}",
+                *cells(row),
+            ]
+            for row in rows
+        ],
+        "The floor: the step's bytes and flops at the rates that this GPU reached in the same run. "
+        "Without the head, and not scaled to a whole model.",
     )

@@ -339,8 +339,8 @@ def memory(question: Question) -> Figure:
     contexts = np.geomspace(64, max(131_072, question.context), 80)
     for count, (colour, marker) in _head_colours(deployments).items():
         deployment = deployments[count]
-        fixed = deployment.weight_bytes_per_rank + deployment.reserved_bytes
-        used = (fixed + batch * contexts * deployment.kv_bytes_per_token_per_rank) / GIB
+        cache = batch * contexts * deployment.kv_bytes_per_token_per_rank
+        used = (deployment.weight_bytes_per_rank + deployment.reserved_bytes + cache) / GIB
         style = {"color": colour, "marker": marker, "markevery": 13}
         axes.plot(contexts, used, label=heads_name(count, heads), **style)
     size = question.gpu.memory_bytes / GIB
@@ -348,7 +348,8 @@ def memory(question: Question) -> Figure:
     axes.axvline(question.context, color="#666666", linestyle=":", label="expected context")
     axes.set(xlabel="context, tokens", title=f"batch {batch:,}")
     axes.set_ylabel("GiB per GPU (computed)")
-    axes.set_ylim(top=4 * size)
+    fixed = [d.weight_bytes_per_rank + d.reserved_bytes for d in deployments.values()]
+    axes.set(yscale="log", ylim=(0.8 * min(fixed) / GIB, 4 * max(size, max(fixed) / GIB)))
     _plain_log(axes, "x")
     _plain_log(axes, "y")
     _legend(figure, axes)

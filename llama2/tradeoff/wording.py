@@ -35,7 +35,7 @@ def percent(share: float) -> str:
     return f"{100 * share:g} %"
 
 
-def interval(estimate: Estimate, digits: int = 3) -> str:
+def interval(estimate: Estimate, digits: int = 4) -> str:
     """Signed mean with its interval, or the mean alone where one seed gives none."""
     if estimate.low is None:
         return f"{estimate.mean:+.{digits}f}"
