@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from llama2.config import ModelConfig
 from llama2.kv_cache import KVCache
@@ -202,7 +203,13 @@ class Llama2(nn.Module):
 
     Weights are drawn from N(0, 0.02²), the two projections that write to the residual stream from
     N(0, 0.02² / (2 · num_layers)).
+
+    Attributes:
+        activation_checkpointing: keep of each layer its input only and run it again for its
+            gradients, which have the same bits: less memory for a third more arithmetic.
     """
+
+    activation_checkpointing = False
 
     def __init__(self, config: ModelConfig, ops: ModuleType) -> None:
         super().__init__()
@@ -298,8 +305,13 @@ class Llama2(nn.Module):
                 )
             positions = cache.reserve(batch, seq_len)
         x, residual = self.embed_tokens(tokens), None
+        recompute = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
         for layer in self.layers:
-            x, residual = layer(x, residual, self.rope, positions, cache, cu_seqlens)
+            inputs = (x, residual, self.rope, positions, cache, cu_seqlens)
+            if recompute:
+                x, residual = checkpoint(layer, *inputs, use_reentrant=False)
+            else:
+                x, residual = layer(*inputs)
         if cache is not None:
             cache.advance(seq_len, num_valid)
         return self.norm(x, residual)[0]

@@ -30,6 +30,7 @@ from llama2 import Llama2, ModelConfig, parallel
 from llama2.generate import generate
 from llama2.model import count_predictions
 from llama2.train import distributed
+from llama2.train.data import RandomWindows
 from llama2.train.pretrain import TrainConfig, make_optimizer
 from llama2.train.sharded_state import load_sharded_state, save_sharded_state
 
@@ -295,13 +296,13 @@ def resharding(folder: str, name: str) -> None:
 def killed_and_resumed(folder: str, start: str, end: str) -> None:
     """A run that is killed on one mesh and goes on on another has the losses of a whole one."""
     training = dataclasses.replace(TRAINING, steps=5)
-    stream = torch.randint(97, (200,)).numpy()
+    data = RandomWindows(torch.randint(97, (200,)).numpy(), training)
 
     def run(name: str, work: str, save_every: int) -> list[float]:
         mesh = make_mesh(name)
         model = parallel.parallelize(make_model().double(), mesh)
         return distributed.train(
-            model, stream, mesh, training, Path(folder, work), save_every=save_every
+            model, data, mesh, training, Path(folder, work), save_every=save_every
         )
 
     losses = run(start, f"whole, {start}", 5)

@@ -6,12 +6,14 @@ import tokenize
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from llama2.tokenizer import Tokenizer
+from llama2.train.pretrain import TrainConfig
 
 # Other people's packages, the test suite (twice the size of all the rest), and 120 tables of codes.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
@@ -151,6 +153,27 @@ def token_stream(documents: list[Document], tokenizer: Tokenizer) -> np.ndarray:
     """The documents' ids one after the other, each from BOS to EOS; int32 `[num_tokens]`."""
     ids = [tokenizer.encode(document.text, bos=True, eos=True) for document in documents]
     return np.concatenate([np.array(tokens, dtype=np.int32) for tokens in ids])
+
+
+class RandomWindows:
+    """Batches of `random_batch` for a run: windows at random places of a stream in memory.
+
+    Args:
+        stream: integer ids `[num_tokens]`.
+    """
+
+    def __init__(self, stream: np.ndarray, config: TrainConfig) -> None:
+        self._stream, self._config = stream, config
+
+    def batch(self, step: int) -> Tensor:
+        """int64 `[batch_size, seq_len + 1]`; see `random_batch`."""
+        config = self._config
+        sizes = {"batch_size": config.batch_size, "seq_len": config.seq_len}
+        return random_batch(self._stream, **sizes, seed=config.seed, step=step)
+
+    def identity(self) -> dict[str, Any]:
+        stream = np.ascontiguousarray(self._stream)
+        return {"num_tokens": len(stream), "crc32": zlib.crc32(stream)}
 
 
 def random_batch(

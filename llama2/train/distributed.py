@@ -12,7 +12,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,8 +22,14 @@ from gqa_kernels.backends import get_backend
 from llama2 import parallel
 from llama2.model import Llama2
 from llama2.tokenizer import Tokenizer
-from llama2.train.data import random_batch, stdlib_documents, token_stream
-from llama2.train.pretrain import TrainConfig, apply_gradients, make_optimizer, run_identity
+from llama2.train.data import RandomWindows, stdlib_documents, token_stream
+from llama2.train.pretrain import (
+    Batches,
+    TrainConfig,
+    apply_gradients,
+    make_optimizer,
+    run_identity,
+)
 from llama2.train.sharded_state import load_sharded_state, save_sharded_state
 from llama2.train.stdlib_checkpoint import MODEL
 
@@ -76,7 +81,7 @@ def train_step(
 
 def train(
     model: Llama2,
-    stream: np.ndarray,
+    data: Batches,
     mesh: DeviceMesh,
     config: TrainConfig,
     folder: Path,
@@ -89,8 +94,9 @@ def train(
     Returns:
         the losses of the steps run, the first of them after those of the state.
     Raises:
-        ValueError: `config` asks for micro-batches or bfloat16, which `parallelize` gives, or for a
-            batch that the models do not divide; the state in `folder` is of another run.
+        ValueError: `config` asks for micro-batches, or for bfloat16 or activation checkpointing,
+            which `parallelize` gives, or for a batch that the models do not divide; the state in
+            `folder` is of another run.
         FloatingPointError: a loss or gradient is not finite; such a step is never saved.
     """
     num_parts = mesh[parallel.DATA].size() if parallel.DATA in mesh.mesh_dim_names else 1
@@ -98,11 +104,12 @@ def train(
         raise ValueError(
             f"batch_size: expected a multiple of the {num_parts} models; got {config.batch_size}"
         )
-    for name, unused in (("micro_batch_size", None), ("bf16", False)):
+    unused_options = {"micro_batch_size": None, "bf16": False, "activation_checkpointing": False}
+    for name, unused in unused_options.items():
         if getattr(config, name) != unused:
             raise ValueError(f"{name}: expected {unused}; got {getattr(config, name)}")
     optimizer = make_optimizer(model, config)
-    identity = run_identity(model, stream, config)
+    identity = run_identity(model, data, config)
     first_step = load_sharded_state(folder, model, optimizer, identity)
     losses = []
     speaks = dist.get_rank() == 0
@@ -112,13 +119,7 @@ def train(
         steps, initial=first_step, total=config.steps, unit="step", disable=not speaks
     ) as progress:
         for step in progress:
-            batch = random_batch(
-                stream,
-                batch_size=config.batch_size,
-                seq_len=config.seq_len,
-                seed=config.seed,
-                step=step,
-            ).to(model.rope.cos.device)
+            batch = data.batch(step).to(model.rope.cos.device)
             loss, norm = train_step(model, optimizer, batch, mesh, step, config)
             losses.append(loss)
             if speaks:
@@ -170,7 +171,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         stream = token_stream(documents, Tokenizer(_TOKENIZER))
         torch.manual_seed(args.seed)
         model = parallel.parallelize(Llama2(MODEL, get_backend(backend)).to(device), mesh)
-        train(model, stream, mesh, config, args.work, save_every=args.save_every)
+        train(
+            model,
+            RandomWindows(stream, config),
+            mesh,
+            config,
+            args.work,
+            save_every=args.save_every,
+        )
     finally:
         dist.destroy_process_group()
 

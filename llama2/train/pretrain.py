@@ -3,23 +3,20 @@
 Reference: Touvron et al. 2023, arXiv:2307.09288, section 2.2.
 """
 
+import copy
 import json
 import math
+import os
 import time
-import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from tqdm import tqdm
 
 from llama2.model import Llama2
-from llama2.train.data import random_batch
 from llama2.train.state import cut_log, load_state, read_log, save_state
 
 
@@ -35,11 +32,15 @@ class TrainConfig:
             micro-batches accumulate to the batch's.
         weight_decay: of the matrices; norms have none (our choice: the paper does not say).
         final_lr_fraction: learning rate of the last step, as a fraction of the peak.
-        bf16: run the model in bfloat16 throughout; weights, gradients and optimiser stay float32.
+        bf16: run a copy of the model in bfloat16 throughout; weights, the sum of gradients over
+            micro-batches and optimiser stay float32.
         seed: of the order of the data.
+        activation_checkpointing: as the attribute of `Llama2`. It changes no bit, so that a resumed
+            run may choose anew.
 
     Raises:
-        ValueError: a size is not positive, or `micro_batch_size` does not divide `batch_size`.
+        ValueError: a size or `peak_lr` is not positive, `warmup_steps` is negative, or
+            `micro_batch_size` does not divide `batch_size`.
     """
 
     steps: int
@@ -56,17 +57,34 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     bf16: bool = False
     seed: int = 0
+    activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1; got {getattr(self, name)}")
+        if not 0 < self.peak_lr < math.inf:
+            raise ValueError(f"peak_lr: expected a positive number; got {self.peak_lr}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps: expected at least 0; got {self.warmup_steps}")
         micro = self.micro_batch_size
         if micro is not None and (micro < 1 or self.batch_size % micro):
             raise ValueError(
                 f"micro_batch_size: expected a divisor of batch_size ({self.batch_size}); "
                 f"got {micro}"
             )
+
+
+class Batches(Protocol):
+    """The data of a run."""
+
+    def batch(self, step: int) -> Tensor:
+        """int64 `[batch_size, seq_len + 1]`, a function of `step` alone."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What JSON can hold, and two runs must share for one to resume the other."""
+        ...
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -94,37 +112,57 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, config.peak_lr, betas=betas, eps=config.adam_eps, fused=True)
 
 
-def _loss(model: Llama2, tokens: Tensor, bf16: bool) -> Tensor:
-    """Mean cross-entropy over `[batch, seq_len + 1]`; bf16 casts the weights, differentiably.
+def make_worker(model: Llama2, config: TrainConfig) -> Llama2:
+    """The model that computes the gradients of a step: `model`, or with bf16 a copy in bfloat16.
 
     Autocast is no substitute: it would hand the ops float32 residuals with bfloat16 updates.
     """
-    if not bf16:
-        return model.loss(tokens)
-    weights = {name: weight.bfloat16() for name, weight in model.named_parameters()}
-    logits = functional_call(model, weights, (tokens[:, :-1],))
-    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+    worker = copy.deepcopy(model).bfloat16() if config.bf16 else model
+    worker.activation_checkpointing = config.activation_checkpointing
+    return worker
 
 
 def train_step(
-    model: Llama2, optimizer: torch.optim.Optimizer, batch: Tensor, step: int, config: TrainConfig
+    model: Llama2,
+    optimizer: torch.optim.Optimizer,
+    batch: Tensor,
+    step: int,
+    config: TrainConfig,
+    worker: Llama2 | None = None,
 ) -> tuple[float, float]:
     """One optimiser step on `batch` int64 `[batch_size, seq_len + 1]`, on the model's device.
 
+    Args:
+        worker: of `make_worker`, which takes the weights of `model` anew; None makes one.
     Returns:
         (loss, gradient norm before clipping): the loss is the batch's mean in nats per token.
     Raises:
         FloatingPointError: either is not finite. The weights are as before the step.
     """
     optimizer.zero_grad(set_to_none=True)
+    worker = make_worker(model, config) if worker is None else worker
+    if worker is not model:
+        with torch.no_grad():
+            for copied, weight in zip(worker.parameters(), model.parameters(), strict=True):
+                copied.copy_(weight)
     micro_batches = batch.split(config.micro_batch_size or config.batch_size)
     total = torch.zeros((), device=batch.device)
     for micro_batch in micro_batches:
-        loss = _loss(model, micro_batch, config.bf16) / len(micro_batches)
+        loss = worker.loss(micro_batch) / len(micro_batches)
         loss.backward()
         total += loss.detach()
+        if worker is not model:
+            _hand_over_gradients(worker, model)
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     return apply_gradients(optimizer, total, norm, step, config)
+
+
+def _hand_over_gradients(worker: Llama2, model: Llama2) -> None:
+    """Adds the worker's gradients to the model's, in float32, and leaves it none."""
+    for copied, weight in zip(worker.parameters(), model.parameters(), strict=True):
+        gradient = copied.grad.float()
+        weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+        copied.grad = None
 
 
 def apply_gradients(
@@ -142,58 +180,56 @@ def apply_gradients(
     return total.item(), norm.item()
 
 
-def run_identity(model: Llama2, stream: np.ndarray, config: TrainConfig) -> dict[str, Any]:
+def run_identity(model: Llama2, data: Batches, config: TrainConfig) -> dict[str, Any]:
     """What two runs must share for one to resume the other: shapes, recipe and data."""
+    recipe = asdict(config)
+    del recipe["activation_checkpointing"]  # changes no bit
     return {
         "model_config": asdict(model.config),
-        "train_config": asdict(config),
-        "stream": {"num_tokens": len(stream), "crc32": zlib.crc32(np.ascontiguousarray(stream))},
+        "train_config": recipe,
+        "stream": data.identity(),
     }
 
 
 def train(
     model: Llama2,
-    stream: np.ndarray,
+    data: Batches,
     config: TrainConfig,
     folder: Path,
     *,
     save_every: int = 500,
 ) -> list[dict[str, float]]:
-    """Trains `model` in place on `stream` and returns the records of the log, one per step.
+    """Trains `model` in place on `data` and returns the records of the log, one per step.
 
     `folder` receives `state.pt`, every `save_every` steps and at the end, and `log.jsonl`, a line
     per step: step, loss, lr, grad_norm, tokens (so far), seconds (so far). If it holds a state, the
     run resumes from it, bit for bit as though it had never stopped (on CUDA as far as its kernels
-    are deterministic).
+    are deterministic), whenever it was killed.
 
-    Args:
-        stream: integer token ids `[num_tokens]`.
     Raises:
-        ValueError: the state in `folder` is of another run.
+        ValueError: the state in `folder` is of another run or its log is incomplete; `save_every`
+            is not positive; or as the batches of `data`.
         FloatingPointError: a loss or gradient is not finite; such a step is never saved.
     """
+    if save_every < 1:
+        raise ValueError(f"save_every: expected at least 1; got {save_every}")
     folder.mkdir(parents=True, exist_ok=True)
     state_path, log_path = folder / "state.pt", folder / "log.jsonl"
     device = next(model.parameters()).device
     optimizer = make_optimizer(model, config)
-    identity = run_identity(model, stream, config)
+    identity = run_identity(model, data, config)
     first_step = load_state(state_path, model, optimizer, identity) if state_path.exists() else 0
     started = time.perf_counter() - cut_log(log_path, first_step)
     model.train()
+    worker = make_worker(model, config)
     steps = range(first_step, config.steps)
     with (
         log_path.open("a", buffering=1) as log,
         tqdm(steps, initial=first_step, total=config.steps, unit="step") as progress,
     ):
         for step in progress:
-            batch = random_batch(
-                stream,
-                batch_size=config.batch_size,
-                seq_len=config.seq_len,
-                seed=config.seed,
-                step=step,
-            ).to(device)
-            loss, grad_norm = train_step(model, optimizer, batch, step, config)
+            batch = data.batch(step).to(device)
+            loss, grad_norm = train_step(model, optimizer, batch, step, config, worker)
             record = {
                 "step": step,
                 "loss": loss,
@@ -205,5 +241,6 @@ def train(
             log.write(json.dumps(record) + "\n")
             progress.set_postfix(loss=f"{loss:.3f}")
             if (step + 1) % save_every == 0 or step + 1 == config.steps:
+                os.fsync(log.fileno())  # no state without the records that come before it
                 save_state(state_path, model, optimizer, step + 1, identity)
     return read_log(log_path)

@@ -2,11 +2,24 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` that takes its place when the block ends.
+
+    `path` holds the old file or the new one, never half of one, whenever the process is killed.
+    """
+    partial = path.with_name(path.name + ".partial")  # a killed process's is written over
+    yield partial
+    os.replace(partial, path)
 
 
 def save_state(
@@ -24,9 +37,8 @@ def save_state(
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    partial = path.with_name(path.name + ".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        torch.save(state, partial)
 
 
 def load_state(
@@ -61,8 +73,21 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 
 def cut_log(path: Path, count: int) -> float:
-    """Keeps the first `count` lines and returns the seconds that the last of them says: a killed
-    run may have logged steps that it never saved."""
-    lines = path.read_text().splitlines(keepends=True)[:count] if path.exists() else []
-    path.write_text("".join(lines))
-    return json.loads(lines[-1])["seconds"] if lines else 0.0
+    """Keeps the first `count` lines and returns the seconds that the last of them says.
+
+    A killed run may have logged steps that it never saved, the last of them in half a line.
+
+    Raises:
+        ValueError: there are less than `count` whole lines.
+    """
+    found = path.read_text().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in found if line.endswith("\n")]
+    if len(whole) < count:
+        raise ValueError(
+            f"{path}: expected the {count} records that come before the saved state; "
+            f"got {len(whole)}"
+        )
+    kept = whole[:count]
+    with replacing(path) as partial:
+        partial.write_text("".join(kept))
+    return json.loads(kept[-1])["seconds"] if kept else 0.0

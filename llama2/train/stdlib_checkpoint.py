@@ -29,7 +29,7 @@ from llama2.checkpoint import save_hf
 from llama2.config import ModelConfig
 from llama2.model import Llama2
 from llama2.tokenizer import Tokenizer
-from llama2.train.data import Document, stdlib_documents, token_stream
+from llama2.train.data import Document, RandomWindows, stdlib_documents, token_stream
 from llama2.train.evaluate import bits_per_byte
 from llama2.train.pretrain import TrainConfig, train
 
@@ -188,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     torch.manual_seed(args.seed)
     model = Llama2(MODEL, get_backend("eager"))
-    log = train(model, stream, config, args.work, save_every=100)
+    log = train(model, RandomWindows(stream, config), config, args.work, save_every=100)
     model.bfloat16().float()  # the held-out figure is of the weights as they are stored
     record = {
         "command": "python -m llama2.train.stdlib_checkpoint " + shlex.join(arguments),
