@@ -105,7 +105,8 @@ def test_heads_of_a_rank(num_kv_heads, tp):
 def test_fewer_heads_than_ranks_save_nothing():
     eight, one = seven(8, tp=8), seven(1, tp=8)
     assert one.kv_bytes_per_token_per_rank == eight.kv_bytes_per_token_per_rank
-    assert one.decode_seconds(5, 900) == pytest.approx(eight.decode_seconds(5, 900), rel=1e-12)
+    assert one.decode_seconds(5, 900) == eight.decode_seconds(5, 900)
+    assert one.prefill_seconds(900) == eight.prefill_seconds(900)
 
 
 def test_ranks_that_cannot_share_the_heads():
@@ -140,6 +141,8 @@ def test_prefill_is_the_sum_of_its_tokens():
     assert slow_matrix.prefill_seconds(300, batch=3) == 3 * without_head
     slow_memory = Deployment(SEVEN, replace(H200, bytes_per_s=1.0))
     cache = 300 * kv_bytes_per_token(SEVEN)
+    shared = Deployment(SEVEN, replace(H200, flops_per_s=1.0), tp=8)
+    assert shared.prefill_seconds(300) == without_head / 8
     assert slow_memory.prefill_seconds(300) == 2 * num_parameters(SEVEN) + cache
 
 

@@ -88,18 +88,19 @@ class Deployment:
     def kv_heads_per_rank(self) -> int:
         return -(-self.config.num_kv_heads // self.tp)
 
-    @cached_property
-    def _duplicated_parameters(self) -> float:
-        """What a rank has of the projections to keys and values beyond a 1 / tp of them."""
-        share = self.kv_heads_per_rank / self.config.num_kv_heads - 1 / self.tp
-        return accounting.kv_parameters(self.config) * share
+    def _part_of_a_rank(self, whole: int, kv_projections: int) -> float:
+        """1 / tp of `whole`, but for what the projections to keys and values have of it: that
+        goes by heads, as duplicated ones have theirs on every rank."""
+        per_head = kv_projections // self.config.num_kv_heads
+        return (whole - kv_projections) / self.tp + per_head * self.kv_heads_per_rank
 
     @cached_property
     def weight_bytes_per_rank(self) -> float:
         """All parameters, dealt out evenly, and the projections of duplicated heads. Norms count
         as dealt out, though every rank has them: a few hundred thousand values."""
-        shared = accounting.num_parameters(self.config) / self.tp
-        return (shared + self._duplicated_parameters) * self.weight_bytes_per_value
+        parameters = accounting.num_parameters(self.config)
+        part = self._part_of_a_rank(parameters, accounting.kv_parameters(self.config))
+        return part * self.weight_bytes_per_value
 
     @property
     def kv_bytes_per_token_per_rank(self) -> int:
@@ -138,8 +139,8 @@ class Deployment:
     def decode_flops(self, batch: int, context: int) -> float:
         """Flops of a rank in one step."""
         _check(batch=batch, context=context)
-        shared = accounting.flops_per_token(self.config, context) / self.tp
-        return batch * (shared + 2 * self._duplicated_parameters)
+        flops = accounting.flops_per_token(self.config, context)
+        return batch * self._part_of_a_rank(flops, 2 * accounting.kv_parameters(self.config))
 
     def decode_seconds(self, batch: int, context: int) -> float:
         """One step, a token for each of `batch` sequences that attend to `context` keys each.
@@ -181,8 +182,8 @@ class Deployment:
         products = accounting.product_flops_per_token(self.config, head=False) * context
         head = 2 * self.config.vocab_size * self.config.hidden_size
         pairs = accounting.attention_flops_per_pair(self.config) * context * (context + 1) // 2
-        duplicated = 2 * self._duplicated_parameters * context
-        flops = batch * ((products + head + pairs) / self.tp + duplicated)
+        kv_projections = 2 * accounting.kv_parameters(self.config) * context
+        flops = batch * self._part_of_a_rank(products + head + pairs, kv_projections)
         return max(
             self.decode_bytes(batch, context) / self.gpu.bytes_per_s, flops / self.gpu.flops_per_s
         )
