@@ -52,6 +52,7 @@ def test_a_row_for_every_point():
     for row in rows:
         assert row["tag"] == "measured"
         assert (row["gpu"], row["num_layers"]) == ("simulated", 1)
+        assert (row["read_bytes_per_s"], row["flops_per_s"]) == (1e9, 1e12)
         assert row["microseconds"] == pytest.approx(3.5)
         assert row["microseconds_p20"] == pytest.approx(2)
         assert row["microseconds_p80"] == pytest.approx(5)

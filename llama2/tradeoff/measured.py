@@ -8,7 +8,7 @@ would weigh many times what it weighs beside all. No row is scaled to a whole mo
 import gc
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import ModuleType
 from typing import Any
 
@@ -63,10 +63,11 @@ def measure_decode(
         ops, clock, ceilings: the kernels, the GPU's clock, and what it measures at the start.
     Returns:
         a row per count, batch and context, in this order: num_kv_heads, batch, context, num_layers,
-        gpu, tag, floor_microseconds, and, where tag is "measured", the median `microseconds`, the
-        20th and 80th percentiles `microseconds_p20` and `microseconds_p80`, and
-        `percent_of_floor`, 100 · floor / median. Where memory was short, the tag is
-        "does not fit" and these are None.
+        gpu, tag, floor_microseconds and the rates that it comes from, read_bytes_per_s and
+        flops_per_s; where tag is "measured", the median `microseconds`, the 20th and 80th
+        percentiles `microseconds_p20` and `microseconds_p80`, and `percent_of_floor`,
+        100 · floor / median. Where memory was short, the tag is "does not fit" and these four are
+        None.
     Raises:
         RuntimeError: there is no GPU to measure on.
         ValueError: a count that does not divide num_q_heads, or another size out of range.
@@ -109,6 +110,7 @@ def _rows(
                 "num_layers": config.num_layers,
                 "gpu": clock.name,
                 "floor_microseconds": floor * 1e6,
+                **asdict(ceilings),
                 **_summary(samples, floor),
             }
 
