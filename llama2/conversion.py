@@ -282,7 +282,7 @@ def _share_keys(heads: _Heads, moment: Tensor) -> _Heads:
 
 def _share_values(heads: _Heads, moment: Tensor) -> _Heads:
     """Rank head_dim per group: [oₕ vₕ]ₕ ≈ [o′ₕ]ₕ v′."""
-    groups, count, queries, hidden_size, head_dim = heads.o.shape
+    groups, count, queries, _, head_dim = heads.o.shape
     # o = basis · r: the basis changes no distance, so that r is approximated in its place.
     basis, r = torch.linalg.qr(heads.o)
     rows = (r @ heads.v[:, :, None]).flatten(1, 3)  # [groups, count · queries · head_dim, hidden]
