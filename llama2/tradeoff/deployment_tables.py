@@ -52,6 +52,17 @@ class Question:
         return deployment.decode_tokens_per_s(batch, self.context) if 0 < batch <= largest else None
 
     @property
+    def shape_name(self) -> str:
+        """The published name where only the key/value heads and the length may differ."""
+        for name, shape in PUBLISHED.items():
+            same = ("hidden_size", "intermediate_size", "num_layers", "num_q_heads", "vocab_size")
+            if all(getattr(shape, field) == getattr(self.config, field) for field in same):
+                return f"the {name} shape"
+        layers, width = self.config.num_layers, self.config.hidden_size
+        size = parameters_name(accounting.num_parameters(self.config))
+        return f"a model of {layers} layers of width {width} ({size})"
+
+    @property
     def batch_name(self) -> str:
         return f"batch {self.batch:,}" if self.batch else "the largest batch that fits"
 

@@ -42,7 +42,8 @@ def setting(results: dict[str, Any]) -> Iterator[Sentence]:
     yield Sentence(
         f"Every model from scratch is trained for {train['steps']:,} steps of "
         f"{train['batch_size']} × {train['seq_len']} tokens, {results['epochs']:.2g} times through "
-        f"the training text; seeds {_list(map(str, results['seeds']))}."
+        f"the training text; seeds {_list(map(str, results['seeds']))}.",
+        "computed",
     )
     yield Sentence(
         f"The text is {corpus['name']}: {training['documents']:,} documents, "

@@ -1,19 +1,16 @@
 """The page: one HTML file, and the same in Markdown, of a study and of a deployment on paper."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama2.config import PUBLISHED, ModelConfig
+from llama2.config import ModelConfig
 from llama2.tradeoff import (
-    accounting,
     deployment_tables,
-    detail_tables,
     findings,
-    plots,
     published,
     runs,
-    tables,
+    sections,
 )
 from llama2.tradeoff.deployment_tables import Question
 from llama2.tradeoff.document import (
@@ -29,7 +26,7 @@ from llama2.tradeoff.document import (
 )
 from llama2.tradeoff.recommend import Recommendation
 from llama2.tradeoff.roofline import Gpu
-from llama2.tradeoff.wording import heads_name, parameters_name
+from llama2.tradeoff.wording import heads_name
 
 TITLE = "What fewer key/value heads cost and buy"
 
@@ -86,12 +83,12 @@ def _blocks(
 ) -> Iterator[Block]:
     yield from _first_screen(results, question, recommendation)
     if results is not None:
-        yield from _pareto(results, question)
-        yield from _quality(results)
-        yield from _conversion(results)
-        yield from _recall(results)
-    yield from _speed(question, rows)
-    yield from _memory(question)
+        yield from sections.pareto(results, question)
+        yield from sections.quality(results)
+        yield from sections.conversion(results)
+        yield from sections.recall(results)
+    yield from sections.speed(question, rows)
+    yield from sections.memory(question)
     yield Heading("Published tables")
     yield Paragraph(
         [Sentence("Other models, data and machines: shown beside, not mixed with, what is above.")]
@@ -108,7 +105,7 @@ def _first_screen(
     yield Paragraph(
         [
             Sentence(
-                f"How many key/value heads should {_shape_name(config)} have to decode on "
+                f"How many key/value heads should {question.shape_name} have to decode on "
                 f"{question.gpus_name}, with {question.context:,} tokens per sequence and "
                 f"{question.batch_name}?"
             )
@@ -147,136 +144,6 @@ def _quality_in_short(
         yield share or Sentence("None of them has that share of key/value heads beside MHA.")
     yield from findings.from_scratch(results, numbers=False)
     yield findings.noise(results)
-
-
-def _shape_name(config: ModelConfig) -> str:
-    """The published name where only the key/value heads and the length may differ."""
-    for name, shape in PUBLISHED.items():
-        same = ("hidden_size", "intermediate_size", "num_layers", "num_q_heads", "vocab_size")
-        if all(getattr(shape, field) == getattr(config, field) for field in same):
-            return f"the {name} shape"
-    size = parameters_name(accounting.num_parameters(config))
-    return f"a model of {config.num_layers} layers of width {config.hidden_size} ({size})"
-
-
-def _figure(name: str, draw: Any, caption: str, *tags: Any) -> Figure:
-    return Figure(name, plots.svg(draw), caption, tags)
-
-
-def _pareto(results: dict[str, Any], question: Question) -> Iterator[Block]:
-    yield Heading("Quality against speed")
-    if not plots.relative_speeds(results, question, "same_ffn") or not (
-        findings.from_scratch(results) or findings.by_conversion(results)
-    ):
-        yield Paragraph(
-            [
-                Sentence(
-                    "No plot: it needs fewer heads that were trained, whose share the deployment "
-                    "can have, and a batch at which MHA can be its measure."
-                )
-            ]
-        )
-        return
-    yield _figure(
-        "pareto",
-        lambda: plots.pareto(results, question),
-        "Up is worse, right is faster. Height: bits per byte more than MHA's, of the study's small "
-        "models, with the 95 % interval over seeds where there is one. Across: decode speed of "
-        f"{_shape_name(question.config)} with the same share of key/value heads on "
-        f"{question.gpus_name}, over the same shape with MHA, at a context of "
-        f"{question.context:,} and {question.batch_name}, whether or not it fits. The shape need "
-        "not lose what the small models lose. Points of equal speed are drawn a little apart.",
-        "measured",
-        "computed",
-    )
-
-
-def _quality(results: dict[str, Any]) -> Iterator[Block]:
-    yield Heading("Quality from scratch")
-    yield Paragraph(list(findings.setting(results)))
-    chance = findings.chance(results)
-    yield Paragraph([findings.noise(results), *([chance] if chance else [])])
-    yield from _items(findings.from_scratch(results))
-    yield tables.scratch_table(results)
-    yield from _present(detail_tables.file_table(results))
-
-
-def _conversion(results: dict[str, Any]) -> Iterator[Block]:
-    if not runs.methods(results):
-        return
-    yield Heading("Quality by conversion")
-    yield from _items(findings.by_conversion(results))
-    yield _figure(
-        "conversion",
-        lambda: plots.conversion(results),
-        "Bits per byte of converted models against α, the steps trained afterwards as a share of "
-        "the base's. Lines: means over seeds; bands: lowest to highest seed.",
-        "measured",
-    )
-    yield tables.conversion_table(results)
-    yield from _present(tables.gap_table(results))
-
-
-def _recall(results: dict[str, Any]) -> Iterator[Block]:
-    if not runs.tasks(results):
-        return
-    yield Heading("Recall")
-    yield Paragraph(
-        [
-            Sentence(
-                "Bits per byte of text hide how much a model can look up: these tasks need the "
-                "keys and values."
-            )
-        ]
-    )
-    yield from _items(findings.recall(results))
-    yield _figure(
-        "recall",
-        lambda: plots.recall(results),
-        "Per cent of tokens right against the number of key/value heads, with the 95 % interval "
-        "over seeds where there is one.",
-        "measured",
-    )
-    yield from (detail_tables.recall_table(results, task) for task in runs.tasks(results))
-
-
-def _speed(question: Question, rows: list[dict[str, Any]]) -> Iterator[Block]:
-    yield Heading("Speed")
-    yield _figure(
-        "speed",
-        lambda: plots.speed(question),
-        f"Decoding {_shape_name(question.config)} on {question.gpus_name}: an upper bound from the "
-        "data sheet. Markers: from here on, a step reads more keys and values than weights. Bars: "
-        "the end of memory.",
-        "computed",
-    )
-    yield deployment_tables.speed_table(question)
-    yield deployment_tables.shapes_table(question)
-    if any(row["tag"] == "measured" for row in rows):
-        yield _figure(
-            "measured",
-            lambda: plots.measured(rows, question),
-            f"A decode step on {rows[0]['gpu']}: medians with the 20th and 80th percentiles, and "
-            "the floor, from rates measured in the same run, as per cent of the time. Not scaled "
-            "to a whole model.",
-            "measured",
-        )
-    if rows:
-        yield deployment_tables.measured_table(rows, question.config.num_q_heads)
-    else:
-        yield Paragraph([Sentence("No speed was measured.")])
-
-
-def _memory(question: Question) -> Iterator[Block]:
-    yield Heading("Memory")
-    yield _figure(
-        "memory",
-        lambda: plots.memory(question),
-        f"Memory of a GPU that decodes {_shape_name(question.config)} with tp = {question.tp}: "
-        "weights, reserve, and the keys and values of the batch.",
-        "computed",
-    )
-    yield deployment_tables.memory_table(question)
 
 
 def _limits(results: dict[str, Any] | None) -> Iterator[Block]:
@@ -324,12 +191,3 @@ def _reproduce(results: dict[str, Any] | None, command: str | None) -> Iterator[
             ),
         ]
     )
-
-
-def _items(sentences: Sequence[Sentence]) -> Iterator[Block]:
-    if sentences:
-        yield Items(sentences)
-
-
-def _present(*blocks: Block | None) -> Iterable[Block]:
-    return (block for block in blocks if block is not None)

@@ -99,7 +99,13 @@ def fewer_heads(results: dict[str, Any], origin: str) -> list[int]:
 
 
 def matchings(results: dict[str, Any]) -> list[str]:
-    found = {run["matching"] for run in results["runs"] if run["origin"] == "scratch"}
+    """How the models from scratch with fewer heads were matched to MHA."""
+    full = results["base"]["num_q_heads"]
+    found = {
+        run["matching"]
+        for run in results["runs"]
+        if run["origin"] == "scratch" and run["num_kv_heads"] < full
+    }
     return [matching for matching in MATCHINGS if matching in found]
 
 

@@ -1,0 +1,80 @@
+"""How the page's plots look: the style, the colours, the axes, and SVG text of the same bytes.
+
+Numbers of heads, which have an order, are colours of viridis; kinds of runs are colours of Okabe
+and Ito's palette: both can be told apart by readers who do not see all colours, and every series
+has a marker of its own as well.
+"""
+
+import io
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+_STYLE = {
+    "figure.facecolor": "white",
+    "font.size": 10.5,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "svg.fonttype": "path",  # looks the same wherever it is opened
+    "svg.hashsalt": "tradeoff",
+    "text.parse_math": False,  # a name with a $ is a name
+}
+_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # no time, no version
+_PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+_MARKERS = "osD^vP*X<>"
+
+
+def svg(draw: Callable[[], Figure]) -> str:
+    """Draws in this module's style, which ends with the call, and gives the file's text."""
+    written = io.StringIO()
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # a reader's own settings would change the bytes
+        matplotlib.rcParams.update(_STYLE)
+        draw().savefig(written, format="svg", metadata=_NO_METADATA, bbox_inches="tight")
+    return written.getvalue()
+
+
+def panels(
+    count: int, *, width: float = 4.6, height: float = 3.7, sharey: bool = False
+) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width * count, height), layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False, sharey=sharey)[0])
+
+
+def legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper")
+
+
+def plain_log(axes: Axes, name: str) -> None:
+    """A logarithmic axis with plain numbers, the more of them the shorter its range."""
+    axes.set(**{f"{name}scale": "log"})
+    axis = axes.xaxis if name == "x" else axes.yaxis
+    low, high = axis.get_view_interval()
+    steps = (1, 1.5, 2, 3, 5) if high < 8 * low else (1, 2, 5) if high < 200 * low else (1,)
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def head_colours(counts: Iterable[int]) -> dict[int, tuple[Any, str]]:
+    """A colour and a marker for each count, dark for many heads."""
+    ordered = sorted(counts, reverse=True)
+    shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(ordered)))
+    return {
+        count: (tuple(shade), _MARKERS[index % len(_MARKERS)])
+        for index, (count, shade) in enumerate(zip(ordered, shades, strict=True))
+    }
+
+
+def series(index: int) -> dict[str, Any]:
+    return {"color": _PALETTE[index % len(_PALETTE)], "marker": _MARKERS[index % len(_MARKERS)]}
