@@ -1,0 +1,241 @@
+"""Token shards on disk, and batches from a weighted mixture of them that are never all in memory.
+
+A shard is a `.npy` file of token ids, integers `[num_tokens]`; a source is a shard or a directory
+of them. Documents lie in it one after another, each from BOS to EOS.
+"""
+
+import math
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llama2.train.pretrain import TrainConfig
+
+_OPEN_SHARDS = 64  # of a source, each holds a file descriptor
+_EDGE = 2**16  # ids at each end of a shard that tell it from another
+
+
+def write_shards(
+    folder: Path, arrays: Iterable[np.ndarray], *, vocab_size: int, shard_tokens: int = 2**26
+) -> None:
+    """Writes the ids of `arrays`, one after another, as a directory of shards.
+
+    They are uint16 where the vocabulary allows, otherwise uint32. The directory appears under its
+    name once it is complete; what a killed process left beside it is written over.
+
+    Args:
+        arrays: integers `[num_tokens]` each, such as documents.
+        shard_tokens: ids per shard; the last may have less.
+    Raises:
+        FileExistsError: there is something at `folder`.
+        ValueError: an id is not in [0, vocab_size), or there is none.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{folder}: expected nothing there; got a file or directory")
+    if shard_tokens < 1:
+        raise ValueError(f"shard_tokens: expected at least 1; got {shard_tokens}")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    shard = np.empty(shard_tokens, dtype=np.uint16 if vocab_size <= 2**16 else np.uint32)
+    filled = num_shards = 0
+    for number, tokens in enumerate(arrays):
+        _check_ids(f"arrays[{number}]", tokens, vocab_size)
+        while len(tokens):
+            taken, tokens = np.split(tokens, [shard_tokens - filled])
+            shard[filled : filled + len(taken)] = taken
+            filled += len(taken)
+            if filled == shard_tokens:
+                np.save(partial / f"shard-{num_shards:05}.npy", shard)
+                filled, num_shards = 0, num_shards + 1
+    if filled:
+        np.save(partial / f"shard-{num_shards:05}.npy", shard[:filled])
+    elif not num_shards:
+        raise ValueError("arrays: expected at least one id; got none")
+    os.replace(partial, folder)
+
+
+def _check_ids(name: str, tokens: np.ndarray, vocab_size: int) -> None:
+    for value in (tokens.min(), tokens.max()) if len(tokens) else ():
+        if not 0 <= value < vocab_size:
+            raise ValueError(f"{name}: expected ids from 0 to {vocab_size - 1}; got {value}")
+
+
+def _open(file: Path) -> np.ndarray:
+    """A shard, mapped into memory."""
+    try:
+        shard = np.lib.format.open_memmap(file, mode="r")  # never unpickles, as np.load may
+    except ValueError as error:
+        raise ValueError(f"{file}: expected a whole .npy file of integers; {error}") from error
+    if shard.ndim != 1 or shard.dtype.kind not in "iu":
+        raise ValueError(
+            f"{file}: expected integers [num_tokens]; got {shard.dtype} {list(shard.shape)}"
+        )
+    return shard
+
+
+class TokenSource:
+    """The windows of one source: `seq_len + 1` ids each, that overlap by one.
+
+    Every id of a shard but its first is predicted by one window, but for those at its end that do
+    not fill one; no window crosses from a shard to the next. Shards are in the order of names.
+
+    Attributes:
+        files: the shards.
+        num_tokens: ids in all shards.
+        num_windows: windows in all shards.
+
+    Args:
+        path: a `.npy` file, or a directory whose `.npy` files are the shards.
+    Raises:
+        FileNotFoundError: there is no `.npy` file.
+        ValueError: a shard is not a whole `.npy` file of integers `[num_tokens]`, or none of them
+            fills a window.
+    """
+
+    def __init__(self, path: Path, seq_len: int, vocab_size: int) -> None:
+        self.files = sorted(path.glob("*.npy")) if path.is_dir() else [path]
+        if not self.files or not self.files[0].is_file():
+            raise FileNotFoundError(
+                f"{path}: expected a .npy file or a directory of them; got none"
+            )
+        self._seq_len, self._vocab_size = seq_len, vocab_size
+        self._open = lru_cache(_OPEN_SHARDS)(_open)
+        lengths = [len(self._open(file)) for file in self.files]
+        self.num_tokens = sum(lengths)
+        # Where the windows of a shard end, counted over all of them.
+        self._ends = np.cumsum([max(length - 1, 0) // seq_len for length in lengths])
+        self.num_windows = int(self._ends[-1])
+        if not self.num_windows:
+            raise ValueError(
+                f"{path}: expected a shard of more than seq_len ({seq_len}) ids; "
+                f"got {max(lengths)} at most"
+            )
+
+    def window(self, index: int) -> np.ndarray:
+        """int64 `[seq_len + 1]` of the window `index`, from 0 to num_windows − 1.
+
+        Raises:
+            ValueError: an id of it is not in the vocabulary; names the shard.
+        """
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        first = int(self._ends[number - 1]) if number else 0
+        start = (index - first) * self._seq_len
+        ids = self._open(self.files[number])[start : start + self._seq_len + 1]
+        _check_ids(str(self.files[number]), ids, self._vocab_size)
+        return ids.astype(np.int64)
+
+    def crc32(self) -> int:
+        """CRC-32 of the shards' lengths and of the ids at their ends, not of all their ids."""
+        value = 0
+        for file in self.files:
+            shard = self._open(file)
+            for part in (np.array([len(shard)]), shard[:_EDGE], shard[-_EDGE:]):
+                value = zlib.crc32(part.astype("<i8").tobytes(), value)
+        return value
+
+
+class Mixture:
+    """The batches of a run from several sources, each as often as its weight says.
+
+    Row n = step · batch_size + i of the run is drawn by stride scheduling: the j-th row of source s
+    has the deadline (j + ½) / w_s, where the weights w add up to 1, and rows go by deadline, of
+    equal ones the lower s first. Of any n rows source s has n · w_s, give or take
+    ½ + w_s · num_sources / 2. Its j-th row is a window that a permutation of its own gives, another
+    in every epoch, so that none comes twice before all came. All of it is a function of the step
+    and the configuration: a resumed run needs no state.
+
+    Reference: Waldspurger and Weihl 1995, MIT/LCS/TM-528.
+
+    Args:
+        sources: paths, as `TokenSource` takes them, and weights, which need not add up to 1.
+        config: gives batch_size, seq_len and the seed of the permutations.
+        vocab_size: ids have to be below it.
+    Raises:
+        FileNotFoundError, ValueError: as `TokenSource`; a weight is not positive and finite, a
+            shard is there twice, or there is no source.
+    """
+
+    def __init__(
+        self, sources: Sequence[tuple[Path, float]], config: TrainConfig, vocab_size: int
+    ) -> None:
+        if not sources:
+            raise ValueError("sources: expected at least one; got none")
+        for path, weight in sources:
+            if not 0 < weight < math.inf:
+                raise ValueError(f"{path}: expected a positive weight; got {weight}")
+        self._names = [str(path) for path, _ in sources]
+        self._sources = [TokenSource(path, config.seq_len, vocab_size) for path, _ in sources]
+        seen = set()
+        for file in (file for source in self._sources for file in source.files):
+            if file.resolve() in seen:
+                raise ValueError(f"sources: expected every shard once; got {file} twice")
+            seen.add(file.resolve())
+        total = math.fsum(weight for _, weight in sources)
+        self._weights = [weight / total for _, weight in sources]
+        self._config = config
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # of the present epoch, by source
+
+    def counts(self, num_rows: int) -> list[int]:
+        """How many of the first `num_rows` rows of a run each source has."""
+        # By the time t the sources have Σ floor(t · w + ½) rows, within half their number of t. So
+        # these are less than num_rows, and all due before the last of those.
+        time = num_rows - len(self._weights)
+        counts = [max(0, math.floor(time * weight + 0.5)) for weight in self._weights]
+        while sum(counts) < num_rows:
+            counts[self._next(counts)] += 1
+        return counts
+
+    def _next(self, counts: Sequence[int]) -> int:
+        deadlines = [(n + 0.5) / w for n, w in zip(counts, self._weights, strict=True)]
+        return deadlines.index(min(deadlines))
+
+    def rows_of(self, step: int) -> list[tuple[int, int]]:
+        """(s, j) of each row of a batch: the j-th row of source s in this run, both from 0."""
+        counts, rows = self.counts(step * self._config.batch_size), []
+        for _ in range(self._config.batch_size):
+            source = self._next(counts)
+            rows.append((source, counts[source]))
+            counts[source] += 1
+        return rows
+
+    def batch(self, step: int) -> Tensor:
+        """int64 `[batch_size, seq_len + 1]`.
+
+        Raises:
+            ValueError: an id is not in the vocabulary; names the shard.
+        """
+        windows = [self._sources[s].window(self._window_of(s, j)) for s, j in self.rows_of(step)]
+        return torch.from_numpy(np.stack(windows))
+
+    def _window_of(self, source: int, row: int) -> int:
+        num_windows = self._sources[source].num_windows
+        epoch, place = divmod(row, num_windows)
+        if self._orders.get(source, (None,))[0] != epoch:
+            order = np.arange(num_windows, dtype=np.uint32)
+            np.random.default_rng([self._config.seed, source, epoch]).shuffle(order)
+            self._orders[source] = (epoch, order)
+        return int(self._orders[source][1][place])
+
+    def shares(self, steps: int) -> dict[str, tuple[int, float]]:
+        """(tokens, epochs) that each source gives to the first `steps` steps, by its path."""
+        counts = self.counts(steps * self._config.batch_size)
+        return {
+            name: (count * self._config.seq_len, count / source.num_windows)
+            for name, source, count in zip(self._names, self._sources, counts, strict=True)
+        }
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "num_tokens": [source.num_tokens for source in self._sources],
+            "crc32": [source.crc32() for source in self._sources],
+            "weights": self._weights,
+        }
