@@ -23,7 +23,7 @@ Speeds = dict[str, dict[int, float]]  # by matching and number of heads, over MH
 
 def relative_speeds(results: dict[str, Any], question: Question) -> Speeds:
     """Per matching, for the study's counts: tokens per second over MHA's, of the deployment's shape
-    with the same share of key/value heads; at the batch that was asked for, or each count's largest.
+    with the same share of key/value heads; at the batch that was asked for, or the largest of each.
 
     A count is left out whose share is no whole number of heads there, or not one that `tp` ranks
     can share; where no batch was asked for, so is one without room for a sequence, and all are
