@@ -68,6 +68,23 @@ def load(
         raise ValueError(
             f"dtype: expected one of {', '.join(map(str, FLOATS.values()))}; got {dtype}"
         )
+    checkpoint, model = open_checkpoint(path, ops, max_seq_len=max_seq_len)
+    config = model.config
+    model.to(_common_dtype(checkpoint) if dtype is None else dtype).to_empty(device=device)
+    if config.tie_word_embeddings:  # leaving the meta device made two parameters of one
+        model.lm_head.weight = model.embed_tokens.weight
+    _copy(checkpoint, model)
+    return model.eval()
+
+
+def open_checkpoint(
+    path: str | Path, ops: ModuleType, *, max_seq_len: int | None = None
+) -> tuple[Checkpoint, Llama2]:
+    """The stored tensors of a directory, all of them checked, and their model without memory.
+
+    The model is on the meta device. Its parameters' names give the tensors' keys by
+    `Checkpoint.key_of`. Arguments and errors: as `load`.
+    """
     folder = Path(path)
     checkpoint = _format(folder).read_checkpoint(folder)
     config = checkpoint.config
@@ -77,11 +94,7 @@ def load(
         model = Llama2(config, ops)
     parameters = {checkpoint.key_of(name): value for name, value in model.named_parameters()}
     _check(folder, checkpoint, parameters)
-    model.to(_common_dtype(checkpoint) if dtype is None else dtype).to_empty(device=device)
-    if config.tie_word_embeddings:  # leaving the meta device made two parameters of one
-        model.lm_head.weight = model.embed_tokens.weight
-    _copy(checkpoint, model)
-    return model.eval()
+    return checkpoint, model
 
 
 def _format(folder: Path) -> ModuleType:

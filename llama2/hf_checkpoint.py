@@ -19,14 +19,13 @@ from llama2.checkpoint_files import (
     Settings,
     StoredTensor,
     open_tensors,
-    require,
     staged,
 )
 from llama2.config import ModelConfig
 from llama2.model import Llama2
+from llama2.weight_shards import MAX_SHARD_BYTES, WEIGHT_FILES, plan_shards, write_shards
 
 CONFIG_FILE = "config.json"
-_WEIGHT_FILES = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
 
 
@@ -193,7 +192,7 @@ def save_hf(
     path: str | Path,
     *,
     dtype: torch.dtype | None = None,
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes a directory that `transformers.LlamaForCausalLM.from_pretrained` and `load` read.
 
@@ -208,49 +207,24 @@ def save_hf(
     Raises:
         ValueError: `dtype` is no type of weights, or `max_shard_bytes` is not positive.
     """
-    save_file = require("safetensors.torch").save_file
     if dtype is None:
         dtype = reduce(torch.promote_types, (weight.dtype for weight in model.parameters()))
     if dtype not in FLOATS.values():
         raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}; got {dtype}")
-    if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes: expected a positive int; got {max_shard_bytes}")
     weights = dict(model.named_parameters())
-    shards = _pack(
-        {name: weight.numel() * dtype.itemsize for name, weight in weights.items()},
-        max_shard_bytes,
+    sizes = {_key_of(name): weight.numel() * dtype.itemsize for name, weight in weights.items()}
+    shards = plan_shards(sizes, max_shard_bytes)
+    exported = (
+        (_key_of(name), half_split(weight.detach(), name, model.config).to("cpu", dtype))
+        for name, weight in weights.items()
     )
-    weight_map = {}
-    with staged(Path(path), _WEIGHT_FILES) as folder:
-        for number, names in enumerate(shards, 1):
-            file = "model.safetensors"
-            if len(shards) > 1:
-                file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            tensors = {_key_of(name): _exported(model, name).to("cpu", dtype) for name in names}
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(tensors, file)
-        if len(shards) > 1:
-            size = sum(weight.numel() for weight in weights.values()) * dtype.itemsize
-            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        (folder / CONFIG_FILE).write_text(json.dumps(_config_json(model.config, dtype), indent=2))
+    with staged(Path(path), WEIGHT_FILES) as folder:
+        write_shards(folder, shards, exported)
+        write_config(folder, config_json(model.config, dtype))
 
 
-def _pack(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """Names in order, in groups of at most `limit` bytes."""
-    groups, free = [], -1
-    for name, size in sizes.items():
-        if size > free:
-            groups.append([])
-            free = max(limit, size)
-        groups[-1].append(name)
-        free -= size
-    return groups
-
-
-def _exported(model: Llama2, name: str) -> Tensor:
-    weight = model.get_parameter(name).detach()
-    config = model.config
+def half_split(weight: Tensor, name: str, config: ModelConfig) -> Tensor:
+    """A parameter of `Llama2` as Hugging Face stores it, contiguous."""
     if config.rope_interleaved and name.endswith(("q_proj.weight", "k_proj.weight")):
         # rows of a head: (pair, member of the pair) → (member, pair)
         pairs = weight.unflatten(0, (-1, config.head_dim // 2, 2))
@@ -258,7 +232,11 @@ def _exported(model: Llama2, name: str) -> Tensor:
     return weight.contiguous()
 
 
-def _config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+def write_config(folder: Path, settings: dict[str, Any]) -> None:
+    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2))
+
+
+def config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

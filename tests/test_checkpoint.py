@@ -569,7 +569,7 @@ def test_a_failure_while_saving_leaves_the_earlier_checkpoint(tmp_path, monkeypa
     def fail(config, dtype):
         raise OSError("no space left")
 
-    monkeypatch.setattr(hf_checkpoint, "_config_json", fail)
+    monkeypatch.setattr(hf_checkpoint, "config_json", fail)
     with pytest.raises(OSError, match="no space left"):
         save_hf(our_model(vocab_size=50), tmp_path)
     assert sorted(tmp_path.iterdir()) == before
