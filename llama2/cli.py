@@ -1,4 +1,4 @@
-"""The `llama2` command: generate, chat, demo."""
+"""The `llama2` command: generate, chat, demo, convert."""
 
 import argparse
 import io
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from llama2 import checkpoint
+from llama2 import checkpoint, convert_command
 from llama2.chat import chat
 from llama2.generate import generate
 from llama2.model import Llama2
@@ -150,6 +150,10 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("demo", help="both backends side by side on the shipped model")
     command.add_argument("--device", help="default: cuda if there is one, otherwise cpu")
     command.set_defaults(run=_demo)
+
+    command = commands.add_parser("convert", help="a checkpoint with fewer key/value heads")
+    convert_command.add_arguments(command)
+    command.set_defaults(run=convert_command.run)
     return parser
 
 

@@ -56,10 +56,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
     }
     if config.tie_word_embeddings:
         _drop_tied_head(tensors)
-    return Checkpoint(config, _declared_dtype(settings), tensors, _key_of)
+    return Checkpoint(config, _declared_dtype(settings), tensors, key_of)
 
 
-def _key_of(name: str) -> str:
+def key_of(name: str) -> str:
     return name if name == "lm_head.weight" else f"model.{name}"
 
 
@@ -212,10 +212,10 @@ def save_hf(
     if dtype not in FLOATS.values():
         raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}; got {dtype}")
     weights = dict(model.named_parameters())
-    sizes = {_key_of(name): weight.numel() * dtype.itemsize for name, weight in weights.items()}
+    sizes = {key_of(name): weight.numel() * dtype.itemsize for name, weight in weights.items()}
     shards = plan_shards(sizes, max_shard_bytes)
     exported = (
-        (_key_of(name), half_split(weight.detach(), name, model.config).to("cpu", dtype))
+        (key_of(name), half_split(weight.detach(), name, model.config).to("cpu", dtype))
         for name, weight in weights.items()
     )
     with staged(Path(path), WEIGHT_FILES) as folder:

@@ -1,0 +1,244 @@
+"""A checkpoint directory with fewer key/value heads, made layer by layer: no model is ever held."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gqa_kernels import get_backend
+from llama2 import hf_checkpoint
+from llama2.checkpoint import open_checkpoint
+from llama2.checkpoint_files import Checkpoint, require, staged
+from llama2.config import ModelConfig
+from llama2.conversion import METHODS, NEEDS_DATA, AttentionWeights, convert_layer, second_moment
+from llama2.model import DecoderLayer, Llama2, RotaryTable
+from llama2.weight_shards import MAX_SHARD_BYTES, WEIGHT_FILES, plan_shards, write_shards
+
+# What belongs to a model whatever its heads. Not its card and its measurements: they are others.
+_KEPT_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+_BATCH_TOKENS = 4096  # that go through a layer at once
+
+
+def convert_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    num_kv_heads: int,
+    *,
+    method: str = "low_rank",
+    calibration: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Writes `source` with `num_kv_heads` key/value heads as a Hugging Face directory, `target`.
+
+    `conversion.convert_layer` makes the heads, from what goes into each layer of the original model
+    in float32. Tensors keep their dtypes, and those that a conversion does not touch their bits:
+    with the same count, all of them. Of config.json only num_key_value_heads changes; the files of
+    the tokenizer, generation_config.json and licences are copied. Meta's interleaved q and k are
+    permuted to Hugging Face's half-split pairs. Files appear in `target` once all are complete.
+
+    In memory at once: one layer, its conversion in float64, the calibration's hidden states, one
+    shard. The embedding and the head count as a layer each.
+
+    Args:
+        source: a directory that `checkpoint.load` reads.
+        target: a directory, new or without files.
+        method, generator: as `conversion.convert_layer`.
+        calibration: int `[batch, seq_len]` tokens of the kind that the model will see, for
+            "low_rank" and "aligned". A few times hidden_size tokens are enough.
+        max_shard_bytes: as `checkpoint.save_hf`.
+        device: where layers are computed.
+    Raises:
+        CheckpointError, NotImplementedError: as `checkpoint.load`.
+        ValueError: as `check_conversion`; `calibration` is missing or no tokens of the model's;
+            `max_shard_bytes` is not positive.
+        FloatingPointError: the source's hidden states are not finite.
+    """
+    source, target = Path(source), Path(target)
+    checkpoint, model = open_checkpoint(source, get_backend("eager"))
+    config = model.config
+    check_conversion(config, num_kv_heads, method, target)
+    needs_data = method in NEEDS_DATA and num_kv_heads != config.num_kv_heads
+    if needs_data:
+        _check_calibration(calibration, config, method)
+    conversion = _Conversion(checkpoint, model, num_kv_heads, method, generator, device)
+    shards = plan_shards(conversion.sizes(), max_shard_bytes)
+    with staged(target, WEIGHT_FILES) as folder:
+        write_shards(folder, shards, conversion.tensors(calibration if needs_data else None))
+        hf_checkpoint.write_config(folder, conversion.settings(source))
+        for pattern in _KEPT_FILES:
+            for file in source.glob(pattern):
+                shutil.copyfile(file, folder / file.name)
+
+
+def check_conversion(config: ModelConfig, num_kv_heads: int, method: str, target: Path) -> None:
+    """What `convert_checkpoint` refuses before it reads a weight.
+
+    Raises:
+        ValueError: the method is none of `METHODS`, the count does not divide the model's, or
+            `target` has files, the source's or others, none of which would be safe.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}; got {method!r}")
+    if num_kv_heads < 1 or config.num_kv_heads % num_kv_heads:
+        raise ValueError(
+            f"num_kv_heads: expected a divisor of the checkpoint's {config.num_kv_heads}, as heads "
+            f"can only become fewer; got {num_kv_heads}"
+        )
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"target: expected a directory; got a file, {target}")
+    # Hidden: what a killed run left.
+    if target.is_dir() and (
+        found := sorted(file.name for file in target.iterdir() if file.name[0] != ".")
+    ):
+        raise ValueError(
+            f"target: expected a new directory or one without files; got {target} with {found[0]}"
+        )
+
+
+def _check_calibration(tokens: Tensor | None, config: ModelConfig, method: str) -> None:
+    if tokens is None:
+        raise ValueError(f"calibration: expected tokens for {method}; got None")
+    if tokens.dtype not in (torch.int32, torch.int64) or tokens.dim() != 2 or not tokens.numel():
+        raise ValueError(
+            f"calibration: expected int [batch, seq_len]; got {tokens.dtype} {list(tokens.shape)}"
+        )
+    if tokens.shape[1] > config.max_seq_len:
+        raise ValueError(
+            f"calibration: expected at most max_seq_len ({config.max_seq_len}) tokens per "
+            f"sequence; got {tokens.shape[1]}"
+        )
+    low, high = tokens.min().item(), tokens.max().item()
+    if low < 0 or high >= config.vocab_size:
+        raise ValueError(
+            f"calibration: expected ids from 0 to {config.vocab_size - 1}; got {low} to {high}"
+        )
+
+
+class _Calibration:
+    """The hidden states of the calibration's tokens, from layer to layer."""
+
+    @torch.inference_mode()
+    def __init__(
+        self, tokens: Tensor, embedding: Tensor, config: ModelConfig, device: torch.device | str
+    ) -> None:
+        self._hidden = F.embedding(tokens.cpu(), embedding).to(device, torch.float32)
+        self._rope = RotaryTable(replace(config, max_seq_len=tokens.shape[1])).to(device)
+
+    @torch.inference_mode()
+    def advance(self, layer: DecoderLayer) -> Tensor:
+        """E[x xᵀ] of the inputs of the layer's attention. The states then are its outputs."""
+        moment = torch.zeros((), dtype=torch.float64, device=self._hidden.device)
+        batch, seq_len = self._hidden.shape[:2]
+        for rows in self._hidden.split(max(_BATCH_TOKENS // seq_len, 1)):
+            x, _ = layer.input_layernorm(rows, None)
+            moment = moment + second_moment(x) * (len(rows) / batch)
+            torch.add(*layer(rows, None, self._rope, None, None), out=rows)
+            if not rows.isfinite().all():
+                raise FloatingPointError("hidden states: expected finite numbers; got others")
+        return moment
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """A checkpoint with another number of heads, as tensors that are made when they are asked for.
+
+    `model` is the original on the meta device, except for the layer that is being run.
+    """
+
+    checkpoint: Checkpoint
+    model: Llama2
+    num_kv_heads: int
+    method: str
+    generator: torch.Generator | None
+    device: torch.device | str
+
+    @property
+    def _config(self) -> ModelConfig:
+        return replace(self.model.config, num_kv_heads=self.num_kv_heads)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each tensor by its key, in the order of `tensors`."""
+        with torch.device("meta"):
+            converted = Llama2(self._config, get_backend("eager"))
+        return {
+            hf_checkpoint.key_of(name): weight.numel() * self._dtype(name).itemsize
+            for name, weight in converted.named_parameters()
+        }
+
+    def settings(self, source: Path) -> dict[str, Any]:
+        """The content of config.json: the source's own, where it has one."""
+        file = source / hf_checkpoint.CONFIG_FILE
+        if file.is_file():
+            return json.loads(file.read_bytes()) | {"num_key_value_heads": self.num_kv_heads}
+        dtypes = (stored.dtype for stored in self.checkpoint.tensors.values())
+        return hf_checkpoint.config_json(self._config, reduce(torch.promote_types, dtypes))
+
+    def tensors(self, calibration: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+        """Keys and tensors, of one layer at a time; `calibration` gives the layers' moments."""
+        embedding = self._read("embed_tokens.weight")
+        states = None
+        if calibration is not None:
+            states = _Calibration(calibration, embedding, self.model.config, self.device)
+        yield hf_checkpoint.key_of("embed_tokens.weight"), embedding
+        del embedding
+        layers = range(self.model.config.num_layers)
+        # disable=None: shown on a terminal only
+        for index in require("tqdm").tqdm(layers, desc="converting", unit="layer", disable=None):
+            yield from self._layer(index, states).items()
+        for name, _ in self.model.named_parameters():
+            if not name.startswith(("embed_tokens.", "layers.")):
+                yield hf_checkpoint.key_of(name), self._read(name)
+
+    def _layer(self, index: int, states: _Calibration | None) -> dict[str, Tensor]:
+        layer, config = self.model.layers[index], self.model.config
+        prefix = f"layers.{index}."
+        weights = {name: self._read(prefix + name) for name, _ in layer.named_parameters()}
+        moment = None
+        if states is not None:
+            wide = {name: weight.to(self.device, torch.float32) for name, weight in weights.items()}
+            layer.load_state_dict(wide, assign=True)
+            del wide
+            moment = states.advance(layer)
+            layer.to_empty(device="meta")
+        if self.num_kv_heads != config.num_kv_heads:
+            names = [f"self_attn.{part}_proj.weight" for part in "qkvo"]
+            converted = convert_layer(
+                AttentionWeights(*(weights[name].to(self.device) for name in names)),
+                self.num_kv_heads,
+                head_dim=config.head_dim,
+                method=self.method,
+                interleaved=config.rope_interleaved,
+                second_moment=moment,
+                generator=self.generator,
+            )
+            weights |= zip(names, (weight.cpu() for weight in converted), strict=True)
+        return {
+            hf_checkpoint.key_of(prefix + name): hf_checkpoint.half_split(weight, name, config)
+            for name, weight in weights.items()
+        }
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return self.checkpoint.tensors[self.checkpoint.key_of(name)].dtype
+
+    def _read(self, name: str) -> Tensor:
+        """In memory of its own: tensors of a pickle may share theirs, which no shard may."""
+        stored = self.checkpoint.tensors[self.checkpoint.key_of(name)].read()
+        return stored.clone(memory_format=torch.contiguous_format)
