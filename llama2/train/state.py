@@ -15,10 +15,13 @@ from torch import nn
 def replacing(path: Path) -> Iterator[Path]:
     """A file beside `path` that takes its place when the block ends.
 
-    `path` holds the old file or the new one, never half of one, whenever the process is killed.
+    `path` holds the old file or the new one, never half of one, whenever the process is killed or
+    the machine stops.
     """
     partial = path.with_name(path.name + ".partial")  # a killed process's is written over
     yield partial
+    with partial.open("rb+") as written:
+        os.fsync(written.fileno())
     os.replace(partial, path)
 
 

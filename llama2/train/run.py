@@ -1,0 +1,219 @@
+"""A run of `llama2 pretrain`: its data, its model, the training, the checkpoint that it ends in."""
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from llama2 import checkpoint
+from llama2.config import ModelConfig
+from llama2.model import Llama2
+from llama2.placement import Placement, place
+from llama2.tokenizer import Tokenizer
+from llama2.train.command import SHIPPED, given_sizes, model_config, num_steps
+from llama2.train.data import Document, corpus_documents, text_documents
+from llama2.train.evaluate import bits_per_document
+from llama2.train.pretrain import TrainConfig, train
+from llama2.train.shards import Mixture, write_shards
+from llama2.train.state import replacing
+
+_TOKENIZER = "tokenizer.model"
+_LAST_STEPS = 100  # whose mean is called the final loss
+
+
+def pretrain(args: argparse.Namespace) -> int:
+    """See `command.run`."""
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"threads: expected at least 1; got {args.threads}")
+        torch.set_num_threads(args.threads)
+    shape = _shape(args)
+    config = _train_config(args, shape)
+    args.work.mkdir(parents=True, exist_ok=True)
+    _check_start(args.work, args.init)
+    tokenizer_file = _tokenizer_file(args)
+    sources, held_out = _corpora(args, tokenizer_file, shape)
+    data = Mixture(sources, config, shape.vocab_size)
+    placement = place(args.backend, args.device)
+    if args.backend == "auto" or placement.interpreted:
+        placement.announce()
+    model = _initial_model(args, shape, placement)
+    log = train(model, data, config, args.work, save_every=args.save_every)
+
+    model.bfloat16().float()  # the held-out figure is of the weights as they are stored
+    record = {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "init": None if args.init is None else str(args.init),
+        "train_config": asdict(config),
+        "tokens_seen": log[-1]["tokens"],
+        "sources": {
+            name: {"tokens": tokens, "epochs": epochs}
+            for name, (tokens, epochs) in data.shares(config.steps).items()
+        },
+        "final_train_loss": fmean(step["loss"] for step in log[-_LAST_STEPS:]),
+        "held_out": _evaluate(model, held_out, tokenizer_file, config) if held_out else None,
+        "wall_seconds": log[-1]["seconds"],
+    }
+    _export(model, tokenizer_file, record, args.out)
+    _report(record, args.out)
+    return 0
+
+
+def _shape(args: argparse.Namespace) -> ModelConfig:
+    if args.init is None:
+        return model_config(args)
+    given = [name for name in ("shape",) if args.shape is not None] + list(given_sizes(args))
+    if given:
+        raise ValueError(f"init: expected no other shape than the checkpoint's; got {given[0]}")
+    return checkpoint.load_config(args.init)
+
+
+def _train_config(args: argparse.Namespace, shape: ModelConfig) -> TrainConfig:
+    copied = (
+        *("batch_size", "micro_batch_size", "peak_lr", "warmup_steps", "weight_decay", "seed"),
+        *("bf16", "activation_checkpointing"),
+    )
+    config = TrainConfig(
+        steps=num_steps(args),
+        seq_len=shape.max_seq_len if args.seq_len is None else args.seq_len,
+        **{name: getattr(args, name) for name in copied},
+    )
+    if config.seq_len > shape.max_seq_len:
+        raise ValueError(
+            f"seq_len: expected at most the model's max_seq_len ({shape.max_seq_len}); "
+            f"got {config.seq_len}"
+        )
+    if config.warmup_steps >= config.steps:
+        print(
+            f"note: the warm-up of {config.warmup_steps} steps does not end in {config.steps}, so "
+            "the learning rate never falls",
+            file=sys.stderr,
+        )
+    return config
+
+
+def _check_start(work: Path, init: Path | None) -> None:
+    """A state says which weights it has, not which it began with; that is recorded beside it."""
+    file, start = work / "start.json", None if init is None else str(init.resolve())
+    if (work / "state.pt").exists() and (found := json.loads(file.read_text())["init"]) != start:
+        raise ValueError(f"{work}: expected the init of the run there, {found}; got {start}")
+    with replacing(file) as partial:
+        partial.write_text(json.dumps({"init": start}))
+
+
+def _initial_model(args: argparse.Namespace, shape: ModelConfig, placement: Placement) -> Llama2:
+    if args.init is not None:
+        options = {"dtype": torch.float32, "device": placement.device}
+        return checkpoint.load(args.init, placement.ops, **options)
+    torch.manual_seed(args.seed)
+    return Llama2(shape, placement.ops).to(placement.device)  # the same draws for every device
+
+
+def _tokenizer_file(args: argparse.Namespace) -> Path | None:
+    """The tokenizer of the texts and of the checkpoint; None where only its ids are known."""
+    if args.tokenizer is not None:
+        return args.tokenizer
+    if args.init is not None and (args.init / _TOKENIZER).is_file():
+        return args.init / _TOKENIZER
+    if args.init is None and not args.data:
+        return SHIPPED / _TOKENIZER
+    if args.text or args.held_out or not args.data:
+        raise ValueError("tokenizer: expected --tokenizer FILE for texts; got none")
+    return None
+
+
+def _corpora(
+    args: argparse.Namespace, tokenizer_file: Path | None, shape: ModelConfig
+) -> tuple[list[tuple[Path, float]], list[Document]]:
+    """(token shards with their weights, documents held out)."""
+    if tokenizer_file is None:
+        return args.data, []
+    tokenizer = Tokenizer(tokenizer_file)
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise ValueError(
+            f"{tokenizer_file}: expected a tokenizer of at most the model's {shape.vocab_size} "
+            f"ids; got one of {tokenizer.vocab_size}"
+        )
+    sources = list(args.data)
+    held_out = text_documents(args.held_out) if args.data and args.held_out else []
+    for path, weight in args.text or ([] if args.data else [(None, 1.0)]):
+        documents = corpus_documents(path, args.held_out)
+        held_out += [document for document in documents if document.held_out]
+        training = [document for document in documents if not document.held_out]
+        name = "standard-library" if path is None else path.resolve().name
+        folder = _tokenised(name, training, tokenizer, tokenizer_file, args.work / "tokens")
+        sources.append((folder, weight))
+    return sources, list(dict.fromkeys(held_out))  # every corpus brings those of --held-out
+
+
+def _tokenised(
+    name: str, documents: list[Document], tokenizer: Tokenizer, tokenizer_file: Path, folder: Path
+) -> Path:
+    """Shards of the documents, made only where those of the same texts and tokenizer are not there.
+
+    Other texts get another folder, so that a run whose texts have changed is told from the first.
+    """
+    digest = hashlib.sha256(tokenizer_file.read_bytes())
+    for document in documents:
+        digest.update(f"{document.path}\0{document.text}\0".encode())
+    shards = folder / f"{name}-{digest.hexdigest()[:16]}"
+    if not shards.exists():
+        bar = tqdm(documents, desc=f"tokenising {name}", unit="document", leave=False)
+        write_shards(
+            shards,
+            (_ids(document, tokenizer) for document in bar),
+            vocab_size=tokenizer.vocab_size,
+        )
+    return shards
+
+
+def _ids(document: Document, tokenizer: Tokenizer) -> np.ndarray:
+    return np.array(tokenizer.encode(document.text, bos=True, eos=True))
+
+
+def _evaluate(
+    model: Llama2, documents: list[Document], tokenizer_file: Path, config: TrainConfig
+) -> dict[str, float]:
+    tokenizer = Tokenizer(tokenizer_file)
+    ids = [_ids(document, tokenizer) for document in documents]
+    num_bytes = sum(document.num_bytes for document in documents)
+    bits = sum(bits_per_document(model, ids, config.seq_len))
+    figures = {"documents": len(documents), "bytes": num_bytes, "tokens": sum(map(len, ids))}
+    return figures | {"bits_per_byte": bits / num_bytes}
+
+
+def _export(model: Llama2, tokenizer_file: Path | None, record: dict[str, Any], out: Path) -> None:
+    checkpoint.save_hf(model, out, dtype=torch.bfloat16)
+    if tokenizer_file is not None:
+        for name, file in (
+            (_TOKENIZER, tokenizer_file),
+            ("tokenizer_config.json", tokenizer_file.with_name("tokenizer_config.json")),
+        ):
+            if file.is_file():
+                with replacing(out / name) as partial:
+                    shutil.copyfile(file, partial)
+    with replacing(out / "training.json") as partial:
+        partial.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _report(record: dict[str, Any], out: Path) -> None:
+    print(
+        f"{out}: {record['parameters']:,} parameters after {record['tokens_seen']:,} tokens, "
+        f"loss {record['final_train_loss']:.4f} over the last steps"
+    )
+    for name, share in record["sources"].items():
+        print(f"  {name}: {share['tokens']:,} tokens, {share['epochs']:.2f} epochs")
+    if record["held_out"]:
+        print(
+            "  held out: {bits_per_byte:.4f} bits per byte over {documents} documents of {bytes:,} "
+            "bytes".format(**record["held_out"])
+        )

@@ -1,0 +1,316 @@
+"""`llama2 pretrain`: from texts or shards to a checkpoint, and killed at any moment."""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gqa_kernels.backends import get_backend
+from llama2.checkpoint import load, load_config
+from llama2.config import PUBLISHED, ModelConfig
+from llama2.tokenizer import Tokenizer
+from llama2.train import command
+from llama2.train.data import Document
+from llama2.train.shards import write_shards
+from llama2.train.state import read_log
+
+SHAPE = {
+    "vocab_size": 1024,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_layers": 2,
+    "num_q_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 4,
+    "max_seq_len": 32,
+}
+
+
+def parse(*arguments):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args([str(argument) for argument in arguments])
+
+
+def shape_of(*arguments):
+    return command.model_config(parse("--work", "w", "--out", "o", *arguments))
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Options of a small run with a shape of its own, and a folder of 60 texts."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(60):
+        (texts / f"{number}.txt").write_text(f"The square of {number} is {number**2}.\n" * 3)
+    shape = tmp_path / "shape.json"
+    shape.write_text(json.dumps(SHAPE))
+    return ["--work", tmp_path / "work", "--out", tmp_path / "out", "--shape", shape], texts
+
+
+RECIPE = ("--steps", 3, "--batch-size", 2, "--warmup-steps", 1, "--backend", "eager")
+
+
+def test_shapes(tmp_path):
+    small = shape_of()
+    assert small == load_config(command.SHIPPED)
+    assert shape_of("--shape", "70B") == PUBLISHED["70B"]
+    wide = shape_of("--shape", "7B", "--hidden-size", 256, "--num-q-heads", 8, "--num-kv-heads", 2)
+    assert (wide.hidden_size, wide.head_dim, wide.num_kv_heads) == (256, 32, 2)
+    assert (wide.num_layers, wide.vocab_size) == (32, 32000)
+    sizes = ("num-layers", "intermediate-size", "max-seq-len", "vocab-size", "num-kv-heads")
+    changed = shape_of(*(x for size in sizes for x in (f"--{size}", 1)))
+    assert changed.head_dim == small.head_dim
+    assert {getattr(changed, size.replace("-", "_")) for size in sizes} == {1}
+    (tmp_path / "x.json").write_text(json.dumps(SHAPE))
+    assert shape_of("--shape", tmp_path / "x.json") == ModelConfig(**SHAPE)
+    config = (command.SHIPPED / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace('"num_hidden_layers": 6', '"x": 0'))
+    with pytest.raises(ValueError, match=r"config\.json: missing key num_hidden_layers"):
+        shape_of("--shape", tmp_path / "config.json")
+    (tmp_path / "config.json").write_text(config)
+    assert shape_of("--shape", tmp_path / "config.json") == small
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--shape", "8B"), "shape: expected one of 7B, 13B, 34B, 70B or a JSON file; got '8B'"),
+        (("--num-q-heads", 3), r"hidden_size: expected a multiple of num_q_heads \(3\); got 128"),
+        (("--num-q-heads", 0), r"hidden_size: expected a multiple of num_q_heads \(0\); got 128"),
+        (("--num-kv-heads", 3), r"num_q_heads: expected a multiple of num_kv_heads \(3\)"),
+    ],
+)
+def test_shapes_that_are_none(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        shape_of(*arguments)
+
+
+def test_a_shape_file_of_other_fields(tmp_path):
+    (tmp_path / "x.json").write_text('{"width": 3}')
+    with pytest.raises(ValueError, match=r"x\.json: expected the fields of ModelConfig; .*width"):
+        shape_of("--shape", tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps"),
+    [
+        (("--steps", 7), 7),
+        (("--alpha", 0.05, "--of-steps", 1000), 50),
+        (("--alpha", 0.05, "--of-steps", 50), 2),
+        ((), "expected either --steps N, or --alpha SHARE and --of-steps N; got steps=None"),
+        (("--alpha", 0.05), "expected either"),
+        (("--of-steps", 5), "expected either"),
+        (("--steps", 1, "--alpha", 0.5, "--of-steps", 2), "expected either"),
+        (("--alpha", -0.5, "--of-steps", 100), r"alpha: expected a share in \(0, 1\]"),
+        (("--alpha", "nan", "--of-steps", 100), "alpha: expected a share"),
+        (("--alpha", 0.001, "--of-steps", 100), "that makes a step of 100; got 0.001"),
+    ],
+)
+def test_steps(arguments, steps):
+    args = parse("--work", "w", "--out", "o", *arguments)
+    if isinstance(steps, int):
+        assert command.num_steps(args) == steps
+    else:
+        with pytest.raises(ValueError, match=steps):
+            command.num_steps(args)
+
+
+def test_weights_of_sources(tmp_path, capsys):
+    (tmp_path / "a=2").touch()
+    given = ("--data", "x", "--data", "y=0.5", "--data", tmp_path / "a=2", "--text", "k=v=3")
+    args = parse("--work", "w", "--out", "o", *given)
+    assert args.data == [(Path("x"), 1.0), (Path("y"), 0.5), (tmp_path / "a=2", 1.0)]
+    assert args.text == [(Path("k=v"), 3.0)]
+    with pytest.raises(SystemExit):
+        parse("--work", "w", "--out", "o", "--data", "x=heavy")
+    assert "expected PATH or PATH=WEIGHT; got 'x=heavy'" in capsys.readouterr().err
+
+
+def test_texts_become_a_checkpoint(folders, capsys, tmp_path):
+    options, texts = folders
+    arguments = (*options, "--text", texts, *RECIPE)
+    assert command.run(parse(*arguments)) == 0
+    (tokens,) = (tmp_path / "work" / "tokens").iterdir()
+    lines = capsys.readouterr().out.splitlines()
+    model = load(tmp_path / "out", get_backend("eager"))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert lines[0].startswith(f"{tmp_path / 'out'}: {count:,} parameters after 192 tokens, loss ")
+    assert lines[1].startswith(f"  {tokens}: 192 tokens, 0.")
+    record = json.loads((tmp_path / "out" / "training.json").read_text())
+    # 58.txt is the one in 20 whose path is held out
+    held_out = {"documents": 1, "bytes": len((texts / "58.txt").read_text())}
+    assert held_out.items() <= record["held_out"].items()
+    assert f"{record['held_out']['bits_per_byte']:.4f} bits per byte over 1 doc" in lines[2]
+    tokenizer = Tokenizer(tmp_path / "out" / "tokenizer.model")
+    names = sorted(path.name for path in texts.iterdir() if path.name != "58.txt")
+    ids = [tokenizer.encode((texts / name).read_text(), bos=True, eos=True) for name in names]
+    assert np.array_equal(np.load(tokens / "shard-00000.npy"), np.concatenate(ids))
+    # finished, it says the same again; with other texts it is another run
+    assert command.run(parse(*arguments)) == 0
+    assert capsys.readouterr().out.splitlines() == lines
+    (texts / "0.txt").write_text("another text")
+    with pytest.raises(ValueError, match=r"expected the state of a run with stream num_tokens"):
+        command.run(parse(*arguments))
+
+
+def test_shards_are_mixed_by_weight(folders, capsys, tmp_path):
+    options, texts = folders
+    for name in "ab":
+        write_shards(tmp_path / name, [np.arange(500) % 90], vocab_size=1024)
+    data = ("--data", f"{tmp_path / 'a'}=3", "--data", f"{tmp_path / 'b'}=1")
+    recipe = ("--steps", 2, "--batch-size", 4, "--seq-len", 8, "--backend", "eager")
+    with pytest.raises(ValueError, match="tokenizer: expected --tokenizer FILE for texts"):
+        command.run(parse(*options, *data, *recipe, "--text", texts))
+    with pytest.raises(ValueError, match="tokenizer: expected --tokenizer FILE for texts"):
+        command.run(parse(*options, *data, *recipe, "--held-out", texts))
+    assert command.run(parse(*options, *data, *recipe)) == 0
+    captured = capsys.readouterr()
+    assert f"{tmp_path / 'a'}: 48 tokens" in captured.out
+    assert f"{tmp_path / 'b'}: 16 tokens" in captured.out
+    assert "held out" not in captured.out
+    assert "the warm-up of 2000 steps does not end in 2" in captured.err
+    record = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert record["held_out"] is None
+    assert not (tmp_path / "out" / "tokenizer.model").exists()
+    tokenizer = ("--tokenizer", command.SHIPPED / "tokenizer.model", "--held-out", texts)
+    assert command.run(parse(*options, *data, *recipe, *tokenizer)) == 0
+    assert "bits per byte over 60 documents" in capsys.readouterr().out
+
+
+def test_a_checkpoint_goes_on(tmp_path, capsys):
+    (tmp_path / "text").write_text((Path(command.__file__)).read_text())
+    folders = ("--work", tmp_path / "work", "--out", tmp_path / "out", "--text", tmp_path / "text")
+    recipe = ("--alpha", 0.02, "--of-steps", 100, "--batch-size", 2, "--backend", "eager")
+    arguments = (*folders, *recipe, "--warmup-steps", 1)
+    with pytest.raises(ValueError, match=r"init: expected no other shape .*; got num_layers"):
+        command.run(parse(*arguments, "--init", command.SHIPPED, "--num-layers", 2))
+    assert command.run(parse(*arguments, "--init", command.SHIPPED)) == 0
+    log = read_log(tmp_path / "work" / "log.jsonl")
+    assert len(log) == 2 and log[0]["loss"] < 4  # ln(1024) = 6.9
+    assert load_config(tmp_path / "out") == load_config(command.SHIPPED)
+    names = ("tokenizer.model", "tokenizer_config.json")
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (command.SHIPPED / name).read_bytes()
+    for other in ((), ("--init", tmp_path / "out")):
+        with pytest.raises(ValueError, match=r"work: expected the init of the run there, .*stdlib"):
+            command.run(parse(*arguments, *other))
+
+
+def test_the_standard_library_is_the_default(folders, monkeypatch, tmp_path):
+    options, _ = folders
+    documents = [Document("a.py", "x = 1\n" * 99, False), Document("b.py", "y = 2\n", True)]
+    monkeypatch.setattr("llama2.train.data.stdlib_documents", lambda: documents)
+    assert command.run(parse(*options, *RECIPE, "--bf16", "--activation-checkpointing")) == 0
+    record = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert record["held_out"]["bytes"] == 6
+    (name,) = (path.name for path in (tmp_path / "work" / "tokens").iterdir())
+    assert name.startswith("standard-library-")
+    assert record["train_config"]["bf16"] and record["train_config"]["activation_checkpointing"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--seq-len", 33), r"seq_len: expected at most the model's max_seq_len \(32\); got 33"),
+        (("--vocab-size", 100), "expected a tokenizer of at most the model's 100 ids; got one of"),
+        (("--threads", 0), "threads: expected at least 1; got 0"),
+        (("--save-every", 0), "save_every: expected at least 1; got 0"),
+        (("--tokenizer", "none"), "path: expected a SentencePiece model file; got none"),
+        (("--text", "none"), "none: expected a text file or a directory"),
+        (("--data", "none.npy"), r"tokenizer: expected --tokenizer FILE for texts; got none"),
+    ],
+)
+def test_what_a_user_can_cause(folders, arguments, message):
+    options, texts = folders
+    with pytest.raises((ValueError, OSError), match=message):
+        command.run(parse(*options, "--text", texts, *RECIPE, *arguments))
+
+
+MAIN = """
+import argparse, sys
+from llama2.train import command
+
+parser = argparse.ArgumentParser()
+command.add_arguments(parser)
+sys.exit(command.run(parser.parse_args()))
+"""
+# Forks instead of new interpreters, which would spend the time of the test on imports.
+KILLER = """
+import argparse, os, random, signal, sys, time
+import safetensors.torch, sentencepiece, torch._dynamo  # what a run would import
+from pathlib import Path
+from llama2.train import command, run
+
+def parse(folder):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    folders = ["--work", f"{folder}/work", "--out", f"{folder}/out"]
+    return parser.parse_args([*folders, *sys.argv[4:]])
+
+def start(folder):
+    process = os.fork()
+    if not process:
+        try:
+            status = command.run(parse(folder))
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            status = 1
+        os._exit(status)
+    return process
+
+draw, whole, cut = random.Random(int(sys.argv[1])), sys.argv[2], sys.argv[3]
+began = time.monotonic()
+assert os.waitpid(start(whole), 0)[1] == 0
+seconds = time.monotonic() - began
+for _ in range(20):
+    process = start(cut)
+    time.sleep(draw.uniform(0, 0.6) * seconds)
+    os.kill(process, signal.SIGKILL)
+    status = os.waitpid(process, 0)[1]
+    if os.WIFEXITED(status):
+        assert status == 0
+        break
+    log = Path(cut, "work", "log.jsonl")
+    print(log.read_bytes().count(b"\\n") if log.exists() else 0)
+"""
+
+
+def test_killed_at_random_moments_the_command_gives_the_same_bits(folders, tmp_path):
+    options, texts = folders
+    shape = options[-1]
+    seed = random.SystemRandom().randrange(10**6)
+    run = ("--text", texts, "--shape", shape, "--steps", 60, "--batch-size", 4, "--save-every", 4)
+    run += ("--warmup-steps", 10, "--micro-batch-size", 2, "--threads", 1, "--backend", "eager")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+
+    def python(script, *arguments):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, "-c", script, *map(str, arguments)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, f"seed {seed}: {result.stderr}"
+        return result.stdout
+
+    lines = python(KILLER, seed, whole, cut, *run).splitlines()
+    steps = [int(line) for line in lines if line.isdigit()]  # logged before a kill
+    assert max(steps) > 0, f"seed {seed}: none was killed while it trained"
+    python(MAIN, "--work", cut / "work", "--out", cut / "out", *run)
+
+    results = []
+    for folder in (whole, cut):
+        log = [{**line, "seconds": 0} for line in read_log(folder / "work" / "log.jsonl")]
+        weights = torch.load(folder / "work" / "state.pt")["model"]
+        files = {path.name for path in (folder / "work").iterdir()}
+        results.append((log, weights, (folder / "out" / "model.safetensors").read_bytes(), files))
+    (log, weights, stored, files), (other_log, other_weights, other_stored, other_files) = results
+    assert len(log) == 60 and other_log == log, f"seed {seed}"
+    assert weights.keys() == other_weights.keys()
+    assert all(other_weights[key].equal(value) for key, value in weights.items()), f"seed {seed}"
+    assert other_stored == stored and other_files == files, f"seed {seed}"
