@@ -282,6 +282,13 @@ def test_without_a_study_the_page_is_of_speed_and_memory(tmp_path):
     assert "measured" not in {tag for _, *tags in Page(page).headers for tag in tags}
 
 
+def test_where_nothing_fits_the_page_says_so(tmp_path):
+    small = {"config": PUBLISHED["70B"], "gpu": GPUS["RTX 4090"], "context": 4096}
+    write_page(None, tmp_path, **small)
+    rows = deployment_tables.speed_table(Question(**small)).rows
+    assert all(set(row[2:5]) == {MISSING} and row[5] == "0" for row in rows)
+
+
 def test_one_seed_gives_no_verdict():
     result = synthetic_result(seeds=(3,))
     sentences = [*findings.from_scratch(result), *findings.by_conversion(result)]

@@ -43,6 +43,9 @@ def speed(question: Question) -> Figure:
     by_context.set(xlabel="context, tokens", title=f"at a batch of {batch:,}")
     by_batch.set_ylabel("tokens per second (computed)")
     for axes in (by_batch, by_context):
+        if not any(len(line.get_xdata()) for line in axes.lines):
+            axes.set(xlim=(1, 10), ylim=(1, 10))
+            axes.text(0.5, 0.5, "nothing fits", transform=axes.transAxes, ha="center")
         plain_log(axes, "x")
         plain_log(axes, "y")
     legend(figure, by_batch)
@@ -59,6 +62,7 @@ def _speed_line(
 ) -> None:
     """A line to `last`, where memory ends, with a bar there and the marker at the crossover."""
     if last < first:
+        axes.plot([], [], **style | {"label": f"{style['label']}: does not fit"})
         return
     x = sorted({round(value) for value in np.geomspace(first, last, 60)})
     axes.plot(x, [speed(value) for value in x], color=style["color"], linewidth=1.4)
@@ -86,7 +90,9 @@ def memory(question: Question) -> Figure:
     axes.set(xlabel="context, tokens", title=f"batch {batch:,}")
     axes.set_ylabel("GiB per GPU (computed)")
     fixed = [d.weight_bytes_per_rank + d.reserved_bytes for d in deployments.values()]
-    axes.set(yscale="log", ylim=(0.8 * min(fixed) / GIB, 4 * max(size, max(fixed) / GIB)))
+    axes.set(
+        yscale="log", ylim=(0.8 * min(size, min(fixed) / GIB), 4 * max(size, max(fixed) / GIB))
+    )
     plain_log(axes, "x")
     plain_log(axes, "y")
     legend(figure, axes)

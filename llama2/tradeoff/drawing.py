@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 _STYLE = {
     "figure.facecolor": "white",
@@ -56,13 +56,13 @@ def legend(figure: Figure, axes: Axes) -> None:
 
 
 def plain_log(axes: Axes, name: str) -> None:
-    """A logarithmic axis with plain numbers, the more of them the shorter its range."""
+    """A logarithmic axis with numbers such as 2k, the more of them the shorter its range."""
     axes.set(**{f"{name}scale": "log"})
     axis = axes.xaxis if name == "x" else axes.yaxis
     low, high = axis.get_view_interval()
     steps = (1, 1.5, 2, 3, 5) if high < 8 * low else (1, 2, 5) if high < 200 * low else (1,)
     axis.set_major_locator(LogLocator(subs=steps))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
+    axis.set_major_formatter(EngFormatter(sep=""))
     axis.set_minor_formatter(NullFormatter())
 
 

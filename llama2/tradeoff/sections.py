@@ -106,7 +106,8 @@ def speed(question: Question, rows: list[dict[str, Any]]) -> Iterator[Block]:
         lambda: deployment_plots.speed(question),
         f"Decoding {question.shape_name} on {question.gpus_name}: an upper bound from the "
         "data sheet. Markers: from here on, a step reads more keys and values than weights. Bars: "
-        "the end of memory.",
+        "the end of memory."
+        + (f" Lines of fewer than {question.tp} heads lie on each other." * (question.tp > 1)),
         "computed",
     )
     yield deployment_tables.speed_table(question)
