@@ -161,6 +161,14 @@ def test_texts_become_a_checkpoint(folders, capsys, tmp_path):
         command.run(parse(*arguments))
 
 
+def test_held_out_texts_without_a_byte_give_no_figure(folders, tmp_path):
+    options, texts = folders
+    (texts / "58.txt").write_text("")
+    assert command.run(parse(*options, "--text", texts, *RECIPE)) == 0
+    record = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert record["held_out"] is None
+
+
 def test_shards_are_mixed_by_weight(folders, capsys, tmp_path):
     options, texts = folders
     for name in "ab":
@@ -221,6 +229,8 @@ def test_the_standard_library_is_the_default(folders, monkeypatch, tmp_path):
     [
         (("--seq-len", 33), r"seq_len: expected at most the model's max_seq_len \(32\); got 33"),
         (("--vocab-size", 100), "expected a tokenizer of at most the model's 100 ids; got one of"),
+        (("--device", "nowhere"), "device: expected one that is there"),
+        (("--out", command.__file__), "File exists"),
         (("--threads", 0), "threads: expected at least 1; got 0"),
         (("--save-every", 0), "save_every: expected at least 1; got 0"),
         (("--tokenizer", "none"), "path: expected a SentencePiece model file; got none"),

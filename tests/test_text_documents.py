@@ -60,6 +60,15 @@ def test_few_files_say_how_to_hold_out(tmp_path, capsys):
     assert "nothing is held out" in error and "there are 2; --held-out PATH" in error
 
 
+def test_texts_that_are_all_held_out(tmp_path):
+    """Where all are, by their paths, nothing is left to train on."""
+    write(tmp_path / "train", **{"58.txt": "x"})
+    with pytest.raises(ValueError, match=r"train: expected texts for training; .* --held-out PATH"):
+        corpus_documents(tmp_path / "train")
+    (document, _) = corpus_documents(tmp_path / "train", write(tmp_path / "test", a="y") / "a")
+    assert not document.held_out
+
+
 def test_held_out_texts_of_ones_own(tmp_path, capsys):
     """All of `path` is then for training."""
     train, test = write(tmp_path / "train", **{"58.txt": "x", "b": "x"}), tmp_path / "test"

@@ -130,7 +130,8 @@ def corpus_documents(path: Path | None, held_out: Path | None = None) -> list[Do
             all of it. None holds out what `Document` and `text_documents` say, which of a few files
             may be none: a line on stderr then says so.
     Raises:
-        OSError, ValueError: as `text_documents`; or one of the paths is inside the other.
+        OSError, ValueError: as `text_documents`; or one of the paths is inside the other, or all
+            texts are held out.
     """
     documents = stdlib_documents() if path is None else text_documents(path)
     if held_out is not None:
@@ -140,6 +141,11 @@ def corpus_documents(path: Path | None, held_out: Path | None = None) -> list[Do
         kept = text_documents(held_out)
         documents = [replace(document, kept_back=False) for document in documents]
         return documents + [replace(document, kept_back=True) for document in kept]
+    if all(document.held_out for document in documents):
+        raise ValueError(
+            f"{path}: expected texts for training; got {len(documents)} that are all held out by "
+            "their paths; --held-out PATH gives others for evaluation"
+        )
     if not any(document.held_out for document in documents):
         print(
             f"{path}: nothing is held out, as one file in {_HELD_OUT_ONE_IN} is by its path and "

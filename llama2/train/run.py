@@ -36,14 +36,15 @@ def pretrain(args: argparse.Namespace) -> int:
         if args.threads < 1:
             raise ValueError(f"threads: expected at least 1; got {args.threads}")
         torch.set_num_threads(args.threads)
+    placement = place(args.backend, args.device)
     shape = _shape(args)
     config = _train_config(args, shape)
-    args.work.mkdir(parents=True, exist_ok=True)
+    for folder in (args.work, args.out):  # what cannot be written is better known before the run
+        folder.mkdir(parents=True, exist_ok=True)
     _check_start(args.work, args.init)
     tokenizer_file = _tokenizer_file(args)
     sources, held_out = _corpora(args, tokenizer_file, shape)
     data = Mixture(sources, config, shape.vocab_size)
-    placement = place(args.backend, args.device)
     if args.backend == "auto" or placement.interpreted:
         placement.announce()
     model = _initial_model(args, shape, placement)
@@ -71,21 +72,24 @@ def pretrain(args: argparse.Namespace) -> int:
 def _shape(args: argparse.Namespace) -> ModelConfig:
     if args.init is None:
         return model_config(args)
-    given = [name for name in ("shape",) if args.shape is not None] + list(given_sizes(args))
+    given = ([] if args.shape is None else ["shape"]) + list(given_sizes(args))
     if given:
         raise ValueError(f"init: expected no other shape than the checkpoint's; got {given[0]}")
     return checkpoint.load_config(args.init)
 
 
 def _train_config(args: argparse.Namespace, shape: ModelConfig) -> TrainConfig:
-    copied = (
-        *("batch_size", "micro_batch_size", "peak_lr", "warmup_steps", "weight_decay", "seed"),
-        *("bf16", "activation_checkpointing"),
-    )
     config = TrainConfig(
         steps=num_steps(args),
+        batch_size=args.batch_size,
         seq_len=shape.max_seq_len if args.seq_len is None else args.seq_len,
-        **{name: getattr(args, name) for name in copied},
+        micro_batch_size=args.micro_batch_size,
+        peak_lr=args.peak_lr,
+        warmup_steps=args.warmup_steps,
+        weight_decay=args.weight_decay,
+        bf16=args.bf16,
+        seed=args.seed,
+        activation_checkpointing=args.activation_checkpointing,
     )
     if config.seq_len > shape.max_seq_len:
         raise ValueError(
@@ -152,7 +156,8 @@ def _corpora(
         name = "standard-library" if path is None else path.resolve().name
         folder = _tokenised(name, training, tokenizer, tokenizer_file, args.work / "tokens")
         sources.append((folder, weight))
-    return sources, list(dict.fromkeys(held_out))  # every corpus brings those of --held-out
+    unique = dict.fromkeys(held_out)  # every corpus brings those of --held-out
+    return sources, [document for document in unique if document.text]
 
 
 def _tokenised(
