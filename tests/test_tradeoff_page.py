@@ -16,6 +16,7 @@ import pytest
 from tradeoff_sample import synthetic_result
 
 from llama2.config import PUBLISHED
+from llama2.conversion import METHODS
 from llama2.tradeoff import (
     comparisons,
     deployment_tables,
@@ -32,6 +33,7 @@ from llama2.tradeoff.page import _blocks, write_page
 from llama2.tradeoff.recommend import recommend
 from llama2.tradeoff.roofline import GPUS, Deployment
 from llama2.tradeoff.statistics import t_critical
+from llama2.tradeoff.wording import METHOD_NOTES
 
 CONFIG, GPU = PUBLISHED["7B"], GPUS["H100"]
 SETTINGS = {"config": CONFIG, "gpu": GPU, "context": 4096, "batch": 16}
@@ -526,6 +528,22 @@ def test_speed_over_mha_is_of_the_same_share_of_heads(result):
     expected = {8: 1.0, 4: speed(16) / speed(32), 2: speed(8) / speed(32), 1: speed(4) / speed(32)}
     assert speeds["same_ffn"] == expected
     assert speeds["paper"][1] < speeds["exact"][1] < speeds["same_ffn"][1]
+
+
+def test_the_plot_leaves_out_the_poor_methods(result):
+    from_scratch, converted = plots.pareto_panels(
+        result, plots.relative_speeds(result, QUESTION)
+    ).values()
+    assert [kind.matching for kind in from_scratch] == ["same_ffn", "exact", "paper"]
+    names = [kind.name for kind in converted]
+    assert names == ["converted, low_rank", "converted, aligned", "converted, mean"]
+    assert converted[1].points[2] == comparisons.by_conversion(result, 2, "aligned", 0.1)
+
+
+def test_every_method_is_explained(result):
+    assert set(METHOD_NOTES) == set(METHODS)
+    note = tables.conversion_table(result).note
+    assert all(f"{method}: {METHOD_NOTES[method]}" in note for method in METHODS)
 
 
 def test_counts_without_a_place_in_the_deployment_have_no_speed(result):

@@ -85,7 +85,9 @@ def pareto_panels(results: dict[str, Any], speeds: Speeds) -> dict[str, list[Ser
     ]
     shown = {"From scratch, against MHA": scratch}
     if alphas := runs.alphas(results):
-        known = [method for method in runs.methods(results) if method in ("aligned", "mean")]
+        methods = runs.methods(results)
+        # Poor methods, which are there for comparison, would set the scale.
+        shown_methods = [method for method in methods if method not in ("first", "random")]
         shown[f"Converted, α = {percent(alphas[-1])}, against the control"] = [
             Series(
                 f"converted, {method}",
@@ -99,7 +101,7 @@ def pareto_panels(results: dict[str, Any], speeds: Speeds) -> dict[str, list[Ser
                     )
                 },
             )
-            for method in known or runs.methods(results)[:2]
+            for method in shown_methods or methods
         ]
     return {title: kinds for title, kinds in shown.items() if any(kind.points for kind in kinds)}
 

@@ -11,7 +11,8 @@ MATCHING_NAMES = {
     "exact": "parameters matched",
     "paper": "paper's factor",
 }
-METHOD_NOTES = {
+METHOD_NOTES = {  # of `llama2.conversion.METHODS`
+    "low_rank": "one head that comes closest to the outputs of a group's",
     "aligned": "heads of a group turned towards each other, then their mean",
     "mean": "mean of a group's heads (Ainslie et al. 2023, arXiv:2305.13245)",
     "first": "a group's first head",
