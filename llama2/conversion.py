@@ -83,8 +83,9 @@ def convert_layer(
             and "aligned".
         generator: on the CPU, for "random".
     Raises:
-        ValueError: the count does not divide the layer's, the method is none of `METHODS`, or
-            `second_moment` is missing or of another shape.
+        ValueError: the count does not divide the layer's, the method is none of `METHODS`,
+            `second_moment` is missing or of another shape, or head_dim exceeds hidden_size for
+            "low_rank".
     """
     old_count = weights.k.shape[0] // head_dim
     if method not in METHODS:
@@ -103,6 +104,11 @@ def convert_layer(
         return weights
     heads = _split(weights, num_kv_heads, old_count, head_dim, interleaved)
     if method == "low_rank":
+        if head_dim > hidden_size:
+            raise ValueError(
+                f"head_dim: expected at most hidden_size ({hidden_size}) for low_rank; "
+                f"got {head_dim}"
+            )
         moment = second_moment.to(heads.v)
         heads = _share_values(_share_keys(heads, moment), moment)
     elif method == "random":
@@ -174,9 +180,9 @@ def convert(
             generator=generator,
         )
         state |= dict(zip(names, converted, strict=True))
-    result = Llama2(replace(config, num_kv_heads=num_kv_heads), ops)
+    result = Llama2(replace(config, num_kv_heads=num_kv_heads), ops).to(model.lm_head.weight)
     result.load_state_dict(state)
-    return result.to(model.lm_head.weight).train(model.training)
+    return result.train(model.training)
 
 
 @torch.no_grad()
@@ -265,8 +271,8 @@ def _share_keys(heads: _Heads, moment: Tensor) -> _Heads:
     """Rank one per group and pair: kᵢ ≈ cᵢ κ, so that the queries of head i become c̄ᵢ q."""
     k = heads.k.transpose(1, 2)  # [groups, pairs, heads, hidden_size]
     power = _inner(heads.q, heads.q, moment).real.sum(2).mT  # [groups, pairs, heads]
-    # No query ever asks for such a head: what its key becomes is all the same.
-    weight = power.sqrt().clamp(min=torch.finfo(power.dtype).tiny)[..., None]
+    weight = power.clamp(min=0).sqrt()[..., None]
+    weight = weight.where(weight.amax(2, keepdim=True) > 0, 1)  # no query asks for this pair
     rows = weight * k
     gram = rows @ moment.to(k.dtype) @ rows.mH
     direction = torch.linalg.eigh(gram).eigenvectors[..., -1:]  # of the largest eigenvalue
@@ -274,9 +280,11 @@ def _share_keys(heads: _Heads, moment: Tensor) -> _Heads:
     # As much power as the heads had on average; without any, the key is 0 as they are.
     old, new = (_inner(x, x, moment).real.mean(-1, keepdim=True) for x in (k, shared))
     scale = (old / new).sqrt().where(new > 0, 1)[..., None]
-    coefficient = (direction / (weight * scale)).transpose(1, 2)  # [groups, heads, pairs, 1]
+    # direction / weight, but for heads of no weight too: the projection onto the shared key.
+    coefficient = (_inner(k, shared, moment) / new).where(new > 0, 0)[..., None] / scale
     return heads._replace(
-        q=heads.q * coefficient.conj()[:, :, None], k=(shared * scale).transpose(1, 2)
+        q=heads.q * coefficient.transpose(1, 2).conj()[:, :, None],
+        k=(shared * scale).transpose(1, 2),
     )
 
 
