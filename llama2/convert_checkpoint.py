@@ -84,7 +84,7 @@ def convert_checkpoint(
         write_shards(folder, shards, conversion.tensors(calibration if needs_data else None))
         hf_checkpoint.write_config(folder, conversion.settings(source))
         for pattern in _KEPT_FILES:
-            for file in source.glob(pattern):
+            for file in filter(Path.is_file, source.glob(pattern)):
                 shutil.copyfile(file, folder / file.name)
 
 

@@ -275,6 +275,37 @@ def test_aligned_heads_are_as_near_to_the_first_as_rotations_bring_them(generato
         assert all(a < b for a, b in zip(least, distances(moved), strict=True))
 
 
+def test_aligning_keeps_heads_that_nothing_can_be_turned_onto():
+    weights, moment = random_layer(3, 3), random_moment()
+    for part in (weights.k, weights.v):
+        part[:HEAD_DIM] = 0
+    turned = aligned(weights, 1, head_dim=HEAD_DIM, second_moment=moment)
+    for a, b in zip(function_of(turned), function_of(weights), strict=True):
+        assert (a - b).abs().max() <= 4 * HIDDEN * UNIT * b.abs().max()
+
+
+@pytest.mark.parametrize("queries", ["all", "none"])
+def test_low_rank_heads_are_as_strong_as_the_old_ones(queries):
+    """In the mean over a group, and values in the basis that is nearest to the first head's."""
+    weights, moment = random_layer(6, 3), random_moment()
+    if queries == "none":  # a key that no query asks for has to stay one that can be learnt
+        weights.q.zero_()
+    new = convert_layer(weights, 1, head_dim=HEAD_DIM, second_moment=moment)
+
+    def power(x):
+        return (x @ moment * x).sum(-1)
+
+    k, v = (power(x).unflatten(0, (-1, HEAD_DIM)) for x in (weights.k, weights.v))
+    pairs = k.unflatten(1, (2, -1)).sum(1).mean(0)
+    rounding = 4 * HIDDEN**2 * UNIT
+    assert (power(new.k).unflatten(0, (2, -1)).sum(0) - pairs).abs().max() <= rounding * pairs.max()
+    total = v.sum(1).mean()
+    assert (power(new.v).sum() - total).abs() <= rounding * total
+    cross = weights.v[:HEAD_DIM] @ moment @ new.v.mT  # symmetric and positive: no turn is nearer
+    assert (cross - cross.mT).abs().max() <= rounding * cross.abs().max()
+    assert (torch.linalg.eigvalsh(cross) > 0).all()
+
+
 # Plain methods.
 
 
@@ -360,6 +391,15 @@ def test_inputs_of_few_dimensions(method, rank):
         value_error, _ = errors(weights, new, moment)
         total, _ = size(weights, moment)
         assert value_error <= 4 * HIDDEN**2 * UNIT * total
+
+
+def test_queries_that_the_inputs_never_reach():
+    """Their power is 0, which rounding makes a little less than 0 for some."""
+    weights, moment = random_layer(64, 64), random_moment(num_rows=3)
+    seen = torch.linalg.eigh(moment).eigenvectors[:, -3:]
+    weights = weights._replace(q=weights.q - weights.q @ seen @ seen.mT)
+    new = convert_layer(weights, 32, head_dim=HEAD_DIM, second_moment=moment)
+    assert all(weight.isfinite().all() for weight in new)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
