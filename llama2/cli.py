@@ -1,8 +1,9 @@
-"""The `llama2` command: generate, chat, demo, convert."""
+"""The `llama2` command: generate, chat, demo, pretrain, convert, tradeoff."""
 
 import argparse
 import io
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from llama2.model import Llama2
 from llama2.placement import BACKENDS, place
 from llama2.text import require_utf8, stop_ids, stream_text
 from llama2.tokenizer import Tokenizer
+from llama2.tradeoff import command as tradeoff_command
+from llama2.train import command as pretrain_command
 
 SHIPPED = Path(__file__).parent / "checkpoints" / "stdlib"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -41,7 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     for output in (sys.stdout, sys.stderr):
         if isinstance(output, io.TextIOWrapper):  # a terminal that lacks a character shows "?"
             output.reconfigure(errors="replace")
+    argv = sys.argv[1:] if argv is None else argv
     arguments = _parser().parse_args(argv)
+    arguments.command_line = shlex.join(["llama2", *argv])
     try:
         return arguments.run(arguments)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
@@ -151,9 +156,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--device", help="default: cuda if there is one, otherwise cpu")
     command.set_defaults(run=_demo)
 
+    command = commands.add_parser("pretrain", help="train a model from scratch or go on with one")
+    pretrain_command.add_arguments(command)
+    command.set_defaults(run=pretrain_command.run)
+
     command = commands.add_parser("convert", help="a checkpoint with fewer key/value heads")
     convert_command.add_arguments(command)
     command.set_defaults(run=convert_command.run)
+
+    command = commands.add_parser("tradeoff", help="what each number of key/value heads costs")
+    tradeoff_command.add_arguments(command)
+    command.set_defaults(run=tradeoff_command.run)
     return parser
 
 

@@ -145,7 +145,7 @@ def model_config(args: argparse.Namespace) -> ModelConfig:
         NotImplementedError: a config.json asks for other maths than Llama 2's.
     """
     sizes = given_sizes(args)
-    base = _shape(args.shape)
+    base = shape_named(args.shape)
     if "hidden_size" in sizes or "num_q_heads" in sizes:
         hidden_size = sizes.get("hidden_size", base.hidden_size)
         num_q_heads = sizes.get("num_q_heads", base.num_q_heads)
@@ -162,7 +162,7 @@ def given_sizes(args: argparse.Namespace) -> dict[str, int]:
     return {name: getattr(args, name) for name in _SIZES if getattr(args, name) is not None}
 
 
-def _shape(name: str | None) -> ModelConfig:
+def shape_named(name: str | None) -> ModelConfig:
     if name is None:
         return read_config(SHIPPED)
     if name in PUBLISHED:
