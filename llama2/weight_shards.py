@@ -27,7 +27,7 @@ def plan_shards(sizes: dict[str, int], max_shard_bytes: int) -> list[list[str]]:
     for key, size in sizes.items():
         if size > free:
             shards.append([])
-            free = max(max_shard_bytes, size)
+            free = max_shard_bytes
         shards[-1].append(key)
         free -= size
     return shards

@@ -40,6 +40,8 @@ SETTINGS = {"config": CONFIG, "gpu": GPU, "context": 4096, "batch": 16}
 QUESTION = Question(**SETTINGS)
 ROWS = [
     {
+        "shape": "7B",
+        "num_q_heads": 32,
         "num_kv_heads": heads,
         "batch": batch,
         "context": 4096,
@@ -196,7 +198,7 @@ def test_order_of_the_sections(page):
 
 
 def test_markdown_shows_every_plot_and_whole_tables(markdown, folder):
-    shown = re.findall(r"\]\(([a-z]+\.svg)\)", markdown)
+    shown = re.findall(r"\]\(([\w-]+\.svg)\)", markdown)
     assert sorted(shown) == sorted(path.name for path in folder.glob("*.svg"))
     assert len(shown) == 6
     cells = [len(re.findall(r"(?<!\\)\|", line)) for line in markdown.splitlines() if "|" in line]
@@ -589,7 +591,7 @@ def test_what_does_not_fit_has_no_speed():
 
 
 def test_measured_rows_are_shown_as_they_are():
-    table = deployment_tables.measured_table(ROWS, 32)
+    table = deployment_tables.measured_table(ROWS)
     assert table.rows[0] == ["MHA (32)", "1", "4,096", "21.0", "20.0 to 23.0", "10.0", "48 %"]
     assert table.rows[1][3:] == ["does not fit", MISSING, "10.0", MISSING]
 

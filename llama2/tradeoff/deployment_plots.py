@@ -99,11 +99,12 @@ def memory(question: Question) -> Figure:
     return figure
 
 
-def measured(rows: Sequence[dict[str, Any]], question: Question) -> Figure:
-    """Measured time of a step, and its per cent of the floor, against batch at one context."""
+def measured(rows: Sequence[dict[str, Any]], expected_context: int) -> Figure:
+    """Measured time of a step of one shape, and its per cent of the floor, against batch, at the
+    context nearest to the expected one."""
     found = [row for row in rows if row["tag"] == "measured"]
     context = min(
-        {row["context"] for row in found}, key=lambda one: (abs(one - question.context), one)
+        {row["context"] for row in found}, key=lambda one: (abs(one - expected_context), one)
     )
     found = [row for row in found if row["context"] == context]
     figure, (time, floor) = panels(2, width=4.8, height=4)
@@ -118,7 +119,7 @@ def measured(rows: Sequence[dict[str, Any]], question: Question) -> Figure:
             [row["microseconds_p80"] - row["microseconds"] for row in line],
         ]
         style = {"color": colour, "marker": marker}
-        style["label"] = heads_name(count, question.config.num_q_heads)
+        style["label"] = heads_name(count, line[0]["num_q_heads"])
         time.errorbar(x, y, ends, capsize=3, **style)
         floor.plot(x, [row["percent_of_floor"] for row in line], **style)
     time.set(title=f"a step of {found[0]['num_layers']} layers, context {context:,}")

@@ -209,8 +209,8 @@ def check_measured(rows: Sequence[dict[str, Any]]) -> None:
                 )
 
 
-def measured_table(rows: Sequence[dict[str, Any]], num_q_heads: int) -> Table:
-    """Rows of `measured.measure_decode` as they are."""
+def measured_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Rows of `measured.measure_decode`, of one shape, as they are."""
 
     def cells(row: dict[str, Any]) -> list[str]:
         if row["tag"] != "measured":
@@ -224,7 +224,8 @@ def measured_table(rows: Sequence[dict[str, Any]], num_q_heads: int) -> Table:
         ]
 
     return Table(
-        f"A decode step of {rows[0]['num_layers']} layers on {rows[0]['gpu']}",
+        f"A decode step of {rows[0]['num_layers']} layers of the {rows[0]['shape']} shape on "
+        f"{rows[0]['gpu']}",
         [
             *(Column(name) for name in ("key/value heads", "batch", "context")),
             Column("microseconds, median", "measured"),
@@ -234,7 +235,7 @@ def measured_table(rows: Sequence[dict[str, Any]], num_q_heads: int) -> Table:
         ],
         [
             [
-                heads_name(row["num_kv_heads"], num_q_heads),
+                heads_name(row["num_kv_heads"], row["num_q_heads"]),
                 f"{row['batch']:,}",
                 f"{row['context']:,}",
                 *cells(row),

@@ -51,7 +51,8 @@ def write_page(
     Args:
         results: of a study; None makes a page of computed speed and memory only.
         config, gpu, context, batch, tp: the deployment; a batch of None is the largest that fits.
-        measured_rows: of `measured.measure_decode`.
+        measured_rows: of `measured.measure_decode`, each with the name of its "shape" and its
+            "num_q_heads" beside.
         command: that makes this page, for its last section; the study's own is in its result.
     Returns:
         the path of report.html.

@@ -112,19 +112,24 @@ def speed(question: Question, rows: list[dict[str, Any]]) -> Iterator[Block]:
     )
     yield deployment_tables.speed_table(question)
     yield deployment_tables.shapes_table(question)
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        yield from _measured([row for row in rows if row["shape"] == shape], question.context)
+    if not rows:
+        yield Paragraph([Sentence("No speed was measured.")])
+
+
+def _measured(rows: list[dict[str, Any]], context: int) -> Iterator[Block]:
+    """Of one shape."""
     if any(row["tag"] == "measured" for row in rows):
         yield _figure(
-            "measured",
-            lambda: deployment_plots.measured(rows, question),
-            f"A decode step on {rows[0]['gpu']}: medians with the 20th and 80th percentiles, and "
-            "the floor, from rates measured in the same run, as per cent of the time. Not scaled "
-            "to a whole model.",
+            f"measured-{rows[0]['shape']}",
+            lambda: deployment_plots.measured(rows, context),
+            f"A decode step of the {rows[0]['shape']} shape on {rows[0]['gpu']}: medians with the "
+            "20th and 80th percentiles, and the floor, from rates measured in the same run, as per "
+            "cent of the time. Not scaled to a whole model.",
             "measured",
         )
-    if rows:
-        yield deployment_tables.measured_table(rows, question.config.num_q_heads)
-    else:
-        yield Paragraph([Sentence("No speed was measured.")])
+    yield deployment_tables.measured_table(rows)
 
 
 def memory(question: Question) -> Iterator[Block]:
