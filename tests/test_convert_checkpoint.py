@@ -232,10 +232,12 @@ def test_meta_becomes_hugging_face(tmp_path, tokens, num_shards):
     assert_same_bits(tensors_of(tmp_path / "same"), tensors_of(tmp_path / "saved"))
 
 
-def test_tensors_of_a_pickle_may_share_memory_and_lie_in_any_order(tmp_path):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_tensors_of_a_pickle_may_share_memory_and_lie_in_any_order(tmp_path, transposed):
     source = source_of(tmp_path / "a", bins=1)
     state = torch.load(source / "pytorch_model.bin")
-    head = state["model.embed_tokens.weight"].T.contiguous().T
+    head = state["model.embed_tokens.weight"]
+    head = head.T.contiguous().T if transposed else head
     state |= {"lm_head.weight": head, "model.embed_tokens.weight": head}  # untied, all the same
     torch.save(state, source / "pytorch_model.bin")
     run(source, tmp_path / "b", 4)
@@ -287,7 +289,7 @@ def test_what_belongs_to_the_tokenizer_comes_along(tmp_path):
 
 
 def test_one_layer_is_in_memory_at_a_time(tmp_path, monkeypatch):
-    model = lively(replace(small_config(4, 4), num_layers=4), "cpu")
+    model = lively(replace(small_config(4, 4), num_layers=4), "cpu").bfloat16()
     checkpoint.save_hf(model, tmp_path / "a")
     layer = sum(weight.nbytes for weight in model.layers[0].parameters())
     attention = sum(weight.nbytes for weight in model.layers[0].self_attn.parameters())
@@ -337,7 +339,7 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path, monkeypatch):
     rope = 8 * HEAD_DIM * 4
     allowed = {
         "read": layer + hidden + rope,
-        "second_moment": 2 * layer + 2 * hidden + rope + moment,  # stored and in float32
+        "second_moment": 3 * layer + 2 * hidden + rope + moment,  # stored and in float32
         "convert_layer": layer + attention + hidden + rope + moment,
     }
     for name, limit in allowed.items():

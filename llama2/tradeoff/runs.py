@@ -8,6 +8,10 @@ from llama2.tradeoff.accounting import MATCHINGS
 Run = dict[str, Any]
 Runs = dict[int, Run]  # by seed
 
+_ENTRIES = {
+    *("preset", "command", "date", "seconds", "environment", "corpus", "base", "train_config"),
+    *("uptrain_peak_lr", "epochs", "alphas", "seeds", "runs", "recall_chance"),
+}
 _KEY = ("origin", "num_kv_heads", "matching", "method", "alpha", "seed")
 _NUMBERS = ("parameters", "flops_per_token", "steps", "tokens", "bits_per_byte", "seconds")
 
@@ -20,8 +24,11 @@ def check(results: dict[str, Any]) -> None:
             one per held-out file, or do not add up to its bits per byte; a run is there twice; MHA
             from scratch, to which all else is compared, is missing.
     """
-    if results.get("kind") != "study":
-        raise ValueError(f"kind: expected 'study'; got {results.get('kind')!r}")
+    if not isinstance(results, dict) or results.get("kind") != "study":
+        kind = results.get("kind") if isinstance(results, dict) else type(results).__name__
+        raise ValueError(f"kind: expected 'study'; got {kind!r}")
+    if missing := _ENTRIES - results.keys():
+        raise ValueError(f"results: expected an entry {min(missing)!r}; got none")
     files = results["corpus"]["held_out"]["files"]
     num_bytes = sum(file["bytes"] for file in files)
     seen = set()
