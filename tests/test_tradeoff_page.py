@@ -322,6 +322,7 @@ def set_run(name, value, index=3):
     ("change", "message"),
     [
         (lambda r: r.update(kind="recipe"), "kind: expected 'study'; got 'recipe'"),
+        (lambda r: r.pop("corpus"), "results: expected an entry 'corpus'; got none"),
         (
             set_run("bits_per_byte", math.nan),
             r"runs\[3\].bits_per_byte: expected a finite number; got nan",
