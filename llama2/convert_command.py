@@ -112,9 +112,9 @@ def _calibration(arguments: argparse.Namespace, config: ModelConfig) -> Tensor:
             f"--text: expected more than --seq-len ({length}) tokens; got {len(stream)}"
         )
     batch = arguments.calibration_tokens // length
-    return random_batch(stream, batch_size=batch, seq_len=length, seed=arguments.seed, step=0)[
-        :, :-1
-    ]
+    sizes = {"batch_size": batch, "seq_len": length}
+    windows = random_batch(stream, **sizes, seed=arguments.seed, step=0)
+    return windows[:, :-1]  # without the last target
 
 
 def _report(target: Path, old: ModelConfig, new: ModelConfig) -> None:
