@@ -93,7 +93,7 @@ def check_conversion(config: ModelConfig, num_kv_heads: int, method: str, target
 
     Raises:
         ValueError: the method is none of `METHODS`, the count does not divide the model's, or
-            `target` has files, the source's or others, none of which would be safe.
+            `target` has files: none is ever overwritten.
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}; got {method!r}")
