@@ -167,7 +167,7 @@ def convert(
         if calibration is None:
             raise ValueError(f"calibration: expected tokens for {method}; got None")
         moments = iter(second_moments(model, calibration))
-    state = {name: weight.clone() for name, weight in model.state_dict().items()}
+    state = model.state_dict()  # loading copies
     for layer in range(config.num_layers):
         names = [f"layers.{layer}.self_attn.{part}_proj.weight" for part in "qkvo"]
         converted = convert_layer(
