@@ -221,6 +221,14 @@ def test_the_command_runs_a_study_and_makes_its_page_again(tmp_path, texts, monk
     assert (again / "pareto.svg").read_bytes() == (out / "pareto.svg").read_bytes()
 
 
+def test_the_largest_batch_is_a_question_of_its_own(tmp_path, capsys):
+    assert tradeoff("--preset", "none", "--out", tmp_path / "out", "--batch", "max") == 0
+    assert "1 key/value heads (computed)" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        tradeoff("--preset", "none", "--out", tmp_path / "out", "--batch", "many")
+    assert "--batch: expected a number or max; got 'many'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

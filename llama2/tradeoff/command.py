@@ -90,7 +90,13 @@ def _add_deployment(group: argparse._ArgumentGroup) -> None:
         help=f"{', '.join(GPUS)}; or MEMORY_GIB,TB_PER_S,TFLOPS; default: %(default)s",
     )
     add("--context", type=int, default=4096, metavar="N", help="expected tokens per sequence")
-    add("--batch", type=int, metavar="N", help="expected sequences; default: as many as fit")
+    add(
+        "--batch",
+        type=_batch,
+        default=32,
+        metavar="N|max",
+        help="sequences expected to decode together, or max, as many as fit; default: %(default)s",
+    )
     add("--tp", type=int, default=1, metavar="N", help="GPUs that share the model")
     add(
         "--keep",
@@ -100,3 +106,11 @@ def _add_deployment(group: argparse._ArgumentGroup) -> None:
         help="of the fastest count's tokens/s that will do; default: %(default)s",
     )
     add("--no-measure", action="store_true", help="time no decode steps on a GPU that is there")
+
+
+def _batch(text: str) -> int | None:
+    """A number, or None for as many sequences as fit."""
+    try:
+        return None if text == "max" else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a number or max; got {text!r}") from error

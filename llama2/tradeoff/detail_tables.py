@@ -45,8 +45,7 @@ def recall_table(results: dict[str, Any], task: str) -> Table:
                 MISSING,
                 *(_share(runs.converted(results, count, method, alpha), task) for alpha in alphas),
             ]
-            for method in runs.methods(results)
-            if count in runs.fewer_heads(results, "converted")
+            for method in runs.methods(results, count)
         ]
     chance = results["recall_chance"][task]
     columns = alpha_columns(["key/value heads", "made"], alphas)

@@ -70,7 +70,7 @@ PRESETS = {
                 head_dim=8,
                 max_seq_len=96,
             ),
-            train=TrainConfig(steps=600, batch_size=20, seq_len=96, peak_lr=5e-3, warmup_steps=50),
+            train=TrainConfig(steps=700, batch_size=20, seq_len=96, peak_lr=5e-3, warmup_steps=50),
             num_kv_heads=(2, 1),
             methods=_METHODS,
             baseline_methods=("first", "random"),

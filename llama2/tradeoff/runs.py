@@ -116,9 +116,13 @@ def matchings(results: dict[str, Any]) -> list[str]:
     return [matching for matching in MATCHINGS if matching in found]
 
 
-def methods(results: dict[str, Any]) -> list[str]:
-    """The ways of conversion in the order in which the study ran them."""
-    found = (run["method"] for run in results["runs"] if run["origin"] == "converted")
+def methods(results: dict[str, Any], num_kv_heads: int | None = None) -> list[str]:
+    """The ways of conversion, to any or to one number of heads, in the order in which they ran."""
+    found = (
+        run["method"]
+        for run in results["runs"]
+        if run["origin"] == "converted" and num_kv_heads in (None, run["num_kv_heads"])
+    )
     return list(dict.fromkeys(found))
 
 

@@ -113,7 +113,7 @@ def conversion_table(results: dict[str, Any]) -> Table:
     rows += [
         [heads_name(count, full), method, *(cell(count, method, alpha) for alpha in alphas)]
         for count in runs.fewer_heads(results, "converted")
-        for method in methods
+        for method in runs.methods(results, count)
     ]
     return Table(
         "By conversion: bits per byte (difference to the control ± 95 % over seeds)",
@@ -132,9 +132,8 @@ def _bits(found: Runs) -> list[float]:
 
 def gap_table(results: dict[str, Any]) -> Table | None:
     """How much of mean pooling's gap to the control another method closes; None without both."""
-    alphas = runs.alphas(results)
-    others = [method for method in runs.methods(results) if method != _PLAIN]
-    if _PLAIN not in runs.methods(results) or not others:
+    alphas, methods = runs.alphas(results), runs.methods(results)
+    if _PLAIN not in methods or len(methods) < 2:
         return None
     full = results["base"]["num_q_heads"]
     rows = [
@@ -144,7 +143,8 @@ def gap_table(results: dict[str, Any]) -> Table | None:
             *(_gap_cell(results, count, method, alpha) for alpha in alphas),
         ]
         for count in runs.fewer_heads(results, "converted")
-        for method in others
+        for method in runs.methods(results, count)
+        if method != _PLAIN
     ]
     return Table(
         "Share of mean pooling's gap to the control that another method closes (lowest to highest "
