@@ -198,7 +198,7 @@ def tradeoff(*options):
 def test_a_page_of_speed_alone(tmp_path, capsys):
     assert tradeoff("--preset", "none", "--out", tmp_path / "out", "--batch", 8) == 0
     assert (tmp_path / "out" / "report.html").is_file()
-    assert "4 key/value heads (computed)" in capsys.readouterr().out
+    assert "GQA (4) (computed)" in capsys.readouterr().out
     command = f"llama2 tradeoff --preset none --out {tmp_path / 'out'} --batch 8"
     assert command in (tmp_path / "out" / "report.md").read_text()
 
@@ -223,7 +223,7 @@ def test_the_command_runs_a_study_and_makes_its_page_again(tmp_path, texts, monk
 
 def test_the_largest_batch_is_a_question_of_its_own(tmp_path, capsys):
     assert tradeoff("--preset", "none", "--out", tmp_path / "out", "--batch", "max") == 0
-    assert "1 key/value heads (computed)" in capsys.readouterr().out
+    assert "MQA (1) (computed)" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         tradeoff("--preset", "none", "--out", tmp_path / "out", "--batch", "many")
     assert "--batch: expected a number or max; got 'many'" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from llama2.tradeoff.recommend import recommend
 from llama2.tradeoff.roofline import GIB, GPUS, Gpu
 from llama2.tradeoff.study import run_study
 from llama2.tradeoff.study_data import prepare
+from llama2.tradeoff.wording import heads_name
 from llama2.train.command import SHIPPED, shape_named
 
 _RESULT, _MEASURED, _LOG = "results.json", "measured.json", "log.jsonl"
@@ -57,7 +58,7 @@ def tradeoff(args: argparse.Namespace) -> int:
         command=args.command_line,
     )
     print(f"{args.shape} on {args.tp} × {gpu.name}, {args.context} tokens per sequence:")
-    print(f"  {recommendation.num_kv_heads} key/value heads (computed)")
+    print(f"  {heads_name(recommendation.num_kv_heads, config.num_q_heads)} (computed)")
     for reason in recommendation.reasons:
         print(f"  - {reason}")
     print(page)
