@@ -1,6 +1,8 @@
 """Shards of tokens and their mixture: every window once per epoch, by weight, without a state."""
 
 import heapq
+import math
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -60,11 +62,15 @@ def test_shards_of_a_killed_process_are_not_there(tmp_path):
         ([[1], [2, 32]], r"arrays\[1\]: expected ids from 0 to 31; got 32"),
         ([[-1]], r"arrays\[0\]: expected ids from 0 to 31; got -1"),
         ([[], []], "arrays: expected at least one id; got none"),
+        ([[1, 2], [1.5]], r"arrays\[1\]: expected integers \[num_tokens\]; got float64 \[1\]"),
+        ([[[1, 2]]], r"arrays\[0\]: expected integers \[num_tokens\]; got int64 \[1, 2\]"),
     ],
 )
 def test_what_cannot_be_written(tmp_path, arrays, message):
     with pytest.raises(ValueError, match=message):
-        write_shards(tmp_path / "x", [np.array(a, dtype=int) for a in arrays], vocab_size=32)
+        write_shards(
+            tmp_path / "x", [np.array(a) if a else np.array([], int) for a in arrays], vocab_size=32
+        )
     assert not (tmp_path / "x").exists()
 
 
@@ -95,6 +101,15 @@ def test_more_shards_than_are_kept_open(tmp_path):
     assert [source.window(n)[0] for n in range(70)] == list(range(70))
 
 
+def test_many_sources_keep_few_files_open(tmp_path):
+    for number in range(3 * 64):
+        save(tmp_path / f"{number % 3}" / f"{number}.npy", np.arange(9))
+    before = len(os.listdir("/proc/self/fd"))
+    data = Mixture([(tmp_path / name, 1.0) for name in "012"], CONFIG, VOCAB)
+    data.batch(0)
+    assert len(os.listdir("/proc/self/fd")) - before <= 64
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -120,6 +135,27 @@ def test_files_that_are_no_shards(tmp_path):
         (tmp_path / "x.npy").write_bytes(content)
         with pytest.raises(ValueError, match=r"x\.npy: expected a whole \.npy file"):
             TokenSource(tmp_path / "x.npy", 8, VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("found", "other"),
+    [
+        (b"(500,)", b"(500, "),
+        (b"'<u2'", b"'<,2'"),
+        (b"'<u2'", b"'<02'"),
+        (b"(500,), }                     ", b"(%d,), }" % 10**20),
+        (b"(500,), }", b"(True,), }"),
+    ],
+)
+def test_damaged_headers(tmp_path, found, other):
+    """Which numpy refuses in as many ways: as tokens, as Python, as a type, as sizes."""
+    whole = save(tmp_path / "x.npy", np.arange(500)).read_bytes()
+    head, rest = whole[:128], whole[128:]
+    damaged = head.replace(found, other)
+    (tmp_path / "x.npy").write_bytes(damaged[:127].rstrip(b"\n").ljust(127) + b"\n" + rest)
+    assert damaged != head
+    with pytest.raises(ValueError, match=r"x\.npy: expected a whole \.npy file"):
+        TokenSource(tmp_path / "x.npy", 8, VOCAB)
 
 
 def test_ids_beyond_the_vocabulary_name_their_shard(tmp_path):
@@ -223,10 +259,16 @@ def test_identity_tells_data_apart(pair, tmp_path):
     assert Mixture([(a, 3.0), (b, 1.0)], CONFIG, VOCAB).identity()["crc32"] != identity["crc32"]
 
 
-@pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("weight", [0.0, -1.0, math.inf, math.nan, 1e-101, 1e101])
 def test_weights_are_positive(pair, weight):
-    with pytest.raises(ValueError, match=r"a: expected a positive weight; got "):
+    with pytest.raises(ValueError, match=r"a: expected a positive weight, from 1e-100 to 1e"):
         Mixture([(pair[0][0], weight)], CONFIG, VOCAB)
+
+
+def test_the_smallest_weight_beside_the_largest(pair):
+    (a, _), (b, _) = pair
+    data = Mixture([(a, 1e-100), (b, 1e100)], CONFIG, VOCAB)
+    assert data.counts(10**6) == [0, 10**6]
 
 
 def test_every_shard_is_there_once(pair):

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from llama2.train.pretrain import TrainConfig
 
-_OPEN_SHARDS = 64  # of a source, each holds a file descriptor
+_OPEN_SHARDS = 64  # each holds a file descriptor
 _EDGE = 2**16  # ids at each end of a shard that tell it from another
+_WEIGHTS = (1e-100, 1e100)  # whose sums and shares neither overflow nor vanish
 
 
 def write_shards(
@@ -36,7 +37,8 @@ def write_shards(
         shard_tokens: ids per shard; the last may have less.
     Raises:
         FileExistsError: there is something at `folder`.
-        ValueError: an id is not in [0, vocab_size), or there is none.
+        ValueError: an array is not integers `[num_tokens]`, an id is not in [0, vocab_size), or
+            there is none.
     """
     if folder.exists():
         raise FileExistsError(f"{folder}: expected nothing there; got a file or directory")
@@ -48,6 +50,7 @@ def write_shards(
     shard = np.empty(shard_tokens, dtype=np.uint16 if vocab_size <= 2**16 else np.uint32)
     filled = num_shards = 0
     for number, tokens in enumerate(arrays):
+        _check_kind(f"arrays[{number}]", tokens)
         _check_ids(f"arrays[{number}]", tokens, vocab_size)
         while len(tokens):
             taken, tokens = np.split(tokens, [shard_tokens - filled])
@@ -63,6 +66,13 @@ def write_shards(
     os.replace(partial, folder)
 
 
+def _check_kind(name: str, tokens: np.ndarray) -> None:
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise ValueError(
+            f"{name}: expected integers [num_tokens]; got {tokens.dtype} {list(tokens.shape)}"
+        )
+
+
 def _check_ids(name: str, tokens: np.ndarray, vocab_size: int) -> None:
     for value in (tokens.min(), tokens.max()) if len(tokens) else ():
         if not 0 <= value < vocab_size:
@@ -73,13 +83,17 @@ def _open(file: Path) -> np.ndarray:
     """A shard, mapped into memory."""
     try:
         shard = np.lib.format.open_memmap(file, mode="r")  # never unpickles, as np.load may
-    except ValueError as error:
+    except OSError:
+        raise
+    except Exception as error:  # bad bytes can fail anywhere inside tokenize, ast, numpy and mmap
         raise ValueError(f"{file}: expected a whole .npy file of integers; {error}") from error
-    if shard.ndim != 1 or shard.dtype.kind not in "iu":
-        raise ValueError(
-            f"{file}: expected integers [num_tokens]; got {shard.dtype} {list(shard.shape)}"
-        )
+    _check_kind(str(file), shard)
     return shard
+
+
+def _opener() -> Callable[[Path], np.ndarray]:
+    """`_open` that keeps the shards used last open."""
+    return lru_cache(_OPEN_SHARDS)(_open)
 
 
 class TokenSource:
@@ -95,20 +109,27 @@ class TokenSource:
 
     Args:
         path: a `.npy` file, or a directory whose `.npy` files are the shards.
+        open_shard: maps a file into memory; sources that share one share what it keeps open.
     Raises:
         FileNotFoundError: there is no `.npy` file.
         ValueError: a shard is not a whole `.npy` file of integers `[num_tokens]`, or none of them
             fills a window.
     """
 
-    def __init__(self, path: Path, seq_len: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        seq_len: int,
+        vocab_size: int,
+        open_shard: Callable[[Path], np.ndarray] | None = None,
+    ) -> None:
         self.files = sorted(path.glob("*.npy")) if path.is_dir() else [path]
         if not self.files or not self.files[0].is_file():
             raise FileNotFoundError(
                 f"{path}: expected a .npy file or a directory of them; got none"
             )
         self._seq_len, self._vocab_size = seq_len, vocab_size
-        self._open = lru_cache(_OPEN_SHARDS)(_open)
+        self._open = _opener() if open_shard is None else open_shard
         lengths = [len(self._open(file)) for file in self.files]
         self.num_tokens = sum(lengths)
         # Where the windows of a shard end, counted over all of them.
@@ -160,7 +181,7 @@ class Mixture:
         config: gives batch_size, seq_len and the seed of the permutations.
         vocab_size: ids have to be below it.
     Raises:
-        FileNotFoundError, ValueError: as `TokenSource`; a weight is not positive and finite, a
+        FileNotFoundError, ValueError: as `TokenSource`; a weight is not in [1e-100, 1e100], a
             shard is there twice, or there is no source.
     """
 
@@ -170,10 +191,14 @@ class Mixture:
         if not sources:
             raise ValueError("sources: expected at least one; got none")
         for path, weight in sources:
-            if not 0 < weight < math.inf:
-                raise ValueError(f"{path}: expected a positive weight; got {weight}")
+            if not _WEIGHTS[0] <= weight <= _WEIGHTS[1]:
+                raise ValueError(
+                    f"{path}: expected a positive weight, from {_WEIGHTS[0]} to {_WEIGHTS[1]}; "
+                    f"got {weight}"
+                )
         self._names = [str(path) for path, _ in sources]
-        self._sources = [TokenSource(path, config.seq_len, vocab_size) for path, _ in sources]
+        sizes, open_shard = (config.seq_len, vocab_size), _opener()
+        self._sources = [TokenSource(path, *sizes, open_shard) for path, _ in sources]
         seen = set()
         for file in (file for source in self._sources for file in source.files):
             if file.resolve() in seen:
