@@ -1,7 +1,9 @@
 """The pre-training recipe: its schedule, its data, and a resume that changes no bit."""
 
+import io
 import math
 import os
+import resource
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +20,7 @@ from llama2.model import Llama2
 from llama2.train import pretrain
 from llama2.train.data import RandomWindows, random_batch
 from llama2.train.pretrain import TrainConfig, learning_rate
-from llama2.train.state import cut_log, read_log, save_state
+from llama2.train.state import cut_log, locked, read_log, save_state
 
 MODEL = ModelConfig(
     vocab_size=32,
@@ -74,6 +76,10 @@ def test_learning_rate_of_a_run_shorter_than_its_warm_up():
         ({"peak_lr": 0.0}, r"peak_lr: expected a positive number; got 0\.0"),
         ({"peak_lr": math.nan}, "peak_lr: expected a positive number; got nan"),
         ({"warmup_steps": -1}, "warmup_steps: expected at least 0; got -1"),
+        ({"weight_decay": -0.1}, r"weight_decay: expected at least 0; got -0\.1"),
+        ({"weight_decay": math.inf}, "weight_decay: expected at least 0; got inf"),
+        ({"seed": -1}, r"seed: expected from 0 to 2\^64 - 1; got -1"),
+        ({"seed": 2**64}, "seed: expected from 0"),
     ],
 )
 def test_config_refuses(change, message):
@@ -264,6 +270,45 @@ def test_state_of_another_run_is_refused(tmp_path):
     wider = replace(MODEL, intermediate_size=32)
     with pytest.raises(ValueError, match="model_config intermediate_size=32; got 24"):
         train(make_model(config=wider), tmp_path)
+
+
+def test_files_that_are_no_state(tmp_path):
+    whole = train(make_model(), tmp_path) and (tmp_path / "state.pt").read_bytes()
+    others = [io.BytesIO(), io.BytesIO()]
+    torch.save([1, 2], others[0])
+    torch.save({"step": 1}, others[1])
+    for content in (b"", b"text", whole[:-1000], *(other.getvalue() for other in others)):
+        (tmp_path / "state.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"state\.pt: expected a saved state; got "):
+            train(make_model(), tmp_path)
+        assert len(read_log(tmp_path / "log.jsonl")) == 8
+
+
+def test_a_full_disk_is_an_os_error_and_leaves_the_last_state(tmp_path):
+    """Of a limit on the size of files, which the system's writes meet as they meet a full disk."""
+    train(make_model(), tmp_path, replace(CONFIG, steps=2))
+    before = (tmp_path / "state.pt").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    model = make_model()
+    arguments = (model, pretrain.make_optimizer(model, CONFIG), 1, {})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 4, hard))
+    try:
+        with pytest.raises(OSError, match=r"state\.pt\.partial: expected to write the state"):
+            save_state(tmp_path / "state.pt", *arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "state.pt").read_bytes() == before
+
+
+def test_a_folder_is_locked_for_one_process(tmp_path):
+    with locked(tmp_path):
+        other = locked(tmp_path)  # flock asks for the open file, not for the process
+        with pytest.raises(ValueError, match="expected no other run there; got one"), other:
+            pass
+    with pytest.raises(KeyError), locked(tmp_path):
+        raise KeyError
+    with locked(tmp_path):  # free again
+        pass
 
 
 def test_failed_save_leaves_the_last_state(tmp_path, monkeypatch):

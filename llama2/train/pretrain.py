@@ -39,8 +39,9 @@ class TrainConfig:
             run may choose anew.
 
     Raises:
-        ValueError: a size or `peak_lr` is not positive, `warmup_steps` is negative, or
-            `micro_batch_size` does not divide `batch_size`.
+        ValueError: a size or `peak_lr` is not positive, `warmup_steps` or `weight_decay` is
+            negative, the seed is not in [0, 2^64), or `micro_batch_size` does not divide
+            `batch_size`.
     """
 
     steps: int
@@ -67,6 +68,10 @@ class TrainConfig:
             raise ValueError(f"peak_lr: expected a positive number; got {self.peak_lr}")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps: expected at least 0; got {self.warmup_steps}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay: expected at least 0; got {self.weight_decay}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed: expected from 0 to 2^64 - 1; got {self.seed}")
         micro = self.micro_batch_size
         if micro is not None and (micro < 1 or self.batch_size % micro):
             raise ValueError(

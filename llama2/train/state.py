@@ -1,5 +1,6 @@
 """What a killed run leaves behind and a resumed run picks up: a state and a log."""
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -25,6 +26,24 @@ def replacing(path: Path) -> Iterator[Path]:
     os.replace(partial, path)
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes that lock `folder` out of it; the lock of a killed process is gone.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{folder}: expected no other run there; got one") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def save_state(
     path: Path,
     model: nn.Module,
@@ -33,7 +52,11 @@ def save_state(
     identity: dict[str, Any],
 ) -> None:
     """Writes all that resuming after `step` steps needs; `path` holds the old state or the new one,
-    never half of one."""
+    never half of one.
+
+    Raises:
+        OSError: it cannot be written, for example as the disk is full.
+    """
     state = {
         **identity,
         "step": step,
@@ -41,7 +64,10 @@ def save_state(
         "optimizer": optimizer.state_dict(),
     }
     with replacing(path) as partial:
-        torch.save(state, partial)
+        try:
+            torch.save(state, partial)
+        except RuntimeError as error:  # torch's, of a write that failed
+            raise OSError(f"{partial}: expected to write the state; {error}") from error
 
 
 def load_state(
@@ -51,8 +77,19 @@ def load_state(
 
     Raises:
         ValueError: the state is of another model, recipe or stream; names the first difference.
+            Or the file is damaged, or no state.
     """
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # bad bytes can fail anywhere inside zip, pickle and torch
+        raise ValueError(
+            f"{path}: expected a saved state; got {type(error).__name__}: {error}"
+        ) from error
+    expected = {*identity, "step", "model", "optimizer"}
+    if not isinstance(state, dict) or not state.keys() >= expected:
+        raise ValueError(f"{path}: expected a saved state; got another file of torch.save")
     check_identity(path, state, identity)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
