@@ -129,9 +129,10 @@ def test_weights_of_sources(tmp_path, capsys):
     args = parse("--work", "w", "--out", "o", *given)
     assert args.data == [(Path("x"), 1.0), (Path("y"), 0.5), (tmp_path / "a=2", 1.0)]
     assert args.text == [(Path("k=v"), 3.0)]
-    with pytest.raises(SystemExit):
-        parse("--work", "w", "--out", "o", "--data", "x=heavy")
-    assert "expected PATH or PATH=WEIGHT; got 'x=heavy'" in capsys.readouterr().err
+    for wrong in ("x=heavy", "x=", "=3", ""):
+        with pytest.raises(SystemExit):
+            parse("--work", "w", "--out", "o", "--data", wrong)
+        assert f"expected PATH or PATH=WEIGHT; got {wrong!r}" in capsys.readouterr().err
 
 
 def test_texts_become_a_checkpoint(folders, capsys, tmp_path):

@@ -1,6 +1,8 @@
 """Texts of one's own as a corpus, and what of them is held out."""
 
+import os
 import zlib
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +31,34 @@ def test_texts_under_a_folder_in_the_order_of_their_paths(tmp_path, capsys):
     assert capsys.readouterr().err == f"{tmp_path}: 2 files are no UTF-8 text and left out\n"
 
 
+def test_links_and_names_of_any_bytes(tmp_path):
+    """A link to a file is one; folders that are links could be without end."""
+    write(tmp_path, **{"a.txt": "one", "sub/b.txt": "two"})
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    (tmp_path / "to-nothing").symlink_to("none")
+    (tmp_path / "sub" / "up").symlink_to(tmp_path)
+    (tmp_path / "itself").symlink_to("itself")
+    os.mkfifo(tmp_path / "pipe")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9.txt")).write_text("three")
+    found = text_documents(tmp_path)
+    assert [d.text for d in found] == ["one", "one", "two", "three"]
+    assert found[-1].held_out == (zlib.crc32(b"\xe9.txt") % 20 == 0)
+
+
+def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    write(tmp_path, **{"a.txt": "one", "sub/b.txt": "two", ".hidden/c.txt": "three"})
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name in ("sub", ".hidden"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root may read whatever its mode says
+    with pytest.raises(PermissionError, match="sub"):
+        text_documents(tmp_path)
+
+
 def test_a_folder_is_split_by_path(tmp_path, capsys):
     names = [f"{n}.txt" for n in range(60)]
     documents = corpus_documents(write(tmp_path, **dict.fromkeys(names, "x")))
@@ -50,7 +80,7 @@ def test_the_last_lines_of_a_single_file_are_held_out(tmp_path):
 def test_a_file_without_lines_is_all_for_training_and_says_so(tmp_path, capsys):
     (document,) = corpus_documents(write(tmp_path, book="x" * 100) / "book")
     assert not document.held_out and document.text == "x" * 100
-    assert "nothing is held out" in capsys.readouterr().err
+    assert "nothing is held out, as no line begins in its last 5 %" in capsys.readouterr().err
 
 
 def test_few_files_say_how_to_hold_out(tmp_path, capsys):

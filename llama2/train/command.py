@@ -130,11 +130,13 @@ def _weighted(text: str) -> tuple[Path, float]:
     """PATH or PATH=WEIGHT; a path that is there may have an equals sign in it."""
     path, equals, weight = text.rpartition("=")
     if not equals or Path(text).exists():
-        return Path(text), 1.0
+        path, weight = text, "1"
     try:
-        return Path(path), float(weight)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected PATH or PATH=WEIGHT; got {text!r}") from error
+        if path:  # an empty one would be the present directory
+            return Path(path), float(weight)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected PATH or PATH=WEIGHT; got {text!r}")
 
 
 def model_config(args: argparse.Namespace) -> ModelConfig:

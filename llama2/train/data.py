@@ -1,9 +1,11 @@
 """A corpus: texts of one's own, or the standard library that every Python carries; and batches."""
 
+import os
 import sys
 import sysconfig
 import tokenize
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,8 @@ class Document:
         """Whether it is for evaluation only: as said, or one path in 20, by CRC-32 of the path."""
         if self.kept_back is not None:
             return self.kept_back
-        return zlib.crc32(self.path.encode()) % _HELD_OUT_ONE_IN == 0
+        path = self.path.encode(errors="surrogateescape")  # names of files may be any bytes
+        return zlib.crc32(path) % _HELD_OUT_ONE_IN == 0
 
     @property
     def num_bytes(self) -> int:
@@ -72,12 +75,14 @@ def stdlib_documents() -> list[Document]:
 def text_documents(path: Path) -> list[Document]:
     """Every UTF-8 text file under a directory, in the order of their paths; or the parts of a file.
 
-    Hidden files and folders are left out, and so are files that are no UTF-8 or contain a zero
-    byte: how many is said on stderr. One path in 20 is held out. Of a single file the last whole
-    lines are, at most 5 % of its characters; without a line border there, it is all for training.
+    Hidden files and folders are left out, and so are links to folders. So are files that are no
+    UTF-8 or contain a zero byte: how many is said on stderr. One path in 20 is held out. Of a
+    single file the last whole lines are, at most 5 % of its characters; without a line border
+    there, it is all for training.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
+        OSError: a file or folder cannot be read.
         ValueError: there is no text in it.
     """
     if path.is_file():
@@ -88,20 +93,30 @@ def text_documents(path: Path) -> list[Document]:
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: expected a text file or a directory of them; got none")
     documents, num_skipped = [], 0
-    for file in path.rglob("*"):
-        name = file.relative_to(path)
-        if any(part.startswith(".") for part in name.parts) or not file.is_file():
-            continue
+    for file in _files(path):
         text = _decoded(file)
         if text is None:
             num_skipped += 1
         else:
-            documents.append(Document(name.as_posix(), text))
+            documents.append(Document(file.relative_to(path).as_posix(), text))
     if num_skipped:
         print(f"{path}: {num_skipped} files are no UTF-8 text and left out", file=sys.stderr)
     if not any(document.text for document in documents):
         raise ValueError(f"{path}: expected a UTF-8 text file; got {num_skipped} others")
     return sorted(documents, key=lambda document: document.path)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """The files under a folder that are not hidden. `Path.rglob` would pass over what it may not
+    read."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files = (Path(parent, name) for name in names if not name.startswith("."))
+        yield from (file for file in files if file.is_file())
 
 
 def _decoded(file: Path) -> str | None:
@@ -147,9 +162,10 @@ def corpus_documents(path: Path | None, held_out: Path | None = None) -> list[Do
             "their paths; --held-out PATH gives others for evaluation"
         )
     if not any(document.held_out for document in documents):
+        by_path = f"one file in {_HELD_OUT_ONE_IN} is by its path and there are {len(documents)}"
+        reason = "no line begins in its last 5 %" if path and path.is_file() else by_path
         print(
-            f"{path}: nothing is held out, as one file in {_HELD_OUT_ONE_IN} is by its path and "
-            f"there are {len(documents)}; --held-out PATH gives texts for evaluation",
+            f"{path}: nothing is held out, as {reason}; --held-out PATH gives texts for evaluation",
             file=sys.stderr,
         )
     return documents
