@@ -4,9 +4,11 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from llama2.tokenizer import Tokenizer
 from llama2.train import command
 from llama2.train.data import Document
 from llama2.train.shards import write_shards
-from llama2.train.state import read_log
+from llama2.train.state import locked, read_log
 
 SHAPE = {
     "vocab_size": 1024,
@@ -208,7 +210,8 @@ def test_a_checkpoint_goes_on(tmp_path, capsys):
     names = ("tokenizer.model", "tokenizer_config.json")
     for name in names:
         assert (tmp_path / "out" / name).read_bytes() == (command.SHIPPED / name).read_bytes()
-    for other in ((), ("--init", tmp_path / "out")):
+    shutil.copytree(tmp_path / "out", tmp_path / "copy")
+    for other in ((), ("--init", tmp_path / "copy")):
         with pytest.raises(ValueError, match=r"work: expected the init of the run there, .*stdlib"):
             command.run(parse(*arguments, *other))
 
@@ -243,6 +246,68 @@ def test_what_a_user_can_cause(folders, arguments, message):
     options, texts = folders
     with pytest.raises((ValueError, OSError), match=message):
         command.run(parse(*options, "--text", texts, *RECIPE, *arguments))
+
+
+def test_a_run_changes_neither_its_texts_nor_its_start(folders, tmp_path):
+    """Inside a text folder the log of a run would be a text, another one when it resumes."""
+    options, texts = folders
+    arguments = (*options, "--text", texts, *RECIPE)
+    for wrong, message in (
+        (("--work", texts / "work"), r"work: expected a directory outside of the texts .*texts"),
+        (("--out", texts), "out: expected a directory outside of the texts"),
+        (("--held-out", tmp_path), "work: expected a directory outside of the texts"),
+        (("--text", texts / "3.txt"), r"text: expected texts outside of .*; got .*3\.txt"),
+        (("--text", tmp_path / "texts" / ".."), r"text: expected texts outside of "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            command.run(parse(*arguments, *wrong))
+    assert {path.name for path in tmp_path.iterdir()} == {"texts", "shape.json"}
+    start = tmp_path / "start"
+    shutil.copytree(command.SHIPPED, start)
+    uptraining = ("--work", tmp_path / "work", "--init", start, "--text", texts, *RECIPE)
+    with pytest.raises(ValueError, match="out: expected another directory than --init"):
+        command.run(parse(*uptraining, "--out", tmp_path / "texts" / ".." / "start"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "params.json").touch()
+    with pytest.raises(ValueError, match="out: expected no checkpoint of Meta's layout there"):
+        command.run(parse(*uptraining, "--out", tmp_path / "out"))
+
+
+def test_one_run_at_a_time(folders, tmp_path):
+    options, texts = folders
+    (tmp_path / "work").mkdir()
+    with locked(tmp_path / "work"), pytest.raises(ValueError, match="work: expected no other run"):
+        command.run(parse(*options, "--text", texts, *RECIPE))
+    assert list((tmp_path / "work").iterdir()) == []
+    assert command.run(parse(*options, "--text", texts, *RECIPE)) == 0
+
+
+def test_texts_for_training_are_not_evaluated(folders, capsys, tmp_path):
+    """58.txt is held out by its path."""
+    options, texts = folders
+    (texts / "copy.txt").symlink_to("58.txt")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / os.fsdecode(b"\xe9")).write_text((texts / "7.txt").read_text())
+    (other / "new").write_text("A text of its own.")
+    assert command.run(parse(*options, "--text", texts, *RECIPE)) == 0
+    assert "1 of 1 texts for evaluation are left out" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["held_out"] is None
+    options[1] = tmp_path / "another"
+    assert command.run(parse(*options, "--text", texts, "--held-out", other, *RECIPE)) == 0
+    assert "1 of 2 texts for evaluation are left out" in capsys.readouterr().err
+    record = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert record["held_out"]["bytes"] == len("A text of its own.")
+    options[1] = tmp_path / "third"
+    assert command.run(parse(*options, "--text", other, *RECIPE)) == 0  # names of any bytes
+
+
+def test_a_tokenizer_without_bos(folders, monkeypatch):
+    options, texts = folders
+    found = SimpleNamespace(vocab_size=10, bos_id=-1, eos_id=2)
+    monkeypatch.setattr("llama2.train.run.Tokenizer", lambda file: found)
+    with pytest.raises(ValueError, match=r"model: expected a tokenizer with BOS and EOS"):
+        command.run(parse(*options, "--text", texts, *RECIPE))
 
 
 MAIN = """

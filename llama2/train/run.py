@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from llama2 import checkpoint
+from llama2 import checkpoint, meta_checkpoint
 from llama2.config import ModelConfig
 from llama2.model import Llama2
 from llama2.placement import Placement, place
@@ -24,7 +25,7 @@ from llama2.train.data import Document, corpus_documents, text_documents
 from llama2.train.evaluate import bits_per_document
 from llama2.train.pretrain import TrainConfig, train
 from llama2.train.shards import Mixture, write_shards
-from llama2.train.state import replacing
+from llama2.train.state import locked, replacing
 
 _TOKENIZER = "tokenizer.model"
 _LAST_STEPS = 100  # whose mean is called the final loss
@@ -39,8 +40,17 @@ def pretrain(args: argparse.Namespace) -> int:
     placement = place(args.backend, args.device)
     shape = _shape(args)
     config = _train_config(args, shape)
+    _check_folders(args)
     for folder in (args.work, args.out):  # what cannot be written is better known before the run
         folder.mkdir(parents=True, exist_ok=True)
+    with locked(args.work):
+        _run(args, placement, shape, config)
+    return 0
+
+
+def _run(
+    args: argparse.Namespace, placement: Placement, shape: ModelConfig, config: TrainConfig
+) -> None:
     _check_start(args.work, args.init)
     tokenizer_file = _tokenizer_file(args)
     sources, held_out = _corpora(args, tokenizer_file, shape)
@@ -66,7 +76,6 @@ def pretrain(args: argparse.Namespace) -> int:
     }
     _export(model, tokenizer_file, record, args.out)
     _report(record, args.out)
-    return 0
 
 
 def _shape(args: argparse.Namespace) -> ModelConfig:
@@ -103,6 +112,30 @@ def _train_config(args: argparse.Namespace, shape: ModelConfig) -> TrainConfig:
             file=sys.stderr,
         )
     return config
+
+
+def _check_folders(args: argparse.Namespace) -> None:
+    """No text may be among those for training and evaluation at once, nor change by the run itself;
+    no checkpoint may be lost."""
+    texts = [path for path, _ in args.text]
+    for one, other in combinations(texts, 2):
+        if _is_within(one, other) or _is_within(other, one):
+            raise ValueError(f"text: expected texts outside of {one}; got {other}")
+    for name in ("work", "out"):
+        for path in (*texts, *([args.held_out] if args.held_out else [])):
+            if _is_within(getattr(args, name), path):
+                raise ValueError(
+                    f"{name}: expected a directory outside of the texts {path}, which it would "
+                    f"change; got {getattr(args, name)}"
+                )
+    if args.init is not None and args.init.resolve() == args.out.resolve():
+        raise ValueError(f"out: expected another directory than --init; got {args.out}")
+    if (args.out / meta_checkpoint.CONFIG_FILE).exists():
+        raise ValueError(f"out: expected no checkpoint of Meta's layout there; got {args.out}")
+
+
+def _is_within(inner: Path, outer: Path) -> bool:
+    return inner.resolve().is_relative_to(outer.resolve())
 
 
 def _check_start(work: Path, init: Path | None) -> None:
@@ -147,17 +180,32 @@ def _corpora(
             f"{tokenizer_file}: expected a tokenizer of at most the model's {shape.vocab_size} "
             f"ids; got one of {tokenizer.vocab_size}"
         )
-    sources = list(args.data)
+    if min(tokenizer.bos_id, tokenizer.eos_id) < 0:
+        raise ValueError(f"{tokenizer_file}: expected a tokenizer with BOS and EOS; got another")
+    sources, seen = list(args.data), set()
     held_out = text_documents(args.held_out) if args.data and args.held_out else []
     for path, weight in args.text or ([] if args.data else [(None, 1.0)]):
         documents = corpus_documents(path, args.held_out)
         held_out += [document for document in documents if document.held_out]
         training = [document for document in documents if not document.held_out]
+        seen.update(_digest(document) for document in training)
         name = "standard-library" if path is None else path.resolve().name
         folder = _tokenised(name, training, tokenizer, tokenizer_file, args.work / "tokens")
         sources.append((folder, weight))
-    unique = dict.fromkeys(held_out)  # every corpus brings those of --held-out
-    return sources, [document for document in unique if document.text]
+    # Every corpus brings those of --held-out.
+    unique = [document for document in dict.fromkeys(held_out) if document.text]
+    unseen = [document for document in unique if _digest(document) not in seen]
+    if len(unseen) < len(unique):
+        print(
+            f"{len(unique) - len(unseen)} of {len(unique)} texts for evaluation are left out, as "
+            "they are also among those for training",
+            file=sys.stderr,
+        )
+    return sources, unseen
+
+
+def _digest(document: Document) -> bytes:
+    return hashlib.sha256(document.text.encode()).digest()
 
 
 def _tokenised(
@@ -169,7 +217,8 @@ def _tokenised(
     """
     digest = hashlib.sha256(tokenizer_file.read_bytes())
     for document in documents:
-        digest.update(f"{document.path}\0{document.text}\0".encode())
+        named = f"{document.path}\0{document.text}\0"
+        digest.update(named.encode(errors="surrogateescape"))  # names may be any bytes
     shards = folder / f"{name}-{digest.hexdigest()[:16]}"
     if not shards.exists():
         bar = tqdm(documents, desc=f"tokenising {name}", unit="document", leave=False)
@@ -191,7 +240,8 @@ def _evaluate(
     tokenizer = Tokenizer(tokenizer_file)
     ids = [_ids(document, tokenizer) for document in documents]
     num_bytes = sum(document.num_bytes for document in documents)
-    bits = sum(bits_per_document(model, ids, config.seq_len))
+    batch_size = config.micro_batch_size or config.batch_size  # which fits in memory
+    bits = sum(bits_per_document(model, ids, config.seq_len, batch_size))
     figures = {"documents": len(documents), "bytes": num_bytes, "tokens": sum(map(len, ids))}
     return figures | {"bits_per_byte": bits / num_bytes}
 
