@@ -305,7 +305,7 @@ def test_texts_for_training_are_not_evaluated(folders, capsys, tmp_path):
 def test_a_tokenizer_without_bos(folders, monkeypatch):
     options, texts = folders
     found = SimpleNamespace(vocab_size=10, bos_id=-1, eos_id=2)
-    monkeypatch.setattr("llama2.train.run.Tokenizer", lambda file: found)
+    monkeypatch.setattr("llama2.train.corpora.Tokenizer", lambda file: found)
     with pytest.raises(ValueError, match=r"model: expected a tokenizer with BOS and EOS"):
         command.run(parse(*options, "--text", texts, *RECIPE))
 

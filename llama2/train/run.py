@@ -1,7 +1,6 @@
 """A run of `llama2 pretrain`: its data, its model, the training, the checkpoint that it ends in."""
 
 import argparse
-import hashlib
 import json
 import shutil
 import sys
@@ -11,23 +10,21 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
 from llama2 import checkpoint, meta_checkpoint
 from llama2.config import ModelConfig
 from llama2.model import Llama2
 from llama2.placement import Placement, place
 from llama2.tokenizer import Tokenizer
-from llama2.train.command import SHIPPED, given_sizes, model_config, num_steps
-from llama2.train.data import Document, corpus_documents, text_documents
+from llama2.train.command import given_sizes, model_config, num_steps
+from llama2.train.corpora import TOKENIZER, corpora_of, document_ids, tokenizer_file_of
+from llama2.train.data import Document
 from llama2.train.evaluate import bits_per_document
 from llama2.train.pretrain import TrainConfig, train
-from llama2.train.shards import Mixture, write_shards
+from llama2.train.shards import Mixture
 from llama2.train.state import locked, replacing
 
-_TOKENIZER = "tokenizer.model"
 _LAST_STEPS = 100  # whose mean is called the final loss
 
 
@@ -52,8 +49,8 @@ def _run(
     args: argparse.Namespace, placement: Placement, shape: ModelConfig, config: TrainConfig
 ) -> None:
     _check_start(args.work, args.init)
-    tokenizer_file = _tokenizer_file(args)
-    sources, held_out = _corpora(args, tokenizer_file, shape)
+    tokenizer_file = tokenizer_file_of(args)
+    sources, held_out = corpora_of(args, tokenizer_file, shape)
     data = Mixture(sources, config, shape.vocab_size)
     if args.backend == "auto" or placement.interpreted:
         placement.announce()
@@ -155,90 +152,11 @@ def _initial_model(args: argparse.Namespace, shape: ModelConfig, placement: Plac
     return Llama2(shape, placement.ops).to(placement.device)  # the same draws for every device
 
 
-def _tokenizer_file(args: argparse.Namespace) -> Path | None:
-    """The tokenizer of the texts and of the checkpoint; None where only its ids are known."""
-    if args.tokenizer is not None:
-        return args.tokenizer
-    if args.init is not None and (args.init / _TOKENIZER).is_file():
-        return args.init / _TOKENIZER
-    if args.init is None and not args.data:
-        return SHIPPED / _TOKENIZER
-    if args.text or args.held_out or not args.data:
-        raise ValueError("tokenizer: expected --tokenizer FILE for texts; got none")
-    return None
-
-
-def _corpora(
-    args: argparse.Namespace, tokenizer_file: Path | None, shape: ModelConfig
-) -> tuple[list[tuple[Path, float]], list[Document]]:
-    """(token shards with their weights, documents held out)."""
-    if tokenizer_file is None:
-        return args.data, []
-    tokenizer = Tokenizer(tokenizer_file)
-    if tokenizer.vocab_size > shape.vocab_size:
-        raise ValueError(
-            f"{tokenizer_file}: expected a tokenizer of at most the model's {shape.vocab_size} "
-            f"ids; got one of {tokenizer.vocab_size}"
-        )
-    if min(tokenizer.bos_id, tokenizer.eos_id) < 0:
-        raise ValueError(f"{tokenizer_file}: expected a tokenizer with BOS and EOS; got another")
-    sources, seen = list(args.data), set()
-    held_out = text_documents(args.held_out) if args.data and args.held_out else []
-    for path, weight in args.text or ([] if args.data else [(None, 1.0)]):
-        documents = corpus_documents(path, args.held_out)
-        held_out += [document for document in documents if document.held_out]
-        training = [document for document in documents if not document.held_out]
-        seen.update(_digest(document) for document in training)
-        name = "standard-library" if path is None else path.resolve().name
-        folder = _tokenised(name, training, tokenizer, tokenizer_file, args.work / "tokens")
-        sources.append((folder, weight))
-    # Every corpus brings those of --held-out.
-    unique = [document for document in dict.fromkeys(held_out) if document.text]
-    unseen = [document for document in unique if _digest(document) not in seen]
-    if len(unseen) < len(unique):
-        print(
-            f"{len(unique) - len(unseen)} of {len(unique)} texts for evaluation are left out, as "
-            "they are also among those for training",
-            file=sys.stderr,
-        )
-    return sources, unseen
-
-
-def _digest(document: Document) -> bytes:
-    return hashlib.sha256(document.text.encode()).digest()
-
-
-def _tokenised(
-    name: str, documents: list[Document], tokenizer: Tokenizer, tokenizer_file: Path, folder: Path
-) -> Path:
-    """Shards of the documents, made only where those of the same texts and tokenizer are not there.
-
-    Other texts get another folder, so that a run whose texts have changed is told from the first.
-    """
-    digest = hashlib.sha256(tokenizer_file.read_bytes())
-    for document in documents:
-        named = f"{document.path}\0{document.text}\0"
-        digest.update(named.encode(errors="surrogateescape"))  # names may be any bytes
-    shards = folder / f"{name}-{digest.hexdigest()[:16]}"
-    if not shards.exists():
-        bar = tqdm(documents, desc=f"tokenising {name}", unit="document", leave=False)
-        write_shards(
-            shards,
-            (_ids(document, tokenizer) for document in bar),
-            vocab_size=tokenizer.vocab_size,
-        )
-    return shards
-
-
-def _ids(document: Document, tokenizer: Tokenizer) -> np.ndarray:
-    return np.array(tokenizer.encode(document.text, bos=True, eos=True))
-
-
 def _evaluate(
     model: Llama2, documents: list[Document], tokenizer_file: Path, config: TrainConfig
 ) -> dict[str, float]:
     tokenizer = Tokenizer(tokenizer_file)
-    ids = [_ids(document, tokenizer) for document in documents]
+    ids = [document_ids(document, tokenizer) for document in documents]
     num_bytes = sum(document.num_bytes for document in documents)
     batch_size = config.micro_batch_size or config.batch_size  # which fits in memory
     bits = sum(bits_per_document(model, ids, config.seq_len, batch_size))
@@ -250,7 +168,7 @@ def _export(model: Llama2, tokenizer_file: Path | None, record: dict[str, Any], 
     checkpoint.save_hf(model, out, dtype=torch.bfloat16)
     if tokenizer_file is not None:
         for name, file in (
-            (_TOKENIZER, tokenizer_file),
+            (TOKENIZER, tokenizer_file),
             ("tokenizer_config.json", tokenizer_file.with_name("tokenizer_config.json")),
         ):
             if file.is_file():
