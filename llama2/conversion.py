@@ -24,6 +24,10 @@ from llama2.model import Llama2
 METHODS = ("low_rank", "aligned", "mean", "first", "random")
 NEEDS_DATA = ("low_rank", "aligned")
 
+# Of the power that equally long features have on average. A feature with less, made as strong as
+# the others, would be so long that its rounding to 16 bits drowned what it is mixed with.
+_HARDLY_SEEN = 2**-8
+
 
 class AttentionWeights(NamedTuple):
     """The projections of a layer, as `nn.Linear` stores them.
@@ -288,6 +292,11 @@ def _share_keys(heads: _Heads, moment: Tensor) -> _Heads:
     )
 
 
+def _power_and_length(x: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """E[(x ·)²] per row of `[…, hidden_size]`, and what it would be were all features alike."""
+    return (x @ moment * x).sum(-1), (x * x).sum(-1) * moment.diagonal().mean()
+
+
 def _share_values(heads: _Heads, moment: Tensor) -> _Heads:
     """Rank head_dim per group: [oₕ vₕ]ₕ ≈ [o′ₕ]ₕ v′."""
     groups, count, queries, _, head_dim = heads.o.shape
@@ -297,8 +306,10 @@ def _share_values(heads: _Heads, moment: Tensor) -> _Heads:
     directions = torch.linalg.eigh(rows @ moment @ rows.mT).eigenvectors[..., -head_dim:]
     shared = directions.mT @ rows
     # Rows of the heads' mean power, in the basis that is nearest to the first head's.
-    old = (heads.v @ moment * heads.v).sum(-1).mean((1, 2))[:, None, None]
-    new = (shared @ moment * shared).sum(-1, keepdim=True)
+    old, length = (of.mean((1, 2))[:, None, None] for of in _power_and_length(heads.v, moment))
+    new, new_length = (of[..., None] for of in _power_and_length(shared, moment))
+    seen = new > _HARDLY_SEEN * new_length
+    old, new = old.where(seen, length), new.where(seen, new_length)
     scale = (old / new).sqrt().where(new > 0, 1)
     left, _, right = torch.linalg.svd(heads.v[:, 0] @ moment @ (scale * shared).mT)
     turn = left @ right

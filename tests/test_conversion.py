@@ -394,6 +394,20 @@ def test_inputs_of_few_dimensions(method, rank):
         assert value_error <= 4 * HIDDEN**2 * UNIT * total
 
 
+def test_values_that_the_inputs_hardly_reach_stay_short():
+    """Made as strong as the others they would be so long that 16 bits round away what is beside."""
+    layer = random_layer(8, 4)
+    strength = torch.full((HIDDEN,), 1e-6, dtype=torch.float64)
+    strength[:2] = 1.0  # less dimensions than a head has
+    converted = convert_layer(
+        layer, 1, head_dim=HEAD_DIM, second_moment=torch.diag(strength), method="low_rank"
+    )
+    longest = [weights.v.norm(dim=1).max() for weights in (converted, layer)]
+    # 2⁴: features of 2⁻⁸ of the power are made as strong; √head_dim: all turned into one row.
+    assert longest[0] <= 2**4 * HEAD_DIM**0.5 * longest[1]
+    assert longest[0] > 0
+
+
 def test_queries_that_the_inputs_never_reach():
     """Their power is 0, which rounding makes a little less than 0 for some."""
     weights, moment = random_layer(64, 64), random_moment(num_rows=6)
