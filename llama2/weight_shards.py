@@ -40,8 +40,11 @@ def write_shards(
 
     Args:
         tensors: keys and contiguous tensors on the CPU, in the order of `shards`.
+    Raises:
+        OSError: a file cannot be written, for example as the disk is full.
     """
     save_file = require("safetensors.torch").save_file
+    write_error = require("safetensors").SafetensorError
     remaining = iter(tensors)
     weight_map, total_size = {}, 0
     for number, keys in enumerate(shards, 1):
@@ -49,7 +52,10 @@ def write_shards(
         if len(shards) > 1:
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         shard = dict(islice(remaining, len(keys)))
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(shard, folder / file, metadata={"format": "pt"})
+        except write_error as error:
+            raise OSError(f"{folder / file}: expected to write it; {error}") from error
         weight_map |= dict.fromkeys(shard, file)
         total_size += sum(tensor.nbytes for tensor in shard.values())
         del shard  # before the next one's tensors come

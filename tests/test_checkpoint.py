@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -559,6 +560,16 @@ def test_saving_again_leaves_nothing_of_the_earlier_checkpoint(tmp_path):
         assert single == (max_shard_bytes == 10**9)
         assert single != (tmp_path / "model.safetensors.index.json").exists()
     assert (tmp_path / "tokenizer.model").exists()
+
+
+def test_a_full_disk_is_an_os_error(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match=r"model\.safetensors: expected to write it; No space left"):
+        save_hf(our_model(), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failure_while_saving_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):

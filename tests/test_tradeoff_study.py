@@ -13,6 +13,7 @@ from llama2.tradeoff.presets import PRESETS
 from llama2.tradeoff.study import Job, jobs, run_study, steps_of
 from llama2.tradeoff.study_data import BASE, CALIBRATION, UPTRAIN, StudyBatches, prepare
 from llama2.train.command import SHIPPED
+from llama2.train.state import locked
 
 TOKENIZER = SHIPPED / "tokenizer.model"
 CPU = PRESETS["cpu"]
@@ -128,6 +129,15 @@ def test_another_study_in_the_folder_is_refused(work):
     # How many processes it runs on changes no result.
     again = run_study(replace(SMALL, processes=2), corpus, folder, backend="eager", device="cpu")
     assert again == work[2]
+
+
+def test_two_studies_in_one_folder_are_refused(work):
+    folder, corpus, _ = work
+    with (
+        locked(folder),
+        pytest.raises(ValueError, match="expected no other run there; got one"),
+    ):
+        run_study(SMALL, corpus, folder, backend="eager", device="cpu")
 
 
 def test_the_bits_do_not_depend_on_the_number_of_processes(work, texts, tmp_path):

@@ -28,7 +28,7 @@ from llama2.tradeoff.recall import recall
 from llama2.tradeoff.study_data import BASE, CALIBRATION, UPTRAIN, Corpus, StudyBatches
 from llama2.train.evaluate import bits_per_document
 from llama2.train.pretrain import train
-from llama2.train.state import check_identity, replacing
+from llama2.train.state import check_identity, locked, replacing
 
 _CALIBRATION_BATCHES = 8
 _CURVE_POINTS = 20
@@ -95,10 +95,15 @@ def run_study(
     Returns:
         the entries "runs" of a result, in the order of `jobs`.
     Raises:
-        ValueError: `work` is of another study.
+        ValueError: `work` is of another study, or another process runs in it.
         FloatingPointError: a run diverged.
     """
-    _claim(work, preset, corpus)
+    with locked(work):
+        _claim(work, preset, corpus)
+        return _run_all(preset, work, backend, device)
+
+
+def _run_all(preset: Preset, work: Path, backend: str, device: str | None) -> list[dict[str, Any]]:
     phases = jobs(preset)
     todo = [[job for job in phase if not _result_file(work, job).exists()] for phase in phases]
     steps = {job: steps_of(job, preset) for phase in phases for job in phase}
