@@ -27,6 +27,7 @@ NEEDS_DATA = ("low_rank", "aligned")
 # Of the power that equally long features have on average. A feature with less, made as strong as
 # the others, would be so long that its rounding to 16 bits drowned what it is mixed with.
 _HARDLY_SEEN = 2**-8
+_ROUNDING = 1e-12  # of the same: far above float64's errors, far below what any input has
 
 
 class AttentionWeights(NamedTuple):
@@ -271,6 +272,11 @@ def _inner(a: Tensor, b: Tensor, moment: Tensor) -> Tensor:
     return ((a @ moment.to(a.dtype)) * b.conj()).sum(-1)
 
 
+def _power_and_length(x: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """E[|x ·|²] per row of `[…, hidden_size]`, and what it would be were all inputs alike."""
+    return _inner(x, x, moment).real, x.abs().square().sum(-1) * moment.diagonal().mean()
+
+
 def _share_keys(heads: _Heads, moment: Tensor) -> _Heads:
     """Rank one per group and pair: kᵢ ≈ cᵢ κ, so that the queries of head i become c̄ᵢ q."""
     k = heads.k.transpose(1, 2)  # [groups, pairs, heads, hidden_size]
@@ -281,20 +287,17 @@ def _share_keys(heads: _Heads, moment: Tensor) -> _Heads:
     gram = rows @ moment.to(k.dtype) @ rows.mH
     direction = torch.linalg.eigh(gram).eigenvectors[..., -1:]  # of the largest eigenvalue
     shared = direction.mH @ rows  # [groups, pairs, 1, hidden_size]
-    # As much power as the heads had on average; without any, the key is 0 as they are.
-    old, new = (_inner(x, x, moment).real.mean(-1, keepdim=True) for x in (k, shared))
-    scale = (old / new).sqrt().where(new > 0, 1)[..., None]
+    # As much power as the heads had on average; without any, no query asks for the key.
+    old = _inner(k, k, moment).real.mean(-1, keepdim=True)
+    new, length = _power_and_length(shared, moment)
+    seen = new > _ROUNDING * length
+    scale = (old / new).sqrt().where(seen, 1)[..., None]
     # direction / weight, but for heads of no weight too: the projection onto the shared key.
-    coefficient = (_inner(k, shared, moment) / new).where(new > 0, 0)[..., None] / scale
+    coefficient = (_inner(k, shared, moment) / new).where(seen, 0)[..., None] / scale
     return heads._replace(
         q=heads.q * coefficient.transpose(1, 2).conj()[:, :, None],
         k=(shared * scale).transpose(1, 2),
     )
-
-
-def _power_and_length(x: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
-    """E[(x ·)²] per row of `[…, hidden_size]`, and what it would be were all features alike."""
-    return (x @ moment * x).sum(-1), (x * x).sum(-1) * moment.diagonal().mean()
 
 
 def _share_values(heads: _Heads, moment: Tensor) -> _Heads:

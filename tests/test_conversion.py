@@ -408,6 +408,17 @@ def test_values_that_the_inputs_hardly_reach_stay_short():
     assert longest[0] > 0
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_keys_that_the_inputs_never_reach(seed):
+    """Their power is 0, but for rounding, which may make it less: nothing is divided by that."""
+    weights, moment = random_layer(4, 4, seed=seed), random_moment(num_rows=6)
+    seen = torch.linalg.eigh(moment).eigenvectors[:, -6:]
+    weights.k.sub_(weights.k @ seen @ seen.mT)
+    new = convert_layer(weights, 1, head_dim=HEAD_DIM, second_moment=moment)
+    assert all(weight.isfinite().all() for weight in new)
+    assert not new.q.any()  # no score came from them
+
+
 def test_queries_that_the_inputs_never_reach():
     """Their power is 0, which rounding makes a little less than 0 for some."""
     weights, moment = random_layer(64, 64), random_moment(num_rows=6)
