@@ -130,5 +130,6 @@ def _report(target: Path, old: ModelConfig, new: ModelConfig) -> None:
         print(
             "Conversion costs quality. Training on for α = 5 % of the N steps of the original's "
             "training, as in arXiv:2305.13245, is\n"
-            f"  llama2 pretrain --init {target} --alpha 0.05 --of-steps N --work DIR --out DIR"
+            f"  llama2 pretrain --init {target} --alpha 0.05 --of-steps N --warmup-steps M "
+            "--work DIR --out DIR\nwith M a small part of those steps."
         )

@@ -70,7 +70,7 @@ def test_reasons_name_the_numbers():
         f"{chosen.largest_batch:,} sequences of 4,096 tokens fit",
         "each of 8 ranks holds 1 of the key/value heads",
         "from as large a cache",
-        "Computed from the data sheet of H100 SXM, not measured",
+        "Computed from the nominal rates of H100 SXM, not measured",
         "Communication is not modelled",
         "Quality is not computed",
     ):

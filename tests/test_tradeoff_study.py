@@ -234,9 +234,11 @@ def test_the_command_runs_a_study_and_makes_its_page_again(tmp_path, texts, monk
 def test_the_largest_batch_is_a_question_of_its_own(tmp_path, capsys):
     assert tradeoff("--preset", "none", "--out", tmp_path / "out", "--batch", "max") == 0
     assert "MQA (1) (computed)" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        tradeoff("--preset", "none", "--out", tmp_path / "out", "--batch", "many")
-    assert "--batch: expected a number or max; got 'many'" in capsys.readouterr().err
+    for batch in ("many", "0"):
+        with pytest.raises(SystemExit):
+            tradeoff("--preset", "none", "--out", tmp_path / "out", "--batch", batch)
+        expected = f"--batch: expected a number from 1 on, or max; got '{batch}'"
+        assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,8 @@ def _add_deployment(group: argparse._ArgumentGroup) -> None:
 
 def _batch(text: str) -> int | None:
     """A number, or None for as many sequences as fit."""
-    try:
-        return None if text == "max" else int(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected a number or max; got {text!r}") from error
+    if text == "max":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 on, or max; got {text!r}")
+    return int(text)

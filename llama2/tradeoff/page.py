@@ -142,7 +142,10 @@ def _quality_in_short(
     if recommendation is not None:
         heads = question.config.num_q_heads
         share = findings.at_share(results, recommendation.num_kv_heads, heads)
-        yield share or Sentence("None of them has that share of key/value heads beside MHA.")
+        yield share or Sentence(
+            "None of its models has that share of key/value heads, so that it says nothing of this "
+            "recommendation."
+        )
     yield from findings.from_scratch(results, numbers=False)
     yield findings.noise(results)
 

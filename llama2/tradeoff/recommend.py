@@ -122,7 +122,7 @@ def _reasons(
     yield (
         f"{_heads(chosen)}: {_speed(chosen)} at a context of {context:,}, the most heads with at "
         f"least {keep:.0%} of the tokens per second of any count that fits{others}. Computed from "
-        f"the data sheet of {deployment.gpu.name}, not measured."
+        f"the nominal rates of {deployment.gpu.name}, not measured."
     )
     memory, weights = deployment.gpu.memory_bytes / GIB, deployment.weight_bytes_per_rank / GIB
     yield (

@@ -78,7 +78,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         "--tokenizer",
         type=Path,
         metavar="FILE",
-        help="a SentencePiece model; default: that of --init, otherwise the shipped one for texts",
+        help="a SentencePiece model; default: that of --init, or without --data the shipped one",
     )
     add(
         "--held-out",
