@@ -264,3 +264,12 @@ def test_what_cannot_be_answered_is_said_in_a_line(tmp_path, capsys, options, me
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("llama2: ") and message in error
     assert not (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.parametrize("text", ["", '{"kind": "study", "preset": ', '{"kind": "study"}', "\xff"])
+def test_a_damaged_result_is_named(tmp_path, capsys, text):
+    file = tmp_path / "damaged.json"
+    file.write_bytes(text.encode("latin-1"))
+    assert tradeoff("--out", tmp_path / "out", "--results", file) == 2
+    assert f"{file}: no result of a study: " in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out" / "report.html").exists()

@@ -21,6 +21,7 @@ from llama2.tradeoff.presets import PRESETS, Preset
 from llama2.tradeoff.recall import TASKS
 from llama2.tradeoff.recommend import recommend
 from llama2.tradeoff.roofline import GIB, GPUS, Gpu
+from llama2.tradeoff.runs import check
 from llama2.tradeoff.study import run_study
 from llama2.tradeoff.study_data import prepare
 from llama2.tradeoff.wording import heads_name
@@ -40,7 +41,7 @@ def tradeoff(args: argparse.Namespace) -> int:
     )
     args.out.mkdir(parents=True, exist_ok=True)
     if args.results is not None:
-        results = json.loads(args.results.read_text())
+        results = _read(args.results)
     elif args.preset == "none":
         results = None
     else:
@@ -63,6 +64,16 @@ def tradeoff(args: argparse.Namespace) -> int:
         print(f"  - {reason}")
     print(page)
     return 0
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """An earlier result, refused before anything is measured beside it."""
+    try:
+        results = json.loads(file.read_bytes())
+        check(results)
+    except ValueError as error:
+        raise ValueError(f"{file}: no result of a study: {error}") from error
+    return results
 
 
 def _gpu(name: str) -> Gpu:

@@ -4,51 +4,44 @@ import math
 from typing import Any
 
 from llama2.tradeoff.accounting import MATCHINGS
+from llama2.tradeoff.result_form import check_finite, check_form
 
 Run = dict[str, Any]
 Runs = dict[int, Run]  # by seed
 
-_ENTRIES = {
-    *("preset", "command", "date", "seconds", "environment", "corpus", "base", "train_config"),
-    *("uptrain_peak_lr", "epochs", "alphas", "seeds", "runs", "recall_chance"),
-}
 _KEY = ("origin", "num_kv_heads", "matching", "method", "alpha", "seed")
-_NUMBERS = ("parameters", "flops_per_token", "steps", "tokens", "bits_per_byte", "seconds")
 
 
 def check(results: dict[str, Any]) -> None:
     """Refuses a result from which no honest page can be made.
 
     Raises:
-        ValueError: it is not a study; a figure is missing or not finite; the bits of a run are not
-            one per held-out file, or do not add up to its bits per byte; a run is there twice; MHA
-            from scratch, to which all else is compared, is missing.
+        ValueError: it is not a study, or not of its form (`check_form`); a figure is not finite;
+            the bits of a run are not one per held-out file, or do not add up to its bits per byte;
+            a run is there twice; MHA from scratch, to which all else is compared, is missing.
     """
     if not isinstance(results, dict) or results.get("kind") != "study":
         kind = results.get("kind") if isinstance(results, dict) else type(results).__name__
         raise ValueError(f"kind: expected 'study'; got {kind!r}")
-    if missing := _ENTRIES - results.keys():
-        raise ValueError(f"results: expected an entry {min(missing)!r}; got none")
+    check_form(results)
     files = results["corpus"]["held_out"]["files"]
     num_bytes = sum(file["bytes"] for file in files)
     seen = set()
     for index, run in enumerate(results["runs"]):
         name = f"runs[{index}]"
-        for field in _NUMBERS:
-            _finite(f"{name}.{field}", run.get(field))
         if run["recall"].keys() != results["recall_chance"].keys():
             raise ValueError(
                 f"{name}.recall: expected {sorted(results['recall_chance'])}, which have a chance "
                 f"level; got {sorted(run['recall'])}"
             )
         for task, share in run["recall"].items():
-            _finite(f"{name}.recall.{task}", share)
+            check_finite(f"{name}.recall.{task}", share)
         if len(run["bits"]) != len(files):
             raise ValueError(
                 f"{name}.bits: expected {len(files)}, one per held-out file; got {len(run['bits'])}"
             )
         for file, bits in zip(files, run["bits"], strict=True):
-            _finite(f"{name}.bits of {file['path']!r}", bits)
+            check_finite(f"{name}.bits of {file['path']!r}", bits)
         # Sums of the same floats in another order; a stale or edited file is off by far more.
         if not math.isclose(sum(run["bits"]) / num_bytes, run["bits_per_byte"], rel_tol=1e-6):
             raise ValueError(
@@ -61,11 +54,6 @@ def check(results: dict[str, Any]) -> None:
         seen.add(key)
     if not mha(results):
         raise ValueError("runs: expected MHA from scratch among them; got none")
-
-
-def _finite(name: str, value: object) -> None:
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number; got {value!r}")
 
 
 def select(results: dict[str, Any], **fields: object) -> Runs:
