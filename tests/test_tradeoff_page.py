@@ -343,6 +343,25 @@ def set_run(name, value, index=3):
             r"runs\[3\].recall: expected \['copy', 'lookup'\], which have a chance level; got",
         ),
         (lambda r: r["runs"].append(r["runs"][3]), "expected another run of"),
+        (lambda r: r["runs"][3].pop("seed"), r"runs\[3\]: expected an entry 'seed'; got none"),
+        (set_run("seed", "x"), r"runs\[3\].seed: expected int; got 'x'"),
+        (set_run("alpha", "x"), r"runs\[3\].alpha: expected a finite number; got 'x'"),
+        (set_run("method", 1), r"runs\[3\].method: expected str \| None; got 1"),
+        (set_run("steps", True), r"runs\[3\].steps: expected a finite number; got True"),
+        (set_run("num_kv_heads", True), r"runs\[3\].num_kv_heads: expected int; got True"),
+        (lambda r: r.update(runs=None), "runs: expected list; got None"),
+        (lambda r: r.update(seconds="x"), "seconds: expected a finite number; got 'x'"),
+        (lambda r: r["environment"].pop("commit"), "environment: expected an entry 'commit'"),
+        (lambda r: r["corpus"].pop("held_out"), "corpus: expected an entry 'held_out'"),
+        (
+            lambda r: r["corpus"]["held_out"]["files"][1].pop("path"),
+            r"corpus.held_out.files\[1\]: expected an entry 'path'; got none",
+        ),
+        (lambda r: r["base"].pop("head_dim"), "base: expected an entry 'head_dim'; got none"),
+        (
+            lambda r: r["base"].update(depth=3),
+            "base: expected the fields of ModelConfig; got 'depth'",
+        ),
         (
             lambda r: r.update(runs=[run for run in r["runs"] if run["num_kv_heads"] < 8]),
             "runs: expected MHA from scratch among them; got none",
@@ -353,6 +372,11 @@ def test_a_damaged_result_is_refused_and_nothing_written(result, change, message
     with pytest.raises(ValueError, match=message):
         write_page(broken(result, change), tmp_path / "page", **SETTINGS)
     assert not (tmp_path / "page").exists()
+
+
+def test_a_result_may_be_older_than_a_field_of_the_config(result):
+    older = broken(result, lambda r: r["base"].pop("tie_word_embeddings"))
+    runs.check(older)
 
 
 def test_measured_rows_must_be_finite(tmp_path):
@@ -378,6 +402,23 @@ def with_levels(levels):
         run["bits_per_byte"] = sum(run["bits"]) / sum(file["bytes"] for file in files)
     runs.check(result)
     return result
+
+
+def test_verdicts_by_chance_are_counted_over_the_comparisons_that_there_are():
+    result = synthetic_result(kv_heads=(2, 1), methods=("low_rank", "mean", "first"))
+    result["runs"] = [
+        run for run in result["runs"] if run["method"] != "first" or run["num_kv_heads"] == 1
+    ]
+    # 2 counts · 3 matchings from scratch; (2 counts · 2 methods + 1) · 4 alphas converted.
+    assert "compares 26 kinds of models, so about 1.3 of" in findings.chance(result).text
+
+
+def test_steps_are_said_beside_their_share():
+    result = synthetic_result()
+    for run in result["runs"]:
+        run["steps"] = {0.01: 1, 0.05: 1}.get(run["alpha"], run["steps"])
+    note = tables.conversion_table(result).note
+    assert "in steps 0 for 0 %, 1 for 1 %, 1 for 5 %, 100 for 10 %." in note
 
 
 def test_scratch_table_has_the_numbers_of_the_runs():

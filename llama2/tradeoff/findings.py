@@ -41,14 +41,16 @@ def setting(results: dict[str, Any]) -> Iterator[Sentence]:
     )
     yield Sentence(
         f"Every model from scratch is trained for {train['steps']:,} steps of "
-        f"{train['batch_size']} × {train['seq_len']} tokens, {results['epochs']:.2g} times through "
-        f"the training text; seeds {_list(map(str, results['seeds']))}.",
+        f"{train['batch_size']} × {train['seq_len']} tokens, rows of the recall tasks among them, "
+        f"{results['epochs']:.2g} times through the training text; "
+        f"seeds {_list(map(str, results['seeds']))}.",
         "computed",
     )
     yield Sentence(
         f"The text is {corpus['name']}: {training['documents']:,} documents, "
-        f"{training['bytes']:,} bytes; held out are {len(held_out['files'])} whole files, "
-        f"{held_out['bytes']:,} bytes. Quality is bits per byte on those, less is better.",
+        f"{training['bytes']:,} bytes; held out are {len(held_out['files'])} whole files, whose "
+        f"beginnings are evaluated, {held_out['bytes']:,} bytes. Quality is bits per byte on "
+        "those, less is better.",
         "measured",
     )
 
@@ -172,13 +174,20 @@ def recall(results: dict[str, Any]) -> list[Sentence]:
 
 def chance(results: dict[str, Any]) -> Sentence | None:
     """How many verdicts to expect by chance alone."""
-    counts = runs.fewer_heads(results, "scratch")
-    number = len(counts) * len(runs.matchings(results))
-    number += (
-        len(runs.fewer_heads(results, "converted"))
-        * len(runs.methods(results))
-        * len(runs.alphas(results))
-    )
+    scratch = [
+        (count, matching)
+        for count in runs.fewer_heads(results, "scratch")
+        for matching in runs.matchings(results)
+        if comparisons.from_scratch(results, count, matching)
+    ]
+    converted = [
+        (count, method, alpha)
+        for count in runs.fewer_heads(results, "converted")
+        for method in runs.methods(results, count)
+        for alpha in runs.alphas(results)
+        if comparisons.by_conversion(results, count, method, alpha)
+    ]
+    number = len(scratch) + len(converted)
     if not number:
         return None
     return Sentence(

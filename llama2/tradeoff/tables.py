@@ -22,6 +22,7 @@ from llama2.tradeoff.wording import (
     heads_name,
     interval,
     mean_and_spread,
+    percent,
     plus_minus,
 )
 
@@ -107,6 +108,10 @@ def conversion_table(results: dict[str, Any]) -> Table:
         mark = " ≈" if comparison.verdict == NOT_TOLD_APART else ""
         return f"{fmean(_bits(found)):.3f} ({plus_minus(comparison.seeds)}){mark}"
 
+    def steps(alpha: float) -> str:
+        run = next(run for run in results["runs"] if run["alpha"] == alpha)
+        return f"{run['steps']:,} for {percent(alpha)}"
+
     full = results["base"]["num_q_heads"]
     controls = [mean_and_spread(_bits(runs.control(results, alpha))) for alpha in alphas]
     rows = [[heads_name(full, full), "none (control)", *controls]]
@@ -119,9 +124,9 @@ def conversion_table(results: dict[str, Any]) -> Table:
         "By conversion: bits per byte (difference to the control ± 95 % over seeds)",
         alpha_columns(["key/value heads", "method"], alphas),
         rows,
-        "α: steps trained after the conversion, as a share of the base's. The control trains MHA "
-        "on for as many steps; at α = 0 it is MHA itself. Its own cells: mean ± sd. "
-        "≈: not told apart from the control. "
+        "α: steps trained after the conversion, as a share of the base's; in steps "
+        f"{', '.join(map(steps, alphas))}. The control trains MHA on for as many; at α = 0 it is "
+        "MHA itself. Its own cells: mean ± sd. ≈: not told apart from the control. "
         + "; ".join(f"{name}: {METHOD_NOTES[name]}" for name in methods if name in METHOD_NOTES),
     )
 
