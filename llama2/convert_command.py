@@ -93,6 +93,8 @@ def _calibration(arguments: argparse.Namespace, config: ModelConfig) -> Tensor:
         length = min(_LONGEST, config.max_seq_len)
     if not 1 <= length <= config.max_seq_len:
         raise ValueError(f"--seq-len: expected 1 to the model's {config.max_seq_len}; got {length}")
+    if arguments.seed < 0:
+        raise ValueError(f"--seed: expected at least 0; got {arguments.seed}")
     if arguments.calibration_tokens < length:
         raise ValueError(
             f"--calibration-tokens: expected at least one sequence of {length}; "

@@ -540,6 +540,7 @@ def test_the_seed_makes_random_heads(llama2, tmp_path):
     [
         (["--seq-len", 257], "--seq-len: expected 1 to the model's 256; got 257"),
         (["--seq-len", 0], "--seq-len: expected 1 to the model's 256; got 0"),
+        (["--seed", -1], "--seed: expected at least 0; got -1"),
         (
             ["--calibration-tokens", 99],
             "--calibration-tokens: expected at least one sequence of 256",
