@@ -231,6 +231,12 @@ def test_the_command_runs_a_study_and_makes_its_page_again(tmp_path, texts, monk
     assert (again / "pareto.svg").read_bytes() == (out / "pareto.svg").read_bytes()
 
 
+def test_a_gpu_of_ones_own(tmp_path, capsys):
+    options = ("--preset", "none", "--out", tmp_path / "out", "--gpu", "24,1.0,165", "--batch", 1)
+    assert tradeoff(*options) == 0
+    assert "7B on 1 × a GPU of 24 GiB, 1 TB/s and 165 TFLOP/s" in capsys.readouterr().out
+
+
 def test_the_largest_batch_is_a_question_of_its_own(tmp_path, capsys):
     assert tradeoff("--preset", "none", "--out", tmp_path / "out", "--batch", "max") == 0
     assert "MQA (1) (computed)" in capsys.readouterr().out
@@ -247,6 +253,12 @@ def test_the_largest_batch_is_a_question_of_its_own(tmp_path, capsys):
         (["--shape", "8B"], "shape: expected one of 7B, 13B, 34B, 70B or a JSON file; got '8B'"),
         (["--gpu", "TPU"], "gpu: expected one of H200, "),
         (["--gpu", "80,0,1"], "gpu: expected positive numbers"),
+        (["--gpu", "80,nan,1"], "gpu: expected positive numbers"),
+        pytest.param(
+            ["--preset", "gpu"],
+            "preset: expected a GPU for gpu; got the CPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         (["--tp", "3"], "tp"),
         (["--context", "0"], "context"),
         (["--preset", "cpu", "--seeds", "1", "1"], "seeds: expected different ints"),

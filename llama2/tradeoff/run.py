@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import platform
 import subprocess
 import time
@@ -85,8 +86,9 @@ def _gpu(name: str) -> Gpu:
         raise ValueError(
             f"gpu: expected one of {', '.join(GPUS)}, or MEMORY_GIB,TB_PER_S,TFLOPS; got {name!r}"
         ) from error
-    if min(memory, bandwidth, flops) <= 0:
+    if not all(0 < number < math.inf for number in (memory, bandwidth, flops)):
         raise ValueError(f"gpu: expected positive numbers; got {name!r}")
+    name = f"a GPU of {memory:g} GiB, {bandwidth:g} TB/s and {flops:g} TFLOP/s"
     return Gpu(name, int(memory * GIB), bandwidth * 1e12, flops * 1e12, "the command line")
 
 
@@ -108,6 +110,8 @@ def _preset(args: argparse.Namespace) -> Preset:
 def _study(args: argparse.Namespace, preset: Preset) -> dict[str, Any]:
     started = time.perf_counter()
     placement = place(args.backend, args.device)
+    if preset.name == "gpu" and placement.device.type == "cpu" and args.device is None:
+        raise ValueError("preset: expected a GPU for gpu; got the CPU (--device cpu insists)")
     placement.announce()
     work = args.work or Path("build") / f"tradeoff-{preset.name}"
     tokenizer_file = SHIPPED / "tokenizer.model"

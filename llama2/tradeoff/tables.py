@@ -90,7 +90,7 @@ def _comparison_cells(comparison: Comparison | None) -> list[str]:
     files = comparison.files
     return [
         interval(comparison.seeds),
-        f"[{files.low:+.4f}, {files.high:+.4f}]",
+        f"[{files.low:+.4f}, {files.high:+.4f}]" if files.num_files > 1 else MISSING,
         f"{files.num_worse} of {files.num_files}",
         comparison.verdict,
     ]
