@@ -17,8 +17,10 @@ from llama2.hf_checkpoint import save_hf
 from llama2.meta_checkpoint import save_meta
 from llama2.model import Llama2
 
-__all__ = ["CheckpointError", "load", "load_config", "save_hf", "save_meta"]
+__all__ = ["SHIPPED", "CheckpointError", "load", "load_config", "save_hf", "save_meta"]
 
+# The small model that comes with this package.
+SHIPPED = Path(__file__).parent / "checkpoints" / "stdlib"
 _QUIET_BYTES = 2**30  # read in about a second: no progress bar
 
 

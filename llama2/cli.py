@@ -11,15 +11,15 @@ import torch
 
 from llama2 import checkpoint, convert_command
 from llama2.chat import chat
+from llama2.checkpoint import SHIPPED
 from llama2.generate import generate
 from llama2.model import Llama2
 from llama2.placement import BACKENDS, place
 from llama2.text import require_utf8, stop_ids, stream_text
-from llama2.tokenizer import Tokenizer
+from llama2.tokenizer import Tokenizer, check_fits
 from llama2.tradeoff import command as tradeoff_command
 from llama2.train import command as pretrain_command
 
-SHIPPED = Path(__file__).parent / "checkpoints" / "stdlib"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # What a user can cause. Anything else is a defect and keeps its traceback.
 _COMPLAINTS = (
@@ -111,11 +111,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Llama2, Tokenizer]:
         arguments.checkpoint, placement.ops, dtype=dtype, device=placement.device
     )
     tokenizer = Tokenizer(arguments.checkpoint / "tokenizer.model")
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"{arguments.checkpoint}: expected a tokenizer of at most the model's "
-            f"{model.config.vocab_size} ids; got one of {tokenizer.vocab_size}"
-        )
+    check_fits(tokenizer, model.config.vocab_size, arguments.checkpoint)
     return model, tokenizer
 
 

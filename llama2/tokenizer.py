@@ -116,6 +116,15 @@ class Tokenizer:
         return tokens + self.encode(last, bos=True)
 
 
+def check_fits(tokenizer: Tokenizer, vocab_size: int, where: Path) -> None:
+    """Raises ValueError, which begins with `where`, if a model of `vocab_size` lacks an id."""
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"{where}: expected a tokenizer of at most the model's {vocab_size} ids; "
+            f"got one of {tokenizer.vocab_size}"
+        )
+
+
 class StreamDecoder:
     """Turns ids, one at a time, into pieces of text whose concatenation is the whole text.
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from llama2 import cli
+from llama2.checkpoint import SHIPPED
 from llama2.tradeoff import runs, study
 from llama2.tradeoff.presets import PRESETS
 from llama2.tradeoff.study import Job, jobs, run_study, steps_of
 from llama2.tradeoff.study_data import BASE, CALIBRATION, UPTRAIN, StudyBatches, prepare
-from llama2.train.command import SHIPPED
 from llama2.train.state import locked
 
 TOKENIZER = SHIPPED / "tokenizer.model"

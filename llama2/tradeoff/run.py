@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from llama2.checkpoint import SHIPPED
 from llama2.config import PUBLISHED, ModelConfig
 from llama2.placement import place
 from llama2.tradeoff.accounting import head_counts
@@ -26,7 +27,7 @@ from llama2.tradeoff.runs import check
 from llama2.tradeoff.study import run_study
 from llama2.tradeoff.study_data import prepare
 from llama2.tradeoff.wording import heads_name
-from llama2.train.command import SHIPPED, shape_named
+from llama2.train.command import shape_named
 
 _RESULT, _MEASURED, _LOG = "results.json", "measured.json", "log.jsonl"
 _MEASURED_SHAPES = ("7B", "70B")

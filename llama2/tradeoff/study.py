@@ -140,15 +140,13 @@ def _finished(
     """The jobs as they end, on as many processes as the preset has."""
     if preset.processes == 1:
         for job in todo:
-            run_job(job, preset, work, place(backend, device))
+            run_job(job, preset, work, backend, device)
             yield job
         return
     # Not forked: threads of PyTorch that hold a lock would hold it for ever in the child.
     pool = ProcessPoolExecutor(preset.processes, get_context("spawn"), _begin_worker)
     try:
-        futures = {
-            pool.submit(_run_in_worker, job, preset, work, backend, device): job for job in todo
-        }
+        futures = {pool.submit(run_job, job, preset, work, backend, device): job for job in todo}
         for future in as_completed(futures):
             future.result()
             yield futures[future]
@@ -161,13 +159,10 @@ def _begin_worker() -> None:
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115, their progress bars would cross
 
 
-def _run_in_worker(job: Job, preset: Preset, work: Path, backend: str, device: str | None) -> None:
-    run_job(job, preset, work, place(backend, device))
-
-
-def run_job(job: Job, preset: Preset, work: Path, placement: Placement) -> None:
+def run_job(job: Job, preset: Preset, work: Path, backend: str, device: str | None) -> None:
     """Runs one job and writes its entry, with the text's bits by file, to the working folder."""
     started = time.perf_counter()
+    placement = place(backend, device)
     corpus = Corpus.load(work / "corpus")
     config = preset.train if job.alpha is None else preset.uptrain(job.alpha)
     if job.origin == "scratch":

@@ -11,10 +11,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llama2.tokenizer import Tokenizer
+from llama2.tokenizer import Tokenizer, check_fits
 from llama2.tradeoff import recall
 from llama2.tradeoff.presets import Preset
-from llama2.train.data import Document, corpus_documents, random_batch, token_stream
+from llama2.train.data import (
+    Document,
+    add_documents,
+    corpus_documents,
+    document_ids,
+    random_batch,
+)
 from llama2.train.state import replacing
 
 # What a seed's batches are for.
@@ -58,11 +64,7 @@ def prepare(
     """
     documents = corpus_documents(text, held_out)
     tokenizer = Tokenizer(tokenizer_file)
-    if tokenizer.vocab_size > preset.model.vocab_size:
-        raise ValueError(
-            f"{tokenizer_file}: expected a tokenizer of at most the model's "
-            f"{preset.model.vocab_size} ids; got one of {tokenizer.vocab_size}"
-        )
+    check_fits(tokenizer, preset.model.vocab_size, tokenizer_file)
     training = [document for document in documents if not document.held_out]
     kept_back = [
         Document(document.path, document.text[: preset.held_out_characters], True)
@@ -83,8 +85,8 @@ def prepare(
     if not described.exists() or not _same_text(json.loads(described.read_text()), record):
         folder.mkdir(parents=True, exist_ok=True)
         bar = tqdm(training, desc="tokenising", unit="file", leave=False)
-        stream = np.concatenate([token_stream([document], tokenizer) for document in bar])
-        ids = [token_stream([document], tokenizer) for document in kept_back]
+        stream = np.concatenate([document_ids(document, tokenizer) for document in bar])
+        ids = [document_ids(document, tokenizer) for document in kept_back]
         record["train"]["tokens"] = len(stream)
         record["held_out"]["tokens"] = sum(map(len, ids))
         np.save(folder / "train.npy", stream)
@@ -96,8 +98,7 @@ def prepare(
 
 def _sizes(documents: list[Document]) -> dict[str, Any]:
     digest = hashlib.sha256()
-    for document in documents:
-        digest.update(f"{document.path}\0{document.text}\0".encode())
+    add_documents(digest, documents)
     num_bytes = sum(document.num_bytes for document in documents)
     return {"bytes": num_bytes, "sha256": digest.hexdigest()}
 

@@ -79,7 +79,7 @@ def _scratch_row(
         f"{run['parameters']:,}",
         f"{run['flops_per_token']:,}",
         f"{cache:,}",
-        mean_and_spread(list(runs.values(found).values())),
+        mean_and_spread(_bits(found)),
         *([MISSING] * 4 if is_base else _comparison_cells(comparison)),
     ]
 

@@ -4,12 +4,12 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from llama2.checkpoint import SHIPPED
 from llama2.checkpoint_files import Settings
 from llama2.config import PUBLISHED, ModelConfig
 from llama2.hf_checkpoint import CONFIG_FILE, read_config
 from llama2.placement import BACKENDS
 
-SHIPPED = Path(__file__).parent.parent / "checkpoints" / "stdlib"
 _SIZES = {
     "num_layers": "decoder layers",
     "hidden_size": "width of the residual stream",

@@ -5,13 +5,18 @@ import hashlib
 import sys
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
+from llama2.checkpoint import SHIPPED
 from llama2.config import ModelConfig
-from llama2.tokenizer import Tokenizer
-from llama2.train.command import SHIPPED
-from llama2.train.data import Document, corpus_documents, text_documents
+from llama2.tokenizer import Tokenizer, check_fits
+from llama2.train.data import (
+    Document,
+    add_documents,
+    corpus_documents,
+    document_ids,
+    text_documents,
+)
 from llama2.train.shards import write_shards
 
 TOKENIZER = "tokenizer.model"
@@ -42,11 +47,7 @@ def corpora_of(
     if tokenizer_file is None:
         return args.data, []
     tokenizer = Tokenizer(tokenizer_file)
-    if tokenizer.vocab_size > shape.vocab_size:
-        raise ValueError(
-            f"{tokenizer_file}: expected a tokenizer of at most the model's {shape.vocab_size} "
-            f"ids; got one of {tokenizer.vocab_size}"
-        )
+    check_fits(tokenizer, shape.vocab_size, tokenizer_file)
     has_texts = args.text or args.held_out or not args.data
     if has_texts and min(tokenizer.bos_id, tokenizer.eos_id) < 0:
         raise ValueError(f"{tokenizer_file}: expected a tokenizer with BOS and EOS; got another")
@@ -84,9 +85,7 @@ def _tokenised(
     Other texts get another folder, so that a run whose texts have changed is told from the first.
     """
     digest = hashlib.sha256(tokenizer_file.read_bytes())
-    for document in documents:
-        named = f"{document.path}\0{document.text}\0"
-        digest.update(named.encode(errors="surrogateescape"))  # names may be any bytes
+    add_documents(digest, documents)
     shards = folder / f"{name}-{digest.hexdigest()[:16]}"
     if not shards.exists():
         bar = tqdm(documents, desc=f"tokenising {name}", unit="document", leave=False)
@@ -96,8 +95,3 @@ def _tokenised(
             vocab_size=tokenizer.vocab_size,
         )
     return shards
-
-
-def document_ids(document: Document, tokenizer: Tokenizer) -> np.ndarray:
-    """int64 `[num_tokens]`, from BOS to EOS."""
-    return np.array(tokenizer.encode(document.text, bos=True, eos=True))

@@ -150,8 +150,7 @@ def corpus_documents(path: Path | None, held_out: Path | None = None) -> list[Do
     """
     documents = stdlib_documents() if path is None else text_documents(path)
     if held_out is not None:
-        inner, outer = held_out.resolve(), path and path.resolve()
-        if outer and (inner.is_relative_to(outer) or outer.is_relative_to(inner)):
+        if path and (is_within(held_out, path) or is_within(path, held_out)):
             raise ValueError(f"held_out: expected texts outside of {path}; got {held_out}")
         kept = text_documents(held_out)
         documents = [replace(document, kept_back=False) for document in documents]
@@ -171,10 +170,26 @@ def corpus_documents(path: Path | None, held_out: Path | None = None) -> list[Do
     return documents
 
 
+def is_within(inner: Path, outer: Path) -> bool:
+    """Whether `inner` is `outer`, or below it, whatever links lead there."""
+    return inner.resolve().is_relative_to(outer.resolve())
+
+
+def add_documents(digest: Any, documents: list[Document]) -> None:
+    """Updates a `hashlib` digest with the paths and texts of documents, in order."""
+    for document in documents:
+        named = f"{document.path}\0{document.text}\0"
+        digest.update(named.encode(errors="surrogateescape"))  # names may be any bytes
+
+
+def document_ids(document: Document, tokenizer: Tokenizer) -> np.ndarray:
+    """int32 `[num_tokens]`, from BOS to EOS."""
+    return np.array(tokenizer.encode(document.text, bos=True, eos=True), dtype=np.int32)
+
+
 def token_stream(documents: list[Document], tokenizer: Tokenizer) -> np.ndarray:
     """The documents' ids one after the other, each from BOS to EOS; int32 `[num_tokens]`."""
-    ids = [tokenizer.encode(document.text, bos=True, eos=True) for document in documents]
-    return np.concatenate([np.array(tokens, dtype=np.int32) for tokens in ids])
+    return np.concatenate([document_ids(document, tokenizer) for document in documents])
 
 
 class RandomWindows:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from gqa_kernels.backends import get_backend
 from llama2 import parallel
+from llama2.checkpoint import SHIPPED
 from llama2.model import Llama2
 from llama2.tokenizer import Tokenizer
 from llama2.train.data import RandomWindows, stdlib_documents, token_stream
@@ -32,8 +33,6 @@ from llama2.train.pretrain import (
 )
 from llama2.train.sharded_state import load_sharded_state, save_sharded_state
 from llama2.train.stdlib_checkpoint import MODEL
-
-_TOKENIZER = Path(__file__).parent.parent / "checkpoints" / "stdlib" / "tokenizer.model"
 
 
 def make_mesh(device_type: str, tp: int) -> DeviceMesh:
@@ -168,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if dist.get_rank() == 0:
             print(f"{dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True))}, {backend} backend")
         documents = [document for document in stdlib_documents() if not document.held_out]
-        stream = token_stream(documents, Tokenizer(_TOKENIZER))
+        stream = token_stream(documents, Tokenizer(SHIPPED / "tokenizer.model"))
         torch.manual_seed(args.seed)
         model = parallel.parallelize(Llama2(MODEL, get_backend(backend)).to(device), mesh)
         train(

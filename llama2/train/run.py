@@ -18,8 +18,8 @@ from llama2.model import Llama2
 from llama2.placement import Placement, place
 from llama2.tokenizer import Tokenizer
 from llama2.train.command import given_sizes, model_config, num_steps
-from llama2.train.corpora import TOKENIZER, corpora_of, document_ids, tokenizer_file_of
-from llama2.train.data import Document
+from llama2.train.corpora import TOKENIZER, corpora_of, tokenizer_file_of
+from llama2.train.data import Document, document_ids, is_within
 from llama2.train.evaluate import bits_per_document
 from llama2.train.pretrain import TrainConfig, train
 from llama2.train.shards import Mixture
@@ -116,11 +116,11 @@ def _check_folders(args: argparse.Namespace) -> None:
     no checkpoint may be lost."""
     texts = [path for path, _ in args.text]
     for one, other in combinations(texts, 2):
-        if _is_within(one, other) or _is_within(other, one):
+        if is_within(one, other) or is_within(other, one):
             raise ValueError(f"text: expected texts outside of {one}; got {other}")
     for name in ("work", "out"):
         for path in (*texts, *([args.held_out] if args.held_out else [])):
-            if _is_within(getattr(args, name), path):
+            if is_within(getattr(args, name), path):
                 raise ValueError(
                     f"{name}: expected a directory outside of the texts {path}, which it would "
                     f"change; got {getattr(args, name)}"
@@ -129,10 +129,6 @@ def _check_folders(args: argparse.Namespace) -> None:
         raise ValueError(f"out: expected another directory than --init; got {args.out}")
     if (args.out / meta_checkpoint.CONFIG_FILE).exists():
         raise ValueError(f"out: expected no checkpoint of Meta's layout there; got {args.out}")
-
-
-def _is_within(inner: Path, outer: Path) -> bool:
-    return inner.resolve().is_relative_to(outer.resolve())
 
 
 def _check_start(work: Path, init: Path | None) -> None:

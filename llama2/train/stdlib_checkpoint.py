@@ -29,7 +29,13 @@ from llama2.checkpoint import save_hf
 from llama2.config import ModelConfig
 from llama2.model import Llama2
 from llama2.tokenizer import Tokenizer
-from llama2.train.data import Document, RandomWindows, stdlib_documents, token_stream
+from llama2.train.data import (
+    Document,
+    RandomWindows,
+    add_documents,
+    stdlib_documents,
+    token_stream,
+)
 from llama2.train.evaluate import bits_per_byte
 from llama2.train.pretrain import TrainConfig, train
 
@@ -134,8 +140,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _corpus_record(documents: list[Document], stream: np.ndarray) -> dict[str, Any]:
     digest = hashlib.sha256()
-    for document in documents:
-        digest.update(f"{document.path}\0{document.text}\0".encode())
+    add_documents(digest, documents)
     return {
         "documents": len(documents),
         "bytes": _num_bytes(documents),
@@ -145,7 +150,7 @@ def _corpus_record(documents: list[Document], stream: np.ndarray) -> dict[str, A
 
 
 def _num_bytes(documents: list[Document]) -> int:
-    return sum(len(document.text.encode()) for document in documents)
+    return sum(document.num_bytes for document in documents)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
