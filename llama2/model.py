@@ -235,8 +235,11 @@ class Llama2(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        """Draws all weights anew; those of norms are one."""
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
                 writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 depth = 2 * self.config.num_layers if writes_residual else 1
                 parameter.normal_(std=0.02 * depth**-0.5)

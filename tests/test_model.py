@@ -265,6 +265,20 @@ def test_interleaved_rope_is_a_permutation_of_the_weights(device):
     assert_within_budget(interleaved(tokens), half(tokens), oracle)
 
 
+def test_reset_weights_owe_nothing_to_what_memory_held():
+    models = []
+    for held in (float("nan"), 7.0):
+        model = Llama2(small_config(4, 2), EAGER)
+        for parameter in model.parameters():
+            torch.nn.init.constant_(parameter, held)
+        torch.manual_seed(0)
+        model.reset_parameters()
+        models.append(dict(model.named_parameters()))
+    for name, parameter in models[0].items():
+        assert parameter.equal(models[1][name]), name
+        assert ("norm" in name) == bool((parameter == 1).all()), name
+
+
 def test_training_reduces_the_loss(device):
     model = Llama2(small_config(), EAGER).to(device)
     tokens = random_tokens(device, 4, 33)
