@@ -8,7 +8,6 @@
 import argparse
 import json
 import platform
-import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ import torch
 from floors import Ceilings
 from stub import StubDevice, stand_ins
 from timing import Call, Clock, Timed
+
+from llama2.checkout import commit_of
 
 COPY_BYTES = 2 * 2**30  # read + written; far above any L2 cache
 MATRIX_SIZE = 8192
@@ -94,17 +95,7 @@ def _driver() -> str | None:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with "+changes" where it is not clean."""
-    folder = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=folder, check=True, capture_output=True, text=True
-        ).stdout.strip()
-
-    name = ask(lambda: git("rev-parse", "--short=12", "HEAD"))
-    changed = name and ask(lambda: git("status", "--porcelain", "--untracked-files=no"))
-    return f"{name}+changes" if changed else name
+    return commit_of(Path(__file__))
 
 
 def environment() -> dict[str, Any]:

@@ -4,7 +4,6 @@ import argparse
 import json
 import math
 import platform
-import subprocess
 import time
 from dataclasses import asdict, replace
 from datetime import date
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from llama2.checkout import commit_of
 from llama2.checkpoint import SHIPPED
 from llama2.config import PUBLISHED, ModelConfig
 from llama2.placement import place
@@ -134,7 +134,7 @@ def _study(args: argparse.Namespace, preset: Preset) -> dict[str, Any]:
             "torch": torch.__version__,
             "device": _device_name(placement.device),
             "processes": preset.processes,
-            "commit": _commit(),
+            "commit": commit_of(Path(__file__)),
         },
         "corpus": corpus.record,
         "base": asdict(preset.model),
@@ -152,22 +152,6 @@ def _study(args: argparse.Namespace, preset: Preset) -> dict[str, Any]:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _commit() -> str | None:
-    """Of the checkout that this file is in, if it is in one."""
-    folder = Path(__file__).resolve().parent
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"],
-            cwd=folder,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
 
 
 def _measured(args: argparse.Namespace) -> list[dict[str, Any]] | None:
