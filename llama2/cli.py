@@ -14,7 +14,7 @@ from llama2.chat import chat
 from llama2.checkpoint import SHIPPED
 from llama2.generate import generate
 from llama2.model import Llama2
-from llama2.placement import BACKENDS, place
+from llama2.placement import add_device_option, add_options, place
 from llama2.text import require_utf8, stop_ids, stream_text
 from llama2.tokenizer import Tokenizer, check_fits
 from llama2.tradeoff import command as tradeoff_command
@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_chat)
 
     command = commands.add_parser("demo", help="both backends side by side on the shipped model")
-    command.add_argument("--device", help="default: cuda if there is one, otherwise cpu")
+    add_device_option(command)
     command.set_defaults(run=_demo)
 
     command = commands.add_parser("pretrain", help="train a model from scratch or go on with one")
@@ -176,13 +176,7 @@ def _add_model_options(command: argparse.ArgumentParser, max_new_tokens: int) ->
         help="Hugging Face's or Meta's files with tokenizer.model; default: a small model of "
         "Python source that comes with this package",
     )
-    add(
-        "--backend",
-        choices=BACKENDS,
-        default="auto",
-        help="auto: triton on a GPU that Triton can drive, otherwise eager",
-    )
-    add("--device", help="default: cuda if there is one, otherwise cpu")
+    add_options(command)
     add("--dtype", choices=_DTYPES, help="default: the checkpoint's")
     add(
         "--max-new-tokens",

@@ -11,7 +11,7 @@ from llama2 import checkpoint
 from llama2.config import ModelConfig
 from llama2.conversion import METHODS, NEEDS_DATA
 from llama2.convert_checkpoint import check_conversion, convert_checkpoint
-from llama2.placement import place
+from llama2.placement import add_device_option, place
 from llama2.tokenizer import Tokenizer
 from llama2.tradeoff.accounting import kv_bytes_per_token, num_parameters
 from llama2.weight_shards import MAX_SHARD_BYTES
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="size of a weights' file; default: %(default)s",
     )
-    add("--device", help="default: cuda if there is one, otherwise cpu")
+    add_device_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

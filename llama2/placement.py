@@ -1,5 +1,6 @@
 """Where a command runs: its device and its backend, chosen once and said aloud on stderr."""
 
+import argparse
 import sys
 from types import ModuleType
 from typing import NamedTuple
@@ -9,6 +10,21 @@ import torch
 from gqa_kernels import get_backend, interpreter
 
 BACKENDS = ("auto", "eager", "triton")
+
+
+def add_device_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--device", help="default: cuda if there is one, otherwise cpu")
+
+
+def add_options(parser: argparse._ActionsContainer) -> None:
+    """`--backend` and `--device`, the arguments of `place`."""
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="auto",
+        help="auto: triton on a GPU that Triton can drive, otherwise eager",
+    )
+    add_device_option(parser)
 
 
 class Placement(NamedTuple):

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from llama2.config import PUBLISHED
-from llama2.placement import BACKENDS
+from llama2.placement import add_options
 from llama2.tradeoff.roofline import GPUS
 
 PRESETS = ("cpu", "gpu", "none")
@@ -71,8 +71,7 @@ def _add_study(group: argparse._ArgumentGroup) -> None:
         metavar="FILE",
         help="the result of an earlier study, for a new page without training",
     )
-    add("--backend", choices=BACKENDS, default="auto", help="auto: triton on a GPU, else eager")
-    add("--device", help="default: cuda if there is one, otherwise cpu")
+    add_options(group)
 
 
 def _add_deployment(group: argparse._ArgumentGroup) -> None:

@@ -8,7 +8,7 @@ from llama2.checkpoint import SHIPPED
 from llama2.checkpoint_files import Settings
 from llama2.config import PUBLISHED, ModelConfig
 from llama2.hf_checkpoint import CONFIG_FILE, read_config
-from llama2.placement import BACKENDS
+from llama2.placement import add_options
 
 _SIZES = {
     "num_layers": "decoder layers",
@@ -117,13 +117,7 @@ def _add_recipe(group: argparse._ArgumentGroup) -> None:
 def _add_machine(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--threads", type=int, metavar="N", help="CPU threads; default: PyTorch's choice")
-    add(
-        "--backend",
-        choices=BACKENDS,
-        default="auto",
-        help="auto: triton on a GPU that Triton can drive, otherwise eager",
-    )
-    add("--device", help="default: cuda if there is one, otherwise cpu")
+    add_options(group)
 
 
 def _weighted(text: str) -> tuple[Path, float]:
