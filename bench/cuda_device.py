@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from timing import Call
 
+from llama2.tradeoff.clock import captured
+
 _FALLBACK_L2_BYTES = 64 * 2**20
 
 
@@ -39,15 +41,7 @@ class CudaDevice:
         self._flush.zero_()
 
     def capture(self, call: Call) -> Call:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        return graph.replay
+        return captured(call, num_warm_up_calls=1)
 
     def peak_bytes(self, call: Call) -> int:
         torch.cuda.synchronize()

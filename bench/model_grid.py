@@ -7,6 +7,11 @@ from grid import DTYPE, TIERS
 
 from gqa_kernels.spec import Cost
 from llama2 import PUBLISHED, ModelConfig
+from llama2.tradeoff.accounting import (
+    attention_flops_per_pair,
+    kv_bytes_per_token,
+    layers_parameters,
+)
 
 
 @dataclass(frozen=True)
@@ -54,15 +59,9 @@ def model_cost(work: ModelWorkload) -> Cost:
     """
     config, size = work.config, DTYPE.itemsize
     head = config.vocab_size * config.hidden_size
-    kv_width = config.num_kv_heads * config.head_dim
-    q_width = config.num_q_heads * config.head_dim
-    layer = (
-        2 * config.hidden_size * (q_width + kv_width)
-        + 3 * config.hidden_size * config.intermediate_size
-    )
-    body = config.num_layers * layer
-    kv_bytes = 2 * config.num_layers * work.batch * work.tokens * kv_width * size
-    pair_flops = 4 * q_width * config.num_layers * work.batch
+    body = layers_parameters(config)
+    kv_bytes = work.batch * work.tokens * kv_bytes_per_token(config, size)
+    pair_flops = work.batch * attention_flops_per_pair(config)
     weights = (body + head) * size
     if work.decodes:
         flops = 2 * (body + head) * work.batch + pair_flops * work.tokens

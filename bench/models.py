@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from gqa_kernels import get_backend
 from gqa_kernels.accuracy import Measured
 from llama2 import KVCache, Llama2
+from llama2.tradeoff.measured import random_model
 
 SPARE_TOKENS = 16
 Step = Callable[[], Tensor]
@@ -69,13 +70,8 @@ class ModelContest:
         """The one set of weights; other backends are models around the same parameters."""
         if self._eager is None:
             torch.manual_seed(0)
-            with torch.device("meta"):
-                model = Llama2(self.work.config, get_backend("eager"))
-            model = model.to(DTYPE).to_empty(device=self.device)
-            model.reset_parameters()
+            model = random_model(self.work.config, get_backend("eager"), self.device, DTYPE)
             for name, parameter in model.named_parameters():
-                if parameter.dim() == 1:  # norms, which reset_parameters leaves as they are
-                    nn.init.ones_(parameter)
                 parameter.requires_grad_(self.op == "train_step" and "norm" not in name)
             # The gradient that the gate looks at: it has seen the whole network.
             model.layers[0].input_layernorm.weight.requires_grad_(self.op == "train_step")

@@ -29,6 +29,20 @@ class Clock(Protocol):
         ...
 
 
+def captured(call: Call, num_warm_up_calls: int) -> Call:
+    """The replay of a CUDA graph of one call, made after calls that warm it up."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(num_warm_up_calls):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 class CudaClock:
     """A GPU's clock, by events.
 
@@ -58,19 +72,7 @@ class CudaClock:
 
     def capture(self, call: Call) -> Call:
         with torch.cuda.device(self.device):
-            return self._capture(call)
-
-    def _capture(self, call: Call) -> Call:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP_CALLS):
-                call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        return graph.replay
+            return captured(call, WARM_UP_CALLS)
 
     def seconds(self, call: Call) -> list[float]:
         with torch.cuda.device(self.device):

@@ -13,7 +13,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
 
 from gqa_kernels import get_backend
 from llama2.config import ModelConfig
@@ -142,17 +141,15 @@ def _samples(model: Llama2, batch: int, context: int, clock: Clock) -> list[floa
     return None
 
 
-def random_model(config: ModelConfig, ops: ModuleType, device: torch.device | str) -> Llama2:
-    """A model with random weights in bfloat16, never whole in another dtype."""
+def random_model(
+    config: ModelConfig, ops: ModuleType, device: torch.device | str, dtype: torch.dtype = DTYPE
+) -> Llama2:
+    """A model with random weights, never whole in another dtype, and without gradients."""
     with torch.device("meta"):
         model = Llama2(config, ops)
-    model = model.to(DTYPE).to_empty(device=device)
+    model = model.to(dtype).to_empty(device=device)
     model.reset_parameters()
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-        if parameter.dim() == 1:  # norms, which reset_parameters leaves as they are
-            nn.init.ones_(parameter)
-    return model
+    return model.requires_grad_(False)
 
 
 def decode_step(model: Llama2, batch: int, context: int) -> Call:
