@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# The largest value of each dtype of a quantised cache; int8's −128 is not used.
+_LARGEST_STORED = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -105,6 +108,75 @@ def apply_rope(
     cos = cos[rows].masked_fill(outside[..., None], math.nan).unsqueeze(2)
     sin = sin[rows].masked_fill(outside[..., None], math.nan).unsqueeze(2)
     return _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
+
+
+def _quantized(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x / scale to the nearest value of dtype, ties to even. A scale of 0 divides by 1."""
+    largest = _LARGEST_STORED[dtype]
+    steps = (_wide(x) / torch.where(scale == 0, 1.0, scale)[..., None]).clamp(-largest, largest)
+    if dtype == torch.int8:  # which has no NaN
+        steps = steps.round().nan_to_num(nan=0.0)
+    return steps.to(dtype)
+
+
+def rope_append_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`apply_rope`, then the rotated k, as rounded to its dtype, and v go to their slots of the
+    caches. Nothing else is written.
+
+    Slots count the first two dimensions of a cache as one: token p of sequence b of a contiguous
+    cache is slot b · max_seq_len + p, that at an offset in a page is page · page_size + offset.
+    A slot outside [0, number of slots) writes nothing: −1 is the way to skip a token. Of two tokens
+    with one slot either may win, feature by feature.
+
+    A quantised cache gets x / scale, rounded to nearest even, at most ±448 (float8_e4m3fn) or ±127
+    (int8) in size. A scale per head is given. A scale per token is what takes the head's largest
+    |x| there, max |x| / 448 or / 127, and is written too. A head of zeros has the scale 0, which
+    divides by 1. NaN or an infinity in a head makes its scale per token NaN or infinite, and with
+    it all that is read back of this head NaN; under a scale per head an infinity is stored as the
+    largest value, NaN as NaN in float8_e4m3fn and as 0 in int8.
+
+    Args:
+        q: `[batch, seq_len, num_q_heads, head_dim]`.
+        k, v: `[batch, seq_len, num_kv_heads, head_dim]`, of q's dtype.
+        k_cache, v_cache: `[batch, max_seq_len, num_kv_heads, head_dim]` or `[num_pages, page_size,
+            num_kv_heads, head_dim]`, in q's dtype or both quantised.
+        cos, sin: float32 `[max_seq_len, head_dim / 2]`.
+        positions: integer `[batch, seq_len]`; as in `apply_rope`.
+        slots: integer `[batch, seq_len]`.
+        k_scale, v_scale: of quantised caches, float32, `[num_kv_heads]` or, one per token,
+            `[*k_cache.shape[:2], num_kv_heads]`.
+        interleaved: as in `apply_rope`.
+    Returns:
+        (q, k) rotated, in new tensors.
+    Reference: slots: Kwon et al. 2023, arXiv:2309.06180.
+    """
+    q, k = apply_rope(q, k, cos, sin, positions, interleaved=interleaved)
+    num_slots, page_size = k_cache.shape[0] * k_cache.shape[1], k_cache.shape[1]
+    written = (slots >= 0) & (slots < num_slots)  # [batch, seq_len]
+    slots = slots[written].long()
+    where = slots // max(page_size, 1), slots % max(page_size, 1)
+    for x, cache, scale in ((k[written], k_cache, k_scale), (v[written], v_cache, v_scale)):
+        if scale is not None:
+            if scale.dim() == 3:
+                scale[where] = (_wide(x).abs().amax(-1) / _LARGEST_STORED[cache.dtype]).to(scale)
+                scale = scale[where]
+            x = _quantized(x, scale, cache.dtype)
+        cache[where] = x
+    return q, k
 
 
 def _attend(
