@@ -34,6 +34,8 @@ NARROW_ALLOWED = {
     "glu.forward": set(),
     "glu.backward": set(),
     "rope.rotate": {"LDG.64"},
+    # The positions, slots and scales of a program, the angles, and half heads of quantised values.
+    "cache_append.append": {"LDG.64", "LDG.32", "STG.32", "STG.64"},
 }
 
 ATTENTION = ("attention_forward.forward", "attention_backward.dkdv", "attention_backward.dq")

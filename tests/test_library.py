@@ -19,7 +19,7 @@ from torch.utils.checkpoint import (
 
 from gqa_kernels import norm
 from gqa_kernels.library import Op
-from gqa_kernels.spec import OPS, Case
+from gqa_kernels.spec import IN_PLACE_OPS, OPS, Case
 
 LIBRARY = torch.ops.gqa_kernels
 
@@ -37,6 +37,18 @@ SIZES = {
             "head_dim": 8,
             "interleaved": False,
             "positions": False,
+        },
+        "seq_len",
+    ),
+    "rope_append_kv": (
+        {
+            "batch": 2,
+            "seq_len": 3,
+            "num_q_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 8,
+            "page_size": 4,
+            "interleaved": False,
         },
         "seq_len",
     ),
@@ -82,6 +94,8 @@ DEFAULTS = {"eps": 1e-5, "softmax_scale": None, "window_right": 0} | dict.fromke
         "cu_seqlens_kv",
         "sinks",
         "alibi_slopes",
+        "k_scale",
+        "v_scale",
         "key_ranges",
         "key_mask",
         "window_left",
@@ -94,7 +108,8 @@ OP_NAMES = {
     "flash_attention_varlen_backward": "flash_attention_backward",
 }
 
-SPECS = {spec.name: spec for spec in OPS if spec.name in SIZES}
+SPECS = {spec.name: spec for spec in (*OPS, *IN_PLACE_OPS) if spec.name in SIZES}
+IN_PLACE = {spec.name for spec in IN_PLACE_OPS}
 EVERY_OP = pytest.mark.parametrize("name", SPECS)
 DIFFERENTIABLE = pytest.mark.parametrize("name", [n for n in SPECS if SPECS[n].wrt])
 DTYPES = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
@@ -261,7 +276,7 @@ def test_opcheck_backward(name, variant, dtype, make):
     torch.library.opcheck(overload(name), tuple(map(strided, args)), test_utils="test_schema")
 
 
-@pytest.mark.parametrize("name", (*SPECS, *BACKWARD))
+@pytest.mark.parametrize("name", ([n for n in SPECS if n not in IN_PLACE] + list(BACKWARD)))
 def test_schemas_are_functional(name):
     schema = overload(name)._schema
     assert not schema.is_mutable

@@ -496,6 +496,92 @@ _DECODE_CASES = (
 )
 
 
+# --- RoPE into a cache -----------------------------------------------------------------------
+
+
+def _append_inputs(case: Case, *context: Any) -> dict[str, Any]:
+    """Shuffled slots of a cache of pages with room for twice the tokens; q, k and v are views of a
+    fused projection. Scales are those of heads where sizes say so, else those of tokens."""
+    draw, sizes = _Draw(*context), case.sizes
+    tokens = (sizes["batch"], sizes["seq_len"])
+    heads = (sizes["num_q_heads"], sizes["num_kv_heads"], sizes["num_kv_heads"])
+    num_tokens, head_dim = math.prod(tokens), sizes["head_dim"]
+    num_pages = -(-2 * num_tokens // sizes["page_size"])
+    q, k, v = draw(*tokens, sum(heads), head_dim).split(heads, dim=2)
+    cache_shape = (num_pages, sizes["page_size"], sizes["num_kv_heads"], head_dim)
+    cache_dtype = sizes.get("cache_dtype", draw.dtype)
+    k_cache, v_cache = (draw(*cache_shape, dtype=cache_dtype) for _ in range(2))
+    angles = draw(2 * tokens[1], head_dim // 2, dtype=torch.float32)
+    shuffled = torch.randperm(2 * num_tokens, generator=draw.generator, device="cpu")
+    inputs = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "cos": angles.cos(),
+        "sin": angles.sin(),
+        "positions": torch.arange(tokens[1], device=draw.device).expand(tokens),
+        "slots": shuffled[:num_tokens].view(tokens).to(draw.device),
+        "interleaved": sizes["interleaved"],
+    }
+    if "cache_dtype" in sizes:
+        per_head = sizes.get("scale_per_head", False)
+        scale_shape = cache_shape[2:3] if per_head else cache_shape[:3]
+        for name in ("k_scale", "v_scale"):
+            inputs[name] = draw(*scale_shape, dtype=torch.float32).abs()
+    return inputs
+
+
+def _append_cost(case: Case, dtype: torch.dtype) -> Cost:
+    """Reads q, k, v, cos, sin, positions and slots, writes the rotated q and k and the cache's k
+    and v; six flops per rotated pair."""
+    sizes = case.sizes
+    num_tokens = sizes["batch"] * sizes["seq_len"]
+    q_size = sizes["num_q_heads"] * sizes["head_dim"]
+    k_size = sizes["num_kv_heads"] * sizes["head_dim"]
+    stored = 2 * k_size * sizes.get("cache_dtype", dtype).itemsize
+    if "cache_dtype" in sizes and not sizes.get("scale_per_head"):
+        stored += 2 * sizes["num_kv_heads"] * 4
+    return Cost(
+        num_tokens * ((q_size + 2 * k_size) * dtype.itemsize + 4 * sizes["head_dim"] + 16),
+        num_tokens * ((q_size + k_size) * dtype.itemsize + stored),
+        3 * num_tokens * (q_size + k_size),
+    )
+
+
+def _append_case(
+    batch: int,
+    seq_len: int,
+    heads: tuple[int, int],
+    head_dim: int,
+    source: str,
+    *,
+    test: bool = False,
+    **cache: Any,
+) -> Case:
+    sizes = {
+        "batch": batch,
+        "seq_len": seq_len,
+        "num_q_heads": heads[0],
+        "num_kv_heads": heads[1],
+        "head_dim": head_dim,
+        "page_size": 16,
+        "interleaved": False,
+    }
+    return Case(sizes | cache, source, test)
+
+
+_APPEND_CASES = (
+    _append_case(2, 3, (6, 2), 40, "GQA 3, a head that no power of two fits", test=True),
+    *(
+        _append_case(batch, seq_len, heads, 128, source)
+        for source, heads in (("7B", (32, 32)), ("13B", (40, 40)), ("34B and 70B", (64, 8)))
+        for batch, seq_len in ((1, 1), (64, 1), (1, 4096))
+    ),
+)
+
+
 OPS = (
     OpSpec(
         "rms_norm",
@@ -558,6 +644,19 @@ OPS = (
         _DECODE_CASES,
         _decode_inputs,
         _decode_cost,
+        wrt=(),
+    ),
+)
+
+# Ops that write to their arguments: not for what calls an op twice on the same inputs.
+IN_PLACE_OPS = (
+    OpSpec(
+        "rope_append_kv",
+        reference.rope_append_kv,
+        fused.rope_append_kv,
+        _APPEND_CASES,
+        _append_inputs,
+        _append_cost,
         wrt=(),
     ),
 )
