@@ -283,6 +283,14 @@ def test_schemas_are_functional(name):
     assert all(x.alias_info is None for x in (*schema.arguments, *schema.returns))
 
 
+def test_the_schema_of_an_op_in_place_names_what_it_writes():
+    schema = overload("rope_append_kv")._schema
+    written = {x.name for x in schema.arguments if x.alias_info is not None}
+    assert written == {"k_cache", "v_cache", "k_scale", "v_scale"}
+    assert all(x.alias_info.is_write for x in schema.arguments if x.name in written)
+    assert all(x.alias_info is None for x in schema.returns)
+
+
 @EVERY_OP
 def test_both_paths_give_the_same_bits(name, make):
     inputs = make(name)
@@ -329,7 +337,64 @@ def test_fake_tensors(name, make):
         assert (real.shape, real.stride(), real.dtype) == (other.shape, other.stride(), other.dtype)
 
 
+CACHES = {
+    "plain": {},
+    "int8, per head": {"cache_dtype": torch.int8, "scale_per_head": True},
+    "int8, per token": {"cache_dtype": torch.int8},
+    "float8, per token": {"cache_dtype": torch.float8_e4m3fn},
+}
+
+
+@pytest.fixture(params=CACHES)
+def append(request, device, generator):
+    """Arguments of rope_append_kv, with caches that are one layer of many."""
+    spec, (sizes, _) = SPECS["rope_append_kv"], SIZES["rope_append_kv"]
+    case = Case(sizes | CACHES[request.param], "small")
+    inputs = spec.make_inputs(case, torch.bfloat16, device, generator)
+    for name in ("k_cache", "v_cache"):
+        layers = torch.zeros(3, *inputs[name].shape, device=device).to(inputs[name].dtype)
+        inputs[name] = layers[1]
+    return inputs
+
+
+def test_opcheck_of_every_cache(append):
+    inputs = {"k_scale": None, "v_scale": None} | append
+    checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if inputs["k_cache"].dtype != torch.float8_e4m3fn:  # whose values that check cannot compare
+        checks.append("test_schema")
+    args = arguments("rope_append_kv", inputs)
+    torch.library.opcheck(overload("rope_append_kv"), args, test_utils=checks)
+
+
 # --- compilers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dynamic", (False, True))
+def test_a_compiled_step_writes_the_cache(append, dynamic):
+    """And reads after it what it wrote, outputs and caches being what they are without a compiler,
+    in every call, whatever else lies in the memory of a cache."""
+    written = [name for name in ("k_cache", "v_cache", "k_scale", "v_scale") if name in append]
+
+    def step(inputs):
+        before = [inputs[name].clone() for name in written]
+        q, k = SPECS["rope_append_kv"].kernel(**inputs)
+        return q * 2, k * 2, *before, *(inputs[name] + 0 for name in written[-2:])
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    eager = dict(append)
+    for name in written:  # the same views of other memory
+        base = append[name]._base if append[name]._is_view() else append[name]
+        copy = base.clone()
+        eager[name] = copy[1] if append[name]._is_view() else copy
+    for turn in range(2):
+        for inputs in (append, eager):
+            inputs["v"] = inputs["v"] + turn
+            inputs["slots"] = (inputs["slots"] + turn) % 12
+        for a, b in zip(compiled(append), step(eager), strict=True):
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        for name in written:
+            a, b = (x[name]._base if x[name]._is_view() else x[name] for x in (append, eager))
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), name
 
 
 @DTYPES
@@ -474,6 +539,21 @@ def test_decode_attention_has_no_gradient(where, make):
             calls[where](**arguments)
         with torch.no_grad():
             assert not calls[where](**arguments).requires_grad
+
+
+@pytest.mark.parametrize("where", ("eager", "mode", "compiler"))
+def test_rope_append_kv_has_no_gradient(where, make):
+    inputs = make("rope_append_kv")
+    inputs["k"].requires_grad_()
+    before = inputs["v_cache"].clone()
+    kernel = SPECS["rope_append_kv"].kernel
+    kernel = torch.compile(kernel, backend="aot_eager") if where == "compiler" else kernel
+    with Watch() if where == "mode" else nullcontext():
+        with pytest.raises(NotImplementedError, match="q: expected inputs without a gradient"):
+            kernel(**inputs)
+        assert torch.equal(inputs["v_cache"], before)
+        with torch.no_grad():
+            assert not any(output.requires_grad for output in kernel(**inputs))
 
 
 @DIFFERENTIABLE
