@@ -173,7 +173,11 @@ def _parse(number: int, raw: bytes) -> _Line:
         raise ValueError(f"prompt: expected a text; got {prompt!r}")
     if not isinstance(id, str | int) or isinstance(id, bool):
         raise ValueError(f"id: expected a text or a whole number; got {id!r}")
-    str(id).encode()  # a lone surrogate can be read, and not be written
+    for name, text in (("prompt", prompt), ("id", str(id))):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can escape half a character
+            raise ValueError(f"{name}: expected whole characters; {error}") from error
     settings = {name: value[name] for name in _SETTINGS if name in value}
     for name, setting in settings.items():
         kinds = (int, float) if _SETTINGS[name] is float else (int,)
