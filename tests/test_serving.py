@@ -65,8 +65,10 @@ def preemptions(monkeypatch):
     lengths, preempt = [], _Server._preempt
 
     def counted(server):
-        lengths.append(len(server.running[-1].tokens))
+        youngest, older = server.running[-1], server.running[:-1]
+        lengths.append(len(youngest.tokens))
         preempt(server)
+        assert server.running == older and server.waiting[0] is youngest
 
     monkeypatch.setattr(_Server, "_preempt", counted)
     return lengths
