@@ -137,9 +137,17 @@ def attention_config(
     )
 
 
-# Keys per program of the decode kernel, by the capacity of the cache. They do not depend on the
-# batch, so that neither do a sequence's bits; longer caches have programs enough with more keys.
-DECODE_CHUNKS = ((8192, 256), (32768, 512), (1 << 62, 1024))
+# A sequence is cut into chunks of a multiple of DECODE_CHUNK keys, as few as make at most
+# DECODE_MAX_SPLITS: its own length alone decides, so that its bits do not depend on its company.
+# More splits feed more SMs at batch 1, and leave more to the one program that combines them.
+DECODE_CHUNK = 256
+DECODE_MAX_SPLITS = 64
+# Programs asked for, where there are so many splits: enough for ragged batches to even out, few
+# enough that those of short sequences, which find no split, cost nothing beside the work.
+DECODE_PROGRAMS_PER_SM = 64
+# A step of the combination takes this many splits, of as many queries as fill a tile of floats.
+DECODE_COMBINE_SPLITS = 8
+DECODE_COMBINE_TILE = 8192
 DECODE_NUM_WARPS = 4
 DECODE_NUM_STAGES = 2
 
@@ -155,7 +163,3 @@ DECODE_TILES = {  # by element size
     # Compiled, sm_90: more rows or keys in float32, outside the tensor cores, spill.
     4: DecodeConfig(max_block_m=16, block_n=16),
 }
-
-
-def decode_chunk(capacity: int) -> int:
-    return next(chunk for limit, chunk in DECODE_CHUNKS if capacity <= limit)

@@ -357,12 +357,27 @@ def flash_attention_varlen(
     return (out, lse) if return_lse else out
 
 
+def _dequantized(cache: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """stored · scale in the dtype of the queries; the cache itself where it has no scale."""
+    if scale is None:
+        return cache
+    return (cache.to(scale.dtype) * scale[..., None]).to(dtype)
+
+
+def _gathered(cache: Tensor, pages: Tensor) -> Tensor:
+    """`[batch, max_pages · page_size, num_kv_heads, head_dim]`: each sequence's pages in a row."""
+    return cache[pages].flatten(1, 2)
+
+
 def decode_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     seq_lens: Tensor,
     *,
+    block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     softmax_scale: float | None = None,
     key_ranges: Tensor | None = None,
     key_mask: Tensor | None = None,
@@ -373,28 +388,54 @@ def decode_attention(
     j < seq_lens[b] − (seq_len_q − 1 − i). What lies in the cache beyond a length, NaN included,
     never matters. A query that sees no key gives 0.
 
+    Without `block_table` entry j of sequence b is `cache[b, j]`, and a sequence has room for
+    capacity = max_seq_len tokens. With it the cache is paged: entry j is
+    `cache[block_table[b, j // page_size], j % page_size]`, and capacity = max_pages · page_size.
+    What the table says beyond a length never matters. A page outside [0, num_pages) within it is
+    not there: its keys are hidden.
+
+    A quantised cache holds value / scale, rounded to its dtype: value = stored · scale.
+
     Args:
         q: `[batch, seq_len_q, num_q_heads, head_dim]`, seq_len_q ≤ 16.
-        k_cache, v_cache: `[batch, max_seq_len, num_kv_heads, head_dim]`.
-        seq_lens: int32 or int64 `[batch]`, in [0, max_seq_len], on q's device; read there only.
-            A length above max_seq_len counts as max_seq_len.
+        k_cache, v_cache: `[batch, max_seq_len, num_kv_heads, head_dim]`, or paged
+            `[num_pages, page_size, num_kv_heads, head_dim]`, page_size a power of two; in q's
+            dtype, or both quantised, float8_e4m3fn or int8.
+        seq_lens: int32 or int64 `[batch]`, in [0, capacity], on q's device; read there only.
+            A length above the capacity counts as the capacity.
+        block_table: int32 `[batch, max_pages]`: the page of each page_size tokens of a sequence.
+        k_scale, v_scale: of a quantised cache, float32, `[num_kv_heads]` or, one per token,
+            `[*cache.shape[:2], num_kv_heads]`.
         softmax_scale: positive; None means 1 / sqrt(head_dim).
-        key_ranges, key_mask: as in `flash_attention`, with max_seq_len for seq_len_kv.
+        key_ranges, key_mask: as in `flash_attention`, with capacity for seq_len_kv: they name
+            positions in a sequence, wherever its pages lie.
     Returns:
         `[batch, seq_len_q, num_q_heads, head_dim]`.
     Raises:
         NotImplementedError: another number of new tokens.
+    Reference: pages: Kwon et al. 2023, arXiv:2309.06180.
     """
-    seq_len_q, capacity = q.shape[1], k_cache.shape[1]
+    seq_len_q = q.shape[1]
     if not 1 <= seq_len_q <= 16:
         raise NotImplementedError(f"q: expected a seq_len_q of 1 to 16; got {seq_len_q}")
+    k, v = _dequantized(k_cache, k_scale, q.dtype), _dequantized(v_cache, v_scale, q.dtype)
+    exists = None
+    if block_table is not None:
+        num_pages, page_size = k.shape[:2]
+        if num_pages == 0:
+            return torch.zeros_like(q)
+        here = (block_table >= 0) & (block_table < num_pages)
+        pages = torch.where(here, block_table, 0)
+        k, v = _gathered(k, pages), _gathered(v, pages)
+        exists = here.repeat_interleave(page_size, dim=1)  # [batch, capacity]
+    capacity = k.shape[1]
     seq_lens = seq_lens.clamp(max=capacity)[:, None]
     keys = torch.arange(capacity, device=q.device)
     last_key = seq_lens - seq_len_q + torch.arange(seq_len_q, device=q.device)  # [batch, seq_len_q]
     visible = (keys <= last_key[:, :, None])[:, None]
-    for limit in (_in_range(key_ranges, keys), _nonzero(key_mask)):
+    for limit in (_in_range(key_ranges, keys), _nonzero(key_mask), _nonzero(exists)):
         if limit is not None:
             visible = visible & limit
-    beyond = (keys >= seq_lens)[:, :, None, None]
-    k, v = k_cache.masked_fill(beyond, 0.0), v_cache.masked_fill(beyond, 0.0)
+    absent = keys >= seq_lens if exists is None else (keys >= seq_lens) | ~exists
+    k, v = (x.masked_fill(absent[:, :, None, None], 0.0) for x in (k, v))
     return _attend(q, k, v, visible, softmax_scale)[0]
