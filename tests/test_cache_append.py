@@ -386,6 +386,21 @@ def test_every_value_and_every_tie(cache_dtype, make):
         assert torch.equal(bits(stored), bits(wanted))
 
 
+def test_a_tie_after_the_division_is_a_tie(make):
+    """The product with a rounded 1 / scale is not: it falls to one side or the other."""
+    arguments = make(
+        batch=1, seq_len=1, heads=(1, 1), head_dim=128, cache_dtype=torch.int8, per_token=False
+    )
+    ((_, where),) = rows(arguments)
+    ties = torch.arange(-64, 64) + 0.5
+    for numerator in range(1999, 2048, 2):  # whose reciprocals round the most
+        scale = numerator / 4096  # exact, and so are its products with halves
+        arguments["v"] = (ties * scale).view(1, 1, 1, 128).to(arguments["q"].device)
+        arguments["v_scale"].fill_(scale)
+        rope_append_kv(**arguments)
+        assert torch.equal(arguments["v_cache"][where][0].cpu(), ties.round().to(torch.int8))
+
+
 @PER_TOKEN
 @QUANTIZED
 def test_zeros(cache_dtype, per_token, make):
