@@ -47,6 +47,21 @@ def _cut(seq_len, CHUNK: tl.constexpr, MAX_SPLITS: tl.constexpr):
 
 
 @triton.jit
+def _unpack(
+    packed,
+    batch,
+    kv_head,
+    SEQ_LEN_Q: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+):
+    """(new token, query head, index of the query in the output) of packed rows."""
+    token = packed // GROUP_SIZE
+    head = (kv_head * GROUP_SIZE + packed % GROUP_SIZE).to(tl.int64)
+    return token, head, (batch * SEQ_LEN_Q + token) * (NUM_KV_HEADS * GROUP_SIZE) + head
+
+
+@triton.jit
 def _is_last(counter_ptr, num_arrivals):
     """Counts this program in. The last of all to arrive sees what the others stored, and clears
     the counter for the next launch."""
@@ -80,15 +95,15 @@ def _combine(
     """
     slots = queries * num_slots  # [BLOCK_R], int64
     every = tl.arange(0, MAX_SPLITS)[:, None]
-    written = (every < num_splits) & exists[None, :]
     ptrs = lse_ptr + slots[None, :] + every
-    lses = tl.load(ptrs, mask=written, other=-float("inf"), cache_modifier=".cg")
+    all_written = (every < num_splits) & exists[None, :]
+    lses = tl.load(ptrs, mask=all_written, other=-float("inf"), cache_modifier=".cg")
     largest = tl.max(lses, 0)
     largest = tl.where(largest == -float("inf"), 0.0, largest)  # no key: −inf − 0 weighs 0
     total = tl.sum(tl.math.exp2((lses - largest[None, :]) * LOG2_E), 0)
     unit = 1.0 / tl.where(total == 0.0, 1.0, total)  # [BLOCK_R]
 
-    columns = tl.arange(0, BLOCK_D)[None, None, :]
+    columns = tl.arange(0, BLOCK_D)[None, :]
     out = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
     for first in tl.range(0, num_splits, BLOCK_S):
         splits = first + tl.arange(0, BLOCK_S)[:, None]
@@ -96,26 +111,16 @@ def _combine(
         rows = slots[None, :] + splits  # [BLOCK_S, BLOCK_R]
         lse = tl.load(lse_ptr + rows, mask=written, other=-float("inf"), cache_modifier=".cg")
         partial = tl.load(
-            partial_ptr + rows[:, :, None] * HEAD_DIM + columns,
-            mask=written[:, :, None] & (columns < HEAD_DIM),
+            partial_ptr + rows[:, :, None] * HEAD_DIM + columns[None],
+            mask=written[:, :, None] & (columns < HEAD_DIM)[None],
             other=0.0,
             cache_modifier=".cg",
         )
         weights = tl.math.exp2((lse - largest[None, :]) * LOG2_E) * unit[None, :]
         out += tl.sum(weights[:, :, None] * partial, 0)
-    columns = tl.arange(0, BLOCK_D)[None, :]
     ptrs = out_ptr + queries[:, None] * HEAD_DIM + columns
     out = out.to(out_ptr.dtype.element_ty)
     tl.store(ptrs, out, mask=exists[:, None] & (columns < HEAD_DIM))
-
-
-@triton.jit
-def _scales(ptr, strides, page, slots, there, PER_TOKEN: tl.constexpr):
-    """What the scores of a tile of keys are multiplied by: one scale, or one per key."""
-    if PER_TOKEN:
-        return load_scales(ptr, strides, page, slots, there)[None, :]
-    else:
-        return tl.load(ptr)
 
 
 @triton.jit
@@ -179,7 +184,6 @@ def _decode_kernel(
     tl.static_assert(CHUNK % BLOCK_N == 0)
     NUM_ROWS: tl.constexpr = SEQ_LEN_Q * GROUP_SIZE
     NUM_ROW_BLOCKS: tl.constexpr = (NUM_ROWS + BLOCK_M - 1) // BLOCK_M
-    NUM_Q_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP_SIZE
     first_row = (tl.program_id(0) % NUM_ROW_BLOCKS) * BLOCK_M
     kv_head = (tl.program_id(0) // NUM_ROW_BLOCKS) % NUM_KV_HEADS
     batch = (tl.program_id(0) // NUM_ROW_BLOCKS // NUM_KV_HEADS).to(tl.int64)
@@ -189,10 +193,8 @@ def _decode_kernel(
         return
 
     packed = first_row + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    token = packed // GROUP_SIZE
-    head = (kv_head * GROUP_SIZE + packed % GROUP_SIZE).to(tl.int64)
-    query = (batch * SEQ_LEN_Q + token) * NUM_Q_HEADS + head
     exists = packed < NUM_ROWS
+    token, head, query = _unpack(packed, batch, kv_head, SEQ_LEN_Q, NUM_KV_HEADS, GROUP_SIZE)
     columns = tl.arange(0, BLOCK_D)[None, :]
     q_ptrs = q_ptr + batch * q_strides[0] + token.to(tl.int64) * q_strides[1] + head * q_strides[2]
     q_mask = exists[:, None] & (columns < HEAD_DIM)
@@ -209,8 +211,12 @@ def _decode_kernel(
     if k_scale_ptr is not None:
         k_scale_ptr += kv_head * k_scale_strides[-1]
         v_scale_ptr += kv_head * v_scale_strides[-1]
+        if not SCALE_PER_TOKEN:
+            k_scale, v_scale = tl.load(k_scale_ptr), tl.load(v_scale_ptr)
     exponent_scale = softmax_scale * LOG2_E
-    for split in tl.range(tl.program_id(1), num_splits, tl.num_programs(1)):
+    # What a split needs of the loop below is derived anew for each: kept across them it would take
+    # a third of the registers.
+    for split in tl.range(tl.program_id(1), num_splits, tl.num_programs(1), disable_licm=True):
         start = split * chunk
         end = tl.minimum(start + chunk, seq_len)
         running_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
@@ -223,8 +229,11 @@ def _decode_kernel(
             )  # fmt: skip
             key = load_vectors(k_ptr, k_strides, page, slots, there, HEAD_DIM, BLOCK_D)
             scores = tl.dot(q, key.to(q.dtype).T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-            if k_scale_ptr is not None:
-                scores *= _scales(k_scale_ptr, k_scale_strides, page, slots, there, SCALE_PER_TOKEN)
+            if SCALE_PER_TOKEN:
+                scales = load_scales(k_scale_ptr, k_scale_strides, page, slots, there)
+                scores *= scales[None, :]
+            elif k_scale_ptr is not None:
+                scores *= k_scale
             keys = tile + tl.arange(0, BLOCK_N)[None, :]
             if block_table_ptr is not None:
                 scores = tl.where(there[None, :], scores, -float("inf"))
@@ -247,24 +256,23 @@ def _decode_kernel(
 
         out, lse = finish_softmax(running_max, running_sum, accumulator, softmax_scale)
         if v_scale_ptr is not None and not SCALE_PER_TOKEN:
-            out *= tl.load(v_scale_ptr)
+            out *= v_scale
         if num_splits == 1:
             ptrs = out_ptr + query[:, None] * HEAD_DIM + columns
             tl.store(ptrs, out.to(out_ptr.dtype.element_ty), mask=q_mask)
         else:
-            rows = query * num_slots + split  # [BLOCK_M]
-            tl.store(partial_ptr + rows[:, None] * HEAD_DIM + columns, out, mask=q_mask)
-            tl.store(lse_ptr + rows, lse, mask=exists)
+            slot = query * num_slots + split  # [BLOCK_M]
+            tl.store(partial_ptr + slot[:, None] * HEAD_DIM + columns, out, mask=q_mask)
+            tl.store(lse_ptr + slot, lse, mask=exists)
 
     if num_splits > 1:
         num_arrivals = tl.minimum(num_splits, tl.num_programs(1))
         if _is_last(counters_ptr + tl.program_id(0), num_arrivals):
             for first in tl.range(first_row, tl.minimum(first_row + BLOCK_M, NUM_ROWS), BLOCK_R):
-                packed = first + tl.arange(0, BLOCK_R)
-                head = (kv_head * GROUP_SIZE + packed % GROUP_SIZE).to(tl.int64)
-                query = (batch * SEQ_LEN_Q + packed // GROUP_SIZE) * NUM_Q_HEADS + head
+                rows = first + tl.arange(0, BLOCK_R)
+                _, _, queries = _unpack(rows, batch, kv_head, SEQ_LEN_Q, NUM_KV_HEADS, GROUP_SIZE)
                 _combine(
-                    partial_ptr, lse_ptr, out_ptr, query, packed < NUM_ROWS, num_splits, num_slots,
+                    partial_ptr, lse_ptr, out_ptr, queries, rows < NUM_ROWS, num_splits, num_slots,
                     HEAD_DIM, MAX_SPLITS, BLOCK_R, BLOCK_S, BLOCK_D,
                 )  # fmt: skip
 
@@ -290,7 +298,7 @@ def _forward(
     key_mask = layout.key_mask(key_mask)
     num_queries = batch * seq_len_q * num_q_heads
     num_rows = seq_len_q * (num_q_heads // num_kv_heads)
-    config = configs.DECODE_TILES[q.element_size()]
+    config = configs.decode_config(k_cache.element_size(), head_dim)
     block_m = min(config.max_block_m, max(16, triton.next_power_of_2(num_rows)))
     block_d = max(16, triton.next_power_of_2(head_dim))
     num_tiles = batch * num_kv_heads * triton.cdiv(num_rows, block_m)
@@ -338,11 +346,11 @@ def _forward(
             BLOCK_M=block_m,
             BLOCK_N=config.block_n,
             BLOCK_D=block_d,
-            BLOCK_R=max(1, configs.DECODE_COMBINE_TILE // (configs.DECODE_COMBINE_SPLITS * block_d)),
+            BLOCK_R=configs.DECODE_COMBINE_FEATURES // block_d,
             BLOCK_S=configs.DECODE_COMBINE_SPLITS,
-            NUM_STAGES=configs.DECODE_NUM_STAGES,
+            NUM_STAGES=config.num_stages,
             num_warps=configs.DECODE_NUM_WARPS,
-            num_stages=configs.DECODE_NUM_STAGES,
+            num_stages=config.num_stages,
             enable_fp_fusion=True,
         )
     return out
