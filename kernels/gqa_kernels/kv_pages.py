@@ -42,9 +42,7 @@ def locate_keys(
 
 
 @triton.jit
-def load_vectors(
-    ptr, strides, page, slots, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def load_vectors(ptr, strides, page, slots, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """`[BLOCK_N, BLOCK_D]`: the keys or values of one head, from a pointer to its first; zero
     where there is none."""
     columns = tl.arange(0, BLOCK_D)[None, :]
