@@ -94,6 +94,7 @@ DEFAULTS = {"eps": 1e-5, "softmax_scale": None, "window_right": 0} | dict.fromke
         "cu_seqlens_kv",
         "sinks",
         "alibi_slopes",
+        "block_table",
         "k_scale",
         "v_scale",
         "key_ranges",
@@ -532,8 +533,8 @@ def test_decode_attention_has_no_gradient(where, make):
         "op": overload("decode_attention"),
         "compiler": torch.compile(kernel, backend="aot_eager"),
     }
-    defaults = dict.fromkeys(("softmax_scale", "key_ranges", "key_mask"))
-    arguments = inputs | (defaults if where == "op" else {})
+    names = ["block_table", "k_scale", "v_scale", "softmax_scale", "key_ranges", "key_mask"]
+    arguments = inputs | (dict.fromkeys(names) if where == "op" else {})
     with Watch() if where == "mode" else nullcontext():
         with pytest.raises(NotImplementedError, match="q: expected inputs without a gradient"):
             calls[where](**arguments)

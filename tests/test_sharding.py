@@ -203,6 +203,22 @@ def decode_inputs(*, q: int = 4, kv: int = 2, limits: bool = False) -> dict:
     }
 
 
+def paged_inputs(*, per_token: bool) -> dict:
+    """An int8 cache of four pages of two tokens."""
+    shape = (4, 2, 2) if per_token else (2,)
+    caches = {f"{x}_cache": torch.randint(-127, 128, (4, 2, 2, 8), dtype=torch.int8) for x in "kv"}
+    scales = {f"{x}_scale": 0.01 + torch.rand(shape) / 100 for x in "kv"}
+    table = torch.tensor([[3, 0], [1, 2], [2, 9]], dtype=torch.int32)
+    seq_lens = torch.tensor([4, 3, 2], dtype=torch.int32)
+    return {
+        "q": torch.randn(3, 2, 4, 8),
+        "seq_lens": seq_lens,
+        "block_table": table,
+        **caches,
+        **scales,
+    }
+
+
 def on(names: str, *placements: Placement) -> dict[str, Placements]:
     return dict.fromkeys(names.split(), placements)
 
@@ -474,6 +490,18 @@ ON_TWO_RANKS = {
     "decode_attention, one key/value head": partial(
         check, "decode_attention", partial(decode_inputs, kv=1), on("q", HEADS), [(HEADS,)], {},
         same_bits=False,  # the queries of a group share a tile, and their number is another
+    ),
+    "decode_attention, batch, pages": partial(
+        check, "decode_attention", partial(paged_inputs, per_token=True),
+        on("q seq_lens block_table", BATCH), [(BATCH,)], {},
+    ),
+    "decode_attention, heads, scales per head": partial(
+        check, "decode_attention", partial(paged_inputs, per_token=False),
+        on("q k_cache v_cache", HEADS) | on("k_scale v_scale", Shard(0)), [(HEADS,)], {},
+    ),
+    "decode_attention, heads, scales per token": partial(
+        check, "decode_attention", partial(paged_inputs, per_token=True),
+        on("q k_cache v_cache k_scale v_scale", HEADS), [(HEADS,)], {},
     ),
     "decode_attention, heads that two do not divide": partial(
         refuse, "decode_attention", partial(decode_inputs, q=6, kv=3),

@@ -17,8 +17,8 @@ tensors of a call are all replicated or sharded on one of
     decode_attention          the batch; the heads
 
 Heads of attention are sharded where the key/value heads can be dealt out evenly, so that a query
-head stays beside the head that it reads; a single key/value head is replicated. Sinks and slopes
-follow the heads.
+head stays beside the head that it reads; a single key/value head is replicated. Sinks, slopes and
+a cache's scales follow the heads. A paged cache is replicated where the batch is sharded.
 
 A tensor in any other placement is redistributed, as everywhere in DTensor: `apply_rope` gathers
 nothing of a sharded sequence, attention does. What looks as though it could be sharded and cannot,
@@ -239,13 +239,27 @@ def _attention_layouts(
         yield layout
 
 
-def _decode_attention(q: Spec, k_cache: Spec, v_cache: Spec, **_: Any) -> Iterator[Sharding]:
+def _decode_attention(
+    q: Spec,
+    k_cache: Spec,
+    v_cache: Spec,
+    block_table: Spec | None,
+    k_scale: Spec | None,
+    **_: Any,
+) -> Iterator[Sharding]:
     batch, heads = Shard(_BATCH), Shard(_HEADS)
-    names = ("q", "k_cache", "v_cache", "seq_lens", "key_ranges", "key_mask")
-    yield [batch], dict.fromkeys(names, batch)
+    caches, scales = ("k_cache", "v_cache"), ("k_scale", "v_scale")
+    per_token = k_scale is not None and k_scale.ndim == 3
+    of_sequences = ("q", "seq_lens", "block_table", "key_ranges", "key_mask")
+    if block_table is None:  # pages belong to all sequences
+        of_sequences += (*caches, *(scales if per_token else ()))
+    yield [batch], dict.fromkeys(of_sequences, batch)
     kv_heads = _kv_heads(_HEADS, q, k_cache, v_cache)
     if kv_heads is not None:
-        yield [heads], {"q": heads, "k_cache": kv_heads, "v_cache": kv_heads}
+        placed = {"q": heads} | dict.fromkeys(caches, kv_heads)
+        if kv_heads == heads:
+            placed |= dict.fromkeys(scales, heads if per_token else Shard(0))
+        yield [heads], placed
 
 
 def _num_shards(dim: int, *tensors: Spec) -> int:
