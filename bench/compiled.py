@@ -103,6 +103,20 @@ def _variants(spec: OpSpec) -> list[tuple[Case, torch.dtype]]:
                 variant("other heads", head_dim=256),
                 variant("sixteen new tokens", seq_len_q=16),
                 variant("float32", torch.float32),
+                *(variant("pages", page_size=page_size) for page_size in (16, 64)),
+                variant("pages of wide heads", page_size=16, head_dim=256),
+                variant("pages, sixteen new tokens", page_size=16, seq_len_q=16),
+                *(
+                    variant("quantised", cache_dtype=dtype, **cache)
+                    for dtype in (torch.int8, torch.float8_e4m3fn)
+                    for cache in (
+                        {"scale_per_head": True},
+                        {"page_size": 64, "scale_per_head": True},
+                        {"page_size": 16},
+                        {"page_size": 16, "head_dim": 256},
+                        {"page_size": 64, "seq_len_q": 16},
+                    )
+                ),
             ]
     return []
 

@@ -472,7 +472,7 @@ def decode_inputs(
     spoil: bool = True,
 ) -> dict[str, Any]:
     """Caches of `decode_lengths`: contiguous, or in shuffled pages of `page_size`; of `dtype`, or
-    quantised to `cache_dtype` with scales per head or `per_token`.
+    quantised to `cache_dtype` with scales per token or, with `scale_per_head`, per head.
 
     spoil: fill what lies beyond the lengths with NaN, and the block table with pages that there are
         not.
@@ -483,10 +483,10 @@ def decode_inputs(
     cache_shape = (batch, capacity, sizes["num_kv_heads"], sizes["head_dim"])
     caches = {"k_cache": draw(*cache_shape), "v_cache": draw(*cache_shape)}
     if "cache_dtype" in sizes:
-        cache_dtype = getattr(torch, sizes["cache_dtype"])
+        per_token = not sizes.get("scale_per_head", False)
         for side in "kv":
             caches[f"{side}_cache"], caches[f"{side}_scale"] = quantized(
-                caches[f"{side}_cache"], cache_dtype, per_token=sizes["per_token"]
+                caches[f"{side}_cache"], sizes["cache_dtype"], per_token=per_token
             )
     per_slot = [name for name, x in caches.items() if x.dim() > 1]
     for name in per_slot if spoil else ():
@@ -516,8 +516,9 @@ def _decode_cost(case: Case, dtype: torch.dtype) -> Cost:
     sizes, lengths = case.sizes, decode_lengths(case)
     head_dim, keys = sizes["head_dim"], sum(lengths)
     queries = sizes["batch"] * sizes["seq_len_q"] * sizes["num_q_heads"]
-    cache_dtype = getattr(torch, sizes["cache_dtype"]) if "cache_dtype" in sizes else dtype
-    entry = head_dim * cache_dtype.itemsize + (4 if sizes.get("per_token") else 0)
+    entry = head_dim * sizes.get("cache_dtype", dtype).itemsize
+    if "cache_dtype" in sizes and not sizes.get("scale_per_head"):
+        entry += 4
     pages = sum(-(-n // sizes["page_size"]) for n in lengths) if "page_size" in sizes else 0
     return Cost(
         queries * head_dim * dtype.itemsize + 2 * keys * sizes["num_kv_heads"] * entry + 4 * pages,
@@ -558,22 +559,11 @@ _DECODE_CASES = (
     _decode_case(2, 1, 304, (6, 2), 64, "GQA 3, small pages", page_size=8, test=True),
     _decode_case(2, 2, 384, (4, 1), 32, "MQA 4, a page of tiles", page_size=128, test=True),
     *(
-        _decode_case(
-            2,
-            1,
-            272,
-            (4, 2),
-            64,
-            source,
-            test=True,
-            cache_dtype=dtype,
-            per_token=per_token,
-            **pages,
-        )
-        for dtype in ("float8_e4m3fn", "int8")
-        for source, per_token, pages in (
-            ("GQA 2, quantised", False, {}),
-            ("GQA 2, quantised pages", True, {"page_size": 16}),
+        _decode_case(2, 1, 272, (4, 2), 64, source, test=True, cache_dtype=dtype, **cache)
+        for dtype in (torch.float8_e4m3fn, torch.int8)
+        for source, cache in (
+            ("GQA 2, a scale per head", {"scale_per_head": True}),
+            ("GQA 2, a scale per token, pages", {"page_size": 16}),
         )
     ),
     *(
