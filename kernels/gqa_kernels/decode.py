@@ -182,6 +182,7 @@ def _decode_kernel(
     """One program attends from BLOCK_M packed queries to every num_programs-th split of the keys
     of one key/value head."""
     tl.static_assert(CHUNK % BLOCK_N == 0)
+    tl.static_assert(BLOCK_M % BLOCK_R == 0)  # no row of another program's is combined
     NUM_ROWS: tl.constexpr = SEQ_LEN_Q * GROUP_SIZE
     NUM_ROW_BLOCKS: tl.constexpr = (NUM_ROWS + BLOCK_M - 1) // BLOCK_M
     first_row = (tl.program_id(0) % NUM_ROW_BLOCKS) * BLOCK_M
@@ -346,7 +347,7 @@ def _forward(
             BLOCK_M=block_m,
             BLOCK_N=config.block_n,
             BLOCK_D=block_d,
-            BLOCK_R=configs.DECODE_COMBINE_FEATURES // block_d,
+            BLOCK_R=min(block_m, configs.DECODE_COMBINE_FEATURES // block_d),
             BLOCK_S=configs.DECODE_COMBINE_SPLITS,
             NUM_STAGES=config.num_stages,
             num_warps=configs.DECODE_NUM_WARPS,
