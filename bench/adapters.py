@@ -22,6 +22,12 @@ class Lacks(Exception):
     """A backend does not cover a workload; the message says what it lacks."""
 
 
+def plain_cache(inputs: dict[str, Any]) -> None:
+    """Raises Lacks for a cache in pages or of 8 bits: this bench calls a peer's contiguous path."""
+    if {"block_table", "k_scale"} & set(inputs):
+        raise Lacks("called here with contiguous caches of the queries' dtype alone")
+
+
 @dataclass(frozen=True)
 class Backend:
     """One contender.

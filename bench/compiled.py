@@ -23,9 +23,10 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from gqa_kernels import interpreter
-from gqa_kernels.spec import OPS, Case, OpSpec
+from gqa_kernels.spec import IN_PLACE_OPS, OPS, Case, OpSpec
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+SPECS = (*OPS, *IN_PLACE_OPS)
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,20 @@ def _variants(spec: OpSpec) -> list[tuple[Case, torch.dtype]]:
             return [variant("the widest row", hidden_size=16384)]
         case "apply_rope":
             return [variant("Meta's pairs", interleaved=True)]
+        case "rope_append_kv":
+            int8, float8 = torch.int8, torch.float8_e4m3fn
+            return [
+                variant("Meta's pairs", interleaved=True),
+                *(
+                    variant(f"{scale} scales", cache_dtype=dtype, scale_per_head=scale == "heads'")
+                    for dtype in (int8, float8)
+                    for scale in ("heads'", "tokens'")
+                ),
+                variant("Meta's pairs, quantised", cache_dtype=int8, interleaved=True),
+                variant("the widest head", cache_dtype=int8, head_dim=256),
+                variant("a padded head", cache_dtype=int8, head_dim=80),
+                variant("float32", torch.float32, head_dim=256),
+            ]
         case "flash_attention":
             wide = [
                 variant("other heads", head_dim=head_dim, causal=causal)
@@ -88,6 +103,20 @@ def _variants(spec: OpSpec) -> list[tuple[Case, torch.dtype]]:
                 variant("other heads", head_dim=256),
                 variant("sixteen new tokens", seq_len_q=16),
                 variant("float32", torch.float32),
+                *(variant("pages", page_size=page_size) for page_size in (16, 64)),
+                variant("pages of wide heads", page_size=16, head_dim=256),
+                variant("pages, sixteen new tokens", page_size=16, seq_len_q=16),
+                *(
+                    variant("quantised", cache_dtype=dtype, **cache)
+                    for dtype in (torch.int8, torch.float8_e4m3fn)
+                    for cache in (
+                        {"scale_per_head": True},
+                        {"page_size": 64, "scale_per_head": True},
+                        {"page_size": 16},
+                        {"page_size": 16, "head_dim": 256},
+                        {"page_size": 64, "seq_len_q": 16},
+                    )
+                ),
             ]
     return []
 
@@ -105,6 +134,8 @@ def representative(spec: OpSpec, arch: str) -> list[tuple[Case, torch.dtype]]:
         for case, dtype in variants
         if dtype == torch.bfloat16
         and case.sizes.get("causal", True)
+        # Triton has this type from sm_89 on.
+        and (arch != "sm_80" or case.sizes.get("cache_dtype") != torch.float8_e4m3fn)
         and (case.source != "scores" or "softcap" in case.sizes)
     ]
 
@@ -163,7 +194,7 @@ def compile_case(spec: OpSpec, case: Case, dtype: torch.dtype, arch: str) -> Ite
 
 
 def compile_all(archs: list[str], ops: list[str]) -> list[Entry]:
-    specs = [spec for spec in OPS if spec.name in ops]
+    specs = [spec for spec in SPECS if spec.name in ops]
     work = [
         (spec, case, dtype, arch)
         for arch in archs
@@ -182,7 +213,7 @@ def count_binaries(arch: str) -> dict[str, int]:
     """Binaries per op, mode and kernel over 20 calls that differ in the sizes of a call alone."""
     lengths = (*range(1, 10), 15, 16, 17, 32, 33, 64, 100, 128, 255, 256, 1000)
     hashes: dict[str, set[str]] = {}
-    for spec in OPS:
+    for spec in SPECS:
         base = [case for case in spec.cases if not case.test][-1]
         for index, length in enumerate(lengths):
             sizes = {"num_tokens": length, "batch": 1 + index % 4, "seq_len": length}
@@ -215,7 +246,7 @@ def _as_json(entries: list[Entry]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [spec.name for spec in OPS]
+    names = [spec.name for spec in SPECS]
     parser.add_argument("--arch", action="append", choices=capture.ARCHITECTURES)
     parser.add_argument("--op", action="append", choices=names)
     parser.add_argument("--write", type=Path, metavar="PATH", help="write the table to a file")

@@ -163,13 +163,20 @@ def _decode(
 ) -> Comparison:
     batch, kv_head, q_heads = _last_head(inputs)
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Results:
-        return (reference.decode_attention(q, k, v, inputs["seq_lens"][batch]),)
+    k, v = inputs["k_cache"], inputs["v_cache"]
+    # The last sequence of the batch; a cache in pages is not cut, its table is.
+    table = inputs["block_table"][batch] if "block_table" in inputs else None
+    rows = slice(None) if "block_table" in inputs else batch
+    scales = []
+    if "k_scale" in inputs:
+        of_head = (rows, slice(None), kv_head) if inputs["k_scale"].dim() == 3 else (kv_head,)
+        scales = [inputs[name][of_head] for name in ("k_scale", "v_scale")]
 
-    eager, oracle = _both(
-        run,
-        inputs["q"][batch, :, q_heads],
-        inputs["k_cache"][batch, :, kv_head],
-        inputs["v_cache"][batch, :, kv_head],
-    )
+    def run(q: Tensor, k: Tensor, v: Tensor, *scales: Tensor) -> Results:
+        given = dict(zip(("k_scale", "v_scale"), scales, strict=False))
+        lengths = inputs["seq_lens"][batch]
+        return (reference.decode_attention(q, k, v, lengths, block_table=table, **given),)
+
+    heads = (k[rows, :, kv_head], v[rows, :, kv_head])
+    eager, oracle = _both(run, inputs["q"][batch, :, q_heads], *heads, *scales)
     return [("last sequence", actual[0][batch, :, q_heads], eager[0], oracle[0])]

@@ -6,13 +6,14 @@ it.
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from floors import backward_cost
 
-from gqa_kernels.spec import OPS, Case, Cost, OpSpec
+from gqa_kernels.spec import OPS, Case, Cost, OpSpec, decode_inputs
 
 TIERS = ("smoke", "core", "full")
 DTYPE = torch.bfloat16
@@ -65,48 +66,10 @@ class Workload:
         return self.spec.cost(self.case, DTYPE).read_bytes
 
 
-# --- Decode: full caches, so that every peer computes the same -------------------------------
-
-
-def _decode_inputs(
-    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
-) -> dict[str, Any]:
-    """Random data in the whole cache; lengths all the capacity, or spread as the op table has them.
-
-    What lies beyond a length is finite here: some peers multiply it by a weight of zero.
-    """
-    sizes = case.sizes
-    batch, capacity, head_dim = sizes["batch"], sizes["max_seq_len"], sizes["head_dim"]
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=generator.device).to(device, dtype)
-
-    return {
-        "q": draw(batch, sizes["seq_len_q"], sizes["num_q_heads"], head_dim),
-        "k_cache": draw(batch, capacity, sizes["num_kv_heads"], head_dim),
-        "v_cache": draw(batch, capacity, sizes["num_kv_heads"], head_dim),
-        "seq_lens": torch.tensor(decode_lengths(case), dtype=torch.int32, device=device),
-    }
-
-
-def decode_lengths(case: Case) -> list[int]:
-    batch, capacity = case.sizes["batch"], case.sizes["max_seq_len"]
-    if case.sizes["ragged"]:
-        return [capacity - i * capacity * 7 // (8 * batch) for i in range(batch)]
-    return [capacity] * batch
-
-
-def _decode_cost(case: Case, dtype: torch.dtype) -> Cost:
-    """As the op table's, whose lengths are ragged; a full cache costs batch × its first row."""
-    if case.sizes["ragged"]:
-        return _OPS["decode_attention"].cost(case, dtype)
-    one = _OPS["decode_attention"].cost(Case({**case.sizes, "batch": 1}, case.source), dtype)
-    return Cost(*(case.sizes["batch"] * amount for amount in one))
-
-
 _OPS = {spec.name: spec for spec in OPS}
+# What lies beyond a length is finite here: some peers multiply it by a weight of zero.
 _DECODE = dataclasses.replace(
-    _OPS["decode_attention"], make_inputs=_decode_inputs, cost=_decode_cost
+    _OPS["decode_attention"], make_inputs=functools.partial(decode_inputs, spoil=False)
 )
 
 
@@ -232,7 +195,16 @@ def _decode() -> list[Workload]:
         (256, 1024),
     )  # fmt: skip
 
-    def add(name: str, batch: int, context: int, tier: str, *, ragged: bool = False) -> None:
+    def add(
+        name: str,
+        batch: int,
+        context: int,
+        tier: str,
+        what: str = "",
+        *,
+        ragged: bool = False,
+        **cache: Any,
+    ) -> None:
         sizes = {
             "batch": batch,
             "seq_len_q": 1,
@@ -241,8 +213,9 @@ def _decode() -> list[Workload]:
             "num_kv_heads": heads[name][1],
             "head_dim": 128,
             "ragged": ragged,
+            **cache,
         }
-        shape = f"{name}-B{batch}-L{context}" + ("-ragged" if ragged else "")
+        shape = f"{name}-B{batch}-L{context}{what}"
         found.append(Workload(_DECODE, "fwd", shape, Case(sizes, name), tier))
 
     for name in ("70B", "7B", "13B", "MQA"):
@@ -250,8 +223,18 @@ def _decode() -> list[Workload]:
             tier = "full" if name in ("13B", "MQA") or batch > 64 else "core"
             tier = "smoke" if (name, batch, context) == ("70B", 16, 4096) else tier
             add(name, batch, context, tier)
-    add("70B", 64, 4096, "core", ragged=True)
-    add("7B", 64, 4096, "full", ragged=True)
+    float8 = {"cache_dtype": torch.float8_e4m3fn}
+    for name in ("70B", "7B"):
+        tier = "core" if name == "70B" else "full"
+        add(name, 64, 4096, tier, "-ragged", ragged=True)
+        for page_size in (16, 64, 128):
+            what = f"-page{page_size}"
+            add(name, 64, 4096, tier if page_size == 16 else "full", what, page_size=page_size)
+        add(name, 64, 4096, "full", "-ragged-page16", ragged=True, page_size=16)
+        add(name, 64, 4096, tier, "-fp8", scale_per_head=True, **float8)
+        add(name, 64, 4096, "full", "-fp8-tokens-page16", page_size=16, **float8)
+    for page_size in (16, 64):
+        add("70B", 1, 32768, "full", f"-page{page_size}", page_size=page_size)
     return found
 
 

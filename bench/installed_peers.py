@@ -7,7 +7,7 @@ fla-core. Each adapter was written against the version that its comment names.
 from typing import Any
 
 import torch
-from adapters import Backend, Lacks
+from adapters import Backend, Lacks, plain_cache
 from timing import Call
 
 EPS = 1e-5
@@ -81,6 +81,7 @@ def _fa3_packed(inputs: dict[str, Any]) -> Call:
 
 
 def _fa3_decode(inputs: dict[str, Any]) -> Call:
+    plain_cache(inputs)
     function = _fa3().flash_attn_with_kvcache
     q, k, v, seq_lens = (inputs[name] for name in ("q", "k_cache", "v_cache", "seq_lens"))
     return lambda: function(q, k, v, cache_seqlens=seq_lens, causal=True)
@@ -96,6 +97,7 @@ def _xformers() -> Any:
 
 
 def _xformers_decode(inputs: dict[str, Any]) -> Call:
+    plain_cache(inputs)
     fmha = _xformers()
     q, k, v = inputs["q"], inputs["k_cache"], inputs["v_cache"]
     batch, seq_len_q, num_q_heads, head_dim = q.shape

@@ -11,7 +11,7 @@ from typing import Any
 import installed_peers
 import torch
 import torch.nn.functional as F
-from adapters import Adapter, Backend, Lacks
+from adapters import Adapter, Backend, Lacks, plain_cache
 from timing import Call
 
 from gqa_kernels import fused, reference
@@ -142,6 +142,7 @@ def _sdpa_adapters(kernel: str | None) -> dict[str, Adapter]:
         return _sdpa(kernel, inputs["q"], inputs["k"], inputs["v"], causal=inputs["causal"])
 
     def decode(inputs: dict[str, Any]) -> Call:
+        plain_cache(inputs)
         if not _caches_are_full(inputs):
             raise Lacks("SDPA takes no lengths per sequence without a mask")
         return _sdpa(kernel, inputs["q"], inputs["k_cache"], inputs["v_cache"], causal=False)
@@ -186,6 +187,7 @@ def _flex_prefill(inputs: dict[str, Any]) -> Call:
 
 
 def _flex_decode(inputs: dict[str, Any]) -> Call:
+    plain_cache(inputs)
     q, seq_lens = inputs["q"], inputs["seq_lens"]
 
     def within(b: Any, h: Any, query: Any, key: Any) -> Any:

@@ -76,6 +76,7 @@ def draw(content: dict[str, Any], folder: Path) -> list[str]:
                     (row["op"], row["model"]) == ("decode_attention", model)
                     and row["sizes"]["batch"] == batch
                     and not row["sizes"]["ragged"]
+                    and not {"page_size", "cache_dtype"} & set(row["sizes"])
                 ),
                 "max_seq_len",
                 "tbps",

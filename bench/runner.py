@@ -74,7 +74,10 @@ class OpContest:
         self.workload = workload
         self.op, self.pass_, self.shape = workload.op, workload.pass_, workload.shape
         self.cost, self.model = workload.cost, workload.case.source
-        self.sizes = workload.case.sizes
+        self.sizes = {
+            name: str(x).removeprefix("torch.") if isinstance(x, torch.dtype) else x
+            for name, x in workload.case.sizes.items()
+        }
         self.device, self.l2_bytes = device, l2_bytes
         self.names_kernels = names_kernels
         self._copies: list[dict[str, Any]] = []

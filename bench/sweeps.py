@@ -117,34 +117,50 @@ def _attention(pass_: str) -> list[Sweep]:
 
 
 def _decode() -> list[Sweep]:
-    tile = configs.DECODE_TILES[2]
+    """Splits by contexts at batch 1 and 16; tiles of every kind of cache."""
 
-    def sweep(limit: int, batch: int, context: int) -> Sweep:
+    def workload(batch: int, context: int, **cache: Any) -> Workload:
+        shape = {"num_kv_heads": 8, "batch": batch, "max_seq_len": context, "ragged": False}
+        return _workload("decode_attention", "fwd", **shape, **cache)
+
+    def splits(batch: int, context: int) -> Sweep:
         return Sweep(
-            _workload(
-                "decode_attention",
-                "fwd",
-                num_kv_heads=8,
-                batch=batch,
-                max_seq_len=context,
-                ragged=False,
-            ),
-            _product(
-                chunk=(128, 256, 512, 1024),
-                block_n=(32, 64, 128),
-                num_warps=(2, 4, 8),
-                num_stages=(2, 3, 4),
-            ),
+            workload(batch, context),
+            _product(chunk=(128, 256, 512), max_splits=(16, 32, 64, 128)),
             lambda candidate: {
-                "DECODE_CHUNKS": ((1 << 62, candidate["chunk"]),),
-                "DECODE_TILES": {2: tile._replace(block_n=candidate["block_n"])},
-                "DECODE_NUM_WARPS": candidate["num_warps"],
-                "DECODE_NUM_STAGES": candidate["num_stages"],
+                "DECODE_CHUNK": candidate["chunk"],
+                "DECODE_MAX_SPLITS": candidate["max_splits"],
             },
-            lambda candidate: f"({limit}, {candidate['chunk']}),  # with {arguments_of(candidate)}",
+            lambda candidate: (
+                f"DECODE_CHUNK, DECODE_MAX_SPLITS = {candidate['chunk']}, {candidate['max_splits']}"
+            ),
         )
 
-    return [sweep(8192, 16, 4096), sweep(32768, 1, 32768), sweep(1 << 62, 1, 131072)]
+    def tiles(element_size: int, **cache: Any) -> Sweep:
+        def config(candidate: Candidate) -> configs.DecodeConfig:
+            tile = {name: x for name, x in candidate.items() if name != "num_warps"}
+            return configs.DecodeConfig(element_size, 256, max_block_m=32, **tile)
+
+        return Sweep(
+            workload(64, 4096, **cache),
+            _product(block_n=(32, 64, 128), num_stages=(2, 3, 4, 5), num_warps=(2, 4, 8)),
+            lambda candidate: {
+                "DECODE_TILES": (config(candidate),),
+                "DECODE_NUM_WARPS": candidate["num_warps"],
+            },
+            lambda candidate: f"DecodeConfig({element_size}, 128, {arguments_of(candidate)}),",
+        )
+
+    float8 = {"cache_dtype": torch.float8_e4m3fn}
+    return [
+        splits(1, 32768),
+        splits(1, 131072),
+        tiles(1, **float8, scale_per_head=True),
+        tiles(1, **float8, page_size=16),
+        tiles(2, page_size=16),
+        tiles(2),
+        splits(16, 4096),
+    ]
 
 
 SWEEPS: dict[str, Callable[[], list[Sweep]]] = {

@@ -1,4 +1,4 @@
-"""The `llama2` command: generate, chat, demo, pretrain, convert, tradeoff."""
+"""The `llama2` command: generate, chat, serve-offline, demo, pretrain, convert, tradeoff."""
 
 import argparse
 import io
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from llama2 import checkpoint, convert_command
+from llama2 import checkpoint, convert_command, serve_command
 from llama2.chat import chat
 from llama2.checkpoint import SHIPPED
 from llama2.generate import generate
@@ -147,6 +147,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_options(command, max_new_tokens=512)
     command.add_argument("--system", metavar="TEXT", help="instructions for the conversation")
     command.set_defaults(run=_chat)
+
+    command = commands.add_parser("serve-offline", help="continue a file of prompts")
+    _add_model_options(command, max_new_tokens=128)
+    serve_command.add_arguments(command)
+    command.set_defaults(run=lambda arguments: serve_command.run(arguments, _load))
 
     command = commands.add_parser("demo", help="both backends side by side on the shipped model")
     add_device_option(command)

@@ -1,9 +1,48 @@
 """The keys and values of the tokens that a batch of sequences has seen."""
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from llama2.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class CacheStep:
+    """Where one call's new tokens go in a cache, and what they attend to; the same for all layers.
+
+    Attributes:
+        keys, values: of all layers, `[num_layers, …, num_kv_heads, head_dim]`: two dimensions in
+            place of the dots, which slots count through.
+        positions: int `[batch, seq_len]` in their sequences.
+        slots: int64 `[batch, seq_len]`; −1 for what is not to be written.
+        seq_lens: int `[batch]`, the new tokens included; None where sequences begin here, so that
+            the new tokens are all there is to attend to.
+        block_table: int32 `[batch, max_pages]` of a paged cache, otherwise None.
+        context: int64 `[num_tokens]`: the slots of all tokens of the only sequence, the new ones
+            included, where these are more than `decode_attention` takes.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    slots: Tensor
+    seq_lens: Tensor | None
+    block_table: Tensor | None = None
+    context: Tensor | None = None
+
+
+class Cache(Protocol):
+    """What `Llama2` asks of a cache: once before its layers, once after them."""
+
+    keys: Tensor
+    values: Tensor
+
+    def reserve(self, batch: int, num_tokens: int) -> CacheStep: ...
+
+    def advance(self, num_tokens: int, valid: Tensor | None = None) -> None: ...
 
 
 class KVCache:
@@ -40,8 +79,8 @@ class KVCache:
     def capacity(self) -> int:
         return self.keys.shape[2]
 
-    def reserve(self, batch: int, num_tokens: int) -> Tensor | None:
-        """Positions `[batch, num_tokens]` of the next tokens; None means 0, 1, … in every sequence.
+    def reserve(self, batch: int, num_tokens: int) -> CacheStep:
+        """The next tokens of every sequence.
 
         Raises:
             ValueError: the cache is for another batch, or cannot hold that many more tokens.
@@ -56,20 +95,12 @@ class KVCache:
                 f"tokens: expected at most {self.capacity - self.num_written} more in a cache of "
                 f"capacity {self.capacity}; got {num_tokens}"
             )
-        if self.num_written == 0:
-            return None
-        steps = torch.arange(num_tokens, dtype=torch.int32, device=self.seq_lens.device)
-        return self.seq_lens[:, None] + steps
-
-    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor | None) -> None:
-        """Stores k and v `[batch, num_tokens, num_kv_heads, head_dim]` at `positions`."""
-        if positions is None:
-            self.keys[layer, :, : k.shape[1]] = k
-            self.values[layer, :, : v.shape[1]] = v
-        else:
-            rows = torch.arange(k.shape[0], device=k.device)[:, None]
-            self.keys[layer][rows, positions.long()] = k
-            self.values[layer][rows, positions.long()] = v
+        device = self.seq_lens.device
+        new = torch.arange(num_tokens, dtype=torch.int32, device=device)
+        positions = self.seq_lens[:, None] + new
+        slots = torch.arange(batch, device=device)[:, None] * self.capacity + positions
+        seq_lens = None if self.num_written == 0 else self.seq_lens + num_tokens
+        return CacheStep(self.keys, self.values, positions, slots, seq_lens)
 
     def advance(self, num_tokens: int, valid: Tensor | None = None) -> None:
         """Counts the tokens just written; `valid` int `[batch]` when rows were right-padded."""

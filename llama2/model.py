@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llama2.config import ModelConfig
-from llama2.kv_cache import KVCache
+from llama2.kv_cache import Cache, CacheStep, KVCache
 
 _IGNORED = -100  # a target that counts for nothing
 
@@ -123,7 +123,7 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.rope_interleaved = config.rope_interleaved
         self.layer = layer
-        self.apply_rope = ops.apply_rope
+        self.apply_rope, self.rope_append_kv = ops.apply_rope, ops.rope_append_kv
         self.flash_attention, self.decode_attention = ops.flash_attention, ops.decode_attention
         self.flash_attention_varlen = ops.flash_attention_varlen
         q_size = config.num_q_heads * config.head_dim
@@ -138,27 +138,29 @@ class Attention(nn.Module):
         x: Tensor,
         rope: RotaryTable,
         positions: Tensor | None,
-        cache: KVCache | None,
+        step: CacheStep | None,
         cu_seqlens: Tensor | None,
     ) -> Tensor:
         # [batch, seq_len, num_heads, head_dim]
         q = self.q_proj(x).unflatten(-1, (self.num_q_heads, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        q, k = self.apply_rope(
-            q, k, rope.cos, rope.sin, positions, interleaved=self.rope_interleaved
-        )
-        if cache is not None:
-            cache.write(self.layer, k, v, positions)
+        angles, pairs = (rope.cos, rope.sin, positions), {"interleaved": self.rope_interleaved}
+        if step is None:
+            q, k = self.apply_rope(q, k, *angles, **pairs)
+        else:
+            cached = step.keys[self.layer], step.values[self.layer]
+            q, k = self.rope_append_kv(q, k, v, *cached, *angles, step.slots, **pairs)
         if cu_seqlens is not None:
             packed = (q.squeeze(0), k.squeeze(0), v.squeeze(0), cu_seqlens, cu_seqlens)
             out = self.flash_attention_varlen(*packed, causal=True).unsqueeze(0)
-        elif positions is None:  # the sequences start here: all their keys are k
+        elif step is None or step.seq_lens is None:  # sequences start here: all keys are k
+            out = self.flash_attention(q, k, v, causal=True)
+        elif step.context is not None:
+            k, v = (x.flatten(0, 1)[step.context].unsqueeze(0) for x in cached)
             out = self.flash_attention(q, k, v, causal=True)
         else:
-            out = self.decode_attention(
-                q, cache.keys[self.layer], cache.values[self.layer], cache.seq_lens + x.shape[1]
-            )
+            out = self.decode_attention(q, *cached, step.seq_lens, block_table=step.block_table)
         return self.o_proj(out.flatten(2))
 
 
@@ -188,12 +190,12 @@ class DecoderLayer(nn.Module):
         residual: Tensor | None,
         rope: RotaryTable,
         positions: Tensor | None,
-        cache: KVCache | None,
+        step: CacheStep | None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(output, residual): their sum is the layer's output, added by the norm that follows."""
         x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, rope, positions, cache, cu_seqlens)
+        x = self.self_attn(x, rope, positions, step, cu_seqlens)
         x, residual = self.post_attention_layernorm(x, residual)
         return self.mlp(x), residual
 
@@ -247,7 +249,7 @@ class Llama2(nn.Module):
     def hidden_states(
         self,
         tokens: Tensor,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         num_valid: Tensor | None = None,
         *,
         cu_seqlens: Tensor | None = None,
@@ -256,7 +258,8 @@ class Llama2(nn.Module):
 
         With a cache, the tokens continue its sequences: any number into an empty cache, at most 16
         per sequence later. Rows of a first call may be right-padded; `num_valid` int `[batch]` then
-        counts each row's tokens, and the states of the padding are meaningless.
+        counts each row's tokens, and the states of the padding are meaningless. A cache is a
+        `KVCache`, or a batch that a `PagedKVCache` made, which says what the tokens are.
 
         Packed sequences are tokens `[1, total]`, one sequence after another, with their bounds in
         `cu_seqlens`, int32 or int64 `[num_sequences + 1]`, from 0 and never decreasing: sequence b
@@ -277,8 +280,10 @@ class Llama2(nn.Module):
         if tokens.dim() != 2:
             raise ValueError(f"tokens: expected [batch, seq_len]; got {list(tokens.shape)}")
         batch, seq_len = tokens.shape
-        if num_valid is not None and (cache is None or cache.num_written > 0):
-            raise ValueError("num_valid: expected only with an empty cache; got it without one")
+        if num_valid is not None and not (isinstance(cache, KVCache) and cache.num_written == 0):
+            raise ValueError(
+                "num_valid: expected only with an empty cache; got it without a KVCache"
+            )
         if num_valid is not None:
             _check_whole_numbers("num_valid", num_valid)
             if num_valid.shape != (batch,):
@@ -286,14 +291,14 @@ class Llama2(nn.Module):
         if cu_seqlens is not None:
             if cache is not None:
                 raise ValueError("cu_seqlens: expected no cache with packed sequences; got one")
-            positions = packed_positions(tokens, cu_seqlens)
+            positions, step = packed_positions(tokens, cu_seqlens), None
         elif cache is None:
             if seq_len > self.config.max_seq_len:
                 raise ValueError(
                     f"tokens: expected at most max_seq_len ({self.config.max_seq_len}) per "
                     f"sequence; got {seq_len}"
                 )
-            positions = None
+            positions, step = None, None
         else:
             if cache.keys.dtype != self.embed_tokens.weight.dtype:
                 raise TypeError(
@@ -306,11 +311,12 @@ class Llama2(nn.Module):
                     f"cache: expected {num_kv_heads} key/value heads, those of cache_config; "
                     f"got {cache.keys.shape[3]}"
                 )
-            positions = cache.reserve(batch, seq_len)
+            step = cache.reserve(batch, seq_len)
+            positions = step.positions
         x, residual = self.embed_tokens(tokens), None
         recompute = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
         for layer in self.layers:
-            inputs = (x, residual, self.rope, positions, cache, cu_seqlens)
+            inputs = (x, residual, self.rope, positions, step, cu_seqlens)
             if recompute:
                 x, residual = checkpoint(layer, *inputs, use_reentrant=False)
             else:
@@ -322,7 +328,7 @@ class Llama2(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         num_valid: Tensor | None = None,
         *,
         cu_seqlens: Tensor | None = None,

@@ -64,6 +64,7 @@ def _poisoned(x: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(autouse=True)
 def _poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that a kernel module allocates holds NaN until a kernel writes it."""
-    for op in ("norm", "glu", "rope", "attention_forward", "attention_backward", "decode"):
+    ops = ("norm", "glu", "rope", "cache_append", "decode")
+    for op in (*ops, "attention_forward", "attention_backward"):
         module = importlib.import_module(f"gqa_kernels.{op}")
         monkeypatch.setattr(module, "torch", _PoisonedTorch())

@@ -7,6 +7,7 @@ Triton's cache: the first run takes minutes, the next ones seconds.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,9 @@ SPILLS_ALLOWED = (
     ("sm_90", "flash_attention", "head_dim=192", "training"),
     # ptxas keeps to 64 registers here and reads 8 bytes back, once per thread.
     ("sm_100", "add_rms_norm", "hidden_size=8192", "inference"),
+    # Likewise to 128, and to 80 in float32.
+    ("sm_120", "decode_attention", "head_dim=128-cache_dtype=torch.int8-scale_per_head=True"),
+    ("decode_attention", "float32", "head_dim=128"),
 )
 
 # Accesses of a row kernel that are not 16 bytes wide: one rstd per row; the float32 angles, half
@@ -34,6 +38,8 @@ NARROW_ALLOWED = {
     "glu.forward": set(),
     "glu.backward": set(),
     "rope.rotate": {"LDG.64"},
+    # The positions, slots and scales of a program, the angles, and half heads of quantised values.
+    "cache_append.append": {"LDG.64", "LDG.32", "STG.32", "STG.64"},
 }
 
 ATTENTION = ("attention_forward.forward", "attention_backward.dkdv", "attention_backward.dq")
@@ -105,6 +111,47 @@ def test_one_binary_serves_every_number_of_tokens():
     # Backward rotates by the negated angle, a binary of its own.
     expected = {key: 2 if key == "apply_rope, training, rope.rotate" else 1 for key in counted}
     assert counted == expected
+
+
+def test_decode_has_enough_bytes_in_flight():
+    """On sm_90, by Little's law: contiguous, paged and quantised caches."""
+    found = json.loads(
+        python(
+            "-c",
+            "import json, compiled, prediction\n"
+            "entries = compiled.compile_all(['sm_90'], ['decode_attention'])\n"
+            "print(json.dumps([(str(e.case), e.dtype, prediction.bytes_in_flight(e.arch, e.launch,"
+            " e.binary), prediction.BYTES_IN_FLIGHT_NEEDED) for e in entries]))",
+        )
+    )
+    assert len(found) > 15
+    assert not [entry for entry in found if entry[1] != "float32" and entry[2] < entry[3]]
+
+
+@pytest.mark.parametrize("arch", ("sm_80", "sm_90", "sm_100", "sm_120"))
+def test_decode_publishes_its_partial_results(arch):
+    """A program's stores, a barrier of its threads, one thread's release and acquire, a barrier,
+    and loads past the L1 cache: nothing weaker is right, and no test of results could tell."""
+    ptx = python(
+        "-c",
+        "import capture, compiled\n"
+        "spec = compiled.SPECS[[s.name for s in compiled.SPECS].index('decode_attention')]\n"
+        "case = [case for case in spec.cases if not case.test][-1]\n"
+        "(_, call), = compiled._calls(spec, case, compiled.torch.bfloat16)\n"
+        f"launch, = capture.capture({arch!r}, call)\n"
+        "print(open(launch.files()['ptx']).read())",
+    )
+    steps = {"st.global": "S", "bar.sync": "|", "atom.": "A", "ld.global.cg": "L", "ld.global": "l"}
+    order = ""
+    for line in ptx.splitlines():
+        found = [letter for name, letter in steps.items() if re.search(rf"\b{name}", line)]
+        order += found[0] if found else ""
+    assert re.search(r"\batom\.global\.gpu\.acq_rel\.add", ptx)
+    before, _, after = order.partition("A")
+    assert "A" not in after
+    assert "S" in before and re.search(r"\|$", before)
+    assert re.match(r"\|S?L", after)  # the counter is cleared in between
+    assert "l" not in after
 
 
 def test_a_spilling_config_is_found():

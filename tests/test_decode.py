@@ -8,7 +8,7 @@ from gqa_kernels.accuracy import measure_call
 from gqa_kernels.attention import flash_attention
 from gqa_kernels.decode import decode_attention
 
-CHUNK = configs.decode_chunk(1024)
+CHUNK = configs.DECODE_CHUNK
 
 
 def lengths(*values, device, dtype=torch.int32):

@@ -1,4 +1,4 @@
-"""The interpreter's bfloat16 has the bits of PyTorch's. On a GPU there is nothing to test here."""
+"""The interpreter's narrow floats have the bits of PyTorch's. On a GPU there is nothing to test here."""
 
 import subprocess
 import sys
@@ -83,3 +83,17 @@ def test_enabling_too_late_is_an_error():
     )
     assert result.returncode != 0
     assert "before the first import of triton" in result.stderr
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
+def test_every_float8_is_read_as_what_it_is(dtype):
+    """Subnormals, both zeros and both NaN too."""
+    x = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    y = torch.empty(256, dtype=dtype)
+    _cast[(1,)](x, y, SIZE=256)
+    wanted = x.to(dtype)
+    assert wanted.isnan().sum() == 2
+    assert torch.equal(y.isnan(), wanted.isnan())
+    exact = ~wanted.isnan()
+    assert torch.equal(y[exact].float().signbit(), wanted[exact].float().signbit())
+    assert torch.equal(y[exact], wanted[exact])

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "kernels" / "gqa_kernels"
 
 # What each module of the kernels' package may import from it.
 KERNEL_PARTS = {"checks", "configs", "target", "layout", "tiles", "autograd", "library"}
-OPS = {"norm", "glu", "rope", "attention", "decode"}
+OPS = {"norm", "glu", "rope", "cache_append", "attention", "decode"}
 ATTENTION_KERNELS = {"attention_forward", "attention_backward"}
 ALLOWED = {
     "__init__": {"backends", "patching", "sdpa"},
@@ -27,12 +27,16 @@ ALLOWED = {
     "library": {"autograd"},
     "configs": set(),
     "tiles": set(),
+    "rotation": set(),
     "scores": {"tiles"},
     "sequences": set(),
     **dict.fromkeys(OPS, KERNEL_PARTS),
     **dict.fromkeys(ATTENTION_KERNELS, KERNEL_PARTS | {"scores", "sequences"}),
     "attention": KERNEL_PARTS | ATTENTION_KERNELS,
-    "decode": KERNEL_PARTS | {"scores"},
+    **dict.fromkeys(("rope", "cache_append"), KERNEL_PARTS | {"rotation"}),
+    "counters": set(),
+    "kv_pages": set(),
+    "decode": KERNEL_PARTS | {"scores", "counters", "kv_pages"},
     "flash_attn": {"attention", "checks"},
     "sdpa": {"attention", "checks"},
     "fused": OPS,

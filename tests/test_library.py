@@ -19,7 +19,7 @@ from torch.utils.checkpoint import (
 
 from gqa_kernels import norm
 from gqa_kernels.library import Op
-from gqa_kernels.spec import OPS, Case
+from gqa_kernels.spec import IN_PLACE_OPS, OPS, Case
 
 LIBRARY = torch.ops.gqa_kernels
 
@@ -37,6 +37,18 @@ SIZES = {
             "head_dim": 8,
             "interleaved": False,
             "positions": False,
+        },
+        "seq_len",
+    ),
+    "rope_append_kv": (
+        {
+            "batch": 2,
+            "seq_len": 3,
+            "num_q_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 8,
+            "page_size": 4,
+            "interleaved": False,
         },
         "seq_len",
     ),
@@ -82,6 +94,9 @@ DEFAULTS = {"eps": 1e-5, "softmax_scale": None, "window_right": 0} | dict.fromke
         "cu_seqlens_kv",
         "sinks",
         "alibi_slopes",
+        "block_table",
+        "k_scale",
+        "v_scale",
         "key_ranges",
         "key_mask",
         "window_left",
@@ -94,7 +109,8 @@ OP_NAMES = {
     "flash_attention_varlen_backward": "flash_attention_backward",
 }
 
-SPECS = {spec.name: spec for spec in OPS if spec.name in SIZES}
+SPECS = {spec.name: spec for spec in (*OPS, *IN_PLACE_OPS) if spec.name in SIZES}
+IN_PLACE = {spec.name for spec in IN_PLACE_OPS}
 EVERY_OP = pytest.mark.parametrize("name", SPECS)
 DIFFERENTIABLE = pytest.mark.parametrize("name", [n for n in SPECS if SPECS[n].wrt])
 DTYPES = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
@@ -261,11 +277,19 @@ def test_opcheck_backward(name, variant, dtype, make):
     torch.library.opcheck(overload(name), tuple(map(strided, args)), test_utils="test_schema")
 
 
-@pytest.mark.parametrize("name", (*SPECS, *BACKWARD))
+@pytest.mark.parametrize("name", ([n for n in SPECS if n not in IN_PLACE] + list(BACKWARD)))
 def test_schemas_are_functional(name):
     schema = overload(name)._schema
     assert not schema.is_mutable
     assert all(x.alias_info is None for x in (*schema.arguments, *schema.returns))
+
+
+def test_the_schema_of_an_op_in_place_names_what_it_writes():
+    schema = overload("rope_append_kv")._schema
+    written = {x.name for x in schema.arguments if x.alias_info is not None}
+    assert written == {"k_cache", "v_cache", "k_scale", "v_scale"}
+    assert all(x.alias_info.is_write for x in schema.arguments if x.name in written)
+    assert all(x.alias_info is None for x in schema.returns)
 
 
 @EVERY_OP
@@ -314,7 +338,64 @@ def test_fake_tensors(name, make):
         assert (real.shape, real.stride(), real.dtype) == (other.shape, other.stride(), other.dtype)
 
 
+CACHES = {
+    "plain": {},
+    "int8, per head": {"cache_dtype": torch.int8, "scale_per_head": True},
+    "int8, per token": {"cache_dtype": torch.int8},
+    "float8, per token": {"cache_dtype": torch.float8_e4m3fn},
+}
+
+
+@pytest.fixture(params=CACHES)
+def append(request, device, generator):
+    """Arguments of rope_append_kv, with caches that are one layer of many."""
+    spec, (sizes, _) = SPECS["rope_append_kv"], SIZES["rope_append_kv"]
+    case = Case(sizes | CACHES[request.param], "small")
+    inputs = spec.make_inputs(case, torch.bfloat16, device, generator)
+    for name in ("k_cache", "v_cache"):
+        layers = torch.zeros(3, *inputs[name].shape, device=device).to(inputs[name].dtype)
+        inputs[name] = layers[1]
+    return inputs
+
+
+def test_opcheck_of_every_cache(append):
+    inputs = {"k_scale": None, "v_scale": None} | append
+    checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if inputs["k_cache"].dtype != torch.float8_e4m3fn:  # whose values that check cannot compare
+        checks.append("test_schema")
+    args = arguments("rope_append_kv", inputs)
+    torch.library.opcheck(overload("rope_append_kv"), args, test_utils=checks)
+
+
 # --- compilers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dynamic", (False, True))
+def test_a_compiled_step_writes_the_cache(append, dynamic):
+    """And reads after it what it wrote, outputs and caches being what they are without a compiler,
+    in every call, whatever else lies in the memory of a cache."""
+    written = [name for name in ("k_cache", "v_cache", "k_scale", "v_scale") if name in append]
+
+    def step(inputs):
+        before = [inputs[name].clone() for name in written]
+        q, k = SPECS["rope_append_kv"].kernel(**inputs)
+        return q * 2, k * 2, *before, *(inputs[name] + 0 for name in written[-2:])
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    eager = dict(append)
+    for name in written:  # the same views of other memory
+        base = append[name]._base if append[name]._is_view() else append[name]
+        copy = base.clone()
+        eager[name] = copy[1] if append[name]._is_view() else copy
+    for turn in range(2):
+        for inputs in (append, eager):
+            inputs["v"] = inputs["v"] + turn
+            inputs["slots"] = (inputs["slots"] + turn) % 12
+        for a, b in zip(compiled(append), step(eager), strict=True):
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        for name in written:
+            a, b = (x[name]._base if x[name]._is_view() else x[name] for x in (append, eager))
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), name
 
 
 @DTYPES
@@ -452,13 +533,28 @@ def test_decode_attention_has_no_gradient(where, make):
         "op": overload("decode_attention"),
         "compiler": torch.compile(kernel, backend="aot_eager"),
     }
-    defaults = dict.fromkeys(("softmax_scale", "key_ranges", "key_mask"))
-    arguments = inputs | (defaults if where == "op" else {})
+    names = ["block_table", "k_scale", "v_scale", "softmax_scale", "key_ranges", "key_mask"]
+    arguments = inputs | (dict.fromkeys(names) if where == "op" else {})
     with Watch() if where == "mode" else nullcontext():
         with pytest.raises(NotImplementedError, match="q: expected inputs without a gradient"):
             calls[where](**arguments)
         with torch.no_grad():
             assert not calls[where](**arguments).requires_grad
+
+
+@pytest.mark.parametrize("where", ("eager", "mode", "compiler"))
+def test_rope_append_kv_has_no_gradient(where, make):
+    inputs = make("rope_append_kv")
+    inputs["k"].requires_grad_()
+    before = inputs["v_cache"].clone()
+    kernel = SPECS["rope_append_kv"].kernel
+    kernel = torch.compile(kernel, backend="aot_eager") if where == "compiler" else kernel
+    with Watch() if where == "mode" else nullcontext():
+        with pytest.raises(NotImplementedError, match="q: expected inputs without a gradient"):
+            kernel(**inputs)
+        assert torch.equal(inputs["v_cache"], before)
+        with torch.no_grad():
+            assert not any(output.requires_grad for output in kernel(**inputs))
 
 
 @DIFFERENTIABLE

@@ -98,6 +98,29 @@ def check(
         assert not same_bits or what in sums or torch.equal(value, alone[what]), what
 
 
+def check_append(
+    inputs: dict, placed: dict[str, Placements], outputs: list[Placements], **on_mesh
+) -> None:
+    """What `rope_append_kv` writes is written to the shards themselves."""
+    import gqa_kernels
+    from gqa_kernels import sharding
+
+    sharding.register()
+    mesh = on_mesh.get("mesh", line)()
+    arguments = spread({name: x.clone() for name, x in inputs.items()}, placed, mesh)
+    before = {name: x.to_local().data_ptr() for name, x in arguments.items()}
+    with CommDebugMode() as communication:
+        results = gqa_kernels.rope_append_kv(**arguments)
+    assert communication.get_total_counts() == 0, communication.get_comm_counts()
+    assert (found := [x.placements for x in results]) == outputs, found
+    for wanted, x in zip(gqa_kernels.rope_append_kv(**inputs), results, strict=True):
+        assert torch.equal(x.full_tensor(), wanted)
+    for name, x in arguments.items():
+        assert x.to_local().data_ptr() == before[name]
+        whole, wanted = x.full_tensor().contiguous(), inputs[name].contiguous()
+        assert torch.equal(whole.view(torch.uint8), wanted.view(torch.uint8)), name
+
+
 # Inputs, and placements by name. What is sharded is uneven, but for the heads of attention.
 
 
@@ -115,6 +138,23 @@ def rope_inputs(*, positions: bool, q: int = 5, kv: int = 3) -> dict:
     inputs = {"q": torch.randn(3, 5, q, 8), "k": torch.randn(3, 5, kv, 8)}
     inputs |= {"cos": angle.cos(), "sin": angle.sin()}
     return inputs | {"positions": torch.randint(16, (3, 5))} if positions else inputs
+
+
+def append_inputs(scales: str = "", *, q: int = 4, kv: int = 2) -> dict:
+    angle, cache = torch.randn(16, 4), (4, 4, kv)
+    inputs = {"q": torch.randn(3, 2, q, 8), "k": torch.randn(3, 2, kv, 8)}
+    inputs |= {"v": torch.randn(3, 2, kv, 8), "cos": angle.cos(), "sin": angle.sin()}
+    dtype = torch.int8 if scales else torch.float32
+    inputs |= {name: torch.zeros(*cache, 8, dtype=dtype) for name in ("k_cache", "v_cache")}
+    if scales:
+        shape = cache if scales == "per token" else (kv,)
+        inputs |= {name: torch.rand(shape) for name in ("k_scale", "v_scale")}
+    slots = torch.randperm(16)[:6].view(3, 2)
+    return inputs | {"positions": torch.randint(16, (3, 2)), "slots": slots}
+
+
+def append(scales: str, placed: dict, outputs: list, *, q: int = 4, kv: int = 2, **rest) -> None:
+    check_append(append_inputs(scales, q=q, kv=kv), placed, outputs, **rest)
 
 
 def constants(names: str, num_heads: int, num_sequences: int) -> dict:
@@ -160,6 +200,22 @@ def decode_inputs(*, q: int = 4, kv: int = 2, limits: bool = False) -> dict:
         "k_cache": torch.randn(3, 6, kv, 8),
         "v_cache": torch.randn(3, 6, kv, 8),
         "seq_lens": torch.tensor([6, 3, 2], dtype=torch.int32),
+    }
+
+
+def paged_inputs(*, per_token: bool) -> dict:
+    """An int8 cache of four pages of two tokens."""
+    shape = (4, 2, 2) if per_token else (2,)
+    caches = {f"{x}_cache": torch.randint(-127, 128, (4, 2, 2, 8), dtype=torch.int8) for x in "kv"}
+    scales = {f"{x}_scale": 0.01 + torch.rand(shape) / 100 for x in "kv"}
+    table = torch.tensor([[3, 0], [1, 2], [2, 9]], dtype=torch.int32)
+    seq_lens = torch.tensor([4, 3, 2], dtype=torch.int32)
+    return {
+        "q": torch.randn(3, 2, 4, 8),
+        "seq_lens": seq_lens,
+        "block_table": table,
+        **caches,
+        **scales,
     }
 
 
@@ -390,6 +446,39 @@ ON_TWO_RANKS = {
         check, "flash_attention_varlen", packed_inputs, {}, [(WHOLE,), (WHOLE,)],
         on("q k v", WHOLE),
     ),
+    "rope_append_kv, heads": partial(
+        append, "", on("q k v k_cache v_cache", HEADS), [(HEADS,)] * 2,
+    ),
+    "rope_append_kv, heads and scales per head": partial(
+        append, "per head",
+        on("q k v k_cache v_cache", HEADS) | on("k_scale v_scale", Shard(0)), [(HEADS,)] * 2,
+    ),
+    "rope_append_kv, heads and scales per token": partial(
+        append, "per token", on("q k v k_cache v_cache k_scale v_scale", HEADS), [(HEADS,)] * 2,
+    ),
+    "rope_append_kv, one key/value head": partial(
+        append, "per token", on("q", HEADS), [(HEADS,), (WHOLE,)], kv=1,
+    ),
+    "rope_append_kv, replicated": partial(append, "", {}, [(WHOLE,)] * 2),
+    "rope_append_kv, a whole cache beside shards of heads": partial(
+        refuse, "rope_append_kv", append_inputs, on("q k v", HEADS),
+        r"k_cache: expected k's placements \(Shard\(dim=2\),\), .* got \(Replicate\(\),\)",
+    ),
+    "rope_append_kv, shards of queries alone": partial(
+        refuse, "rope_append_kv", append_inputs, on("q", HEADS), "q: expected k's placements",
+    ),
+    "rope_append_kv, shards of scales alone": partial(
+        refuse, "rope_append_kv", partial(append_inputs, "per token"),
+        on("k_scale v_scale", HEADS), "k_scale: expected k's placements",
+    ),
+    "rope_append_kv, batch": partial(
+        refuse, "rope_append_kv", append_inputs, on("q k v k_cache v_cache", BATCH),
+        "k: expected heads that are sharded, or nothing",
+    ),
+    "rope_append_kv, heads that two do not divide": partial(
+        refuse, "rope_append_kv", partial(append_inputs, q=6, kv=3),
+        on("q k v k_cache v_cache", HEADS), r"k: .* the mesh \(2,\) divide.* got 3",
+    ),
     "decode_attention, batch": partial(
         check, "decode_attention", partial(decode_inputs, limits=True),
         on("q k_cache v_cache seq_lens key_ranges key_mask", BATCH), [(BATCH,)], {},
@@ -401,6 +490,18 @@ ON_TWO_RANKS = {
     "decode_attention, one key/value head": partial(
         check, "decode_attention", partial(decode_inputs, kv=1), on("q", HEADS), [(HEADS,)], {},
         same_bits=False,  # the queries of a group share a tile, and their number is another
+    ),
+    "decode_attention, batch, pages": partial(
+        check, "decode_attention", partial(paged_inputs, per_token=True),
+        on("q seq_lens block_table", BATCH), [(BATCH,)], {},
+    ),
+    "decode_attention, heads, scales per head": partial(
+        check, "decode_attention", partial(paged_inputs, per_token=False),
+        on("q k_cache v_cache", HEADS) | on("k_scale v_scale", Shard(0)), [(HEADS,)], {},
+    ),
+    "decode_attention, heads, scales per token": partial(
+        check, "decode_attention", partial(paged_inputs, per_token=True),
+        on("q k_cache v_cache k_scale v_scale", HEADS), [(HEADS,)], {},
     ),
     "decode_attention, heads that two do not divide": partial(
         refuse, "decode_attention", partial(decode_inputs, q=6, kv=3),
@@ -436,6 +537,15 @@ ON_FOUR_RANKS = {
     "attention, fewer heads than ranks": partial(
         refuse, "flash_attention", attention_inputs, on("q", HEADS) | on("k v", WHOLE),
         r"k: .* the mesh \(4,\) divide.* got 2",
+    ),
+    "rope_append_kv, heads on one dimension": partial(
+        append, "per token",
+        on("q k v k_cache v_cache k_scale v_scale", WHOLE, HEADS), [(WHOLE, HEADS)] * 2,
+        q=8, kv=4, mesh=square,
+    ),
+    "rope_append_kv, heads on both": partial(
+        append, "", on("q k v k_cache v_cache", HEADS, HEADS), [(HEADS, HEADS)] * 2,
+        q=8, kv=4, mesh=square,
     ),
     # Two of four ranks have no row, one of them not even a shard of one.
     "norm, fewer rows than pairs of ranks": partial(

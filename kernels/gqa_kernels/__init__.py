@@ -10,6 +10,7 @@ OPS = (
     "add_rms_norm",
     "swiglu",
     "apply_rope",
+    "rope_append_kv",
     "flash_attention",
     "flash_attention_varlen",
     "decode_attention",

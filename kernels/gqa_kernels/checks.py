@@ -10,6 +10,7 @@ from gqa_kernels import target
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTS = (torch.int32, torch.int64)
+QUANTIZED = (torch.float8_e4m3fn, torch.int8)
 _FLOAT32 = torch.finfo(torch.float32)
 
 
@@ -85,6 +86,68 @@ def key_limits(
     if key_mask is not None:
         dtypes = (torch.bool, torch.uint8, *INTS)
         tensor("key_mask", key_mask, dtypes=dtypes, shape=(batch, num_keys), like=like)
+
+
+def kv_caches(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    *,
+    shape: tuple[int | str, ...],
+    like: tuple[str, Tensor],
+) -> None:
+    """A key/value cache in the dtype of `like`, or quantised and with the scales that takes.
+
+    Raises, besides what `tensor` does:
+        NotImplementedError: float8_e4m3fn on a GPU whose compiler does not know it.
+    """
+    name, x = like
+    tensor("k_cache", k_cache, dtypes=(x.dtype, *QUANTIZED), shape=shape, like=like)
+    same_dtype("v_cache", v_cache, "k_cache", k_cache)
+    tensor("v_cache", v_cache, dtypes=(k_cache.dtype,), shape=tuple(k_cache.shape), like=like)
+    for cache_name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.stride(-1) != 1:
+            raise ValueError(
+                f"{cache_name}: expected contiguous features; got strides {cache.stride()}"
+            )
+    scales = (("k_scale", k_scale), ("v_scale", v_scale))
+    if k_cache.dtype not in QUANTIZED:
+        for scale_name, scale in scales:
+            if scale is not None:
+                raise ValueError(
+                    f"{scale_name}: expected None for caches of {name}'s dtype {x.dtype}; "
+                    "got a tensor"
+                )
+        return
+    for scale_name, scale in scales:
+        if scale is None:
+            raise ValueError(
+                f"{scale_name}: expected a tensor for caches of {k_cache.dtype}; got None"
+            )
+        per_token = scale.dim() == 3
+        shape = tuple(k_cache.shape[:3] if per_token else k_cache.shape[2:3])
+        tensor(scale_name, scale, dtypes=(torch.float32,), shape=shape, like=like)
+    if k_scale.dim() != v_scale.dim():
+        raise ValueError(
+            f"v_scale: expected one per head or one per token, as k_scale "
+            f"{list(k_scale.shape)}; got {list(v_scale.shape)}"
+        )
+    if k_cache.dtype == torch.float8_e4m3fn and not target.has_float8():
+        raise NotImplementedError(
+            "k_cache: expected int8 or a dtype without 8 bits on "
+            f"{target.current().arch}; got torch.float8_e4m3fn, which Triton compiles for sm_89 "
+            "and newer"
+        )
+
+
+def block_table(value: Tensor, batch: int, page_size: int, *, like: tuple[str, Tensor]) -> None:
+    """The pages of each sequence in a cache of pages of `page_size`."""
+    tensor("block_table", value, dtypes=(torch.int32,), shape=(batch, "max_pages"), like=like)
+    if page_size < 1 or page_size & (page_size - 1):
+        raise NotImplementedError(
+            f"k_cache: expected a page_size that is a power of two; got {page_size}"
+        )
 
 
 def same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None:

@@ -137,25 +137,44 @@ def attention_config(
     )
 
 
-# Keys per program of the decode kernel, by the capacity of the cache. They do not depend on the
-# batch, so that neither do a sequence's bits; longer caches have programs enough with more keys.
-DECODE_CHUNKS = ((8192, 256), (32768, 512), (1 << 62, 1024))
+# A sequence is cut into chunks of a multiple of DECODE_CHUNK keys, as few as make at most
+# DECODE_MAX_SPLITS: its own length alone decides, so that its bits do not depend on its company.
+# More splits feed more SMs at batch 1, and leave more to the one program that combines them.
+DECODE_CHUNK = 256
+DECODE_MAX_SPLITS = 64
+# Programs asked for, where there are so many splits: enough for ragged batches to even out, few
+# enough that those of short sequences, which find no split, cost nothing beside the work.
+DECODE_PROGRAMS_PER_SM = 64
+# A step of the combination takes this many splits of as many queries as make so many features.
+# Compiled, sm_90: twice as much costs every program registers, and an SM one program.
+DECODE_COMBINE_SPLITS = 8
+DECODE_COMBINE_FEATURES = 512
 DECODE_NUM_WARPS = 4
-DECODE_NUM_STAGES = 2
 
 
 class DecodeConfig(NamedTuple):
+    element_size: int  # of the cache
+    max_head_dim: int
     max_block_m: int
     block_n: int
+    num_stages: int
 
 
-DECODE_TILES = {  # by element size
-    # Compiled, sm_90: 4 to 5 programs per SM, each with 2 tiles in flight.
-    2: DecodeConfig(max_block_m=64, block_n=64),
+DECODE_TILES = (
+    # Compiled, every target: no spills, and on sm_90 64 KB or more in flight on each SM, where
+    # Little's law asks for 40. What a quantised cache is converted to lives in registers.
+    DecodeConfig(1, 128, max_block_m=32, block_n=32, num_stages=5),
+    DecodeConfig(1, 256, max_block_m=16, block_n=32, num_stages=5),
+    DecodeConfig(2, 128, max_block_m=64, block_n=64, num_stages=2),
+    DecodeConfig(2, 256, max_block_m=32, block_n=32, num_stages=3),
     # Compiled, sm_90: more rows or keys in float32, outside the tensor cores, spill.
-    4: DecodeConfig(max_block_m=16, block_n=16),
-}
+    DecodeConfig(4, 256, max_block_m=16, block_n=16, num_stages=2),
+)
 
 
-def decode_chunk(capacity: int) -> int:
-    return next(chunk for limit, chunk in DECODE_CHUNKS if capacity <= limit)
+def decode_config(element_size: int, head_dim: int) -> DecodeConfig:
+    return next(
+        row
+        for row in DECODE_TILES
+        if element_size == row.element_size and head_dim <= row.max_head_dim
+    )

@@ -2,12 +2,16 @@
 
     out = softmax(softmax_scale · q kᵀ) v   over the first seq_lens[b] entries of the cache
 
-Dao et al. 2023, "Flash-Decoding for long-context inference". The context is split into chunks of a
-fixed number of keys. One program of the first kernel owns one chunk of one key/value head and all
-the queries that read it (the new tokens × the heads of the group, packed into the rows of one
-tile), so that K and V are read once; one program of the second combines one query's partial
-results, in order. Lengths are read on the device only. Chunks do not depend on the batch: a
-sequence's result has the same bits whatever else is decoded with it.
+Dao et al. 2023, "Flash-Decoding for long-context inference". A sequence is split into chunks of
+keys. A program takes a chunk of one key/value head and all the queries that read it (the new tokens
+× the heads of the group, packed into the rows of one tile), so that K and V are read once, and
+leaves a partial result; the program that finishes last combines them, in the order of the chunks.
+So one launch does it all, and which program is last does not show in the result. A sequence of one
+chunk needs no partial result.
+
+Chunks are cut on the device, by a sequence's length alone. A sequence's result has the same bits
+alone and in any batch, in a contiguous cache and in a paged one, of any capacity and page size, and
+whatever the number of programs that share its chunks: there is no mode to ask for that.
 
 Entries beyond a sequence's length are never loaded. Within it, each new token may have a range of
 keys of its own and keys may be hidden from all of them.
@@ -20,9 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gqa_kernels import checks, configs, layout, library, target
+from gqa_kernels import checks, configs, counters, layout, library, target
+from gqa_kernels.kv_pages import load_scales, load_vectors, locate_keys
 from gqa_kernels.scores import load_ranges, mask
-from gqa_kernels.tiles import LOG2_E, finish_softmax, load_rows, online_softmax_step
+from gqa_kernels.tiles import LOG2_E, finish_softmax, online_softmax_step
 
 MAX_NEW_TOKENS = 16
 
@@ -34,53 +39,163 @@ def _load_length(seq_lens_ptr, index, stride, capacity):
     return tl.minimum(tl.maximum(length, 0), capacity).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["capacity", "num_splits"])
-def _partial_kernel(
+@triton.jit
+def _cut(seq_len, CHUNK: tl.constexpr, MAX_SPLITS: tl.constexpr):
+    """(keys per split, number of splits, at least 1) of a sequence: multiples of CHUNK keys."""
+    chunk = tl.maximum(tl.cdiv(seq_len, CHUNK * MAX_SPLITS), 1) * CHUNK
+    return chunk, tl.maximum(tl.cdiv(seq_len, chunk), 1)
+
+
+@triton.jit
+def _unpack(
+    packed,
+    batch,
+    kv_head,
+    SEQ_LEN_Q: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+):
+    """(new token, query head, index of the query in the output) of packed rows."""
+    token = packed // GROUP_SIZE
+    head = (kv_head * GROUP_SIZE + packed % GROUP_SIZE).to(tl.int64)
+    return token, head, (batch * SEQ_LEN_Q + token) * (NUM_KV_HEADS * GROUP_SIZE) + head
+
+
+@triton.jit
+def _is_last(counter_ptr, num_arrivals):
+    """Counts this program in. The last of all to arrive sees what the others stored, and clears
+    the counter for the next launch."""
+    # The barrier puts the stores of all threads before the one thread that counts and releases.
+    tl.debug_barrier()
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == num_arrivals - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    return last
+
+
+@triton.jit
+def _combine(
+    partial_ptr,
+    lse_ptr,
+    out_ptr,
+    queries,
+    exists,
+    num_splits,
+    num_slots,
+    HEAD_DIM: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out = Σₛ exp(lseₛ − lse) · partialₛ with lse = log Σₛ exp(lseₛ), of BLOCK_R queries.
+
+    The splits were written by other programs: their loads pass by the L1 cache, which nothing keeps
+    up to date.
+    """
+    slots = queries * num_slots  # [BLOCK_R], int64
+    every = tl.arange(0, MAX_SPLITS)[:, None]
+    ptrs = lse_ptr + slots[None, :] + every
+    all_written = (every < num_splits) & exists[None, :]
+    lses = tl.load(ptrs, mask=all_written, other=-float("inf"), cache_modifier=".cg")
+    largest = tl.max(lses, 0)
+    largest = tl.where(largest == -float("inf"), 0.0, largest)  # no key: −inf − 0 weighs 0
+    total = tl.sum(tl.math.exp2((lses - largest[None, :]) * LOG2_E), 0)
+    unit = 1.0 / tl.where(total == 0.0, 1.0, total)  # [BLOCK_R]
+
+    columns = tl.arange(0, BLOCK_D)[None, :]
+    out = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
+    for first in tl.range(0, num_splits, BLOCK_S):
+        splits = first + tl.arange(0, BLOCK_S)[:, None]
+        written = (splits < num_splits) & exists[None, :]
+        rows = slots[None, :] + splits  # [BLOCK_S, BLOCK_R]
+        lse = tl.load(lse_ptr + rows, mask=written, other=-float("inf"), cache_modifier=".cg")
+        partial = tl.load(
+            partial_ptr + rows[:, :, None] * HEAD_DIM + columns[None],
+            mask=written[:, :, None] & (columns < HEAD_DIM)[None],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        weights = tl.math.exp2((lse - largest[None, :]) * LOG2_E) * unit[None, :]
+        out += tl.sum(weights[:, :, None] * partial, 0)
+    ptrs = out_ptr + queries[:, None] * HEAD_DIM + columns
+    out = out.to(out_ptr.dtype.element_ty)
+    tl.store(ptrs, out, mask=exists[:, None] & (columns < HEAD_DIM))
+
+
+@triton.jit
+def _add_scaled(weights, scales, value, accumulator):
+    """accumulator + Σⱼ weightⱼ · scaleⱼ · valueⱼ.
+
+    The scales go to the weights, fewer than the values. Only their ratio to the largest does: small
+    scales alone would be lost to float16.
+    """
+    largest = tl.max(tl.abs(scales), 0)
+    ratios = scales / tl.where(largest == 0.0, 1.0, largest)
+    weights = (weights * ratios[None, :]).to(value.dtype)
+    return accumulator + largest * tl.dot(weights, value, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["capacity", "num_pages", "num_slots"])
+def _decode_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     seq_lens_ptr,
+    block_table_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     key_ranges_ptr,
     key_mask_ptr,
     out_ptr,
+    partial_ptr,
     lse_ptr,
+    counters_ptr,
     q_strides,
     k_strides,
     v_strides,
     seq_lens_stride,
+    block_table_strides,
+    k_scale_strides,
+    v_scale_strides,
     key_ranges_strides,
     key_mask_stride,
     capacity,
-    num_splits,
+    num_pages,
+    num_slots,
     softmax_scale,
     NUM_KV_HEADS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     SEQ_LEN_Q: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    SCALE_PER_TOKEN: tl.constexpr,
     CHUNK: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """One program attends from BLOCK_M packed queries to one chunk of one key/value head."""
+    """One program attends from BLOCK_M packed queries to every num_programs-th split of the keys
+    of one key/value head."""
     tl.static_assert(CHUNK % BLOCK_N == 0)
-    split = tl.program_id(1)
+    tl.static_assert(BLOCK_M % BLOCK_R == 0)  # no row of another program's is combined
     NUM_ROWS: tl.constexpr = SEQ_LEN_Q * GROUP_SIZE
     NUM_ROW_BLOCKS: tl.constexpr = (NUM_ROWS + BLOCK_M - 1) // BLOCK_M
-    row_block = tl.program_id(0) % NUM_ROW_BLOCKS
+    first_row = (tl.program_id(0) % NUM_ROW_BLOCKS) * BLOCK_M
     kv_head = (tl.program_id(0) // NUM_ROW_BLOCKS) % NUM_KV_HEADS
     batch = (tl.program_id(0) // NUM_ROW_BLOCKS // NUM_KV_HEADS).to(tl.int64)
     seq_len = _load_length(seq_lens_ptr, batch, seq_lens_stride, capacity)
-    start = split * CHUNK
-    if start >= seq_len:
-        return  # the combining kernel knows the length too
-    end = tl.minimum(start + CHUNK, seq_len)
+    chunk, num_splits = _cut(seq_len, CHUNK, MAX_SPLITS)
+    if tl.program_id(1) >= num_splits:
+        return
 
-    packed = row_block * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    token = packed // GROUP_SIZE
-    head = (kv_head * GROUP_SIZE + packed % GROUP_SIZE).to(tl.int64)
+    packed = first_row + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     exists = packed < NUM_ROWS
+    token, head, query = _unpack(packed, batch, kv_head, SEQ_LEN_Q, NUM_KV_HEADS, GROUP_SIZE)
     columns = tl.arange(0, BLOCK_D)[None, :]
     q_ptrs = q_ptr + batch * q_strides[0] + token.to(tl.int64) * q_strides[1] + head * q_strides[2]
     q_mask = exists[:, None] & (columns < HEAD_DIM)
@@ -92,70 +207,75 @@ def _partial_kernel(
     if key_mask_ptr is not None:
         key_mask_ptr += batch * key_mask_stride
 
-    k_ptr += batch * k_strides[0] + kv_head.to(tl.int64) * k_strides[2]
-    v_ptr += batch * v_strides[0] + kv_head.to(tl.int64) * v_strides[2]
+    k_ptr += kv_head.to(tl.int64) * k_strides[2]
+    v_ptr += kv_head.to(tl.int64) * v_strides[2]
+    if k_scale_ptr is not None:
+        k_scale_ptr += kv_head * k_scale_strides[-1]
+        v_scale_ptr += kv_head * v_scale_strides[-1]
+        if not SCALE_PER_TOKEN:
+            k_scale, v_scale = tl.load(k_scale_ptr), tl.load(v_scale_ptr)
     exponent_scale = softmax_scale * LOG2_E
-    running_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
-    running_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-    accumulator = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    for tile in tl.range(start, end, BLOCK_N, num_stages=NUM_STAGES):
-        key = load_rows(k_ptr, k_strides[1], tile, end, HEAD_DIM, BLOCK_N, BLOCK_D)
-        scores = tl.dot(q, key.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-        keys = tile + tl.arange(0, BLOCK_N)[None, :]
-        # A tile reaches beyond its chunk only at the end of the sequence.
-        scores = mask(
-            scores, last_key[:, None], keys, seq_len, None, 0, first_keys, end_keys, key_mask_ptr
-        )
-        weights, running_max, running_sum, accumulator = online_softmax_step(
-            scores, running_max, running_sum, accumulator, exponent_scale
-        )
-        value = load_rows(v_ptr, v_strides[1], tile, end, HEAD_DIM, BLOCK_N, BLOCK_D)
-        accumulator = tl.dot(weights.to(value.dtype), value, accumulator, input_precision="ieee")
+    # What a split needs of the loop below is derived anew for each: kept across them it would take
+    # a third of the registers.
+    for split in tl.range(tl.program_id(1), num_splits, tl.num_programs(1), disable_licm=True):
+        start = split * chunk
+        end = tl.minimum(start + chunk, seq_len)
+        running_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
+        running_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+        accumulator = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+        for tile in tl.range(start, end, BLOCK_N, num_stages=NUM_STAGES):
+            page, slots, there = locate_keys(
+                block_table_ptr, block_table_strides, batch, tile, end, num_pages,
+                PAGE_SIZE, BLOCK_N,
+            )  # fmt: skip
+            key = load_vectors(k_ptr, k_strides, page, slots, there, HEAD_DIM, BLOCK_D)
+            scores = tl.dot(q, key.to(q.dtype).T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+            if SCALE_PER_TOKEN:
+                scales = load_scales(k_scale_ptr, k_scale_strides, page, slots, there)
+                scores *= scales[None, :]
+            elif k_scale_ptr is not None:
+                scores *= k_scale
+            keys = tile + tl.arange(0, BLOCK_N)[None, :]
+            if block_table_ptr is not None:
+                scores = tl.where(there[None, :], scores, -float("inf"))
+            # A tile reaches beyond its split only at the end of the sequence.
+            scores = mask(
+                scores, last_key[:, None], keys, seq_len, None, 0, first_keys, end_keys,
+                key_mask_ptr,
+            )  # fmt: skip
+            weights, running_max, running_sum, accumulator = online_softmax_step(
+                scores, running_max, running_sum, accumulator, exponent_scale
+            )
+            value = load_vectors(v_ptr, v_strides, page, slots, there, HEAD_DIM, BLOCK_D)
+            value = value.to(q.dtype)
+            if SCALE_PER_TOKEN:
+                scales = load_scales(v_scale_ptr, v_scale_strides, page, slots, there)
+                accumulator = _add_scaled(weights, scales, value, accumulator)
+            else:
+                weights = weights.to(value.dtype)
+                accumulator = tl.dot(weights, value, accumulator, input_precision="ieee")
 
-    out, lse = finish_softmax(running_max, running_sum, accumulator, softmax_scale)
-    query = (batch * SEQ_LEN_Q + token) * (NUM_KV_HEADS * GROUP_SIZE) + head
-    rows = query * num_splits + split  # [BLOCK_M]
-    tl.store(out_ptr + rows[:, None] * HEAD_DIM + columns, out, mask=q_mask)
-    tl.store(lse_ptr + rows, lse, mask=exists)
+        out, lse = finish_softmax(running_max, running_sum, accumulator, softmax_scale)
+        if v_scale_ptr is not None and not SCALE_PER_TOKEN:
+            out *= v_scale
+        if num_splits == 1:
+            ptrs = out_ptr + query[:, None] * HEAD_DIM + columns
+            tl.store(ptrs, out.to(out_ptr.dtype.element_ty), mask=q_mask)
+        else:
+            slot = query * num_slots + split  # [BLOCK_M]
+            tl.store(partial_ptr + slot[:, None] * HEAD_DIM + columns, out, mask=q_mask)
+            tl.store(lse_ptr + slot, lse, mask=exists)
 
-
-@triton.jit(do_not_specialize=["capacity", "num_splits", "queries_per_batch"])
-def _combine_kernel(
-    partial_ptr,
-    lse_ptr,
-    seq_lens_ptr,
-    out_ptr,
-    seq_lens_stride,
-    capacity,
-    num_splits,
-    queries_per_batch,
-    HEAD_DIM: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """One program combines one query's partial results: Σ exp(lse) · partial / Σ exp(lse)."""
-    query = tl.program_id(0).to(tl.int64)
-    batch = query // queries_per_batch
-    seq_len = _load_length(seq_lens_ptr, batch, seq_lens_stride, capacity)
-    num_written = tl.cdiv(seq_len, CHUNK)
-    columns = tl.arange(0, BLOCK_D)[None, :]
-    running_max = tl.full([1], -float("inf"), dtype=tl.float32)
-    running_sum = tl.zeros([1], dtype=tl.float32)
-    accumulator = tl.zeros([1, BLOCK_D], dtype=tl.float32)
-    for first in tl.range(0, num_written, BLOCK_S):
-        splits = first + tl.arange(0, BLOCK_S)
-        rows = query * num_splits + splits
-        lse = tl.load(lse_ptr + rows, mask=splits < num_written, other=-float("inf"))
-        mask = (splits < num_written)[:, None] & (columns < HEAD_DIM)
-        partial = tl.load(partial_ptr + rows[:, None] * HEAD_DIM + columns, mask=mask, other=0.0)
-        weights, running_max, running_sum, accumulator = online_softmax_step(
-            lse[None, :], running_max, running_sum, accumulator, LOG2_E
-        )
-        accumulator += tl.sum(tl.trans(weights) * partial, 0)[None, :]
-    out, _ = finish_softmax(running_max, running_sum, accumulator, 1.0)
-    mask = columns < HEAD_DIM
-    tl.store(out_ptr + query * HEAD_DIM + columns, out.to(out_ptr.dtype.element_ty), mask=mask)
+    if num_splits > 1:
+        num_arrivals = tl.minimum(num_splits, tl.num_programs(1))
+        if _is_last(counters_ptr + tl.program_id(0), num_arrivals):
+            for first in tl.range(first_row, tl.minimum(first_row + BLOCK_M, NUM_ROWS), BLOCK_R):
+                rows = first + tl.arange(0, BLOCK_R)
+                _, _, queries = _unpack(rows, batch, kv_head, SEQ_LEN_Q, NUM_KV_HEADS, GROUP_SIZE)
+                _combine(
+                    partial_ptr, lse_ptr, out_ptr, queries, rows < NUM_ROWS, num_splits, num_slots,
+                    HEAD_DIM, MAX_SPLITS, BLOCK_R, BLOCK_S, BLOCK_D,
+                )  # fmt: skip
 
 
 def _forward(
@@ -163,75 +283,83 @@ def _forward(
     k_cache: Tensor,
     v_cache: Tensor,
     seq_lens: Tensor,
+    block_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     key_ranges: Tensor | None,
     key_mask: Tensor | None,
     softmax_scale: float | None,
 ) -> Tensor:
     q, k_cache, v_cache = map(layout.contiguous_features, (q, k_cache, v_cache))
     batch, seq_len_q, num_q_heads, head_dim = q.shape
-    capacity, num_kv_heads = k_cache.shape[1:3]
+    num_kv_heads = k_cache.shape[2]
+    capacity = _capacity(k_cache, block_table)
     if capacity == 0:
         return q.new_zeros(q.shape)
-    chunk = configs.decode_chunk(capacity)
-    num_splits = triton.cdiv(capacity, chunk)
     key_mask = layout.key_mask(key_mask)
     num_queries = batch * seq_len_q * num_q_heads
     num_rows = seq_len_q * (num_q_heads // num_kv_heads)
-    config = configs.DECODE_TILES[q.element_size()]
+    config = configs.decode_config(k_cache.element_size(), head_dim)
     block_m = min(config.max_block_m, max(16, triton.next_power_of_2(num_rows)))
     block_d = max(16, triton.next_power_of_2(head_dim))
-    partial = torch.empty(num_queries, num_splits, head_dim, dtype=torch.float32, device=q.device)
-    lse = torch.empty(num_queries, num_splits, dtype=torch.float32, device=q.device)
+    num_tiles = batch * num_kv_heads * triton.cdiv(num_rows, block_m)
+    num_slots = min(triton.cdiv(capacity, configs.DECODE_CHUNK), configs.DECODE_MAX_SPLITS)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    partial = torch.empty(num_queries, num_slots, head_dim, dtype=torch.float32, device=q.device)
+    lse = torch.empty(num_queries, num_slots, dtype=torch.float32, device=q.device)
     with target.device_of(q):
-        _partial_kernel[(batch * num_kv_heads * triton.cdiv(num_rows, block_m), num_splits)](
+        num_programs = configs.DECODE_PROGRAMS_PER_SM * target.current().num_sms
+        _decode_kernel[(num_tiles, min(num_slots, triton.cdiv(num_programs, max(num_tiles, 1))))](
             q_ptr=q,
             k_ptr=k_cache,
             v_ptr=v_cache,
             seq_lens_ptr=seq_lens,
+            block_table_ptr=block_table,
+            k_scale_ptr=k_scale,
+            v_scale_ptr=v_scale,
             key_ranges_ptr=key_ranges,
             key_mask_ptr=key_mask,
-            out_ptr=partial,
+            out_ptr=out,
+            partial_ptr=partial,
             lse_ptr=lse,
+            counters_ptr=counters.zeroed(num_tiles, q.device),
             q_strides=q.stride()[:3],
             k_strides=k_cache.stride()[:3],
             v_strides=v_cache.stride()[:3],
             seq_lens_stride=seq_lens.stride(0),
+            block_table_strides=None if block_table is None else block_table.stride(),
+            k_scale_strides=None if k_scale is None else k_scale.stride(),
+            v_scale_strides=None if v_scale is None else v_scale.stride(),
             key_ranges_strides=None if key_ranges is None else key_ranges.stride(),
             key_mask_stride=None if key_mask is None else key_mask.stride(0),
             capacity=capacity,
-            num_splits=num_splits,
+            num_pages=k_cache.shape[0],
+            num_slots=num_slots,
             softmax_scale=head_dim**-0.5 if softmax_scale is None else float(softmax_scale),
             NUM_KV_HEADS=num_kv_heads,
             GROUP_SIZE=num_q_heads // num_kv_heads,
             SEQ_LEN_Q=seq_len_q,
             HEAD_DIM=head_dim,
-            CHUNK=chunk,
+            PAGE_SIZE=1 if block_table is None else k_cache.shape[1],
+            SCALE_PER_TOKEN=k_scale is not None and k_scale.dim() == 3,
+            CHUNK=configs.DECODE_CHUNK,
+            MAX_SPLITS=configs.DECODE_MAX_SPLITS,
             BLOCK_M=block_m,
             BLOCK_N=config.block_n,
             BLOCK_D=block_d,
-            NUM_STAGES=configs.DECODE_NUM_STAGES,
+            BLOCK_R=min(block_m, configs.DECODE_COMBINE_FEATURES // block_d),
+            BLOCK_S=configs.DECODE_COMBINE_SPLITS,
+            NUM_STAGES=config.num_stages,
             num_warps=configs.DECODE_NUM_WARPS,
-            num_stages=configs.DECODE_NUM_STAGES,
-            enable_fp_fusion=True,
-        )
-        _combine_kernel[(num_queries,)](
-            partial_ptr=partial,
-            lse_ptr=lse,
-            seq_lens_ptr=seq_lens,
-            out_ptr=out,
-            seq_lens_stride=seq_lens.stride(0),
-            capacity=capacity,
-            num_splits=num_splits,
-            queries_per_batch=seq_len_q * num_q_heads,
-            HEAD_DIM=head_dim,
-            CHUNK=chunk,
-            BLOCK_S=16,
-            BLOCK_D=block_d,
-            num_warps=2,
+            num_stages=config.num_stages,
             enable_fp_fusion=True,
         )
     return out
+
+
+def _capacity(k_cache: Tensor, block_table: Tensor | None) -> int:
+    """How many tokens a sequence has room for."""
+    return k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
 
 
 def _check(
@@ -239,26 +367,30 @@ def _check(
     k_cache: Tensor,
     v_cache: Tensor,
     seq_lens: Tensor,
+    block_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     key_ranges: Tensor | None,
     key_mask: Tensor | None,
     softmax_scale: float | None,
 ) -> None:
     checks.tensor("q", q, shape=("batch", "seq_len_q", "num_q_heads", "head_dim"))
     batch, seq_len_q, num_q_heads, head_dim = q.shape
-    shape = (batch, "max_seq_len", "num_kv_heads", head_dim)
-    checks.tensor("k_cache", k_cache, shape=shape, like=("q", q))
-    checks.tensor("v_cache", v_cache, shape=tuple(k_cache.shape), like=("q", q))
-    checks.same_dtype("k_cache", k_cache, "q", q)
-    checks.same_dtype("v_cache", v_cache, "q", q)
-    checks.tensor("seq_lens", seq_lens, dtypes=checks.INTS, shape=(batch,), like=("q", q))
-    checks.key_limits(key_ranges, key_mask, (batch, seq_len_q, k_cache.shape[1]), like=("q", q))
+    like = ("q", q)
+    if block_table is None:
+        shape = (batch, "max_seq_len", "num_kv_heads", head_dim)
+    else:
+        shape = ("num_pages", "page_size", "num_kv_heads", head_dim)
+    checks.kv_caches(k_cache, v_cache, k_scale, v_scale, shape=shape, like=like)
+    checks.tensor("seq_lens", seq_lens, dtypes=checks.INTS, shape=(batch,), like=like)
+    if block_table is not None:
+        checks.block_table(block_table, batch, k_cache.shape[1], like=like)
+    sizes = (batch, seq_len_q, _capacity(k_cache, block_table))
+    checks.key_limits(key_ranges, key_mask, sizes, like=like)
     checks.attention_heads(num_q_heads, k_cache.shape[2], head_dim)
     checks.softmax_scale(softmax_scale, head_dim)
     if not 1 <= seq_len_q <= MAX_NEW_TOKENS:
         raise NotImplementedError(f"q: expected a seq_len_q of 1 to 16; got {seq_len_q}")
-    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if x.stride(-1) != 1:
-            raise ValueError(f"{name}: expected contiguous features; got strides {x.stride()}")
 
 
 def _fake(q: Tensor, *_: object) -> Tensor:
@@ -288,6 +420,9 @@ def decode_attention(
     v_cache: Tensor,
     seq_lens: Tensor,
     *,
+    block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     softmax_scale: float | None = None,
     key_ranges: Tensor | None = None,
     key_mask: Tensor | None = None,
@@ -297,24 +432,33 @@ def decode_attention(
     Args:
         q: float32, float16 or bfloat16 `[batch, seq_len_q, num_q_heads, head_dim]`, seq_len_q 1 to
             16; head_dim a multiple of 8 up to 256; any strides.
-        k_cache, v_cache: the same dtype, `[batch, max_seq_len, num_kv_heads, head_dim]`; any
-            strides with contiguous features.
-        seq_lens: int32 or int64 `[batch]` in [0, max_seq_len], the new tokens included. Read on
-            the device; a length above max_seq_len counts as max_seq_len.
+        k_cache, v_cache: `[batch, max_seq_len, num_kv_heads, head_dim]`, or with a block_table
+            `[num_pages, page_size, num_kv_heads, head_dim]`, page_size a power of two; q's dtype,
+            or both float8_e4m3fn or int8; any strides with contiguous features.
+        seq_lens: int32 or int64 `[batch]` in [0, capacity], the new tokens included; capacity is
+            max_seq_len, or max_pages · page_size. Read on the device; a length above the capacity
+            counts as the capacity.
+        block_table: int32 `[batch, max_pages]`. Entries beyond a length are not read; an entry
+            outside [0, num_pages) within it reads nothing: its keys count as hidden.
+        k_scale, v_scale: float32 `[num_kv_heads]` or `[*k_cache.shape[:2], num_kv_heads]`, of
+            float8_e4m3fn and int8 caches, and of no others.
         softmax_scale: positive; None means 1 / sqrt(head_dim).
-        key_ranges, key_mask: as in `flash_attention`, with max_seq_len for seq_len_kv.
+        key_ranges, key_mask: as in `flash_attention`, with capacity for seq_len_kv.
     Returns:
         `[batch, seq_len_q, num_q_heads, head_dim]`, contiguous; 0 where a query sees no key.
     Raises:
         TypeError, ValueError: an argument of another kind, dtype, shape or device.
-        NotImplementedError: another head_dim, more than 16 new tokens, or an input that requires a
+        NotImplementedError: another head_dim, more than 16 new tokens, a page_size that is no power
+            of two, a float8_e4m3fn cache on a GPU without that type, or an input that requires a
             gradient: a cache has none.
         RuntimeError: q is not on a GPU that Triton drives.
     """
-    tensors = (q, k_cache, v_cache, seq_lens, key_ranges, key_mask)
+    tensors = (
+        q, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale, key_ranges, key_mask,
+    )  # fmt: skip
     if library.is_traced(*tensors):
         return _DECODE_ATTENTION.dispatched(*tensors, softmax_scale)
     _check(*tensors, softmax_scale)
-    if library.needs_graph(q, k_cache, v_cache):
+    if library.needs_graph(q, k_cache, v_cache, k_scale, v_scale):
         _refuse_gradient()
     return _forward(*tensors, softmax_scale)

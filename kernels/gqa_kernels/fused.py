@@ -1,6 +1,7 @@
 """The ops in Triton, as a namespace: the same names and signatures as `reference`."""
 
 from gqa_kernels.attention import flash_attention, flash_attention_varlen
+from gqa_kernels.cache_append import rope_append_kv
 from gqa_kernels.decode import decode_attention
 from gqa_kernels.glu import swiglu
 from gqa_kernels.norm import add_rms_norm, rms_norm
@@ -13,5 +14,6 @@ __all__ = [
     "flash_attention",
     "flash_attention_varlen",
     "rms_norm",
+    "rope_append_kv",
     "swiglu",
 ]

@@ -1,9 +1,10 @@
-"""Runs the kernels without a GPU: Triton's CPU interpreter, with its bfloat16 put right.
+"""Runs the kernels without a GPU: Triton's CPU interpreter, with its narrow floats put right.
 
 The interpreter (every version up to 3.9) holds bfloat16 as uint16. It multiplies those integers
 where a kernel multiplies bfloat16, in `tl.dot` too, and truncates where a GPU rounds to nearest
-even. `enable` replaces the operations concerned, so that bfloat16 results have the bits that
-PyTorch gives. It is for checking kernels, never for speed.
+even. It reads float8_e4m3fn's NaN as a number, and not at all where bfloat16 is asked for. `enable`
+replaces the operations concerned, so that results have the bits that PyTorch gives. It is for
+checking kernels, never for speed.
 """
 
 import os
@@ -40,7 +41,11 @@ def is_enabled() -> bool:
 
 def _repair(module: Any) -> None:
     import numpy as np
+    import torch
     import triton.language as tl
+
+    codes = torch.arange(256, dtype=torch.uint8)
+    float8_values = codes.view(torch.float8_e4m3fn).float().numpy()  # by code
 
     builder, handle_type = module.InterpreterBuilder, module.TensorHandle
 
@@ -48,7 +53,9 @@ def _repair(module: Any) -> None:
         return handle.dtype.scalar == tl.bfloat16
 
     def widen(handle: Any) -> Any:
-        """bfloat16 is the upper half of a float32."""
+        """To float32, where it holds all values; bfloat16 is its upper half."""
+        if handle.dtype.scalar == tl.float8e4nv:
+            return handle_type(float8_values[handle.data], tl.float32)
         if not is_bfloat16(handle):
             return handle
         bits = np.asarray(handle.data, dtype=np.uint32) << 16
@@ -73,7 +80,8 @@ def _repair(module: Any) -> None:
         return original_cast(self, wide, dst_type)
 
     def fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
-        if is_bfloat16(src) or dst_type.scalar == tl.bfloat16:
+        narrow_source = src.dtype.scalar in (tl.bfloat16, tl.float8e4nv)
+        if narrow_source or dst_type.scalar == tl.bfloat16:
             return cast(self, src, dst_type)
         return original_fp_to_fp(self, src, dst_type, rounding_mode)
 

@@ -4,8 +4,9 @@ An op is a check, a launch, a fake launch that only allocates and, where it has 
 save and a backward function. From these come
 
 - a `torch.autograd.Function` for eager calls on plain tensors: no dispatcher stands on the way;
-- a `torch.library` op `gqa_kernels::name` with a functional schema, a fake implementation and
-  autograd, which compilers, dispatch modes and tensor subclasses see.
+- a `torch.library` op `gqa_kernels::name` with a schema that names what it writes to (nothing, but
+  for a cache), a fake implementation and autograd, which compilers, dispatch modes and tensor
+  subclasses see.
 
 Both run the same kernels, so that their results have the same bits. Neither knows autocast: an op
 computes in the dtypes of its arguments, inside an autocast region and outside. torch.func's
@@ -57,18 +58,29 @@ def or_empty(x: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if x is None else x
 
 
+def note_written(*tensors: Tensor | None) -> None:
+    """Counts a write, as the dispatcher does, so that autograd notices that a tensor which it saved
+    has changed."""
+    for x in tensors:
+        if x is not None and not x.is_inference():  # such a one keeps no count
+            torch.autograd.graph.increment_version(x)
+
+
 class Op:
     """One op in both forms.
 
     Args:
         launch: computes the op from arguments that were checked. Its annotations are the schema;
-            it takes every argument as the caller gave it, and its outputs are new tensors.
+            it takes every argument as the caller gave it, and its outputs are new tensors, none of
+            them a part of an argument.
         fake: for the same arguments, the same outputs without values: sizes, strides, dtypes.
         check: raises unless the arguments are what `launch` takes. It reads metadata only and runs
             once for real tensors and once for fake ones. None where only this package calls the op.
         setup_context: `(ctx, inputs, output)`: saves what `backward` needs. It runs wherever
             autograd records; an op without a gradient raises in it.
         backward: `(ctx, *grads)`, made of other ops.
+        mutates: the names of the arguments that `launch` writes to. Such an op has no gradient:
+            its public function refuses tensors that require one.
 
     Attributes:
         dispatched: the `torch.library` op; it checks.
@@ -86,10 +98,11 @@ class Op:
         check: Callable[..., None] | None = None,
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
+        mutates: tuple[str, ...] = (),
     ) -> None:
         self.launch, self.function = launch, None
         definition = torch.library.custom_op(
-            f"{NAMESPACE}::{name}", _after(check, launch), mutates_args=()
+            f"{NAMESPACE}::{name}", _after(check, launch), mutates_args=mutates
         )
         definition.register_fake(_after(check, fake))
         definition.register_vmap(_refuse_vmap(name))

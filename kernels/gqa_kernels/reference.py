@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# The largest value of each dtype of a quantised cache; int8's −128 is not used.
+_LARGEST_STORED = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -105,6 +108,75 @@ def apply_rope(
     cos = cos[rows].masked_fill(outside[..., None], math.nan).unsqueeze(2)
     sin = sin[rows].masked_fill(outside[..., None], math.nan).unsqueeze(2)
     return _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
+
+
+def _quantized(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x / scale to the nearest value of dtype, ties to even. A scale of 0 divides by 1."""
+    largest = _LARGEST_STORED[dtype]
+    steps = (_wide(x) / torch.where(scale == 0, 1.0, scale)[..., None]).clamp(-largest, largest)
+    if dtype == torch.int8:  # which has no NaN
+        steps = steps.round().nan_to_num(nan=0.0)
+    return steps.to(dtype)
+
+
+def rope_append_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`apply_rope`, then the rotated k, as rounded to its dtype, and v go to their slots of the
+    caches. Nothing else is written.
+
+    Slots count the first two dimensions of a cache as one: token p of sequence b of a contiguous
+    cache is slot b · max_seq_len + p, that at an offset in a page is page · page_size + offset.
+    A slot outside [0, number of slots) writes nothing: −1 is the way to skip a token. Of two tokens
+    with one slot either may win, feature by feature.
+
+    A quantised cache gets x / scale, rounded to nearest even, at most ±448 (float8_e4m3fn) or ±127
+    (int8) in size. A scale per head is given. A scale per token is what takes the head's largest
+    |x| there, max |x| / 448 or / 127, and is written too. A head of zeros has the scale 0, which
+    divides by 1. NaN or an infinity in a head makes its scale per token NaN or infinite, and with
+    it all that is read back of this head NaN; under a scale per head an infinity is stored as the
+    largest value, NaN as NaN in float8_e4m3fn and as 0 in int8.
+
+    Args:
+        q: `[batch, seq_len, num_q_heads, head_dim]`.
+        k, v: `[batch, seq_len, num_kv_heads, head_dim]`, of q's dtype.
+        k_cache, v_cache: `[batch, max_seq_len, num_kv_heads, head_dim]` or `[num_pages, page_size,
+            num_kv_heads, head_dim]`, in q's dtype or both quantised.
+        cos, sin: float32 `[max_seq_len, head_dim / 2]`.
+        positions: integer `[batch, seq_len]`; as in `apply_rope`.
+        slots: integer `[batch, seq_len]`.
+        k_scale, v_scale: of quantised caches, float32, `[num_kv_heads]` or, one per token,
+            `[*k_cache.shape[:2], num_kv_heads]`.
+        interleaved: as in `apply_rope`.
+    Returns:
+        (q, k) rotated, in new tensors.
+    Reference: slots: Kwon et al. 2023, arXiv:2309.06180.
+    """
+    q, k = apply_rope(q, k, cos, sin, positions, interleaved=interleaved)
+    num_slots, page_size = k_cache.shape[0] * k_cache.shape[1], k_cache.shape[1]
+    written = (slots >= 0) & (slots < num_slots)  # [batch, seq_len]
+    slots = slots[written].long()
+    where = slots // max(page_size, 1), slots % max(page_size, 1)
+    for x, cache, scale in ((k[written], k_cache, k_scale), (v[written], v_cache, v_scale)):
+        if scale is not None:
+            if scale.dim() == 3:
+                scale[where] = (_wide(x).abs().amax(-1) / _LARGEST_STORED[cache.dtype]).to(scale)
+                scale = scale[where]
+            x = _quantized(x, scale, cache.dtype)
+        cache[where] = x
+    return q, k
 
 
 def _attend(
@@ -285,12 +357,27 @@ def flash_attention_varlen(
     return (out, lse) if return_lse else out
 
 
+def _dequantized(cache: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """stored · scale in the dtype of the queries; the cache itself where it has no scale."""
+    if scale is None:
+        return cache
+    return (cache.to(scale.dtype) * scale[..., None]).to(dtype)
+
+
+def _gathered(cache: Tensor, pages: Tensor) -> Tensor:
+    """`[batch, max_pages · page_size, num_kv_heads, head_dim]`: each sequence's pages in a row."""
+    return cache[pages].flatten(1, 2)
+
+
 def decode_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     seq_lens: Tensor,
     *,
+    block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     softmax_scale: float | None = None,
     key_ranges: Tensor | None = None,
     key_mask: Tensor | None = None,
@@ -301,28 +388,62 @@ def decode_attention(
     j < seq_lens[b] − (seq_len_q − 1 − i). What lies in the cache beyond a length, NaN included,
     never matters. A query that sees no key gives 0.
 
+    Without `block_table` entry j of sequence b is `cache[b, j]`, and a sequence has room for
+    capacity = max_seq_len tokens. With it the cache is paged: entry j is
+    `cache[block_table[b, j // page_size], j % page_size]`, and capacity = max_pages · page_size.
+    What the table says beyond a length never matters. A page outside [0, num_pages) within it is
+    not there: its keys are hidden.
+
+    A quantised cache holds value / scale, rounded to its dtype: value = stored · scale. Measured in
+    float64 on 2048 bfloat16 keys and values of head_dim 128, the error that this leaves in the
+    output, root mean square over root mean square (bfloat16's arithmetic leaves 0.4 % and 0.8 %):
+
+        scales                     float8_e4m3fn           int8
+                                 per head  per token  per head  per token
+        normal numbers             3.8 %      3.8 %     1.6 %     0.9 %
+        … and tokens of
+        log-normal size, σ = 0.5   6.2 %      5.0 %     5.1 %     1.2 %
+
     Args:
         q: `[batch, seq_len_q, num_q_heads, head_dim]`, seq_len_q ≤ 16.
-        k_cache, v_cache: `[batch, max_seq_len, num_kv_heads, head_dim]`.
-        seq_lens: int32 or int64 `[batch]`, in [0, max_seq_len], on q's device; read there only.
-            A length above max_seq_len counts as max_seq_len.
+        k_cache, v_cache: `[batch, max_seq_len, num_kv_heads, head_dim]`, or paged
+            `[num_pages, page_size, num_kv_heads, head_dim]`, page_size a power of two; in q's
+            dtype, or both quantised, float8_e4m3fn or int8.
+        seq_lens: int32 or int64 `[batch]`, in [0, capacity], on q's device; read there only.
+            A length above the capacity counts as the capacity.
+        block_table: int32 `[batch, max_pages]`: the page of each page_size tokens of a sequence.
+        k_scale, v_scale: of a quantised cache, float32, `[num_kv_heads]` or, one per token,
+            `[*cache.shape[:2], num_kv_heads]`.
         softmax_scale: positive; None means 1 / sqrt(head_dim).
-        key_ranges, key_mask: as in `flash_attention`, with max_seq_len for seq_len_kv.
+        key_ranges, key_mask: as in `flash_attention`, with capacity for seq_len_kv: they name
+            positions in a sequence, wherever its pages lie.
     Returns:
         `[batch, seq_len_q, num_q_heads, head_dim]`.
     Raises:
         NotImplementedError: another number of new tokens.
+    Reference: pages: Kwon et al. 2023, arXiv:2309.06180.
     """
-    seq_len_q, capacity = q.shape[1], k_cache.shape[1]
+    seq_len_q = q.shape[1]
     if not 1 <= seq_len_q <= 16:
         raise NotImplementedError(f"q: expected a seq_len_q of 1 to 16; got {seq_len_q}")
+    k, v = _dequantized(k_cache, k_scale, q.dtype), _dequantized(v_cache, v_scale, q.dtype)
+    exists = None
+    if block_table is not None:
+        num_pages, page_size = k.shape[:2]
+        if num_pages == 0:
+            return torch.zeros_like(q)
+        here = (block_table >= 0) & (block_table < num_pages)
+        pages = torch.where(here, block_table, 0)
+        k, v = _gathered(k, pages), _gathered(v, pages)
+        exists = here.repeat_interleave(page_size, dim=1)  # [batch, capacity]
+    capacity = k.shape[1]
     seq_lens = seq_lens.clamp(max=capacity)[:, None]
     keys = torch.arange(capacity, device=q.device)
     last_key = seq_lens - seq_len_q + torch.arange(seq_len_q, device=q.device)  # [batch, seq_len_q]
     visible = (keys <= last_key[:, :, None])[:, None]
-    for limit in (_in_range(key_ranges, keys), _nonzero(key_mask)):
+    for limit in (_in_range(key_ranges, keys), _nonzero(key_mask), _nonzero(exists)):
         if limit is not None:
             visible = visible & limit
-    beyond = (keys >= seq_lens)[:, :, None, None]
-    k, v = k_cache.masked_fill(beyond, 0.0), v_cache.masked_fill(beyond, 0.0)
+    absent = keys >= seq_lens if exists is None else (keys >= seq_lens) | ~exists
+    k, v = (x.masked_fill(absent[:, :, None, None], 0.0) for x in (k, v))
     return _attend(q, k, v, visible, softmax_scale)[0]

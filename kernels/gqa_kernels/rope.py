@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from gqa_kernels import checks, layout, library, target
+from gqa_kernels.rotation import heads_per_program, load_angles, load_pairs, rotate, store_pairs
 
 
 @triton.jit
@@ -33,26 +34,13 @@ def _rotate_heads(
     INTERLEAVED: tl.constexpr,
 ):
     """Rotates heads first_head … first_head + BLOCK_H − 1 of the token at x_ptr into y_ptr."""
-    heads = (first_head + tl.arange(0, BLOCK_H))[:, None]
-    pairs = tl.arange(0, BLOCK_PAIRS)[None, :]
-    x_ptrs = x_ptr + heads.to(tl.int64) * x_stride_h
-    y_ptrs = y_ptr + heads * HEAD_DIM
-    dtype = y_ptr.dtype.element_ty
-    if INTERLEAVED:
-        # Both halves of a pair in one access: loads two apart would not be 16 bytes wide.
-        features = tl.arange(0, 2 * BLOCK_PAIRS)[None, :]
-        mask = (heads < NUM_HEADS) & (features < HEAD_DIM)
-        x = tl.load(x_ptrs + features, mask=mask, other=0.0).to(tl.float32)
-        a, b = tl.split(tl.reshape(x, [BLOCK_H, BLOCK_PAIRS, 2]))  # [BLOCK_H, BLOCK_PAIRS]
-        y = tl.join(a * cos - b * sin, b * cos + a * sin)
-        tl.store(y_ptrs + features, tl.reshape(y, [BLOCK_H, 2 * BLOCK_PAIRS]).to(dtype), mask=mask)
-    else:
-        HALF: tl.constexpr = HEAD_DIM // 2
-        mask = (heads < NUM_HEADS) & (pairs < HALF)
-        a = tl.load(x_ptrs + pairs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_H, BLOCK_PAIRS]
-        b = tl.load(x_ptrs + HALF + pairs, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y_ptrs + pairs, (a * cos - b * sin).to(dtype), mask=mask)
-        tl.store(y_ptrs + HALF + pairs, (b * cos + a * sin).to(dtype), mask=mask)
+    a, b = load_pairs(
+        x_ptr, x_stride_h, first_head, NUM_HEADS, HEAD_DIM, BLOCK_H, BLOCK_PAIRS, INTERLEAVED
+    )
+    a, b = rotate(a, b, cos, sin)
+    store_pairs(
+        y_ptr, HEAD_DIM, first_head, a, b, NUM_HEADS, HEAD_DIM, BLOCK_H, BLOCK_PAIRS, INTERLEAVED
+    )
 
 
 # A tuple is specialised whatever is asked for, hence the two scalars for positions' strides.
@@ -88,15 +76,7 @@ def _rotate_kernel(
     if positions_ptr is not None:
         position_ptr = positions_ptr + batch * positions_stride_b + index * positions_stride_t
         position = tl.load(position_ptr).to(tl.int64)
-    pairs = tl.arange(0, BLOCK_PAIRS)[None, :]
-    HALF: tl.constexpr = HEAD_DIM // 2
-    # Clamped to the rows around the table, so that no product of an absurd position wraps into it.
-    position = tl.minimum(tl.maximum(position, -1), max_seq_len)
-    angle = position * HALF + pairs  # index into cos and sin
-    # No error can be raised here: a position outside the table gives NaN.
-    mask = (pairs < HALF) & (angle >= 0) & (angle < max_seq_len.to(tl.int64) * HALF)
-    cos = tl.load(cos_ptr + angle, mask=mask, other=float("nan"))  # [1, BLOCK_PAIRS]
-    sin = tl.load(sin_ptr + angle, mask=mask, other=float("nan"))
+    cos, sin = load_angles(cos_ptr, sin_ptr, position, max_seq_len, HEAD_DIM, BLOCK_PAIRS)
     if INVERSE:
         sin = -sin
     NUM_Q_BLOCKS: tl.constexpr = (NUM_Q_HEADS + BLOCK_H - 1) // BLOCK_H
@@ -131,15 +111,6 @@ def _rotate_kernel(
         )
 
 
-def _heads_per_program(*head_counts: int) -> int:
-    """The largest power of two up to 8 that divides the head counts, so that no lane idles; at
-    least 4, the width of one warp's 16-byte loads at head_dim 128."""
-    block = 8
-    while block > 4 and any(count % block for count in head_counts):
-        block //= 2
-    return block
-
-
 def _rotate(
     q: Tensor | None,
     k: Tensor | None,
@@ -159,7 +130,7 @@ def _rotate(
     num_kv_heads = 0 if k is None else k.shape[2]
     q_out = None if q is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = None if k is None else torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    block_h = _heads_per_program(num_q_heads, num_kv_heads)
+    block_h = heads_per_program(num_q_heads, num_kv_heads)
     num_blocks = triton.cdiv(num_q_heads, block_h) + triton.cdiv(num_kv_heads, block_h)
     with target.device_of(some):
         _rotate_kernel[(batch * seq_len, num_blocks)](

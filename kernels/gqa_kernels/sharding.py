@@ -11,17 +11,19 @@ tensors of a call are all replicated or sharded on one of
     swiglu                    any dimension
     apply_rope                the batch; the sequence, where positions are given; the heads; cos and
                               sin are replicated
+    rope_append_kv            the heads
     flash_attention           the batch; the heads
     flash_attention_varlen    the heads
     decode_attention          the batch; the heads
 
 Heads of attention are sharded where the key/value heads can be dealt out evenly, so that a query
-head stays beside the head that it reads; a single key/value head is replicated. Sinks and slopes
-follow the heads.
+head stays beside the head that it reads; a single key/value head is replicated. Sinks, slopes and
+a cache's scales follow the heads. A paged cache is replicated where the batch is sharded.
 
 A tensor in any other placement is redistributed, as everywhere in DTensor: `apply_rope` gathers
 nothing of a sharded sequence, attention does. What looks as though it could be sharded and cannot,
-is refused: a sequence without positions, heads that the mesh does not divide.
+is refused: a sequence without positions, heads that the mesh does not divide, a cache to write to
+that is not placed as what is written.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,7 +39,15 @@ from torch.distributed.tensor.placement_types import Placement
 # No public name lets a rule say which of an op's arguments it depends on.
 from torch.distributed.tensor._op_schema import RuntimeSchemaInfo  # isort: skip
 
-from gqa_kernels import attention, decode, glu, library, norm, rope  # noqa: F401, define the ops
+from gqa_kernels import (  # noqa: F401, define the ops
+    attention,
+    cache_append,
+    decode,
+    glu,
+    library,
+    norm,
+    rope,
+)
 
 # A tensor argument as a rule sees it: shape, ndim, placements and mesh, without values.
 Spec: TypeAlias = Any
@@ -131,6 +141,43 @@ def _rotations(
     yield [q_heads, Replicate()], {q: heads}
 
 
+def _rope_append_kv(
+    q: Spec,
+    k: Spec,
+    v: Spec,
+    k_cache: Spec,
+    v_cache: Spec,
+    k_scale: Spec | None,
+    v_scale: Spec | None,
+    **_: Any,
+) -> Iterator[Sharding]:
+    """What is written stays where it lies: a copy that DTensor moved would be written in vain."""
+    per_token = k_scale is not None and k_scale.ndim == 3
+    beside = {"v": v, "k_cache": k_cache, "v_cache": v_cache}
+    beside |= {"k_scale": k_scale, "v_scale": v_scale} if per_token else {}
+    beside |= {"q": q} if k.shape[_HEADS] > 1 else {}
+    for name, x in beside.items():
+        if tuple(x.placements) != tuple(k.placements):
+            raise NotImplementedError(
+                f"{name}: expected k's placements {tuple(k.placements)}, since a cache cannot be "
+                f"written to elsewhere than where it lies; got {tuple(x.placements)}"
+            )
+    heads = Shard(_HEADS)
+    for name, x in (("k", k), ("q", q)):
+        if any(placement not in (Replicate(), heads) for placement in x.placements):
+            raise NotImplementedError(
+                f"{name}: expected heads that are sharded, or nothing, since slots are those of "
+                f"the whole cache; got placements {tuple(x.placements)}"
+            )
+    kv_heads = _kv_heads(_HEADS, q, k, v)
+    if kv_heads is not None:
+        placed = dict.fromkeys(("k", "v", "k_cache", "v_cache"), kv_heads) | {"q": heads}
+        if kv_heads == heads:
+            scales = heads if per_token else Shard(0)
+            placed |= {"k_scale": scales, "v_scale": scales}
+        yield [heads, kv_heads], placed
+
+
 def _flash_attention(
     q: Spec,
     k: Spec,
@@ -192,13 +239,27 @@ def _attention_layouts(
         yield layout
 
 
-def _decode_attention(q: Spec, k_cache: Spec, v_cache: Spec, **_: Any) -> Iterator[Sharding]:
+def _decode_attention(
+    q: Spec,
+    k_cache: Spec,
+    v_cache: Spec,
+    block_table: Spec | None,
+    k_scale: Spec | None,
+    **_: Any,
+) -> Iterator[Sharding]:
     batch, heads = Shard(_BATCH), Shard(_HEADS)
-    names = ("q", "k_cache", "v_cache", "seq_lens", "key_ranges", "key_mask")
-    yield [batch], dict.fromkeys(names, batch)
+    caches, scales = ("k_cache", "v_cache"), ("k_scale", "v_scale")
+    per_token = k_scale is not None and k_scale.ndim == 3
+    of_sequences = ("q", "seq_lens", "block_table", "key_ranges", "key_mask")
+    if block_table is None:  # pages belong to all sequences
+        of_sequences += (*caches, *(scales if per_token else ()))
+    yield [batch], dict.fromkeys(of_sequences, batch)
     kv_heads = _kv_heads(_HEADS, q, k_cache, v_cache)
     if kv_heads is not None:
-        yield [heads], {"q": heads, "k_cache": kv_heads, "v_cache": kv_heads}
+        placed = {"q": heads} | dict.fromkeys(caches, kv_heads)
+        if kv_heads == heads:
+            placed |= dict.fromkeys(scales, heads if per_token else Shard(0))
+        yield [heads], placed
 
 
 def _num_shards(dim: int, *tensors: Spec) -> int:
@@ -246,6 +307,7 @@ RULES: dict[str, Rule] = {
     "swiglu_backward": _swiglu_backward,
     "apply_rope": _apply_rope,
     "apply_rope_backward": _apply_rope_backward,
+    "rope_append_kv": _rope_append_kv,
     "flash_attention": _flash_attention,
     "flash_attention_backward": _flash_attention_backward,
     "decode_attention": _decode_attention,

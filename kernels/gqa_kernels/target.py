@@ -49,6 +49,12 @@ def _describe(device: object) -> Target:
     return Target(str(gpu.arch), num_sms, has_tma=False, max_warps=max_warps)
 
 
+def has_float8() -> bool:
+    """Whether kernels can convert float8_e4m3fn here: from compute capability 8.9 on."""
+    vendor, _, number = current().arch.partition("_")
+    return vendor != "sm" or int(number) >= 89
+
+
 def check_device(name: str, tensor: Tensor) -> None:
     """Raises RuntimeError unless kernels can run on the tensor's device."""
     if interpreter.is_enabled():

@@ -1,0 +1,100 @@
+"""Pairs of features of some heads: read, rotated, written.
+
+(a, b) are tiles `[BLOCK_H, BLOCK_PAIRS]`: all first and all second features of the pairs of BLOCK_H
+heads, in float32. A pair is (2i, 2i + 1) where interleaved, else (i, i + HEAD_DIM / 2).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_angles(
+    cos_ptr, sin_ptr, position, max_seq_len, HEAD_DIM: tl.constexpr, BLOCK_PAIRS: tl.constexpr
+):
+    """(cos, sin) `[1, BLOCK_PAIRS]` of a position: NaN outside the table, where no error can be
+    raised; 0 for the pairs that a head has not, so that these stay 0."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    pairs = tl.arange(0, BLOCK_PAIRS)[None, :]
+    # Clamped to the rows around the table, so that no product of an absurd position wraps into it.
+    position = tl.minimum(tl.maximum(position, -1), max_seq_len)
+    angle = position * HALF + pairs  # index into cos and sin
+    mask = (pairs < HALF) & (angle >= 0) & (angle < max_seq_len.to(tl.int64) * HALF)
+    cos = tl.load(cos_ptr + angle, mask=mask, other=float("nan"))
+    sin = tl.load(sin_ptr + angle, mask=mask, other=float("nan"))
+    return tl.where(pairs < HALF, cos, 0.0), tl.where(pairs < HALF, sin, 0.0)
+
+
+@triton.jit
+def rotate(a, b, cos, sin):
+    return a * cos - b * sin, b * cos + a * sin
+
+
+@triton.jit
+def load_pairs(
+    ptr,
+    stride_h,
+    first_head,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """(a, b) of heads first_head … first_head + BLOCK_H − 1 of the token at ptr; 0 where there is
+    no such head or feature."""
+    heads = (first_head + tl.arange(0, BLOCK_H))[:, None]
+    ptrs = ptr + heads.to(tl.int64) * stride_h
+    if INTERLEAVED:
+        # Both halves of a pair in one access: loads two apart would not be 16 bytes wide.
+        features = tl.arange(0, 2 * BLOCK_PAIRS)[None, :]
+        mask = (heads < NUM_HEADS) & (features < HEAD_DIM)
+        x = tl.load(ptrs + features, mask=mask, other=0.0).to(tl.float32)
+        a, b = tl.split(tl.reshape(x, [BLOCK_H, BLOCK_PAIRS, 2]))
+    else:
+        HALF: tl.constexpr = HEAD_DIM // 2
+        pairs = tl.arange(0, BLOCK_PAIRS)[None, :]
+        mask = (heads < NUM_HEADS) & (pairs < HALF)
+        a = tl.load(ptrs + pairs, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(ptrs + HALF + pairs, mask=mask, other=0.0).to(tl.float32)
+    return a, b
+
+
+@triton.jit
+def store_pairs(
+    ptr,
+    stride_h,
+    first_head,
+    a,
+    b,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """Writes (a, b), of any dtype that converts to the pointer's, where there is such a head and
+    feature."""
+    dtype = ptr.dtype.element_ty
+    heads = (first_head + tl.arange(0, BLOCK_H))[:, None]
+    ptrs = ptr + heads.to(tl.int64) * stride_h
+    if INTERLEAVED:
+        features = tl.arange(0, 2 * BLOCK_PAIRS)[None, :]
+        mask = (heads < NUM_HEADS) & (features < HEAD_DIM)
+        x = tl.reshape(tl.join(a, b), [BLOCK_H, 2 * BLOCK_PAIRS])
+        tl.store(ptrs + features, x.to(dtype), mask=mask)
+    else:
+        HALF: tl.constexpr = HEAD_DIM // 2
+        pairs = tl.arange(0, BLOCK_PAIRS)[None, :]
+        mask = (heads < NUM_HEADS) & (pairs < HALF)
+        tl.store(ptrs + pairs, a.to(dtype), mask=mask)
+        tl.store(ptrs + HALF + pairs, b.to(dtype), mask=mask)
+
+
+def heads_per_program(*head_counts: int) -> int:
+    """The largest power of two up to 8 that divides the head counts, so that no lane idles; at
+    least 4, the width of one warp's 16-byte loads at head_dim 128."""
+    block = 8
+    while block > 4 and any(count % block for count in head_counts):
+        block //= 2
+    return block

@@ -1,0 +1,242 @@
+"""Continuous batching: requests join and leave the batch between any two steps.
+
+Yu et al. 2022 (Orca, OSDI). Pages and preemption as in Kwon et al. 2023, arXiv:2309.06180.
+"""
+
+import secrets
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llama2.generate import sample, stream
+from llama2.model import Llama2
+from llama2.page_pool import OutOfPages
+from llama2.paged_kv_cache import PagedKVCache, to_device
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt of token ids to be continued; all else as in `generate`.
+
+    What is drawn depends on the seed alone; None takes a new one.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop_ids: Collection[int] = ()
+
+
+@dataclass(frozen=True)
+class Result:
+    """The new tokens of request number `index`; the last is a stop token if one stopped it."""
+
+    index: int
+    request: Request
+    tokens: list[int]
+
+
+@dataclass
+class _Running:
+    index: int
+    request: Request
+    uniform: np.ndarray  # float32 [max_new_tokens], what `sample` draws by
+    new: list[int] = field(default_factory=list)
+    row: int = -1
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.request.prompt, *self.new]
+
+    @property
+    def is_done(self) -> bool:
+        stopped = bool(self.new) and self.new[-1] in self.request.stop_ids
+        return stopped or len(self.new) >= self.request.max_new_tokens
+
+
+def check_request(model: Llama2, cache: PagedKVCache, request: Request) -> None:
+    """Whether `serve` can finish a request.
+
+    Raises:
+        ValueError: as `generate`, or because its tokens fill more pages than the cache has.
+    """
+    stream(  # checks its arguments when it is called, and is not asked for a token
+        model,
+        [request.prompt],
+        max_new_tokens=request.max_new_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        stop_ids=request.stop_ids,
+        seed=request.seed,
+    )
+    # The last new token is never fed back, so it needs no room.
+    pages = cache.pages_for(len(request.prompt) + request.max_new_tokens - 1)
+    if request.max_new_tokens > 0 and pages > cache.num_pages:
+        raise ValueError(
+            f"num_pages: expected at least {pages} pages of {cache.page_size} for "
+            f"{len(request.prompt)} + {request.max_new_tokens} tokens; got {cache.num_pages}"
+        )
+
+
+def serve(
+    model: Llama2,
+    requests: Iterable[Request],
+    *,
+    cache: PagedKVCache,
+    max_batch: int | None = None,
+) -> Iterator[Result]:
+    """Continues every request, on the model's device and in its dtype; results come as they finish.
+
+    A step gives each running request one token, and requests that have just been admitted their
+    first. Requests are taken in order, when a row and pages are free. When pages run out, the
+    request that was admitted last gives its pages back and goes on later, from the tokens it has.
+    Greedy tokens are those of `generate`, up to the roundings of another batch; draws are those of
+    `generate` for the request alone, with the request's seed.
+
+    Args:
+        requests: read one at a time, as there is room.
+        cache: of the model's `cache_config`, dtype and device, empty or not. It is left without
+            the requests' rows, whether the iterator ends, fails or is closed.
+        max_batch: most requests at once; None means as many as the cache has rows.
+    Raises:
+        ValueError: a request that `check_request` refuses, when it is read; `max_batch` outside
+            [1, cache.max_batch], a cache of which sequences are in use, when called.
+        FloatingPointError: the model's logits are NaN or infinite.
+    """
+    most = cache.max_batch if max_batch is None else max_batch
+    if not 1 <= most <= cache.max_batch:
+        raise ValueError(f"max_batch: expected 1 to the cache's {cache.max_batch}; got {most}")
+    if cache.num_free_rows < cache.max_batch:
+        raise ValueError(
+            f"cache: expected no sequence in it; got {cache.max_batch - cache.num_free_rows}"
+        )
+    return _Server(model, cache, most).run(requests)
+
+
+class _Server:
+    def __init__(self, model: Llama2, cache: PagedKVCache, max_batch: int) -> None:
+        self.model, self.cache, self.max_batch = model, cache, max_batch
+        self.running: list[_Running] = []  # in the order of admission
+        self.waiting: deque[_Running] = deque()  # read or preempted, first to be admitted first
+        self.done: list[_Running] = []
+
+    @torch.inference_mode()
+    def run(self, requests: Iterable[Request]) -> Iterator[Result]:
+        incoming = self._read(requests)
+        try:
+            while True:
+                self._make_room()
+                decoding = list(self.running)
+                admitted = self._admit(incoming)
+                if self.running:
+                    self._add_tokens(self._last_states(decoding, admitted))
+                none_left = not self.running
+                self._retire()
+                for finished in self.done:
+                    yield Result(finished.index, finished.request, finished.new)
+                self.done.clear()
+                if none_left:
+                    return
+        finally:
+            for request in self.running:
+                self.cache.free(request.row)
+
+    def _read(self, requests: Iterable[Request]) -> Iterator[_Running]:
+        for index, request in enumerate(requests):
+            check_request(self.model, self.cache, request)
+            seed = secrets.randbits(64) if request.seed is None else request.seed
+            # generate's, for its first prompt
+            uniform = np.random.default_rng((seed, 0)).random(
+                request.max_new_tokens, dtype=np.float32
+            )
+            yield _Running(index, request, uniform)
+
+    def _make_room(self) -> None:
+        """Room for the last token of every running request, the oldest first."""
+        for request in list(self.running):
+            while request in self.running:
+                try:
+                    self.cache.extend(request.row, request.new[-1:])
+                    break
+                except OutOfPages:
+                    self._preempt()
+
+    def _preempt(self) -> None:
+        youngest = self.running.pop()
+        self.cache.free(youngest.row)
+        self.waiting.appendleft(youngest)
+
+    def _admit(self, incoming: Iterator[_Running]) -> list[_Running]:
+        """Starts requests in order until one does not fit.
+
+        Each running request keeps a free page to grow into: otherwise one that was preempted would
+        come back at once, to be preempted again.
+        """
+        admitted = []
+        while len(self.running) < self.max_batch:
+            if not self.waiting:
+                request = next(incoming, None)
+                if request is None:
+                    break
+                self.waiting.append(request)
+            request = self.waiting[0]
+            if request.is_done:  # it asks for no token
+                self.done.append(self.waiting.popleft())
+                continue
+            pages = self.cache.pages_to_admit(request.tokens) + len(self.running)
+            if self.running and pages > self.cache.num_free_pages:
+                break
+            request.row = self.cache.admit(request.tokens)
+            self.running.append(self.waiting.popleft())
+            admitted.append(request)
+        return admitted
+
+    def _last_states(self, decoding: list[_Running], admitted: list[_Running]) -> Tensor:
+        """`[rows of the cache, hidden_size]`: of each running request's last token."""
+        if decoding:
+            batch = self.cache.decode([request.row for request in decoding])
+            last = self.model.hidden_states(batch.tokens, batch)[:, -1]
+        else:
+            weight = self.model.lm_head.weight
+            last = torch.zeros(
+                (self.cache.max_batch, self.model.config.hidden_size),
+                dtype=weight.dtype,
+                device=weight.device,
+            )
+        for request in admitted:
+            batch = self.cache.prefill(request.row)
+            last[request.row] = self.model.hidden_states(batch.tokens, batch)[0, -1]
+        return last
+
+    def _add_tokens(self, last: Tensor) -> None:
+        logits = self.model.lm_head(last)
+        groups: dict[tuple[float, float], list[_Running]] = {}
+        for running in self.running:
+            settings = (running.request.temperature, running.request.top_p)
+            groups.setdefault(settings, []).append(running)
+        drawn = []
+        for settings, group in groups.items():
+            rows = to_device(np.array([running.row for running in group]), logits.device)
+            uniform = np.array([running.uniform[len(running.new)] for running in group])
+            drawn.append(sample(logits[rows], to_device(uniform, logits.device), *settings))
+        tokens = torch.cat(drawn).tolist()  # the step's only synchronisation
+        for running, token in zip(chain.from_iterable(groups.values()), tokens, strict=True):
+            if token < 0:
+                raise FloatingPointError(
+                    f"model: expected finite logits; got NaN or infinity for "
+                    f"requests[{running.index}] at new token {len(running.new)} in {logits.dtype}"
+                )
+            running.new.append(token)
+
+    def _retire(self) -> None:
+        for running in [running for running in self.running if running.is_done]:
+            self.cache.free(running.row)
+            self.running.remove(running)
+            self.done.append(running)
