@@ -119,6 +119,22 @@ def _quantized(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return steps.to(dtype)
 
 
+def _write(cache: Tensor, slots: Tensor, x: Tensor) -> None:
+    """cache[slot] = x for each token whose slot there is, without asking the device which.
+
+    A token without a slot writes once more what another one writes; if none has a slot, what the
+    first slot holds.
+    """
+    if x.shape[0] == 0 or cache.shape[0] * cache.shape[1] == 0:
+        return
+    there = (slots >= 0) & (slots < cache.shape[0] * cache.shape[1])  # [num_tokens]
+    any_there = torch.where(there.any(), there.to(torch.uint8).argmax(), len(x))
+    token = torch.where(there, torch.arange(len(x), device=x.device), any_there)
+    slots = torch.cat([slots, slots.new_zeros(1)])[token].long()
+    x = torch.cat([x, cache[:1, 0]])[token]
+    cache[slots // cache.shape[1], slots % cache.shape[1]] = x
+
+
 def rope_append_kv(
     q: Tensor,
     k: Tensor,
@@ -165,17 +181,17 @@ def rope_append_kv(
     Reference: slots: Kwon et al. 2023, arXiv:2309.06180.
     """
     q, k = apply_rope(q, k, cos, sin, positions, interleaved=interleaved)
-    num_slots, page_size = k_cache.shape[0] * k_cache.shape[1], k_cache.shape[1]
-    written = (slots >= 0) & (slots < num_slots)  # [batch, seq_len]
-    slots = slots[written].long()
-    where = slots // max(page_size, 1), slots % max(page_size, 1)
-    for x, cache, scale in ((k[written], k_cache, k_scale), (v[written], v_cache, v_scale)):
+    slots = slots.flatten()
+    for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+        x = x.flatten(0, 1)
         if scale is not None:
             if scale.dim() == 3:
-                scale[where] = (_wide(x).abs().amax(-1) / _LARGEST_STORED[cache.dtype]).to(scale)
-                scale = scale[where]
+                largest = _wide(x).abs().amax(-1)
+                per_token = (largest / _LARGEST_STORED[cache.dtype]).to(scale)
+                _write(scale, slots, per_token)
+                scale = per_token
             x = _quantized(x, scale, cache.dtype)
-        cache[where] = x
+        _write(cache, slots, x)
     return q, k
 
 
