@@ -119,7 +119,7 @@ def _logit_gap(model: Llama2, tokens: list[int], chosen: int, other: int) -> flo
 def _compare_errors(device: torch.device) -> bool:
     # Only now: these modules import Triton, whose mode is settled by the time a demo runs.
     from gqa_kernels.accuracy import measure
-    from gqa_kernels.spec import OPS
+    from gqa_kernels.spec import IN_PLACE_OPS, OPS
 
     _heading("Largest error of each output and gradient against float64, beside its budget")
     print(
@@ -128,7 +128,7 @@ def _compare_errors(device: torch.device) -> bool:
     )
     jobs = [
         (spec, case, dtype)
-        for spec in OPS
+        for spec in (*OPS, *IN_PLACE_OPS)  # what these return depends on no cache
         # Of the small cases every third, so that wide rows and grouped heads are among the first.
         for case, dtype in product(spec.test_cases()[::3][:CASES_PER_OP], DTYPES)
     ]
