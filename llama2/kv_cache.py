@@ -1,5 +1,6 @@
 """The keys and values of the tokens that a batch of sequences has seen."""
 
+import copy
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -100,7 +101,18 @@ class KVCache:
         positions = self.seq_lens[:, None] + new
         slots = torch.arange(batch, device=device)[:, None] * self.capacity + positions
         seq_lens = None if self.num_written == 0 else self.seq_lens + num_tokens
+        return self.step(positions, slots, seq_lens)
+
+    def step(self, positions: Tensor, slots: Tensor, seq_lens: Tensor | None) -> CacheStep:
         return CacheStep(self.keys, self.values, positions, slots, seq_lens)
+
+    def first(self, batch: int) -> "KVCache":
+        """The first `batch` sequences, to be begun anew, as a cache in the same memory."""
+        part = copy.copy(self)
+        part.keys, part.values = self.keys[:, :batch], self.values[:, :batch]
+        part.seq_lens = self.seq_lens[:batch].zero_()
+        part.num_written = 0
+        return part
 
     def advance(self, num_tokens: int, valid: Tensor | None = None) -> None:
         """Counts the tokens just written; `valid` int `[batch]` when rows were right-padded."""
