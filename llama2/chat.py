@@ -4,6 +4,7 @@ import contextlib
 import sys
 from typing import Any
 
+from llama2.generate import Generator
 from llama2.model import Llama2
 from llama2.text import require_utf8, stream_text
 from llama2.tokenizer import Tokenizer
@@ -38,6 +39,7 @@ def chat(
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401
     _note(_COMMANDS)
+    generator = Generator(model)
     history = opening
     while (line := _ask()) != "/exit":
         if line == "/reset":
@@ -53,7 +55,7 @@ def chat(
             room = model.config.max_seq_len - len(tokens)
             settings["max_new_tokens"] = min(max_new_tokens, room)
             answer = ""
-            for piece in stream_text(model, tokenizer, tokens, **settings):
+            for piece in stream_text(generator, tokenizer, tokens, **settings):
                 print(piece, end="", flush=True)
                 answer += piece
             print()

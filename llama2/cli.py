@@ -12,7 +12,7 @@ import torch
 from llama2 import checkpoint, convert_command, serve_command
 from llama2.chat import chat
 from llama2.checkpoint import SHIPPED
-from llama2.generate import generate
+from llama2.generate import Generator
 from llama2.model import Llama2
 from llama2.placement import add_device_option, add_options, place
 from llama2.text import require_utf8, stop_ids, stream_text
@@ -68,16 +68,17 @@ def _generate(arguments: argparse.Namespace) -> int:
     if not prompts:
         raise ValueError("generate: expected --prompt TEXT or --prompt-file FILE; got neither")
     model, tokenizer = _load(arguments)
+    generator = Generator(model)
     settings = _settings(arguments)
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     if len(prompts) == 1:
-        pieces = stream_text(model, tokenizer, encoded[0], **settings)
+        pieces = stream_text(generator, tokenizer, encoded[0], **settings)
         print(prompts[0], end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
         return 0
-    continuations = generate(model, encoded, stop_ids=stop_ids(tokenizer), **settings)
+    continuations = generator.generate(encoded, stop_ids=stop_ids(tokenizer), **settings)
     for number, (prompt, new) in enumerate(zip(encoded, continuations, strict=True), 1):
         print(f"--- prompt {number} of {len(prompts)}")
         print(tokenizer.decode(prompt + new))

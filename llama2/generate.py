@@ -1,16 +1,20 @@
-"""Text generation: a ragged batch, one key/value cache, one host synchronisation per step."""
+"""Token generation: a ragged batch, one key/value cache, steps that a GPU replays."""
 
-import math
-import secrets
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from llama2.config import ModelConfig
+from llama2.decode_batch import DecodeBatch
 from llama2.kv_cache import KVCache
 from llama2.model import Llama2
+from llama2.sampling import check_sampling, uniform_draws
+
+# On a GPU sizes are rounded up, so that calls of other sizes find the same cache and graphs.
+_CAPACITY_UNIT = 256
+_BATCH_UNIT = 8
 
 
 def generate(
@@ -24,6 +28,8 @@ def generate(
     seed: int | None = None,
 ) -> list[list[int]]:
     """Continues every prompt, on the model's device and in its dtype.
+
+    A `Generator` does the same call after call with one cache and the same CUDA graphs.
 
     Args:
         prompts: token ids, of any lengths; a model expects BOS first (`Tokenizer.encode`).
@@ -42,8 +48,7 @@ def generate(
             finite; a top_p outside (0, 1]; a negative seed.
         FloatingPointError: the model's logits are NaN or infinite.
     """
-    steps = stream(
-        model,
+    return Generator(model).generate(
         prompts,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -51,10 +56,6 @@ def generate(
         stop_ids=stop_ids,
         seed=seed,
     )
-    continuations: list[list[int]] = [[] for _ in prompts]
-    for index, token in steps:
-        continuations[index].append(token)
-    return continuations
 
 
 def stream(
@@ -71,99 +72,168 @@ def stream(
 
     The arguments are checked by the call itself, before the first token is asked for.
     """
-    stop_ids = frozenset(stop_ids)
-    _check_tokens(model.config, prompts, max_new_tokens, stop_ids)
-    _check_sampling(temperature, top_p, seed)
-    return _steps(model, prompts, max_new_tokens, temperature, top_p, stop_ids, seed)
+    return Generator(model).stream(
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        stop_ids=stop_ids,
+        seed=seed,
+    )
 
 
-@torch.inference_mode()
-def _steps(
-    model: Llama2,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    stop_ids: frozenset[int],
-    seed: int | None,
-) -> Iterator[tuple[int, int]]:
-    if max_new_tokens == 0:
-        return
-    batch, longest = len(prompts), max(map(len, prompts))
-    weight = model.lm_head.weight
-    tokens = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=weight.device)
-    num_valid = torch.tensor([len(p) for p in prompts], device=weight.device)
-    uniform = _uniform(batch, max_new_tokens, seed).to(weight.device)
-    # The last new token is never fed back, so it needs no room.
-    capacity = longest + max_new_tokens - 1
-    cache = KVCache(model.cache_config, batch, capacity, dtype=weight.dtype, device=weight.device)
+class Generator:
+    """Continues prompts with one model, call after call.
 
-    states = model.hidden_states(tokens, cache, num_valid)
-    last = states[torch.arange(batch, device=weight.device), num_valid - 1]  # [batch, hidden_size]
-    running = list(range(batch))
-    for step in range(max_new_tokens):
-        if step > 0:
-            last = model.hidden_states(tokens[:, None], cache)[:, 0]
-        tokens = sample(model.lm_head(last), uniform[:, step], temperature, top_p)
-        on_host = tokens.tolist()  # the step's only synchronisation
-        for index in running:
-            if on_host[index] < 0:
-                raise FloatingPointError(
-                    f"model: expected finite logits; got NaN or infinity for prompts[{index}] at "
-                    f"new token {step} in {weight.dtype}"
-                )
-            yield index, on_host[index]
-        # Stopped sequences stay in the batch, unread: rows do not see each other.
-        running = [index for index in running if on_host[index] not in stop_ids]
-        if not running:
-            return
-        tokens = tokens.clamp(min=0)
-
-
-def sample(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
-    """Draws a token per row from softmax(logits / temperature), cut to its nucleus, in float32.
-
-    The nucleus is the shortest run of tokens, likeliest first and the lower id first among equals,
-    whose probabilities reach `top_p`: a token belongs if those before it sum to less. The draw
-    inverts the cumulative distribution, so it is a function of its arguments.
+    It keeps its cache between calls, and on a GPU the CUDA graphs of its decode steps: one per
+    batch size, rounded up to 1, 2, 4 or a multiple of 8, and kind of sampling (greedy or not). A
+    step is run once, captured once and then replayed: no launch by launch, no allocation and no
+    wait for the device. Its tokens are those of the step as it is. A call that needs a longer
+    cache or more rows, and one after the model's parameters have moved, begins anew.
 
     Args:
-        logits: `[batch, vocab_size]`, any floating dtype.
-        uniform: float32 `[batch]` in [0, 1).
-        temperature: 0 takes the likeliest token.
-    Returns:
-        int64 `[batch]`; −1 for a row with NaN, with +infinity, or with −infinity only.
-    Reference: Holtzman et al. 2020, arXiv:1904.09751.
+        capture: whether steps are captured. None: on a GPU, unless a module of the model has
+            forward hooks, which a replay would not call (tensor parallelism uses such hooks).
+    Raises:
+        ValueError: `capture` without a GPU, or of a model with hooks.
     """
-    logits = logits.float()
-    highest = logits.amax(dim=-1, keepdim=True)
-    if temperature == 0:
-        tokens = logits.argmax(dim=-1)
-    else:
-        # Subtracting first keeps a small temperature from overflowing; tiny keeps it from being 0.
-        scaled = (logits - highest) / max(temperature, torch.finfo(torch.float32).tiny)
-        probabilities, order = scaled.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-        reached = probabilities.cumsum(dim=-1)
-        total = reached[:, -1:]  # 1 but for rounding
-        size = (reached - probabilities < top_p * total).sum(dim=-1, keepdim=True)
-        size = size.clamp(min=1)  # none where the probabilities are NaN
-        target = uniform[:, None] * reached.gather(-1, size - 1)
-        rank = (reached <= target).sum(dim=-1, keepdim=True).clamp(max=size - 1)
-        tokens = order.gather(-1, rank).squeeze(-1)
-    return tokens.where(highest.squeeze(-1).isfinite(), -1)
+
+    def __init__(self, model: Llama2, *, capture: bool | None = None) -> None:
+        self.model, self._capture = model, capture
+        self._cache: KVCache | None = None
+        self._batches: dict[int, DecodeBatch] = {}  # by their number of rows
+        self._made_for: list[int] = []
+        self._calls = itertools.count()
+        self._current = -1  # the call that has the cache
+        self._captures()
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop_ids: Iterable[int] = (),
+        seed: int | None = None,
+    ) -> list[list[int]]:
+        """See the function `generate`."""
+        steps = self.stream(
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            stop_ids=stop_ids,
+            seed=seed,
+        )
+        continuations: list[list[int]] = [[] for _ in prompts]
+        for index, token in steps:
+            continuations[index].append(token)
+        return continuations
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop_ids: Iterable[int] = (),
+        seed: int | None = None,
+    ) -> Iterator[tuple[int, int]]:
+        """See the function `stream`. One call at a time has the cache: asking an earlier one for
+        more tokens raises RuntimeError."""
+        stop_ids = frozenset(stop_ids)
+        check_tokens(self.model.config, prompts, max_new_tokens, stop_ids)
+        check_sampling(temperature, top_p, seed)
+        return self._stream(prompts, max_new_tokens, temperature, top_p, stop_ids, seed)
+
+    @torch.inference_mode()
+    def _stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        stop_ids: frozenset[int],
+        seed: int | None,
+    ) -> Iterator[tuple[int, int]]:
+        if max_new_tokens == 0:
+            return
+        self._current = call = next(self._calls)
+        # The last new token is never fed back, so it needs no room.
+        batch = self._batch(len(prompts), max(map(len, prompts)) + max_new_tokens - 1)
+        draws = [uniform_draws(seed, index, max_new_tokens) for index in range(len(prompts))]
+        uniform = torch.from_numpy(np.stack(draws))
+        steps = batch.run(prompts, uniform, temperature, top_p, list(stop_ids))
+        running = list(range(len(prompts)))
+        for step, tokens in enumerate(steps):
+            for index in running:
+                if tokens[index] < 0:
+                    raise FloatingPointError(
+                        f"model: expected finite logits; got NaN or infinity for prompts[{index}] "
+                        f"at new token {step} in {self.model.lm_head.weight.dtype}"
+                    )
+                yield index, tokens[index]
+                if self._current != call:
+                    raise RuntimeError(
+                        "stream: expected one call at a time on a Generator; got another since"
+                    )
+            running = [index for index in running if tokens[index] not in stop_ids]
+            if not running:
+                return
+
+    def _batch(self, rows: int, capacity: int) -> DecodeBatch:
+        model, weight = self.model, self.model.lm_head.weight
+        if _on_gpu(model):
+            rows = rounded_batch(rows)
+            units = -(-capacity // _CAPACITY_UNIT)
+            capacity = min(units * _CAPACITY_UNIT, model.config.max_seq_len)
+        captures = self._captures()
+        # What a graph replays reads these addresses.
+        made_for = [captures, *(x.data_ptr() for x in (*model.parameters(), *model.buffers()))]
+        if self._made_for != made_for:
+            self._made_for, self._cache = made_for, None
+        needed = rows, capacity
+        if self._cache is not None:
+            held = len(self._cache.seq_lens), self._cache.capacity
+            needed = max(rows, held[0]), max(capacity, held[1])
+        if self._cache is None or needed != held:
+            self._batches, self._cache = {}, None  # first, so that its memory can be had again
+            settings = {"dtype": weight.dtype, "device": weight.device}
+            self._cache = KVCache(model.cache_config, *needed, **settings)
+        if rows not in self._batches:
+            self._batches[rows] = DecodeBatch(model, self._cache.first(rows), capture=captures)
+        return self._batches[rows]
+
+    def _captures(self) -> bool:
+        """Whether steps are captured."""
+        on_gpu = _on_gpu(self.model)
+        hooked = [
+            name
+            for name, module in self.model.named_modules()
+            if module._forward_hooks or module._forward_pre_hooks
+        ]
+        if self._capture and not on_gpu:
+            device = self.model.lm_head.weight.device
+            raise ValueError(f"capture: expected a model on a GPU; got one on {device}")
+        if self._capture and hooked:
+            raise ValueError(f"capture: expected a model without hooks; got some in {hooked[0]!r}")
+        return (on_gpu and not hooked) if self._capture is None else self._capture
 
 
-def _uniform(batch: int, max_new_tokens: int, seed: int | None) -> Tensor:
-    """float32 `[batch, max_new_tokens]` in [0, 1), on the CPU; row i follows from (seed, i)."""
-    seed = secrets.randbits(64) if seed is None else seed
-    rows = [
-        np.random.default_rng((seed, index)).random(max_new_tokens, dtype=np.float32)
-        for index in range(batch)
-    ]
-    return torch.from_numpy(np.stack(rows))
+def _on_gpu(model: Llama2) -> bool:
+    return model.lm_head.weight.is_cuda
 
 
-def _check_tokens(
+def rounded_batch(batch: int) -> int:
+    """1, 2, 4 or a multiple of 8."""
+    if batch <= 4:
+        return 1 << (batch - 1).bit_length()
+    return -(-batch // _BATCH_UNIT) * _BATCH_UNIT
+
+
+def check_tokens(
     config: ModelConfig,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
@@ -193,12 +263,3 @@ def _check_tokens(
 def _check_id(name: str, token: int, vocab_size: int) -> None:
     if not isinstance(token, int) or not 0 <= token < vocab_size:
         raise ValueError(f"{name}: expected token ids in [0, {vocab_size}); got {token!r}")
-
-
-def _check_sampling(temperature: float, top_p: float, seed: int | None) -> None:
-    if not 0 <= temperature < math.inf:  # false for NaN
-        raise ValueError(f"temperature: expected a finite number ≥ 0; got {temperature!r}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected a number in (0, 1]; got {top_p!r}")
-    if seed is not None and (not isinstance(seed, int) or seed < 0):
-        raise ValueError(f"seed: expected an int of at least 0, or None; got {seed!r}")

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama2.generate import sample, stream
+from llama2.generate import stream
 from llama2.model import Llama2
 from llama2.page_pool import OutOfPages
 from llama2.paged_kv_cache import PagedKVCache, to_device
+from llama2.sampling import sample
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,12 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from llama2.generate import stream
-from llama2.model import Llama2
+from llama2.generate import Generator
 from llama2.tokenizer import StreamDecoder, Tokenizer
 
 
 def stream_text(
-    model: Llama2, tokenizer: Tokenizer, prompt: Sequence[int], **settings: Any
+    generator: Generator, tokenizer: Tokenizer, prompt: Sequence[int], **settings: Any
 ) -> Iterator[str]:
     """The continuation of one prompt, piece by piece, until the document ends or `max_new_tokens`.
 
@@ -19,7 +18,7 @@ def stream_text(
     Raises:
         ValueError: as `generate`, at the call; later if the model has ids that the tokenizer lacks.
     """
-    steps = stream(model, [prompt], stop_ids=stop_ids(tokenizer), **settings)
+    steps = generator.stream([prompt], stop_ids=stop_ids(tokenizer), **settings)
     return _decoded(StreamDecoder(tokenizer), steps)
 
 

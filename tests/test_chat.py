@@ -30,8 +30,8 @@ def asked(monkeypatch, answer: str = "an answer") -> list[list[int]]:
     """Replaces generation in chat by `answer`; the list collects the prompts."""
     prompts = []
 
-    def stream_text(model, tokenizer, prompt, **settings):
-        assert len(prompt) + settings["max_new_tokens"] <= model.config.max_seq_len
+    def stream_text(generator, tokenizer, prompt, **settings):
+        assert len(prompt) + settings["max_new_tokens"] <= generator.model.config.max_seq_len
         prompts.append(prompt)
         return iter(answer)
 

@@ -11,7 +11,7 @@ import torch
 
 from gqa_kernels import get_backend
 from llama2 import checkpoint, cli
-from llama2.generate import generate
+from llama2.generate import Generator, generate
 from llama2.placement import place
 from llama2.text import stop_ids, stream_text
 from llama2.tokenizer import Tokenizer
@@ -91,12 +91,12 @@ def test_prompts_come_from_a_file_or_stdin(llama2, tmp_path):
 def test_text_ends_with_the_document(model, tokenizer, monkeypatch):
     tokens = [*tokenizer.encode("pass", bos=False), tokenizer.eos_id]
 
-    def stream(model, prompts, *, stop_ids, **settings):
+    def stream(_, prompts, *, stop_ids, **settings):
         assert set(stop_ids) == {tokenizer.bos_id, tokenizer.eos_id}
         return iter([(0, token) for token in tokens])
 
-    monkeypatch.setattr("llama2.text.stream", stream)
-    assert "".join(stream_text(model, tokenizer, [1], max_new_tokens=5)) == " pass"
+    monkeypatch.setattr(Generator, "stream", stream)
+    assert "".join(stream_text(Generator(model), tokenizer, [1], max_new_tokens=5)) == " pass"
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_the_speed_table_times_synchronised_runs(short, device, monkeypatch, cap
     events = []
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A GPU")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("synchronize"))
-    monkeypatch.setattr(demo, "generate", lambda *_, **__: events.append("generate"))
+    monkeypatch.setattr(demo.Generator, "generate", lambda *_, **__: events.append("generate"))
     eager = place("eager", str(device))
     demo._compare_speed(cli.SHIPPED, eager, eager)
     assert events == ["synchronize", "generate", "synchronize"] * (2 * 3 * (1 + demo.SPEED_RUNS))

@@ -7,7 +7,8 @@ import pytest
 import torch
 from small_llama import lively, small_config
 
-from llama2.generate import generate, sample, stream
+from llama2.generate import generate, stream
+from llama2.sampling import sample
 
 PROMPTS = [[1, 5, 9], [2], [3, 1, 4, 1, 5, 9, 2, 6]]
 # Sums of these are exact, so that the nucleus is too: token 3 is the likeliest, then 0, 5, 1.

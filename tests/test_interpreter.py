@@ -1,4 +1,4 @@
-"""The interpreter's narrow floats have the bits of PyTorch's. On a GPU there is nothing to test here."""
+"""The interpreter's narrow floats have the bits of PyTorch's. A GPU has nothing to test here."""
 
 import subprocess
 import sys

@@ -1,18 +1,17 @@
 """A GPU's clock, and what the GPU does at best by it."""
 
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
+
+from llama2.graphs import Call, captured
 
 WARM_UP_CALLS = 3
 SAMPLES = 30
 READ_BYTES = 2**30  # far above any L2 cache
 MATRIX_SIZE = 8192
-
-Call = Callable[[], Any]
 
 
 class Clock(Protocol):
@@ -27,20 +26,6 @@ class Clock(Protocol):
     def seconds(self, call: Call) -> list[float]:
         """Several samples of the time that the device spends in one call, with a cold L2 cache."""
         ...
-
-
-def captured(call: Call, num_warm_up_calls: int) -> Call:
-    """The replay of a CUDA graph of one call, made after calls that warm it up."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(num_warm_up_calls):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 class CudaClock:
