@@ -16,7 +16,7 @@ from torch import Tensor
 from llama2.graphs import Step
 from llama2.kv_cache import CacheStep, KVCache
 from llama2.model import Llama2
-from llama2.sampling import sample
+from llama2.sampling import in_float32, sample
 
 
 class DecodeBatch:
@@ -93,7 +93,7 @@ class DecodeBatch:
         self._running.copy_(self._rows < count)
         self._num_drawn.zero_()
         self._uniform[:count, : uniform.shape[1]] = uniform.to(device)
-        self._temperature.fill_(temperature)
+        self._temperature.fill_(in_float32(temperature))
         self._top_p.fill_(top_p)
         self._is_stop.zero_()
         self._is_stop[torch.tensor(stop_ids, dtype=torch.int64, device=device)] = True

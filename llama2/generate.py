@@ -8,6 +8,7 @@ import torch
 
 from llama2.config import ModelConfig
 from llama2.decode_batch import DecodeBatch
+from llama2.graphs import can_capture, on_gpu
 from llama2.kv_cache import KVCache
 from llama2.model import Llama2
 from llama2.sampling import check_sampling, uniform_draws
@@ -105,7 +106,7 @@ class Generator:
         self._made_for: list[int] = []
         self._calls = itertools.count()
         self._current = -1  # the call that has the cache
-        self._captures()
+        can_capture(model, capture)
 
     def generate(
         self,
@@ -185,11 +186,11 @@ class Generator:
 
     def _batch(self, rows: int, capacity: int) -> DecodeBatch:
         model, weight = self.model, self.model.lm_head.weight
-        if _on_gpu(model):
+        if on_gpu(model):
             rows = rounded_batch(rows)
             units = -(-capacity // _CAPACITY_UNIT)
             capacity = min(units * _CAPACITY_UNIT, model.config.max_seq_len)
-        captures = self._captures()
+        captures = can_capture(model, self._capture)
         # What a graph replays reads these addresses.
         made_for = [captures, *(x.data_ptr() for x in (*model.parameters(), *model.buffers()))]
         if self._made_for != made_for:
@@ -205,25 +206,6 @@ class Generator:
         if rows not in self._batches:
             self._batches[rows] = DecodeBatch(model, self._cache.first(rows), capture=captures)
         return self._batches[rows]
-
-    def _captures(self) -> bool:
-        """Whether steps are captured."""
-        on_gpu = _on_gpu(self.model)
-        hooked = [
-            name
-            for name, module in self.model.named_modules()
-            if module._forward_hooks or module._forward_pre_hooks
-        ]
-        if self._capture and not on_gpu:
-            device = self.model.lm_head.weight.device
-            raise ValueError(f"capture: expected a model on a GPU; got one on {device}")
-        if self._capture and hooked:
-            raise ValueError(f"capture: expected a model without hooks; got some in {hooked[0]!r}")
-        return (on_gpu and not hooked) if self._capture is None else self._capture
-
-
-def _on_gpu(model: Llama2) -> bool:
-    return model.lm_head.weight.is_cuda
 
 
 def rounded_batch(batch: int) -> int:

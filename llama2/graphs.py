@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 Call = Callable[[], Any]
 
@@ -41,3 +42,29 @@ class Step:
             self._next = record(self._call)
         self._next()
         self._is_warm = True
+
+
+def can_capture(model: nn.Module, asked: bool | None) -> bool:
+    """Whether a model's steps are captured: `asked`, or if that is None, on a GPU, unless a module
+    has forward hooks, which a replay would not call (tensor parallelism uses such hooks).
+
+    Raises:
+        ValueError: it is asked for without a GPU, or of a model with hooks.
+    """
+    hooked = [
+        name
+        for name, module in model.named_modules()
+        if module._forward_hooks or module._forward_pre_hooks
+    ]
+    if not asked:
+        return asked is None and on_gpu(model) and not hooked
+    if not on_gpu(model):
+        device = next(model.parameters()).device
+        raise ValueError(f"capture: expected a model on a GPU; got one on {device}")
+    if hooked:
+        raise ValueError(f"capture: expected a model without forward hooks; got {hooked[0]!r}")
+    return True
+
+
+def on_gpu(model: nn.Module) -> bool:
+    return next(model.parameters()).is_cuda

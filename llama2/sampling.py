@@ -52,7 +52,12 @@ def _column(logits: Tensor, value: float | Tensor) -> Tensor:
     """float32 `[batch, 1]`."""
     if isinstance(value, Tensor):
         return value[:, None]
-    return logits.new_full((len(logits), 1), value)
+    return logits.new_full((len(logits), 1), in_float32(value))
+
+
+def in_float32(temperature: float) -> float:
+    """A temperature that float32 holds: at the hottest all tokens are equally likely already."""
+    return min(temperature, torch.finfo(torch.float32).max)
 
 
 def uniform_draws(seed: int | None, index: int, count: int) -> np.ndarray:

@@ -3,21 +3,20 @@
 Yu et al. 2022 (Orca, OSDI). Pages and preemption as in Kwon et al. 2023, arXiv:2309.06180.
 """
 
-import secrets
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from llama2.generate import stream
+from llama2.generate import check_tokens
+from llama2.graphs import can_capture
 from llama2.model import Llama2
 from llama2.page_pool import OutOfPages
-from llama2.paged_kv_cache import PagedKVCache, to_device
-from llama2.sampling import sample
+from llama2.paged_decode import PagedDecode
+from llama2.paged_kv_cache import PagedKVCache
+from llama2.sampling import check_sampling, in_float32, uniform_draws
 
 
 @dataclass(frozen=True)
@@ -68,15 +67,8 @@ def check_request(model: Llama2, cache: PagedKVCache, request: Request) -> None:
     Raises:
         ValueError: as `generate`, or because its tokens fill more pages than the cache has.
     """
-    stream(  # checks its arguments when it is called, and is not asked for a token
-        model,
-        [request.prompt],
-        max_new_tokens=request.max_new_tokens,
-        temperature=request.temperature,
-        top_p=request.top_p,
-        stop_ids=request.stop_ids,
-        seed=request.seed,
-    )
+    check_tokens(model.config, [request.prompt], request.max_new_tokens, request.stop_ids)
+    check_sampling(request.temperature, request.top_p, request.seed)
     # The last new token is never fed back, so it needs no room.
     pages = cache.pages_for(len(request.prompt) + request.max_new_tokens - 1)
     if request.max_new_tokens > 0 and pages > cache.num_pages:
@@ -92,6 +84,7 @@ def serve(
     *,
     cache: PagedKVCache,
     max_batch: int | None = None,
+    capture: bool | None = None,
 ) -> Iterator[Result]:
     """Continues every request, on the model's device and in its dtype; results come as they finish.
 
@@ -106,6 +99,7 @@ def serve(
         cache: of the model's `cache_config`, dtype and device, empty or not. It is left without
             the requests' rows, whether the iterator ends, fails or is closed.
         max_batch: most requests at once; None means as many as the cache has rows.
+        capture: whether decode steps are captured in CUDA graphs, as in `Generator`.
     Raises:
         ValueError: a request that `check_request` refuses, when it is read; `max_batch` outside
             [1, cache.max_batch], a cache of which sequences are in use, when called.
@@ -118,12 +112,13 @@ def serve(
         raise ValueError(
             f"cache: expected no sequence in it; got {cache.max_batch - cache.num_free_rows}"
         )
-    return _Server(model, cache, most).run(requests)
+    return _Server(model, cache, most, can_capture(model, capture)).run(requests)
 
 
 class _Server:
-    def __init__(self, model: Llama2, cache: PagedKVCache, max_batch: int) -> None:
+    def __init__(self, model: Llama2, cache: PagedKVCache, max_batch: int, capture: bool) -> None:
         self.model, self.cache, self.max_batch = model, cache, max_batch
+        self.decoder = PagedDecode(model, cache, capture=capture)
         self.running: list[_Running] = []  # in the order of admission
         self.waiting: deque[_Running] = deque()  # read or preempted, first to be admitted first
         self.done: list[_Running] = []
@@ -137,7 +132,7 @@ class _Server:
                 decoding = list(self.running)
                 admitted = self._admit(incoming)
                 if self.running:
-                    self._add_tokens(self._last_states(decoding, admitted))
+                    self._run(decoding, admitted)
                 none_left = not self.running
                 self._retire()
                 for finished in self.done:
@@ -152,11 +147,7 @@ class _Server:
     def _read(self, requests: Iterable[Request]) -> Iterator[_Running]:
         for index, request in enumerate(requests):
             check_request(self.model, self.cache, request)
-            seed = secrets.randbits(64) if request.seed is None else request.seed
-            # generate's, for its first prompt
-            uniform = np.random.default_rng((seed, 0)).random(
-                request.max_new_tokens, dtype=np.float32
-            )
+            uniform = uniform_draws(request.seed, 0, request.max_new_tokens)  # as of one prompt
             yield _Running(index, request, uniform)
 
     def _make_room(self) -> None:
@@ -199,40 +190,25 @@ class _Server:
             admitted.append(request)
         return admitted
 
-    def _last_states(self, decoding: list[_Running], admitted: list[_Running]) -> Tensor:
-        """`[rows of the cache, hidden_size]`: of each running request's last token."""
+    def _run(self, decoding: list[_Running], admitted: list[_Running]) -> None:
+        """Gives every running request a token."""
         if decoding:
-            batch = self.cache.decode([request.row for request in decoding])
-            last = self.model.hidden_states(batch.tokens, batch)[:, -1]
-        else:
-            weight = self.model.lm_head.weight
-            last = torch.zeros(
-                (self.cache.max_batch, self.model.config.hidden_size),
-                dtype=weight.dtype,
-                device=weight.device,
-            )
+            self.decoder.decode(self.cache.decode([request.row for request in decoding]))
         for request in admitted:
             batch = self.cache.prefill(request.row)
-            last[request.row] = self.model.hidden_states(batch.tokens, batch)[0, -1]
-        return last
-
-    def _add_tokens(self, last: Tensor) -> None:
-        logits = self.model.lm_head(last)
-        groups: dict[tuple[float, float], list[_Running]] = {}
-        for running in self.running:
-            settings = (running.request.temperature, running.request.top_p)
-            groups.setdefault(settings, []).append(running)
-        drawn = []
-        for settings, group in groups.items():
-            rows = to_device(np.array([running.row for running in group]), logits.device)
-            uniform = np.array([running.uniform[len(running.new)] for running in group])
-            drawn.append(sample(logits[rows], to_device(uniform, logits.device), *settings))
-        tokens = torch.cat(drawn).tolist()  # the step's only synchronisation
-        for running, token in zip(chain.from_iterable(groups.values()), tokens, strict=True):
+            states = self.model.hidden_states(batch.tokens, batch)
+            self.decoder.states[request.row] = states[0, -1]
+        uniform = [running.uniform[len(running.new)] for running in self.running]
+        temperature = [in_float32(running.request.temperature) for running in self.running]
+        top_p = [running.request.top_p for running in self.running]
+        rows = [running.row for running in self.running]
+        tokens = self.decoder.draw(rows, np.array([uniform, temperature, top_p], dtype=np.float32))
+        for running, token in zip(self.running, tokens, strict=True):
             if token < 0:
                 raise FloatingPointError(
                     f"model: expected finite logits; got NaN or infinity for "
-                    f"requests[{running.index}] at new token {len(running.new)} in {logits.dtype}"
+                    f"requests[{running.index}] at new token {len(running.new)} in "
+                    f"{self.decoder.states.dtype}"
                 )
             running.new.append(token)
 
