@@ -88,16 +88,18 @@ def test_sequences_end_apart(model, captures):
 
 def test_a_batch_size_is_captured_once_per_kind_of_sampling(model, captures):
     generator = Generator(model)
-    plain = Generator(model, capture=False)
+    stops = [tokens[2] for tokens in generator.generate(PROMPTS, max_new_tokens=6)]
 
     def both(prompts, **settings):
         got = generator.generate(prompts, max_new_tokens=6, **settings)
+        plain = Generator(model, capture=False)
         assert got == plain.generate(prompts, max_new_tokens=6, **settings)
         return captures.num_recorded
 
     assert both(PROMPTS) == 1  # 5 prompts in 8 rows; the cache grows no more
     assert both(PROMPTS[:1]) == 2
-    assert both(PROMPTS, stop_ids=[3, 4]) == 2
+    assert both(PROMPTS, stop_ids=stops) == 2
+    assert both(PROMPTS) == 2  # the stop tokens are forgotten
     assert both([[1] * 40] * 7) == 2
     assert both(PROMPTS, **SAMPLED) == 3
     assert both(PROMPTS, temperature=0.1, top_p=0.5, seed=1) == 3
