@@ -56,7 +56,6 @@ class PagedDecode:
             settings: float32 `[3, len(rows)]`: what `sample` draws by, temperatures and top_ps.
         """
         every = np.zeros(self._settings.shape, dtype=np.float32)
-        every[2] = 1.0
         every[:, rows] = settings
         self._settings.copy_(to_device(every, self._settings.device))
         self._draw[not every[1].any()]()

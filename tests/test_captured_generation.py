@@ -174,6 +174,13 @@ def test_logits_that_are_not_finite_are_reported_by_a_replay(model, captures):
         generator.generate([[1, 2]], max_new_tokens=9)
 
 
+def test_a_generator_grows_as_it_is_asked_to(model):
+    generator = Generator(model)
+    for prompts, count in ((PROMPTS[:2], 3), ([[1] * 40], 3), (PROMPTS, 30), (PROMPTS[:1], 4)):
+        got = generator.generate(prompts, max_new_tokens=count)
+        assert got == generate.generate(model, prompts, max_new_tokens=count)
+
+
 def test_hooks_are_not_passed_over(model, captures):
     calls = []
     model.layers[1].register_forward_hook(lambda *_: calls.append(1))
