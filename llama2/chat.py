@@ -5,7 +5,6 @@ import sys
 from typing import Any
 
 from llama2.generate import Generator
-from llama2.model import Llama2
 from llama2.text import require_utf8, stream_text
 from llama2.tokenizer import Tokenizer
 
@@ -13,7 +12,7 @@ _COMMANDS = "/reset forgets the conversation, /exit leaves"
 
 
 def chat(
-    model: Llama2,
+    generator: Generator,
     tokenizer: Tokenizer,
     *,
     system: str | None = None,
@@ -33,13 +32,13 @@ def chat(
         ValueError: the system prompt holds one of the chat format's tags, or fills the context; or
             a setting is wrong.
     """
+    max_seq_len = generator.model.config.max_seq_len
     opening = [] if system is None else [{"role": "system", "content": system}]
-    _tokens(model, tokenizer, [*opening, {"role": "user", "content": ""}])
+    _tokens(max_seq_len, tokenizer, [*opening, {"role": "user", "content": ""}])
     # Line editing, where Python has it.
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401
     _note(_COMMANDS)
-    generator = Generator(model)
     history = opening
     while (line := _ask()) != "/exit":
         if line == "/reset":
@@ -48,11 +47,11 @@ def chat(
         elif line:
             try:
                 asked = [*history, {"role": "user", "content": require_utf8("the line", line)}]
-                tokens = _tokens(model, tokenizer, asked)
+                tokens = _tokens(max_seq_len, tokenizer, asked)
             except ValueError as error:
                 _note(f"{error}; {_COMMANDS}")
                 continue
-            room = model.config.max_seq_len - len(tokens)
+            room = max_seq_len - len(tokens)
             settings["max_new_tokens"] = min(max_new_tokens, room)
             answer = ""
             for piece in stream_text(generator, tokenizer, tokens, **settings):
@@ -70,12 +69,12 @@ def _ask() -> str:
         return "/exit"
 
 
-def _tokens(model: Llama2, tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
+def _tokens(max_seq_len: int, tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
     tokens = tokenizer.encode_chat(messages)
-    if len(tokens) >= model.config.max_seq_len:
+    if len(tokens) >= max_seq_len:
         raise ValueError(
             f"the context is full: the conversation takes {len(tokens)} tokens, of which the "
-            f"model sees {model.config.max_seq_len}, its answer included"
+            f"model sees {max_seq_len}, its answer included"
         )
     return tokens
 

@@ -13,6 +13,7 @@ from llama2 import checkpoint, convert_command, serve_command
 from llama2.chat import chat
 from llama2.checkpoint import SHIPPED
 from llama2.generate import Generator
+from llama2.kv_cache import CACHE_DTYPES
 from llama2.model import Llama2
 from llama2.placement import add_device_option, add_options, place
 from llama2.text import require_utf8, stop_ids, stream_text
@@ -68,7 +69,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     if not prompts:
         raise ValueError("generate: expected --prompt TEXT or --prompt-file FILE; got neither")
     model, tokenizer = _load(arguments)
-    generator = Generator(model)
+    generator = Generator(model, cache_dtype=CACHE_DTYPES[arguments.kv_cache_dtype])
     settings = _settings(arguments)
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     if len(prompts) == 1:
@@ -93,7 +94,8 @@ def _chat(arguments: argparse.Namespace) -> int:
             "note: the shipped model continues Python source; it was never taught to answer",
             file=sys.stderr,
         )
-    chat(model, tokenizer, system=system, **_settings(arguments))
+    generator = Generator(model, cache_dtype=CACHE_DTYPES[arguments.kv_cache_dtype])
+    chat(generator, tokenizer, system=system, **_settings(arguments))
     return 0
 
 
@@ -184,6 +186,13 @@ def _add_model_options(command: argparse.ArgumentParser, max_new_tokens: int) ->
     )
     add_options(command)
     add("--dtype", choices=_DTYPES, help="default: the checkpoint's")
+    add(
+        "--kv-cache-dtype",
+        choices=CACHE_DTYPES,
+        default="auto",
+        help="of the key/value cache: auto, the default, is the model's; fp8 and int8 round, in "
+        "half the memory of 16 bits",
+    )
     add(
         "--max-new-tokens",
         type=int,

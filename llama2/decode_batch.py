@@ -29,9 +29,9 @@ class DecodeBatch:
     """
 
     def __init__(self, model: Llama2, cache: KVCache, *, capture: bool) -> None:
-        self.keys, self.values, self._cache, self._model = cache.keys, cache.values, cache, model
+        self.stored, self._cache, self._model = cache.stored, cache, model
         batch, config = len(cache.seq_lens), model.config
-        self._device = device = cache.keys.device
+        self._device = device = cache.seq_lens.device
         self._ahead = 1 if device.type == "cuda" else 0  # steps enqueued while one is read
         self._rows = torch.arange(batch, device=device)
         self._running = torch.zeros(batch, dtype=torch.bool, device=device)

@@ -93,14 +93,24 @@ class Generator:
     cache or more rows, and one after the model's parameters have moved, begins anew.
 
     Args:
+        cache_dtype: of the cache; None: the model's. float8_e4m3fn and int8 halve its memory and
+            its reads, or better, and round (`KVCache`).
         capture: whether steps are captured. None: on a GPU, unless a module of the model has
             forward hooks, which a replay would not call (tensor parallelism uses such hooks).
     Raises:
         ValueError: `capture` without a GPU, or of a model with hooks.
+        TypeError: from `generate` and `stream`: a cache_dtype that is neither the model's nor one
+            of those.
     """
 
-    def __init__(self, model: Llama2, *, capture: bool | None = None) -> None:
-        self.model, self._capture = model, capture
+    def __init__(
+        self,
+        model: Llama2,
+        *,
+        cache_dtype: torch.dtype | None = None,
+        capture: bool | None = None,
+    ) -> None:
+        self.model, self._cache_dtype, self._capture = model, cache_dtype, capture
         self._cache: KVCache | None = None
         self._batches: dict[int, DecodeBatch] = {}  # by their number of rows
         self._made_for: list[int] = []
@@ -201,7 +211,7 @@ class Generator:
             needed = max(rows, held[0]), max(capacity, held[1])
         if self._cache is None or needed != held:
             self._batches, self._cache = {}, None  # first, so that its memory can be had again
-            settings = {"dtype": weight.dtype, "device": weight.device}
+            settings = {"dtype": self._cache_dtype or weight.dtype, "device": weight.device}
             self._cache = KVCache(model.cache_config, *needed, **settings)
         if rows not in self._batches:
             self._batches[rows] = DecodeBatch(model, self._cache.first(rows), capture=captures)

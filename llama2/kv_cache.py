@@ -1,13 +1,63 @@
 """The keys and values of the tokens that a batch of sequences has seen."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from llama2.config import ModelConfig
+
+# What a cache stores in, by the names that a command line has for it; None: the model's dtype.
+CACHE_DTYPES = {"auto": None, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
+
+
+class KeyValues(NamedTuple):
+    """What a cache stores, of all layers or of one.
+
+    Attributes:
+        keys, values: `[num_layers, …, num_kv_heads, head_dim]`, two dimensions in place of the
+            dots: one entry per key/value head, never expanded to the query heads.
+        k_scale, v_scale: float32 `[num_layers, …, num_kv_heads]` where keys and values are
+            quantised, float8_e4m3fn or int8: a key is its entry times its scale. Otherwise None.
+    """
+
+    keys: Tensor
+    values: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+
+    @classmethod
+    def zeros(
+        cls,
+        config: ModelConfig,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> "KeyValues":
+        """Of all layers of a model, with `shape` in place of the dots."""
+        scale_shape = (config.num_layers, *shape, config.num_kv_heads)
+        keys, values = (
+            torch.zeros((*scale_shape, config.head_dim), dtype=dtype, device=device)
+            for _ in range(2)
+        )
+        if dtype not in CACHE_DTYPES.values():
+            return cls(keys, values, None, None)
+        return cls(keys, values, *(torch.zeros(scale_shape, device=device) for _ in range(2)))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "KeyValues":
+        return KeyValues(*(None if x is None else function(x) for x in self))
+
+    def gather(self, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The keys and values of one layer at `slots`, each `[len(slots), num_kv_heads, head_dim]`,
+        in a dtype that they are rounded to once."""
+        keys, values, *scales = self.map(lambda x: x.flatten(0, 1)[slots])
+        return tuple(
+            x if scale is None else (x.float() * scale[..., None]).to(dtype)
+            for x, scale in zip((keys, values), scales, strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -15,8 +65,7 @@ class CacheStep:
     """Where one call's new tokens go in a cache, and what they attend to; the same for all layers.
 
     Attributes:
-        keys, values: of all layers, `[num_layers, …, num_kv_heads, head_dim]`: two dimensions in
-            place of the dots, which slots count through.
+        stored: of all layers; slots count through its two dimensions after the layers'.
         positions: int `[batch, seq_len]` in their sequences.
         slots: int64 `[batch, seq_len]`; −1 for what is not to be written.
         seq_lens: int `[batch]`, the new tokens included; None where sequences begin here, so that
@@ -26,8 +75,7 @@ class CacheStep:
             included, where these are more than `decode_attention` takes.
     """
 
-    keys: Tensor
-    values: Tensor
+    stored: KeyValues
     positions: Tensor
     slots: Tensor
     seq_lens: Tensor | None
@@ -38,8 +86,7 @@ class CacheStep:
 class Cache(Protocol):
     """What `Llama2` asks of a cache: once before its layers, once after them."""
 
-    keys: Tensor
-    values: Tensor
+    stored: KeyValues
 
     def reserve(self, batch: int, num_tokens: int) -> CacheStep: ...
 
@@ -49,10 +96,13 @@ class Cache(Protocol):
 class KVCache:
     """Contiguous key/value cache with a length per sequence.
 
-    `keys` and `values` are `[num_layers, batch, capacity, num_kv_heads, head_dim]`: one entry per
-    key/value head, never expanded to the query heads. `seq_lens` is int32 `[batch]` on the device;
-    what lies beyond a sequence's length is never read.
+    `stored` is `[num_layers, batch, capacity, …]`, `seq_lens` int32 `[batch]` on the device; what
+    lies beyond a sequence's length is never read.
 
+    Args:
+        dtype: the model's; or float8_e4m3fn or int8, which round each head of a token by a scale of
+            its own. Tokens of a first call attend to each other as they are, later ones to what the
+            cache holds of them.
     Raises:
         ValueError: `capacity` exceeds the model's `max_seq_len`, whose rotary table ends there.
     """
@@ -70,15 +120,18 @@ class KVCache:
             raise ValueError(
                 f"capacity: expected 1 to max_seq_len ({config.max_seq_len}); got {capacity}"
             )
-        shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.stored = KeyValues.zeros(config, (batch, capacity), dtype, device)
+        self.capacity = capacity
         self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
         self.num_written = 0  # on the host: an upper bound of seq_lens, known without a sync
 
     @property
-    def capacity(self) -> int:
-        return self.keys.shape[2]
+    def keys(self) -> Tensor:
+        return self.stored.keys
+
+    @property
+    def values(self) -> Tensor:
+        return self.stored.values
 
     def reserve(self, batch: int, num_tokens: int) -> CacheStep:
         """The next tokens of every sequence.
@@ -104,12 +157,12 @@ class KVCache:
         return self.step(positions, slots, seq_lens)
 
     def step(self, positions: Tensor, slots: Tensor, seq_lens: Tensor | None) -> CacheStep:
-        return CacheStep(self.keys, self.values, positions, slots, seq_lens)
+        return CacheStep(self.stored, positions, slots, seq_lens)
 
     def first(self, batch: int) -> "KVCache":
         """The first `batch` sequences, to be begun anew, as a cache in the same memory."""
         part = copy.copy(self)
-        part.keys, part.values = self.keys[:, :batch], self.values[:, :batch]
+        part.stored = self.stored.map(lambda x: x[:, :batch])
         part.seq_lens = self.seq_lens[:batch].zero_()
         part.num_written = 0
         return part

@@ -149,18 +149,21 @@ class Attention(nn.Module):
         if step is None:
             q, k = self.apply_rope(q, k, *angles, **pairs)
         else:
-            cached = step.keys[self.layer], step.values[self.layer]
-            q, k = self.rope_append_kv(q, k, v, *cached, *angles, step.slots, **pairs)
+            stored = step.stored.map(lambda x: x[self.layer])
+            cached = stored.keys, stored.values
+            scales = {"k_scale": stored.k_scale, "v_scale": stored.v_scale}
+            q, k = self.rope_append_kv(q, k, v, *cached, *angles, step.slots, **scales, **pairs)
         if cu_seqlens is not None:
             packed = (q.squeeze(0), k.squeeze(0), v.squeeze(0), cu_seqlens, cu_seqlens)
             out = self.flash_attention_varlen(*packed, causal=True).unsqueeze(0)
         elif step is None or step.seq_lens is None:  # sequences start here: all keys are k
             out = self.flash_attention(q, k, v, causal=True)
         elif step.context is not None:
-            k, v = (x.flatten(0, 1)[step.context].unsqueeze(0) for x in cached)
-            out = self.flash_attention(q, k, v, causal=True)
+            k, v = stored.gather(step.context, q.dtype)
+            out = self.flash_attention(q, k.unsqueeze(0), v.unsqueeze(0), causal=True)
         else:
-            out = self.decode_attention(q, *cached, step.seq_lens, block_table=step.block_table)
+            pages = {"block_table": step.block_table}
+            out = self.decode_attention(q, *cached, step.seq_lens, **pages, **scales)
         return self.o_proj(out.flatten(2))
 
 
@@ -300,16 +303,17 @@ class Llama2(nn.Module):
                 )
             positions, step = None, None
         else:
-            if cache.keys.dtype != self.embed_tokens.weight.dtype:
+            stored = cache.stored
+            if stored.k_scale is None and stored.keys.dtype != self.embed_tokens.weight.dtype:
                 raise TypeError(
                     f"cache: expected the model's dtype {self.embed_tokens.weight.dtype}; "
-                    f"got {cache.keys.dtype}"
+                    f"got {stored.keys.dtype}"
                 )
             num_kv_heads = self.layers[0].self_attn.num_kv_heads
-            if cache.keys.shape[3] != num_kv_heads:  # a single head would be written to all
+            if stored.keys.shape[3] != num_kv_heads:  # a single head would be written to all
                 raise ValueError(
                     f"cache: expected {num_kv_heads} key/value heads, those of cache_config; "
-                    f"got {cache.keys.shape[3]}"
+                    f"got {stored.keys.shape[3]}"
                 )
             step = cache.reserve(batch, seq_len)
             positions = step.positions

@@ -22,7 +22,7 @@ class PagedDecode:
     """
 
     def __init__(self, model: Llama2, cache: PagedKVCache, *, capture: bool) -> None:
-        self.keys, self.values, self._model = cache.keys, cache.values, model
+        self.stored, self._model = cache.stored, model
         weight, rows = model.lm_head.weight, cache.max_batch
         settings = {"dtype": weight.dtype, "device": weight.device}
         self.states = torch.zeros(rows, model.config.hidden_size, **settings)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llama2.config import ModelConfig
-from llama2.kv_cache import CacheStep
+from llama2.kv_cache import CacheStep, KeyValues
 from llama2.page_pool import PagePool, page_digests
 
 MAX_DECODE_TOKENS = 16  # that decode_attention takes per sequence
@@ -55,10 +55,12 @@ class PagedKVCache:
     All bookkeeping is on the host and waits for no device: what was enqueued before is done before.
 
     Attributes:
-        keys, values: `[num_layers, num_pages, page_size, num_kv_heads, head_dim]`.
+        stored: `[num_layers, num_pages, page_size, …]`.
         block_table: int32 `[max_batch, max_pages]` on the device; −1 where a row has no page.
         seq_lens: int32 `[max_batch]` on the device: the lengths in the last batch that was made,
             its pending tokens included; 0 for rows that were not part of it.
+    Args:
+        dtype: as of `KVCache`.
     Raises:
         ValueError: a size below 1, a page_size that is no power of two.
     """
@@ -80,15 +82,21 @@ class PagedKVCache:
                 raise ValueError(f"{name}: expected at least 1; got {size}")
         self.page_size, self.num_pages, self.max_batch = page_size, num_pages, max_batch
         self.max_seq_len = min(config.max_seq_len, num_pages * page_size)
-        shape = (config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.stored = KeyValues.zeros(config, (num_pages, page_size), dtype, device)
         self._table = np.full((max_batch, self.pages_for(self.max_seq_len)), -1, dtype=np.int32)
         self.block_table = torch.full(self._table.shape, -1, dtype=torch.int32, device=device)
         self.seq_lens = torch.zeros(max_batch, dtype=torch.int32, device=device)
         self._pool = PagePool(num_pages)
         self._sequences: dict[int, _Sequence] = {}
         self._batch: PagedBatch | None = None  # the last that was made, until rows change
+
+    @property
+    def keys(self) -> Tensor:
+        return self.stored.keys
+
+    @property
+    def values(self) -> Tensor:
+        return self.stored.values
 
     @property
     def num_free_pages(self) -> int:
@@ -152,8 +160,9 @@ class PagedKVCache:
         new = self._pool.take(self.pages_for(total) - len(sequence.pages) + copies)
         if copies:
             shared, sequence.pages[-1] = sequence.pages[-1], new.pop()
-            for cached in (self.keys, self.values):
-                cached[:, sequence.pages[-1]] = cached[:, shared]
+            for stored in self.stored:
+                if stored is not None:
+                    stored[:, sequence.pages[-1]] = stored[:, shared]
             self._pool.release([shared])
         self._batch = None
         sequence.pages += new
@@ -245,7 +254,7 @@ class PagedBatch:
     """
 
     def __init__(self, cache: PagedKVCache, rows: Sequence[int], *, alone: bool) -> None:
-        self.keys, self.values, self._cache = cache.keys, cache.values, cache
+        self.stored, self._cache = cache.stored, cache
         sequences = {row: cache._sequences[row] for row in rows}
         pending = [len(s.tokens) - s.num_cached for s in sequences.values()]
         width = max(pending, default=0)
@@ -264,7 +273,7 @@ class PagedBatch:
                 slots[row, -count:] = cache._slots(row, positions[row, -count:])
         self._totals = {row: len(s.tokens) for row, s in sequences.items()}
         batch = slice(rows[0], rows[0] + 1) if alone else slice(None)
-        device = cache.keys.device
+        device = cache.seq_lens.device
         self.tokens, positions, slots = to_device(new[:, batch], device)
         cache.seq_lens.copy_(to_device(lengths, device))
         cache.block_table.copy_(to_device(cache._table, device))
@@ -274,7 +283,7 @@ class PagedBatch:
         elif width > MAX_DECODE_TOKENS:
             context = to_device(cache._slots(rows[0], np.arange(lengths[rows[0]])), device)
         table = cache.block_table[batch]
-        self._step = CacheStep(self.keys, self.values, positions, slots, seq_lens, table, context)
+        self._step = CacheStep(self.stored, positions, slots, seq_lens, table, context)
 
     def reserve(self, batch: int, num_tokens: int) -> CacheStep:
         """Where the tokens go.

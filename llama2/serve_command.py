@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from llama2.kv_cache import CACHE_DTYPES
 from llama2.model import Llama2
 from llama2.paged_kv_cache import PagedKVCache
 from llama2.serving import Request, Result, check_request, serve
@@ -226,7 +227,7 @@ def _make_cache(arguments: argparse.Namespace, model: Llama2) -> PagedKVCache:
         num_pages=num_pages,
         page_size=arguments.page_size,
         max_batch=arguments.max_batch,
-        dtype=weight.dtype,
+        dtype=CACHE_DTYPES[arguments.kv_cache_dtype] or weight.dtype,
         device=weight.device,
     )
 
