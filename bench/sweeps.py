@@ -151,6 +151,15 @@ def _decode() -> list[Sweep]:
             lambda candidate: f"DecodeConfig({element_size}, 128, {arguments_of(candidate)}),",
         )
 
+    def lone_row(batch: int, context: int) -> Sweep:
+        shape = {"num_q_heads": 32, "num_kv_heads": 32, "batch": batch, "max_seq_len": context}
+        return Sweep(
+            _workload("decode_attention", "fwd", **shape, ragged=False),
+            _product(rows=(1, 16)),
+            lambda candidate: {"DECODE_LONE_ROW": candidate["rows"]},
+            lambda candidate: f"DECODE_LONE_ROW = {candidate['rows']}",
+        )
+
     float8 = {"cache_dtype": torch.float8_e4m3fn}
     return [
         splits(1, 32768),
@@ -160,6 +169,8 @@ def _decode() -> list[Sweep]:
         tiles(2, page_size=16),
         tiles(2),
         splits(16, 4096),
+        lone_row(1, 4096),
+        lone_row(64, 4096),
     ]
 
 

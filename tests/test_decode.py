@@ -17,6 +17,7 @@ def lengths(*values, device, dtype=torch.int32):
 
 def assert_within_budget(q, k_cache, v_cache, seq_lens):
     inputs = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "seq_lens": seq_lens}
+    inputs["return_lse"] = True
     measured = measure_call(decode_attention, reference.decode_attention, inputs)
     assert all(m.ok for m in measured), measured
 
@@ -48,6 +49,27 @@ def test_new_tokens_are_causal(seq_len_q, group_size, draw, device):
     assert_within_budget(q, k, v, lengths(70, device=device))
     out = decode_attention(q, k, v, lengths(70, device=device))
     torch.testing.assert_close(out, flash_attention(q, k, v, causal=True), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", (1, 70, CHUNK + 7))
+def test_lse_is_flash_attentions_and_changes_no_output(length, draw, device):
+    """Of one split and of two; `[batch, num_q_heads, seq_len_q]`, so that heads tell from tokens."""
+    q, k, v = draw(2, 3, 6, 16), draw(2, length, 2, 16), draw(2, length, 2, 16)
+    seq_lens = lengths(length, length, device=device)
+    out, lse = decode_attention(q, k, v, seq_lens, return_lse=True)
+    assert torch.equal(out, decode_attention(q, k, v, seq_lens))
+    assert lse.shape == (2, 6, 3) and lse.dtype == torch.float32
+    _, wanted = flash_attention(q, k, v, causal=True, return_lse=True)
+    torch.testing.assert_close(lse, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("length", (1, 70, CHUNK + 7))
+def test_a_lone_row_as_a_vector(length, dtype, draw, device, monkeypatch):
+    """One new token of MHA, multiplied without padding."""
+    monkeypatch.setattr(configs, "DECODE_LONE_ROW", 1)
+    q, k, v = (draw(2, size, 3, 40, dtype=dtype) for size in (1, length, length))
+    assert_within_budget(q, k, v, lengths(length, length // 2, device=device))
 
 
 def test_fewer_keys_than_new_tokens(draw, device):
@@ -95,8 +117,9 @@ def test_offsets_beyond_32_bits(draw, device):
 def test_no_capacity_and_no_batch(draw, device):
     q = draw(2, 1, 2, 16)
     empty = draw(2, 0, 1, 16)
-    out = decode_attention(q, empty, empty, lengths(0, 0, device=device))
+    out, lse = decode_attention(q, empty, empty, lengths(0, 0, device=device), return_lse=True)
     assert torch.equal(out, torch.zeros_like(q))
+    assert torch.equal(lse, torch.full((2, 2, 1), -float("inf"), device=device))
     cache = draw(0, 8, 1, 16)
     out = decode_attention(q[:0], cache, cache, lengths(device=device))
     assert out.shape == (0, 1, 2, 16)

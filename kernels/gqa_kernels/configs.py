@@ -150,6 +150,10 @@ DECODE_PROGRAMS_PER_SM = 64
 DECODE_COMBINE_SPLITS = 8
 DECODE_COMBINE_FEATURES = 512
 DECODE_NUM_WARPS = 4
+# Rows of the tile of a lone row, one new token of MHA: 1 multiplies vectors, 16 pads a matrix.
+# Compiled, the padded tile issues fewer instructions; a public measurement of another kernel has
+# vectors ahead by a tenth. A GPU is to say.
+DECODE_LONE_ROW = 16
 
 
 class DecodeConfig(NamedTuple):

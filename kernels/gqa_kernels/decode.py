@@ -62,6 +62,24 @@ def _unpack(
 
 
 @triton.jit
+def _store_lse(
+    lse_ptr,
+    lse,
+    batch,
+    token,
+    head,
+    exists,
+    SEQ_LEN_Q: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+):
+    """To `[batch, num_q_heads, seq_len_q]`, if that is asked for."""
+    if lse_ptr is not None:
+        rows = (batch * (NUM_KV_HEADS * GROUP_SIZE) + head) * SEQ_LEN_Q + token
+        tl.store(lse_ptr + rows, lse, mask=exists)
+
+
+@triton.jit
 def _is_last(counter_ptr, num_arrivals):
     """Counts this program in. The last of all to arrive sees what the others stored, and clears
     the counter for the next launch."""
@@ -88,7 +106,8 @@ def _combine(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out = Σₛ exp(lseₛ − lse) · partialₛ with lse = log Σₛ exp(lseₛ), of BLOCK_R queries.
+    """lse = log Σₛ exp(lseₛ), which it returns, and out = Σₛ exp(lseₛ − lse) · partialₛ, of BLOCK_R
+    queries.
 
     The splits were written by other programs: their loads pass by the L1 cache, which nothing keeps
     up to date.
@@ -101,7 +120,8 @@ def _combine(
     largest = tl.max(lses, 0)
     largest = tl.where(largest == -float("inf"), 0.0, largest)  # no key: −inf − 0 weighs 0
     total = tl.sum(tl.math.exp2((lses - largest[None, :]) * LOG2_E), 0)
-    unit = 1.0 / tl.where(total == 0.0, 1.0, total)  # [BLOCK_R]
+    seen = tl.where(total == 0.0, 1.0, total)
+    unit = 1.0 / seen  # [BLOCK_R]
 
     columns = tl.arange(0, BLOCK_D)[None, :]
     out = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
@@ -121,6 +141,23 @@ def _combine(
     ptrs = out_ptr + queries[:, None] * HEAD_DIM + columns
     out = out.to(out_ptr.dtype.element_ty)
     tl.store(ptrs, out, mask=exists[:, None] & (columns < HEAD_DIM))
+    return tl.where(total == 0.0, -float("inf"), largest + tl.log(seen))
+
+
+@triton.jit
+def _score(q, key):
+    """q keyᵀ. A lone row, 1/16 of a matrix tile, is multiplied as a vector where it is one."""
+    if q.shape[0] == 1:
+        return tl.sum(q.to(tl.float32) * key.to(tl.float32), 1)[None, :]
+    return tl.dot(q, key.T, input_precision="ieee")
+
+
+@triton.jit
+def _add(weights, value, accumulator):
+    """accumulator + Σⱼ weightⱼ · valueⱼ."""
+    if weights.shape[0] == 1:
+        return accumulator + tl.sum(tl.trans(weights) * value.to(tl.float32), 0)[None, :]
+    return tl.dot(weights.to(value.dtype), value, accumulator, input_precision="ieee")
 
 
 @triton.jit
@@ -132,8 +169,8 @@ def _add_scaled(weights, scales, value, accumulator):
     """
     largest = tl.max(tl.abs(scales), 0)
     ratios = scales / tl.where(largest == 0.0, 1.0, largest)
-    weights = (weights * ratios[None, :]).to(value.dtype)
-    return accumulator + largest * tl.dot(weights, value, input_precision="ieee")
+    added = _add(weights * ratios[None, :], value, tl.zeros_like(accumulator))
+    return accumulator + largest * added
 
 
 @triton.jit(do_not_specialize=["capacity", "num_pages", "num_slots"])
@@ -148,6 +185,7 @@ def _decode_kernel(
     key_ranges_ptr,
     key_mask_ptr,
     out_ptr,
+    out_lse_ptr,
     partial_ptr,
     lse_ptr,
     counters_ptr,
@@ -229,7 +267,7 @@ def _decode_kernel(
                 PAGE_SIZE, BLOCK_N,
             )  # fmt: skip
             key = load_vectors(k_ptr, k_strides, page, slots, there, HEAD_DIM, BLOCK_D)
-            scores = tl.dot(q, key.to(q.dtype).T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+            scores = _score(q, key.to(q.dtype))  # [BLOCK_M, BLOCK_N]
             if SCALE_PER_TOKEN:
                 scales = load_scales(k_scale_ptr, k_scale_strides, page, slots, there)
                 scores *= scales[None, :]
@@ -252,8 +290,7 @@ def _decode_kernel(
                 scales = load_scales(v_scale_ptr, v_scale_strides, page, slots, there)
                 accumulator = _add_scaled(weights, scales, value, accumulator)
             else:
-                weights = weights.to(value.dtype)
-                accumulator = tl.dot(weights, value, accumulator, input_precision="ieee")
+                accumulator = _add(weights, value, accumulator)
 
         out, lse = finish_softmax(running_max, running_sum, accumulator, softmax_scale)
         if v_scale_ptr is not None and not SCALE_PER_TOKEN:
@@ -261,6 +298,9 @@ def _decode_kernel(
         if num_splits == 1:
             ptrs = out_ptr + query[:, None] * HEAD_DIM + columns
             tl.store(ptrs, out.to(out_ptr.dtype.element_ty), mask=q_mask)
+            _store_lse(
+                out_lse_ptr, lse, batch, token, head, exists, SEQ_LEN_Q, NUM_KV_HEADS, GROUP_SIZE
+            )
         else:
             slot = query * num_slots + split  # [BLOCK_M]
             tl.store(partial_ptr + slot[:, None] * HEAD_DIM + columns, out, mask=q_mask)
@@ -271,10 +311,17 @@ def _decode_kernel(
         if _is_last(counters_ptr + tl.program_id(0), num_arrivals):
             for first in tl.range(first_row, tl.minimum(first_row + BLOCK_M, NUM_ROWS), BLOCK_R):
                 rows = first + tl.arange(0, BLOCK_R)
-                _, _, queries = _unpack(rows, batch, kv_head, SEQ_LEN_Q, NUM_KV_HEADS, GROUP_SIZE)
-                _combine(
-                    partial_ptr, lse_ptr, out_ptr, queries, rows < NUM_ROWS, num_splits, num_slots,
+                valid = rows < NUM_ROWS
+                tokens, heads, queries = _unpack(
+                    rows, batch, kv_head, SEQ_LEN_Q, NUM_KV_HEADS, GROUP_SIZE
+                )
+                total_lse = _combine(
+                    partial_ptr, lse_ptr, out_ptr, queries, valid, num_splits, num_slots,
                     HEAD_DIM, MAX_SPLITS, BLOCK_R, BLOCK_S, BLOCK_D,
+                )  # fmt: skip
+                _store_lse(
+                    out_lse_ptr, total_lse, batch, tokens, heads, valid,
+                    SEQ_LEN_Q, NUM_KV_HEADS, GROUP_SIZE,
                 )  # fmt: skip
 
 
@@ -289,22 +336,31 @@ def _forward(
     key_ranges: Tensor | None,
     key_mask: Tensor | None,
     softmax_scale: float | None,
-) -> Tensor:
+    *,
+    need_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     q, k_cache, v_cache = map(layout.contiguous_features, (q, k_cache, v_cache))
     batch, seq_len_q, num_q_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[2]
     capacity = _capacity(k_cache, block_table)
+    lse_shape = batch, num_q_heads, seq_len_q
     if capacity == 0:
-        return q.new_zeros(q.shape)
+        none_seen = torch.full(lse_shape, -float("inf"), device=q.device) if need_lse else None
+        return q.new_zeros(q.shape), none_seen
     key_mask = layout.key_mask(key_mask)
     num_queries = batch * seq_len_q * num_q_heads
     num_rows = seq_len_q * (num_q_heads // num_kv_heads)
     config = configs.decode_config(k_cache.element_size(), head_dim)
     block_m = min(config.max_block_m, max(16, triton.next_power_of_2(num_rows)))
+    if num_rows == 1:
+        block_m = configs.DECODE_LONE_ROW
     block_d = max(16, triton.next_power_of_2(head_dim))
     num_tiles = batch * num_kv_heads * triton.cdiv(num_rows, block_m)
     num_slots = min(triton.cdiv(capacity, configs.DECODE_CHUNK), configs.DECODE_MAX_SPLITS)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out_lse = None
+    if need_lse:
+        out_lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
     partial = torch.empty(num_queries, num_slots, head_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(num_queries, num_slots, dtype=torch.float32, device=q.device)
     with target.device_of(q):
@@ -320,6 +376,7 @@ def _forward(
             key_ranges_ptr=key_ranges,
             key_mask_ptr=key_mask,
             out_ptr=out,
+            out_lse_ptr=out_lse,
             partial_ptr=partial,
             lse_ptr=lse,
             counters_ptr=counters.zeroed(num_tiles, q.device),
@@ -354,7 +411,25 @@ def _forward(
             num_stages=config.num_stages,
             enable_fp_fusion=True,
         )
-    return out
+    return out, out_lse
+
+
+def _launch(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    key_ranges: Tensor | None,
+    key_mask: Tensor | None,
+    softmax_scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    tensors = (
+        q, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale, key_ranges, key_mask,
+    )  # fmt: skip
+    return _forward(*tensors, softmax_scale, need_lse=True)
 
 
 def _capacity(k_cache: Tensor, block_table: Tensor | None) -> int:
@@ -393,8 +468,9 @@ def _check(
         raise NotImplementedError(f"q: expected a seq_len_q of 1 to 16; got {seq_len_q}")
 
 
-def _fake(q: Tensor, *_: object) -> Tensor:
-    return q.new_empty(q.shape)
+def _fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    batch, seq_len_q, num_q_heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, num_q_heads, seq_len_q), dtype=torch.float32)
 
 
 def _refuse_gradient(*_: Any, **__: Any) -> NoReturn:
@@ -406,7 +482,7 @@ def _refuse_gradient(*_: Any, **__: Any) -> NoReturn:
 
 _DECODE_ATTENTION = library.Op(
     "decode_attention",
-    _forward,
+    _launch,
     _fake,
     check=_check,
     setup_context=_refuse_gradient,
@@ -426,7 +502,8 @@ def decode_attention(
     softmax_scale: float | None = None,
     key_ranges: Tensor | None = None,
     key_mask: Tensor | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of each sequence's last tokens over its cache; see `reference.decode_attention`.
 
     Args:
@@ -444,8 +521,10 @@ def decode_attention(
             float8_e4m3fn and int8 caches, and of no others.
         softmax_scale: positive; None means 1 / sqrt(head_dim).
         key_ranges, key_mask: as in `flash_attention`, with capacity for seq_len_kv.
+        return_lse: also return the natural-log lse, float32 `[batch, num_q_heads, seq_len_q]`.
     Returns:
-        `[batch, seq_len_q, num_q_heads, head_dim]`, contiguous; 0 where a query sees no key.
+        out `[batch, seq_len_q, num_q_heads, head_dim]`, contiguous, or (out, lse); 0 and −inf where
+        a query sees no key.
     Raises:
         TypeError, ValueError: an argument of another kind, dtype, shape or device.
         NotImplementedError: another head_dim, more than 16 new tokens, a page_size that is no power
@@ -456,9 +535,12 @@ def decode_attention(
     tensors = (
         q, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale, key_ranges, key_mask,
     )  # fmt: skip
+    checks.flag("return_lse", return_lse)
     if library.is_traced(*tensors):
-        return _DECODE_ATTENTION.dispatched(*tensors, softmax_scale)
-    _check(*tensors, softmax_scale)
-    if library.needs_graph(q, k_cache, v_cache, k_scale, v_scale):
-        _refuse_gradient()
-    return _forward(*tensors, softmax_scale)
+        out, lse = _DECODE_ATTENTION.dispatched(*tensors, softmax_scale)
+    else:
+        _check(*tensors, softmax_scale)
+        if library.needs_graph(q, k_cache, v_cache, k_scale, v_scale):
+            _refuse_gradient()
+        out, lse = _forward(*tensors, softmax_scale, need_lse=return_lse)
+    return (out, lse) if return_lse else out

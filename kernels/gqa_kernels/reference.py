@@ -397,7 +397,8 @@ def decode_attention(
     softmax_scale: float | None = None,
     key_ranges: Tensor | None = None,
     key_mask: Tensor | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the last 1…16 tokens of each sequence over its key/value cache.
 
     Sequence b holds `seq_lens[b]` tokens, its new ones included; new token i sees the keys
@@ -433,8 +434,10 @@ def decode_attention(
         softmax_scale: positive; None means 1 / sqrt(head_dim).
         key_ranges, key_mask: as in `flash_attention`, with capacity for seq_len_kv: they name
             positions in a sequence, wherever its pages lie.
+        return_lse: also return lse, as `flash_attention` does.
     Returns:
-        `[batch, seq_len_q, num_q_heads, head_dim]`.
+        out `[batch, seq_len_q, num_q_heads, head_dim]`, and with `return_lse` the natural-log lse
+        `[batch, num_q_heads, seq_len_q]`, −inf where a query sees no key.
     Raises:
         NotImplementedError: another number of new tokens.
     Reference: pages: Kwon et al. 2023, arXiv:2309.06180.
@@ -447,7 +450,8 @@ def decode_attention(
     if block_table is not None:
         num_pages, page_size = k.shape[:2]
         if num_pages == 0:
-            return torch.zeros_like(q)
+            out, lse = torch.zeros_like(q), _wide(q[..., 0]).transpose(1, 2)
+            return (out, torch.full_like(lse, -math.inf)) if return_lse else out
         here = (block_table >= 0) & (block_table < num_pages)
         pages = torch.where(here, block_table, 0)
         k, v = _gathered(k, pages), _gathered(v, pages)
@@ -462,4 +466,5 @@ def decode_attention(
             visible = visible & limit
     absent = keys >= seq_lens if exists is None else (keys >= seq_lens) | ~exists
     k, v = (x.masked_fill(absent[:, :, None, None], 0.0) for x in (k, v))
-    return _attend(q, k, v, visible, softmax_scale)[0]
+    out, lse = _attend(q, k, v, visible, softmax_scale)
+    return (out, lse) if return_lse else out

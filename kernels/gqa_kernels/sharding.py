@@ -253,13 +253,13 @@ def _decode_attention(
     of_sequences = ("q", "seq_lens", "block_table", "key_ranges", "key_mask")
     if block_table is None:  # pages belong to all sequences
         of_sequences += (*caches, *(scales if per_token else ()))
-    yield [batch], dict.fromkeys(of_sequences, batch)
+    yield [batch, batch], dict.fromkeys(of_sequences, batch)
     kv_heads = _kv_heads(_HEADS, q, k_cache, v_cache)
     if kv_heads is not None:
         placed = {"q": heads} | dict.fromkeys(caches, kv_heads)
         if kv_heads == heads:
             placed |= dict.fromkeys(scales, heads if per_token else Shard(0))
-        yield [heads], placed
+        yield [heads, Shard(1)], placed
 
 
 def _num_shards(dim: int, *tensors: Spec) -> int:
