@@ -53,7 +53,7 @@ def test_new_tokens_are_causal(seq_len_q, group_size, draw, device):
 
 @pytest.mark.parametrize("length", (1, 70, CHUNK + 7))
 def test_lse_is_flash_attentions_and_changes_no_output(length, draw, device):
-    """Of one split and of two; `[batch, num_q_heads, seq_len_q]`, so that heads tell from tokens."""
+    """Of one split and of two; `[batch, num_q_heads, seq_len_q]`, where heads are no tokens."""
     q, k, v = draw(2, 3, 6, 16), draw(2, length, 2, 16), draw(2, length, 2, 16)
     seq_lens = lengths(length, length, device=device)
     out, lse = decode_attention(q, k, v, seq_lens, return_lse=True)

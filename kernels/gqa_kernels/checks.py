@@ -193,6 +193,20 @@ def window(value: tuple[int | None, int | None] | None) -> tuple[int | None, int
     return tuple(value)
 
 
+def window_size(value: tuple[int, int]) -> tuple[int | None, int | None]:
+    """flash-attn's window, whose negative sides are no limit, as `window` has it."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(f"window_size: expected (left, right); got {value!r}")
+    left, right = (whole("window_size", side) for side in value)
+    return (None if left < 0 else left), (None if right < 0 else right)
+
+
+def whole(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name}: expected a whole number; got {type(value).__name__}")
+    return value
+
+
 def number(name: str, value: float) -> float:
     """The value as a Python float. Tensors are refused: reading one would wait for the device."""
     if isinstance(value, Tensor | bool) or not isinstance(value, Real):

@@ -437,7 +437,7 @@ def _capacity(k_cache: Tensor, block_table: Tensor | None) -> int:
     return k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
 
 
-def _check(
+def check(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -473,7 +473,7 @@ def _fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((batch, num_q_heads, seq_len_q), dtype=torch.float32)
 
 
-def _refuse_gradient(*_: Any, **__: Any) -> NoReturn:
+def refuse_gradient(*_: Any, **__: Any) -> NoReturn:
     raise NotImplementedError(
         "q: expected inputs without a gradient (decode under torch.no_grad()); got one that "
         "requires grad"
@@ -484,9 +484,9 @@ _DECODE_ATTENTION = library.Op(
     "decode_attention",
     _launch,
     _fake,
-    check=_check,
-    setup_context=_refuse_gradient,
-    backward=_refuse_gradient,
+    check=check,
+    setup_context=refuse_gradient,
+    backward=refuse_gradient,
 )
 
 
@@ -539,8 +539,8 @@ def decode_attention(
     if library.is_traced(*tensors):
         out, lse = _DECODE_ATTENTION.dispatched(*tensors, softmax_scale)
     else:
-        _check(*tensors, softmax_scale)
+        check(*tensors, softmax_scale)
         if library.needs_graph(q, k_cache, v_cache, k_scale, v_scale):
-            _refuse_gradient()
+            refuse_gradient()
         out, lse = _forward(*tensors, softmax_scale, need_lse=return_lse)
     return (out, lse) if return_lse else out

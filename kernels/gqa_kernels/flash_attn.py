@@ -30,10 +30,10 @@ Source: Dao 2023, arXiv:2307.08691; github.com/Dao-AILab/flash-attention v2.8.3,
 `flash_attn/flash_attn_interface.py`.
 """
 
-import torch
 from torch import Tensor
 
 from gqa_kernels import attention, checks
+from gqa_kernels.flash_attn_kvcache import flash_attn_with_kvcache
 
 __all__ = [
     "flash_attn_func",
@@ -42,6 +42,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
 ]
 
 # The flash-attn whose interface this is, for code that asks what it may pass.
@@ -70,24 +71,11 @@ def _options(
     return {
         "causal": causal,
         "softmax_scale": softmax_scale,
-        "window": _window(window_size),
+        "window": checks.window_size(window_size),
         "softcap": softcap if softcap > 0.0 else None,
         "alibi_slopes": alibi_slopes,
         "return_lse": return_attn_probs,
     }
-
-
-def _window(window_size: tuple[int, int]) -> tuple[int | None, int | None]:
-    if not isinstance(window_size, tuple | list) or len(window_size) != 2:
-        raise TypeError(f"window_size: expected (left, right); got {window_size!r}")
-    left, right = (_whole("window_size", side) for side in window_size)
-    return (None if left < 0 else left), (None if right < 0 else right)
-
-
-def _whole(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-        raise TypeError(f"{name}: expected a whole number; got {type(value).__name__}")
-    return value
 
 
 def _parts(name: str, packed: Tensor, count: int, shape: str) -> tuple[Tensor, ...]:

@@ -1,0 +1,309 @@
+"""flash-attn 2.8's `flash_attn_with_kvcache` on `rope_append_kv` and `decode_attention`.
+
+All sizes that follow from values, lengths and slots, are computed on the device.
+Source: github.com/Dao-AILab/flash-attention v2.8.3, `flash_attn/flash_attn_interface.py`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gqa_kernels import checks, decode, library
+from gqa_kernels.cache_append import rope_append_kv
+from gqa_kernels.rope import apply_rope
+
+_MOST_PER_PAGE = 256  # of the pages that the sequences of a contiguous cache are read in
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over a key/value cache, to which k and v are appended first.
+
+    With cache_seqlens before the call, token i of k and v becomes entry cache_seqlens + i of its
+    sequence: k_cache and v_cache are written to. Query i stands on entry p = i + seqlen_k −
+    seqlen_q, the new entries included.
+
+    Args:
+        q: float32, float16 or bfloat16 (batch, seqlen_q, nheads, headdim), seqlen_q 1 to 16
+            where attention is causal.
+        k_cache, v_cache: the same dtype, (batch_cache, seqlen_cache, nheads_k, headdim), or with a
+            block_table (num_pages, page_size, nheads_k, headdim), page_size any power of two.
+        k, v: (batch, seqlen_new, nheads_k, headdim), or None: nothing is appended.
+        rotary_cos, rotary_sin: (seqlen_ro, rotary_dim / 2): k is rotated by the angles of its
+            entries, q by those of entries cache_seqlens + i where attention is causal or has a
+            window, otherwise by that of entry cache_seqlens.
+        cache_seqlens: int, or int32 (batch,): entries before the call; None: seqlen_cache.
+        cache_batch_idx: int32 (batch,): which sequence of a contiguous cache each row has.
+        cache_leftpad: int32 (batch,): the first entry that counts.
+        block_table: int32 (batch, max_pages).
+        softmax_scale: positive; None means 1 / sqrt(headdim).
+        causal: query i sees entries j ≤ p.
+        window_size: (left, right): query i sees entries p − left to p + right; a negative number,
+            −1, does not limit a side.
+        softcap: 0.0.
+        rotary_interleaved: pairs are (2i, 2i + 1); otherwise (i, i + headdim / 2).
+        num_splits: any; without effect. How a sequence is split follows from its own length, so
+            that its result has the same bits in any batch.
+        return_softmax_lse: return (out, softmax_lse).
+    Returns:
+        out (batch, seqlen_q, nheads, headdim), or (out, softmax_lse), float32 (batch, nheads,
+        seqlen_q); 0 and −inf for a query that sees no entry.
+
+    Unlike flash-attn: float32 is accepted, and a block_table beside a cache_leftpad; an entry
+    beyond the cache is not written, a row of cache_batch_idx that is not there is empty, and so is
+    a page; where k is not rotated, an infinite feature makes its pair NaN.
+    Raises:
+        TypeError, ValueError: an argument of another kind, dtype, shape or device. Nothing has been
+            written.
+        NotImplementedError: more than 16 causal queries; a softcap; alibi_slopes; a window of
+            several queries that is not causal; a rotary_dim below headdim without rotary_interleaved; a
+            cache_batch_idx beside a block_table, or of caches whose sequences do not lie one after
+            another; an input that requires a gradient.
+        RuntimeError: tensors that are not on a GPU that Triton drives.
+    """
+    left, right = checks.window_size(window_size)
+    _refuse(softcap, alibi_slopes, num_splits)
+    checks.flag("causal", causal)
+    checks.flag("return_softmax_lse", return_softmax_lse)
+    checks.flag("rotary_interleaved", rotary_interleaved)
+    new, rotary = (k, v), (rotary_cos, rotary_sin)
+    tensors = (q, k_cache, v_cache, *new, *rotary, cache_batch_idx, cache_leftpad, block_table)
+    is_traced = library.is_traced(*tensors, cache_seqlens)
+    if not is_traced:
+        _check(*tensors, cache_seqlens, rotary_interleaved)
+    causal = causal or q.shape[1] == 1  # no limit to a lone query
+    if not causal and (left is not None or right is not None):
+        raise NotImplementedError(
+            f"window_size: expected (-1, -1) for {q.shape[1]} queries that are not causal; "
+            f"got {window_size}"
+        )
+
+    if cache_batch_idx is not None:
+        k_cache, v_cache, block_table = _as_pages(k_cache, v_cache, cache_batch_idx)
+    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    before = _lengths(cache_seqlens, capacity, q)
+    seq_lens = before if k is None else (before + k.shape[1]).clamp(max=capacity)
+    packed = q if causal else _pack(q, k_cache.shape[2])
+    ranges = _key_ranges(seq_lens, packed.shape[1], cache_leftpad, left, right, capacity)
+    attended = (k_cache, v_cache, seq_lens, block_table, None, None, ranges, None)
+    if not is_traced:  # before anything is written
+        decode.check(packed, *attended, softmax_scale)
+        if library.needs_graph(q, k_cache, v_cache, k, v):
+            decode.refuse_gradient()
+    if k is not None:
+        q = _append(
+            q, k, v, k_cache, v_cache, *rotary, before, block_table, causal, rotary_interleaved
+        )
+        packed = q if causal else _pack(q, k_cache.shape[2])
+    out, lse = decode.decode_attention(
+        packed, k_cache, v_cache, seq_lens, block_table=block_table, softmax_scale=softmax_scale,
+        key_ranges=ranges, return_lse=True,
+    )  # fmt: skip
+    if not causal:
+        out, lse = _unpack(out, lse, q.shape[1], k_cache.shape[2])
+    return (out, lse) if return_softmax_lse else out
+
+
+def _refuse(softcap: float, alibi_slopes: Tensor | None, num_splits: int) -> None:
+    if checks.number("softcap", softcap) != 0.0:
+        raise NotImplementedError(f"softcap: expected 0.0; got {softcap!r}")
+    if alibi_slopes is not None:
+        raise NotImplementedError("alibi_slopes: expected None; got a tensor")
+    checks.whole("num_splits", num_splits)
+
+
+def _check(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
+    block_table: Tensor | None,
+    cache_seqlens: int | Tensor | None,
+    rotary_interleaved: bool,
+) -> None:
+    """What the ops do not check, or would call by another name."""
+    like = ("q", q)
+    checks.tensor("q", q, shape=("batch", "seqlen_q", "nheads", "headdim"))
+    batch, _, _, headdim = q.shape
+    if cache_batch_idx is not None and block_table is not None:
+        raise NotImplementedError(
+            "cache_batch_idx: expected None beside a block_table; got a tensor"
+        )
+    rows = "num_pages" if block_table is not None else "batch_cache"
+    if cache_batch_idx is None and block_table is None:
+        rows = batch
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        checks.tensor(name, cache, shape=(rows, "seqlen_cache", "nheads_k", headdim), like=like)
+        checks.same_dtype(name, cache, *like)
+    for name, x in (("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):
+        if x is not None:
+            checks.tensor(name, x, dtypes=checks.INTS, shape=(batch,), like=like)
+    if isinstance(cache_seqlens, Tensor):
+        checks.tensor("cache_seqlens", cache_seqlens, dtypes=checks.INTS, shape=(batch,), like=like)
+    elif cache_seqlens is not None:
+        checks.whole("cache_seqlens", cache_seqlens)
+    if (k is None) != (v is None):
+        raise ValueError("v: expected a tensor with k, and None without; got the other")
+    if k is None:
+        if rotary_cos is not None or rotary_sin is not None:
+            raise ValueError("k: expected a tensor with rotary_cos; got None")
+        return
+    if cache_seqlens is None:
+        raise ValueError("cache_seqlens: expected a number or a tensor with k; got None")
+    shape = (batch, "seqlen_new", k_cache.shape[2], headdim)
+    checks.tensor("k", k, shape=shape, like=like)
+    checks.tensor("v", v, shape=tuple(k.shape), like=like)
+    for name, x in (("k", k), ("v", v)):
+        checks.same_dtype(name, x, *like)
+    if (rotary_cos is None) != (rotary_sin is None):
+        raise ValueError("rotary_sin: expected a tensor with rotary_cos; got one of them")
+    if rotary_cos is not None:
+        checks.tensor("rotary_cos", rotary_cos, shape=("seqlen_ro", "rotary_dim / 2"), like=like)
+        checks.tensor("rotary_sin", rotary_sin, shape=tuple(rotary_cos.shape), like=like)
+        rotary_dim = 2 * rotary_cos.shape[1]
+        if rotary_dim > headdim:
+            raise ValueError(
+                f"rotary_cos: expected a rotary_dim of at most headdim, {headdim}; got {rotary_dim}"
+            )
+        if rotary_dim < headdim and not rotary_interleaved:
+            raise NotImplementedError(
+                f"rotary_cos: expected a rotary_dim of headdim, {headdim}, without "
+                f"rotary_interleaved; got {rotary_dim}"
+            )
+
+
+def _as_pages(
+    k_cache: Tensor, v_cache: Tensor, cache_batch_idx: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Contiguous caches as pages, and the pages of each row: an index costs no copy of a cache."""
+    batch_cache, seqlen = k_cache.shape[:2]
+    page_size = min(seqlen & -seqlen, _MOST_PER_PAGE) or 1
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if batch_cache > 1 and cache.stride(0) != seqlen * cache.stride(1):
+            raise NotImplementedError(
+                f"{name}: expected sequences that lie one after another with cache_batch_idx; "
+                f"got strides {cache.stride()}"
+            )
+    pages_each = seqlen // page_size
+    pages = [
+        cache.as_strided(
+            (batch_cache * pages_each, page_size, *cache.shape[2:]),
+            (page_size * cache.stride(1), *cache.stride()[1:]),
+        )
+        for cache in (k_cache, v_cache)
+    ]
+    first = cache_batch_idx.long()[:, None] * pages_each
+    there = (cache_batch_idx >= 0) & (cache_batch_idx < batch_cache)
+    table = first + torch.arange(pages_each, device=k_cache.device)
+    return *pages, torch.where(there[:, None], table, -1).int()
+
+
+def _lengths(cache_seqlens: int | Tensor | None, capacity: int, q: Tensor) -> Tensor:
+    """int64 (batch,): entries before the call."""
+    if isinstance(cache_seqlens, Tensor):
+        return cache_seqlens.long()
+    length = capacity if cache_seqlens is None else cache_seqlens
+    return torch.full((q.shape[0],), length, dtype=torch.int64, device=q.device)
+
+
+def _key_ranges(
+    seq_lens: Tensor,
+    seqlen_q: int,
+    cache_leftpad: Tensor | None,
+    left: int | None,
+    right: int | None,
+    capacity: int,
+) -> Tensor | None:
+    """(first, end) of the entries that each query may see, beside causality; None: all."""
+    if cache_leftpad is None and left is None and right is None:
+        return None
+    query = torch.arange(seqlen_q, device=seq_lens.device)
+    entry = seq_lens[:, None] - seqlen_q + query  # that a query stands on
+    first = torch.zeros_like(entry) if left is None else entry - left
+    if cache_leftpad is not None:
+        first = first.maximum(cache_leftpad[:, None])
+    end = torch.full_like(entry, capacity) if right is None else entry + right + 1
+    return torch.stack([first, end], -1).clamp(0, capacity).int()
+
+
+def _append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    before: Tensor,
+    block_table: Tensor | None,
+    causal: bool,
+    interleaved: bool,
+) -> Tensor:
+    """Writes k and v to their entries, and returns q rotated."""
+    half = q.shape[3] // 2
+    entries = before[:, None] + torch.arange(k.shape[1], device=q.device)
+    slots = _slots(entries, k_cache, block_table)
+    if cos is None:  # by no angle
+        cos, sin = q.new_ones(1, half, dtype=torch.float32), q.new_zeros(1, half).float()
+        rope_append_kv(k, k, v, k_cache, v_cache, cos, sin, torch.zeros_like(entries), slots)
+        return q
+    rest = half - cos.shape[1]  # pairs that stay as they are
+    cos, sin = F.pad(cos.float(), (0, rest), value=1.0), F.pad(sin.float(), (0, rest))
+    options = {"interleaved": interleaved}
+    if causal and q.shape[1] == k.shape[1]:
+        written = (k_cache, v_cache, cos, sin, entries, slots)
+        return rope_append_kv(q, k, v, *written, **options)[0]
+    rope_append_kv(k, k, v, k_cache, v_cache, cos, sin, entries, slots, **options)
+    steps = torch.arange(q.shape[1], device=q.device) * causal
+    positions = before[:, None] + steps
+    return apply_rope(q, q[:, :, : k.shape[2]], cos, sin, positions, **options)[0]
+
+
+def _slots(entries: Tensor, cache: Tensor, block_table: Tensor | None) -> Tensor:
+    """Of a cache's first two dimensions, laid flat; −1 for an entry that it has no room for."""
+    if block_table is None:
+        rows = torch.arange(len(entries), device=entries.device)[:, None]
+        slots, capacity = rows * cache.shape[1] + entries, cache.shape[1]
+    else:
+        page_size, max_pages = cache.shape[1], block_table.shape[1]
+        capacity = page_size * max_pages
+        if capacity == 0:
+            return torch.full_like(entries, -1)
+        index = (entries // page_size).clamp(0, max_pages - 1)
+        slots = block_table.long().gather(1, index) * page_size + entries % page_size
+    return torch.where((entries >= 0) & (entries < capacity), slots, -1)
+
+
+def _pack(q: Tensor, nheads_k: int) -> Tensor:
+    """All queries of a row as heads of one: they read the same entries."""
+    return q.unflatten(2, (nheads_k, -1)).transpose(1, 2).flatten(1, 3)[:, None]
+
+
+def _unpack(out: Tensor, lse: Tensor, seqlen_q: int, nheads_k: int) -> tuple[Tensor, Tensor]:
+    out = out.squeeze(1).unflatten(1, (nheads_k, seqlen_q, -1)).transpose(1, 2).flatten(2, 3)
+    lse = lse.squeeze(2).unflatten(1, (nheads_k, seqlen_q, -1)).transpose(2, 3).flatten(1, 2)
+    return out, lse
