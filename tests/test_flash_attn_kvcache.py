@@ -282,7 +282,10 @@ def test_compiled_and_eager_have_the_same_bits(draw, device):
 BAD = {
     "softcap": ({"softcap": 1.0}, NotImplementedError, r"softcap: expected 0\.0; got 1\.0"),
     "slopes": ({"alibi_slopes": torch.ones(4)}, NotImplementedError, "alibi_slopes: expected None"),
-    "queries": ({"q": (2, 17, 4, 16), "causal": True}, NotImplementedError, "q: expected a seq_len_q of 1 to 16"),
+    "queries": (
+        {"q": (2, 17, 4, 16), "causal": True}, NotImplementedError,
+        "q: expected a seq_len_q of 1 to 16; got 17",
+    ),
     "window": (
         {"q": (2, 3, 4, 16), "window_size": (2, 2)}, NotImplementedError,
         r"window_size: expected \(-1, -1\) for 3 queries that are not causal; got \(2, 2\)",

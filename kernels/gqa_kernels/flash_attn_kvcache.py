@@ -75,9 +75,9 @@ def flash_attn_with_kvcache(
         TypeError, ValueError: an argument of another kind, dtype, shape or device. Nothing has been
             written.
         NotImplementedError: more than 16 causal queries; a softcap; alibi_slopes; a window of
-            several queries that is not causal; a rotary_dim below headdim without rotary_interleaved; a
-            cache_batch_idx beside a block_table, or of caches whose sequences do not lie one after
-            another; an input that requires a gradient.
+            several queries that is not causal; a rotary_dim below headdim without
+            rotary_interleaved; a cache_batch_idx beside a block_table, or of caches whose sequences
+            do not lie one after another; an input that requires a gradient.
         RuntimeError: tensors that are not on a GPU that Triton drives.
     """
     left, right = checks.window_size(window_size)
