@@ -54,10 +54,11 @@ def _row_by_row(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
-    """The longest sequence grows from one split to two."""
+    """The longest sequence grows from one split to two; a cache's capacity would make it one."""
     tiles = tuple(config._replace(block_n=16) for config in configs.DECODE_TILES)
     monkeypatch.setattr(configs, "DECODE_TILES", tiles)
     monkeypatch.setattr(configs, "DECODE_CHUNK", 16)
+    monkeypatch.setattr(configs, "DECODE_MAX_SPLITS", 2)
 
 
 @pytest.fixture(autouse=True)
