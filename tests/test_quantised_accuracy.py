@@ -23,8 +23,8 @@ LENGTH = 256  # tokens of each text, as many as the model takes
 
 @pytest.fixture(scope="module")
 def texts() -> tuple[Tensor, int]:
-    """The beginnings of the files that the model has not seen, `[num_texts, LENGTH]`, each from BOS,
-    and their length in UTF-8."""
+    """What the model has not seen, the beginnings of files, `[num_texts, LENGTH]`, each from BOS;
+    and its length in UTF-8."""
     tokenizer = Tokenizer(checkpoint.SHIPPED / "tokenizer.model")
     held_out = [document for document in stdlib_documents() if document.held_out]
     ids = [document_ids(document, tokenizer)[:LENGTH].tolist() for document in held_out]
