@@ -11,7 +11,7 @@ from llama2 import cli
 from llama2.generate import Generator
 from llama2.kv_cache import CACHE_DTYPES, KVCache
 from llama2.paged_kv_cache import PagedKVCache
-from llama2.serving import Request, serve
+from llama2.serving import Request, _Server, serve
 
 CONFIG = small_config()
 DTYPES = [dtype for dtype in CACHE_DTYPES.values() if dtype is not None]
@@ -130,6 +130,31 @@ def test_tokens_of_all_ways_to_generate(dtype, model, device):
     assert [served[index] for index in range(3)] == alone
     on_triton = Generator(twin(model, get_backend("triton")), cache_dtype=dtype)
     assert on_triton.generate(PROMPTS[:1], max_new_tokens=4) == [alone[0][:4]]
+
+
+@pytest.mark.parametrize("num_pages", [30, 7])
+def test_served_tokens_are_those_of_rounded_values(num_pages, dtype, model, device, monkeypatch):
+    """With prompts that share pages, and with few pages: what is preempted comes back."""
+    preempted, preempt = [], _Server._preempt
+    monkeypatch.setattr(
+        _Server, "_preempt", lambda server: preempted.append(server) or preempt(server)
+    )
+    beginning = random_tokens(device, 9).tolist()
+    requests = [Request([*beginning[: 9 - i], 10 + i], 14 - 3 * i) for i in range(4)]
+    tokens = {}
+    for name, one, kind in (
+        ("stored", model, dtype),
+        ("rounded", twin(model, rounding(dtype)), torch.float32),
+    ):
+        cache = PagedKVCache(
+            CONFIG, num_pages=num_pages, page_size=4, max_batch=3, dtype=kind, device=device
+        )
+        poison(cache)
+        served = serve(one, requests, cache=cache)
+        tokens[name] = {result.index: result.tokens for result in served}
+        assert bool(preempted) == (num_pages == 7)
+        preempted.clear()
+    assert tokens["stored"] == tokens["rounded"]
 
 
 def test_the_option(dtype, monkeypatch, capsys, tmp_path):
