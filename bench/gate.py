@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from grid import Workload
+from grid import DTYPE, Workload
 from torch import Tensor
 
 from gqa_kernels import reference
@@ -33,7 +33,7 @@ def check(
     """Every output (fwd) or gradient (bwd) with its error and budget.
 
     Args:
-        inputs: what the call was given, unchanged.
+        inputs: what the call was given, unchanged but for a cache that the op writes to.
         cotangents: of each output; ignored for a forward pass.
         actual: the outputs, or the gradients of `workload.spec.wrt` in that order.
     Raises:
@@ -43,6 +43,7 @@ def check(
         ("flash_attention", "fwd"): _attention_forward,
         ("flash_attention", "bwd"): _attention_backward,
         ("decode_attention", "fwd"): _decode,
+        ("rope_append_kv", "fwd"): _append,
     }.get((workload.op, workload.pass_), _whole)
     measured = [
         compare(what, mine, eager, oracle)
@@ -52,6 +53,13 @@ def check(
     if wrong:
         raise GateError("; ".join(map(str, wrong)))
     return measured
+
+
+def spoil(workload: Workload, inputs: dict[str, Any]) -> None:
+    """Wipes a cache that the op is to write to, so that what stands there is not another's."""
+    if workload.op == "rope_append_kv":
+        for cache in (inputs["k_cache"], inputs["v_cache"]):
+            cache.fill_(-128 if cache.dtype == torch.int8 else float("nan"))
 
 
 Comparison = list[tuple[str, Tensor, Tensor, Tensor]]
@@ -180,3 +188,27 @@ def _decode(
     heads = (k[rows, :, kv_head], v[rows, :, kv_head])
     eager, oracle = _both(run, inputs["q"][batch, :, q_heads], *heads, *scales)
     return [("last sequence", actual[0][batch, :, q_heads], eager[0], oracle[0])]
+
+
+def _append(
+    workload: Workload, inputs: dict[str, Any], cotangents: Results, actual: Results
+) -> Comparison:
+    """The rotated q and k, and what the caches hold at the tokens' slots afterwards."""
+    written = ("k_cache", "v_cache", "k_scale", "v_scale")
+    own = {name: inputs[name].clone() for name in written if name in inputs}
+    rotated = reference.rope_append_kv(**inputs | own)
+
+    def stored(caches: dict[str, Any]) -> Results:
+        scales = [caches.get(name) for name in written[2:]]
+        return tuple(
+            reference._dequantized(caches[name], scale, DTYPE).flatten(0, 1)[inputs["slots"]]
+            for name, scale in zip(written[:2], scales, strict=True)
+        )
+
+    exact = widen({name: inputs[name] for name in ("q", "k", "v", "cos", "sin")})
+    angles = {name: inputs[name] for name in ("positions", "interleaved")}
+    v = exact.pop("v")
+    oracle = reference.apply_rope(**exact, **angles)
+    names = ("q", "k", "k stored", "v stored")
+    mine, eager = (*actual, *stored(inputs)), (*rotated, *stored(own))
+    return list(zip(names, mine, eager, (*oracle, oracle[1], v), strict=True))

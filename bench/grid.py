@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from floors import backward_cost
 
-from gqa_kernels.spec import OPS, Case, Cost, OpSpec, decode_inputs
+from gqa_kernels.spec import IN_PLACE_OPS, OPS, Case, Cost, OpSpec, decode_inputs
 
 TIERS = ("smoke", "core", "full")
 DTYPE = torch.bfloat16
@@ -66,7 +66,7 @@ class Workload:
         return self.spec.cost(self.case, DTYPE).read_bytes
 
 
-_OPS = {spec.name: spec for spec in OPS}
+_OPS = {spec.name: spec for spec in (*OPS, *IN_PLACE_OPS)}
 # What lies beyond a length is finite here: some peers multiply it by a weight of zero.
 _DECODE = dataclasses.replace(
     _OPS["decode_attention"], make_inputs=functools.partial(decode_inputs, spoil=False)
@@ -191,8 +191,8 @@ def _decode() -> list[Workload]:
     found = []
     heads = {"7B": (32, 32), "13B": (40, 40), "70B": (64, 8), "MQA": (64, 1)}
     points = (
-        (1, 4096), (1, 32768), (1, 131072), (16, 4096), (64, 4096), (64, 8192), (128, 2048),
-        (256, 1024),
+        (1, 1024), (1, 4096), (1, 32768), (1, 131072), (16, 4096), (32, 4096), (64, 4096),
+        (64, 8192), (128, 2048), (256, 1024),
     )  # fmt: skip
 
     def add(
@@ -238,8 +238,41 @@ def _decode() -> list[Workload]:
     return found
 
 
+def _append() -> list[Workload]:
+    """A decode step's tokens, and a prompt's, into pages of 16."""
+    float8 = {"cache_dtype": torch.float8_e4m3fn}
+    found = []
+    for name, heads in (("70B", (64, 8)), ("7B", (32, 32))):
+        for batch, seq_len, what, cache in (
+            (1, 1, "", {}),
+            (64, 1, "", {}),
+            (256, 1, "", {}),
+            (1, 4096, "", {}),
+            (64, 1, "-fp8-tokens", float8),
+            (64, 1, "-fp8", float8 | {"scale_per_head": True}),
+            (64, 1, "-int8-tokens", {"cache_dtype": torch.int8}),
+        ):
+            sizes = {
+                "batch": batch,
+                "seq_len": seq_len,
+                "num_q_heads": heads[0],
+                "num_kv_heads": heads[1],
+                "head_dim": 128,
+                "page_size": 16,
+                "interleaved": False,
+                **cache,
+            }
+            tier = "core" if name == "70B" and batch * seq_len in (1, 64) else "full"
+            shape = f"{name}-B{batch}-T{seq_len}{what}"
+            found.append(Workload(_OPS["rope_append_kv"], "fwd", shape, Case(sizes, name), tier))
+    return found
+
+
 GRID = tuple(
-    sorted(_row_ops() + _attention() + _packed() + _decode(), key=lambda w: TIERS.index(w.tier))
+    sorted(
+        _row_ops() + _attention() + _packed() + _decode() + _append(),
+        key=lambda w: TIERS.index(w.tier),
+    )
 )
 
 
@@ -264,6 +297,13 @@ def _tiny() -> tuple[Workload, ...]:
         "flash_attention": attention,
         "flash_attention_varlen": packed,
         "decode_attention": decode,
+        "rope_append_kv": {
+            "batch": 2,
+            "seq_len": 1,
+            **heads,
+            "page_size": 4,
+            "interleaved": False,
+        },
     }
     return tuple(
         Workload(
@@ -275,7 +315,7 @@ def _tiny() -> tuple[Workload, ...]:
         )
         for op, sizes in cases.items()
         for pass_ in ("fwd", "bwd")
-        if (op, pass_) != ("decode_attention", "bwd")
+        if pass_ == "fwd" or op not in ("decode_attention", "rope_append_kv")
     )
 
 

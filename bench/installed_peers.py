@@ -1,7 +1,8 @@
 """Backends of other packages, imported when they are first used.
 
-liger-kernel, fa3-fwd (FlashAttention 3, forward), xformers (its Triton split-K decode kernel) and
-fla-core. Each adapter was written against the version that its comment names.
+liger-kernel, fa3-fwd (FlashAttention 3, forward), xformers (its Triton split-K decode kernel),
+flashinfer-python (its paged decode) and fla-core. Each adapter was written against the version that
+its comment names.
 """
 
 from typing import Any
@@ -81,6 +82,8 @@ def _fa3_packed(inputs: dict[str, Any]) -> Call:
 
 
 def _fa3_decode(inputs: dict[str, Any]) -> Call:
+    if "block_table" in inputs:
+        raise Lacks("fa3-fwd is built without paged caches")
     plain_cache(inputs)
     function = _fa3().flash_attn_with_kvcache
     q, k, v, seq_lens = (inputs[name] for name in ("q", "k_cache", "v_cache", "seq_lens"))
@@ -125,6 +128,55 @@ def _xformers_decode(inputs: dict[str, Any]) -> Call:
         return out.reshape(q.shape)
 
     return call
+
+
+# --- flashinfer-python 0.6.6 -----------------------------------------------------------------
+
+_FLASHINFER_WORKSPACE = 128 * 2**20  # bytes, as its documentation has it
+_FLASHINFER_PAGE = 16  # that a contiguous cache is read in
+
+
+def _flashinfer() -> Any:
+    import flashinfer
+
+    return flashinfer
+
+
+def _flashinfer_decode(inputs: dict[str, Any]) -> Call:
+    """Its split is planned on the host, from lengths that it reads there: once, outside of what is
+    timed, as a serving engine does per step."""
+    if "k_scale" in inputs:
+        raise Lacks("flashinfer has one scale for all heads and tokens of an 8-bit cache")
+    q, k, v, seq_lens = (inputs[name] for name in ("q", "k_cache", "v_cache", "seq_lens"))
+    batch, seq_len_q, num_q_heads, head_dim = q.shape
+    if seq_len_q != 1:
+        raise Lacks("flashinfer decodes one token per sequence")
+    table = inputs.get("block_table")
+    if table is None:
+        page_size = min(_FLASHINFER_PAGE, k.shape[1] & -k.shape[1])
+        pages_each = k.shape[1] // page_size
+        k, v = (x.view(batch * pages_each, page_size, *x.shape[2:]) for x in (k, v))
+        table = torch.arange(batch * pages_each, device=q.device).view(batch, pages_each)
+    page_size = k.shape[1]
+    lengths = seq_lens.long()
+    used = (lengths + page_size - 1) // page_size
+    if int(used.min()) == 0:
+        raise Lacks("flashinfer takes no empty sequence")
+    indices = torch.cat([row[:count] for row, count in zip(table, used.tolist(), strict=True)])
+    bounds = torch.cat([used.new_zeros(1), used.cumsum(0)])
+    last = (lengths - 1) % page_size + 1
+    workspace = torch.empty(_FLASHINFER_WORKSPACE, dtype=torch.uint8, device=q.device)
+    # Its own advice: tensor cores where a group shares a key/value head.
+    grouped = num_q_heads // k.shape[2] >= 4
+    wrapper = _flashinfer().BatchDecodeWithPagedKVCacheWrapper(
+        workspace, "NHD", use_tensor_cores=grouped
+    )
+    wrapper.plan(
+        bounds.int(), indices.int(), last.int(), num_q_heads, k.shape[2], head_dim, page_size,
+        q_data_type=q.dtype, kv_data_type=k.dtype,
+    )  # fmt: skip
+    queries = q.squeeze(1)
+    return lambda: wrapper.run(queries, (k, v)).unsqueeze(1)
 
 
 # --- fla-core 0.6.0 --------------------------------------------------------------------------
@@ -199,6 +251,13 @@ BACKENDS = (
         {"decode_attention": _xformers_decode},
         import_check=_xformers,
         distribution="xformers",
+        forward_only={"decode_attention": "a cache has no gradient"},
+    ),
+    Backend(
+        "flashinfer",
+        {"decode_attention": _flashinfer_decode},
+        import_check=_flashinfer,
+        distribution="flashinfer-python",
         forward_only={"decode_attention": "a cache has no gradient"},
     ),
     Backend(

@@ -199,7 +199,7 @@ def _flex_decode(inputs: dict[str, Any]) -> Call:
 
 # --- The table -------------------------------------------------------------------------------
 
-_DECODE_FORWARD = {"decode_attention": "a cache has no gradient"}
+_DECODE_FORWARD = dict.fromkeys(("decode_attention", "rope_append_kv"), "a cache has no gradient")
 
 BACKENDS = (
     Backend(

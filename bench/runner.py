@@ -112,6 +112,7 @@ class OpContest:
             "flash_attention": ("q",),
             "flash_attention_varlen": ("q",),
             "decode_attention": ("q",),
+            "rope_append_kv": ("q", "k"),
         }[self.op]
         generator = torch.Generator(self.device).manual_seed(1)
         shapes = [inputs[name].shape for name in like]
@@ -130,6 +131,7 @@ class OpContest:
         copies = self.inputs(copies_needed(workload.input_bytes, self.l2_bytes, method))
         calls = [self.call(backend, copy) for copy in copies]
         cotangents = self._cotangents(copies[0])
+        gate.spoil(workload, copies[0])
         prepared = check_first_call(
             backend,
             calls[0],

@@ -1,6 +1,6 @@
-"""Decode attention over full and ragged caches."""
+"""A decode step's attention over its cache, and the append before it."""
 
-OPS = ("decode_attention",)
+OPS = ("decode_attention", "rope_append_kv")
 
 
 def test_time(workload, backend, timed):

@@ -1,6 +1,7 @@
 """Tests of the bench itself. They need no GPU, and time nothing."""
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -84,6 +85,9 @@ BY_GROUP = {work.group: work for work in grid.GRID}
         ("decode_attention|fwd|7B-B1-L4096", 15.6, "mem"),
         ("decode_attention|fwd|70B-B16-L4096", 62.5, "mem"),
         ("decode_attention|fwd|MQA-B64-L8192", 62.9, "mem"),
+        # 64 tokens of (64 + 2 · 8) · 128 values of 2 bytes and 128 angles of 4 read, (64 + 3 · 8) ·
+        # 128 values written: 2.8 MB.
+        ("rope_append_kv|fwd|70B-B64-T1", 0.648, "latency"),
     ],
 )
 def test_floor_is_the_hand_number(group, microseconds, bound):
@@ -382,6 +386,29 @@ class _Bias:
         return kv_seqlen, kv_padding
 
 
+class _PagedLike:
+    """Planned from the pages of each sequence, then run on [batch, heads, head_dim]: as flashinfer
+    has it."""
+
+    def __init__(self, workspace, layout, *, use_tensor_cores):
+        assert layout == "NHD" and workspace.dtype == torch.uint8 and not use_tensor_cores
+
+    def plan(self, bounds, indices, last, *heads, q_data_type, kv_data_type):
+        assert {x.dtype for x in (bounds, indices, last)} == {torch.int32}
+        self.heads, self.last = heads, last
+        self.pages = [indices[start:end] for start, end in itertools.pairwise(bounds.tolist())]
+
+    def run(self, q, caches):
+        k, v = caches
+        assert self.heads == (q.shape[1], k.shape[2], q.shape[2], k.shape[1])
+        rows = []
+        for query, pages, last in zip(q, self.pages, self.last.tolist(), strict=True):
+            length = (len(pages) - 1) * k.shape[1] + last
+            own = [x[pages.long()].flatten(0, 1)[None] for x in (k, v)]
+            rows.append(reference.decode_attention(query[None, None], *own, torch.tensor([length])))
+        return torch.cat(rows).squeeze(1)
+
+
 _STANDINS = {
     "liger": {
         "_liger": SimpleNamespace(
@@ -410,6 +437,9 @@ _STANDINS = {
             memory_efficient_attention_forward=_split_k_like,
             triton_splitk=SimpleNamespace(FwOp=None),
         )
+    },
+    "flashinfer": {
+        "_flashinfer": SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=_PagedLike),
     },
     "fla": {
         "_fla": (
@@ -441,6 +471,54 @@ def test_adapters_of_other_packages_pass_layouts_right(monkeypatch, name, op):
         assert (name, op) == ("fla", "apply_rope")
         return
     gate.check(work, inputs, (), actual)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_flashinfer_reads_pages(monkeypatch, ragged):
+    standin = SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=_PagedLike)
+    monkeypatch.setattr(installed_peers, "_flashinfer", lambda: standin)
+    tiny = TINY["decode_attention", "fwd"]
+    sizes = tiny.case.sizes | {"page_size": 8, "ragged": ragged}
+    work = dataclasses.replace(tiny, case=dataclasses.replace(tiny.case, sizes=sizes))
+    inputs = work.spec.make_inputs(work.case, grid.DTYPE, CPU, torch.Generator().manual_seed(0))
+    actual = make_call(peers.BY_NAME["flashinfer"], work.op, "fwd", inputs, (), ())()
+    gate.check(work, inputs, (), actual)
+    inputs["block_table"] = inputs["block_table"].flip(0)
+    with pytest.raises(gate.GateError):
+        gate.check(work, inputs, (), actual)
+
+
+@pytest.mark.parametrize(
+    "cache", [{}, {"cache_dtype": torch.int8}, {"cache_dtype": torch.float8_e4m3fn}]
+)
+def test_an_append_that_goes_astray_is_refused(cache):
+    tiny = TINY["rope_append_kv", "fwd"]
+    work = dataclasses.replace(
+        tiny, case=dataclasses.replace(tiny.case, sizes=tiny.case.sizes | cache)
+    )
+
+    def check(spoil=lambda inputs: None, wrong=lambda inputs: None):
+        generator = torch.Generator().manual_seed(0)
+        inputs = work.spec.make_inputs(work.case, grid.DTYPE, CPU, generator)
+        gate.spoil(work, inputs)
+        given = dict(inputs)
+        wrong(given)
+        actual = reference.rope_append_kv(**given)
+        spoil(inputs)
+        gate.check(work, inputs, (), actual)
+
+    def off_by_one(inputs):
+        inputs["slots"] = (inputs["slots"] + 1) % 4
+
+    def swapped(inputs):
+        inputs["k"], inputs["v"] = inputs["v"], inputs["k"]
+
+    check()
+    for wrong in (off_by_one, swapped):
+        with pytest.raises(gate.GateError):
+            check(wrong=wrong)
+    with pytest.raises(gate.GateError, match="v stored"):
+        check(spoil=lambda inputs: inputs["v_cache"].fill_(1))
 
 
 def test_a_causal_mask_that_sdpa_would_misalign_is_refused():
