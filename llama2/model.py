@@ -262,7 +262,9 @@ class Llama2(nn.Module):
         With a cache, the tokens continue its sequences: any number into an empty cache, at most 16
         per sequence later. Rows of a first call may be right-padded; `num_valid` int `[batch]` then
         counts each row's tokens, and the states of the padding are meaningless. A cache is a
-        `KVCache`, or a batch that a `PagedKVCache` made, which says what the tokens are.
+        `KVCache`, or a batch that a `PagedKVCache` made, which says what the tokens are. Where it
+        is quantised, tokens that begin a sequence attend to each other's exact keys and values,
+        all others to what the cache holds, of themselves too.
 
         Packed sequences are tokens `[1, total]`, one sequence after another, with their bounds in
         `cu_seqlens`, int32 or int64 `[num_sequences + 1]`, from 0 and never decreasing: sequence b
@@ -276,8 +278,8 @@ class Llama2(nn.Module):
             ValueError: the tokens do not fit in `max_seq_len` or in the cache, or their shape or
                 that of `num_valid` or `cu_seqlens` is another; `num_valid` without an empty cache;
                 `cu_seqlens` with a cache; a cache of another number of heads.
-            TypeError: the cache is of another dtype than the model, or `cu_seqlens` of another
-                than int32 and int64.
+            TypeError: the cache is of another dtype than the model's, float8_e4m3fn and int8, or
+                `cu_seqlens` of another than int32 and int64.
             NotImplementedError: more than 16 tokens per sequence into a cache that is not empty.
         """
         if tokens.dim() != 2:
@@ -306,8 +308,8 @@ class Llama2(nn.Module):
             stored = cache.stored
             if stored.k_scale is None and stored.keys.dtype != self.embed_tokens.weight.dtype:
                 raise TypeError(
-                    f"cache: expected the model's dtype {self.embed_tokens.weight.dtype}; "
-                    f"got {stored.keys.dtype}"
+                    f"cache: expected the model's dtype {self.embed_tokens.weight.dtype}, "
+                    f"float8_e4m3fn or int8; got {stored.keys.dtype}"
                 )
             num_kv_heads = self.layers[0].self_attn.num_kv_heads
             if stored.keys.shape[3] != num_kv_heads:  # a single head would be written to all

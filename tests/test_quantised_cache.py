@@ -180,5 +180,6 @@ def test_the_option(dtype, monkeypatch, capsys, tmp_path):
 
 def test_another_dtype_is_refused(dtype, model):
     other = torch.float8_e5m2 if dtype == torch.float8_e4m3fn else torch.float16
-    with pytest.raises(TypeError, match=r"^cache: expected the model's dtype torch\.float32"):
+    expected = r"torch\.float32, float8_e4m3fn or int8; got torch\.float"
+    with pytest.raises(TypeError, match=f"^cache: expected the model's dtype {expected}"):
         Generator(model, cache_dtype=other).generate(PROMPTS, max_new_tokens=3)
