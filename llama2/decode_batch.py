@@ -42,10 +42,7 @@ class DecodeBatch:
         self._temperature = torch.zeros(batch, device=device)
         self._top_p = torch.ones(batch, device=device)
         self._is_stop = torch.zeros(config.vocab_size, dtype=torch.bool, device=device)
-        self._steps = {
-            greedy: Step(lambda greedy=greedy: self._step(greedy), capture=capture)
-            for greedy in (True, False)
-        }
+        self._steps = {greedy: Step(capture=capture) for greedy in (True, False)}
 
     def run(
         self,
@@ -75,7 +72,7 @@ class DecodeBatch:
             if len(fetched) > self._ahead:
                 yield fetched.popleft()()
             with self._on_device():
-                self._steps[greedy]()
+                self._steps[greedy](lambda: self._step(greedy))
             fetched.append(self._fetch(index, host))
         while fetched:
             yield fetched.popleft()()

@@ -31,16 +31,20 @@ def captured(call: Call, num_warm_up_calls: int) -> Call:
 
 class Step:
     """A call that is made again and again on the same tensors. Made once as it is, it is captured
-    and replayed from then on, if `capture` asks for that."""
+    and replayed from then on, if `capture` asks for that.
 
-    def __init__(self, call: Call, *, capture: bool) -> None:
-        self._next, self._call, self._capture = call, call, capture
-        self._is_warm = False
+    The call is handed over each time, so that whoever owns both is freed without a search for
+    cycles, and a cache with it.
+    """
 
-    def __call__(self) -> None:
-        if self._capture and self._is_warm and self._next is self._call:
-            self._next = record(self._call)
-        self._next()
+    def __init__(self, *, capture: bool) -> None:
+        self._capture, self._is_warm = capture, False
+        self._replay: Call | None = None
+
+    def __call__(self, call: Call) -> None:
+        if self._capture and self._is_warm and self._replay is None:
+            self._replay = record(call)
+        (self._replay or call)()
         self._is_warm = True
 
 

@@ -30,11 +30,8 @@ class PagedDecode:
         self._where: CacheStep | None = None
         self._settings = torch.zeros(3, rows, device=weight.device)  # uniform, temperature, top_p
         self._drawn = torch.zeros(rows, dtype=torch.int64, device=weight.device)
-        self._decode = Step(self._run_model, capture=capture)
-        self._draw = {
-            greedy: Step(lambda greedy=greedy: self._sample(greedy), capture=capture)
-            for greedy in (True, False)
-        }
+        self._decode = Step(capture=capture)
+        self._draw = {greedy: Step(capture=capture) for greedy in (True, False)}
 
     def decode(self, batch: PagedBatch) -> None:
         """Puts the states of a batch's tokens, one per row, into `states`."""
@@ -46,7 +43,7 @@ class PagedDecode:
         self._where.positions.copy_(where.positions)
         self._where.slots.copy_(where.slots)
         self._tokens.copy_(batch.tokens)
-        self._decode()
+        self._decode(self._run_model)
         batch.advance(1)
 
     def draw(self, rows: Sequence[int], settings: np.ndarray) -> list[int]:
@@ -58,7 +55,8 @@ class PagedDecode:
         every = np.zeros(self._settings.shape, dtype=np.float32)
         every[:, rows] = settings
         self._settings.copy_(to_device(every, self._settings.device))
-        self._draw[not every[1].any()]()
+        greedy = not every[1].any()
+        self._draw[greedy](lambda: self._sample(greedy))
         drawn = self._drawn.tolist()
         return [drawn[row] for row in rows]
 

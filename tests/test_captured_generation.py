@@ -3,6 +3,8 @@
 On the CPU a recording stands in for a CUDA graph (`recorded_graph.py`).
 """
 
+import gc
+import weakref
 from dataclasses import dataclass, field
 
 import pytest
@@ -179,6 +181,19 @@ def test_a_generator_grows_as_it_is_asked_to(model):
     for prompts, count in ((PROMPTS[:2], 3), ([[1] * 40], 3), (PROMPTS, 30), (PROMPTS[:1], 4)):
         got = generator.generate(prompts, max_new_tokens=count)
         assert got == generate.generate(model, prompts, max_new_tokens=count)
+
+
+def test_what_grows_frees_what_it_had(model, captures):
+    """At once: two caches may be more than there is memory for."""
+    generator, held = Generator(model), []
+    gc.disable()
+    try:
+        for length in (3, 40):
+            generator.generate([[1] * length] * length, max_new_tokens=4)
+            assert all(batch() is None for batch in held)
+            held += map(weakref.ref, generator._batches.values())
+    finally:
+        gc.enable()
 
 
 def test_hooks_are_not_passed_over(model, captures):
