@@ -70,6 +70,14 @@ def test_cold_samples_are_the_likeliest_tokens(temperature, dtype, device):
     assert torch.equal(tokens, logits.argmax(dim=-1))
 
 
+def test_a_temperature_beyond_float32_is_the_hottest(model, device):
+    counts = drawn(device, temperature=1e300)
+    assert max(counts.values()) - min(counts.values()) <= 1  # of six tokens, a sixth each
+    settings = {"max_new_tokens": 4, "seed": 1}
+    hot = generate(model, PROMPTS, temperature=1e300, **settings)
+    assert hot == generate(model, PROMPTS, temperature=3e38, **settings)
+
+
 def test_the_first_of_equals_wins_at_every_temperature(device):
     logits = torch.zeros(1, 50, device=device)
     logits[0, [20, 30]] = 1.0
