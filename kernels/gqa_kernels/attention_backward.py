@@ -202,10 +202,13 @@ def _dkdv_kernel(
         scores, capped = _scores_less_lse(
             key, query.T, neg_lse[None, :], own_keys, keys, cap_scale, slope
         )  # [BLOCK_N, BLOCK_M]
-        first_keys, end_keys = load_ranges(
-            key_ranges_ptr, key_ranges_strides, batch, queries[None, :], seq_len_q, seq_len_kv
-        )  # [1, BLOCK_M]
-        LIMITED: tl.constexpr = first_keys is not None or key_mask_ptr is not None
+        first_keys = None
+        end_keys = None
+        if key_ranges_ptr is not None:
+            first_keys, end_keys = load_ranges(
+                key_ranges_ptr, key_ranges_strides, batch, queries[None, :], seq_len_q, seq_len_kv
+            )  # [1, BLOCK_M]
+        LIMITED: tl.constexpr = key_ranges_ptr is not None or key_mask_ptr is not None
         # Keys that do not exist have rows of their own, which are not stored.
         if window_left is not None or window_right is not None or LIMITED:
             scores = mask(
@@ -343,9 +346,12 @@ def _dq_kernel(
 
     first_own_key = start_m + seq_len_kv - seq_len_q
     own_keys = (first_own_key + tl.arange(0, BLOCK_M))[:, None]
-    first_keys, end_keys = load_ranges(
-        key_ranges_ptr, key_ranges_strides, batch, queries[:, None], seq_len_q, seq_len_kv
-    )  # [BLOCK_M, 1]
+    first_keys = None
+    end_keys = None
+    if key_ranges_ptr is not None:
+        first_keys, end_keys = load_ranges(
+            key_ranges_ptr, key_ranges_strides, batch, queries[:, None], seq_len_q, seq_len_kv
+        )  # [BLOCK_M, 1]
     if key_mask_ptr is not None:
         key_mask_ptr += batch_64 * key_mask_stride
     first_tile, num_tiles, num_free = key_tiles(

@@ -150,9 +150,12 @@ def _forward_kernel(
     first_own_key = block * BLOCK_M + seq_len_kv - seq_len_q
     own_keys = first_own_key + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     queries = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    first_keys, end_keys = load_ranges(
-        key_ranges_ptr, key_ranges_strides, batch, queries[:, None], seq_len_q, seq_len_kv
-    )  # [BLOCK_M, 1]
+    first_keys = None
+    end_keys = None
+    if key_ranges_ptr is not None:
+        first_keys, end_keys = load_ranges(
+            key_ranges_ptr, key_ranges_strides, batch, queries[:, None], seq_len_q, seq_len_kv
+        )  # [BLOCK_M, 1]
     if key_mask_ptr is not None:
         key_mask_ptr += batch_64 * key_mask_stride
     first_tile, num_tiles, num_free = key_tiles(

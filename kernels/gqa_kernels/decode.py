@@ -239,9 +239,12 @@ def _decode_kernel(
     q_mask = exists[:, None] & (columns < HEAD_DIM)
     q = tl.load(q_ptrs[:, None] + columns, mask=q_mask, other=0.0)  # [BLOCK_M, BLOCK_D]
     last_key = seq_len - SEQ_LEN_Q + token  # [BLOCK_M]
-    first_keys, end_keys = load_ranges(
-        key_ranges_ptr, key_ranges_strides, batch, token[:, None], SEQ_LEN_Q, seq_len
-    )  # [BLOCK_M, 1]
+    first_keys = None
+    end_keys = None
+    if key_ranges_ptr is not None:
+        first_keys, end_keys = load_ranges(
+            key_ranges_ptr, key_ranges_strides, batch, token[:, None], SEQ_LEN_Q, seq_len
+        )  # [BLOCK_M, 1]
     if key_mask_ptr is not None:
         key_mask_ptr += batch * key_mask_stride
 

@@ -67,16 +67,15 @@ def add_bias(scores, own_keys, keys, slope):
 def load_ranges(key_ranges_ptr, strides, batch, queries, seq_len_q, seq_len_kv):
     """(first key, end of the keys) that each query may see, in the shape of queries.
 
-    (seq_len_kv, 0) where it sees none; None without ranges.
+    (seq_len_kv, 0) where it sees none. For kernels that have ranges: Triton 3.6 returns no tuple of
+    None.
     """
-    first_keys, end_keys = None, None
-    if key_ranges_ptr is not None:
-        exists = queries < seq_len_q
-        ptrs = key_ranges_ptr + batch.to(tl.int64) * strides[0] + queries.to(tl.int64) * strides[1]
-        first = tl.maximum(tl.load(ptrs, mask=exists, other=0), 0)
-        end = tl.minimum(tl.load(ptrs + strides[2], mask=exists, other=0), seq_len_kv)
-        first_keys = tl.where(first < end, first, seq_len_kv).to(tl.int32)
-        end_keys = tl.where(first < end, end, 0).to(tl.int32)
+    exists = queries < seq_len_q
+    ptrs = key_ranges_ptr + batch.to(tl.int64) * strides[0] + queries.to(tl.int64) * strides[1]
+    first = tl.maximum(tl.load(ptrs, mask=exists, other=0), 0)
+    end = tl.minimum(tl.load(ptrs + strides[2], mask=exists, other=0), seq_len_kv)
+    first_keys = tl.where(first < end, first, seq_len_kv).to(tl.int32)
+    end_keys = tl.where(first < end, end, 0).to(tl.int32)
     return first_keys, end_keys
 
 
