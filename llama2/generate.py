@@ -11,7 +11,7 @@ from llama2.decode_batch import DecodeBatch
 from llama2.graphs import can_capture, on_gpu
 from llama2.kv_cache import KVCache
 from llama2.model import Llama2
-from llama2.sampling import check_sampling, uniform_draws
+from llama2.sampling import check_sampling, is_whole, uniform_draws
 
 # On a GPU sizes are rounded up, so that calls of other sizes find the same cache and graphs.
 _CAPACITY_UNIT = 256
@@ -90,7 +90,8 @@ class Generator:
     batch size, rounded up to 1, 2, 4 or a multiple of 8, and kind of sampling (greedy or not). A
     step is run once, captured once and then replayed: no launch by launch, no allocation and no
     wait for the device. Its tokens are those of the step as it is. A call that needs a longer
-    cache or more rows, and one after the model's parameters have moved, begins anew.
+    cache or more rows, and one after the model's parameters have moved, begins anew. It is for one
+    thread and one stream of a GPU at a time.
 
     Args:
         cache_dtype: of the cache; None: the model's. float8_e4m3fn and int8 halve its memory and
@@ -113,7 +114,7 @@ class Generator:
         self.model, self._cache_dtype, self._capture = model, cache_dtype, capture
         self._cache: KVCache | None = None
         self._batches: dict[int, DecodeBatch] = {}  # by their number of rows
-        self._made_for: list[int] = []
+        self._made_for: list[object] = []
         self._calls = itertools.count()
         self._current = -1  # the call that has the cache
         can_capture(model, capture)
@@ -157,6 +158,7 @@ class Generator:
         stop_ids = frozenset(stop_ids)
         check_tokens(self.model.config, prompts, max_new_tokens, stop_ids)
         check_sampling(temperature, top_p, seed)
+        prompts = [list(prompt) for prompt in prompts]  # as they were checked
         return self._stream(prompts, max_new_tokens, temperature, top_p, stop_ids, seed)
 
     @torch.inference_mode()
@@ -202,7 +204,8 @@ class Generator:
             capacity = min(units * _CAPACITY_UNIT, model.config.max_seq_len)
         captures = can_capture(model, self._capture)
         # What a graph replays reads these addresses.
-        made_for = [captures, *(x.data_ptr() for x in (*model.parameters(), *model.buffers()))]
+        tensors = *model.parameters(), *model.buffers()
+        made_for = [captures, *((x.data_ptr(), x.dtype) for x in tensors)]
         if self._made_for != made_for:
             self._made_for, self._cache = made_for, None
         needed = rows, capacity
@@ -231,7 +234,7 @@ def check_tokens(
     max_new_tokens: int,
     stop_ids: Iterable[int],
 ) -> None:
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+    if not is_whole(max_new_tokens) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens: expected an int of at least 0; got {max_new_tokens!r}")
     if len(prompts) == 0:
         raise ValueError("prompts: expected at least one; got none")
@@ -253,5 +256,5 @@ def check_tokens(
 
 
 def _check_id(name: str, token: int, vocab_size: int) -> None:
-    if not isinstance(token, int) or not 0 <= token < vocab_size:
+    if not is_whole(token) or not 0 <= token < vocab_size:
         raise ValueError(f"{name}: expected token ids in [0, {vocab_size}); got {token!r}")

@@ -277,7 +277,7 @@ class Llama2(nn.Module):
         Raises:
             ValueError: the tokens do not fit in `max_seq_len` or in the cache, or their shape or
                 that of `num_valid` or `cu_seqlens` is another; `num_valid` without an empty cache;
-                `cu_seqlens` with a cache; a cache of another number of heads.
+                `cu_seqlens` with a cache; a cache of another number of heads or layers.
             TypeError: the cache is of another dtype than the model's, float8_e4m3fn and int8, or
                 `cu_seqlens` of another than int32 and int64.
             NotImplementedError: more than 16 tokens per sequence into a cache that is not empty.
@@ -316,6 +316,10 @@ class Llama2(nn.Module):
                 raise ValueError(
                     f"cache: expected {num_kv_heads} key/value heads, those of cache_config; "
                     f"got {stored.keys.shape[3]}"
+                )
+            if stored.keys.shape[0] != len(self.layers):
+                raise ValueError(
+                    f"cache: expected {len(self.layers)} layers; got {stored.keys.shape[0]}"
                 )
             step = cache.reserve(batch, seq_len)
             positions = step.positions

@@ -92,6 +92,13 @@ class PagePool:
         if digest not in self._page_of:
             self._page_of[digest], self._name_of[page] = page, digest
 
+    def forget(self) -> None:
+        """Makes no content findable any more."""
+        self._page_of.clear()
+        self._name_of.clear()
+        self._blank += reversed(self._kept)
+        self._kept.clear()
+
     def find(self, digests: Iterable[bytes]) -> list[int]:
         """The pages of the longest run of `digests`, from the first on, whose contents are there.
 

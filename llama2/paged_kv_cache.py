@@ -50,7 +50,7 @@ class PagedKVCache:
     Pages are shared by sequences that begin with the same tokens, as far as these fill pages, and
     by forks. A page that others read is copied before a sequence writes to it. What a freed
     sequence leaves in full pages is found again until pages run out; the least recently used goes
-    first.
+    first. That is what one model left, with weights that have not changed: otherwise `forget` it.
 
     All bookkeeping is on the host and waits for no device: what was enqueued before is done before.
 
@@ -193,6 +193,11 @@ class PagedKVCache:
         self._pool.release(self._sequences.pop(row).pages)
         self._table[row] = -1
         self._batch = None
+
+    def forget(self) -> None:
+        """No sequence finds what others left from now on: for a model whose weights have changed,
+        and after logits that were not finite."""
+        self._pool.forget()
 
     def prefill(self, row: int) -> "PagedBatch":
         """The pending tokens of one sequence, any number: `[1, num_pending]`.

@@ -2,6 +2,8 @@
 
 import math
 import secrets
+from numbers import Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,9 +71,18 @@ def uniform_draws(seed: int | None, index: int, count: int) -> np.ndarray:
 
 def check_sampling(temperature: float, top_p: float, seed: int | None) -> None:
     """Raises ValueError unless these are what `generate` takes."""
-    if not 0 <= temperature < math.inf:  # false for NaN
+    if not _is_number(temperature) or not 0 <= temperature < math.inf:  # false for NaN
         raise ValueError(f"temperature: expected a finite number ≥ 0; got {temperature!r}")
-    if not 0 < top_p <= 1:
+    if not _is_number(top_p) or not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a number in (0, 1]; got {top_p!r}")
-    if seed is not None and (not isinstance(seed, int) or seed < 0):
+    if seed is not None and (not is_whole(seed) or seed < 0):
         raise ValueError(f"seed: expected an int of at least 0, or None; got {seed!r}")
+
+
+def _is_number(value: Any) -> bool:
+    """Not a tensor, which would have to be waited for."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

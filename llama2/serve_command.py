@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -82,9 +81,9 @@ def run(
         raise ValueError(f"--out: expected another file than --prompts; got {out}")
     complaints = _Complaints(prompts)
     lines = list(_read_prompts(prompts, complaints))
-    done = _resume(out)
+    done, end = _resume(out)
     todo = [line for line in lines if line.id not in done]
-    num_done = _continue(todo, arguments, load, complaints) if todo else 0
+    num_done = _continue(todo, end, arguments, load, complaints) if todo else 0
     print(
         f"{num_done} prompts done, {len(lines) - len(todo)} were done before, "
         f"{complaints.count} lines are bad",
@@ -95,17 +94,19 @@ def run(
 
 def _continue(
     todo: list[_Line],
+    end: int,
     arguments: argparse.Namespace,
     load: Callable[[argparse.Namespace], tuple[Llama2, Tokenizer]],
     complaints: "_Complaints",
 ) -> int:
-    """Appends the results of `todo` to the file and returns their number."""
+    """Writes the results of `todo` from byte `end` of the file on and returns their number."""
     from tqdm import tqdm  # whose absence is a complaint like any other
 
     with arguments.out.open("a", encoding="utf-8") as file:
         model, tokenizer = load(arguments)
         cache = _make_cache(arguments, model)
         _check_options(arguments, model, cache)
+        file.truncate(end)
         served: list[_Line] = []  # by the index of their request
 
         def requests() -> Iterator[Request]:
@@ -187,14 +188,14 @@ def _parse(number: int, raw: bytes) -> _Line:
     return _Line(number, id, prompt, settings)
 
 
-def _resume(path: Path) -> set[str | int]:
-    """The ids of the results that are there, after a half-written last line has been cut.
+def _resume(path: Path) -> tuple[set[str | int], int]:
+    """The ids of the results that are there, and where a half-written last line begins.
 
     Raises:
-        ValueError: the file holds something else than results. It is left as it is.
+        ValueError: the file holds something else than results.
     """
     if not path.exists():
-        return set()
+        return set(), 0
     ids, end = set(), 0
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
@@ -204,7 +205,7 @@ def _resume(path: Path) -> set[str | int]:
                 break
             try:
                 ids.add(json.loads(raw)["id"])
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 is_ours = False
             if not is_ours:
                 raise ValueError(
@@ -212,8 +213,7 @@ def _resume(path: Path) -> set[str | int]:
                     f"{number} of {path}"
                 )
             end += len(raw)
-    os.truncate(path, end)
-    return ids
+    return ids, end
 
 
 def _make_cache(arguments: argparse.Namespace, model: Llama2) -> PagedKVCache:

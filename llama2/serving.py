@@ -4,7 +4,7 @@ Yu et al. 2022 (Orca, OSDI). Pages and preemption as in Kwon et al. 2023, arXiv:
 """
 
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,7 +31,10 @@ class Request:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
-    stop_ids: Collection[int] = ()
+    stop_ids: Iterable[int] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop_ids", frozenset(self.stop_ids))
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,13 @@ def check_request(model: Llama2, cache: PagedKVCache, request: Request) -> None:
     check_tokens(model.config, [request.prompt], request.max_new_tokens, request.stop_ids)
     check_sampling(request.temperature, request.top_p, request.seed)
     # The last new token is never fed back, so it needs no room.
-    pages = cache.pages_for(len(request.prompt) + request.max_new_tokens - 1)
+    num_tokens = len(request.prompt) + request.max_new_tokens - 1
+    pages = cache.pages_for(num_tokens)
+    if request.max_new_tokens > 0 and num_tokens > cache.max_seq_len and pages <= cache.num_pages:
+        raise ValueError(
+            f"max_seq_len: expected a cache of at least {num_tokens} tokens; "
+            f"got {cache.max_seq_len}"
+        )
     if request.max_new_tokens > 0 and pages > cache.num_pages:
         raise ValueError(
             f"num_pages: expected at least {pages} pages of {cache.page_size} for "
@@ -133,20 +142,26 @@ class _Server:
                 admitted = self._admit(incoming)
                 if self.running:
                     self._run(decoding, admitted)
-                none_left = not self.running
                 self._retire()
+                none_left = not self.running and not self.done
                 for finished in self.done:
                     yield Result(finished.index, finished.request, finished.new)
                 self.done.clear()
                 if none_left:
                     return
+        except FloatingPointError:
+            self.cache.forget()  # what a repaired model would find
+            raise
         finally:
             for request in self.running:
                 self.cache.free(request.row)
 
     def _read(self, requests: Iterable[Request]) -> Iterator[_Running]:
         for index, request in enumerate(requests):
-            check_request(self.model, self.cache, request)
+            try:
+                check_request(self.model, self.cache, request)
+            except ValueError as error:
+                raise ValueError(f"requests[{index}]: {error}") from error
             uniform = uniform_draws(request.seed, 0, request.max_new_tokens)  # as of one prompt
             yield _Running(index, request, uniform)
 
@@ -181,7 +196,7 @@ class _Server:
             request = self.waiting[0]
             if request.is_done:  # it asks for no token
                 self.done.append(self.waiting.popleft())
-                continue
+                break
             pages = self.cache.pages_to_admit(request.tokens) + len(self.running)
             if self.running and pages > self.cache.num_free_pages:
                 break

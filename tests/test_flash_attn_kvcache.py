@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from gqa_kernels.accuracy import compare
 from gqa_kernels.flash_attn import flash_attn_with_kvcache
@@ -37,6 +38,7 @@ def meaning(
     A rotated key is rounded as the cache rounds it; all else is in `dtype`.
     """
     outs, lses, appended = [], [], []
+    window = tuple(min(side, 10**6) for side in window)  # as far as any entry is
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     for b, (keys, values) in enumerate(rows):
         before = len(keys) if seqlens is None else int(seqlens[b])
@@ -181,7 +183,7 @@ def test_rotates_a_part_of_a_head(draw, device):
 
 
 @KINDS
-@pytest.mark.parametrize("window", ((3, -1), (2, 0), (0, 1), (-1, 2), (2**40, 5)))
+@pytest.mark.parametrize("window", ((3, -1), (2, 0), (0, 1), (-1, 2), (2**63 - 1, 2**63 - 1)))
 def test_windows(kind, window, draw, device):
     check(kind, draw, device, seqlen_q=4, seqlen_new=4, causal=True, window_size=window)
     check(kind, draw, device, window_size=window)
@@ -294,6 +296,12 @@ BAD = {
     "cache": ({"k_cache": (3, 8, 2, 16)}, ValueError, r"k_cache: expected shape \[2, "),
     "heads": ({"q": (2, 1, 3, 16)}, ValueError, "q: expected a number of heads"),
     "v_cache": ({"v_cache": (2, 7, 2, 16)}, ValueError, "v_cache: expected shape"),
+    "v_cache, indexed": (
+        {"v_cache": (2, 4, 2, 16), "cache_batch_idx": torch.zeros(2).int()}, ValueError,
+        r"v_cache: expected shape \[2, 8, 2, 16\]",
+    ),
+    "heads, not causal": ({"q": (2, 3, 3, 16)}, ValueError, "q: expected a number of heads"),
+    "no query": ({"q": (2, 0, 4, 16)}, ValueError, "q: expected at least one query"),
     "no v": ({"v": None}, ValueError, "v: expected a tensor with k"),
     "no lengths": ({"cache_seqlens": None}, ValueError, "cache_seqlens: expected .* got None"),
     "lengths": ({"cache_seqlens": 3.0}, TypeError, "cache_seqlens: expected a whole number"),
@@ -345,6 +353,34 @@ def test_bad_arguments_are_named_and_nothing_is_written(name, draw, device):
     with pytest.raises(error, match=f"^{message}"):
         flash_attn_with_kvcache(**arguments)
     assert before[0].equal(arguments["k_cache"]) and before[1].equal(arguments["v_cache"])
+
+
+@pytest.mark.parametrize("name", sorted(BAD))
+def test_bad_arguments_under_a_mode(name, draw, device):
+    with FlopCounterMode(display=False):
+        test_bad_arguments_are_named_and_nothing_is_written(name, draw, device)
+
+
+def test_lengths_beyond_the_cache_count_as_its_end(draw, device):
+    q, k, v = draw(2, 1, 4, 16), draw(2, 8, 2, 16), draw(2, 8, 2, 16)
+    for window in ((-1, -1), (2, 0)):
+        full = flash_attn_with_kvcache(q, k, v, cache_seqlens=8, window_size=window)
+        for length in (100, 2**62):
+            beyond = torch.tensor([length, 8], device=device)
+            for seqlens in (length, beyond):
+                out = flash_attn_with_kvcache(q, k, v, cache_seqlens=seqlens, window_size=window)
+                assert torch.equal(out, full)
+
+
+def test_entries_that_share_memory_are_not_written_to(draw, device):
+    cache = draw(1, 8, 2, 16)
+    new = draw(2, 1, 2, 16)
+    shared = cache.expand(2, -1, -1, -1)
+    before = cache.clone()
+    message = r"^k_cache: expected entries with memory of their own; got strides \(0, "
+    with pytest.raises(ValueError, match=message):
+        flash_attn_with_kvcache(draw(2, 1, 4, 16), shared, shared, new, new, cache_seqlens=3)
+    assert cache.equal(before)
 
 
 def test_an_index_into_caches_that_are_no_pages(draw, device):

@@ -196,6 +196,14 @@ def test_the_whole_context_can_be_used(model):
     assert len(generate(model, [[1] * 120, [2]], max_new_tokens=8)[0]) == 8
 
 
+def test_prompts_are_those_of_the_call(model):
+    prompts = [[1, 5, 9], [2]]
+    steps = stream(model, prompts, max_new_tokens=3)
+    prompts[0].append(999)
+    prompts[1].clear()
+    assert [t for i, t in steps if i == 0] == generate(model, [[1, 5, 9]], max_new_tokens=3)[0]
+
+
 def test_logits_that_are_not_finite_are_reported(model, device):
     with torch.no_grad():
         model.embed_tokens.weight[5] = float("nan")
@@ -219,6 +227,11 @@ def test_logits_that_are_not_finite_are_reported(model, device):
         ),
         ({"max_new_tokens": -1}, "max_new_tokens: expected an int of at least 0; got -1"),
         ({"max_new_tokens": 2.0}, r"max_new_tokens: .* got 2\.0"),
+        ({"max_new_tokens": True}, r"max_new_tokens: .* got True"),
+        ({"prompts": [[True]]}, r"prompts\[0\]: expected token ids .*; got True"),
+        ({"temperature": torch.tensor(1.0)}, r"temperature: .* got tensor\(1\.\)"),
+        ({"top_p": True}, r"top_p: .* got True"),
+        ({"seed": True}, r"seed: .* got True"),
         ({"temperature": -0.1}, "temperature: expected a finite number ≥ 0; got -0.1"),
         ({"temperature": float("nan")}, "temperature: .* got nan"),
         ({"temperature": float("inf")}, "temperature: .* got inf"),

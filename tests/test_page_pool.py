@@ -66,6 +66,18 @@ def test_the_least_recently_used_content_goes_first():
     assert [bool(pool.find([name])) for name in names] == [True, False, False]
 
 
+def test_what_is_forgotten_is_not_found_and_leaks_nothing():
+    pool = PagePool(3)
+    pages = pool.take(2)
+    for page, name in zip(pages, (b"a", b"b"), strict=True):
+        pool.name(page, name)
+    pool.release(pages[1:])
+    pool.forget()
+    assert pool.find([b"a"]) == [] and pool.num_free == 2
+    pool.release(pages[:1])
+    assert pool.num_free == 3 and sorted(pool.take(3)) == [0, 1, 2]
+
+
 def test_a_run_ends_where_a_page_is_missing():
     pool, names = PagePool(2), digests(1, 2, 3)
     first, second = pool.take(2)

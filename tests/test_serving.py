@@ -255,6 +255,62 @@ def test_logits_that_are_not_finite_are_reported(model):
     assert_empty(cache)
 
 
+def test_a_repaired_model_finds_nothing_of_the_broken_one(model):
+    cache, request = make_cache(model), Request(list(range(20, 40)), 3)
+    with torch.no_grad():
+        weight = model.layers[0].mlp.down_proj.weight
+        held = weight.clone()
+        weight[0, 0] = float("nan")
+        with pytest.raises(FloatingPointError):
+            list(serve(model, [request], cache=cache))
+        assert_empty(cache)
+        weight.copy_(held)
+        assert_as_alone(model, [request], list(serve(model, [request], cache=cache)))
+        model.lm_head.weight.neg_()
+        weight.neg_()
+    cache.forget()
+    assert cache.pages_to_admit(request.prompt) == 5
+    assert_as_alone(model, [request], list(serve(model, [request], cache=cache)))
+
+
+def test_requests_for_no_token_hold_nobody_up(model):
+    read = []
+
+    def source():
+        for index in range(3):
+            read.append(index)
+            yield Request([1], 0)
+        raise OSError("the source ends badly")
+
+    results = serve(model, source(), cache=make_cache(model))
+    assert [next(results).index for _ in range(3)] == [0, 1, 2] and read == [0, 1, 2]
+    with pytest.raises(OSError, match="ends badly"):
+        next(results)
+
+
+def test_a_cache_of_fewer_tokens_than_the_model_takes(model):
+    config = replace(model.cache_config, max_seq_len=16)
+    cache = PagedKVCache(config, num_pages=9, max_batch=1, dtype=torch.float32, device="cpu")
+    with pytest.raises(ValueError, match=r"requests\[0\]: max_seq_len: .* 21 tokens; got 16"):
+        list(serve(model, [Request([1, 2], 20)], cache=cache))
+
+
+def test_stop_ids_of_any_kind(model):
+    stop = alone(model, Request([1, 5], 6))[3]
+    request = Request([1, 5], 6, stop_ids=iter([stop]))
+    assert_as_alone(model, [request], list(serve(model, [request], cache=make_cache(model))))
+    assert request.stop_ids == {stop}
+
+
+def test_a_cache_of_another_number_of_layers(model):
+    config = replace(model.cache_config, num_layers=1)
+    cache = PagedKVCache(config, num_pages=9, max_batch=1, dtype=torch.float32, device="cpu")
+    model = model.to("cpu")
+    with pytest.raises(ValueError, match="cache: expected 2 layers; got 1"):
+        list(serve(model, [Request([1, 2], 3)], cache=cache))
+    assert_empty(cache)
+
+
 def test_the_caller_stays_outside_of_inference_mode(model):
     inside = []
     model.lm_head.register_forward_hook(lambda *_: inside.append(torch.is_inference_mode_enabled()))

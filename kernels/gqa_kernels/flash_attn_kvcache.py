@@ -7,6 +7,7 @@ Source: github.com/Dao-AILab/flash-attention v2.8.3, `flash_attn/flash_attn_inte
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from gqa_kernels import checks, decode, library
 from gqa_kernels.cache_append import rope_append_kv
@@ -87,8 +88,7 @@ def flash_attn_with_kvcache(
     checks.flag("rotary_interleaved", rotary_interleaved)
     new, rotary = (k, v), (rotary_cos, rotary_sin)
     tensors = (q, k_cache, v_cache, *new, *rotary, cache_batch_idx, cache_leftpad, block_table)
-    is_traced = library.is_traced(*tensors, cache_seqlens)
-    if not is_traced:
+    if not is_compiling():  # a compiler traces no check
         _check(*tensors, cache_seqlens, rotary_interleaved)
     causal = causal or q.shape[1] == 1  # no limit to a lone query
     if not causal and (left is not None or right is not None):
@@ -105,7 +105,7 @@ def flash_attn_with_kvcache(
     packed = q if causal else _pack(q, k_cache.shape[2])
     ranges = _key_ranges(seq_lens, packed.shape[1], cache_leftpad, left, right, capacity)
     attended = (k_cache, v_cache, seq_lens, block_table, None, None, ranges, None)
-    if not is_traced:  # before anything is written
+    if not is_compiling():  # before anything is written
         decode.check(packed, *attended, softmax_scale)
         if library.needs_graph(q, k_cache, v_cache, k, v):
             decode.refuse_gradient()
@@ -156,9 +156,13 @@ def _check(
     rows = "num_pages" if block_table is not None else "batch_cache"
     if cache_batch_idx is None and block_table is None:
         rows = batch
+    checks.tensor("k_cache", k_cache, shape=(rows, "seqlen_cache", "nheads_k", headdim), like=like)
+    checks.tensor("v_cache", v_cache, shape=tuple(k_cache.shape), like=like)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        checks.tensor(name, cache, shape=(rows, "seqlen_cache", "nheads_k", headdim), like=like)
         checks.same_dtype(name, cache, *like)
+    checks.attention_heads(q.shape[2], k_cache.shape[2], headdim)
+    if q.shape[1] == 0:
+        raise ValueError("q: expected at least one query; got none")
     for name, x in (("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):
         if x is not None:
             checks.tensor(name, x, dtypes=checks.INTS, shape=(batch,), like=like)
@@ -225,8 +229,8 @@ def _as_pages(
 def _lengths(cache_seqlens: int | Tensor | None, capacity: int, q: Tensor) -> Tensor:
     """int64 (batch,): entries before the call."""
     if isinstance(cache_seqlens, Tensor):
-        return cache_seqlens.long()
-    length = capacity if cache_seqlens is None else cache_seqlens
+        return cache_seqlens.long().clamp(max=capacity)
+    length = capacity if cache_seqlens is None else min(cache_seqlens, capacity)
     return torch.full((q.shape[0],), length, dtype=torch.int64, device=q.device)
 
 
@@ -241,6 +245,8 @@ def _key_ranges(
     """(first, end) of the entries that each query may see, beside causality; None: all."""
     if cache_leftpad is None and left is None and right is None:
         return None
+    farthest = capacity + seqlen_q  # between a query and an entry; more could overflow
+    left, right = (None if side is None else min(side, farthest) for side in (left, right))
     query = torch.arange(seqlen_q, device=seq_lens.device)
     entry = seq_lens[:, None] - seqlen_q + query  # that a query stands on
     first = torch.zeros_like(entry) if left is None else entry - left

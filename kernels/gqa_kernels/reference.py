@@ -103,7 +103,9 @@ def apply_rope(
     if positions is None:
         positions = torch.arange(q.shape[1], device=q.device).expand(q.shape[:2])
     outside = (positions < 0) | (positions >= cos.shape[0])
-    rows = positions.clamp(0, max(cos.shape[0] - 1, 0)).long()
+    if cos.shape[0] == 0:  # no position is in the table: NaN as well
+        cos = sin = cos.new_zeros(1, cos.shape[1])
+    rows = positions.clamp(0, cos.shape[0] - 1).long()
     # [batch, seq_len, 1, head_dim / 2]: one angle for all heads
     cos = cos[rows].masked_fill(outside[..., None], math.nan).unsqueeze(2)
     sin = sin[rows].masked_fill(outside[..., None], math.nan).unsqueeze(2)
@@ -457,7 +459,7 @@ def decode_attention(
         k, v = _gathered(k, pages), _gathered(v, pages)
         exists = here.repeat_interleave(page_size, dim=1)  # [batch, capacity]
     capacity = k.shape[1]
-    seq_lens = seq_lens.clamp(max=capacity)[:, None]
+    seq_lens = seq_lens.clamp(0, capacity)[:, None]
     keys = torch.arange(capacity, device=q.device)
     last_key = seq_lens - seq_len_q + torch.arange(seq_len_q, device=q.device)  # [batch, seq_len_q]
     visible = (keys <= last_key[:, :, None])[:, None]
