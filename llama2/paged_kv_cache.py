@@ -45,7 +45,10 @@ class PagedKVCache:
         states = model.hidden_states(batch.tokens, batch)
         cache.extend(row, [next_token])
         batch = cache.decode([row])
+        states = model.hidden_states(batch.tokens, batch)[row]
         …
+
+    A row that is not in use is a ValueError wherever one is named.
 
     Pages are shared by sequences that begin with the same tokens, as far as these fill pages, and
     by forks. A page that others read is copied before a sequence writes to it. What a freed
@@ -109,7 +112,7 @@ class PagedKVCache:
 
     def num_tokens(self, row: int) -> int:
         """Tokens of a sequence, pending ones included."""
-        return len(self._sequences[row].tokens)
+        return len(self._sequence(row).tokens)
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that as many tokens fill, the last perhaps in part."""
@@ -148,7 +151,7 @@ class PagedKVCache:
             ValueError: more than `max_seq_len` tokens in all.
             OutOfPages: too few are free. Nothing was changed.
         """
-        sequence = self._sequences[row]
+        sequence = self._sequence(row)
         total = len(sequence.tokens) + len(tokens)
         if total > self.max_seq_len:
             raise ValueError(
@@ -175,7 +178,7 @@ class PagedKVCache:
         Raises:
             ValueError: `row` has pending tokens; no free row.
         """
-        parent = self._sequences[row]
+        parent = self._sequence(row)
         if parent.num_cached < len(parent.tokens):
             raise ValueError(
                 f"row: expected no pending tokens; got {len(parent.tokens) - parent.num_cached}"
@@ -190,7 +193,8 @@ class PagedKVCache:
 
     def free(self, row: int) -> None:
         """Ends a sequence, whether or not it has pending tokens."""
-        self._pool.release(self._sequences.pop(row).pages)
+        self._pool.release(self._sequence(row).pages)
+        del self._sequences[row]
         self._table[row] = -1
         self._batch = None
 
@@ -226,6 +230,11 @@ class PagedKVCache:
         pages = self._pool.find(digests)
         return digests[: len(pages)], pages
 
+    def _sequence(self, row: int) -> _Sequence:
+        if row not in self._sequences:
+            raise ValueError(f"row: expected one of {sorted(self._sequences)}; got {row!r}")
+        return self._sequences[row]
+
     def _free_row(self) -> int:
         if not self.num_free_rows:
             raise ValueError(f"max_batch: expected a free row; got {self.max_batch} sequences")
@@ -260,7 +269,7 @@ class PagedBatch:
 
     def __init__(self, cache: PagedKVCache, rows: Sequence[int], *, alone: bool) -> None:
         self.stored, self._cache = cache.stored, cache
-        sequences = {row: cache._sequences[row] for row in rows}
+        sequences = {row: cache._sequence(row) for row in rows}
         pending = [len(s.tokens) - s.num_cached for s in sequences.values()]
         width = max(pending, default=0)
         if width == 0 or (width > MAX_DECODE_TOKENS and not alone):

@@ -1,13 +1,14 @@
 """The command `llama2 serve-offline`: a file of prompts continued by continuous batching."""
 
 import argparse
+import fcntl
 import json
 import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="FILE",
         help='JSON lines {"id": …, "text": …, "num_new_tokens": …, "finish_reason": "stop" or '
-        '"length"}, as they finish; those that are there already are not done again',
+        '"length"}, as they finish; ids that are there already are not done again',
     )
     add("--max-batch", type=int, default=16, metavar="N", help="prompts at once; default: 16")
     add("--page-size", type=int, default=16, metavar="N", help="tokens of a page; default: 16")
@@ -103,6 +104,7 @@ def _continue(
     from tqdm import tqdm  # whose absence is a complaint like any other
 
     with arguments.out.open("a", encoding="utf-8") as file:
+        _lock(file)
         model, tokenizer = load(arguments)
         cache = _make_cache(arguments, model)
         _check_options(arguments, model, cache)
@@ -128,6 +130,16 @@ def _continue(
                 file.flush()
                 progress.update()
     return len(served)
+
+
+def _lock(file: TextIO) -> None:
+    """For as long as the file is open: two runs would both do what is missing."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"--out: expected a file that no other run writes to; got {file.name}"
+        ) from error
 
 
 class _Complaints:
@@ -184,7 +196,8 @@ def _parse(number: int, raw: bytes) -> _Line:
     for name, setting in settings.items():
         kinds = (int, float) if _SETTINGS[name] is float else (int,)
         if not isinstance(setting, kinds) or isinstance(setting, bool):
-            raise ValueError(f"{name}: expected a number; got {setting!r}")
+            kind = "number" if _SETTINGS[name] is float else "whole number"
+            raise ValueError(f"{name}: expected a {kind}; got {setting!r}")
     return _Line(number, id, prompt, settings)
 
 

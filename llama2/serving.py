@@ -68,8 +68,11 @@ def check_request(model: Llama2, cache: PagedKVCache, request: Request) -> None:
     """Whether `serve` can finish a request.
 
     Raises:
+        TypeError: it is none.
         ValueError: as `generate`, or because its tokens fill more pages than the cache has.
     """
+    if not isinstance(request, Request):
+        raise TypeError(f"request: expected a Request; got a {type(request).__name__}")
     check_tokens(model.config, [request.prompt], request.max_new_tokens, request.stop_ids)
     check_sampling(request.temperature, request.top_p, request.seed)
     # The last new token is never fed back, so it needs no room.

@@ -48,6 +48,17 @@ def assert_as_alone(model: Llama2, logits: Tensor, tokens: list[int]) -> None:
     assert_within_budget(logits, alone, exact)
 
 
+def test_rows_that_are_not_in_use(device):
+    cache = make_cache(device)
+    row = cache.admit([1, 2])
+    cache.free(row)
+    calls = (cache.free, cache.fork, cache.prefill, cache.num_tokens)
+    for call in (*calls, lambda row: cache.extend(row, [1]), lambda row: cache.decode([row])):
+        with pytest.raises(ValueError, match=rf"row: expected one of \[\]; got {row}"):
+            call(row)
+    assert cache.num_free_pages == cache.num_pages
+
+
 def snapshot(cache: PagedKVCache) -> tuple:
     """All that host and device know of who has what."""
     rows = {row: (list(s.tokens), list(s.pages)) for row, s in cache._sequences.items()}

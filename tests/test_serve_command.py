@@ -1,5 +1,6 @@
 """`llama2 serve-offline`: lines in, lines out, killed at any byte, and lines that are bad."""
 
+import fcntl
 import json
 import sys
 
@@ -117,8 +118,8 @@ BAD = [
     (b'{"prompt": "a", "id": "\\ud800"}', "id: expected whole characters"),
     (b'{"prompt": "a\\ud800"}', "prompt: expected whole characters"),
     (b'{"prompt": "a", "id": 1}', "id: expected another than line 1's; got 1"),
-    (b'{"prompt": "a", "max_new_tokens": "3"}', "max_new_tokens: expected a number; got '3'"),
-    (b'{"prompt": "a", "max_new_tokens": 1.5}', "max_new_tokens: expected a number; got 1.5"),
+    (b'{"prompt": "a", "max_new_tokens": "3"}', "max_new_tokens: expected a whole number; got '3'"),
+    (b'{"prompt": "a", "max_new_tokens": 1.5}', "max_new_tokens: expected a whole number; got 1.5"),
     (b'{"prompt": "a", "max_new_tokens": 1000}', "expected at most max_seq_len (256)"),
     (b'{"prompt": "a", "max_new_tokens": 100}', "num_pages: expected at least "),
     (b'{"prompt": "a", "temperature": NaN}', "temperature: expected"),
@@ -174,6 +175,22 @@ def test_a_users_error_is_one_line(options, message, serve_offline):
     status, results, err = serve_offline(*options)
     assert (status, results) == (2, {})
     assert err.startswith("llama2: ") and err.count("\n") == 1 and message in err
+
+
+def test_one_run_writes_to_a_file(serve_offline, files):
+    with files[1].open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        status, results, err = serve_offline()
+        assert status == 2 and not results
+        assert "--out: expected a file that no other run writes to" in err
+    assert serve_offline()[0] == 0
+
+
+def test_wrong_options_cut_nothing(serve_offline, files):
+    files[1].write_text('{"id": 1, "text": "", "num_new_tokens": 0, "finish_reason": "stop"}')
+    before = files[1].read_text()  # half a line: its end is missing
+    assert serve_offline("--max-new-tokens", "-5")[0] == 2
+    assert files[1].read_text() == before
 
 
 def test_prompts_are_not_written_over(serve_offline, files):

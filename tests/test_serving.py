@@ -295,6 +295,11 @@ def test_a_cache_of_fewer_tokens_than_the_model_takes(model):
         list(serve(model, [Request([1, 2], 20)], cache=cache))
 
 
+def test_a_request_is_a_request(model):
+    with pytest.raises(TypeError, match="request: expected a Request; got a list"):
+        list(serve(model, [[1, 2]], cache=make_cache(model)))
+
+
 def test_stop_ids_of_any_kind(model):
     stop = alone(model, Request([1, 5], 6))[3]
     request = Request([1, 5], 6, stop_ids=iter([stop]))
