@@ -82,29 +82,29 @@ def run(
         raise ValueError(f"--out: expected another file than --prompts; got {out}")
     complaints = _Complaints(prompts)
     lines = list(_read_prompts(prompts, complaints))
-    done, end = _resume(out)
-    todo = [line for line in lines if line.id not in done]
-    num_done = _continue(todo, end, arguments, load, complaints) if todo else 0
+    num_done, num_before = 0, _count_done(lines, _resume(out)[0])
+    if num_before < len(lines):
+        num_done, num_before = _continue(lines, arguments, load, complaints)
     print(
-        f"{num_done} prompts done, {len(lines) - len(todo)} were done before, "
-        f"{complaints.count} lines are bad",
+        f"{num_done} prompts done, {num_before} were done before, {complaints.count} lines are bad",
         file=sys.stderr,
     )
     return 1 if complaints.count else 0
 
 
 def _continue(
-    todo: list[_Line],
-    end: int,
+    lines: list[_Line],
     arguments: argparse.Namespace,
     load: Callable[[argparse.Namespace], tuple[Llama2, Tokenizer]],
     complaints: "_Complaints",
-) -> int:
-    """Writes the results of `todo` from byte `end` of the file on and returns their number."""
+) -> tuple[int, int]:
+    """Adds what is missing to the file. Returns how many it did, and how many were there."""
     from tqdm import tqdm  # whose absence is a complaint like any other
 
     with arguments.out.open("a", encoding="utf-8") as file:
         _lock(file)
+        done, end = _resume(arguments.out)  # another run may have ended just now
+        todo = [line for line in lines if line.id not in done]
         model, tokenizer = load(arguments)
         cache = _make_cache(arguments, model)
         _check_options(arguments, model, cache)
@@ -129,7 +129,11 @@ def _continue(
                 file.write(_result_line(served[result.index], result, tokenizer))
                 file.flush()
                 progress.update()
-    return len(served)
+    return len(served), _count_done(lines, done)
+
+
+def _count_done(lines: list[_Line], done: set[str | int]) -> int:
+    return sum(line.id in done for line in lines)
 
 
 def _lock(file: TextIO) -> None:

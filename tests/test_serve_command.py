@@ -186,6 +186,22 @@ def test_one_run_writes_to_a_file(serve_offline, files):
     assert serve_offline()[0] == 0
 
 
+def test_what_another_run_did_meanwhile_is_kept(serve_offline, files, monkeypatch):
+    serve_offline()
+    whole = files[1].read_text()
+    files[1].unlink()
+    lock = serve_command._lock
+
+    def too_late(file):
+        files[1].write_text(whole)  # and that run has ended
+        lock(file)
+
+    monkeypatch.setattr(serve_command, "_lock", too_late)
+    status, _, err = serve_offline()
+    assert (status, files[1].read_text()) == (0, whole)
+    assert err.endswith(f"0 prompts done, {len(LINES)} were done before, 0 lines are bad\n")
+
+
 def test_wrong_options_cut_nothing(serve_offline, files):
     files[1].write_text('{"id": 1, "text": "", "num_new_tokens": 0, "finish_reason": "stop"}')
     before = files[1].read_text()  # half a line: its end is missing
