@@ -94,7 +94,6 @@ class DecodeBatch:
         self._top_p.fill_(top_p)
         self._is_stop.zero_()
         self._is_stop[torch.tensor(stop_ids, dtype=torch.int64, device=device)] = True
-        self._cache.seq_lens.zero_()
 
         tokens = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=device)
         num_valid = torch.tensor([len(p) for p in prompts], device=device)
@@ -120,7 +119,7 @@ class DecodeBatch:
         lengths, running = self._cache.seq_lens, self._running
         slots = torch.where(running, self._rows * self._cache.capacity + lengths, -1)
         seq_lens = torch.where(running, lengths + 1, 0)
-        return self._cache.step(lengths[:, None], slots[:, None], seq_lens)
+        return CacheStep(self.stored, lengths[:, None], slots[:, None], seq_lens)
 
     def advance(self, num_tokens: int, valid: Tensor | None = None) -> None:
         self._cache.seq_lens += self._running

@@ -93,7 +93,21 @@ class Cache(Protocol):
     def advance(self, num_tokens: int, valid: Tensor | None = None) -> None: ...
 
 
-class KVCache:
+class Stored:
+    """What holds `stored`, and gives its keys and values by their own names too."""
+
+    stored: KeyValues
+
+    @property
+    def keys(self) -> Tensor:
+        return self.stored.keys
+
+    @property
+    def values(self) -> Tensor:
+        return self.stored.values
+
+
+class KVCache(Stored):
     """Contiguous key/value cache with a length per sequence.
 
     `stored` is `[num_layers, batch, capacity, …]`, `seq_lens` int32 `[batch]` on the device; what
@@ -125,14 +139,6 @@ class KVCache:
         self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
         self.num_written = 0  # on the host: an upper bound of seq_lens, known without a sync
 
-    @property
-    def keys(self) -> Tensor:
-        return self.stored.keys
-
-    @property
-    def values(self) -> Tensor:
-        return self.stored.values
-
     def reserve(self, batch: int, num_tokens: int) -> CacheStep:
         """The next tokens of every sequence.
 
@@ -154,9 +160,6 @@ class KVCache:
         positions = self.seq_lens[:, None] + new
         slots = torch.arange(batch, device=device)[:, None] * self.capacity + positions
         seq_lens = None if self.num_written == 0 else self.seq_lens + num_tokens
-        return self.step(positions, slots, seq_lens)
-
-    def step(self, positions: Tensor, slots: Tensor, seq_lens: Tensor | None) -> CacheStep:
         return CacheStep(self.stored, positions, slots, seq_lens)
 
     def first(self, batch: int) -> "KVCache":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llama2.config import ModelConfig
-from llama2.kv_cache import CacheStep, KeyValues
+from llama2.kv_cache import CacheStep, KeyValues, Stored
 from llama2.page_pool import PagePool, page_digests
 
 MAX_DECODE_TOKENS = 16  # that decode_attention takes per sequence
@@ -34,7 +34,7 @@ class _Sequence:
     digests: list[bytes] = field(default_factory=list)  # of the full pages that are cached
 
 
-class PagedKVCache:
+class PagedKVCache(Stored):
     """Key/value cache of up to `max_batch` sequences in pages of `page_size` tokens.
 
     A sequence is a row, from `admit` or `fork` until `free`. Its tokens are pending until a batch
@@ -92,14 +92,6 @@ class PagedKVCache:
         self._pool = PagePool(num_pages)
         self._sequences: dict[int, _Sequence] = {}
         self._batch: PagedBatch | None = None  # the last that was made, until rows change
-
-    @property
-    def keys(self) -> Tensor:
-        return self.stored.keys
-
-    @property
-    def values(self) -> Tensor:
-        return self.stored.values
 
     @property
     def num_free_pages(self) -> int:

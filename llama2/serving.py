@@ -75,18 +75,20 @@ def check_request(model: Llama2, cache: PagedKVCache, request: Request) -> None:
         raise TypeError(f"request: expected a Request; got a {type(request).__name__}")
     check_tokens(model.config, [request.prompt], request.max_new_tokens, request.stop_ids)
     check_sampling(request.temperature, request.top_p, request.seed)
+    if request.max_new_tokens == 0:
+        return
     # The last new token is never fed back, so it needs no room.
     num_tokens = len(request.prompt) + request.max_new_tokens - 1
     pages = cache.pages_for(num_tokens)
-    if request.max_new_tokens > 0 and num_tokens > cache.max_seq_len and pages <= cache.num_pages:
-        raise ValueError(
-            f"max_seq_len: expected a cache of at least {num_tokens} tokens; "
-            f"got {cache.max_seq_len}"
-        )
-    if request.max_new_tokens > 0 and pages > cache.num_pages:
+    if pages > cache.num_pages:
         raise ValueError(
             f"num_pages: expected at least {pages} pages of {cache.page_size} for "
             f"{len(request.prompt)} + {request.max_new_tokens} tokens; got {cache.num_pages}"
+        )
+    if num_tokens > cache.max_seq_len:
+        raise ValueError(
+            f"max_seq_len: expected a cache of at least {num_tokens} tokens; "
+            f"got {cache.max_seq_len}"
         )
 
 
@@ -199,7 +201,7 @@ class _Server:
             request = self.waiting[0]
             if request.is_done:  # it asks for no token
                 self.done.append(self.waiting.popleft())
-                break
+                break  # to hand it over before more are read
             pages = self.cache.pages_to_admit(request.tokens) + len(self.running)
             if self.running and pages > self.cache.num_free_pages:
                 break

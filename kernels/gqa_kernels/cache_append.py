@@ -13,8 +13,6 @@ a tile of pairs (`rotation.py`), v's too: quantising takes the largest feature o
 half it stands in.
 """
 
-from typing import NoReturn
-
 import torch
 import triton
 import triton.language as tl
@@ -393,11 +391,7 @@ _ROPE_APPEND_KV = library.Op(
 )
 
 
-def _refuse_gradient() -> NoReturn:
-    raise NotImplementedError(
-        "q: expected inputs without a gradient (append under torch.no_grad()); got one that "
-        "requires grad"
-    )
+_refuse_gradient = library.refuse_gradient("append")
 
 
 def rope_append_kv(

@@ -125,8 +125,7 @@ def kv_caches(
             raise ValueError(
                 f"{scale_name}: expected a tensor for caches of {k_cache.dtype}; got None"
             )
-        tensor(scale_name, scale, dtypes=(torch.float32,), like=like)
-        per_token = scale.dim() == 3
+        per_token = isinstance(scale, Tensor) and scale.dim() == 3
         shape = tuple(k_cache.shape[:3] if per_token else k_cache.shape[2:3])
         tensor(scale_name, scale, dtypes=(torch.float32,), shape=shape, like=like)
     if k_scale.dim() != v_scale.dim():

@@ -17,8 +17,6 @@ Entries beyond a sequence's length are never loaded. Within it, each new token m
 keys of its own and keys may be hidden from all of them.
 """
 
-from typing import Any, NoReturn
-
 import torch
 import triton
 import triton.language as tl
@@ -476,11 +474,7 @@ def _fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((batch, num_q_heads, seq_len_q), dtype=torch.float32)
 
 
-def refuse_gradient(*_: Any, **__: Any) -> NoReturn:
-    raise NotImplementedError(
-        "q: expected inputs without a gradient (decode under torch.no_grad()); got one that "
-        "requires grad"
-    )
+refuse_gradient = library.refuse_gradient("decode")
 
 
 _DECODE_ATTENTION = library.Op(

@@ -102,25 +102,28 @@ def flash_attn_with_kvcache(
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     before = _lengths(cache_seqlens, capacity, q)
     seq_lens = before if k is None else (before + k.shape[1]).clamp(max=capacity)
-    packed = q if causal else _pack(q, k_cache.shape[2])
-    ranges = _key_ranges(seq_lens, packed.shape[1], cache_leftpad, left, right, capacity)
-    attended = (k_cache, v_cache, seq_lens, block_table, None, None, ranges, None)
+    num_rows = q.shape[1] if causal else 1  # queries that are not causal are packed into one
+    ranges = _key_ranges(seq_lens, num_rows, cache_leftpad, left, right, capacity)
     if not is_compiling():  # before anything is written
-        decode.check(packed, *attended, softmax_scale)
+        attended = (k_cache, v_cache, seq_lens, block_table, None, None, ranges, None)
+        decode.check(q[:, :num_rows], *attended, softmax_scale)
         if library.needs_graph(q, k_cache, v_cache, k, v):
             decode.refuse_gradient()
     if k is not None:
         q = _append(
             q, k, v, k_cache, v_cache, *rotary, before, block_table, causal, rotary_interleaved
         )
-        packed = q if causal else _pack(q, k_cache.shape[2])
-    out, lse = decode.decode_attention(
-        packed, k_cache, v_cache, seq_lens, block_table=block_table, softmax_scale=softmax_scale,
-        key_ranges=ranges, return_lse=True,
+    nheads_k = k_cache.shape[2]
+    result = decode.decode_attention(
+        q if causal else _pack(q, nheads_k), k_cache, v_cache, seq_lens, block_table=block_table,
+        softmax_scale=softmax_scale, key_ranges=ranges, return_lse=return_softmax_lse,
     )  # fmt: skip
-    if not causal:
-        out, lse = _unpack(out, lse, q.shape[1], k_cache.shape[2])
-    return (out, lse) if return_softmax_lse else out
+    if causal:
+        return result
+    if not return_softmax_lse:
+        return _unpack(result, q.shape[1], nheads_k)
+    out, lse = result
+    return _unpack(out, q.shape[1], nheads_k), _unpack_lse(lse, q.shape[1], nheads_k)
 
 
 def _refuse(softcap: float, alibi_slopes: Tensor | None, num_splits: int) -> None:
@@ -309,7 +312,9 @@ def _pack(q: Tensor, nheads_k: int) -> Tensor:
     return q.unflatten(2, (nheads_k, -1)).transpose(1, 2).flatten(1, 3)[:, None]
 
 
-def _unpack(out: Tensor, lse: Tensor, seqlen_q: int, nheads_k: int) -> tuple[Tensor, Tensor]:
-    out = out.squeeze(1).unflatten(1, (nheads_k, seqlen_q, -1)).transpose(1, 2).flatten(2, 3)
-    lse = lse.squeeze(2).unflatten(1, (nheads_k, seqlen_q, -1)).transpose(2, 3).flatten(1, 2)
-    return out, lse
+def _unpack(out: Tensor, seqlen_q: int, nheads_k: int) -> Tensor:
+    return out.squeeze(1).unflatten(1, (nheads_k, seqlen_q, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def _unpack_lse(lse: Tensor, seqlen_q: int, nheads_k: int) -> Tensor:
+    return lse.squeeze(2).unflatten(1, (nheads_k, seqlen_q, -1)).transpose(2, 3).flatten(1, 2)

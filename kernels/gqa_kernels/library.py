@@ -15,7 +15,7 @@ transforms (vmap, grad, …) are refused by both.
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -130,6 +130,18 @@ def _after(check: Callable[..., None] | None, then: Callable[..., Any]) -> Calla
         return then(*args)
 
     return checked
+
+
+def refuse_gradient(doing: str) -> Callable[..., NoReturn]:
+    """What an op on a cache, which has no gradient, says where autograd records."""
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise NotImplementedError(
+            f"q: expected inputs without a gradient ({doing} under torch.no_grad()); got one that "
+            "requires grad"
+        )
+
+    return refuse
 
 
 def _refuse_vmap(name: str) -> Callable[..., None]:

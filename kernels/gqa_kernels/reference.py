@@ -130,8 +130,8 @@ def _write(cache: Tensor, slots: Tensor, x: Tensor) -> None:
     if x.shape[0] == 0 or cache.shape[0] * cache.shape[1] == 0:
         return
     there = (slots >= 0) & (slots < cache.shape[0] * cache.shape[1])  # [num_tokens]
-    any_there = torch.where(there.any(), there.to(torch.uint8).argmax(), len(x))
-    token = torch.where(there, torch.arange(len(x), device=x.device), any_there)
+    another = torch.where(there.any(), there.to(torch.uint8).argmax(), len(x))
+    token = torch.where(there, torch.arange(len(x), device=x.device), another)
     slots = torch.cat([slots, slots.new_zeros(1)])[token].long()
     x = torch.cat([x, cache[:1, 0]])[token]
     cache[slots // cache.shape[1], slots % cache.shape[1]] = x
