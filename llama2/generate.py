@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,27 +61,14 @@ def generate(
 
 
 def stream(
-    model: Llama2,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    stop_ids: Iterable[int] = (),
-    seed: int | None = None,
+    model: Llama2, prompts: Sequence[Sequence[int]], **settings: Any
 ) -> Iterator[tuple[int, int]]:
-    """`generate`, a token at a time: (index of the prompt, new token), step after step.
+    """`generate`, with its settings, a token at a time: (index of the prompt, new token), step
+    after step.
 
     The arguments are checked by the call itself, before the first token is asked for.
     """
-    return Generator(model).stream(
-        prompts,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        stop_ids=stop_ids,
-        seed=seed,
-    )
+    return Generator(model).stream(prompts, **settings)
 
 
 class Generator:
@@ -119,25 +107,9 @@ class Generator:
         self._current = -1  # the call that has the cache
         can_capture(model, capture)
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        stop_ids: Iterable[int] = (),
-        seed: int | None = None,
-    ) -> list[list[int]]:
+    def generate(self, prompts: Sequence[Sequence[int]], **settings: Any) -> list[list[int]]:
         """See the function `generate`."""
-        steps = self.stream(
-            prompts,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            stop_ids=stop_ids,
-            seed=seed,
-        )
+        steps = self.stream(prompts, **settings)
         continuations: list[list[int]] = [[] for _ in prompts]
         for index, token in steps:
             continuations[index].append(token)
@@ -208,11 +180,11 @@ class Generator:
         made_for = [captures, *((x.data_ptr(), x.dtype) for x in tensors)]
         if self._made_for != made_for:
             self._made_for, self._cache = made_for, None
-        needed = rows, capacity
+        held = (0, 0)
         if self._cache is not None:
             held = len(self._cache.seq_lens), self._cache.capacity
-            needed = max(rows, held[0]), max(capacity, held[1])
-        if self._cache is None or needed != held:
+        needed = max(rows, held[0]), max(capacity, held[1])
+        if needed != held:
             self._batches, self._cache = {}, None  # first, so that its memory can be had again
             settings = {"dtype": self._cache_dtype or weight.dtype, "device": weight.device}
             self._cache = KVCache(model.cache_config, *needed, **settings)
