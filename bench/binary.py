@@ -41,7 +41,7 @@ def examine(launch: Launch) -> Binary:
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     file = f"{launch.name}.examined-{version}.json"
     if path := manager.get_file(file):
-        return Binary(**json.loads(Path(path).read_text()))
+        return Binary(**json.loads(Path(path).read_text(encoding="utf-8")))
     files = launch.files()
     binary = _examine_amd(files) if "amdgcn" in files else _examine_nvidia(files)
     manager.put(json.dumps(vars(binary)), file, binary=False)
@@ -83,7 +83,7 @@ def _examine_nvidia(files: dict[str, str]) -> Binary:
     instructions = _parse_sass(disassembly)
     mix = Counter(instruction.opcode for instruction in instructions)
     loop = _main_loop(instructions)
-    ptx = Path(files["ptx"]).read_text()
+    ptx = Path(files["ptx"]).read_text(encoding="utf-8")
     return Binary(
         registers=usage["REG"],
         spills=count(mix, r"(LDL|STL)\b"),
@@ -92,7 +92,7 @@ def _examine_nvidia(files: dict[str, str]) -> Binary:
         loop=Counter(instruction.opcode for instruction in loop),
         under_wgmma=_under_wgmma(loop),
         serialized=_serialized(files["ptx"]) if "wgmma" in ptx else (),
-        transposed_dots=count_transposed_dots(Path(files["ttir"]).read_text()),
+        transposed_dots=count_transposed_dots(Path(files["ttir"]).read_text(encoding="utf-8")),
     )
 
 
@@ -141,7 +141,7 @@ def _under_wgmma(loop: list[_Instruction]) -> dict[str, int]:
 
 def _serialized(ptx_path: str) -> tuple[str, ...]:
     """ptxas speaks only while it compiles: the same PTX is compiled again for its messages."""
-    arch = re.search(r"\.target\s+(\w+)", Path(ptx_path).read_text())[1]
+    arch = re.search(r"\.target\s+(\w+)", Path(ptx_path).read_text(encoding="utf-8"))[1]
     said = _run(knobs.nvidia.ptxas.path, "-v", f"--gpu-name={arch}", ptx_path, "-o", "/dev/null")
     return tuple(line for line in said.splitlines() if _SERIALIZED.search(line))
 
@@ -150,7 +150,7 @@ def _serialized(ptx_path: str) -> tuple[str, ...]:
 
 
 def _examine_amd(files: dict[str, str]) -> Binary:
-    assembly = Path(files["amdgcn"]).read_text()
+    assembly = Path(files["amdgcn"]).read_text(encoding="utf-8")
 
     def stated(key: str) -> int:
         found = re.search(rf"^\s*\.{key}:\s+(\d+)", assembly, re.MULTILINE)
@@ -163,7 +163,7 @@ def _examine_amd(files: dict[str, str]) -> Binary:
         spills=stated("vgpr_spill_count"),
         local_bytes=stated("private_segment_fixed_size"),
         mix=Counter(opcodes),
-        transposed_dots=count_transposed_dots(Path(files["ttir"]).read_text()),
+        transposed_dots=count_transposed_dots(Path(files["ttir"]).read_text(encoding="utf-8")),
     )
 
 

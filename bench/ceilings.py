@@ -89,7 +89,7 @@ def version(distribution: str) -> str | None:
 def _driver() -> str | None:
     found = Path("/proc/driver/nvidia/version")
     if found.is_file():
-        words = found.read_text().split("\n")[0].split()
+        words = found.read_text(encoding="utf-8").split("\n")[0].split()
         return next((word for word in words if word.count(".") >= 1 and word[0].isdigit()), None)
     return None
 

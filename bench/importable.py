@@ -1,5 +1,7 @@
 """Makes `gqa_kernels` and `llama2` importable from a checkout that nobody has installed."""
 
+import contextlib
+import hashlib
 import importlib.util
 import os
 import sys
@@ -17,13 +19,11 @@ def search_path() -> list[str]:
     """
     if all(importlib.util.find_spec(name) for name in ("gqa_kernels", "llama2")):
         return []
-    links = Path(tempfile.gettempdir()) / f"gqa_kernels_path_{os.getuid()}"
+    checkout = hashlib.sha256(str(ROOT).encode()).hexdigest()[:12]  # each has a folder of its own
+    links = Path(tempfile.gettempdir()) / f"gqa_kernels_path_{os.getuid()}_{checkout}"
     links.mkdir(mode=0o700, exist_ok=True)
-    link = links / "llama2"
-    if link.is_symlink() and link.resolve() != ROOT / "llama2":
-        link.unlink()
-    if not link.is_symlink():
-        link.symlink_to(ROOT / "llama2", target_is_directory=True)
+    with contextlib.suppress(FileExistsError):
+        (links / "llama2").symlink_to(ROOT / "llama2", target_is_directory=True)
     return [str(ROOT / "kernels"), str(links)]
 
 

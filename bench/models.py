@@ -19,7 +19,7 @@ from timing import Device
 from torch import Tensor, nn
 
 from gqa_kernels import get_backend
-from gqa_kernels.accuracy import Measured
+from gqa_kernels.accuracy import Measured, compare
 from llama2 import KVCache, Llama2
 from llama2.tradeoff.measured import random_model
 
@@ -192,10 +192,7 @@ class ModelContest:
     def _check(self, actual: Tensor) -> list[Measured]:
         eager, oracle = self._truth()
         # Sequences do not see each other: one is enough where that saves a float32 cache.
-        error = (actual[: len(oracle)].double() - oracle).norm().item()
-        rounding = torch.finfo(actual.dtype).eps / 2 * oracle.norm().item()
-        budget = 2 * (eager.double() - oracle).norm().item() + rounding
-        measured = Measured(f"{self.op} (norm of the error)", error, budget)
+        measured = compare(self.op, actual[: len(oracle)], eager, oracle)
         if not measured.ok:
             raise GateError(str(measured))
         return [measured]

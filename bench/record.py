@@ -98,7 +98,7 @@ def read(path: Path) -> dict[str, Any]:
         ValueError: not a result file, or of another schema.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: expected a result file of `pytest bench`; {error}") from error
     if not isinstance(content, dict) or content.get("schema") != 1:

@@ -263,7 +263,7 @@ def _figures(
     contest: Contest, prepared: Prepared, timed: Timed, bound: Floor, noise: float | None
 ) -> dict[str, Any]:
     cost, seconds = contest.cost, timed.median
-    worst = max(prepared.measured, key=lambda m: m.error / m.budget if m.budget else 0.0)
+    worst = max(prepared.measured, key=lambda measured: measured.share)
     return {
         "method": timed.method,
         "median_us": seconds * 1e6,
@@ -284,7 +284,7 @@ def _figures(
         "kernels": None if prepared.kernels is None else sorted({k[:80] for k in prepared.kernels}),
         "ours_launched": sorted(set(prepared.launched)),
         "gate": str(worst),
-        "gate_share": worst.error / worst.budget if worst.budget else 0.0,
+        "gate_share": worst.share,
         **contest.rate(seconds),
         **(sensors() if torch.cuda.is_available() else {}),
     }

@@ -659,7 +659,7 @@ def test_a_sweep_proposes_the_fastest_right_candidate(monkeypatch, device):
 @pytest.fixture(scope="module")
 def dry_run(started_dry_run):
     folder, process = started_dry_run
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=600)
     return folder / "results", process.returncode, output
 
 

@@ -121,7 +121,7 @@ def _compare_errors(device: torch.device) -> bool:
     from gqa_kernels.accuracy import measure
     from gqa_kernels.spec import IN_PLACE_OPS, OPS
 
-    _heading("Largest error of each output and gradient against float64, beside its budget")
+    _heading("Error of each output and gradient against float64, beside its budget")
     print(
         "The budget is twice the error of the same maths in eager PyTorch, plus one rounding.\n"
         f"Of {CASES_PER_OP} shapes per kernel, the one that uses more of it.\n"
@@ -136,7 +136,7 @@ def _compare_errors(device: torch.device) -> bool:
     for spec, case, dtype in _progress(jobs, "errors", "case"):
         for measured in measure(spec, case, dtype, device):
             row = worst.setdefault((spec.name, measured.what), {})
-            row[dtype] = max(row.get(dtype, measured), measured, key=_strain)
+            row[dtype] = max(row.get(dtype, measured), measured, key=lambda m: m.share)
     _print_table(worst)
     exceeded = any(not measured.ok for row in worst.values() for measured in row.values())
     print("✗ an error exceeds its budget." if exceeded else "✓ every error is within its budget.")
@@ -155,11 +155,6 @@ def _print_table(worst: "dict[tuple[str, str], dict[torch.dtype, Measured]]") ->
         label = f"{'' if op == previous else op:<23}{what:<11}"
         print((label + "".join(f"{cell:^22}" for cell in cells)).rstrip())
         previous = op
-
-
-def _strain(measured: "Measured") -> tuple[bool, float]:
-    """(beyond its budget, part of its budget), by which errors are ordered; NaN is beyond."""
-    return not measured.ok, measured.error / max(measured.budget, 1e-300)
 
 
 # Speed.

@@ -1,6 +1,8 @@
 """Without a GPU the kernels run in Triton's interpreter, switched on before they are imported."""
 
 import importlib
+import os
+import random
 from collections.abc import Callable
 
 import pytest
@@ -11,10 +13,26 @@ if not torch.cuda.is_available():
 
     interpreter.enable()
 
+from budget import SEED  # after the interpreter: it imports the kernels
+
 # torch.device("meta") remembers, from its first use on, which functions allocate: torch's own, not
 # the poisoned ones below, which would let it allocate in earnest.
 with torch.device("meta"):
     torch.empty(0)
+
+
+NEW_SEEDS = "NEW_SEEDS"
+
+
+def pytest_configure() -> None:
+    """Draws seeds that no run had before; test processes inherit the environment."""
+    drawn = random.SystemRandom().sample(range(1000, 2**31), 2)
+    os.environ.setdefault(NEW_SEEDS, " ".join(map(str, drawn)))
+
+
+def pytest_report_header() -> str:
+    seeds = os.environ[NEW_SEEDS]
+    return f"new seeds: {seeds} (the same again: {NEW_SEEDS}='{seeds}'); TEST_SEED={SEED}"
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +42,7 @@ def device() -> torch.device:
 
 @pytest.fixture
 def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+    return torch.Generator().manual_seed(SEED)
 
 
 @pytest.fixture
@@ -39,7 +57,7 @@ def draw(device: torch.device, generator: torch.Generator) -> Callable[..., torc
 
 @pytest.fixture(autouse=True)
 def _fixed_seeds() -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
 
 
 class _PoisonedTorch:

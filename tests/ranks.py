@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from budget import SEED
 
 
 def run(cases: dict[str, Callable[[], None]], world_size: int) -> None:
@@ -46,11 +47,11 @@ def _rank(rank: int, world_size: int, folder: str, cases: dict[str, Callable[[],
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(minutes=10),
     )
     outcomes = {}
     for name, case in cases.items():
-        torch.manual_seed(0)
+        torch.manual_seed(SEED)
         try:
             case()
             outcomes[name] = "passed"
@@ -61,5 +62,5 @@ def _rank(rank: int, world_size: int, folder: str, cases: dict[str, Callable[[],
             dist.all_gather_object(everywhere, outcomes[name])
         except Exception:  # the ranks are out of step
             break
-    Path(folder, f"{rank}.json").write_text(json.dumps(outcomes))
+    Path(folder, f"{rank}.json").write_text(json.dumps(outcomes), encoding="utf-8")
     dist.destroy_process_group()

@@ -2,16 +2,15 @@
 
 import pytest
 import torch
+from budget import assert_call, assert_calls
 
 from gqa_kernels import configs, layout, reference, target
-from gqa_kernels.accuracy import compare, measure_call, run, widen
 from gqa_kernels.attention import flash_attention, flash_attention_varlen
 
 
 def assert_within_budget(q, k, v, **kwargs):
     inputs = {"q": q, "k": k, "v": v, "return_lse": True, **kwargs}
-    measured = measure_call(flash_attention, reference.flash_attention, inputs)
-    assert all(m.ok for m in measured), "; ".join(map(str, measured))
+    assert_call(flash_attention, reference.flash_attention, inputs)
 
 
 def border_lengths():
@@ -26,30 +25,17 @@ def border_lengths():
 @pytest.mark.parametrize("causal", (False, True))
 def test_lengths_that_cross_tile_borders(causal, draw):
     """One budget for all lengths: a single short row says little about eager's error."""
-    runs = []
+    calls = []
     for seq_len_q, seq_len_kv in border_lengths():
-        inputs = {
+        call = {
             "q": draw(1, seq_len_q, 1, 16),
             "k": draw(1, seq_len_kv, 1, 16),
             "v": draw(1, seq_len_kv, 1, 16),
             "causal": causal,
             "return_lse": True,
         }
-        runs.append(
-            (
-                run(flash_attention, inputs, ()),
-                run(reference.flash_attention, inputs, ()),
-                run(reference.flash_attention, widen(inputs), ()),
-            )
-        )
-    kernel, eager, oracle = zip(*runs, strict=True)
-    for what in kernel[0]:
-
-        def joined(side, what=what):
-            return torch.cat([results[what].flatten() for results in side])
-
-        measured = compare(what, joined(kernel), joined(eager), joined(oracle))
-        assert measured.ok, measured
+        calls.append(call)
+    assert_calls(flash_attention, reference.flash_attention, calls)
 
 
 @pytest.mark.parametrize("group_size", (1, 2, 3, 5, 6, 7, 8, 12))

@@ -1,11 +1,11 @@
 """Attention of drawn shapes, groups, strides, masks and scores, against the reference."""
 
 import torch
+from budget import assert_call
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from gqa_kernels import reference
-from gqa_kernels.accuracy import compare, run, widen
 from gqa_kernels.attention import flash_attention, flash_attention_varlen
 
 ON_GPU = torch.cuda.is_available()
@@ -49,11 +49,7 @@ def drawn_view(draw, rows, heads, head_dim, generator):
 def assert_within_budget(kernel, op, inputs):
     """In bfloat16, whose roundings drown the chance in the errors of few numbers; the gradient of
     the sinks, one number per head, has a test of its own."""
-    wrt = ("q", "k", "v")
-    actual = run(kernel, inputs, wrt)
-    eager, oracle = run(op, inputs, wrt), run(op, widen(inputs), wrt)
-    measured = [compare(what, actual[what], eager[what], oracle[what]) for what in oracle]
-    assert all(m.ok for m in measured), "; ".join(map(str, measured))
+    assert_call(kernel, op, inputs, ("q", "k", "v"))
 
 
 @QUICK

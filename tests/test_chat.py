@@ -19,7 +19,7 @@ def llama2_chat(device, capfd, monkeypatch):
     """Runs `llama2 chat` in this process on the test's device: (status, stdout, stderr)."""
 
     def run(stdin: bytes, *options: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
         status = cli.main(["chat", "--backend", "eager", "--device", str(device), *options])
         return status, *capfd.readouterr()
 

@@ -34,7 +34,7 @@ def llama2(device, capfd, monkeypatch):
     """Runs a command in this process on the test's device: (status, stdout, stderr)."""
 
     def run(command: str, *options: str, stdin: bytes = b"") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
         status = cli.main([command, "--backend", "eager", "--device", str(device), *options])
         return status, *capfd.readouterr()
 
@@ -43,7 +43,7 @@ def llama2(device, capfd, monkeypatch):
 
 def in_a_process(*options: str | bytes, **settings) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "llama2.cli", *options], capture_output=True, timeout=300, **settings
+        [sys.executable, "-m", "llama2.cli", *options], capture_output=True, timeout=600, **settings
     )
 
 

@@ -12,7 +12,7 @@ from llama2.train.evaluate import bits_per_byte, bits_per_document
 
 @pytest.fixture
 def model():
-    return lively(small_config(), "cpu")
+    return lively(small_config(), "cpu").double()
 
 
 @pytest.fixture

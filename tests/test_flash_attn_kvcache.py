@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
+from budget import assert_results
 from torch.utils.flop_counter import FlopCounterMode
 
-from gqa_kernels.accuracy import compare
+from gqa_kernels.accuracy import widen
 from gqa_kernels.flash_attn import flash_attn_with_kvcache
 
 BATCH, HEADS, HEADS_K, DIM, ROOM = 3, 6, 2, 16, 24
@@ -30,13 +31,14 @@ def turned(x, cos, sin, positions, interleaved):
 
 
 def meaning(
-    dtype, q, rows, k=None, v=None, rotary=None, seqlens=None, leftpad=None, causal=False,
+    stored, q, rows, k=None, v=None, rotary=None, seqlens=None, leftpad=None, causal=False,
     window=(-1, -1), interleaved=True, scale=None,
 ):  # fmt: skip
     """(out, lse, appended rows) of sequences `rows[b] = (keys, values)`, one query at a time.
 
-    A rotated key is rounded as the cache rounds it; all else is in `dtype`.
+    A rotated key is rounded to `stored`, the dtype of the cache; all else is in that of q.
     """
+    dtype = q.dtype
     outs, lses, appended = [], [], []
     window = tuple(min(side, 10**6) for side in window)  # as far as any entry is
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -47,10 +49,10 @@ def meaning(
             new = k[b].to(dtype)
             if rotary is not None:
                 places = torch.arange(len(new)) + before
-                new = turned(new, *rotary, places, interleaved).to(q.dtype).to(dtype)
+                new = turned(new, *rotary, places, interleaved).to(stored).to(dtype)
                 local = causal or window != (-1, -1)
                 at = torch.arange(len(query)) * local + before
-                query = turned(query, *rotary, at, interleaved).to(q.dtype).to(dtype)
+                query = turned(query, *rotary, at, interleaved).to(stored).to(dtype)
             appended.append((new, v[b]))
             keys, values = torch.cat([keys, new]), torch.cat([values, v[b].to(dtype)])
         group = q.shape[2] // keys.shape[1]
@@ -134,13 +136,13 @@ def check(kind, draw, device, dtype=torch.float32, *, seqlen_q=1, seqlen_new=0, 
         cache_seqlens=torch.tensor(lengths, dtype=torch.int32, device=device), **arguments,
     )  # fmt: skip
 
-    low = torch.float32 if dtype == torch.float32 else dtype
-    eager, exact = meaning(low, **given), meaning(EXACT, **given)
-    for what, got, one, truth in (
-        ("out", out, eager[0].to(dtype), exact[0]), ("lse", lse, eager[1].float(), exact[1]),
-    ):  # fmt: skip
-        measured = compare(what, got.cpu(), one, truth)
-        assert measured.ok, measured
+    def results(given):
+        out, lse, _ = meaning(dtype, **given)
+        return {"out": out, "lse": lse.to(torch.promote_types(lse.dtype, torch.float32))}
+
+    actual = {"out": out.cpu(), "lse": lse.cpu()}
+    assert_results(actual, results, given)
+    exact = meaning(dtype, **widen(given))
     written = set()
     for b in range(BATCH if seqlen_new else 0):
         for t in range(seqlen_new):

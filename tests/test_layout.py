@@ -59,7 +59,7 @@ ALLOWED = {
 def imported(path: Path) -> set[str]:
     """Every module that a file imports, at any depth of nesting."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -6,9 +6,9 @@ import pickle
 
 import pytest
 import torch
+from budget import assert_network
 from small_llama import (
     EAGER,
-    assert_within_budget,
     gradients,
     lively,
     loss_alone,
@@ -57,13 +57,21 @@ def hugging_face(model: Llama2) -> LlamaForCausalLM:
     return hf.to(model.lm_head.weight.device).eval()
 
 
+def assert_is_hugging_faces(model: Llama2, tokens: Tensor) -> None:
+    assert_network(
+        model(tokens),
+        model,
+        lambda model: hugging_face(model)(tokens).logits,
+        lambda model: twin(model, dtype=torch.float64)(tokens),
+    )
+
+
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @torch.no_grad()
 def test_logits_are_hugging_faces(heads, device):
     model = lively(small_config(*heads), device)
     tokens = random_tokens(device, 2, 63)
-    oracle = twin(model, dtype=torch.float64)(tokens)
-    assert_within_budget(model(tokens), hugging_face(model)(tokens).logits, oracle)
+    assert_is_hugging_faces(model, tokens)
 
 
 @pytest.mark.parametrize("changes", [{"rope_theta": 1e6}, {"norm_eps": 1e-2}], ids=str)
@@ -71,8 +79,8 @@ def test_logits_are_hugging_faces(heads, device):
 def test_constants_reach_the_network(changes, device):
     model = lively(small_config(**changes), device)
     tokens = random_tokens(device, 1, 40)
+    assert_is_hugging_faces(model, tokens)
     oracle = twin(model, dtype=torch.float64)(tokens)
-    assert_within_budget(model(tokens), hugging_face(model)(tokens).logits, oracle)
     default = Llama2(small_config(), EAGER).to(device)
     default.load_state_dict(model.state_dict())
     assert (default(tokens) - oracle).abs().max() > 1e-2
@@ -88,7 +96,10 @@ def test_ragged_prefill_is_hugging_faces_left_padding(heads, device):
     left = torch.zeros_like(tokens)
     left[mask] = torch.cat(prompts)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    theirs = hugging_face(model)(left, attention_mask=mask.long(), position_ids=positions).logits
+
+    def theirs(model: Llama2) -> Tensor:
+        hf = hugging_face(model)
+        return hf(left, attention_mask=mask.long(), position_ids=positions).logits[:, -1]
 
     def last_logits(model: Llama2) -> Tensor:
         cache = KVCache(model.config, 3, 17, dtype=model.lm_head.weight.dtype, device=tokens.device)
@@ -96,8 +107,10 @@ def test_ragged_prefill_is_hugging_faces_left_padding(heads, device):
         assert cache.seq_lens.tolist() == [5, 17, 1]
         return logits[torch.arange(3, device=device), num_valid - 1]
 
-    oracle = last_logits(twin(model, dtype=torch.float64))
-    assert_within_budget(last_logits(model), theirs[:, -1], oracle)
+    def oracle(model: Llama2) -> Tensor:
+        return last_logits(twin(model, dtype=torch.float64))
+
+    assert_network(last_logits(model), model, theirs, oracle)
 
 
 @pytest.mark.parametrize("heads", HEADS[:4], ids=str)
@@ -114,6 +127,15 @@ def test_greedy_tokens_are_hugging_faces(heads, device):
     assert ours == theirs[:, 17:].tolist()
 
 
+def assert_is_one_forward(logits: Tensor, model: Llama2, tokens: Tensor) -> None:
+    """Logits of the last tokens are those of a forward pass over all."""
+
+    def last(model: Llama2) -> Tensor:
+        return model(tokens)[:, -logits.shape[1] :]
+
+    assert_network(logits, model, last, lambda model: last(twin(model, dtype=torch.float64)))
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 16])
 @torch.no_grad()
 def test_prefill_and_decode_are_one_forward(chunk, device):
@@ -123,13 +145,12 @@ def test_prefill_and_decode_are_one_forward(chunk, device):
     parts = [tokens[:, :8], *tokens[:, 8:].split(chunk, dim=1)]
     cached = torch.cat([model(part, cache) for part in parts], dim=1)
     assert cache.seq_lens.tolist() == [40, 40]
-    assert_within_budget(cached, model(tokens), twin(model, dtype=torch.float64)(tokens))
+    assert_is_one_forward(cached, model, tokens)
 
 
 @torch.no_grad()
 def test_ragged_rows_decode_as_if_alone(device):
     model = lively(small_config(), device)
-    oracle = twin(model, dtype=torch.float64)
     prompts = [random_tokens(device, length) for length in (3, 11, 7)]
     later = random_tokens(device, 3, 10)
     tokens, num_valid = right_padded(prompts)
@@ -140,9 +161,7 @@ def test_ragged_rows_decode_as_if_alone(device):
     model(tokens, cache, num_valid)
     steps = torch.cat([model(later[:, i : i + 2], cache) for i in range(0, 10, 2)], dim=1)
     for row, prompt in enumerate(prompts):
-        whole = torch.cat([prompt, later[row]])[None]
-        alone, exact = model(whole)[:, len(prompt) :], oracle(whole)[:, len(prompt) :]
-        assert_within_budget(steps[row : row + 1], alone, exact)
+        assert_is_one_forward(steps[row : row + 1], model, torch.cat([prompt, later[row]])[None])
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
@@ -261,8 +280,7 @@ def test_interleaved_rope_is_a_permutation_of_the_weights(device):
             weight = projection.weight  # feature i of a half goes to 2i, of the other to 2i + 1
             weight.copy_(weight.view(-1, 2, 8, 48).transpose(1, 2).reshape(weight.shape))
     tokens = random_tokens(device, 2, 50)
-    oracle = twin(half, dtype=torch.float64)(tokens)
-    assert_within_budget(interleaved(tokens), half(tokens), oracle)
+    assert_is_one_forward(interleaved(tokens), half, tokens)
 
 
 def test_reset_weights_owe_nothing_to_what_memory_held():

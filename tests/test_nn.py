@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from small_llama import assert_within_budget
+from budget import assert_network
 from test_layout import fresh
 from torch import nn
 from transformers import LlamaConfig
@@ -78,10 +78,38 @@ def run(function, module, x):
     return {"out": out, **dict(zip(("x", *names), grads, strict=True))}
 
 
-def assert_all_within_budget(ours, theirs, oracle):
-    assert ours.keys() == theirs.keys() == oracle.keys()
-    for name in ours:
-        assert_within_budget(ours[name], theirs[name], oracle[name])
+def assert_as(ours, theirs, x):
+    """Output and gradients of modules of x alone."""
+
+    def of(module, x):
+        return run(lambda module, x: module(x), module, x)
+
+    assert_network(
+        of(ours, x),
+        theirs,
+        lambda theirs: of(theirs, x),
+        lambda theirs: of(copy.deepcopy(theirs).double(), x.double()),
+    )
+
+
+def assert_is_attention(out, module, sequences, table, **options):
+    """`out` has the rows of all sequences, one after another, by the module's weights."""
+
+    def like(module, dtype):
+        names = "meta" if hasattr(module, "wq") else "hf"
+        options_of_both = {"checkpoint_format": names, "backend": "eager", "dtype": dtype}
+        twin = attention(out.device, **options_of_both, **options)
+        twin.load_state_dict(module.state_dict())
+        return twin
+
+    def plain(module):
+        return torch.cat([module(x, *table) for x in sequences], dim=1)
+
+    def exact(module):
+        module, angles = like(module, torch.float64), exact_table(out.device)
+        return torch.cat([module(x.double(), *angles) for x in sequences], dim=1)
+
+    assert_network(out, like(module, torch.float32), plain, exact)
 
 
 @pytest.fixture
@@ -121,17 +149,22 @@ def exact_table(device):
 def test_attention_is_llamas(num_q_heads, num_kv_heads, dtype, bias, x, table, device):
     theirs = LlamaAttention(hf_config(num_q_heads, num_kv_heads, bias, "eager"), layer_idx=0)
     theirs = lively(theirs).to(device, dtype)
-    oracle = LlamaAttention(hf_config(num_q_heads, num_kv_heads, bias), layer_idx=0)
-    oracle = oracle.to(device, torch.float64)
-    oracle.load_state_dict(theirs.state_dict())
     heads = {"num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads}
     ours = attention(device, **heads, bias=bias, dtype=dtype)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x = x.to(dtype)
-    assert_all_within_budget(
+
+    def exact(theirs):
+        wide = LlamaAttention(hf_config(num_q_heads, num_kv_heads, bias), layer_idx=0)
+        wide = wide.to(device, torch.float64)
+        wide.load_state_dict(theirs.state_dict())
+        return run(hf_attention(*exact_table(device)), wide, x.double())
+
+    assert_network(
         run(lambda module, x: module(x, *table), ours, x),
-        run(hf_attention(*table), theirs, x),
-        run(hf_attention(*exact_table(device)), oracle, x.double()),
+        theirs,
+        lambda theirs: run(hf_attention(*table), theirs, x),
+        exact,
     )
 
 
@@ -141,9 +174,7 @@ def test_swiglu_is_llamas(dtype, bias, x, device):
     theirs = lively(LlamaMLP(hf_config(bias=bias))).to(device, dtype)
     ours = SwiGLU(HIDDEN, 88, bias=bias, device=device, dtype=dtype)
     ours.load_state_dict(theirs.state_dict(), strict=True)
-    runs = [run(lambda module, x: module(x), module, x.to(dtype)) for module in (ours, theirs)]
-    oracle = run(lambda module, x: module(x), copy.deepcopy(theirs).double(), x.to(dtype).double())
-    assert_all_within_budget(*runs, oracle)
+    assert_as(ours, theirs, x.to(dtype))
 
 
 @DTYPES
@@ -151,10 +182,10 @@ def test_rms_norm_is_llamas(dtype, x, device):
     theirs = lively(LlamaRMSNorm(HIDDEN, eps=1e-5)).to(device, dtype)
     ours = RMSNorm(HIDDEN, device=device, dtype=dtype)
     ours.load_state_dict(theirs.state_dict(), strict=True)
-    oracle = RMSNorm(HIDDEN, device=device, dtype=torch.float64, backend="eager")
-    oracle.load_state_dict(theirs.state_dict(), strict=True)
-    runs = [run(lambda module, x: module(x), module, x.to(dtype)) for module in (ours, theirs)]
-    assert_all_within_budget(*runs, run(lambda module, x: module(x), oracle, x.to(dtype).double()))
+    plain = RMSNorm(HIDDEN, device=device, dtype=dtype, backend="eager")
+    plain.load_state_dict(theirs.state_dict(), strict=True)
+    assert torch.equal(plain(x.to(dtype)), theirs(x.to(dtype)))
+    assert_as(ours, plain, x.to(dtype))
     residual = x.flip(0).to(dtype)
     y, h = ours(x.to(dtype), residual)
     assert torch.equal(h, x.to(dtype) + residual)
@@ -167,11 +198,8 @@ def test_both_lineages_give_the_same(x, table, device):
     meta.load_state_dict(in_meta_layout(hf.state_dict()), strict=True)
     assert not torch.equal(meta.wq.weight, hf.q_proj.weight)
     # The same products, summed over the features of a head in another order.
-    oracle = attention(device, backend="eager", dtype=torch.float64)
-    oracle.load_state_dict(hf.state_dict())
-    expected = oracle(x.double(), *exact_table(device))
-    assert_within_budget(meta(x, *table), hf(x, *table), expected)
-    assert_within_budget(hf(x, *table), meta(x, *table), expected)
+    for module in (meta, hf):
+        assert_is_attention(module(x, *table), hf, [x], table)
 
     hf = lively(SwiGLU(HIDDEN, 88, device=device))
     meta = SwiGLU(HIDDEN, 88, checkpoint_format="meta", device=device)
@@ -217,15 +245,9 @@ def test_packed_sequences_are_the_sequences(checkpoint_format, table, device, ge
     packed = torch.cat(documents, dim=1)
     positions = packed_positions(bounds, 16)
     assert positions.tolist() == [[*range(9), 0, *range(6)]]
-    alone = torch.cat([module(document, *table) for document in documents], dim=1)
-    oracle = attention(
-        device, checkpoint_format=checkpoint_format, backend="eager", dtype=torch.float64
-    )
-    oracle.load_state_dict(module.state_dict())
-    expected = [oracle(document.double(), *exact_table(device)) for document in documents]
     for given in (None, positions):
         out = module(packed, *table, cu_seqlens=bounds, positions=given)
-        assert_within_budget(out, alone, torch.cat(expected, dim=1))
+        assert_is_attention(out, module, documents, table)
 
 
 @torch.no_grad()
@@ -246,14 +268,9 @@ def test_a_cache_continues_sequences(backend, checkpoint_format, dtype, table, d
         seq_lens = seq_lens + count
         new = torch.stack([whole[b, n - count : n] for b, n in enumerate(seq_lens.tolist())])
         pieces.append(module(new, *table, kv_cache=cache, seq_lens=seq_lens))
-    oracle = attention(
-        device, checkpoint_format=checkpoint_format, backend="eager", dtype=torch.float64
-    )
-    oracle.load_state_dict(module.state_dict())
     for b, length in enumerate(lengths.tolist()):
-        x = whole[b : b + 1, : length + 4]
         out = torch.cat([pieces[0][b, :length], pieces[1][b], pieces[2][b]])[None]
-        assert_within_budget(out, module(x, *table), oracle(x.double(), *exact_table(device)))
+        assert_is_attention(out, module, [whole[b : b + 1, : length + 4]], table)
     for tensor in cache:
         assert tensor[:, 22:].isnan().all()
         assert not tensor[0, :22].isnan().any()
@@ -266,20 +283,13 @@ def test_a_short_prefill_through_seq_lens(x, table, device):
     cache = tuple(torch.full((2, 24, 2, HEAD_DIM), torch.nan, device=device) for _ in "kv")
     seq_lens = torch.full((2,), 16, device=device)
     out = module(x, *table, kv_cache=cache, seq_lens=seq_lens)
-    oracle = attention(device, backend="eager", dtype=torch.float64)
-    oracle.load_state_dict(module.state_dict())
-    assert_within_budget(out, module(x, *table), oracle(x.double(), *exact_table(device)))
+    assert_is_attention(out, module, [x], table)
 
 
 def test_window_and_no_mask(x, table, device):
     for options in ({"causal": False}, {"window": (4, None)}, {"causal": False, "window": (3, 2)}):
         module = lively(attention(device, **options))
-        eager = attention(device, backend="eager", **options)
-        oracle = attention(device, backend="eager", dtype=torch.float64, **options)
-        for other in (eager, oracle):
-            other.load_state_dict(module.state_dict())
-        expected = oracle(x.double(), *exact_table(device))
-        assert_within_budget(module(x, *table), eager(x, *table), expected)
+        assert_is_attention(module(x, *table), module, [x], table, **options)
         assert not torch.allclose(module(x, *table), attention_like(module, x, table))
 
 
@@ -378,12 +388,8 @@ def test_a_cached_step_compiles_whole(table, device, generator):
 
 
 def test_backends_agree_where_both_run(x, table, device):
-    ours, eager = attention(device), attention(device, backend="eager")
-    lively(ours)
-    eager.load_state_dict(ours.state_dict())
-    oracle = copy.deepcopy(eager).double()
-    expected = oracle(x.double(), *exact_table(device))
-    assert_within_budget(ours(x, *table), eager(x, *table), expected)
+    ours = lively(attention(device))
+    assert_is_attention(ours(x, *table), ours, [x], table)
 
 
 def test_the_eager_backend_needs_no_triton():

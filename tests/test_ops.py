@@ -1,30 +1,41 @@
 """Every op of the table, every small case, every dtype: outputs and gradients within budget."""
 
 import inspect
+import os
+import random
 
 import pytest
 import torch
+from budget import SEED, assert_call, assert_ok
 
 from gqa_kernels import fused, reference
-from gqa_kernels.accuracy import measure, measure_call
+from gqa_kernels.accuracy import measure
 from gqa_kernels.spec import IN_PLACE_OPS, OPS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BY_NAME = {spec.name: spec for spec in OPS}
 TABLE = [
-    pytest.param(spec, case, id=f"{spec.name}-{case}") for spec in OPS for case in spec.test_cases()
+    pytest.param(spec, case, id=f"{spec.name}-{case}")
+    for spec in (*OPS, *IN_PLACE_OPS)
+    for case in spec.test_cases()
 ]
-
-
-def assert_within_budget(measured):
-    assert measured
-    assert all(m.ok for m in measured), "; ".join(str(m) for m in measured if not m.ok)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("spec", "case"), TABLE)
 def test_within_budget(spec, case, dtype, device):
-    assert_within_budget(measure(spec, case, dtype, device))
+    assert_ok(measure(spec, case, dtype, device, SEED))
+
+
+@pytest.mark.parametrize("nth_seed", (0, 1))
+@pytest.mark.parametrize("spec", (*OPS, *IN_PLACE_OPS), ids=lambda spec: spec.name)
+def test_within_budget_of_new_seeds(spec, nth_seed, device):
+    """Inputs that no run had before, of one case of each op; the header of a run has the seeds."""
+    seed = int(os.environ["NEW_SEEDS"].split()[nth_seed])
+    case = random.Random(seed).choice(spec.test_cases())
+    print(f"seed {seed}, {case}")
+    for dtype in DTYPES:
+        assert_ok(measure(spec, case, dtype, device, seed))
 
 
 def strided(x: torch.Tensor) -> torch.Tensor:
@@ -49,7 +60,7 @@ def test_strided_views(spec, view, device, generator):
         floating = [name for name in floating if not name.endswith("_cache")]
     viewed = {name: view(inputs[name]) if name in floating else x for name, x in inputs.items()}
     untouched = {name: viewed[name].clone() for name in floating}
-    assert_within_budget(measure_call(spec.kernel, spec.reference, viewed, spec.wrt))
+    assert_call(spec.kernel, spec.reference, viewed, spec.wrt)
     for name in floating:
         torch.testing.assert_close(viewed[name], untouched[name], rtol=0, atol=0, equal_nan=True)
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_llama import assert_within_budget, lively, random_tokens, small_config, twin
+from budget import assert_network
+from small_llama import lively, random_tokens, small_config, twin
 from torch import Tensor
 
 from llama2 import Llama2
@@ -42,10 +43,12 @@ def run(model: Llama2, batch: PagedBatch) -> Tensor:
 def assert_as_alone(model: Llama2, logits: Tensor, tokens: list[int]) -> None:
     """`logits` `[n, vocab_size]` follow the last n of `tokens`, as in one forward of them all."""
     whole = torch.tensor([tokens], device=logits.device)
-    with torch.no_grad():
-        alone = model(whole)[0, -len(logits) :]
-        exact = twin(model, dtype=torch.float64)(whole)[0, -len(logits) :]
-    assert_within_budget(logits, alone, exact)
+
+    @torch.no_grad()
+    def alone(model: Llama2) -> Tensor:
+        return model(whole)[0, -len(logits) :]
+
+    assert_network(logits, model, alone, lambda model: alone(twin(model, dtype=torch.float64)))
 
 
 def test_rows_that_are_not_in_use(device):

@@ -197,7 +197,7 @@ def test_shards_are_mixed_by_weight(folders, capsys, tmp_path):
 
 
 def test_a_checkpoint_goes_on(tmp_path, capsys):
-    (tmp_path / "text").write_text((Path(command.__file__)).read_text())
+    (tmp_path / "text").write_text((Path(command.__file__)).read_text(encoding="utf-8"))
     folders = ("--work", tmp_path / "work", "--out", tmp_path / "out", "--text", tmp_path / "text")
     recipe = ("--alpha", 0.02, "--of-steps", 100, "--batch-size", 2, "--backend", "eager")
     arguments = (*folders, *recipe, "--warmup-steps", 1)
@@ -343,19 +343,26 @@ def start(folder):
     return process
 
 draw, whole, cut = random.Random(int(sys.argv[1])), sys.argv[2], sys.argv[3]
-began = time.monotonic()
+log = Path(cut, "work", "log.jsonl")
+
+def logged():
+    return log.read_bytes().count(b"\\n") if log.exists() else 0
+
 assert os.waitpid(start(whole), 0)[1] == 0
-seconds = time.monotonic() - began
 for _ in range(20):
-    process = start(cut)
-    time.sleep(draw.uniform(0, 0.6) * seconds)
-    os.kill(process, signal.SIGKILL)
-    status = os.waitpid(process, 0)[1]
+    moment, process = logged() + draw.randrange(12), start(cut)
+    ended = 0
+    while not ended and logged() < moment:  # steps, not seconds: a machine may be busy
+        time.sleep(0.001)
+        ended, status = os.waitpid(process, os.WNOHANG)
+    if not ended:
+        time.sleep(draw.uniform(0, 0.02))
+        os.kill(process, signal.SIGKILL)
+        status = os.waitpid(process, 0)[1]
     if os.WIFEXITED(status):
         assert status == 0
         break
-    log = Path(cut, "work", "log.jsonl")
-    print(log.read_bytes().count(b"\\n") if log.exists() else 0)
+    print(logged())
 """
 
 

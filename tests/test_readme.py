@@ -61,7 +61,7 @@ def test_it_runs_as_it_stands(block, tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert result.returncode == 0, f"{block.where}\n{result.stderr}"
 

@@ -5,12 +5,12 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
+from budget import assert_calls
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gqa_kernels
 from gqa_kernels import scaled_dot_product_attention
-from gqa_kernels.accuracy import compare, run, widen
 
 NAMES = ("query", "key", "value")
 LENGTHS = ((1, 5), (9, 9), (40, 12), (12, 40))
@@ -29,21 +29,8 @@ def assert_within_budget(*calls, **options):
     exactly 0, and flash attention's a float32 rounding.
     """
     wrt = NAMES if calls[0][0].dtype == torch.bfloat16 else ()
-    runs = []
-    for call in calls:
-        inputs = dict(zip(NAMES, call, strict=True)) | options
-        runs.append(
-            (
-                run(scaled_dot_product_attention, inputs, wrt),
-                run(torchs, inputs, wrt),
-                run(torchs, widen(inputs), wrt),
-            )
-        )
-        assert runs[-1][0]["output 0"].shape == runs[-1][2]["output 0"].shape
-    for what in runs[0][0]:
-        joined = (torch.cat([r[what].flatten() for r in side]) for side in zip(*runs, strict=True))
-        measured = compare(what, *joined)
-        assert measured.ok, measured
+    inputs = [dict(zip(NAMES, call, strict=True)) | options for call in calls]
+    assert_calls(scaled_dot_product_attention, torchs, inputs, wrt)
 
 
 def test_signature():

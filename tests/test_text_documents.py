@@ -39,7 +39,7 @@ def test_links_and_names_of_any_bytes(tmp_path):
     (tmp_path / "sub" / "up").symlink_to(tmp_path)
     (tmp_path / "itself").symlink_to("itself")
     os.mkfifo(tmp_path / "pipe")
-    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9.txt")).write_text("three")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9.txt")).write_text("three", encoding="utf-8")
     found = text_documents(tmp_path)
     assert [d.text for d in found] == ["one", "one", "two", "three"]
     assert found[-1].held_out == (zlib.crc32(b"\xe9.txt") % 20 == 0)

@@ -4,15 +4,18 @@ Without a GPU the functions are registered for CPU tensors, for which aten has n
 F.scaled_dot_product_attention does not call it there, so these tests call it directly.
 """
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
-from small_llama import assert_within_budget
+from budget import assert_call, assert_results
 from test_layout import fresh
 from torch.nn import attention as torch_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 
 import gqa_kernels
+from gqa_kernels import reference
 from gqa_kernels.integrations import torch_sdpa
 
 pytestmark = pytest.mark.skipif(
@@ -20,6 +23,7 @@ pytestmark = pytest.mark.skipif(
     reason="this PyTorch keeps no register of flash attentions",
 )
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention
+NAMES = ("query", "key", "value")
 KEY = "CUDA" if torch.cuda.is_available() else "CPU"
 HEADS = pytest.mark.parametrize("num_kv_heads", (4, 2, 1), ids=("mha", "gqa", "mqa"))
 DTYPES = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
@@ -76,15 +80,25 @@ def with_gradients(function, *inputs):
     return out, *torch.autograd.grad(out, inputs, grad)
 
 
-def assert_all_within_budget(function, reference, inputs):
-    sides = (
-        with_gradients(function, *inputs),
-        with_gradients(reference, *inputs),
-        with_gradients(reference, *(x.detach().double().requires_grad_() for x in inputs)),
+def heads_last(query, key, value, **options):
+    """The reference of our own ops: attention that runs over its keys has the errors of its maths,
+    not of torch's softmax, which is exact where a query sees one key."""
+    inputs = (x.transpose(1, 2) for x in (query, key, value))
+    return reference.flash_attention(*inputs, **options).transpose(1, 2)
+
+
+def assert_with_gradients(function, torchs, eager, inputs):
+    """Output and gradients are torch's, within the budget of `eager`."""
+
+    def named(function):
+        return lambda query, key, value: function(query, key, value)
+
+    assert_call(
+        *map(named, (function, eager)),
+        dict(zip(NAMES, inputs, strict=True)),
+        NAMES,
+        oracle=named(torchs),
     )
-    for results in zip(*sides, strict=True):
-        assert_within_budget(*results)
-    return sides[0]
 
 
 @HEADS
@@ -92,11 +106,13 @@ def assert_all_within_budget(function, reference, inputs):
 @pytest.mark.parametrize("layout", ("heads first", "projections", "fused"))
 def test_it_is_torchs_attention(layout, dtype, num_kv_heads, ours, draw):
     inputs = qkv(draw, layout, num_kv_heads, dtype=dtype)
-    results = assert_all_within_budget(
-        lambda *inputs: FLASH(*inputs, 0.0, True)[0],
-        lambda *inputs: maths(*inputs, is_causal=True),
-        inputs,
-    )
+
+    def function(*inputs):
+        return FLASH(*inputs, 0.0, True)[0]
+
+    torchs = partial(maths, is_causal=True)
+    assert_with_gradients(function, torchs, partial(heads_last, causal=True), inputs)
+    results = with_gradients(function, *inputs)
     # Compilers rely on the strides that torch's fake implementation promises.
     for result, like in zip(results, (inputs[0], *inputs), strict=True):
         assert strides(result) == strides(torch.empty_like(like))
@@ -112,25 +128,22 @@ def test_other_lengths(is_causal, lengths, ours, draw):
         visible = visible.tril(lengths[1] - lengths[0])
     blind = ~visible.any(1)
 
-    def reference(*inputs):
+    def torchs(*inputs):
         # Without a key, softmax would be NaN, of the gradients too.
         out = maths(*inputs, visible | blind[:, None])
         return out.masked_fill(blind[:, None], 0.0)
 
-    if lengths[0] == 1:  # eager's gradients of a single query are too good for a budget
-        inputs = [x.detach() for x in inputs]
-        wide = [x.double() for x in inputs]
-        assert_within_budget(FLASH(*inputs, 0.0, is_causal)[0], reference(*inputs), maths(*wide))
-    else:
-        assert_all_within_budget(
-            lambda *inputs: FLASH(*inputs, 0.0, is_causal)[0], reference, inputs
-        )
+    eager = partial(heads_last, causal=is_causal)
+    assert_with_gradients(lambda *x: FLASH(*x, 0.0, is_causal)[0], torchs, eager, inputs)
 
 
 def test_scale_and_results(ours, draw):
     inputs = qkv(draw, "projections")
-    assert_all_within_budget(
-        lambda *inputs: FLASH(*inputs, scale=0.3)[0], lambda *x: maths(*x, scale=0.3), inputs
+    assert_with_gradients(
+        lambda *inputs: FLASH(*inputs, scale=0.3)[0],
+        partial(maths, scale=0.3),
+        partial(heads_last, softmax_scale=0.3),
+        inputs,
     )
     out, lse, cum_seq_q, cum_seq_k, max_q, max_k, rng_state, unused, debug_mask = FLASH(*inputs)
     fake = FLASH(*(x.detach().to("meta") for x in inputs))
@@ -143,10 +156,13 @@ def test_scale_and_results(ours, draw):
             torchs.dtype,
             torchs.stride(),
         )
-    query, key, _ = (x.detach().double() for x in inputs)
-    scores = query @ key.repeat_interleave(2, dim=1).mT / 4
-    eager = torch.logsumexp(scores.float(), -1)
-    assert_within_budget(lse, eager, torch.logsumexp(scores, -1))
+
+    def lse_of(inputs):
+        query, key, _ = inputs
+        scores = query @ key.repeat_interleave(2, dim=1).mT / 4
+        return {"lse": scores.logsumexp(-1)}
+
+    assert_results({"lse": lse}, lse_of, [x.detach() for x in inputs])
     assert not lse.requires_grad
     # aten records the call, so ours must not, or all would be saved twice.
     assert not torch_sdpa._scaled_dot_product_flash_attention(*inputs)[0].requires_grad
@@ -209,10 +225,14 @@ def test_varlen_attn(window, ours, draw, device):
             *inputs, bounds, bounds, 11, 11, window_size=window, enable_gqa=True
         )
 
-    def reference(*inputs):
+    def torchs(*inputs):
         return maths(*(x.transpose(0, 1)[None] for x in inputs), visible)[0].transpose(0, 1)
 
-    assert_all_within_budget(function, reference, inputs)
+    def eager(*inputs):
+        sides = tuple(None if side < 0 else side for side in window)
+        return reference.flash_attention_varlen(*inputs, bounds, bounds, window=sides)
+
+    assert_with_gradients(function, torchs, eager, inputs)
     options = {"window_size": window, "enable_gqa": True}
     with torch.no_grad():
         arguments = (*inputs, bounds, bounds, 11, 11)
@@ -359,15 +379,12 @@ def test_torchs_own_function_calls_it(head_dim, draw):
     def function(*inputs):
         return F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
 
+    torchs = partial(maths, is_causal=True)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch_sdpa.activated():
-        results = with_gradients(function, *inputs)
+        assert_with_gradients(function, torchs, partial(heads_last, causal=True), inputs)
+        out = function(*inputs)
         with pytest.raises(NotImplementedError, match=r"^dropout_p: expected 0\.0; got 0\.5"):
             F.scaled_dot_product_attention(*inputs, dropout_p=0.5, enable_gqa=True)
-    theirs = with_gradients(lambda *x: maths(*x, is_causal=True), *inputs)
-    wide = [x.detach().double().requires_grad_() for x in inputs]
-    exact = with_gradients(lambda *x: maths(*x, is_causal=True), *wide)
-    for triple in zip(results, theirs, exact, strict=True):
-        assert_within_budget(*triple)
     if head_dim % 8 == 0:
         ours = gqa_kernels.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
-        assert torch.equal(results[0], ours)
+        assert torch.equal(out, ours)

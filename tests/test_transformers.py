@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers
-from small_llama import assert_within_budget
+from budget import assert_network
 from tiny_transformers import cached, cast, double, make, matrix, on_kernels, places, rows
 from torch._dynamo.backends.registry import lookup_backend
 
@@ -47,22 +47,15 @@ def check_training(route, kind, padding, checkpointing, dtype, device, how=lambd
     def run(model, how=lambda model: model):
         if checkpointing != "none":
             model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+        model.zero_grad()
         logits = how(model)(**arguments, use_cache=False).logits[real]
         logits.backward(cotangent.to(logits.dtype))
-        return logits.detach(), [parameter.grad.double() for parameter in model.parameters()]
-
-    logits, gradients = double(model)(run)
-    sizes = [gradient.norm() for gradient in gradients]
-
-    def alike(gradients):
-        """Each in units of its size: of the few numbers of a norm alone, errors are chance."""
-        return torch.cat([(x / size).flatten() for x, size in zip(gradients, sizes, strict=True)])
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        return {"logits": logits.detach(), **gradients}
 
     model = cast(model, dtype)
-    result_logits, result = run(on_kernels(model, route), how)
-    eager_logits, eager = run(model)
-    assert_within_budget(result_logits, eager_logits, logits)
-    assert_within_budget(alike(result), alike(eager), alike(gradients))
+    ours = run(on_kernels(model, route), how)
+    assert_network(ours, model, run, lambda model: double(model)(run))
 
 
 @matrix(2, route=ROUTES, kind=MODELS, padding=PADDINGS, checkpointing=CHECKPOINTING, dtype=DTYPES)
@@ -101,9 +94,9 @@ def check_steps(route, kind, padding, cache, dtype, device, how=lambda model: mo
         return torch.cat(results)
 
     with torch.no_grad():
-        oracle = double(model)(run)
         model = cast(model, dtype)
-        assert_within_budget(run(on_kernels(model, route), how), run(model), oracle)
+        ours = run(on_kernels(model, route), how)
+        assert_network(ours, model, run, lambda model: double(model)(run))
 
 
 # Transformers sees packed rows where there is no cache: with one, positions only turn the keys.

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers
-from small_llama import assert_within_budget
+from budget import assert_network
 from tiny_transformers import double, make, on_kernels, rows
 from transformers import masking_utils
 
@@ -220,7 +220,14 @@ def test_a_mask_of_ones_and_none_are_the_same(seq_len, device):
     assert torch.equal(model(tokens, attention_mask=torch.ones_like(tokens)).logits, without)
     without.sum().backward()
     with torch.no_grad():  # a single query without a cache is decoded
-        torch.testing.assert_close(model(tokens, use_cache=False).logits, without)
+        result = model(tokens, use_cache=False).logits
+    plain = make().to(device)
+    assert_network(
+        result,
+        plain,
+        lambda model: model(tokens, use_cache=False).logits,
+        lambda model: double(model)(lambda m: m(tokens, use_cache=False).logits),
+    )
 
 
 def test_only_the_values_have_a_gradient(device):
@@ -257,8 +264,8 @@ def test_a_prefix_in_the_cache(device):
         return model(tokens, attention_mask=mask, past_key_values=cache).logits[real]
 
     with torch.no_grad():
-        oracle = double(model)(run)
-        assert_within_budget(run(on_kernels(model, "attention")), run(model), oracle)
+        result = run(on_kernels(model, "attention"))
+        assert_network(result, model, run, lambda model: double(model)(run))
 
 
 def test_packed_rows_with_bounds(device):
@@ -269,10 +276,12 @@ def test_packed_rows_with_bounds(device):
     arguments = {k: v.to(device) if torch.is_tensor(v) else v for k, v in arguments.items()}
     for kind, changes in (("Llama", {}), ("Mistral", {"sliding_window": 2})):
         model = make(kind, **changes).to(device)
-        oracle = double(model)(lambda m: m(**arguments, use_cache=False).logits)
-        eager = model(**arguments, use_cache=False).logits
+
+        def run(model):
+            return model(**arguments, use_cache=False).logits
+
         result = on_kernels(model, "attention")(**arguments, use_cache=False).logits
-        assert_within_budget(result, eager, oracle)
+        assert_network(result, model, run, lambda model: double(model)(run))
         without_positions = {k: v for k, v in arguments.items() if k != "position_ids"}
         out = on_kernels(model, "attention")(**without_positions, use_cache=False).logits
         assert not torch.equal(out, result)  # positions turn the keys, the bounds hide them
@@ -295,11 +304,15 @@ def test_bounds_of_documents_stand_beside_other_ranges(device):
     ids = torch.arange(1, 15, device=device)[None]
     alone = [ids[:, :5], ids[:, 5:]]
     model = make("Mistral", sliding_window=4).to(device)
-    expected = torch.cat([model(part, use_cache=False).logits for part in alone], 1)
+    plain = make("Mistral", sliding_window=4).to(device)
     model.set_attn_implementation(ours.ATTENTION_NAME)
     positions = torch.cat([torch.arange(part.shape[1], device=device) for part in alone])[None]
     result = model(ids, position_ids=positions, cu_seq_lens_q=bounds, use_cache=False).logits
-    torch.testing.assert_close(result, expected)
+
+    def logits(model):
+        return torch.cat([model(part, use_cache=False).logits for part in alone], 1)
+
+    assert_network(result, plain, logits, lambda model: double(model)(logits))
     q = torch.randn(1, 4, 14, 8, device=device)
     everything = torch.tensor([0, 14], dtype=torch.int32, device=device)
     chunk = torch.arange(14, device=device) // 3 * 3

@@ -156,7 +156,8 @@ def _finished(
 
 def _begin_worker() -> None:
     torch.set_num_threads(1)
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115, their progress bars would cross
+    # Their progress bars would cross.
+    sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def run_job(job: Job, preset: Preset, work: Path, backend: str, device: str | None) -> None:

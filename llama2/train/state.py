@@ -109,7 +109,7 @@ def check_identity(path: Path, found: dict[str, Any], identity: dict[str, Any]) 
 
 def read_log(path: Path) -> list[dict[str, float]]:
     """The records of a JSON-lines log."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def cut_log(path: Path, count: int) -> float:
@@ -120,7 +120,7 @@ def cut_log(path: Path, count: int) -> float:
     Raises:
         ValueError: there are less than `count` whole lines.
     """
-    found = path.read_text().splitlines(keepends=True) if path.exists() else []
+    found = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     whole = [line for line in found if line.endswith("\n")]
     if len(whole) < count:
         raise ValueError(

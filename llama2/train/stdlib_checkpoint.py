@@ -154,7 +154,7 @@ def _num_bytes(documents: list[Document]) -> int:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _export(model: Llama2, tokenizer_model: bytes, record: dict[str, Any], out: Path) -> None:
