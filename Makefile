@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-matrix lint format bench peers compile-check-3.6 clean
+.PHONY: demo test test-seeds test-matrix lint format bench peers compile-check-3.6 clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -13,6 +13,11 @@ demo: $(READY)
 # One thread per test process: the two share the cores, and the interpreter is single-threaded.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 tests
+
+# Tests of error budgets under other seeds, instruction sets and numbers of threads: hours. What has
+# been run is kept in .seeds/ and not run again.
+test-seeds: $(READY)
+	$(BIN)/python tests/run_seeds.py
 
 # Every combination in which Transformers' models are run, under the pinned version and the last 4.
 MATRIX := pytest -n auto --maxprocesses 4 -m "" tests/test_transformers.py \
@@ -63,4 +68,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) .venv-triton36 .venv-transformers4 .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-triton36 .venv-transformers4 .pytest_cache .ruff_cache .seeds

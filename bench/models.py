@@ -2,8 +2,7 @@
 
 Times are what a user waits for, host included: calls back to back, without a flush (the weights
 exceed any cache). "decode_step_graph" is the same step replayed from a CUDA graph. The gate
-compares logits, or a gradient, in root mean square with the same model in float32: through a
-whole network the largest error of one run is mostly chance.
+compares logits, or a gradient, with the same model in float32.
 """
 
 from collections.abc import Callable
