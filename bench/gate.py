@@ -1,10 +1,10 @@
 """The correctness gate: what is timed has been checked, on the same inputs and the same callable.
 
-The budget is the package's own (`gqa_kernels.accuracy`), from one draw of eager as it runs here: the
-largest of hundreds of errors in bfloat16 depends neither on chance nor on the order of float32 sums.
-Row ops are checked whole. Attention is checked where its reference fits: for the last sequence of
-the batch and its last key/value head, forward at the first, middle and last 64 queries, backward at
-all of them.
+The budget is the package's own (`gqa_kernels.accuracy`), from one draw of eager as it runs here:
+the largest of hundreds of errors in bfloat16 depends neither on chance nor on the order of float32
+sums. Row ops are checked whole. Attention is checked where its reference fits: for the last
+sequence of the batch and its last key/value head, forward at the first, middle and last 64 queries,
+backward at all of them.
 """
 
 import functools

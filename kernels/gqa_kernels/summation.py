@@ -59,7 +59,7 @@ class tile_by_tile(TorchDispatchMode):
         kept = [dim for dim in range(x.dim()) if dim not in dims]
         shape = [x.shape[dim] for dim in kept]
         num_terms = math.prod(x.shape[dim] for dim in dims)
-        terms = self._ordered(x.float().permute(*dims, *kept).reshape(num_terms, *shape))
+        terms = self._ordered(x.float().permute([*dims, *kept]).reshape(num_terms, *shape))
         tiles = (_added(tile.unbind(), shape, x.device) for tile in terms.split(_TILE))
         total = _added(tiles, shape, x.device)
         if keepdim:
