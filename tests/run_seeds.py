@@ -3,8 +3,8 @@
     python tests/run_seeds.py [--every-combination] [--runs DIR] [--out FILE]
 
 - every test that measures an error budget with 3 seeds, under each instruction set that PyTorch,
-  MKL, oneDNN and OpenBLAS can be held to, and with 1, 2 and 8 threads: each pair of the two with one
-  of the seeds, or with every seed;
+  MKL, oneDNN and OpenBLAS can be held to, and with 1, 2 and 8 threads: each pair of the two with
+  one of the seeds, or with every seed;
 - the small cases of the op table with 20 seeds.
 
 Each run leaves a file of JSON lines in DIR. Those that are there already are not run again, so that

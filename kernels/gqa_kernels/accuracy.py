@@ -130,7 +130,10 @@ def run(
     if wrt:
         generator = torch.Generator().manual_seed(seed)
         cotangents = [
-            torch.randn(output.shape, generator=generator).to(output) for output in outputs
+            torch.randn(output.shape, generator=generator, device="cpu", dtype=torch.float32).to(
+                output
+            )
+            for output in outputs
         ]
         grads = torch.autograd.grad(outputs, [inputs[name] for name in wrt], cotangents)
         results |= {f"d {name}": grad for name, grad in zip(wrt, grads, strict=True)}
@@ -148,7 +151,7 @@ def _near(inputs: Any, generator: torch.Generator) -> Any:
     def smaller(x: Tensor) -> Tensor:
         if x.dtype not in LOW_PRECISION:
             return x
-        steps = torch.randint(4, x.shape, generator=generator).to(x.device)
+        steps = torch.randint(4, x.shape, generator=generator, device="cpu").to(x.device)
         return (x.double() * (1.0 - steps * torch.finfo(x.dtype).eps)).to(x.dtype)
 
     return tree_map_only(Tensor, smaller, inputs)
