@@ -1,7 +1,14 @@
-"""Assertions on the error budget of `gqa_kernels.accuracy`, and the seed of all drawn inputs.
+"""Assertions on the error budget of `gqa_kernels.accuracy`, and the seed that their inputs hang on.
 
-TEST_SEED=3 in the environment draws all inputs anew; BUDGET_REPORT=FILE appends a line of JSON for
-every error that is measured.
+An op of the table needs no test of its own: `test_ops.py` measures its small cases. Beside them:
+
+    assert_call(kernel, reference, inputs, wrt)       one call, on inputs that are special
+    assert_calls(kernel, reference, calls, wrt)       several calls with one budget
+    assert_results(actual, evaluate, inputs)          results that were computed in another way
+    assert_network(ours, module, eager, oracle)       a network with its weights
+
+TEST_SEED=3 in the environment draws the inputs of these tests anew; BUDGET_REPORT=FILE appends a
+line of JSON for every error that is measured.
 """
 
 import copy
@@ -17,11 +24,11 @@ from gqa_kernels import accuracy
 from gqa_kernels.accuracy import Measured
 
 SEED = int(os.environ.get("TEST_SEED", "0"))
-Results = Tensor | dict[str, Tensor] | Iterable[Tensor]
+NetworkResults = Tensor | dict[str, Tensor] | Iterable[Tensor]
 
 
 def assert_ok(measured: list[Measured]) -> None:
-    """Every error is within its budget, and there is one."""
+    """Fails if an error exceeds its budget, or if nothing was measured."""
     if report := os.environ.get("BUDGET_REPORT"):
         test = os.environ["PYTEST_CURRENT_TEST"].rpartition(" (")[0]
         lines = [
@@ -46,7 +53,7 @@ def assert_call(
     Args:
         oracle: gives the truth in float64, if `reference` does not.
     """
-    assert_ok(accuracy.measure_call(kernel, reference, inputs, wrt, oracle))
+    assert_ok(accuracy.measure_call(kernel, reference, inputs, wrt, oracle, seed=SEED))
 
 
 def assert_calls(
@@ -55,18 +62,26 @@ def assert_calls(
     calls: Iterable[dict[str, Any]],
     wrt: tuple[str, ...] = (),
 ) -> None:
-    """One budget for the results of all calls together, where one alone may leave eager without an
-    error: the gradient of a softmax of a single key is exactly 0."""
+    """One budget for the results of all calls together, which are of one size. For calls of which
+    one alone may leave eager code without an error: the gradient of a softmax of a single key is 0.
+    """
     calls = list(calls)
+    actual = [accuracy.run(kernel, call, wrt, SEED) for call in calls]
 
-    def joined(function: Callable[..., Any]) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
-        def evaluate(calls: list[dict[str, Any]]) -> dict[str, Tensor]:
-            results = [accuracy.run(function, call, wrt) for call in calls]
-            return {what: torch.cat([r[what].flatten() for r in results]) for what in results[0]}
+    def joined(results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        shapes = [[x.shape for x in r.values()] for r in results]
+        assert shapes == [[x.shape for x in r.values()] for r in actual]
+        return {what: torch.cat([r[what].flatten() for r in results]) for what in results[0]}
 
-        return evaluate
+    def evaluate(calls: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return joined(
+            [
+                accuracy.run(reference, call, wrt, SEED, like)
+                for call, like in zip(calls, actual, strict=True)
+            ]
+        )
 
-    assert_results(joined(kernel)(calls), joined(reference), calls)
+    assert_results(joined(actual), evaluate, calls)
 
 
 def assert_results(
@@ -75,25 +90,32 @@ def assert_results(
     inputs: Any,
     oracle: Callable[[Any], dict[str, Tensor]] | None = None,
 ) -> None:
-    """What was computed from `inputs` in any way, against `evaluate` of them (`accuracy.draw`)."""
+    """What was computed from `inputs` in any way, by name, against `evaluate` of them.
+
+    Args:
+        evaluate, inputs, oracle: as in `accuracy.draw`; `evaluate` runs again on inputs near these.
+    """
     assert_ok(accuracy.measure_results(actual, accuracy.draw(evaluate, inputs, oracle)))
 
 
 def assert_network(
-    ours: Results,
+    ours: NetworkResults,
     module: nn.Module,
-    eager: Callable[[nn.Module], Results],
-    oracle: Callable[[nn.Module], Results],
+    eager: Callable[[nn.Module], NetworkResults],
+    oracle: Callable[[nn.Module], NetworkResults],
 ) -> None:
     """A network's result or results, such as logits or gradients by name.
 
     Args:
         module: has the weights that `ours` were computed with, in the same dtype.
-        eager: computes the results from `module`, or from a copy with other weights.
-        oracle: the same in float64, from the same weights.
+        eager: computes the results from a copy of `module`; only its weights are drawn anew.
+        oracle: gets such a copy too, in the dtype of `module`, and computes in float64: it has to
+            convert the copy, and whatever else goes in.
     """
 
-    def of_weights(function: Callable[[nn.Module], Results]) -> Callable[..., dict[str, Tensor]]:
+    def of_weights(
+        function: Callable[[nn.Module], NetworkResults],
+    ) -> Callable[..., dict[str, Tensor]]:
         def evaluate(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             model = copy.deepcopy(module)
             with torch.no_grad():
@@ -107,15 +129,16 @@ def assert_network(
     assert_results(_named(ours), of_weights(eager), weights, of_weights(oracle))
 
 
-def _named(results: Results) -> dict[str, Tensor]:
-    """Results by name; the gradient of a bias beside its weight's, as one more column: the few
-    numbers of a bias are sums over all tokens, of which little may be left."""
+def _named(results: NetworkResults) -> dict[str, Tensor]:
+    """Results by name. The gradient of a projection's bias stands beside that of its weight, as one
+    more column: a sum over all tokens, it may nearly cancel, and has few numbers of its own."""
     if isinstance(results, Tensor):
         results = (results,)
     if not isinstance(results, dict):
         results = {f"result {i}": x for i, x in enumerate(results)}
     results = {name: x.detach() for name, x in results.items()}
     for bias in [name for name in results if name.endswith(".bias")]:
-        weight = bias.removesuffix("bias") + "weight"
-        results[weight] = torch.cat([results[weight], results.pop(bias)[:, None]], dim=1)
+        weight = results.get(name := bias.removesuffix("bias") + "weight")
+        if weight is not None and weight.dim() == 2:
+            results[name] = torch.cat([weight, results.pop(bias)[:, None]], dim=1)
     return results

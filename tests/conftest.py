@@ -13,7 +13,10 @@ if not torch.cuda.is_available():
 
     interpreter.enable()
 
-from budget import SEED  # after the interpreter: it imports the kernels
+# After the interpreter: they import the kernels.
+from budget import SEED
+
+from gqa_kernels.spec import standard_normal
 
 # torch.device("meta") remembers, from its first use on, which functions allocate: torch's own, not
 # the poisoned ones below, which would let it allocate in earnest.
@@ -32,7 +35,7 @@ def pytest_configure() -> None:
 
 def pytest_report_header() -> str:
     seeds = os.environ[NEW_SEEDS]
-    return f"new seeds: {seeds} (the same again: {NEW_SEEDS}='{seeds}'); TEST_SEED={SEED}"
+    return f"new seeds: {seeds} (repeat with {NEW_SEEDS}='{seeds}'); TEST_SEED={SEED}"
 
 
 @pytest.fixture(scope="session")
@@ -47,10 +50,10 @@ def generator() -> torch.Generator:
 
 @pytest.fixture
 def draw(device: torch.device, generator: torch.Generator) -> Callable[..., torch.Tensor]:
-    """Normal numbers of a shape, float32 unless asked otherwise, the same in every run."""
+    """Normal numbers of a shape, float32 unless asked otherwise; another TEST_SEED gives others."""
 
     def make(*shape, dtype=torch.float32):
-        return torch.randn(shape, generator=generator).to(device, dtype)
+        return standard_normal(shape, generator).to(device, dtype)
 
     return make
 

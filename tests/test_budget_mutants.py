@@ -1,8 +1,8 @@
 """Kernels that are broken on purpose exceed the error budget, and by how much.
 
-Each mutant is a copy of the package in which one line of a kernel is changed, measured in a process
-of its own on small cases of the op table. `pytest tests/test_budget_mutants.py -s` prints by what
-factor each exceeds its budget.
+Each mutant is a copy of the package in which one expression of a kernel is replaced, measured in a
+process of its own on small cases of the op table. `pytest tests/test_budget_mutants.py -s` prints
+how many times its budget each one's error is.
 """
 
 import json
@@ -29,7 +29,7 @@ op, dtypes, *sources = sys.argv[1:]
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 (table,) = [s for s in (*spec.OPS, *spec.IN_PLACE_OPS) if s.name == op]
 cases = [case for case in table.test_cases() if case.source in sources]
-assert len(cases) == len(sources), "a case has another source"
+assert len(cases) == len(sources), "expected one case of each source"
 found = {}
 for name in dtypes.split(","):
     dtype = getattr(torch, name)
@@ -49,8 +49,9 @@ class Mutant(NamedTuple):
     dtypes: tuple[str, ...] = ("float32",)  # in which it is seen
 
 
+# What is one rounding more is seen where the dtype has many bits, what is wrong everywhere.
 ALL = ("float32", "bfloat16")
-TO_FLOAT16 = ("float32", "float16")
+FINE = ("float32", "float16")
 ROUNDED = ".to(tl.bfloat16).to(tl.float32)"
 MUTANTS = (
     Mutant(
@@ -106,7 +107,7 @@ MUTANTS = (
         + ROUNDED,
         "flash_attention",
         ("GQA 3, keys before the queries",),
-        TO_FLOAT16,
+        FINE,
     ),
     Mutant(
         "weights are rounded to bfloat16, whatever the dtype of v",
@@ -132,7 +133,7 @@ MUTANTS = (
         f'dk = tl.dot(d_scores.to(query.dtype), query, dk, input_precision="ieee"){ROUNDED}',
         "flash_attention",
         ("MQA 8",),
-        TO_FLOAT16,
+        FINE,
     ),
     Mutant(
         "delta is rounded to bfloat16",
@@ -158,7 +159,7 @@ MUTANTS = (
         f"rstd = tl.rsqrt(tl.sum(h * h) / WIDTH + eps){ROUNDED}",
         "rms_norm",
         ("odd width: no 16-byte accesses",),
-        TO_FLOAT16,
+        FINE,
     ),
     Mutant(
         "squares are rounded to bfloat16",
@@ -191,7 +192,7 @@ MUTANTS = (
         "g",
         "add_rms_norm",
         ("13B: not a power of two",),
-        TO_FLOAT16,
+        FINE,
     ),
     Mutant(
         "the sigmoid is rounded to bfloat16",
@@ -200,7 +201,7 @@ MUTANTS = (
         f"y = gate * (1.0 / (1.0 + tl.exp(-gate))){ROUNDED} * up",
         "swiglu",
         ("odd width",),
-        TO_FLOAT16,
+        FINE,
     ),
     Mutant(
         "angles are rounded to bfloat16",
@@ -209,7 +210,7 @@ MUTANTS = (
         f"return a * cos{ROUNDED} - b * sin, b * cos{ROUNDED} + a * sin",
         "apply_rope",
         ("MHA",),
-        TO_FLOAT16,
+        FINE,
     ),
 )
 
@@ -231,5 +232,5 @@ def test_it_is_seen(mutant, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
-    print(f"\n{mutant.what}: " + ", ".join(f"{d} {x:.3g} budgets" for d, x in found.items()))
+    print(f"\n{mutant.what}: " + ", ".join(f"{d} {x:,.1f} × its budget" for d, x in found.items()))
     assert found.keys() == set(mutant.dtypes) and min(found.values()) > 1.0, found

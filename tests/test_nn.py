@@ -73,7 +73,9 @@ def run(function, module, x):
     out = function(module, x)
     names = [name for name, _ in module.named_parameters()]
     grads = torch.autograd.grad(
-        out, (x, *module.parameters()), torch.sin(torch.arange(out.numel())).view_as(out).to(out)
+        out,
+        (x, *module.parameters()),
+        torch.sin(torch.arange(out.numel())).bfloat16().view_as(out).to(out),
     )
     return {"out": out, **dict(zip(("x", *names), grads, strict=True))}
 

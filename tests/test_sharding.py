@@ -68,11 +68,10 @@ def check(
     kernel, eager = getattr(gqa_kernels, op), getattr(reference, op)
     inputs, mesh = make_inputs(), mesh()
     arguments = spread(inputs, placed, mesh, wrt)
-    generator = torch.Generator().manual_seed(0)  # as accuracy.run draws them
-    shapes = [value.shape for name, value in accuracy.run(eager, inputs, ()).items()]
+    drawn = accuracy.cotangents(accuracy.run(eager, inputs, ()))  # as accuracy.run draws them
     directions = [
-        distribute_tensor(torch.randn(shape, generator=generator), mesh, cotangents or placement)
-        for shape, placement in zip(shapes, outputs, strict=True)
+        distribute_tensor(x, mesh, cotangents or placement)
+        for x, placement in zip(drawn, outputs, strict=True)
     ]
     with CommDebugMode() as communication:
         results = kernel(**arguments)

@@ -42,7 +42,7 @@ def check_training(route, kind, padding, checkpointing, dtype, device, how=lambd
     model = make(kind).to(device).train()
     arguments, real = rows(padding)
     arguments = to(device, arguments)
-    cotangent = torch.randn(int(real.sum()), model.config.vocab_size).to(device)
+    cotangent = torch.randn(int(real.sum()), model.config.vocab_size).bfloat16().to(device)
 
     def run(model, how=lambda model: model):
         if checkpointing != "none":

@@ -3,27 +3,29 @@
 The truth is the reference evaluated in float64 on the very inputs of the kernel. The error of a
 kernel may be at most twice that of the same maths in eager PyTorch in the kernel's dtype, plus one
 rounding of the true value to that dtype. This holds for the root mean square of the errors of an
-output or gradient and for the largest of them; in float32, where an error is a sum of many
-roundings and the largest of them a chance, the largest may be twice as much again.
+output or gradient and for the largest of them. In float32, where an error is a sum of many
+roundings and the largest of them a chance, the limit of the largest is doubled.
 
 By how much eager PyTorch is off in one run depends on the processor, which decides in what order it
 adds up, and on chance: a handful of numbers may all round the right way. So the error of eager code
-is
+is taken
 
-- that of sums taken in one order on every machine (`summation.tile_by_tile`), and
-- the largest of several draws: of an output with few elements of as many as give 128 values, at
-  least 2 and at most 16. The first draw is of the very inputs. Every further one is of inputs that
-  are up to six roundings smaller, each number for itself, against their own float64 truth, and of
-  sums in a drawn order: the same problem, rounded differently.
+- with sums in one order on every machine (`summation.tile_by_tile`), which err more than those of
+  PyTorch's own order, as those of a kernel may, and
+- as the largest of several draws: as many as give the smallest output 128 values in all, at least 2
+  and at most 16. The first draw has the very inputs. In every further one each number of the inputs
+  is smaller by 0, 1, 2 or 3 times ε, sums are taken in an order drawn from a fixed seed, and the
+  truth is that of its own inputs: the same problem, rounded differently.
 
-A kernel with the errors of eager code then exceeds its budget only where its own largest error is
-more than twice the largest of some hundred others.
+So a kernel that errs as eager code does exceeds its budget only if its own error is more than twice
+the largest of those of the draws.
 """
 
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -52,7 +54,8 @@ class Measured(NamedTuple):
 
     @property
     def share(self) -> float:
-        """The part of the budget that is used; infinite for a NaN or where no error is allowed."""
+        """The part of the budget that is used; infinite for a NaN, or for an error where the budget
+        is 0."""
         if self.ok:
             return self.error / self.budget if self.budget else 0.0
         return self.error / self.budget if self.error > self.budget > 0 else math.inf
@@ -86,15 +89,24 @@ def compare(
     """The error of `actual` and its budget, given eager's result and the float64 `oracle`.
 
     Of the two errors, the largest and the root mean square, the one that uses more of its budget.
-    Where the oracle is NaN or infinite `actual` must be the same; else the error is infinite.
+    Where either `actual` or the oracle is NaN or infinite the other must be the same; else the
+    error is infinite. Where eager alone is, it allows nothing.
 
     Args:
         further: (eager, oracle) of each further draw.
     Raises:
         ValueError: the shapes differ.
+        TypeError: actual and eager differ in dtype, are not floating, or the oracle is not float64.
     """
-    if actual.shape != oracle.shape:
-        raise ValueError(f"{what}: expected shape {list(oracle.shape)}; got {list(actual.shape)}")
+    if not actual.shape == oracle.shape == eager.shape:
+        shapes = " and ".join(str(list(x.shape)) for x in (actual, eager))
+        raise ValueError(f"{what}: expected shape {list(oracle.shape)}; got {shapes}")
+    if oracle.dtype != torch.float64:
+        raise TypeError(f"{what}: expected a float64 oracle; got {oracle.dtype}")
+    if actual.dtype != eager.dtype or not actual.is_floating_point():
+        raise TypeError(
+            f"{what}: expected eager's floating dtype {eager.dtype}; got {actual.dtype}"
+        )
     if not torch.equal(_special_values(actual), _special_values(oracle)):
         return Measured(what, math.inf, 0.0, actual.dtype)
     draws = [_error(*draw) for draw in ((eager, oracle), *further)]
@@ -113,12 +125,27 @@ def compare(
     return max(measured, key=lambda m: m.share)
 
 
-def run(
-    function: Callable[..., Any], inputs: dict[str, Any], wrt: tuple[str, ...], seed: int = 0
-) -> Results:
-    """The outputs of a call and the gradients of the arguments `wrt`, by name.
+def cotangents(outputs: Results, seed: int = 0) -> list[Tensor]:
+    """Standard normal numbers, the same on every machine, in the shapes and dtypes of outputs."""
+    numbers = numpy.random.default_rng(seed)
+    drawn = [torch.from_numpy(numbers.standard_normal(x.shape)) for x in outputs.values()]
+    return [x.to(output) for x, output in zip(drawn, outputs.values(), strict=True)]
 
-    The gradients' cotangents are drawn from `seed` in float32 and rounded to each output's dtype.
+
+def run(
+    function: Callable[..., Any],
+    inputs: dict[str, Any],
+    wrt: tuple[str, ...],
+    seed: int = 0,
+    like: Results | None = None,
+) -> Results:
+    """The outputs of a call, "output 0", …, and the gradients of the arguments `wrt`, "d x", ….
+
+    The gradients' cotangents are drawn from `seed` and rounded to the dtypes of the outputs, or to
+    those of the outputs in `like`: an oracle has the very cotangents of what it is the truth of.
+
+    Args:
+        function: returns a floating tensor or a tuple of them.
     """
     inputs = {
         name: value.detach().requires_grad_() if name in wrt else value
@@ -128,14 +155,9 @@ def run(
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
     if wrt:
-        generator = torch.Generator().manual_seed(seed)
-        cotangents = [
-            torch.randn(output.shape, generator=generator, device="cpu", dtype=torch.float32).to(
-                output
-            )
-            for output in outputs
-        ]
-        grads = torch.autograd.grad(outputs, [inputs[name] for name in wrt], cotangents)
+        rounded = cotangents({name: (like or results)[name] for name in results}, seed)
+        directions = [x.to(output) for x, output in zip(rounded, outputs, strict=True)]
+        grads = torch.autograd.grad(outputs, [inputs[name] for name in wrt], directions)
         results |= {f"d {name}": grad for name, grad in zip(wrt, grads, strict=True)}
     return results
 
@@ -152,7 +174,7 @@ def _near(inputs: Any, generator: torch.Generator) -> Any:
         if x.dtype not in LOW_PRECISION:
             return x
         steps = torch.randint(4, x.shape, generator=generator, device="cpu").to(x.device)
-        return (x.double() * (1.0 - steps * torch.finfo(x.dtype).eps)).to(x.dtype)
+        return (x.double() * (1.0 - steps.double() * torch.finfo(x.dtype).eps)).to(x.dtype)
 
     return tree_map_only(Tensor, smaller, inputs)
 
@@ -162,11 +184,13 @@ def draw(
     inputs: Any,
     oracle: Callable[[Any], Results] | None = None,
 ) -> list[tuple[Results, Results]]:
-    """(eager, oracle) of as many draws as the smallest output needs, the first of `inputs`.
+    """Pairs (eager, oracle) of results, as many as the smallest result needs; the first pair is
+    that of `inputs` themselves.
 
     Args:
-        evaluate: the reference as a function of all inputs.
-        oracle: what gives the truth for inputs in float64; None means `evaluate`.
+        evaluate: the reference as a function of all inputs, and of nothing else.
+        inputs: any nest of containers with tensors and other values.
+        oracle: gives the truth for inputs in float64; None means `evaluate`.
     """
     oracle = oracle or evaluate
     generator = torch.Generator().manual_seed(0)
@@ -189,23 +213,33 @@ def measure_call(
     inputs: dict[str, Any],
     wrt: tuple[str, ...] = (),
     oracle: Callable[..., Any] | None = None,
+    seed: int = 0,
 ) -> list[Measured]:
     """Every output and gradient of `kernel` on these inputs, with its error and budget.
 
     Args:
         oracle: gives the truth in float64, if `reference` does not.
+        seed: of the gradients' cotangents.
     """
 
+    actual = run(kernel, inputs, wrt, seed)
+
     def results_of(function: Callable[..., Any]) -> Callable[[dict[str, Any]], Results]:
-        return lambda given: run(function, given, wrt)
+        return lambda given: run(function, given, wrt, seed, like=actual)
 
     draws = draw(results_of(reference), inputs, results_of(oracle or reference))
-    return measure_results(run(kernel, inputs, wrt), draws)
+    return measure_results(actual, draws)
 
 
 def measure_results(actual: Results, draws: list[tuple[Results, Results]]) -> list[Measured]:
-    """Each of some results, by name, beside what `draw` gave for them."""
-    measured = []
+    """Each of some results, by name, beside what `draw` gave for them.
+
+    Raises:
+        ValueError: the names are not those of the draws.
+    """
+    measured, expected = [], draws[0][0].keys()
+    if actual.keys() != expected:
+        raise ValueError(f"actual: expected {sorted(expected)}; got {sorted(actual)}")
     for what, value in actual.items():
         first, *further = [(eager[what], oracle[what]) for eager, oracle in draws]
         measured.append(compare(what, value, *first, *further))
@@ -215,7 +249,7 @@ def measure_results(actual: Results, draws: list[tuple[Results, Results]]) -> li
 def measure(
     spec: OpSpec, case: Case, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> list[Measured]:
-    """`measure_call` of an op of the table on inputs drawn for a case."""
+    """`measure_call` of an op of the table on inputs, and cotangents, drawn for a case."""
     generator = torch.Generator().manual_seed(seed)
     inputs = spec.make_inputs(case, dtype, device, generator)
-    return measure_call(spec.kernel, spec.reference, inputs, spec.wrt)
+    return measure_call(spec.kernel, spec.reference, inputs, spec.wrt, seed=seed)

@@ -4,10 +4,11 @@ Data and ordinary functions; what is peculiar to one op is an ordinary test of t
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -48,6 +49,15 @@ class OpSpec:
         return tuple(case for case in self.cases if case.test)
 
 
+def standard_normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Standard normal float32 numbers on the generator's device; from one of the CPU, the same on
+    every machine, which those of torch.randn are not."""
+    if generator.device.type != "cpu":
+        return torch.randn(shape, generator=generator, device=generator.device)
+    (seed,) = torch.randint(2**62, (1,), generator=generator, device="cpu").tolist()
+    return torch.from_numpy(numpy.random.default_rng(seed).standard_normal(shape, numpy.float32))
+
+
 class _Draw:
     """Standard normal tensors of one dtype and device from one generator."""
 
@@ -57,8 +67,7 @@ class _Draw:
         self.dtype, self.device, self.generator = dtype, device, generator
 
     def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        drawn = torch.randn(shape, generator=self.generator, device=self.generator.device)
-        return drawn.to(self.device, dtype or self.dtype)
+        return standard_normal(shape, self.generator).to(self.device, dtype or self.dtype)
 
 
 # --- RMSNorm ---------------------------------------------------------------------------------

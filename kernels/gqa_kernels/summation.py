@@ -1,16 +1,17 @@
 """Eager PyTorch whose sums are taken in one known order on every machine.
 
 How a library sums (in vectors, blocks or threads, with fused multiply-adds) depends on the
-processor, and with it the error of eager code. Under `tile_by_tile` the products of matrices, sums,
-means, norms and softmaxes of low-precision tensors are evaluated here instead. Each product is
-rounded to float32; the terms of a tile of 128 are added to a float32 total one after another, then
-the totals of the tiles; the result is rounded once to its dtype. What remains are operations on
-single elements, which IEEE 754 defines but for the last bits of functions such as exp.
+processor, and with it the error of eager code. Under `tile_by_tile` products of matrices, sums,
+means, norms, logsumexp and softmaxes of low-precision tensors are evaluated here instead. Each
+product is rounded to float32; the terms of a tile of 128 are added to a float32 total one after
+another, then the totals of the tiles; the result is rounded once to its dtype. What the ops of this
+package use beside these are operations on single elements, which IEEE 754 defines but for the last
+bits of functions such as exp. Any other reduction is left to the library.
 
-This is how a kernel adds up, inside a tile and over tiles, so that the error of this order is what
-an error budget is derived from (`accuracy`). It is larger than that of pairwise summation, which
-libraries come near to: for n random terms one grows with sqrt(min(n, 128)) + sqrt(n / 128), the
-other with sqrt(log n) (Higham 2002, chapter 4).
+A kernel too adds up inside tiles and then over tiles, so the error of this order is what an error
+budget is derived from (`accuracy`). It is larger than that of pairwise summation, which libraries
+approximate: for n random terms one grows with sqrt(min(n, 128)) + sqrt(n / 128), the other with
+sqrt(log n) (Higham 2002, "Accuracy and stability of numerical algorithms", chapter 4).
 """
 
 import math
@@ -20,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
-LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
+LOW_PRECISION = {torch.float32, torch.float16, torch.bfloat16}
 _TILE = 128
 
 
@@ -41,8 +43,16 @@ class tile_by_tile(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         evaluate = _SUMS.get(func)
-        if evaluate is not None and args[0].dtype in LOW_PRECISION:
-            return evaluate(self, *args, **kwargs)
+        dtypes = {x.dtype for x in args if isinstance(x, Tensor)} if evaluate else set()
+        if len(dtypes) == 1 and dtypes <= LOW_PRECISION:
+            # Refuses what the library refuses, and says what a result looks like.
+            like = func(*_on_meta(args), **_on_meta(kwargs))
+            if like.dtype in LOW_PRECISION:
+                result = torch.empty_strided(
+                    like.shape, like.stride(), dtype=like.dtype, device=args[0].device
+                )
+                kwargs.pop("dtype", None)
+                return result.copy_(evaluate(self, *args, **kwargs))
         with self:  # a composite operation may contain sums
             result = func.decompose(*args, **kwargs)
         return func(*args, **kwargs) if result is NotImplemented else result
@@ -88,70 +98,82 @@ def _added(terms: Iterable[Tensor], shape: Sequence[int], device: torch.device) 
     return total
 
 
-def _sum(sums: tile_by_tile, x, dim=None, keepdim=False, *, dtype=None):
+def _on_meta(arguments: Any) -> Any:
+    return tree_map_only(Tensor, lambda x: x.to("meta"), arguments)
+
+
+# Each gets the arguments of the operation and gives its result in float32.
+
+
+def _sum(sums: tile_by_tile, x, dim=None, keepdim=False):
     dims = range(x.dim()) if not dim and dim != 0 else dim
-    return sums.total(x, dims, keepdim).to(dtype or x.dtype)
+    return sums.total(x, dims, keepdim)
 
 
-def _mean(sums: tile_by_tile, x, dim=None, keepdim=False, *, dtype=None):
-    total = _sum(sums, x, dim, keepdim, dtype=torch.float32)
-    return (total / (x.numel() / max(1, total.numel()))).to(dtype or x.dtype)
+def _mean(sums: tile_by_tile, x, dim=None, keepdim=False):
+    total = _sum(sums, x, dim, keepdim)
+    return total / (x.numel() / max(1, total.numel()))
 
 
-def _norm(sums: tile_by_tile, x, order=2, dim=None, keepdim=False, *, dtype=None):
+def _norm(sums: tile_by_tile, x, order=2, dim=None, keepdim=False):
     if order != 2:
-        return torch.linalg.vector_norm(x, order, dim, keepdim, dtype=dtype)
-    return _sum(sums, x.float().square(), dim, keepdim).sqrt().to(dtype or x.dtype)
+        return torch.linalg.vector_norm(x, order, dim, keepdim)
+    return _sum(sums, x.float().square(), dim, keepdim).sqrt()
+
+
+def _largest(sums: tile_by_tile, x, dims):
+    """0 of no numbers."""
+    return x.amax(dims, keepdim=True) if x.numel() else sums.total(x, dims, keepdim=True)
 
 
 def _logsumexp(sums: tile_by_tile, x, dim, keepdim=False):
-    # Of no terms at all, as of infinite ones, nothing can be taken off.
-    largest = x.float().amax(dim, keepdim=True) if x.numel() else sums.total(x, dim, keepdim=True)
-    largest = largest.masked_fill(largest.abs() == torch.inf, 0.0)
+    largest = _largest(sums, x.float(), dim)
+    largest = largest.masked_fill(largest.abs() == torch.inf, 0.0)  # inf − inf would be NaN
     total = sums.total(torch.exp(x.float() - largest), dim, keepdim)
-    return (total.log() + largest.view_as(total)).to(x.dtype)
+    return total.log() + largest.view_as(total)
 
 
 def _softmax(sums: tile_by_tile, x, dim, half_to_float=False):
-    powers = torch.exp(x.float() - x.float().amax(dim, keepdim=True))
-    weights = powers / sums.total(powers, [dim], keepdim=True)
-    return weights if half_to_float else weights.to(x.dtype)
+    powers = torch.exp(x.float() - _largest(sums, x.float(), [dim]))
+    return powers / sums.total(powers, [dim], keepdim=True)
 
 
-def _safe_softmax(sums: tile_by_tile, x, dim, dtype=None):
-    weights = _softmax(sums, x, dim).masked_fill((x == -torch.inf).all(dim, keepdim=True), 0.0)
-    return weights.to(dtype or x.dtype)
+def _safe_softmax(sums: tile_by_tile, x, dim):
+    blind = (x == -torch.inf).all(dim, keepdim=True)
+    return _softmax(sums, x, dim).masked_fill(blind, 0.0)
 
 
 def _log_softmax(sums: tile_by_tile, x, dim, half_to_float=False):
-    logs = x.float() - _logsumexp(sums, x.float(), [dim], keepdim=True)
-    return logs if half_to_float else logs.to(x.dtype)
+    less = x.float() - _largest(sums, x.float(), [dim])
+    return less - sums.total(less.exp(), [dim], keepdim=True).log()
 
 
 def _softmax_backward(sums: tile_by_tile, grad, weights, dim, dtype):
     grad, weights = grad.float(), weights.float()
-    return (weights * (grad - sums.total(grad * weights, [dim], keepdim=True))).to(dtype)
+    return weights * (grad - sums.total(grad * weights, [dim], keepdim=True))
 
 
 def _log_softmax_backward(sums: tile_by_tile, grad, logs, dim, dtype):
     grad = grad.float()
-    return (grad - logs.float().exp() * sums.total(grad, [dim], keepdim=True)).to(dtype)
+    return grad - logs.float().exp() * sums.total(grad, [dim], keepdim=True)
 
 
 def _mm(sums: tile_by_tile, a, b):
-    return sums.product(a, b).to(a.dtype)
+    return sums.product(a, b)
 
 
 def _addmm(sums: tile_by_tile, x, a, b, *, beta=1, alpha=1):
-    return (beta * x.float() + alpha * sums.product(a, b)).to(a.dtype)
+    """A factor of 0 leaves out what it multiplies, NaN included."""
+    product = alpha * sums.product(a, b) if alpha else a.new_zeros((), dtype=torch.float32)
+    return beta * x.float() + product if beta else product
 
 
 def _mv(sums: tile_by_tile, a, b):
-    return _mm(sums, a, b[:, None])[:, 0]
+    return sums.product(a, b[:, None])[:, 0]
 
 
 def _dot(sums: tile_by_tile, a, b):
-    return _mm(sums, a[None], b[:, None])[0, 0]
+    return sums.product(a[None], b[:, None])[0, 0]
 
 
 _aten = torch.ops.aten
