@@ -10,12 +10,12 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/llama2 demo
 
-# One thread per test process: the two share the cores, and the interpreter is single-threaded.
+# One thread per test process: the processes share the cores, and the interpreter has one thread.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 tests
 
 # Tests of error budgets under other seeds, instruction sets and numbers of threads: hours. What has
-# been run is kept in .seeds/ and not run again.
+# been run is kept in .seeds/ and not run again for the same sources.
 test-seeds: $(READY)
 	$(BIN)/python tests/run_seeds.py
 

@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
     content = {"kind": kind, "environment": environment(), "ceilings": found._asdict()}
     print(json.dumps(content, indent=1))
     if options.json:
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -263,7 +263,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.json:
         print(_as_json(entries))
     elif options.write:
-        options.write.write_text(markdown(entries))
+        options.write.write_text(markdown(entries), encoding="utf-8")
     else:
         print(markdown(entries))
 

@@ -105,17 +105,17 @@ What is quoted elsewhere is quoted from these files, losses as plainly as wins.
 
 def _state(out: Path) -> dict[str, Any]:
     file = out / "stages.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def _write(out: Path, state: dict[str, Any]) -> None:
-    (out / "stages.json").write_text(json.dumps(state, indent=1) + "\n")
+    (out / "stages.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
     table = "\n".join(
         f"| {stage.name} | {stage.question} | {_answer(stage)} | "
         f"{state.get(stage.name, {}).get('status', 'not run yet')} |"
         for stage in STAGES
     )
-    (out / "plan.md").write_text(_PLAN.format(table=table, out=out.name))
+    (out / "plan.md").write_text(_PLAN.format(table=table, out=out.name), encoding="utf-8")
 
 
 def _answer(stage: Stage) -> str:
@@ -132,7 +132,7 @@ def run_stage(stage: Stage, out: Path, seconds: float, dry: bool) -> dict[str, A
     """Runs a stage for at most that long; its output goes to OUT/STAGE.log."""
     start = time.monotonic()
     status = "done"
-    with (out / f"{stage.name}.log").open("a") as log:
+    with (out / f"{stage.name}.log").open("a", encoding="utf-8") as log:
         process = subprocess.Popen(
             stage.command(out, seconds, dry),
             cwd=BENCH.parent,
@@ -160,7 +160,7 @@ def _left(stage: Stage, out: Path) -> int:
     results = out / f"{stage.name}.json"
     if stage.name not in ("ours", "peers") or not results.exists():
         return 0
-    return json.loads(results.read_text()).get("groups_left", 0)
+    return json.loads(results.read_text(encoding="utf-8")).get("groups_left", 0)
 
 
 def stop(process: subprocess.Popen) -> None:

@@ -81,7 +81,7 @@ class Record:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # A reader, or a run that is killed now, finds the old file or the new one.
         partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text(json.dumps(self.content, indent=1) + "\n")
+        partial.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, self.path)
 
 

@@ -271,7 +271,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         plots = plotting.draw(content, out)
     page = out / "report.md"
-    page.write_text(build(content, plots))
+    page.write_text(build(content, plots), encoding="utf-8")
     print(page)
 
 

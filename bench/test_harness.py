@@ -606,7 +606,7 @@ def test_plots_of_the_sample(sample, tmp_path):
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
-    (tmp_path / "x.json").write_text("[]")
+    (tmp_path / "x.json").write_text("[]", encoding="utf-8")
     with pytest.raises(ValueError, match="expected a result file"):
         record.read(tmp_path / "x.json")
 
@@ -665,11 +665,11 @@ def dry_run(started_dry_run):
 
 def test_dry_run_goes_through_every_stage(dry_run):
     out, code, output = dry_run
-    logs = "\n".join(file.read_text()[-2000:] for file in out.glob("*.log"))
+    logs = "\n".join(file.read_text(encoding="utf-8")[-2000:] for file in out.glob("*.log"))
     assert code == 0, f"{output}\n{logs}"
-    state = json.loads((out / "stages.json").read_text())
+    state = json.loads((out / "stages.json").read_text(encoding="utf-8"))
     assert [state[stage.name]["status"] for stage in gpu.STAGES] == ["done"] * len(gpu.STAGES)
-    plan = (out / "plan.md").read_text()
+    plan = (out / "plan.md").read_text(encoding="utf-8")
     assert plan.count("| done |") == len(gpu.STAGES)
     for name in ("ours/report.md", "peers/report.md", "ceilings.json", "tuning.json"):
         assert (out / name).exists() and name in plan
@@ -681,14 +681,14 @@ def test_dry_run_shows_no_time_as_a_kernels(dry_run):
         content = record.read(out / f"{name}.json")
         assert content["kind"] == record.DRY_RUN
         assert content["environment"]["gpu"] == StubDevice.name
-        page = (out / name / "report.md").read_text()
+        page = (out / name / "report.md").read_text(encoding="utf-8")
         assert "SIMULATED TIMES, NOT A MEASUREMENT" in page
     ok = [row for row in record.read(out / "peers.json")["rows"] if row["status"] == "ok"]
     assert {row["backend"] for row in ok} >= {"triton", "eager", "torch", "sdpa_flash"}
     # The samples went through pytest-benchmark as they were.
     raw = out / "peers_samples.json"
     if raw.exists():
-        for entry in json.loads(raw.read_text())["benchmarks"]:
+        for entry in json.loads(raw.read_text(encoding="utf-8"))["benchmarks"]:
             assert entry["stats"]["median"] == pytest.approx(
                 entry["extra_info"]["median_us"] * 1e-6, rel=0.01
             )

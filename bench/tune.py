@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(describe(sweep, outcomes), flush=True)
         record.append({"group": sweep.workload.group, "outcomes": [o._asdict() for o in outcomes]})
         if options.json:
-            options.json.write_text(json.dumps(record, indent=1) + "\n")
+            options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -233,7 +233,7 @@ def half_split(weight: Tensor, name: str, config: ModelConfig) -> Tensor:
 
 
 def write_config(folder: Path, settings: dict[str, Any]) -> None:
-    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2))
+    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
 def config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:

@@ -219,7 +219,9 @@ def save_meta(model: Llama2, path: str | Path, num_shards: int = 1) -> None:
         for rank in range(num_shards):
             shard = {_key_of(name): _part(model, name, rank, num_shards) for name in names}
             torch.save(shard, folder / _shard_name(rank))
-        (folder / CONFIG_FILE).write_text(json.dumps(_params_json(config), indent=2))
+        (folder / CONFIG_FILE).write_text(
+            json.dumps(_params_json(config), indent=2), encoding="utf-8"
+        )
 
 
 def _part(model: Llama2, name: str, rank: int, num_shards: int) -> Tensor:

@@ -31,7 +31,10 @@ def run(cases: dict[str, Callable[[], None]], world_size: int) -> None:
             del os.environ["TRITON_INTERPRET"]
             if before is not None:
                 os.environ["TRITON_INTERPRET"] = before
-        reports = [json.loads(file.read_text()) for file in sorted(Path(folder).glob("*.json"))]
+        reports = [
+            json.loads(file.read_text(encoding="utf-8"))
+            for file in sorted(Path(folder).glob("*.json"))
+        ]
     failures = [f"{name}: {r[name]}" for r in reports for name in r if r[name] != "passed"]
     failures += [f"{name}: not run" for name in cases if not all(name in r for r in reports)]
     assert not failures, "\n".join(failures)

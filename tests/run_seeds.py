@@ -5,14 +5,17 @@
 - every test that measures an error budget with 3 seeds, under each instruction set that PyTorch,
   MKL, oneDNN and OpenBLAS can be held to, and with 1, 2 and 8 threads: each pair of the two with
   one of the seeds, or with every seed;
-- the small cases of the op table with 20 seeds.
+- the small cases of the op table with 20 seeds, under these settings in turn.
 
-Each run leaves a file of JSON lines in DIR. Those that are there already are not run again, so that
-an interrupted command goes on. FILE gets the summary: the settings, what failed, and the largest
-part of a budget that any error used, for each op and dtype. It takes hours.
+Each run leaves a file of JSON lines in a folder of DIR that is named after a hash of the sources.
+Those that are there already are not run again, so that an interrupted command goes on. FILE gets
+the summary: the settings, what failed, and the largest part of a budget that any error used, for
+each op and dtype. It takes hours.
 """
 
 import argparse
+import hashlib
+import itertools
 import json
 import os
 import platform
@@ -26,7 +29,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
 TABLE_SEEDS = range(20)
 SEEDS = range(3)
 THREADS = (1, 2, 8)
@@ -75,16 +79,23 @@ def all_runs(every_combination: bool) -> list[Run]:
         for j, num_threads in enumerate(THREADS)
         if every_combination or j == (i + seed) % len(THREADS)
     ]
-    return tests + [Run("default", 1, seed, True) for seed in TABLE_SEEDS]
+    settings = itertools.cycle((run.instructions, run.num_threads) for run in tests)
+    return tests + [Run(*next(settings), seed, True) for seed in TABLE_SEEDS]
 
 
 def budget_tests(folder: Path) -> list[str]:
-    """The tests that measure a budget, as the first run found them; before it, their files."""
+    """The tests that measure a budget, but for the op table, as the first run found them; before it,
+    their files."""
     found = folder / f"{FIRST.name}.jsonl"
     if found.exists():
-        return sorted({record["test"] for record in read(found) if "test" in record})
-    files = [file for file in sorted(TESTS.glob("test_*.py")) if "from budget" in file.read_text()]
-    return [str(file.relative_to(TESTS.parent)) for file in files]
+        tests = {record["test"] for record in read(found) if "test" in record}
+        return sorted(test for test in tests if not test.startswith(f"tests/{TABLE_TEST}["))
+    files = [
+        file
+        for file in sorted(TESTS.glob("test_*.py"))
+        if "from budget" in file.read_text(encoding="utf-8")
+    ]
+    return [str(file.relative_to(ROOT)) for file in files]
 
 
 def read(file: Path) -> list[dict]:
@@ -97,7 +108,7 @@ def perform(run: Run, folder: Path) -> None:
     report.unlink(missing_ok=True)
     chosen = [f"tests/{TABLE_TEST}"] if run.table else budget_tests(folder)
     arguments = folder / f"{run.name}.tests"
-    arguments.write_text("\n".join(chosen))
+    arguments.write_text("\n".join(chosen), encoding="utf-8")
     environment = os.environ | INSTRUCTION_SETS[run.instructions]
     environment |= {"TEST_SEED": str(run.seed), "BUDGET_REPORT": str(report.resolve())}
     environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(run.num_threads))
@@ -110,15 +121,13 @@ def perform(run: Run, folder: Path) -> None:
         "auto",
     ]
     command += ["--maxprocesses", "4", f"@{arguments.resolve()}"]
-    with (folder / f"{run.name}.log").open("w") as log:
-        code = subprocess.run(
-            command, cwd=TESTS.parent, env=environment, stdout=log, stderr=log
-        ).returncode
+    with (folder / f"{run.name}.log").open("w", encoding="utf-8") as log:
+        code = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log).returncode
     if code not in (0, 1):
         raise SystemExit(f"{run.name}: pytest ended with {code}; see {log.name}")
-    lines = (folder / f"{run.name}.log").read_text().splitlines()
-    failed = [line.split()[1] for line in lines if line.startswith("FAILED ")]
-    with report.open("a") as file:
+    lines = (folder / f"{run.name}.log").read_text(encoding="utf-8").splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    with report.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"passed": code == 0, "failed": failed}) + "\n")
     report.rename(done)
 
@@ -129,7 +138,14 @@ def op_of(test: str) -> str:
     return name.partition("[")[2].partition("-")[0] if file == "test_ops.py" else file
 
 
-def summary(runs: list[Run], folder: Path) -> str:
+def sources() -> str:
+    """A hash of what the results depend on."""
+    folders = [ROOT / name for name in ("kernels", "llama2", "tests")]
+    files = sorted(file for folder in folders for file in folder.rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+def summary(runs: list[Run], num_runs: int, folder: Path) -> str:
     nearest: dict[str, dict[str, float]] = defaultdict(dict)
     rows, num_errors = [], 0
     for run in runs:
@@ -158,8 +174,9 @@ def summary(runs: list[Run], folder: Path) -> str:
             "# How near errors come to their budgets",
             "",
             f"Made by `make test-seeds` on {processor()} with {versions}, Python "
-            f"{platform.python_version()}: {num_errors} errors in {len(runs)} runs. A budget is "
-            "what `kernels/gqa_kernels/accuracy.py` derives; 1.00 would use all of it.",
+            f"{platform.python_version()}: {num_errors} errors in {len(runs)} of {num_runs} "
+            "runs. A budget is what `kernels/gqa_kernels/accuracy.py` derives; 1.00 would use all of "
+            "it.",
             "",
             "## The largest part of a budget that an error used",
             "",
@@ -188,25 +205,40 @@ def processor() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--every-combination", action="store_true")
-    parser.add_argument("--runs", type=Path, default=Path(".seeds"), metavar="DIR")
     parser.add_argument(
-        "--out", type=Path, default=Path("bench/results/error_budgets.md"), metavar="FILE"
+        "--every-combination",
+        action="store_true",
+        help="every setting with every seed: 47 runs instead of 29",
+    )
+    parser.add_argument(
+        "--summary-only", action="store_true", help="of the runs that are there; run no other"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=ROOT / ".seeds", metavar="DIR", help="default: .seeds"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "bench" / "results" / "error_budgets.md",
+        metavar="FILE",
+        help="is written over; default: bench/results/error_budgets.md",
     )
     options = parser.parse_args()
-    options.runs.mkdir(parents=True, exist_ok=True)
+    folder = options.runs / sources()
+    folder.mkdir(parents=True, exist_ok=True)
     runs = all_runs(options.every_combination)
     if "AVX512" not in torch.backends.cpu.get_cpu_capability():
         print("This processor has no AVX-512: those settings are left out.")
         runs = [run for run in runs if run.instructions != "AVX-512"]
     for run in tqdm(runs, unit="run"):
-        if not (options.runs / f"{run.name}.jsonl").exists():
-            perform(run, options.runs)
+        if not options.summary_only and not (folder / f"{run.name}.jsonl").exists():
+            perform(run, folder)
+    done = [run for run in runs if (folder / f"{run.name}.jsonl").exists()]
     staged = options.out.with_suffix(".partial")
-    staged.write_text(summary(runs, options.runs))
+    staged.write_text(summary(done, len(runs), folder), encoding="utf-8")
     staged.replace(options.out)
-    failed = [run.name for run in runs if read(options.runs / f"{run.name}.jsonl")[-1]["failed"]]
     print(f"{options.out} has the summary.")
+    failed = [run.name for run in done if not read(folder / f"{run.name}.jsonl")[-1]["passed"]]
     if failed:
         raise SystemExit("Tests failed in: " + ", ".join(failed))
 

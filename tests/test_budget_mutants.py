@@ -219,9 +219,11 @@ MUTANTS = (
 def test_it_is_seen(mutant, tmp_path):
     package = tmp_path / "gqa_kernels"
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
-    source = (package / mutant.file).read_text()
+    source = (package / mutant.file).read_text(encoding="utf-8")
     assert mutant.before in source, f"{mutant.file} no longer has this line: choose another"
-    (package / mutant.file).write_text(source.replace(mutant.before, mutant.after))
+    (package / mutant.file).write_text(
+        source.replace(mutant.before, mutant.after), encoding="utf-8"
+    )
     arguments = [mutant.op, ",".join(mutant.dtypes), *mutant.cases]
     result = subprocess.run(
         [sys.executable, "-c", MEASURE, *arguments],

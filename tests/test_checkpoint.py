@@ -172,7 +172,7 @@ def test_loads_pytorch_bins_with_old_buffers(tmp_path, sharded):
             torch.save(part, tmp_path / f"pytorch_model-{number}.bin")
             weight_map |= dict.fromkeys(part, f"pytorch_model-{number}.bin")
         index = json.dumps({"metadata": {}, "weight_map": weight_map})
-        (tmp_path / "pytorch_model.bin.index.json").write_text(index)
+        (tmp_path / "pytorch_model.bin.index.json").write_text(index, encoding="utf-8")
     else:
         torch.save(state, tmp_path / "pytorch_model.bin")
     assert_equal_logits(tmp_path, logits_of(hf))
@@ -202,8 +202,11 @@ def test_the_model_does_not_alias_the_files(tmp_path):
 
 def edit_json(file, **changes):
     """Sets keys, and removes those whose value is `...`."""
-    settings = {**json.loads(file.read_text()), **changes}
-    file.write_text(json.dumps({key: value for key, value in settings.items() if value is not ...}))
+    settings = {**json.loads(file.read_text(encoding="utf-8")), **changes}
+    file.write_text(
+        json.dumps({key: value for key, value in settings.items() if value is not ...}),
+        encoding="utf-8",
+    )
 
 
 def config_with(tmp_path, **changes):
@@ -439,7 +442,7 @@ def test_index_stays_in_its_directory(sharded, name):
     index = sharded / "model.safetensors.index.json"
     if name == "/outside.safetensors":
         name = str(sharded.parent / "outside.safetensors")
-    weight_map = json.loads(index.read_text())["weight_map"]
+    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     edit_json(index, weight_map={**weight_map, HF_Q: name})
     with pytest.raises(CheckpointError, match=f"({HF_Q}: expected the name|missing shard.*{HF_Q})"):
         load(sharded, OPS)
@@ -454,7 +457,7 @@ def test_index_without_files_is_refused(sharded, weight_map):
 
 def test_index_and_shards_must_agree(sharded):
     index = sharded / "model.safetensors.index.json"
-    weight_map = json.loads(index.read_text())["weight_map"]
+    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     right = weight_map[HF_Q]
     wrong = next(name for name in weight_map.values() if name != right)
     edit_json(index, weight_map={**weight_map, HF_Q: wrong})
@@ -651,7 +654,7 @@ def write_meta(path, hf, num_shards, embedding_axis=1, **params):
         "norm_eps": hf.config.rms_norm_eps,
     }
     settings = {key: value for key, value in {**settings, **params}.items() if value is not ...}
-    (path / "params.json").write_text(json.dumps(settings))
+    (path / "params.json").write_text(json.dumps(settings), encoding="utf-8")
     return path
 
 
@@ -715,7 +718,7 @@ def test_meta_round_trip_is_exact(tmp_path, ffn, dtype):
     assert reloaded.config == model.config
     assert_same_weights(reloaded, model)
     # Meta's own formula must give the same FFN size
-    params = json.loads((tmp_path / "params.json").read_text())
+    params = json.loads((tmp_path / "params.json").read_text(encoding="utf-8"))
     size = int(2 * (4 * params["dim"]) / 3)
     if "ffn_dim_multiplier" in params:
         size = int(params["ffn_dim_multiplier"] * size)
@@ -744,7 +747,7 @@ def meta(meta_saved, tmp_path):
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '"dim"'])
 def test_damaged_params_are_refused_by_file(meta, content):
-    (meta / "params.json").write_text(content)
+    (meta / "params.json").write_text(content, encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"params\.json: expected"):
         load(meta, OPS)
 

@@ -79,7 +79,7 @@ def source_of(path, num_kv_heads=Q_HEADS, dtype=torch.float32, *, bins=None, tie
                 torch.save(part, path / f"pytorch_model-{number}.bin")
                 weight_map |= dict.fromkeys(part, f"pytorch_model-{number}.bin")
             index = json.dumps({"metadata": {}, "weight_map": weight_map})
-            (path / "pytorch_model.bin.index.json").write_text(index)
+            (path / "pytorch_model.bin.index.json").write_text(index, encoding="utf-8")
     return path
 
 
@@ -140,8 +140,8 @@ def test_the_same_count_keeps_every_bit(tmp_path, dtype, max_shard_bytes, method
     save_file(first | {key: first[key].double()}, file, metadata={"format": "pt"})
     run(source, tmp_path / "b", 2, method=method, max_shard_bytes=max_shard_bytes)
     assert_same_bits(tensors_of(tmp_path / "b"), tensors_of(source))
-    assert json.loads((tmp_path / "b" / "config.json").read_text()) == json.loads(
-        (source / "config.json").read_text()
+    assert json.loads((tmp_path / "b" / "config.json").read_text(encoding="utf-8")) == json.loads(
+        (source / "config.json").read_text(encoding="utf-8")
     )
     single = max_shard_bytes == 10**9
     assert (tmp_path / "b" / "model.safetensors").exists() == single
@@ -149,7 +149,9 @@ def test_the_same_count_keeps_every_bit(tmp_path, dtype, max_shard_bytes, method
     sizes = [sum(weight.nbytes for weight in shard.values()) for shard in shards]
     assert all(len(x) == 1 or n <= max_shard_bytes for x, n in zip(shards, sizes, strict=True))
     if not single:
-        index = json.loads((tmp_path / "b" / "model.safetensors.index.json").read_text())
+        index = json.loads(
+            (tmp_path / "b" / "model.safetensors.index.json").read_text(encoding="utf-8")
+        )
         assert index["metadata"]["total_size"] == sum(sizes)
 
 
@@ -222,7 +224,8 @@ def test_meta_becomes_hugging_face(tmp_path, tokens, num_shards):
     run(tmp_path / "meta", tmp_path / "b", 2, calibration=tokens)
     assert_same_bits(tensors_of(tmp_path / "b"), tensors_of(tmp_path / "expected"))
     settings, expected = (
-        json.loads((tmp_path / name / "config.json").read_text()) for name in ("b", "expected")
+        json.loads((tmp_path / name / "config.json").read_text(encoding="utf-8"))
+        for name in ("b", "expected")
     )
     # Meta's files do not record the context length
     assert settings == expected | {"max_position_embeddings": 4096}
@@ -246,20 +249,20 @@ def test_tensors_of_a_pickle_may_share_memory_and_lie_in_any_order(tmp_path, tra
 
 def test_only_the_heads_change_in_the_configuration(tmp_path):
     source = source_of(tmp_path / "a")
-    settings = json.loads((source / "config.json").read_text())
+    settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
     settings |= {"x_ours": {"é": [1, None, 1e-05]}, "use_cache": None, "transformers_version": "0"}
-    (source / "config.json").write_text(json.dumps(settings))
+    (source / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     run(source, tmp_path / "b", 1, method="mean")
-    found = json.loads((tmp_path / "b" / "config.json").read_text())
+    found = json.loads((tmp_path / "b" / "config.json").read_text(encoding="utf-8"))
     assert found == settings | {"num_key_value_heads": 1}
     assert list(found) == list(settings)
 
 
 def test_mha_without_the_key_gets_it(tmp_path):
     source = source_of(tmp_path / "a")
-    settings = json.loads((source / "config.json").read_text())
+    settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
     del settings["num_key_value_heads"]
-    (source / "config.json").write_text(json.dumps(settings))
+    (source / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     run(source, tmp_path / "b", 2, method="first")
     assert checkpoint.load(tmp_path / "b", EAGER).config.num_kv_heads == 2
 
@@ -282,7 +285,7 @@ def test_what_belongs_to_the_tokenizer_comes_along(tmp_path):
     (source / "tokenizer").mkdir()
     run(source, tmp_path / "b", 1, method="mean")
     assert visible(tmp_path / "b") == sorted([*kept, "config.json", "model.safetensors"])
-    assert all((tmp_path / "b" / name).read_text() == name for name in kept)
+    assert all((tmp_path / "b" / name).read_text(encoding="utf-8") == name for name in kept)
 
 
 # What is in memory.
@@ -396,7 +399,7 @@ def test_files_are_never_overwritten(tmp_path):
     source = source_of(tmp_path / "a")
     (tmp_path / "link").symlink_to(source)
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "notes.txt").write_text("mine")
+    (tmp_path / "other" / "notes.txt").write_text("mine", encoding="utf-8")
     before = {file.name: file.read_bytes() for file in source.iterdir()}
     for target, name in (
         (source, "config"),
@@ -466,7 +469,7 @@ def test_a_damaged_source_is_refused_by_key(tmp_path, tokens):
 @pytest.fixture
 def text(tmp_path):
     file = tmp_path / "text.py"
-    file.write_text("def read(self, size=-1):\n    return self.buffer\n" * 40)
+    file.write_text("def read(self, size=-1):\n    return self.buffer\n" * 40, encoding="utf-8")
     return file
 
 
@@ -554,7 +557,7 @@ def test_the_seed_makes_random_heads(llama2, tmp_path):
 )
 def test_a_users_error_is_one_line(llama2, tmp_path, text, options, message):
     short = tmp_path / "short.py"
-    short.write_text("a")
+    short.write_text("a", encoding="utf-8")
     options = [str(short) if option == "SHORT" else option for option in options]
     if "--text" not in options:
         options += ["--text", text]

@@ -70,7 +70,10 @@ def test_the_tests_named_above_are_there():
     file = None
     for name, test in re.findall(r"(\w+\.py)?::(\w+)", __doc__):
         file = name or file
-        assert f"\ndef {test}(" in (Path(__file__).parent / file).read_text(), (file, test)
+        assert f"\ndef {test}(" in (Path(__file__).parent / file).read_text(encoding="utf-8"), (
+            file,
+            test,
+        )
 
 
 # --- patching --------------------------------------------------------------------------------

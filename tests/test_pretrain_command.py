@@ -51,9 +51,11 @@ def folders(tmp_path):
     texts = tmp_path / "texts"
     texts.mkdir()
     for number in range(60):
-        (texts / f"{number}.txt").write_text(f"The square of {number} is {number**2}.\n" * 3)
+        (texts / f"{number}.txt").write_text(
+            f"The square of {number} is {number**2}.\n" * 3, encoding="utf-8"
+        )
     shape = tmp_path / "shape.json"
-    shape.write_text(json.dumps(SHAPE))
+    shape.write_text(json.dumps(SHAPE), encoding="utf-8")
     return ["--work", tmp_path / "work", "--out", tmp_path / "out", "--shape", shape], texts
 
 
@@ -71,13 +73,15 @@ def test_shapes(tmp_path):
     changed = shape_of(*(x for size in sizes for x in (f"--{size}", 1)))
     assert changed.head_dim == small.head_dim
     assert {getattr(changed, size.replace("-", "_")) for size in sizes} == {1}
-    (tmp_path / "x.json").write_text(json.dumps(SHAPE))
+    (tmp_path / "x.json").write_text(json.dumps(SHAPE), encoding="utf-8")
     assert shape_of("--shape", tmp_path / "x.json") == ModelConfig(**SHAPE)
-    config = (command.SHIPPED / "config.json").read_text()
-    (tmp_path / "config.json").write_text(config.replace('"num_hidden_layers": 6', '"x": 0'))
+    config = (command.SHIPPED / "config.json").read_text(encoding="utf-8")
+    (tmp_path / "config.json").write_text(
+        config.replace('"num_hidden_layers": 6', '"x": 0'), encoding="utf-8"
+    )
     with pytest.raises(ValueError, match=r"config\.json: missing key num_hidden_layers"):
         shape_of("--shape", tmp_path / "config.json")
-    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "config.json").write_text(config, encoding="utf-8")
     assert shape_of("--shape", tmp_path / "config.json") == small
 
 
@@ -96,7 +100,7 @@ def test_shapes_that_are_none(arguments, message):
 
 
 def test_a_shape_file_of_other_fields(tmp_path):
-    (tmp_path / "x.json").write_text('{"width": 3}')
+    (tmp_path / "x.json").write_text('{"width": 3}', encoding="utf-8")
     with pytest.raises(ValueError, match=r"x\.json: expected the fields of ModelConfig; .*width"):
         shape_of("--shape", tmp_path / "x.json")
 
@@ -147,28 +151,31 @@ def test_texts_become_a_checkpoint(folders, capsys, tmp_path):
     count = sum(parameter.numel() for parameter in model.parameters())
     assert lines[0].startswith(f"{tmp_path / 'out'}: {count:,} parameters after 192 tokens, loss ")
     assert lines[1].startswith(f"  {tokens}: 192 tokens, 0.")
-    record = json.loads((tmp_path / "out" / "training.json").read_text())
+    record = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
     # 58.txt is the one in 20 whose path is held out
-    held_out = {"documents": 1, "bytes": len((texts / "58.txt").read_text())}
+    held_out = {"documents": 1, "bytes": len((texts / "58.txt").read_text(encoding="utf-8"))}
     assert held_out.items() <= record["held_out"].items()
     assert f"{record['held_out']['bits_per_byte']:.4f} bits per byte over 1 doc" in lines[2]
     tokenizer = Tokenizer(tmp_path / "out" / "tokenizer.model")
     names = sorted(path.name for path in texts.iterdir() if path.name != "58.txt")
-    ids = [tokenizer.encode((texts / name).read_text(), bos=True, eos=True) for name in names]
+    ids = [
+        tokenizer.encode((texts / name).read_text(encoding="utf-8"), bos=True, eos=True)
+        for name in names
+    ]
     assert np.array_equal(np.load(tokens / "shard-00000.npy"), np.concatenate(ids))
     # finished, it says the same again; with other texts it is another run
     assert command.run(parse(*arguments)) == 0
     assert capsys.readouterr().out.splitlines() == lines
-    (texts / "0.txt").write_text("another text")
+    (texts / "0.txt").write_text("another text", encoding="utf-8")
     with pytest.raises(ValueError, match=r"expected the state of a run with stream num_tokens"):
         command.run(parse(*arguments))
 
 
 def test_held_out_texts_without_a_byte_give_no_figure(folders, tmp_path):
     options, texts = folders
-    (texts / "58.txt").write_text("")
+    (texts / "58.txt").write_text("", encoding="utf-8")
     assert command.run(parse(*options, "--text", texts, *RECIPE)) == 0
-    record = json.loads((tmp_path / "out" / "training.json").read_text())
+    record = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
     assert record["held_out"] is None
 
 
@@ -188,7 +195,7 @@ def test_shards_are_mixed_by_weight(folders, capsys, tmp_path):
     assert f"{tmp_path / 'b'}: 16 tokens" in captured.out
     assert "held out" not in captured.out
     assert "the warm-up of 2000 steps does not end in 2" in captured.err
-    record = json.loads((tmp_path / "out" / "training.json").read_text())
+    record = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
     assert record["held_out"] is None
     assert not (tmp_path / "out" / "tokenizer.model").exists()
     tokenizer = ("--tokenizer", command.SHIPPED / "tokenizer.model", "--held-out", texts)
@@ -197,7 +204,9 @@ def test_shards_are_mixed_by_weight(folders, capsys, tmp_path):
 
 
 def test_a_checkpoint_goes_on(tmp_path, capsys):
-    (tmp_path / "text").write_text((Path(command.__file__)).read_text(encoding="utf-8"))
+    (tmp_path / "text").write_text(
+        (Path(command.__file__)).read_text(encoding="utf-8"), encoding="utf-8"
+    )
     folders = ("--work", tmp_path / "work", "--out", tmp_path / "out", "--text", tmp_path / "text")
     recipe = ("--alpha", 0.02, "--of-steps", 100, "--batch-size", 2, "--backend", "eager")
     arguments = (*folders, *recipe, "--warmup-steps", 1)
@@ -221,7 +230,7 @@ def test_the_standard_library_is_the_default(folders, monkeypatch, tmp_path):
     documents = [Document("a.py", "x = 1\n" * 99, False), Document("b.py", "y = 2\n", True)]
     monkeypatch.setattr("llama2.train.data.stdlib_documents", lambda: documents)
     assert command.run(parse(*options, *RECIPE, "--bf16", "--activation-checkpointing")) == 0
-    record = json.loads((tmp_path / "out" / "training.json").read_text())
+    record = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
     assert record["held_out"]["bytes"] == 6
     (name,) = (path.name for path in (tmp_path / "work" / "tokens").iterdir())
     assert name.startswith("standard-library-")
@@ -288,15 +297,20 @@ def test_texts_for_training_are_not_evaluated(folders, capsys, tmp_path):
     (texts / "copy.txt").symlink_to("58.txt")
     other = tmp_path / "other"
     other.mkdir()
-    (other / os.fsdecode(b"\xe9")).write_text((texts / "7.txt").read_text())
-    (other / "new").write_text("A text of its own.")
+    (other / os.fsdecode(b"\xe9")).write_text(
+        (texts / "7.txt").read_text(encoding="utf-8"), encoding="utf-8"
+    )
+    (other / "new").write_text("A text of its own.", encoding="utf-8")
     assert command.run(parse(*options, "--text", texts, *RECIPE)) == 0
     assert "1 of 1 texts for evaluation are left out" in capsys.readouterr().err
-    assert json.loads((tmp_path / "out" / "training.json").read_text())["held_out"] is None
+    assert (
+        json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))["held_out"]
+        is None
+    )
     options[1] = tmp_path / "another"
     assert command.run(parse(*options, "--text", texts, "--held-out", other, *RECIPE)) == 0
     assert "1 of 2 texts for evaluation are left out" in capsys.readouterr().err
-    record = json.loads((tmp_path / "out" / "training.json").read_text())
+    record = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
     assert record["held_out"]["bytes"] == len("A text of its own.")
     options[1] = tmp_path / "third"
     assert command.run(parse(*options, "--text", other, *RECIPE)) == 0  # names of any bytes

@@ -170,7 +170,7 @@ def test_the_option(dtype, monkeypatch, capsys, tmp_path):
     )
     options = ("--kv-cache-dtype", name, "--max-new-tokens", "3", "--device", "cpu")
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"prompt": "def"}\n')
+    prompts.write_text('{"prompt": "def"}\n', encoding="utf-8")
     files = ("--prompts", str(prompts), "--out", str(tmp_path / "out.jsonl"))
     for command in (("generate", "--prompt", "def"), ("serve-offline", *files)):
         assert cli.main([command[0], *options, "--backend", "eager", *command[1:]]) == 0

@@ -43,7 +43,7 @@ DOCUMENTS = sorted(
 BLOCKS = [
     block
     for document in DOCUMENTS
-    for block in blocks(document.read_text(), str(document.relative_to(ROOT)))
+    for block in blocks(document.read_text(encoding="utf-8"), str(document.relative_to(ROOT)))
 ]
 
 
@@ -75,7 +75,9 @@ def test_no_block_is_missed():
     starts = sum(
         len(
             re.findall(
-                r"^[ \t]*(?:```|~~~)[ \t]*py", document.read_text(), re.MULTILINE | re.IGNORECASE
+                r"^[ \t]*(?:```|~~~)[ \t]*py",
+                document.read_text(encoding="utf-8"),
+                re.MULTILINE | re.IGNORECASE,
             )
         )
         for document in DOCUMENTS

@@ -20,7 +20,7 @@ LINES[1]["id"] = "é"
 @pytest.fixture
 def files(tmp_path):
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
-    prompts.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in LINES), encoding="utf-8")
     return prompts, out
 
 
@@ -188,25 +188,27 @@ def test_one_run_writes_to_a_file(serve_offline, files):
 
 def test_what_another_run_did_meanwhile_is_kept(serve_offline, files, monkeypatch):
     serve_offline()
-    whole = files[1].read_text()
+    whole = files[1].read_text(encoding="utf-8")
     files[1].unlink()
     lock = serve_command._lock
 
     def too_late(file):
-        files[1].write_text(whole)  # and that run has ended
+        files[1].write_text(whole, encoding="utf-8")  # and that run has ended
         lock(file)
 
     monkeypatch.setattr(serve_command, "_lock", too_late)
     status, _, err = serve_offline()
-    assert (status, files[1].read_text()) == (0, whole)
+    assert (status, files[1].read_text(encoding="utf-8")) == (0, whole)
     assert err.endswith(f"0 prompts done, {len(LINES)} were done before, 0 lines are bad\n")
 
 
 def test_wrong_options_cut_nothing(serve_offline, files):
-    files[1].write_text('{"id": 1, "text": "", "num_new_tokens": 0, "finish_reason": "stop"}')
-    before = files[1].read_text()  # half a line: its end is missing
+    files[1].write_text(
+        '{"id": 1, "text": "", "num_new_tokens": 0, "finish_reason": "stop"}', encoding="utf-8"
+    )
+    before = files[1].read_text(encoding="utf-8")  # half a line: its end is missing
     assert serve_offline("--max-new-tokens", "-5")[0] == 2
-    assert files[1].read_text() == before
+    assert files[1].read_text(encoding="utf-8") == before
 
 
 def test_prompts_are_not_written_over(serve_offline, files):
@@ -219,7 +221,7 @@ def test_prompts_are_not_written_over(serve_offline, files):
 def test_lines_draw_apart_and_settings_of_a_line_come_first(serve_offline, files):
     same = {"prompt": "x", "max_new_tokens": 20}
     lines = [same, same, {**same, "seed": 7}, {**same, "seed": 7}, {**same, "temperature": 0}]
-    files[0].write_text("".join(json.dumps(line) + "\n" for line in lines))
+    files[0].write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     _, results, _ = serve_offline("--temperature", "1.2", "--seed", "0")
     texts = [results[number]["text"] for number in range(1, 6)]
     assert texts[2] == texts[3] and len(set(texts)) == 4

@@ -68,7 +68,7 @@ def test_sources_are_read_in_order_and_as_declared(tmp_path):
     for path in ["b.py", "a/x.py", "test/t.py", "a/tests/t.py", "_sysconfigdata_x.py", "n.txt"]:
         file = tmp_path / path
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"# {path}\n")
+        file.write_text(f"# {path}\n", encoding="utf-8")
     (tmp_path / "latin.py").write_bytes(b"# coding: latin-1\r\n# \xe9\r\n")
     found = read_sources(tmp_path)
     assert [document.path for document in found] == ["a/x.py", "b.py", "latin.py"]
@@ -95,7 +95,7 @@ def test_checkpoint_script_from_corpus_to_directory(documents, tmp_path, monkeyp
     out, work = str(tmp_path / "out"), str(tmp_path / "work")
     arguments = ["--out", out, "--work", work, "--steps", "2", "--seq-len", "16", "--seed", "7"]
     stdlib_checkpoint.main(arguments)
-    record = json.loads((tmp_path / "out" / "training.json").read_text())
+    record = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
     assert record["command"].endswith(" ".join(arguments))
     assert record["tokens_seen"] == 2 * 4 * 16
     assert record["train_config"]["seed"] == 7
@@ -116,8 +116,10 @@ def test_documents_begin_with_bos_and_end_with_eos(documents):
 def test_shipped_checkpoint_fits_and_has_learnt_python():
     files = list(SHIPPED.iterdir())
     assert sum(file.stat().st_size for file in files) < 3_000_000
-    record = json.loads((SHIPPED / "training.json").read_text())
-    assert f"{record['held_out_bits_per_byte']:.3f}" in (SHIPPED / "README.md").read_text()
+    record = json.loads((SHIPPED / "training.json").read_text(encoding="utf-8"))
+    assert f"{record['held_out_bits_per_byte']:.3f}" in (SHIPPED / "README.md").read_text(
+        encoding="utf-8"
+    )
     tokenizer = Tokenizer(SHIPPED / "tokenizer.model")
     model = load(SHIPPED, get_backend("eager"), dtype=torch.float32)
     assert sum(parameter.numel() for parameter in model.parameters()) == record["parameters"]

@@ -72,7 +72,7 @@ def test_the_last_lines_of_a_single_file_are_held_out(tmp_path):
     file = write(tmp_path, book="".join(f"line {n:02}\n" for n in range(100))) / "book"
     head, tail = text_documents(file)
     assert (head.held_out, tail.held_out) == (False, True)
-    assert head.text + tail.text == file.read_text()
+    assert head.text + tail.text == file.read_text(encoding="utf-8")
     assert tail.text.splitlines() == ["line 96", "line 97", "line 98", "line 99"]
     assert (head.path, tail.path) == ("book:head", "book:tail")
 

@@ -209,7 +209,7 @@ def test_markdown_shows_every_plot_and_whole_tables(markdown, folder):
 
 
 def test_the_same_input_gives_the_same_bytes_in_another_process(folder, result, tmp_path):
-    (tmp_path / "input.json").write_text(json.dumps([result, ROWS]))
+    (tmp_path / "input.json").write_text(json.dumps([result, ROWS]), encoding="utf-8")
     code = (
         "import json; from pathlib import Path\n"
         "from llama2.config import PUBLISHED\n"

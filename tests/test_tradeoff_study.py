@@ -39,7 +39,7 @@ def texts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
     for number in range(60):
         words = " ".join(str(value) for value in range(number, number + 200))
-        (folder / f"{number}.txt").write_text(f"file {number}\n{words}\n" * 2)
+        (folder / f"{number}.txt").write_text(f"file {number}\n{words}\n" * 2, encoding="utf-8")
     return folder
 
 
@@ -188,11 +188,11 @@ def test_changed_texts_are_tokenised_anew(tmp_path):
     texts = tmp_path / "texts"
     texts.mkdir()
     for number in range(60):
-        (texts / f"{number}.txt").write_text("a b c " * 100)
+        (texts / f"{number}.txt").write_text("a b c " * 100, encoding="utf-8")
     first = prepare(tmp_path / "corpus", texts, None, TOKENIZER, SMALL)
     assert prepare(tmp_path / "corpus", texts, None, TOKENIZER, SMALL).record == first.record
     for number in range(60):
-        (texts / f"{number}.txt").write_text("d e f g " * 100)
+        (texts / f"{number}.txt").write_text("d e f g " * 100, encoding="utf-8")
     second = prepare(tmp_path / "corpus", texts, None, TOKENIZER, SMALL)
     assert len(second.stream) != len(first.stream)
     assert second.record["train"]["sha256"] != first.record["train"]["sha256"]
@@ -210,7 +210,7 @@ def test_a_page_of_speed_alone(tmp_path, capsys):
     assert (tmp_path / "out" / "report.html").is_file()
     assert "GQA (4) (computed)" in capsys.readouterr().out
     command = f"llama2 tradeoff --preset none --out {tmp_path / 'out'} --batch 8"
-    assert command in (tmp_path / "out" / "report.md").read_text()
+    assert command in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
 
 
 def test_the_command_runs_a_study_and_makes_its_page_again(tmp_path, texts, monkeypatch):
@@ -218,16 +218,18 @@ def test_the_command_runs_a_study_and_makes_its_page_again(tmp_path, texts, monk
     out, work = tmp_path / "out", tmp_path / "work"
     options = ("--text", texts, "--work", work, "--steps", 2, "--seeds", 3, 5)
     assert tradeoff("--preset", "cpu", "--out", out, *options, "--device", "cpu") == 0
-    results = json.loads((out / "results.json").read_text())
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     runs.check(results)
     assert results["seeds"] == [3, 5] and results["train_config"]["steps"] == 2
     assert results["command"].startswith("llama2 tradeoff --preset cpu --out ")
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    log = [
+        json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert len(log) == len(results["runs"]) and "loss_curve" in log[0]
 
     again = tmp_path / "again"
     assert tradeoff("--results", out / "results.json", "--out", again) == 0
-    assert "Python" in (again / "report.md").read_text()
+    assert "Python" in (again / "report.md").read_text(encoding="utf-8")
     assert (again / "pareto.svg").read_bytes() == (out / "pareto.svg").read_bytes()
 
 

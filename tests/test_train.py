@@ -226,11 +226,11 @@ def test_a_run_killed_at_any_write_has_the_same_bits(tmp_path, monkeypatch):
 def test_a_log_that_lost_records_is_refused(tmp_path):
     train(make_model(), tmp_path)
     log = tmp_path / "log.jsonl"
-    content = log.read_text()
-    log.write_text(content[:-9])
+    content = log.read_text(encoding="utf-8")
+    log.write_text(content[:-9], encoding="utf-8")
     with pytest.raises(ValueError, match=r"log\.jsonl: expected the 8 records .*; got 7"):
         train(make_model(), tmp_path)
-    assert log.read_text() == content[:-9]
+    assert log.read_text(encoding="utf-8") == content[:-9]
     assert cut_log(tmp_path / "none", 0) == 0.0
 
 

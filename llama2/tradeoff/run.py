@@ -120,7 +120,7 @@ def _study(args: argparse.Namespace, preset: Preset) -> dict[str, Any]:
     runs = run_study(preset, corpus, work, backend=args.backend, device=args.device)
     text_rows = preset.train.batch_size - preset.lookup_rows - preset.copy_rows
     read = preset.train.steps * text_rows * preset.train.seq_len
-    with (args.out / _LOG).open("w") as log:
+    with (args.out / _LOG).open("w", encoding="utf-8") as log:
         for entry in runs:
             log.write(json.dumps({k: v for k, v in entry.items() if k != "bits"}) + "\n")
     results = {
@@ -146,7 +146,7 @@ def _study(args: argparse.Namespace, preset: Preset) -> dict[str, Any]:
         "runs": [{k: v for k, v in entry.items() if k != "loss_curve"} for entry in runs],
         "recall_chance": {name: task.chance for name, task in TASKS.items()},
     }
-    (args.out / _RESULT).write_text(json.dumps(results, indent=1) + "\n")
+    (args.out / _RESULT).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results
 
 
@@ -165,7 +165,7 @@ def _measured(args: argparse.Namespace) -> list[dict[str, Any]] | None:
             config, _measured_counts(config), _MEASURED_BATCHES, _MEASURED_CONTEXTS
         )
         rows += [row | {"shape": shape, "num_q_heads": config.num_q_heads} for row in found]
-    (args.out / _MEASURED).write_text(json.dumps(rows, indent=1) + "\n")
+    (args.out / _MEASURED).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return rows
 
 

@@ -113,7 +113,11 @@ def _run_all(preset: Preset, work: Path, backend: str, device: str | None) -> li
             for job in _finished(phase, preset, work, backend, device):
                 bar.update(steps[job])
                 bar.set_postfix_str(job.name)
-    return [json.loads(_result_file(work, job).read_text()) for phase in phases for job in phase]
+    return [
+        json.loads(_result_file(work, job).read_text(encoding="utf-8"))
+        for phase in phases
+        for job in phase
+    ]
 
 
 def _claim(work: Path, preset: Preset, corpus: Corpus) -> None:
@@ -124,10 +128,10 @@ def _claim(work: Path, preset: Preset, corpus: Corpus) -> None:
     }
     file = work / "study.json"
     if file.exists():
-        check_identity(file, json.loads(file.read_text()), identity)
+        check_identity(file, json.loads(file.read_text(encoding="utf-8")), identity)
         return
     with replacing(file) as partial:
-        partial.write_text(json.dumps(identity))
+        partial.write_text(json.dumps(identity), encoding="utf-8")
 
 
 def _result_file(work: Path, job: Job) -> Path:
@@ -204,7 +208,7 @@ def run_job(job: Job, preset: Preset, work: Path, backend: str, device: str | No
     file = _result_file(work, job)
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as partial:
-        partial.write_text(json.dumps(entry))
+        partial.write_text(json.dumps(entry), encoding="utf-8")
 
 
 def _base(seed: int, preset: Preset, work: Path, placement: Placement) -> Llama2:

@@ -47,7 +47,7 @@ class Corpus:
         return cls(
             np.load(folder / "train.npy", mmap_mode="r"),
             [held_out[str(number)] for number in range(len(held_out))],
-            json.loads((folder / "corpus.json").read_text()),
+            json.loads((folder / "corpus.json").read_text(encoding="utf-8")),
         )
 
 
@@ -82,7 +82,9 @@ def prepare(
         },
     }
     described = folder / "corpus.json"
-    if not described.exists() or not _same_text(json.loads(described.read_text()), record):
+    if not described.exists() or not _same_text(
+        json.loads(described.read_text(encoding="utf-8")), record
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         bar = tqdm(training, desc="tokenising", unit="file", leave=False)
         stream = np.concatenate([document_ids(document, tokenizer) for document in bar])
@@ -92,7 +94,7 @@ def prepare(
         np.save(folder / "train.npy", stream)
         np.savez(folder / "held_out.npz", **{str(n): tokens for n, tokens in enumerate(ids)})
         with replacing(described) as partial:  # last: it says that the rest is whole
-            partial.write_text(json.dumps(record))
+            partial.write_text(json.dumps(record), encoding="utf-8")
     return Corpus.load(folder)
 
 

@@ -134,10 +134,12 @@ def _check_folders(args: argparse.Namespace) -> None:
 def _check_start(work: Path, init: Path | None) -> None:
     """A state says which weights it has, not which it began with; that is recorded beside it."""
     file, start = work / "start.json", None if init is None else str(init.resolve())
-    if (work / "state.pt").exists() and (found := json.loads(file.read_text())["init"]) != start:
+    if (work / "state.pt").exists() and (
+        found := json.loads(file.read_text(encoding="utf-8"))["init"]
+    ) != start:
         raise ValueError(f"{work}: expected the init of the run there, {found}; got {start}")
     with replacing(file) as partial:
-        partial.write_text(json.dumps({"init": start}))
+        partial.write_text(json.dumps({"init": start}), encoding="utf-8")
 
 
 def _initial_model(args: argparse.Namespace, shape: ModelConfig, placement: Placement) -> Llama2:
@@ -171,7 +173,7 @@ def _export(model: Llama2, tokenizer_file: Path | None, record: dict[str, Any], 
                 with replacing(out / name) as partial:
                     shutil.copyfile(file, partial)
     with replacing(out / "training.json") as partial:
-        partial.write_text(json.dumps(record, indent=2) + "\n")
+        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _report(record: dict[str, Any], out: Path) -> None:

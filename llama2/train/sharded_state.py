@@ -57,7 +57,7 @@ def save_sharded_state(
     dcp.save(state, checkpoint_id=partial)
     _wait()
     if _first_rank():
-        (partial / _IDENTITY).write_text(json.dumps(identity, indent=2))
+        (partial / _IDENTITY).write_text(json.dumps(identity, indent=2), encoding="utf-8")
         old = _states(folder)
         os.replace(partial, folder / f"step-{step}")
         for path in old.values():
@@ -88,7 +88,11 @@ def load_sharded_state(
         return 0
     step = max(states)
     if identity is not None:
-        check_identity(states[step], json.loads((states[step] / _IDENTITY).read_text()), identity)
+        check_identity(
+            states[step],
+            json.loads((states[step] / _IDENTITY).read_text(encoding="utf-8")),
+            identity,
+        )
     if optimizer is None:
         state = {"model": get_model_state_dict(model)}
     else:

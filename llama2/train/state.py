@@ -129,5 +129,5 @@ def cut_log(path: Path, count: int) -> float:
         )
     kept = whole[:count]
     with replacing(path) as partial:
-        partial.write_text("".join(kept))
+        partial.write_text("".join(kept), encoding="utf-8")
     return json.loads(kept[-1])["seconds"] if kept else 0.0

@@ -163,7 +163,7 @@ def _export(model: Llama2, tokenizer_model: bytes, record: dict[str, Any], out: 
     _write_json(out / "tokenizer_config.json", TOKENIZER_CONFIG)
     _write_json(out / "generation_config.json", GENERATION_CONFIG)
     _write_json(out / "training.json", record)
-    (out / "README.md").write_text(CARD.format(**asdict(MODEL), **record))
+    (out / "README.md").write_text(CARD.format(**asdict(MODEL), **record), encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
