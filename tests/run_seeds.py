@@ -84,8 +84,8 @@ def all_runs(every_combination: bool) -> list[Run]:
 
 
 def budget_tests(folder: Path) -> list[str]:
-    """The tests that measure a budget, but for the op table, as the first run found them; before it,
-    their files."""
+    """The tests that measure a budget, but for the op table, as the first run found them; before
+    it, their files."""
     found = folder / f"{FIRST.name}.jsonl"
     if found.exists():
         tests = {record["test"] for record in read(found) if "test" in record}
@@ -175,8 +175,7 @@ def summary(runs: list[Run], num_runs: int, folder: Path) -> str:
             "",
             f"Made by `make test-seeds` on {processor()} with {versions}, Python "
             f"{platform.python_version()}: {num_errors} errors in {len(runs)} of {num_runs} "
-            "runs. A budget is what `kernels/gqa_kernels/accuracy.py` derives; 1.00 would use all of "
-            "it.",
+            "runs. `kernels/gqa_kernels/accuracy.py` derives a budget; 1.00 would use all of it.",
             "",
             "## The largest part of a budget that an error used",
             "",
