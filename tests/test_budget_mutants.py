@@ -159,7 +159,6 @@ MUTANTS = (
         f"rstd = tl.rsqrt(tl.sum(h * h) / WIDTH + eps){ROUNDED}",
         "rms_norm",
         ("odd width: no 16-byte accesses",),
-        FINE,
     ),
     Mutant(
         "squares are rounded to bfloat16",

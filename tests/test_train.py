@@ -166,9 +166,9 @@ class Disk:
             with disk._write("fsync", lambda: None):
                 pass  # a killed process leaves what it wrote, synced or not
 
-        def wrote(path, text):
-            with disk._write("text", lambda: write_text(path, text[: len(text) // 2])):
-                write_text(path, text)
+        def wrote(path, text, **options):
+            with disk._write("text", lambda: write_text(path, text[: len(text) // 2], **options)):
+                write_text(path, text, **options)
 
         def opened(path, *args, **options):
             file = open_file(path, *args, **options)

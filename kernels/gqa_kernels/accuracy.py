@@ -13,7 +13,7 @@ is taken
 - with sums in one order on every machine (`summation.tile_by_tile`), which err more than those of
   PyTorch's own order, as those of a kernel may, and
 - as the largest of several draws: as many as give the smallest output 128 values in all, at least 2
-  and at most 16. The first draw has the very inputs. In every further one each number of the inputs
+  and at most 32. The first draw has the very inputs. In every further one each number of the inputs
   is smaller by 0, 1, 2 or 3 times ε, sums are taken in an order drawn from a fixed seed, and the
   truth is that of its own inputs: the same problem, rounded differently.
 
@@ -35,7 +35,7 @@ from gqa_kernels.spec import Case, OpSpec
 from gqa_kernels.summation import LOW_PRECISION, tile_by_tile
 
 _ENOUGH_VALUES = 128
-_MOST_DRAWS = 16
+_MOST_DRAWS = 32
 
 Results = dict[str, Tensor]
 

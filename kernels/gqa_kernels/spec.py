@@ -55,7 +55,8 @@ def standard_normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     if generator.device.type != "cpu":
         return torch.randn(shape, generator=generator, device=generator.device)
     (seed,) = torch.randint(2**62, (1,), generator=generator, device="cpu").tolist()
-    return torch.from_numpy(numpy.random.default_rng(seed).standard_normal(shape, numpy.float32))
+    drawn = numpy.random.default_rng(seed).standard_normal(shape, numpy.float32)
+    return torch.empty(shape, dtype=torch.float32, device="cpu").copy_(torch.from_numpy(drawn))
 
 
 class _Draw:
@@ -67,6 +68,8 @@ class _Draw:
         self.dtype, self.device, self.generator = dtype, device, generator
 
     def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        if self.device.type == "meta":
+            return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
         return standard_normal(shape, self.generator).to(self.device, dtype or self.dtype)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+_elementary: set[Any] = set()  # operations that were found to consist of no others
 LOW_PRECISION = {torch.float32, torch.float16, torch.bfloat16}
 _TILE = 128
 
@@ -53,9 +54,13 @@ class tile_by_tile(TorchDispatchMode):
                 )
                 kwargs.pop("dtype", None)
                 return result.copy_(evaluate(self, *args, **kwargs))
-        with self:  # a composite operation may contain sums
-            result = func.decompose(*args, **kwargs)
-        return func(*args, **kwargs) if result is NotImplemented else result
+        if func not in _elementary:
+            with self:  # a composite operation may contain sums
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+            _elementary.add(func)
+        return func(*args, **kwargs)
 
     def _ordered(self, terms: Tensor) -> Tensor:
         if self.order is None:
