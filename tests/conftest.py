@@ -29,7 +29,7 @@ NEW_SEEDS = "NEW_SEEDS"
 
 def pytest_configure() -> None:
     """Draws seeds that no run had before; test processes inherit the environment."""
-    drawn = random.SystemRandom().sample(range(1000, 2**31), 2)
+    drawn = random.SystemRandom().sample(range(1000, 2**31), 3)
     os.environ.setdefault(NEW_SEEDS, " ".join(map(str, drawn)))
 
 
