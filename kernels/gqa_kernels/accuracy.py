@@ -14,8 +14,8 @@ is taken
   PyTorch's own order, as those of a kernel may, and
 - as the largest of several draws: as many as give the smallest output 128 values in all, at least 2
   and at most 32. The first draw has the very inputs. In every further one each number of the inputs
-  is smaller by 0, 1, 2 or 3 times ε, sums are taken in an order drawn from a fixed seed, and the
-  truth is that of its own inputs: the same problem, rounded differently.
+  is smaller by up to 1/64, sums are taken in an order drawn from a fixed seed, and the truth is
+  that of its own inputs: a problem of the same size, rounded differently.
 
 So a kernel that errs as eager code does exceeds its budget only if its own error is more than twice
 the largest of those of the draws.
@@ -168,13 +168,13 @@ def widen(inputs: Any) -> Any:
 
 
 def _near(inputs: Any, generator: torch.Generator) -> Any:
-    """Inputs whose floating tensors are smaller by 0, 1, 2 or 3 times ε, each number for itself."""
+    """Inputs whose floating tensors are smaller by up to 1/64, each number for itself."""
 
     def smaller(x: Tensor) -> Tensor:
         if x.dtype not in LOW_PRECISION:
             return x
-        steps = torch.randint(4, x.shape, generator=generator, device="cpu").to(x.device)
-        return (x.double() * (1.0 - steps.double() * torch.finfo(x.dtype).eps)).to(x.dtype)
+        share = torch.rand(x.shape, generator=generator, device="cpu", dtype=torch.float64)
+        return (x.double() * (1.0 - share.to(x.device) / 64)).to(x.dtype)
 
     return tree_map_only(Tensor, smaller, inputs)
 
