@@ -29,6 +29,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from llama2.checkout import commit_of
+
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 TABLE_SEEDS = range(20)
@@ -175,7 +177,7 @@ def summary(runs: list[Run], num_runs: int, folder: Path) -> str:
             "",
             f"Made by `make test-seeds` on {processor()} with {versions}, Python "
             f"{platform.python_version()}: {num_errors} errors in {len(runs)} of {num_runs} "
-            "runs. `kernels/gqa_kernels/accuracy.py` derives a budget; 1.00 would use all of it.",
+            f"runs of commit {commit_of(Path(__file__))}. `kernels/gqa_kernels/accuracy.py` derives a budget; 1.00 would use all of it.",
             "",
             "## The largest part of a budget that an error used",
             "",
