@@ -176,9 +176,9 @@ def summary(runs: list[Run], num_runs: int, folder: Path) -> str:
             "# How near errors come to their budgets",
             "",
             f"Made by `make test-seeds` on {processor()} with {versions}, Python "
-            f"{platform.python_version()}: {num_errors} errors in {len(runs)} of {num_runs} runs of "
-            f"commit {commit_of(Path(__file__))}. `kernels/gqa_kernels/accuracy.py` derives a budget; "
-            "1.00 would use all of it.",
+            f"{platform.python_version()}: {num_errors} errors in {len(runs)} of {num_runs} "
+            f"runs of commit {commit_of(Path(__file__))}. `kernels/gqa_kernels/accuracy.py` "
+            "derives a budget; 1.00 would use all of it.",
             "",
             "## The largest part of a budget that an error used",
             "",
