@@ -3,7 +3,7 @@
 import importlib
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -56,6 +56,15 @@ def draw(device: torch.device, generator: torch.Generator) -> Callable[..., torc
         return standard_normal(shape, generator).to(device, dtype)
 
     return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_compiler_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """PyTorch's compiler takes code from its cache that was compiled for another instruction set
+    (ATEN_CPU_CAPABILITY), with wrong results: no run uses what another left."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,7 @@
-"""The interpreter's narrow floats have the bits of PyTorch's. A GPU has nothing to test here."""
+"""The interpreter's narrow floats have the bits of PyTorch's, and integers do not overflow unseen.
+
+A GPU has nothing to test here.
+"""
 
 import subprocess
 import sys
@@ -35,6 +38,11 @@ def _dot(a_ptr, b_ptr, y_ptr, SIZE: tl.constexpr):
     offsets = i * SIZE + j
     y = tl.dot(tl.load(a_ptr + offsets), tl.load(b_ptr + offsets).T)
     tl.store(y_ptr + offsets, y)
+
+
+@triton.jit
+def _index(x_ptr, y_ptr, stride):
+    tl.store(y_ptr, tl.load(x_ptr) * stride)
 
 
 def test_casts_round_to_nearest_even(generator):
@@ -75,6 +83,17 @@ def test_dot_accumulates_in_float32(generator):
     a, b = a.double(), b.double()
     bound = 32 * torch.finfo(torch.float32).eps * (a.abs() @ b.abs().T)  # of any order of the sum
     assert ((y - a @ b.T).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("sign", (1, -1))
+def test_int32_overflow_is_an_error(sign):
+    x, y = torch.tensor([sign * 2**30], dtype=torch.int32), torch.empty(1, dtype=torch.int64)
+    with pytest.raises(Exception, match="int32 overflow detected for operation mul"):
+        _index[(1,)](x, y, 3)
+    _index[(1,)](x.long(), y, 3)
+    assert y.item() == sign * 3 * 2**30
+    _index[(1,)](x, y, 1)
+    assert y.item() == sign * 2**30
 
 
 def test_enabling_too_late_is_an_error(tmp_path):
