@@ -21,6 +21,8 @@ from torch import Tensor
 
 from gqa_kernels import configs, layout, sequences, target
 from gqa_kernels.scores import (
+    Scoring,
+    Visible,
     add_bias,
     cap,
     cap_derivative,
@@ -31,7 +33,7 @@ from gqa_kernels.scores import (
     rows_that_see,
 )
 from gqa_kernels.sequences import locate
-from gqa_kernels.tiles import LOG2_E, load_rows, store_rows
+from gqa_kernels.tiles import LOG2_E, Rows, load_rows, load_tile, store_rows
 
 
 @triton.jit(do_not_specialize=["seq_len_q"])
@@ -84,17 +86,17 @@ def _load_statistics(neg_lse_ptr, neg_delta_ptr, queries, seq_len_q):
 
 
 @triton.jit
-def _scores_less_lse(a, b_transposed, neg_lse, own_keys, keys, cap_scale, slope):
+def _scores_less_lse(a, b_transposed, neg_lse, keys, scoring):
     """(scores − lse, capped scores) of the product of a and b, both in score units."""
     ROWS: tl.constexpr = a.shape[0]
     COLUMNS: tl.constexpr = b_transposed.shape[1]
     capped = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-    if cap_scale is None:
+    if scoring.cap_scale is None:
         scores = tl.dot(a, b_transposed, capped + neg_lse, input_precision="ieee")
     else:
-        capped = cap(tl.dot(a, b_transposed, input_precision="ieee"), cap_scale)
+        capped = cap(tl.dot(a, b_transposed, input_precision="ieee"), scoring.cap_scale)
         scores = capped + neg_lse
-    return add_bias(scores, own_keys, keys, slope), capped
+    return add_bias(scores, keys, scoring), capped
 
 
 @triton.jit(
@@ -140,13 +142,16 @@ def _dkdv_kernel(
 ):
     """One program sums the gradients of BLOCK_N keys and values over all heads of a group."""
     rows_q, rows_kv = seq_len_q, seq_len_kv  # per batch entry
-    sequence, batch, kv_head, block, first_kv, seq_len_kv, first_q, seq_len_q = locate(
+    work = locate(
         cu_seqlens_kv_ptr, cu_seqlens_q_ptr, num_sequences, num_kv_heads, seq_len_kv, seq_len_q,
         BLOCK_N,
     )  # fmt: skip
-    start_n = block * BLOCK_N
+    seq_len_kv, seq_len_q = work.num_rows, work.num_other_rows
+    start_n = work.block * BLOCK_N
     if start_n >= seq_len_kv:
         return
+    first_kv, first_q = work.first_row, work.first_other_row
+    batch, kv_head = work.batch, work.head
     batch_64, kv_head_64 = batch.to(tl.int64), kv_head.to(tl.int64)
     k_ptr += batch_64 * k_strides[0] + first_kv * k_strides[1] + kv_head_64 * k_strides[2]
     v_ptr += batch_64 * v_strides[0] + first_kv * v_strides[1] + kv_head_64 * v_strides[2]
@@ -174,7 +179,6 @@ def _dkdv_kernel(
         key_mask_ptr += batch_64 * key_mask_stride
     num_tiles = tl.maximum(tl.cdiv(tl.maximum(end_query, 0), BLOCK_M) - first_tile, 0)
 
-    exponent_scale = score_unit * LOG2_E
     row = batch_64 * num_kv_heads * GROUP_SIZE * rows_q + first_q  # of the statistics, head 0
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
@@ -196,11 +200,12 @@ def _dkdv_kernel(
         neg_lse, neg_delta = _load_statistics(
             neg_lse_ptr + head_row, neg_delta_ptr + head_row, queries, seq_len_q
         )  # [BLOCK_M]
-        slope = load_slope(alibi_slopes_ptr, alibi_stride, sequence, head, score_unit)
+        slope = load_slope(alibi_slopes_ptr, alibi_stride, work.sequence, head, score_unit)
         own_keys = (queries + diagonal)[None, :]
 
+        scoring = Scoring(own_keys, cap_scale, slope, score_unit * LOG2_E)
         scores, capped = _scores_less_lse(
-            key, query.T, neg_lse[None, :], own_keys, keys, cap_scale, slope
+            key, query.T, neg_lse[None, :], keys, scoring
         )  # [BLOCK_N, BLOCK_M]
         first_keys = None
         end_keys = None
@@ -211,11 +216,11 @@ def _dkdv_kernel(
         LIMITED: tl.constexpr = key_ranges_ptr is not None or key_mask_ptr is not None
         # Keys that do not exist have rows of their own, which are not stored.
         if window_left is not None or window_right is not None or LIMITED:
-            scores = mask(
-                scores, own_keys, keys, seq_len_kv, window_left, window_right,
-                first_keys, end_keys, key_mask_ptr,
-            )  # fmt: skip
-        weights = tl.math.exp2(scores * exponent_scale)
+            visible = Visible(
+                own_keys, seq_len_kv, window_left, window_right, first_keys, end_keys, key_mask_ptr
+            )
+            scores = mask(scores, keys, visible)
+        weights = tl.math.exp2(scores * scoring.exponent_scale)
         dv = tl.dot(weights.to(d_out.dtype), d_out, dv, input_precision="ieee")
         d_weights = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32) + neg_delta[None, :]
         d_scores = weights * tl.dot(value, d_out.T, d_weights, input_precision="ieee")
@@ -235,47 +240,34 @@ def _dkdv_kernel(
 def _walk_keys(
     q,
     d_out,
-    k_ptr,
-    v_ptr,
-    k_stride,
-    v_stride,
-    seq_len_kv,
-    own_keys,
+    k,
+    v,
     neg_lse,
     neg_delta,
-    window_left,
-    window_right,
-    first_keys,
-    end_keys,
-    key_mask_ptr,
-    cap_scale,
-    slope,
-    exponent_scale,
+    visible,
+    scoring,
     dq,
     first_tile,
     num_steps,
     MASKED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     """dq and what num_steps tiles from first_tile on add to it."""
+    BLOCK_D: tl.constexpr = q.shape[1]
     for step in tl.range(0, num_steps, num_stages=NUM_STAGES):
         start = (first_tile + step) * BLOCK_N
-        key = load_rows(k_ptr, k_stride, start, seq_len_kv, HEAD_DIM, BLOCK_N, BLOCK_D)
-        value = load_rows(v_ptr, v_stride, start, seq_len_kv, HEAD_DIM, BLOCK_N, BLOCK_D)
+        key = load_tile(k, start, HEAD_DIM, BLOCK_N, BLOCK_D, False)
+        value = load_tile(v, start, HEAD_DIM, BLOCK_N, BLOCK_D, False)
         keys = start + tl.arange(0, BLOCK_N)[None, :]
-        scores, capped = _scores_less_lse(q, key.T, neg_lse, own_keys, keys, cap_scale, slope)
+        scores, capped = _scores_less_lse(q, key.T, neg_lse, keys, scoring)
         if MASKED:
-            scores = mask(
-                scores, own_keys, keys, seq_len_kv, window_left, window_right,
-                first_keys, end_keys, key_mask_ptr,
-            )  # fmt: skip
-        weights = tl.math.exp2(scores * exponent_scale)
+            scores = mask(scores, keys, visible)
+        weights = tl.math.exp2(scores * scoring.exponent_scale)
         d_weights = tl.zeros(weights.shape, dtype=tl.float32) + neg_delta
         d_scores = weights * tl.dot(d_out, value.T, d_weights, input_precision="ieee")
-        if cap_scale is not None:
+        if scoring.cap_scale is not None:
             d_scores *= cap_derivative(capped)
         dq = tl.dot(d_scores.to(key.dtype), key, dq, input_precision="ieee")
     return dq
@@ -322,14 +314,16 @@ def _dq_kernel(
 ):
     """One program sums the gradient of BLOCK_M queries of one head over the keys that they see."""
     rows_q = seq_len_q  # per batch entry
-    sequence, batch, head, block, first_q, seq_len_q, first_kv, seq_len_kv = locate(
+    work = locate(
         cu_seqlens_q_ptr, cu_seqlens_kv_ptr, num_sequences, num_q_heads, seq_len_q, seq_len_kv,
         BLOCK_M,
     )  # fmt: skip
-    if block * BLOCK_M >= seq_len_q:
+    seq_len_q, seq_len_kv = work.num_rows, work.num_other_rows
+    if work.block * BLOCK_M >= seq_len_q:
         return
-    start_m = (tl.cdiv(seq_len_q, BLOCK_M) - 1 - block) * BLOCK_M  # the most keys first
-    kv_head = head // GROUP_SIZE
+    start_m = (tl.cdiv(seq_len_q, BLOCK_M) - 1 - work.block) * BLOCK_M  # the most keys first
+    first_q, first_kv = work.first_row, work.first_other_row
+    batch, head, kv_head = work.batch, work.head, work.head // GROUP_SIZE
     batch_64, head_64, kv_head_64 = batch.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
     q_ptr += batch_64 * q_strides[0] + first_q * q_strides[1] + head_64 * q_strides[2]
     dout_ptr += batch_64 * dout_strides[0] + first_q * dout_strides[1] + head_64 * dout_strides[2]
@@ -354,25 +348,23 @@ def _dq_kernel(
         )  # [BLOCK_M, 1]
     if key_mask_ptr is not None:
         key_mask_ptr += batch_64 * key_mask_stride
-    first_tile, num_tiles, num_free = key_tiles(
-        first_own_key, seq_len_kv, window_left, window_right, first_keys, end_keys, key_mask_ptr,
-        BLOCK_M, BLOCK_N,
-    )  # fmt: skip
-    slope = load_slope(alibi_slopes_ptr, alibi_stride, sequence, head, score_unit)
-    exponent_scale = score_unit * LOG2_E
+    visible = Visible(
+        own_keys, seq_len_kv, window_left, window_right, first_keys, end_keys, key_mask_ptr
+    )
+    first_tile, num_tiles, num_free = key_tiles(first_own_key, visible, BLOCK_M, BLOCK_N)
+    slope = load_slope(alibi_slopes_ptr, alibi_stride, work.sequence, head, score_unit)
+    scoring = Scoring(own_keys, cap_scale, slope, score_unit * LOG2_E)
+    k = Rows(k_ptr, k_strides[1], batch, kv_head, seq_len_kv)
+    v = Rows(v_ptr, v_strides[1], batch, kv_head, seq_len_kv)
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     if window_left is None and first_keys is None and key_mask_ptr is None:
         dq = _walk_keys(
-            q, d_out, k_ptr, v_ptr, k_strides[1], v_strides[1], seq_len_kv, own_keys,
-            neg_lse, neg_delta, window_left, window_right, first_keys, end_keys, key_mask_ptr,
-            cap_scale, slope, exponent_scale, dq, first_tile, num_free,
-            False, HEAD_DIM, BLOCK_N, BLOCK_D, NUM_STAGES,
+            q, d_out, k, v, neg_lse, neg_delta, visible, scoring, dq, first_tile, num_free,
+            False, HEAD_DIM, BLOCK_N, NUM_STAGES,
         )  # fmt: skip
     dq = _walk_keys(
-        q, d_out, k_ptr, v_ptr, k_strides[1], v_strides[1], seq_len_kv, own_keys,
-        neg_lse, neg_delta, window_left, window_right, first_keys, end_keys, key_mask_ptr,
-        cap_scale, slope, exponent_scale, dq, first_tile + num_free, num_tiles - num_free,
-        True, HEAD_DIM, BLOCK_N, BLOCK_D, NUM_STAGES,
+        q, d_out, k, v, neg_lse, neg_delta, visible, scoring, dq, first_tile + num_free,
+        num_tiles - num_free, True, HEAD_DIM, BLOCK_N, NUM_STAGES,
     )  # fmt: skip
     dq_ptr += ((batch_64 * rows_q + first_q) * num_q_heads + head) * HEAD_DIM
     store_rows(

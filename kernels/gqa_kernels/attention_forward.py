@@ -17,10 +17,22 @@ import triton.language as tl
 from torch import Tensor
 
 from gqa_kernels import configs, layout, sequences, target
-from gqa_kernels.scores import add_bias, cap, key_tiles, load_ranges, load_slope, mask
+from gqa_kernels.scores import (
+    Scoring,
+    Visible,
+    key_tiles,
+    load_ranges,
+    load_slope,
+    mask,
+    score,
+)
 from gqa_kernels.sequences import locate
 from gqa_kernels.tiles import (
     LOG2_E,
+    Rows,
+    Softmax,
+    add_values,
+    empty_softmax,
     finish_softmax,
     load_rows,
     load_tile,
@@ -34,61 +46,37 @@ def _walk(
     q,
     k,
     v,
-    k_stride,
-    v_stride,
-    batch,
-    kv_head,
-    seq_len_kv,
-    own_keys,
-    window_left,
-    window_right,
-    first_keys,
-    end_keys,
-    key_mask_ptr,
-    cap_scale,
-    slope,
-    exponent_scale,
+    visible,
+    scoring,
     scores,
-    running_max,
-    running_sum,
-    accumulator,
+    softmax,
     last_tile,
     num_steps,
     MASKED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     USE_TMA: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """num_steps tiles downwards from last_tile, whose scores are given; returns the state and the
-    scores of the tile after them.
+    """num_steps tiles downwards from last_tile, whose scores are given; returns the scores of the
+    tile after them, and the softmax.
 
     Each step multiplies q by the next tile's keys before it needs the result, so that the tensor
     cores work while this tile's softmax runs.
     """
+    BLOCK_N: tl.constexpr = scores.shape[1]
+    BLOCK_D: tl.constexpr = q.shape[1]
     for step in tl.range(0, num_steps, num_stages=NUM_STAGES):
         start = (last_tile - step) * BLOCK_N
-        key = load_tile(
-            k, k_stride, batch, kv_head, start - BLOCK_N, seq_len_kv,
-            HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA,
-        )  # fmt: skip
-        next_scores = tl.dot(q, key.T, input_precision="ieee")
-        weights, running_max, running_sum, accumulator = online_softmax_step(
-            scores, running_max, running_sum, accumulator, exponent_scale
-        )
-        value = load_tile(
-            v, v_stride, batch, kv_head, start, seq_len_kv, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA
-        )
-        accumulator = tl.dot(weights.to(value.dtype), value, accumulator, input_precision="ieee")
-        keys = start - BLOCK_N + tl.arange(0, BLOCK_N)
-        scores = add_bias(cap(next_scores, cap_scale), own_keys[:, None], keys[None, :], slope)
+        key = load_tile(k, start - BLOCK_N, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA)
+        products = tl.dot(q, key.T, input_precision="ieee")
+        weights, softmax = online_softmax_step(scores, softmax, scoring.exponent_scale)
+        value = load_tile(v, start, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA)
+        softmax = add_values(weights, value, softmax)
+        keys = (start - BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+        scores = score(products, keys, scoring)
         if MASKED:
-            scores = mask(
-                scores, own_keys[:, None], keys[None, :], seq_len_kv, window_left, window_right,
-                first_keys, end_keys, key_mask_ptr,
-            )  # fmt: skip
-    return scores, running_max, running_sum, accumulator
+            scores = mask(scores, keys, visible)
+    return scores, softmax
 
 
 @triton.jit(
@@ -130,26 +118,30 @@ def _forward_kernel(
 ):
     """One program attends from BLOCK_M queries of one head to all the keys that they see."""
     rows_per_batch = seq_len_q
-    sequence, batch, head, block, first_q, seq_len_q, first_kv, seq_len_kv = locate(
+    work = locate(
         cu_seqlens_q_ptr, cu_seqlens_kv_ptr, num_sequences, num_q_heads, seq_len_q, seq_len_kv,
         BLOCK_M,
     )  # fmt: skip
-    if block * BLOCK_M >= seq_len_q:
+    seq_len_q, seq_len_kv = work.num_rows, work.num_other_rows
+    if work.block * BLOCK_M >= seq_len_q:
         return
     # Causal: the last queries see the most keys, so they start first.
-    block = tl.cdiv(seq_len_q, BLOCK_M) - 1 - block
-    kv_head = head // GROUP_SIZE
+    start_m = (tl.cdiv(seq_len_q, BLOCK_M) - 1 - work.block) * BLOCK_M
+    batch, head, kv_head = work.batch, work.head, work.head // GROUP_SIZE
     batch_64, head_64, kv_head_64 = batch.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
 
-    q_ptr += batch_64 * q_strides[0] + first_q * q_strides[1] + head_64 * q_strides[2]
+    q_ptr += batch_64 * q_strides[0] + work.first_row * q_strides[1] + head_64 * q_strides[2]
     if not USE_TMA:
+        first_kv = work.first_other_row
         k += batch_64 * k_strides[0] + first_kv * k_strides[1] + kv_head_64 * k_strides[2]
         v += batch_64 * v_strides[0] + first_kv * v_strides[1] + kv_head_64 * v_strides[2]
-    q = load_rows(q_ptr, q_strides[1], block * BLOCK_M, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D)
+    q = load_rows(q_ptr, q_strides[1], start_m, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D)
+    k = Rows(k, k_strides[1], batch, kv_head, seq_len_kv)
+    v = Rows(v, v_strides[1], batch, kv_head, seq_len_kv)
 
-    first_own_key = block * BLOCK_M + seq_len_kv - seq_len_q
-    own_keys = first_own_key + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    queries = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_own_key = start_m + seq_len_kv - seq_len_q
+    own_keys = (first_own_key + tl.arange(0, BLOCK_M))[:, None]
+    queries = start_m + tl.arange(0, BLOCK_M)
     first_keys = None
     end_keys = None
     if key_ranges_ptr is not None:
@@ -158,68 +150,46 @@ def _forward_kernel(
         )  # [BLOCK_M, 1]
     if key_mask_ptr is not None:
         key_mask_ptr += batch_64 * key_mask_stride
-    first_tile, num_tiles, num_free = key_tiles(
-        first_own_key, seq_len_kv, window_left, window_right, first_keys, end_keys, key_mask_ptr,
-        BLOCK_M, BLOCK_N,
-    )  # fmt: skip
-    slope = load_slope(alibi_slopes_ptr, alibi_stride, sequence, head, score_unit)
-    exponent_scale = score_unit * LOG2_E
-    running_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
-    running_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    visible = Visible(
+        own_keys, seq_len_kv, window_left, window_right, first_keys, end_keys, key_mask_ptr
+    )
+    first_tile, num_tiles, num_free = key_tiles(first_own_key, visible, BLOCK_M, BLOCK_N)
+    slope = load_slope(alibi_slopes_ptr, alibi_stride, work.sequence, head, score_unit)
+    scoring = Scoring(own_keys, cap_scale, slope, score_unit * LOG2_E)
+    softmax = empty_softmax(BLOCK_M, BLOCK_D)
     if sinks_ptr is not None:  # a key that has been seen already, whose value is 0
         sink = tl.load(sinks_ptr + head).to(tl.float32) / score_unit
         running_max = tl.zeros([BLOCK_M], dtype=tl.float32) + sink
-        running_sum += 1.0
-    accumulator = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+        softmax = Softmax(running_max, softmax.running_sum + 1.0, softmax.accumulator)
 
     last_tile = first_tile + num_tiles - 1
-    key = load_tile(
-        k, k_strides[1], batch, kv_head, last_tile * BLOCK_N, seq_len_kv,
-        HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA,
-    )  # fmt: skip
-    keys = last_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    scores = cap(tl.dot(q, key.T, input_precision="ieee"), cap_scale)  # [BLOCK_M, BLOCK_N]
-    scores = add_bias(scores, own_keys[:, None], keys[None, :], slope)
-    scores = mask(
-        scores, own_keys[:, None], keys[None, :], seq_len_kv, window_left, window_right,
-        first_keys, end_keys, key_mask_ptr,
-    )  # fmt: skip
+    key = load_tile(k, last_tile * BLOCK_N, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA)
+    keys = (last_tile * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    products = tl.dot(q, key.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+    scores = mask(score(products, keys, scoring), keys, visible)
     LIMITED: tl.constexpr = first_keys is not None or key_mask_ptr is not None
     if window_left is not None or window_right is not None or LIMITED:
         num_masked = num_tiles - 1 - num_free
-        scores, running_max, running_sum, accumulator = _walk(
-            q, k, v, k_strides[1], v_strides[1], batch, kv_head, seq_len_kv, own_keys,
-            window_left, window_right, first_keys, end_keys, key_mask_ptr,
-            cap_scale, slope, exponent_scale,
-            scores, running_max, running_sum, accumulator, last_tile, num_masked,
-            True, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA, NUM_STAGES,
+        scores, softmax = _walk(
+            q, k, v, visible, scoring, scores, softmax, last_tile, num_masked,
+            True, HEAD_DIM, USE_TMA, NUM_STAGES,
         )  # fmt: skip
         last_tile -= num_masked
     if window_left is None and not LIMITED:
-        scores, running_max, running_sum, accumulator = _walk(
-            q, k, v, k_strides[1], v_strides[1], batch, kv_head, seq_len_kv, own_keys,
-            window_left, window_right, first_keys, end_keys, key_mask_ptr,
-            cap_scale, slope, exponent_scale,
-            scores, running_max, running_sum, accumulator, last_tile, num_free,
-            False, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA, NUM_STAGES,
+        scores, softmax = _walk(
+            q, k, v, visible, scoring, scores, softmax, last_tile, num_free,
+            False, HEAD_DIM, USE_TMA, NUM_STAGES,
         )  # fmt: skip
-    weights, running_max, running_sum, accumulator = online_softmax_step(
-        scores, running_max, running_sum, accumulator, exponent_scale
-    )
-    value = load_tile(
-        v, v_strides[1], batch, kv_head, first_tile * BLOCK_N, seq_len_kv,
-        HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA,
-    )  # fmt: skip
-    accumulator = tl.dot(weights.to(value.dtype), value, accumulator, input_precision="ieee")
+    weights, softmax = online_softmax_step(scores, softmax, scoring.exponent_scale)
+    value = load_tile(v, first_tile * BLOCK_N, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA)
+    softmax = add_values(weights, value, softmax)
 
-    out, lse = finish_softmax(running_max, running_sum, accumulator, score_unit)
-    row = batch_64 * rows_per_batch + first_q  # of out, the sequence's first
+    out, lse = finish_softmax(softmax, score_unit)
+    row = batch_64 * rows_per_batch + work.first_row  # of out, the sequence's first
     out_ptr += (row * num_q_heads + head) * HEAD_DIM
-    store_rows(
-        out_ptr, num_q_heads * HEAD_DIM, block * BLOCK_M, seq_len_q, out, HEAD_DIM, BLOCK_M, BLOCK_D
-    )
+    store_rows(out_ptr, num_q_heads * HEAD_DIM, start_m, seq_len_q, out, HEAD_DIM, BLOCK_M, BLOCK_D)
     if lse_ptr is not None:
-        lse_ptr += (batch_64 * num_q_heads + head) * rows_per_batch + first_q
+        lse_ptr += (batch_64 * num_q_heads + head) * rows_per_batch + work.first_row
         tl.store(lse_ptr + queries, lse, mask=queries < seq_len_q)
 
 

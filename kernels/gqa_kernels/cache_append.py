@@ -13,16 +13,42 @@ a tile of pairs (`rotation.py`), v's too: quantising takes the largest feature o
 half it stands in.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gqa_kernels import checks, layout, library, target
-from gqa_kernels.rotation import heads_per_program, load_angles, load_pairs, rotate, store_pairs
+from gqa_kernels.rotation import (
+    heads_at,
+    heads_per_program,
+    load_angles,
+    load_pairs,
+    rotate,
+    store_pairs,
+)
 
 INT8_MAX = tl.constexpr(127.0)  # −128 is not used: negation stays exact
 E4M3_MAX = tl.constexpr(448.0)
+
+
+class Cache(NamedTuple):
+    """The cache of keys or of values; the scales None where it is not quantised."""
+
+    ptr: Any
+    strides: Any
+    scale_ptr: Any
+    scale_strides: Any
+
+
+class Slot(NamedTuple):
+    """Where the heads of a token from first_head on are kept."""
+
+    page: Any
+    offset: Any
+    first_head: Any
 
 
 @triton.jit
@@ -53,57 +79,43 @@ def _encode_int8(x):
 
 @triton.jit
 def _append(
-    cache_ptr,
-    cache_strides,
-    scale_ptr,
-    scale_strides,
-    page,
-    offset,
-    first_head,
+    cache,
+    slot,
     a,
     b,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     SCALE_PER_TOKEN: tl.constexpr,
 ):
     """Writes (a, b), float32 values of the model's dtype, to a slot of the cache."""
-    if scale_ptr is not None:
-        heads = first_head + tl.arange(0, BLOCK_H)
+    BLOCK_H: tl.constexpr = a.shape[0]
+    page, offset = slot.page, slot.offset
+    cache_ptr = cache.ptr + page * cache.strides[0] + offset * cache.strides[1]
+    if cache.scale_ptr is not None:
         # float8_e4m3fn comes as its bits, uint8.
         IS_INT8: tl.constexpr = cache_ptr.dtype.element_ty == tl.int8
+        scale_ptr, strides = cache.scale_ptr, cache.scale_strides
         if SCALE_PER_TOKEN:
             LARGEST: tl.constexpr = INT8_MAX if IS_INT8 else E4M3_MAX
             scale = tl.math.div_rn(tl.max(tl.maximum(tl.abs(a), tl.abs(b)), 1), LARGEST)
             # A maximum may pass over NaN; the scale must not.
             unknown = tl.max(((a != a) | (b != b)).to(tl.int32), 1)
             scale = tl.where(unknown != 0, float("nan"), scale)
-            scale_ptr += page * scale_strides[0] + offset * scale_strides[1]
-            scale_ptrs = scale_ptr + heads.to(tl.int64) * scale_strides[2]
-            tl.store(scale_ptrs, scale, mask=heads < NUM_HEADS)
+            scale_ptr += page * strides[0] + offset * strides[1]
+            scales = heads_at(scale_ptr, strides[2], slot.first_head, NUM_HEADS, BLOCK_H)
+            tl.store(scales.ptrs, scale, mask=scales.exist)
         else:
-            scale_ptrs = scale_ptr + heads.to(tl.int64) * scale_strides[0]
-            scale = tl.load(scale_ptrs, mask=heads < NUM_HEADS, other=1.0)
+            scales = heads_at(scale_ptr, strides[0], slot.first_head, NUM_HEADS, BLOCK_H)
+            scale = tl.load(scales.ptrs, mask=scales.exist, other=1.0)
         divisor = tl.where(scale == 0.0, 1.0, scale)[:, None]
         a, b = tl.math.div_rn(a, divisor), tl.math.div_rn(b, divisor)
         if IS_INT8:
             a, b = _encode_int8(a), _encode_int8(b)
         else:
             a, b = _encode_e4m3(a), _encode_e4m3(b)
-    store_pairs(
-        cache_ptr + page * cache_strides[0] + offset * cache_strides[1],
-        cache_strides[2],
-        first_head,
-        a,
-        b,
-        NUM_HEADS,
-        HEAD_DIM,
-        BLOCK_H,
-        BLOCK_PAIRS,
-        INTERLEAVED,
-    )
+    heads = heads_at(cache_ptr, cache.strides[2], slot.first_head, NUM_HEADS, BLOCK_H)
+    store_pairs(heads, a, b, HEAD_DIM, INTERLEAVED)
 
 
 @triton.jit(
@@ -162,9 +174,9 @@ def _append_kernel(
     block = tl.program_id(1)
     batch, index = token // seq_len, token % seq_len
 
-    slot = tl.load(slots_ptr + batch * slots_stride_b + index * slots_stride_t).to(tl.int64)
-    page, offset = slot // page_size, slot % page_size
-    has_slot = (slot >= 0) & (page < num_pages)
+    number = tl.load(slots_ptr + batch * slots_stride_b + index * slots_stride_t).to(tl.int64)
+    page, offset = number // page_size, number % page_size
+    has_slot = (number >= 0) & (page < num_pages)
 
     if block < NUM_Q_BLOCKS + NUM_KV_BLOCKS:
         position_ptr = positions_ptr + batch * positions_stride_b + index * positions_stride_t
@@ -173,100 +185,37 @@ def _append_kernel(
         if block < NUM_Q_BLOCKS:
             first_head = block * BLOCK_H
             q_ptr += batch * q_strides[0] + index * q_strides[1]
-            a, b = load_pairs(
-                q_ptr,
-                q_strides[2],
-                first_head,
-                NUM_Q_HEADS,
-                HEAD_DIM,
-                BLOCK_H,
-                BLOCK_PAIRS,
-                INTERLEAVED,
-            )
+            q_out_ptr += token * NUM_Q_HEADS * HEAD_DIM
+            heads = heads_at(q_ptr, q_strides[2], first_head, NUM_Q_HEADS, BLOCK_H)
+            a, b = load_pairs(heads, HEAD_DIM, BLOCK_PAIRS, INTERLEAVED)
             a, b = rotate(a, b, cos, sin)
-            store_pairs(
-                q_out_ptr + token * NUM_Q_HEADS * HEAD_DIM,
-                HEAD_DIM,
-                first_head,
-                a,
-                b,
-                NUM_Q_HEADS,
-                HEAD_DIM,
-                BLOCK_H,
-                BLOCK_PAIRS,
-                INTERLEAVED,
-            )
+            heads = heads_at(q_out_ptr, HEAD_DIM, first_head, NUM_Q_HEADS, BLOCK_H)
+            store_pairs(heads, a, b, HEAD_DIM, INTERLEAVED)
         else:
             first_head = (block - NUM_Q_BLOCKS) * BLOCK_H
             k_ptr += batch * k_strides[0] + index * k_strides[1]
-            a, b = load_pairs(
-                k_ptr,
-                k_strides[2],
-                first_head,
-                NUM_KV_HEADS,
-                HEAD_DIM,
-                BLOCK_H,
-                BLOCK_PAIRS,
-                INTERLEAVED,
-            )
+            k_out_ptr += token * NUM_KV_HEADS * HEAD_DIM
+            heads = heads_at(k_ptr, k_strides[2], first_head, NUM_KV_HEADS, BLOCK_H)
+            a, b = load_pairs(heads, HEAD_DIM, BLOCK_PAIRS, INTERLEAVED)
             a, b = rotate(a, b, cos, sin)
             # The cache holds k as the model has it, rounded once.
             dtype: tl.constexpr = k_out_ptr.dtype.element_ty
             a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
-            store_pairs(
-                k_out_ptr + token * NUM_KV_HEADS * HEAD_DIM,
-                HEAD_DIM,
-                first_head,
-                a,
-                b,
-                NUM_KV_HEADS,
-                HEAD_DIM,
-                BLOCK_H,
-                BLOCK_PAIRS,
-                INTERLEAVED,
-            )
+            heads = heads_at(k_out_ptr, HEAD_DIM, first_head, NUM_KV_HEADS, BLOCK_H)
+            store_pairs(heads, a, b, HEAD_DIM, INTERLEAVED)
             if has_slot:
-                _append(
-                    k_cache_ptr,
-                    k_cache_strides,
-                    k_scale_ptr,
-                    k_scale_strides,
-                    page,
-                    offset,
-                    first_head,
-                    a,
-                    b,
-                    NUM_KV_HEADS,
-                    HEAD_DIM,
-                    BLOCK_H,
-                    BLOCK_PAIRS,
-                    INTERLEAVED,
-                    SCALE_PER_TOKEN,
-                )
+                cache = Cache(k_cache_ptr, k_cache_strides, k_scale_ptr, k_scale_strides)
+                slot = Slot(page, offset, first_head)
+                _append(cache, slot, a, b, NUM_KV_HEADS, HEAD_DIM, INTERLEAVED, SCALE_PER_TOKEN)
     elif has_slot:
         first_head = (block - NUM_Q_BLOCKS - NUM_KV_BLOCKS) * BLOCK_H
         v_ptr += batch * v_strides[0] + index * v_strides[1]
+        heads = heads_at(v_ptr, v_strides[2], first_head, NUM_KV_HEADS, BLOCK_H)
         # Halves, whatever the pairs of k: v is not rotated.
-        a, b = load_pairs(
-            v_ptr, v_strides[2], first_head, NUM_KV_HEADS, HEAD_DIM, BLOCK_H, BLOCK_PAIRS, False
-        )
-        _append(
-            v_cache_ptr,
-            v_cache_strides,
-            v_scale_ptr,
-            v_scale_strides,
-            page,
-            offset,
-            first_head,
-            a,
-            b,
-            NUM_KV_HEADS,
-            HEAD_DIM,
-            BLOCK_H,
-            BLOCK_PAIRS,
-            False,
-            SCALE_PER_TOKEN,
-        )
+        a, b = load_pairs(heads, HEAD_DIM, BLOCK_PAIRS, False)
+        cache = Cache(v_cache_ptr, v_cache_strides, v_scale_ptr, v_scale_strides)
+        slot = Slot(page, offset, first_head)
+        _append(cache, slot, a, b, NUM_KV_HEADS, HEAD_DIM, False, SCALE_PER_TOKEN)
 
 
 def _bits(cache: Tensor) -> Tensor:

@@ -17,17 +17,29 @@ Entries beyond a sequence's length are never loaded. Within it, each new token m
 keys of its own and keys may be hidden from all of them.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gqa_kernels import checks, configs, counters, layout, library, target
-from gqa_kernels.kv_pages import load_scales, load_vectors, locate_keys
-from gqa_kernels.scores import load_ranges, mask
-from gqa_kernels.tiles import LOG2_E, finish_softmax, online_softmax_step
+from gqa_kernels.kv_pages import Cached, Pages, load_scales, load_vectors, locate_keys
+from gqa_kernels.scores import Visible, load_ranges, mask
+from gqa_kernels.tiles import LOG2_E, Softmax, empty_softmax, finish_softmax, online_softmax_step
 
 MAX_NEW_TOKENS = 16
+
+
+class Queries(NamedTuple):
+    """Packed rows: the new tokens of a sequence × the query heads of a key/value head."""
+
+    token: Any
+    head: Any  # of all query heads
+    row: Any  # in an output `[batch, seq_len_q, num_q_heads]`
+    lse_row: Any  # in `[batch, num_q_heads, seq_len_q]`
+    exist: Any
 
 
 @triton.jit
@@ -53,28 +65,20 @@ def _unpack(
     NUM_KV_HEADS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
 ):
-    """(new token, query head, index of the query in the output) of packed rows."""
+    """The queries of packed rows."""
+    NUM_Q_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP_SIZE
     token = packed // GROUP_SIZE
     head = (kv_head * GROUP_SIZE + packed % GROUP_SIZE).to(tl.int64)
-    return token, head, (batch * SEQ_LEN_Q + token) * (NUM_KV_HEADS * GROUP_SIZE) + head
+    row = (batch * SEQ_LEN_Q + token) * NUM_Q_HEADS + head
+    lse_row = (batch * NUM_Q_HEADS + head) * SEQ_LEN_Q + token
+    return Queries(token, head, row, lse_row, packed < SEQ_LEN_Q * GROUP_SIZE)
 
 
 @triton.jit
-def _store_lse(
-    lse_ptr,
-    lse,
-    batch,
-    token,
-    head,
-    exists,
-    SEQ_LEN_Q: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-):
-    """To `[batch, num_q_heads, seq_len_q]`, if that is asked for."""
+def _store_lse(lse_ptr, lse, queries):
+    """If that is asked for."""
     if lse_ptr is not None:
-        rows = (batch * (NUM_KV_HEADS * GROUP_SIZE) + head) * SEQ_LEN_Q + token
-        tl.store(lse_ptr + rows, lse, mask=exists)
+        tl.store(lse_ptr + queries.lse_row, lse, mask=queries.exist)
 
 
 @triton.jit
@@ -95,25 +99,25 @@ def _combine(
     lse_ptr,
     out_ptr,
     queries,
-    exists,
     num_splits,
     num_slots,
     HEAD_DIM: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """lse = log Σₛ exp(lseₛ), which it returns, and out = Σₛ exp(lseₛ − lse) · partialₛ, of BLOCK_R
+    """lse = log Σₛ exp(lseₛ), which it returns, and out = Σₛ exp(lseₛ − lse) · partialₛ, of some
     queries.
 
     The splits were written by other programs: their loads pass by the L1 cache, which nothing keeps
     up to date.
     """
-    slots = queries * num_slots  # [BLOCK_R], int64
+    BLOCK_R: tl.constexpr = queries.row.shape[0]
+    exist = queries.exist[None, :]
+    slots = queries.row * num_slots  # [BLOCK_R], int64
     every = tl.arange(0, MAX_SPLITS)[:, None]
     ptrs = lse_ptr + slots[None, :] + every
-    all_written = (every < num_splits) & exists[None, :]
+    all_written = (every < num_splits) & exist
     lses = tl.load(ptrs, mask=all_written, other=-float("inf"), cache_modifier=".cg")
     largest = tl.max(lses, 0)
     largest = tl.where(largest == -float("inf"), 0.0, largest)  # no key: −inf − 0 weighs 0
@@ -125,7 +129,7 @@ def _combine(
     out = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
     for first in tl.range(0, num_splits, BLOCK_S):
         splits = first + tl.arange(0, BLOCK_S)[:, None]
-        written = (splits < num_splits) & exists[None, :]
+        written = (splits < num_splits) & exist
         rows = slots[None, :] + splits  # [BLOCK_S, BLOCK_R]
         lse = tl.load(lse_ptr + rows, mask=written, other=-float("inf"), cache_modifier=".cg")
         partial = tl.load(
@@ -136,9 +140,9 @@ def _combine(
         )
         weights = tl.math.exp2((lse - largest[None, :]) * LOG2_E) * unit[None, :]
         out += tl.sum(weights[:, :, None] * partial, 0)
-    ptrs = out_ptr + queries[:, None] * HEAD_DIM + columns
+    ptrs = out_ptr + queries.row[:, None] * HEAD_DIM + columns
     out = out.to(out_ptr.dtype.element_ty)
-    tl.store(ptrs, out, mask=exists[:, None] & (columns < HEAD_DIM))
+    tl.store(ptrs, out, mask=queries.exist[:, None] & (columns < HEAD_DIM))
     return tl.where(total == 0.0, -float("inf"), largest + tl.log(seen))
 
 
@@ -229,101 +233,91 @@ def _decode_kernel(
     if tl.program_id(1) >= num_splits:
         return
 
-    packed = first_row + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    exists = packed < NUM_ROWS
-    token, head, query = _unpack(packed, batch, kv_head, SEQ_LEN_Q, NUM_KV_HEADS, GROUP_SIZE)
+    packed = first_row + tl.arange(0, BLOCK_M)
+    queries = _unpack(packed, batch, kv_head, SEQ_LEN_Q, NUM_KV_HEADS, GROUP_SIZE)  # [BLOCK_M]
     columns = tl.arange(0, BLOCK_D)[None, :]
-    q_ptrs = q_ptr + batch * q_strides[0] + token.to(tl.int64) * q_strides[1] + head * q_strides[2]
-    q_mask = exists[:, None] & (columns < HEAD_DIM)
-    q = tl.load(q_ptrs[:, None] + columns, mask=q_mask, other=0.0)  # [BLOCK_M, BLOCK_D]
-    last_key = seq_len - SEQ_LEN_Q + token  # [BLOCK_M]
+    q_rows = queries.token.to(tl.int64) * q_strides[1] + queries.head * q_strides[2]
+    q_mask = queries.exist[:, None] & (columns < HEAD_DIM)
+    q_ptrs = q_ptr + batch * q_strides[0] + q_rows[:, None] + columns
+    q = tl.load(q_ptrs, mask=q_mask, other=0.0)  # [BLOCK_M, BLOCK_D]
+    own_keys = (seq_len - SEQ_LEN_Q + queries.token)[:, None]
     first_keys = None
     end_keys = None
     if key_ranges_ptr is not None:
         first_keys, end_keys = load_ranges(
-            key_ranges_ptr, key_ranges_strides, batch, token[:, None], SEQ_LEN_Q, seq_len
+            key_ranges_ptr, key_ranges_strides, batch, queries.token[:, None], SEQ_LEN_Q, seq_len
         )  # [BLOCK_M, 1]
     if key_mask_ptr is not None:
         key_mask_ptr += batch * key_mask_stride
 
-    k_ptr += kv_head.to(tl.int64) * k_strides[2]
-    v_ptr += kv_head.to(tl.int64) * v_strides[2]
+    k = Cached(k_ptr + kv_head.to(tl.int64) * k_strides[2], k_strides[0], k_strides[1])
+    v = Cached(v_ptr + kv_head.to(tl.int64) * v_strides[2], v_strides[0], v_strides[1])
     if k_scale_ptr is not None:
         k_scale_ptr += kv_head * k_scale_strides[-1]
         v_scale_ptr += kv_head * v_scale_strides[-1]
-        if not SCALE_PER_TOKEN:
+        if SCALE_PER_TOKEN:
+            k_scales = Cached(k_scale_ptr, k_scale_strides[0], k_scale_strides[1])
+            v_scales = Cached(v_scale_ptr, v_scale_strides[0], v_scale_strides[1])
+        else:
             k_scale, v_scale = tl.load(k_scale_ptr), tl.load(v_scale_ptr)
+    table_stride = None
+    if block_table_ptr is not None:
+        block_table_ptr += batch * block_table_strides[0]
+        table_stride = block_table_strides[1]
+    pages = Pages(batch, block_table_ptr, table_stride, num_pages)
     exponent_scale = softmax_scale * LOG2_E
     # What a split needs of the loop below is derived anew for each: kept across them it would take
     # a third of the registers.
     for split in tl.range(tl.program_id(1), num_splits, tl.num_programs(1), disable_licm=True):
         start = split * chunk
         end = tl.minimum(start + chunk, seq_len)
-        running_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
-        running_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-        accumulator = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+        softmax = empty_softmax(BLOCK_M, BLOCK_D)
         for tile in tl.range(start, end, BLOCK_N, num_stages=NUM_STAGES):
-            page, slots, there = locate_keys(
-                block_table_ptr, block_table_strides, batch, tile, end, num_pages,
-                PAGE_SIZE, BLOCK_N,
-            )  # fmt: skip
-            key = load_vectors(k_ptr, k_strides, page, slots, there, HEAD_DIM, BLOCK_D)
+            entries = locate_keys(pages, tile, end, PAGE_SIZE, BLOCK_N)
+            key = load_vectors(k, entries, HEAD_DIM, BLOCK_D)
             scores = _score(q, key.to(q.dtype))  # [BLOCK_M, BLOCK_N]
             if SCALE_PER_TOKEN:
-                scales = load_scales(k_scale_ptr, k_scale_strides, page, slots, there)
-                scores *= scales[None, :]
+                scores *= load_scales(k_scales, entries)[None, :]
             elif k_scale_ptr is not None:
                 scores *= k_scale
             keys = tile + tl.arange(0, BLOCK_N)[None, :]
             if block_table_ptr is not None:
-                scores = tl.where(there[None, :], scores, -float("inf"))
+                scores = tl.where(entries.exist[None, :], scores, -float("inf"))
             # A tile reaches beyond its split only at the end of the sequence.
-            scores = mask(
-                scores, last_key[:, None], keys, seq_len, None, 0, first_keys, end_keys,
-                key_mask_ptr,
-            )  # fmt: skip
-            weights, running_max, running_sum, accumulator = online_softmax_step(
-                scores, running_max, running_sum, accumulator, exponent_scale
-            )
-            value = load_vectors(v_ptr, v_strides, page, slots, there, HEAD_DIM, BLOCK_D)
-            value = value.to(q.dtype)
+            visible = Visible(own_keys, seq_len, None, 0, first_keys, end_keys, key_mask_ptr)
+            scores = mask(scores, keys, visible)
+            weights, softmax = online_softmax_step(scores, softmax, exponent_scale)
+            value = load_vectors(v, entries, HEAD_DIM, BLOCK_D).to(q.dtype)
             if SCALE_PER_TOKEN:
-                scales = load_scales(v_scale_ptr, v_scale_strides, page, slots, there)
-                accumulator = _add_scaled(weights, scales, value, accumulator)
+                scales = load_scales(v_scales, entries)
+                accumulator = _add_scaled(weights, scales, value, softmax.accumulator)
             else:
-                accumulator = _add(weights, value, accumulator)
+                accumulator = _add(weights, value, softmax.accumulator)
+            softmax = Softmax(softmax.running_max, softmax.running_sum, accumulator)
 
-        out, lse = finish_softmax(running_max, running_sum, accumulator, softmax_scale)
+        out, lse = finish_softmax(softmax, softmax_scale)
         if v_scale_ptr is not None and not SCALE_PER_TOKEN:
             out *= v_scale
         if num_splits == 1:
-            ptrs = out_ptr + query[:, None] * HEAD_DIM + columns
+            ptrs = out_ptr + queries.row[:, None] * HEAD_DIM + columns
             tl.store(ptrs, out.to(out_ptr.dtype.element_ty), mask=q_mask)
-            _store_lse(
-                out_lse_ptr, lse, batch, token, head, exists, SEQ_LEN_Q, NUM_KV_HEADS, GROUP_SIZE
-            )
+            _store_lse(out_lse_ptr, lse, queries)
         else:
-            slot = query * num_slots + split  # [BLOCK_M]
+            slot = queries.row * num_slots + split  # [BLOCK_M]
             tl.store(partial_ptr + slot[:, None] * HEAD_DIM + columns, out, mask=q_mask)
-            tl.store(lse_ptr + slot, lse, mask=exists)
+            tl.store(lse_ptr + slot, lse, mask=queries.exist)
 
     if num_splits > 1:
         num_arrivals = tl.minimum(num_splits, tl.num_programs(1))
         if _is_last(counters_ptr + tl.program_id(0), num_arrivals):
             for first in tl.range(first_row, tl.minimum(first_row + BLOCK_M, NUM_ROWS), BLOCK_R):
-                rows = first + tl.arange(0, BLOCK_R)
-                valid = rows < NUM_ROWS
-                tokens, heads, queries = _unpack(
-                    rows, batch, kv_head, SEQ_LEN_Q, NUM_KV_HEADS, GROUP_SIZE
-                )
+                some = first + tl.arange(0, BLOCK_R)
+                rows = _unpack(some, batch, kv_head, SEQ_LEN_Q, NUM_KV_HEADS, GROUP_SIZE)
                 total_lse = _combine(
-                    partial_ptr, lse_ptr, out_ptr, queries, valid, num_splits, num_slots,
-                    HEAD_DIM, MAX_SPLITS, BLOCK_R, BLOCK_S, BLOCK_D,
+                    partial_ptr, lse_ptr, out_ptr, rows, num_splits, num_slots,
+                    HEAD_DIM, MAX_SPLITS, BLOCK_S, BLOCK_D,
                 )  # fmt: skip
-                _store_lse(
-                    out_lse_ptr, total_lse, batch, tokens, heads, valid,
-                    SEQ_LEN_Q, NUM_KV_HEADS, GROUP_SIZE,
-                )  # fmt: skip
+                _store_lse(out_lse_ptr, total_lse, rows)
 
 
 def _forward(

@@ -4,22 +4,40 @@ A contiguous cache is one whose page b holds all of sequence b. Pages are number
 times its stride needs more than 32 bits in a cache of a few GB.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 
+class Pages(NamedTuple):
+    """The pages of one sequence."""
+
+    batch: Any
+    table_ptr: Any  # of the sequence; None in a contiguous cache
+    table_stride: Any
+    num_pages: Any  # of the cache
+
+
+class Entries(NamedTuple):
+    """Where some keys lie: `[BLOCK_N]`, the page alone one for all or `[BLOCK_N]`."""
+
+    page: Any
+    slots: Any
+    exist: Any
+
+
+class Cached(NamedTuple):
+    """What the cache holds of one head: keys, values, or their scales."""
+
+    ptr: Any  # to that of page 0, slot 0
+    page_stride: Any
+    slot_stride: Any
+
+
 @triton.jit
-def locate_keys(
-    block_table_ptr,
-    block_table_strides,
-    batch,
-    first,
-    end,
-    num_pages,
-    PAGE_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """(page, slot, whether there is such a key) of the keys first … first + BLOCK_N − 1.
+def locate_keys(pages, first, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The entries of the keys first … first + BLOCK_N − 1.
 
     One page for all where a tile cannot cross a page's border: first is a multiple of BLOCK_N and
     below end, the end of the sequence or of its part. Keys from end on, and those of a page outside
@@ -27,32 +45,35 @@ def locate_keys(
     """
     keys = first + tl.arange(0, BLOCK_N)
     exists = keys < end
-    page, slots = batch, keys
-    if block_table_ptr is not None:
-        block_table_ptr += batch * block_table_strides[0]
+    page, slots = pages.batch, keys
+    if pages.table_ptr is not None:
         if PAGE_SIZE >= BLOCK_N:
-            page = tl.load(block_table_ptr + (first // PAGE_SIZE) * block_table_strides[1])
+            page = tl.load(pages.table_ptr + (first // PAGE_SIZE) * pages.table_stride)
         else:
-            ptrs = block_table_ptr + (keys // PAGE_SIZE) * block_table_strides[1]
+            ptrs = pages.table_ptr + (keys // PAGE_SIZE) * pages.table_stride
             page = tl.load(ptrs, mask=exists, other=-1)
         page = page.to(tl.int64)
-        exists = exists & (page >= 0) & (page < num_pages)
+        exists = exists & (page >= 0) & (page < pages.num_pages)
         slots = keys % PAGE_SIZE
-    return page, slots, exists
+    return Entries(page, slots, exists)
 
 
 @triton.jit
-def load_vectors(ptr, strides, page, slots, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """`[BLOCK_N, BLOCK_D]`: the keys or values of one head, from a pointer to its first; zero
-    where there is none."""
+def _rows(cached, entries):
+    """`[BLOCK_N]`: offsets of the entries."""
+    return entries.page * cached.page_stride + entries.slots.to(tl.int64) * cached.slot_stride
+
+
+@triton.jit
+def load_vectors(cached, entries, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`[BLOCK_N, BLOCK_D]`: keys or values; zero where there is none."""
     columns = tl.arange(0, BLOCK_D)[None, :]
-    rows = page * strides[0] + slots.to(tl.int64) * strides[1]
-    mask = exists[:, None] & (columns < HEAD_DIM)
-    return tl.load(ptr + rows[:, None] + columns, mask=mask, other=0.0)
+    rows = _rows(cached, entries)
+    mask = entries.exist[:, None] & (columns < HEAD_DIM)
+    return tl.load(cached.ptr + rows[:, None] + columns, mask=mask, other=0.0)
 
 
 @triton.jit
-def load_scales(ptr, strides, page, slots, exists):
-    """`[BLOCK_N]`: the scale of each key or value of one head; zero where there is none."""
-    rows = page * strides[0] + slots.to(tl.int64) * strides[1]
-    return tl.load(ptr + rows, mask=exists, other=0.0)
+def load_scales(cached, entries):
+    """`[BLOCK_N]`: the scale of each key or value; zero where there is none."""
+    return tl.load(cached.ptr + _rows(cached, entries), mask=entries.exist, other=0.0)

@@ -16,31 +16,22 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from gqa_kernels import checks, layout, library, target
-from gqa_kernels.rotation import heads_per_program, load_angles, load_pairs, rotate, store_pairs
+from gqa_kernels.rotation import (
+    heads_at,
+    heads_per_program,
+    load_angles,
+    load_pairs,
+    rotate,
+    store_pairs,
+)
 
 
 @triton.jit
-def _rotate_heads(
-    x_ptr,
-    y_ptr,
-    x_stride_h,
-    first_head,
-    cos,
-    sin,
-    NUM_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_PAIRS: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-):
-    """Rotates heads first_head … first_head + BLOCK_H − 1 of the token at x_ptr into y_ptr."""
-    a, b = load_pairs(
-        x_ptr, x_stride_h, first_head, NUM_HEADS, HEAD_DIM, BLOCK_H, BLOCK_PAIRS, INTERLEAVED
-    )
+def _rotate_heads(x, y, cos, sin, HEAD_DIM: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Rotates heads x into heads y."""
+    a, b = load_pairs(x, HEAD_DIM, cos.shape[1], INTERLEAVED)
     a, b = rotate(a, b, cos, sin)
-    store_pairs(
-        y_ptr, HEAD_DIM, first_head, a, b, NUM_HEADS, HEAD_DIM, BLOCK_H, BLOCK_PAIRS, INTERLEAVED
-    )
+    store_pairs(y, a, b, HEAD_DIM, INTERLEAVED)
 
 
 # A tuple is specialised whatever is asked for, hence the two scalars for positions' strides.
@@ -82,33 +73,19 @@ def _rotate_kernel(
     NUM_Q_BLOCKS: tl.constexpr = (NUM_Q_HEADS + BLOCK_H - 1) // BLOCK_H
     block = tl.program_id(1)
     if block < NUM_Q_BLOCKS:
-        _rotate_heads(
-            q_ptr + batch * q_strides[0] + index * q_strides[1],
-            q_out_ptr + token * NUM_Q_HEADS * HEAD_DIM,
-            q_strides[2],
-            block * BLOCK_H,
-            cos,
-            sin,
-            NUM_Q_HEADS,
-            HEAD_DIM,
-            BLOCK_H,
-            BLOCK_PAIRS,
-            INTERLEAVED,
-        )
+        first_head = block * BLOCK_H
+        q_ptr += batch * q_strides[0] + index * q_strides[1]
+        q_out_ptr += token * NUM_Q_HEADS * HEAD_DIM
+        x = heads_at(q_ptr, q_strides[2], first_head, NUM_Q_HEADS, BLOCK_H)
+        y = heads_at(q_out_ptr, HEAD_DIM, first_head, NUM_Q_HEADS, BLOCK_H)
+        _rotate_heads(x, y, cos, sin, HEAD_DIM, INTERLEAVED)
     else:
-        _rotate_heads(
-            k_ptr + batch * k_strides[0] + index * k_strides[1],
-            k_out_ptr + token * NUM_KV_HEADS * HEAD_DIM,
-            k_strides[2],
-            (block - NUM_Q_BLOCKS) * BLOCK_H,
-            cos,
-            sin,
-            NUM_KV_HEADS,
-            HEAD_DIM,
-            BLOCK_H,
-            BLOCK_PAIRS,
-            INTERLEAVED,
-        )
+        first_head = (block - NUM_Q_BLOCKS) * BLOCK_H
+        k_ptr += batch * k_strides[0] + index * k_strides[1]
+        k_out_ptr += token * NUM_KV_HEADS * HEAD_DIM
+        x = heads_at(k_ptr, k_strides[2], first_head, NUM_KV_HEADS, BLOCK_H)
+        y = heads_at(k_out_ptr, HEAD_DIM, first_head, NUM_KV_HEADS, BLOCK_H)
+        _rotate_heads(x, y, cos, sin, HEAD_DIM, INTERLEAVED)
 
 
 def _rotate(

@@ -4,8 +4,24 @@
 heads, in float32. A pair is (2i, 2i + 1) where interleaved, else (i, i + HEAD_DIM / 2).
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Heads(NamedTuple):
+    """Some heads of one token, `[BLOCK_H]` each."""
+
+    ptrs: Any  # to what is kept of each head: its features, or its scale
+    exist: Any
+
+
+@triton.jit
+def heads_at(ptr, stride, first_head, NUM_HEADS: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Heads first_head … first_head + BLOCK_H − 1 of the token at ptr."""
+    heads = first_head + tl.arange(0, BLOCK_H)
+    return Heads(ptr + heads.to(tl.int64) * stride, heads < NUM_HEADS)
 
 
 @triton.jit
@@ -31,62 +47,40 @@ def rotate(a, b, cos, sin):
 
 
 @triton.jit
-def load_pairs(
-    ptr,
-    stride_h,
-    first_head,
-    NUM_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_PAIRS: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-):
-    """(a, b) of heads first_head … first_head + BLOCK_H − 1 of the token at ptr; 0 where there is
-    no such head or feature."""
-    heads = (first_head + tl.arange(0, BLOCK_H))[:, None]
-    ptrs = ptr + heads.to(tl.int64) * stride_h
+def load_pairs(heads, HEAD_DIM: tl.constexpr, BLOCK_PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """(a, b) of some heads; 0 where there is no such head or feature."""
+    ptrs, exist = heads.ptrs[:, None], heads.exist[:, None]
     if INTERLEAVED:
         # Both halves of a pair in one access: loads two apart would not be 16 bytes wide.
         features = tl.arange(0, 2 * BLOCK_PAIRS)[None, :]
-        mask = (heads < NUM_HEADS) & (features < HEAD_DIM)
+        mask = exist & (features < HEAD_DIM)
         x = tl.load(ptrs + features, mask=mask, other=0.0).to(tl.float32)
-        a, b = tl.split(tl.reshape(x, [BLOCK_H, BLOCK_PAIRS, 2]))
+        a, b = tl.split(tl.reshape(x, [x.shape[0], BLOCK_PAIRS, 2]))
     else:
         HALF: tl.constexpr = HEAD_DIM // 2
         pairs = tl.arange(0, BLOCK_PAIRS)[None, :]
-        mask = (heads < NUM_HEADS) & (pairs < HALF)
+        mask = exist & (pairs < HALF)
         a = tl.load(ptrs + pairs, mask=mask, other=0.0).to(tl.float32)
         b = tl.load(ptrs + HALF + pairs, mask=mask, other=0.0).to(tl.float32)
     return a, b
 
 
 @triton.jit
-def store_pairs(
-    ptr,
-    stride_h,
-    first_head,
-    a,
-    b,
-    NUM_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_PAIRS: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-):
-    """Writes (a, b), of any dtype that converts to the pointer's, where there is such a head and
+def store_pairs(heads, a, b, HEAD_DIM: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Writes (a, b), of any dtype that converts to the pointers', where there is such a head and
     feature."""
-    dtype = ptr.dtype.element_ty
-    heads = (first_head + tl.arange(0, BLOCK_H))[:, None]
-    ptrs = ptr + heads.to(tl.int64) * stride_h
+    BLOCK_PAIRS: tl.constexpr = a.shape[1]
+    dtype = heads.ptrs.dtype.element_ty
+    ptrs, exist = heads.ptrs[:, None], heads.exist[:, None]
     if INTERLEAVED:
         features = tl.arange(0, 2 * BLOCK_PAIRS)[None, :]
-        mask = (heads < NUM_HEADS) & (features < HEAD_DIM)
-        x = tl.reshape(tl.join(a, b), [BLOCK_H, 2 * BLOCK_PAIRS])
+        mask = exist & (features < HEAD_DIM)
+        x = tl.reshape(tl.join(a, b), [a.shape[0], 2 * BLOCK_PAIRS])
         tl.store(ptrs + features, x.to(dtype), mask=mask)
     else:
         HALF: tl.constexpr = HEAD_DIM // 2
         pairs = tl.arange(0, BLOCK_PAIRS)[None, :]
-        mask = (heads < NUM_HEADS) & (pairs < HALF)
+        mask = exist & (pairs < HALF)
         tl.store(ptrs + pairs, a.to(dtype), mask=mask)
         tl.store(ptrs + HALF + pairs, b.to(dtype), mask=mask)
 

@@ -11,10 +11,33 @@ Causal attention is window_right = 0. Beside the window each query may have a ra
 own, and each key may be hidden from all queries. What is None at launch costs nothing.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from gqa_kernels.tiles import LOG2_E
+
+
+class Scoring(NamedTuple):
+    """How the product of a query and a key becomes a score, and that a weight."""
+
+    own_keys: Any  # of each query, in a shape that broadcasts with the scores
+    cap_scale: Any  # None without a cap
+    slope: Any  # None without a bias
+    exponent_scale: Any  # weight = exp2(exponent_scale · score) / their sum
+
+
+class Visible(NamedTuple):
+    """Which keys a tile of queries sees; None where nothing limits them."""
+
+    own_keys: Any  # as those of Scoring
+    seq_len_kv: Any
+    window_left: Any
+    window_right: Any
+    first_keys: Any  # of each query, in the shape of own_keys
+    end_keys: Any
+    key_mask_ptr: Any  # of the batch entry's key 0
 
 
 @triton.jit
@@ -57,10 +80,16 @@ def load_slope(alibi_slopes_ptr, stride, sequence, head, score_unit):
 
 
 @triton.jit
-def add_bias(scores, own_keys, keys, slope):
-    if slope is not None:
-        scores -= slope * tl.abs(own_keys - keys).to(tl.float32)
+def add_bias(scores, keys, scoring):
+    if scoring.slope is not None:
+        scores -= scoring.slope * tl.abs(scoring.own_keys - keys).to(tl.float32)
     return scores
+
+
+@triton.jit
+def score(products, keys, scoring):
+    """Products of queries and keys as scores: capped, then biased."""
+    return add_bias(cap(products, scoring.cap_scale), keys, scoring)
 
 
 @triton.jit
@@ -97,43 +126,23 @@ def rows_that_see(
 
 
 @triton.jit
-def mask(
-    scores,
-    own_keys,
-    keys,
-    seq_len_kv,
-    window_left,
-    window_right,
-    first_keys,
-    end_keys,
-    key_mask_ptr,
-):
+def mask(scores, keys, visible):
     """−inf where a key does not exist, is hidden, or lies outside the window or range of the
-    query. The key mask begins with the batch entry's key 0."""
-    visible = keys < seq_len_kv
-    if key_mask_ptr is not None:
-        visible = tl.load(key_mask_ptr + keys, mask=visible, other=0) != 0
-    if first_keys is not None:
-        visible = visible & (keys >= first_keys) & (keys < end_keys)
-    if window_left is not None:
-        visible = visible & (keys >= own_keys - window_left)
-    if window_right is not None:
-        visible = visible & (keys <= own_keys + window_right)
-    return tl.where(visible, scores, -float("inf"))
+    query."""
+    seen = keys < visible.seq_len_kv
+    if visible.key_mask_ptr is not None:
+        seen = tl.load(visible.key_mask_ptr + keys, mask=seen, other=0) != 0
+    if visible.first_keys is not None:
+        seen = seen & (keys >= visible.first_keys) & (keys < visible.end_keys)
+    if visible.window_left is not None:
+        seen = seen & (keys >= visible.own_keys - visible.window_left)
+    if visible.window_right is not None:
+        seen = seen & (keys <= visible.own_keys + visible.window_right)
+    return tl.where(seen, scores, -float("inf"))
 
 
 @triton.jit
-def key_tiles(
-    first_own_key,
-    seq_len_kv,
-    window_left,
-    window_right,
-    first_keys,
-    end_keys,
-    key_mask_ptr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+def key_tiles(first_own_key, visible, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(first tile, number of tiles, number of tiles at the front that need no mask) of the keys
     that BLOCK_M queries see, the first of which stands on first_own_key.
 
@@ -141,20 +150,23 @@ def key_tiles(
     are −inf. A window to the left, ranges and a key mask have every tile masked: the first is short
     beside the code for two ends, the others may hide any key.
     """
+    seq_len_kv = visible.seq_len_kv
+    LEFT: tl.constexpr = visible.window_left is not None
+    RANGES: tl.constexpr = visible.first_keys is not None
     first_key, end_key, num_free_keys = 0, seq_len_kv, seq_len_kv
-    if window_right is not None:
-        end_key = tl.minimum(end_key, first_own_key + BLOCK_M + window_right)
-        num_free_keys = tl.minimum(num_free_keys, first_own_key + window_right + 1)
-    if window_left is not None:
-        first_key = tl.maximum(first_own_key - window_left, 0)
-    if first_keys is not None:
-        first_key = tl.maximum(first_key, tl.min(first_keys))
-        end_key = tl.minimum(end_key, tl.max(end_keys))
+    if visible.window_right is not None:
+        end_key = tl.minimum(end_key, first_own_key + BLOCK_M + visible.window_right)
+        num_free_keys = tl.minimum(num_free_keys, first_own_key + visible.window_right + 1)
+    if LEFT:
+        first_key = tl.maximum(first_own_key - visible.window_left, 0)
+    if RANGES:
+        first_key = tl.maximum(first_key, tl.min(visible.first_keys))
+        end_key = tl.minimum(end_key, tl.max(visible.end_keys))
     end_tile = tl.cdiv(tl.maximum(end_key, 0), BLOCK_N)
     first_tile = 0
-    if window_left is not None or first_keys is not None:
+    if LEFT or RANGES:
         first_tile = tl.minimum(first_key // BLOCK_N, tl.maximum(end_tile - 1, 0))
-    if window_left is not None or first_keys is not None or key_mask_ptr is not None:
+    if LEFT or RANGES or visible.key_mask_ptr is not None:
         num_free_keys = 0
     num_tiles = tl.maximum(end_tile - first_tile, 1)
     num_free = tl.minimum(tl.maximum(num_free_keys, 0) // BLOCK_N, num_tiles - 1)

@@ -5,8 +5,26 @@ with their bounds in cu_seqlens. Packed, a program finds its sequence on the dev
 total number of rows is known where it is launched.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Work(NamedTuple):
+    """What a program owns: a block of rows of one head of one sequence.
+
+    Its own side is that of its rows, queries or keys; the sequence has rows on the other side too.
+    """
+
+    sequence: Any
+    batch: Any  # the batch entry, of packed sequences 0
+    head: Any
+    block: Any  # of the sequence's rows
+    first_row: Any  # of the sequence
+    num_rows: Any
+    first_other_row: Any
+    num_other_rows: Any
 
 
 @triton.jit
@@ -49,11 +67,10 @@ def locate(
     num_rows_other,
     BLOCK: tl.constexpr,
 ):
-    """What this program owns: (sequence, batch entry, head, block), then (first row, number of
-    rows) of the sequence, on its own side and on the other.
+    """The work of this program.
 
-    num_rows are those of one batch entry. Packed sequences lie in batch entry 0; the rows after the
-    last of them are a sequence that has no rows on the other side.
+    num_rows and num_rows_other are those of one batch entry. Packed sequences lie in batch entry 0;
+    the rows after the last of them are a sequence that has no rows on the other side.
     """
     program = tl.program_id(0)
     if cu_seqlens_ptr is None:
@@ -61,7 +78,7 @@ def locate(
         batch = program // num_blocks // num_heads
         head = program // num_blocks % num_heads
         block = program % num_blocks
-        return batch, batch, head, block, 0, num_rows, 0, num_rows_other
+        return Work(batch, batch, head, block, 0, num_rows, 0, num_rows_other)
     else:
         num_blocks = num_rows // BLOCK + num_sequences + 1
         head = program // num_blocks
@@ -75,7 +92,7 @@ def locate(
         sequence = tl.minimum(
             sequence, num_sequences - 1
         )  # whatever is kept per sequence ends there
-        return sequence, program * 0, head, block, first, length, first_other, length_other
+        return Work(sequence, program * 0, head, block, first, length, first_other, length_other)
 
 
 def num_blocks(num_rows: int, num_sequences: int | None, block: int) -> int:

@@ -1,5 +1,7 @@
 """Tile primitives that two kernels or more use."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -23,25 +25,33 @@ def load_rows(
     return tl.load(ptr + rows.to(tl.int64) * stride + columns, mask=mask, other=0.0)
 
 
+class Rows(NamedTuple):
+    """The keys or values of one head."""
+
+    source: Any  # a descriptor of `[batch, row, head, feature]`, or a pointer to the head's row 0
+    stride: Any  # from row to row
+    batch: Any
+    head: Any
+    num_rows: Any
+
+
 @triton.jit
 def load_tile(
-    source,
-    stride,
-    batch,
-    head,
+    rows,
     start,
-    num_rows,
     HEAD_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     USE_TMA: tl.constexpr,
 ):
-    """Rows start … of one head: from a descriptor of `[batch, row, head, feature]`, or from a
-    pointer to the head's row 0. Zero outside the rows and features."""
+    """Rows start … of one head, zero outside its rows and features."""
     if USE_TMA:
-        return source.load([batch, start, head, 0]).reshape([BLOCK_ROWS, BLOCK_D])
+        tile = rows.source.load([rows.batch, start, rows.head, 0])
+        return tile.reshape([BLOCK_ROWS, BLOCK_D])
     else:
-        return load_rows(source, stride, start, num_rows, HEAD_DIM, BLOCK_ROWS, BLOCK_D)
+        return load_rows(
+            rows.source, rows.stride, start, rows.num_rows, HEAD_DIM, BLOCK_ROWS, BLOCK_D
+        )
 
 
 @triton.jit
@@ -63,26 +73,50 @@ def store_rows(
     tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
 
 
+class Softmax(NamedTuple):
+    """A softmax over the keys so far, and the values weighted by it: m, ℓ and O of the paper."""
+
+    running_max: Any
+    running_sum: Any
+    accumulator: Any
+
+
 @triton.jit
-def online_softmax_step(scores, running_max, running_sum, accumulator, exponent_scale):
-    """Folds a tile of scores `[BLOCK_M, BLOCK_N]` into the running softmax (m, ℓ, O of the paper).
+def empty_softmax(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    running_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
+    running_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    return Softmax(running_max, running_sum, tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32))
+
+
+@triton.jit
+def online_softmax_step(scores, softmax, exponent_scale):
+    """Folds a tile of scores `[BLOCK_M, BLOCK_N]` into the running softmax.
 
     Returns the tile's weights, to be multiplied by V, and the new state. The weights are
     exp2(exponent_scale · (score − max)): the softmax scale and log2(e) cost no instruction.
     """
-    new_max = tl.maximum(running_max, tl.max(scores, 1))
+    new_max = tl.maximum(softmax.running_max, tl.max(scores, 1))
     # A row that has seen no key yet: −inf − (−inf) would be NaN, −inf − 0 is a weight of 0.
     anchor = tl.where(new_max == -float("inf"), 0.0, new_max) * exponent_scale
     weights = tl.math.exp2(scores * exponent_scale - anchor[:, None])
-    rescale = tl.math.exp2(running_max * exponent_scale - anchor)
-    running_sum = running_sum * rescale + tl.sum(weights, 1)
-    return weights, new_max, running_sum, accumulator * rescale[:, None]
+    rescale = tl.math.exp2(softmax.running_max * exponent_scale - anchor)
+    running_sum = softmax.running_sum * rescale + tl.sum(weights, 1)
+    return weights, Softmax(new_max, running_sum, softmax.accumulator * rescale[:, None])
 
 
 @triton.jit
-def finish_softmax(running_max, running_sum, accumulator, softmax_scale):
+def add_values(weights, value, softmax):
+    """The softmax with a tile of weighted values added to its accumulator."""
+    accumulator = tl.dot(
+        weights.to(value.dtype), value, softmax.accumulator, input_precision="ieee"
+    )
+    return Softmax(softmax.running_max, softmax.running_sum, accumulator)
+
+
+@triton.jit
+def finish_softmax(softmax, softmax_scale):
     """(output, natural log-sum-exp) of the rows; 0 and −inf for a row that saw no key."""
-    seen = running_sum != 0.0
-    divisor = tl.where(seen, running_sum, 1.0)
-    lse = tl.where(seen, running_max * softmax_scale + tl.log(divisor), -float("inf"))
-    return accumulator / divisor[:, None], lse
+    seen = softmax.running_sum != 0.0
+    divisor = tl.where(seen, softmax.running_sum, 1.0)
+    lse = tl.where(seen, softmax.running_max * softmax_scale + tl.log(divisor), -float("inf"))
+    return softmax.accumulator / divisor[:, None], lse
