@@ -95,6 +95,7 @@ def _poisoned(x: torch.Tensor) -> torch.Tensor:
 def _poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that a kernel module allocates holds NaN until a kernel writes it."""
     ops = ("norm", "glu", "rope", "cache_append", "decode")
-    for op in (*ops, "attention_forward", "attention_backward"):
+    attention = ("attention_forward", "attention_backward", "attention_dkdv", "attention_dq")
+    for op in (*ops, *attention):
         module = importlib.import_module(f"gqa_kernels.{op}")
         monkeypatch.setattr(module, "torch", _PoisonedTorch())

@@ -127,7 +127,7 @@ MUTANTS = (
     ),
     Mutant(
         "the gradient of k accumulates in bfloat16",
-        "attention_backward.py",
+        "attention_dkdv.py",
         'dk = tl.dot(d_scores.to(query.dtype), query, dk, input_precision="ieee")',
         f'dk = tl.dot(d_scores.to(query.dtype), query, dk, input_precision="ieee"){ROUNDED}',
         "flash_attention",

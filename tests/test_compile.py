@@ -48,7 +48,7 @@ NARROW_ALLOWED = {
     "cache_append.append": {"LDG.64", "LDG.32", "STG.32", "STG.64"},
 }
 
-ATTENTION = ("attention_forward.forward", "attention_backward.dkdv", "attention_backward.dq")
+ATTENTION = ("attention_forward.forward", "attention_dkdv.dkdv", "attention_dq.dq")
 
 
 def python(*arguments: str) -> str:

@@ -14,6 +14,7 @@ PACKAGE = ROOT / "kernels" / "gqa_kernels"
 # What each module of the kernels' package may import from it.
 KERNEL_PARTS = {"checks", "configs", "target", "layout", "tiles", "autograd", "library"}
 OPS = {"norm", "glu", "rope", "cache_append", "attention", "decode"}
+ATTENTION_GRADIENTS = {"attention_dkdv", "attention_dq"}
 ATTENTION_KERNELS = {"attention_forward", "attention_backward"}
 ALLOWED = {
     "__init__": {"backends", "patching", "sdpa"},
@@ -31,8 +32,13 @@ ALLOWED = {
     "scores": {"tiles"},
     "sequences": set(),
     **dict.fromkeys(OPS, KERNEL_PARTS),
-    **dict.fromkeys(ATTENTION_KERNELS, KERNEL_PARTS | {"scores", "sequences"}),
-    "attention": KERNEL_PARTS | ATTENTION_KERNELS,
+    "attention_call": KERNEL_PARTS,
+    **dict.fromkeys(
+        ("attention_forward", *ATTENTION_GRADIENTS),
+        KERNEL_PARTS | {"scores", "sequences", "attention_call"},
+    ),
+    "attention_backward": KERNEL_PARTS | ATTENTION_GRADIENTS | {"attention_call"},
+    "attention": KERNEL_PARTS | ATTENTION_KERNELS | {"attention_call"},
     **dict.fromkeys(("rope", "cache_append"), KERNEL_PARTS | {"rotation"}),
     "counters": set(),
     "kv_pages": set(),

@@ -5,295 +5,178 @@ The kernels, with the formulas and what one program owns, are in `attention_forw
 `sequences.py`. Saved for backward: the inputs, out and lse.
 """
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from gqa_kernels import attention_backward, attention_forward, checks, layout, library
+from gqa_kernels import attention_backward, attention_forward, checks, library
+from gqa_kernels.attention_call import Call, batched, check, prepared
 
 
-def _arguments(
-    q: Tensor,
-    cu_seqlens: tuple[Tensor | None, Tensor | None],
-    constants: tuple[Tensor | None, Tensor | None],
-    key_ranges: Tensor | None,
-    key_mask: Tensor | None,
-    softmax_scale: float | None,
-    window_left: int | None,
-    window_right: int | None,
-    softcap: float | None,
-) -> tuple:
-    """What both passes hand to their kernels after the tensors of `[batch, …]`."""
-    cu_seqlens_q, cu_seqlens_kv, sinks, alibi_slopes = (
-        None if x is None else x.contiguous() for x in (*cu_seqlens, *constants)
-    )
-    softmax_scale = checks.softmax_scale(softmax_scale, q.shape[-1])
-    if cu_seqlens_q is None and q.shape[1] == 1:
-        window_right = None  # one query, the last: no key lies to its right
-    # Nothing is as far away as 2³⁰ rows, and sums of two such distances fit 32 bits.
-    window = (None if side is None else min(side, 2**30) for side in (window_left, window_right))
-    softcap = None if softcap is None else float(softcap)
-    return (
-        cu_seqlens_q, cu_seqlens_kv, sinks, alibi_slopes, key_ranges, layout.key_mask(key_mask),
-        softmax_scale, *window, softcap,
-    )  # fmt: skip
+def _takes(arguments: dict[str, Any], result: Any) -> Callable[[Callable], Callable]:
+    """Gives a function of `*args` the signature that PyTorch reads a schema from."""
+
+    def decorate(function: Callable) -> Callable:
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        function.__signature__ = inspect.Signature(
+            [inspect.Parameter(name, kind, annotation=arguments[name]) for name in arguments],
+            return_annotation=result,
+        )
+        return function
+
+    return decorate
 
 
-def _batched(packed: bool, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Packed tensors as one batch entry."""
-    return tuple(x if x is None or not packed else x.unsqueeze(0) for x in tensors)
+@_takes(Call.__annotations__, tuple[Tensor, Tensor])
+def _launch(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return _forward(Call(*arguments), need_lse=True)
 
 
-def _launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_kv: Tensor | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    key_ranges: Tensor | None,
-    key_mask: Tensor | None,
-    softmax_scale: float | None,
-    window_left: int | None,
-    window_right: int | None,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    return _forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_kv, sinks, alibi_slopes, key_ranges, key_mask,
-        softmax_scale, window_left, window_right, softcap, need_lse=True,
-    )  # fmt: skip
-
-
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_kv: Tensor | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    key_ranges: Tensor | None,
-    key_mask: Tensor | None,
-    *scores: float | None,
-    need_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    packed = cu_seqlens_q is not None
-    out, lse = attention_forward.forward(
-        *_batched(packed, q, k, v),
-        *_arguments(
-            q, (cu_seqlens_q, cu_seqlens_kv), (sinks, alibi_slopes), key_ranges, key_mask, *scores
-        ),
-        need_lse=need_lse,
-    )
-    if packed:  # in place: a view could not be written to by the caller
+def _forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+    out, lse = attention_forward.forward(prepared(call), need_lse=need_lse)
+    if call.packed:  # in place: a view could not be written to by the caller
         out.squeeze_(0)
         if need_lse:
             lse.squeeze_(0)
     return out, lse
 
 
-def _fake(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, *_: object
-) -> tuple[Tensor, Tensor]:
-    if cu_seqlens_q is None:
-        lse_shape = (q.shape[0], q.shape[2], q.shape[1])
-    else:
-        lse_shape = (q.shape[1], q.shape[0])
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    q = Call(*arguments).q
+    lse_shape = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
     return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
 
 
-def _backward_launch(
+def gradients(
+    call: Call,
     dout: Tensor,
     dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
     out: Tensor,
     lse: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_kv: Tensor | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    key_ranges: Tensor | None,
-    key_mask: Tensor | None,
-    softmax_scale: float | None,
-    window_left: int | None,
-    window_right: int | None,
-    softcap: float | None,
+    *,
     need_dq: bool,
     need_dkdv: bool,
     need_dsinks: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    packed = cu_seqlens_q is not None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(dq, dk, dv, dsinks) of a call that gave out and lse, each None unless needed.
+
+    Args:
+        dout, dlse: the gradients of out and, unless None, of lse.
+    """
     *grads, dsinks = attention_backward.backward(
-        *_batched(packed, dout, dlse, q, k, v, out, lse),
-        *_arguments(
-            q, (cu_seqlens_q, cu_seqlens_kv), (sinks, alibi_slopes), key_ranges, key_mask,
-            softmax_scale, window_left, window_right, softcap,
-        ),
+        prepared(call),
+        *batched(call.packed, dout, dlse, out, lse),
         need_dq=need_dq,
         need_dkdv=need_dkdv,
         need_dsinks=need_dsinks,
-    )  # fmt: skip
-    grads = (
-        library.or_empty(None if grad is None else grad.view(x.shape), q)
-        for grad, x in zip(grads, (q, k, v), strict=True)
     )
-    return *grads, library.or_empty(dsinks, q)
+    grads = (
+        None if grad is None else grad.view(x.shape)
+        for grad, x in zip(grads, call[:3], strict=True)
+    )
+    return *grads, dsinks
 
 
-def _backward_fake(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_kv: Tensor | None,
-    sinks: Tensor | None,
-    *rest: object,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, need_dq, need_dkdv, need_dsinks = rest
-    needs = ((q, need_dq), (k, need_dkdv), (v, need_dkdv))
-    dsinks = sinks.new_empty(sinks.shape) if need_dsinks else q.new_empty(0)
-    return *(x.new_empty(x.shape if need else 0) for x, need in needs), dsinks
+def _split(arguments: tuple) -> tuple[Call, tuple, tuple]:
+    """(call, (dout, dlse, out, lse), (need_dq, need_dkdv, need_dsinks))."""
+    dout, dlse, q, k, v, out, lse, *rest = arguments
+    constants, needs = rest[:-3], rest[-3:]
+    return Call(q, k, v, *constants), (dout, dlse, out, lse), tuple(needs)
+
+
+_CALL = list(Call.__annotations__.items())
+
+
+@_takes(
+    {
+        "dout": Tensor,
+        "dlse": Tensor | None,
+        **dict(_CALL[:3]),
+        "out": Tensor,
+        "lse": Tensor,
+        **dict(_CALL[3:]),
+        "need_dq": bool,
+        "need_dkdv": bool,
+        "need_dsinks": bool,
+    },
+    tuple[Tensor, Tensor, Tensor, Tensor],
+)
+def _backward_launch(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call, tensors, (need_dq, need_dkdv, need_dsinks) = _split(arguments)
+    grads = gradients(call, *tensors, need_dq=need_dq, need_dkdv=need_dkdv, need_dsinks=need_dsinks)
+    return tuple(library.or_empty(grad, call.q) for grad in grads)
+
+
+def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call, _, (need_dq, need_dkdv, need_dsinks) = _split(arguments)
+    needs = ((call.q, need_dq), (call.k, need_dkdv), (call.v, need_dkdv), (call.sinks, need_dsinks))
+    return tuple(x.new_empty(x.shape) if need else call.q.new_empty(0) for x, need in needs)
 
 
 _BACKWARD = library.Op("flash_attention_backward", _backward_launch, _backward_fake)
 
 
 def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *constants, ctx.softmax_scale, ctx.left, ctx.right, ctx.softcap = inputs
-    ctx.save_for_backward(q, k, v, *output, *constants)
+    call = Call(*inputs)
+    if ctx.needs_input_grad[Call._fields.index("alibi_slopes")]:
+        raise NotImplementedError("alibi_slopes: expected a constant; got one that requires grad")
+    ctx.save_for_backward(*call[:9], *output)
+    ctx.numbers = call[9:]
     ctx.set_materialize_grads(False)
 
 
 def _backward(
     ctx: FunctionCtx, dout: Tensor | None, dlse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, *constants = ctx.saved_tensors
-    need_dq, need_dk, need_dv, _, _, need_dsinks, *_ = ctx.needs_input_grad
+    grads = dict.fromkeys(Call._fields)
     if dout is None and dlse is None:
-        return (None,) * 13
-    dq, dk, dv, dsinks = _BACKWARD(
-        torch.zeros_like(out) if dout is None else dout, dlse, q, k, v, out, lse,
-        *constants, ctx.softmax_scale, ctx.left, ctx.right, ctx.softcap,
-        need_dq, need_dk or need_dv, need_dsinks,
+        return tuple(grads.values())
+    *tensors, out, lse = ctx.saved_tensors
+    call = Call(*tensors, *ctx.numbers)
+    needed = dict(zip(Call._fields, ctx.needs_input_grad, strict=True))
+    values = _BACKWARD(
+        torch.zeros_like(out) if dout is None else dout, dlse, *call[:3], out, lse, *call[3:],
+        needed["q"], needed["k"] or needed["v"], needed["sinks"],
     )  # fmt: skip
-    return (
-        dq if need_dq else None,
-        dk if need_dk else None,
-        dv if need_dv else None,
-        None,
-        None,
-        dsinks if need_dsinks else None,
-        *(None,) * 7,
-    )
-
-
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_kv: Tensor | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    key_ranges: Tensor | None,
-    key_mask: Tensor | None,
-    softmax_scale: float | None,
-    window_left: int | None,
-    window_right: int | None,
-    softcap: float | None,
-) -> None:
-    if cu_seqlens_q is None:
-        checks.tensor("q", q, shape=("batch", "seq_len_q", "num_q_heads", "head_dim"))
-        kv_shape = (q.shape[0], "seq_len_kv", "num_kv_heads", q.shape[-1])
-        num_sequences = q.shape[0]
-    else:
-        checks.tensor("q", q, shape=("total_q", "num_q_heads", "head_dim"))
-        kv_shape = ("total_kv", "num_kv_heads", q.shape[-1])
-        bounds = ("num_sequences + 1",)
-        checks.tensor("cu_seqlens_q", cu_seqlens_q, dtypes=checks.INTS, shape=bounds, like=("q", q))
-        num_sequences = cu_seqlens_q.shape[0] - 1
-        if num_sequences < 1:
-            raise ValueError("cu_seqlens_q: expected the bounds of one sequence or more; got none")
-        checks.tensor(
-            "cu_seqlens_kv",
-            cu_seqlens_kv,
-            dtypes=checks.INTS,
-            shape=(num_sequences + 1,),
-            like=("q", q),
-        )
-    checks.tensor("k", k, shape=kv_shape, like=("q", q))
-    checks.tensor("v", v, shape=tuple(k.shape), like=("q", q))
-    checks.same_dtype("k", k, "q", q)
-    checks.same_dtype("v", v, "q", q)
-    num_q_heads, head_dim = q.shape[-2:]
-    checks.attention_heads(num_q_heads, k.shape[-2], head_dim)
-    checks.softcap(softcap, checks.softmax_scale(softmax_scale, head_dim))
-    checks.window((window_left, window_right))
-    if sinks is not None:
-        checks.tensor("sinks", sinks, shape=(num_q_heads,), like=("q", q))
-    if alibi_slopes is not None:
-        checks.tensor("alibi_slopes", alibi_slopes, dtypes=(torch.float32,), like=("q", q))
-        shape = (num_sequences, num_q_heads) if alibi_slopes.dim() == 2 else (num_q_heads,)
-        checks.tensor("alibi_slopes", alibi_slopes, dtypes=(torch.float32,), shape=shape)
-    if cu_seqlens_q is not None and (key_ranges is not None or key_mask is not None):
-        raise ValueError("key_ranges, key_mask: expected None with cu_seqlens_q; got one of them")
-    checks.key_limits(key_ranges, key_mask, (num_sequences, q.shape[1], k.shape[1]), like=("q", q))
-
-
-def _setup_after_checking_constants(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
-    if ctx.needs_input_grad[6]:
-        raise NotImplementedError("alibi_slopes: expected a constant; got one that requires grad")
-    _setup_context(ctx, inputs, output)
+    for name, value in zip(("q", "k", "v", "sinks"), values, strict=True):
+        grads[name] = value if needed[name] else None
+    return tuple(grads.values())
 
 
 _OP = library.Op(
     "flash_attention",
     _launch,
     _fake,
-    check=_check,
-    setup_context=_setup_after_checking_constants,
+    check=check,
+    setup_context=_setup_context,
     backward=_backward,
 )
 
 
 def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_kv: Tensor | None,
+    call: Call,
+    *,
     causal: bool,
-    softmax_scale: float | None,
     window: tuple[int | None, int | None] | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    key_ranges: Tensor | None,
-    key_mask: Tensor | None,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    """The call with the window that these give."""
     checks.flag("causal", causal)
     checks.flag("return_lse", return_lse)
     window_left, window_right = checks.window(window)
-    if causal:
-        window_right = 0
-    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_kv, sinks, alibi_slopes, key_ranges, key_mask)
-    scores = (softmax_scale, window_left, window_right, softcap)
-    if library.is_traced(*tensors):
-        out, lse = _OP.dispatched(*tensors, *scores)
+    call = call._replace(window_left=window_left, window_right=0 if causal else window_right)
+    if library.is_traced(*call):
+        out, lse = _OP.dispatched(*call)
     else:
-        _check(*tensors, *scores)
-        if library.needs_graph(q, k, v, sinks, alibi_slopes):
-            out, lse = _OP.function.apply(*tensors, *scores)
+        check(*call)
+        if library.needs_graph(call.q, call.k, call.v, call.sinks, call.alibi_slopes):
+            out, lse = _OP.function.apply(*call)
         else:
-            out, lse = _forward(*tensors, *scores, need_lse=return_lse)
+            out, lse = _forward(call, need_lse=return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -347,11 +230,11 @@ def flash_attention(
         NotImplementedError: another head_dim; alibi_slopes that require a gradient.
         RuntimeError: q is not on a GPU that Triton drives.
     """
-    return _attend(
-        q, k, v, None, None,
-        causal, softmax_scale, window, softcap, sinks, alibi_slopes, key_ranges, key_mask,
-        return_lse,
+    call = Call(
+        q, k, v, None, None, sinks, alibi_slopes, key_ranges, key_mask,
+        softmax_scale, None, None, softcap,
     )  # fmt: skip
+    return _attend(call, causal=causal, window=window, return_lse=return_lse)
 
 
 def flash_attention_varlen(
@@ -390,7 +273,8 @@ def flash_attention_varlen(
     for name, bounds in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_kv", cu_seqlens_kv)):
         if not isinstance(bounds, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor; got {type(bounds).__name__}")
-    return _attend(
-        q, k, v, cu_seqlens_q, cu_seqlens_kv,
-        causal, softmax_scale, window, softcap, sinks, alibi_slopes, None, None, return_lse,
+    call = Call(
+        q, k, v, cu_seqlens_q, cu_seqlens_kv, sinks, alibi_slopes, None, None,
+        softmax_scale, None, None, softcap,
     )  # fmt: skip
+    return _attend(call, causal=causal, window=window, return_lse=return_lse)

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gqa_kernels import configs, layout, sequences, target
+from gqa_kernels.attention_call import Call, block_d, choose, kernel_arguments
 from gqa_kernels.scores import (
     Scoring,
     Visible,
@@ -193,85 +194,35 @@ def _forward_kernel(
         tl.store(lse_ptr + queries, lse, mask=queries < seq_len_q)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_kv: Tensor | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    key_ranges: Tensor | None,
-    key_mask: Tensor | None,
-    softmax_scale: float,
-    window_left: int | None,
-    window_right: int | None,
-    softcap: float | None,
-    *,
-    need_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """(out, lse) of `[batch, seq_len, num_heads, head_dim]`; packed sequences are one batch entry.
-
-    lse is `[batch, num_q_heads, seq_len_q]`, None unless needed.
-    """
-    q, k, v = map(layout.contiguous_features, (q, k, v))
+def forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) of a prepared call: out has the shape of its q, lse is
+    `[batch, num_q_heads, seq_len_q]`, None unless needed."""
+    q, k, v = call.q, call.k, call.v
     batch, seq_len_q, num_q_heads, head_dim = q.shape
-    seq_len_kv, num_kv_heads = k.shape[1:3]
     lse_shape = (batch, num_q_heads, seq_len_q)
-    if q.numel() == 0 or seq_len_kv == 0:
+    if q.numel() == 0 or k.shape[1] == 0:
         lse = q.new_full(lse_shape, -torch.inf, dtype=torch.float32)
-        if sinks is not None:
-            lse.copy_(sinks[:, None])
+        if call.sinks is not None:
+            lse.copy_(call.sinks[:, None])
         return q.new_zeros(q.shape), lse if need_lse else None
-    packed = cu_seqlens_q is not None
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device) if need_lse else None
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    num_sequences = cu_seqlens_q.shape[0] - 1 if packed else None
     with target.device_of(q):
-        gpu = target.current()
-        config = configs.attention_config(
-            configs.ATTENTION_FORWARD, gpu.arch, q.element_size(), head_dim
-        )
+        config = choose(call, configs.ATTENTION_FORWARD)
         # A descriptor's tile would end in the rows of the next packed sequence.
-        use_tma = gpu.has_tma and not packed and layout.fits_tma(k) and layout.fits_tma(v)
-        block = (config.block_n, block_d)
-        num_blocks = sequences.num_blocks(seq_len_q, num_sequences, config.block_m)
+        use_tma = target.current().has_tma and not call.packed
+        use_tma = use_tma and layout.fits_tma(k) and layout.fits_tma(v)
+        block = (config.block_n, block_d(head_dim))
+        num_blocks = sequences.num_blocks(seq_len_q, call.num_sequences, config.block_m)
         _forward_kernel[(num_blocks * num_q_heads * batch,)](
             q_ptr=q,
             k=layout.descriptor(k, *block) if use_tma else k,
             v=layout.descriptor(v, *block) if use_tma else v,
             out_ptr=out,
             lse_ptr=lse,
-            cu_seqlens_q_ptr=cu_seqlens_q,
-            cu_seqlens_kv_ptr=cu_seqlens_kv,
-            sinks_ptr=sinks,
-            alibi_slopes_ptr=alibi_slopes,
-            key_ranges_ptr=key_ranges,
-            key_mask_ptr=key_mask,
-            q_strides=q.stride()[:3],
-            k_strides=k.stride()[:3],
-            v_strides=v.stride()[:3],
-            alibi_stride=layout.sequence_stride(alibi_slopes),
-            key_ranges_strides=None if key_ranges is None else key_ranges.stride(),
-            key_mask_stride=None if key_mask is None else key_mask.stride(0),
-            num_sequences=num_sequences,
-            seq_len_q=seq_len_q,
-            seq_len_kv=seq_len_kv,
+            sinks_ptr=call.sinks,
             num_q_heads=num_q_heads,
-            window_left=window_left,
-            window_right=window_right,
-            score_unit=softmax_scale if softcap is None else softcap,
-            cap_scale=None if softcap is None else softmax_scale / softcap,
-            GROUP_SIZE=num_q_heads // num_kv_heads,
-            HEAD_DIM=head_dim,
             USE_TMA=use_tma,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_D=block_d,
-            NUM_STAGES=config.num_stages,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=True,
+            **kernel_arguments(call, config),
         )
     return out, lse

@@ -216,27 +216,12 @@ def _flash_attention_backward(
     window_size_right: int | None = None,
 ) -> tuple[Tensor, ...]:
     _refuse("dropout_p", dropout_p, 0.0)
-    *grads, _ = attention._BACKWARD.launch(
-        dout=grad_out,
-        dlse=None,
-        q=query,
-        k=key,
-        v=value,
-        out=out,
-        lse=logsumexp,
-        cu_seqlens_q=cum_seq_q,
-        cu_seqlens_kv=cum_seq_k,
-        sinks=None,
-        alibi_slopes=None,
-        key_ranges=None,
-        key_mask=None,
-        softmax_scale=scale,
-        window_left=_side(window_size_left),
-        window_right=0 if is_causal else _side(window_size_right),
-        softcap=None,
-        need_dq=True,
-        need_dkdv=True,
-        need_dsinks=False,
+    call = attention.Call(
+        query, key, value, cum_seq_q, cum_seq_k, None, None, None, None, scale,
+        _side(window_size_left), 0 if is_causal else _side(window_size_right), None,
+    )  # fmt: skip
+    *grads, _ = attention.gradients(
+        call, grad_out, None, out, logsumexp, need_dq=True, need_dkdv=True, need_dsinks=False
     )
     return tuple(map(_strided_like, (query, key, value), grads))
 

@@ -1,0 +1,154 @@
+"""One call of attention: its arguments, checked and brought into the form that kernels take."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from gqa_kernels import checks, configs, layout, target
+
+
+class Call(NamedTuple):
+    """The arguments of `attention.flash_attention` or, with cu_seqlens, of its varlen form."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_kv: Tensor | None
+    sinks: Tensor | None
+    alibi_slopes: Tensor | None
+    key_ranges: Tensor | None
+    key_mask: Tensor | None
+    softmax_scale: float | None
+    window_left: int | None
+    window_right: int | None
+    softcap: float | None
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+    @property
+    def num_sequences(self) -> int | None:
+        """Of packed ones."""
+        return self.cu_seqlens_q.shape[0] - 1 if self.packed else None
+
+
+def check(*arguments: Any) -> None:
+    """Raises unless these arguments of a `Call` are what the kernels can take."""
+    call = Call(*arguments)
+    q, k, v = call.q, call.k, call.v
+    if not call.packed:
+        checks.tensor("q", q, shape=("batch", "seq_len_q", "num_q_heads", "head_dim"))
+        kv_shape = (q.shape[0], "seq_len_kv", "num_kv_heads", q.shape[-1])
+        num_sequences = q.shape[0]
+    else:
+        checks.tensor("q", q, shape=("total_q", "num_q_heads", "head_dim"))
+        kv_shape = ("total_kv", "num_kv_heads", q.shape[-1])
+        num_sequences = _check_bounds(call)
+    checks.tensor("k", k, shape=kv_shape, like=("q", q))
+    checks.tensor("v", v, shape=tuple(k.shape), like=("q", q))
+    checks.same_dtype("k", k, "q", q)
+    checks.same_dtype("v", v, "q", q)
+    num_q_heads, head_dim = q.shape[-2:]
+    checks.attention_heads(num_q_heads, k.shape[-2], head_dim)
+    checks.softcap(call.softcap, checks.softmax_scale(call.softmax_scale, head_dim))
+    checks.window((call.window_left, call.window_right))
+    if call.sinks is not None:
+        checks.tensor("sinks", call.sinks, shape=(num_q_heads,), like=("q", q))
+    slopes = call.alibi_slopes
+    if slopes is not None:
+        checks.tensor("alibi_slopes", slopes, dtypes=(torch.float32,), like=("q", q))
+        shape = (num_sequences, num_q_heads) if slopes.dim() == 2 else (num_q_heads,)
+        checks.tensor("alibi_slopes", slopes, dtypes=(torch.float32,), shape=shape)
+    key_ranges, key_mask = call.key_ranges, call.key_mask
+    if call.packed and (key_ranges is not None or key_mask is not None):
+        raise ValueError("key_ranges, key_mask: expected None with cu_seqlens_q; got one of them")
+    checks.key_limits(key_ranges, key_mask, (num_sequences, q.shape[1], k.shape[1]), like=("q", q))
+
+
+def _check_bounds(call: Call) -> int:
+    """The number of packed sequences."""
+    like = ("q", call.q)
+    shape = ("num_sequences + 1",)
+    checks.tensor("cu_seqlens_q", call.cu_seqlens_q, dtypes=checks.INTS, shape=shape, like=like)
+    if call.num_sequences < 1:
+        raise ValueError("cu_seqlens_q: expected the bounds of one sequence or more; got none")
+    shape = (call.num_sequences + 1,)
+    checks.tensor("cu_seqlens_kv", call.cu_seqlens_kv, dtypes=checks.INTS, shape=shape, like=like)
+    return call.num_sequences
+
+
+def prepared(call: Call) -> Call:
+    """The same call for the kernels: packed sequences as one batch entry, contiguous features,
+    every number with a value."""
+    q, k, v = map(layout.contiguous_features, batched(call.packed, call.q, call.k, call.v))
+    window_left, window_right = call.window_left, call.window_right
+    if not call.packed and q.shape[1] == 1:
+        window_right = None  # one query, the last: no key lies to its right
+    # Nothing is as far away as 2³⁰ rows, and sums of two such distances fit 32 bits.
+    return Call(
+        q,
+        k,
+        v,
+        *(None if x is None else x.contiguous() for x in call[3:7]),
+        call.key_ranges,
+        layout.key_mask(call.key_mask),
+        checks.softmax_scale(call.softmax_scale, q.shape[-1]),
+        None if window_left is None else min(window_left, 2**30),
+        None if window_right is None else min(window_right, 2**30),
+        None if call.softcap is None else float(call.softcap),
+    )
+
+
+def batched(packed: bool, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Packed tensors as one batch entry."""
+    return tuple(x if x is None or not packed else x.unsqueeze(0) for x in tensors)
+
+
+def block_d(head_dim: int) -> int:
+    """The width of a tile that holds a head's features."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def kernel_arguments(call: Call, config: configs.AttentionConfig) -> dict[str, Any]:
+    """What the kernels of both passes take of a prepared call, beside pointers to q, k and v."""
+    softmax_scale, softcap = call.softmax_scale, call.softcap
+    head_dim = call.q.shape[3]
+    return {
+        "cu_seqlens_q_ptr": call.cu_seqlens_q,
+        "cu_seqlens_kv_ptr": call.cu_seqlens_kv,
+        "alibi_slopes_ptr": call.alibi_slopes,
+        "key_ranges_ptr": call.key_ranges,
+        "key_mask_ptr": call.key_mask,
+        "q_strides": call.q.stride()[:3],
+        "k_strides": call.k.stride()[:3],
+        "v_strides": call.v.stride()[:3],
+        "alibi_stride": layout.sequence_stride(call.alibi_slopes),
+        "key_ranges_strides": None if call.key_ranges is None else call.key_ranges.stride(),
+        "key_mask_stride": None if call.key_mask is None else call.key_mask.stride(0),
+        "num_sequences": call.num_sequences,
+        "seq_len_q": call.q.shape[1],
+        "seq_len_kv": call.k.shape[1],
+        "window_left": call.window_left,
+        "window_right": call.window_right,
+        "score_unit": softmax_scale if softcap is None else softcap,
+        "cap_scale": None if softcap is None else softmax_scale / softcap,
+        "GROUP_SIZE": call.q.shape[2] // call.k.shape[2],
+        "HEAD_DIM": head_dim,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": block_d(head_dim),
+        "NUM_STAGES": config.num_stages,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": True,
+    }
+
+
+def choose(call: Call, table: tuple[configs.AttentionConfig, ...]) -> configs.AttentionConfig:
+    """The tiles of a table for this call on the current GPU."""
+    q = call.q
+    return configs.attention_config(table, target.current().arch, q.element_size(), q.shape[3])
