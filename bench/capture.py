@@ -58,8 +58,10 @@ class _Launcher:
     """Stands where Triton's launcher would: it writes the launch down."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
-        module = source.fn.module.rpartition(".")[2]
-        self.kernel = f"{module}.{metadata.name.removeprefix('_').removesuffix('_kernel')}"
+        module = source.fn.module.removeprefix("gqa_kernels.ops.").removesuffix("_kernel")
+        kernel = metadata.name.removeprefix("_").removesuffix("_kernel")
+        # A file of one kernel has its name.
+        self.kernel = module if module.endswith(f".{kernel}") else f"{module}.{kernel}"
         self.metadata = metadata
 
     def __call__(self, grid_x: int, grid_y: int, grid_z: int, *_: Any) -> None:

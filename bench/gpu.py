@@ -96,8 +96,8 @@ _PLAN = """# How to read these files
 4. **peers/report.md**: the losses, at its top. Within the noise is a tie. A loss to `compile` or to
    a Triton peer can be won by tuning or a better schedule; to `sdpa_cudnn` and `fa3` in prefill
    attention perhaps not. "Not timed" says which peers were absent: their rows prove nothing.
-5. **tuning.log**: rows to paste into `kernels/gqa_kernels/configs.py`. A gain below the noise is
-   none. Paste, then run `ours` again: `python bench/gpu.py --out {out} --again ours`.
+5. **tuning.log**: rows to paste into `kernels/gqa_kernels/runtime/configs.py`. A gain below the
+   noise is none. Paste, then run `ours` again: `python bench/gpu.py --out {out} --again ours`.
 
 What is quoted elsewhere is quoted from these files, losses as plainly as wins.
 """

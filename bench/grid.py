@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from floors import backward_cost
 
-from gqa_kernels.spec import IN_PLACE_OPS, OPS, Case, Cost, OpSpec, decode_inputs
+from gqa_kernels.spec import IN_PLACE_OPS, OPS, Case, Cost, OpSpec
+from gqa_kernels.spec.cache import decode_inputs
 
 TIERS = ("smoke", "core", "full")
 DTYPE = torch.bfloat16
@@ -167,7 +168,8 @@ def _attention() -> list[Workload]:
 
 
 def _packed() -> list[Workload]:
-    """Documents packed to 16384 tokens, a fifth of them empty; `spec.packed_lengths` has them."""
+    """Documents packed to 16384 tokens, a fifth of them empty, as
+    `spec.attention.packed_lengths` has them."""
     found = []
     for model in (_70B, _7B):
         for num_sequences in (8, 64):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from grid import GRID, TINY, Workload
 
-from gqa_kernels import configs
+from gqa_kernels.runtime import configs
 
 Candidate = dict[str, int]
 

@@ -28,7 +28,8 @@ from runner import OpContest, Runner
 from stub import FLUSH_SECONDS, LAUNCH_SECONDS, StubDevice
 from timing import Clock, Rotation, Timed, copies_needed
 
-from gqa_kernels import configs, fused, reference
+from gqa_kernels import fused, reference
+from gqa_kernels.runtime import configs
 
 BENCH = Path(__file__).resolve().parent
 SAMPLE = BENCH / "sample.json"

@@ -30,7 +30,7 @@ from sweeps import SWEEPS, Candidate, Sweep, arguments_of, tiny_sweeps
 from timing import Call, Clock, Timed
 from triton.runtime import JITFunction
 
-from gqa_kernels import configs
+from gqa_kernels.runtime import configs
 
 
 @contextlib.contextmanager

@@ -100,7 +100,7 @@ def _obstacle(device: torch.device) -> str | None:
         return "the device is the CPU" if torch.cuda.is_available() else "there is no GPU"
     if interpreter.is_enabled():
         return "Triton is set to its interpreter"
-    from gqa_kernels import target
+    from gqa_kernels.runtime import target
 
     try:
         target.check_device("device", torch.empty(0, device=device))

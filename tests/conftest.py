@@ -1,8 +1,11 @@
 """Without a GPU the kernels run in Triton's interpreter, switched on before they are imported."""
 
+import functools
 import importlib
 import os
+import pkgutil
 import random
+import types
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -16,7 +19,8 @@ if not torch.cuda.is_available():
 # After the interpreter: they import the kernels.
 from budget import SEED
 
-from gqa_kernels.spec import standard_normal
+from gqa_kernels import ops
+from gqa_kernels.spec.case import standard_normal
 
 # torch.device("meta") remembers, from its first use on, which functions allocate: torch's own, not
 # the poisoned ones below, which would let it allocate in earnest.
@@ -91,11 +95,15 @@ def _poisoned(x: torch.Tensor) -> torch.Tensor:
     return x.fill_(float("nan")) if x.is_floating_point() else x
 
 
+@functools.cache
+def _op_modules() -> list[types.ModuleType]:
+    found = pkgutil.walk_packages(ops.__path__, f"{ops.__name__}.")
+    modules = [importlib.import_module(module.name) for module in found]
+    return [module for module in modules if hasattr(module, "torch")]
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that a kernel module allocates holds NaN until a kernel writes it."""
-    ops = ("norm", "glu", "rope", "cache_append", "decode")
-    attention = ("attention_forward", "attention_backward", "attention_dkdv", "attention_dq")
-    for op in (*ops, *attention):
-        module = importlib.import_module(f"gqa_kernels.{op}")
+    """Memory that an op allocates holds NaN until a kernel writes it."""
+    for module in _op_modules():
         monkeypatch.setattr(module, "torch", _PoisonedTorch())

@@ -4,8 +4,9 @@ import pytest
 import torch
 from budget import assert_call, assert_calls
 
-from gqa_kernels import configs, layout, reference, target
-from gqa_kernels.attention import flash_attention, flash_attention_varlen
+from gqa_kernels import reference
+from gqa_kernels.ops.attention import flash_attention, flash_attention_varlen
+from gqa_kernels.runtime import configs, layout, target
 
 
 def assert_within_budget(q, k, v, **kwargs):

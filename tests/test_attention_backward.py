@@ -6,9 +6,10 @@ import pytest
 import torch
 from budget import assert_call, assert_calls
 
-from gqa_kernels import configs, reference, target
+from gqa_kernels import reference
 from gqa_kernels.accuracy import run
-from gqa_kernels.attention import flash_attention
+from gqa_kernels.ops.attention import flash_attention
+from gqa_kernels.runtime import configs, target
 
 WRT = ("q", "k", "v")
 

@@ -6,7 +6,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from gqa_kernels import reference
-from gqa_kernels.attention import flash_attention, flash_attention_varlen
+from gqa_kernels.ops.attention import flash_attention, flash_attention_varlen
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

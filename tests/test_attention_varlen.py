@@ -6,7 +6,7 @@ from budget import assert_call
 
 from gqa_kernels import reference
 from gqa_kernels.accuracy import run
-from gqa_kernels.attention import flash_attention, flash_attention_varlen
+from gqa_kernels.ops.attention import flash_attention, flash_attention_varlen
 
 WRT = ("q", "k", "v")
 

@@ -11,10 +11,11 @@ import torch
 from small_llama import lively, random_tokens, right_padded, small_config
 from torch import Tensor
 
-from gqa_kernels import configs, get_backend, interpreter
-from gqa_kernels.glu import swiglu
-from gqa_kernels.norm import add_rms_norm
-from gqa_kernels.rope import apply_rope
+from gqa_kernels import get_backend, interpreter
+from gqa_kernels.ops.glu import swiglu
+from gqa_kernels.ops.norm import add_rms_norm
+from gqa_kernels.ops.rope import apply_rope
+from gqa_kernels.runtime import configs
 from llama2 import Llama2
 from llama2.decode_batch import DecodeBatch
 from llama2.generate import Generator

@@ -56,7 +56,7 @@ ROUNDED = ".to(tl.bfloat16).to(tl.float32)"
 MUTANTS = (
     Mutant(
         "the accumulator is not rescaled when the maximum grows",
-        "tiles.py",
+        "primitives/tiles.py",
         "accumulator * rescale[:, None]",
         "accumulator",
         "flash_attention",
@@ -65,7 +65,7 @@ MUTANTS = (
     ),
     Mutant(
         "the causal mask hides one key too many",
-        "scores.py",
+        "primitives/scores.py",
         "keys <= visible.own_keys + visible.window_right",
         "keys < visible.own_keys + visible.window_right",
         "flash_attention",
@@ -74,7 +74,7 @@ MUTANTS = (
     ),
     Mutant(
         "the window shows one key too many",
-        "scores.py",
+        "primitives/scores.py",
         "keys >= visible.own_keys - visible.window_left",
         "keys >= visible.own_keys - visible.window_left - 1",
         "flash_attention",
@@ -83,7 +83,7 @@ MUTANTS = (
     ),
     Mutant(
         "the last key is forgotten",
-        "scores.py",
+        "primitives/scores.py",
         "seen = keys < visible.seq_len_kv",
         "seen = keys < visible.seq_len_kv - 1",
         "decode_attention",
@@ -92,7 +92,7 @@ MUTANTS = (
     ),
     Mutant(
         "chunks are combined without their weights",
-        "decode.py",
+        "ops/cache/decode_kernel.py",
         "weights = tl.math.exp2((lse - largest[None, :]) * LOG2_E) * unit[None, :]",
         "weights = tl.where(written, 1.0 / num_splits, 0.0)",
         "decode_attention",
@@ -101,7 +101,7 @@ MUTANTS = (
     ),
     Mutant(
         "attention accumulates in bfloat16",
-        "tiles.py",
+        "primitives/tiles.py",
         "Softmax(softmax.running_max, softmax.running_sum, accumulator)",
         f"Softmax(softmax.running_max, softmax.running_sum, accumulator{ROUNDED})",
         "flash_attention",
@@ -110,7 +110,7 @@ MUTANTS = (
     ),
     Mutant(
         "weights are rounded to bfloat16, whatever the dtype of v",
-        "tiles.py",
+        "primitives/tiles.py",
         "weights.to(value.dtype), value, softmax.accumulator",
         "weights.to(tl.bfloat16).to(value.dtype), value, softmax.accumulator",
         "flash_attention",
@@ -118,7 +118,7 @@ MUTANTS = (
     ),
     Mutant(
         "lse is rounded to bfloat16",
-        "tiles.py",
+        "primitives/tiles.py",
         "return softmax.accumulator / divisor[:, None], lse",
         f"return softmax.accumulator / divisor[:, None], lse{ROUNDED}",
         "flash_attention",
@@ -127,7 +127,7 @@ MUTANTS = (
     ),
     Mutant(
         "the gradient of k accumulates in bfloat16",
-        "attention_dkdv.py",
+        "ops/attention/dkdv.py",
         'dk = tl.dot(d_scores.to(query.dtype), query, dk, input_precision="ieee")',
         f'dk = tl.dot(d_scores.to(query.dtype), query, dk, input_precision="ieee"){ROUNDED}',
         "flash_attention",
@@ -136,7 +136,7 @@ MUTANTS = (
     ),
     Mutant(
         "delta is rounded to bfloat16",
-        "attention_backward.py",
+        "ops/attention/backward.py",
         "tl.store(neg_delta_ptr + offsets, neg_delta, mask=exists)",
         f"tl.store(neg_delta_ptr + offsets, neg_delta{ROUNDED}, mask=exists)",
         "flash_attention",
@@ -144,7 +144,7 @@ MUTANTS = (
     ),
     Mutant(
         "delta is left out",
-        "attention_backward.py",
+        "ops/attention/backward.py",
         "neg_delta = -tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)",
         "neg_delta = -0.0 * tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)",
         "flash_attention",
@@ -153,7 +153,7 @@ MUTANTS = (
     ),
     Mutant(
         "rstd is rounded to bfloat16",
-        "norm.py",
+        "ops/norm.py",
         "rstd = tl.rsqrt(tl.sum(h * h) / WIDTH + eps)",
         f"rstd = tl.rsqrt(tl.sum(h * h) / WIDTH + eps){ROUNDED}",
         "rms_norm",
@@ -161,7 +161,7 @@ MUTANTS = (
     ),
     Mutant(
         "squares are rounded to bfloat16",
-        "norm.py",
+        "ops/norm.py",
         "tl.sum(h * h)",
         f"tl.sum((h * h){ROUNDED})",
         "rms_norm",
@@ -169,7 +169,7 @@ MUTANTS = (
     ),
     Mutant(
         "epsilon is left out",
-        "norm.py",
+        "ops/norm.py",
         "tl.sum(h * h) / WIDTH + eps",
         "tl.sum(h * h) / WIDTH",
         "rms_norm",
@@ -177,7 +177,7 @@ MUTANTS = (
     ),
     Mutant(
         "the gradient of the weight accumulates in bfloat16",
-        "norm.py",
+        "ops/norm.py",
         "partial += dy * normalized",
         f"partial = (partial + dy * normalized){ROUNDED}",
         "rms_norm",
@@ -185,7 +185,7 @@ MUTANTS = (
     ),
     Mutant(
         "the mean of g · n is left out",
-        "norm.py",
+        "ops/norm.py",
         "(g - normalized * (tl.sum(g * normalized) / WIDTH))",
         "g",
         "add_rms_norm",
@@ -194,7 +194,7 @@ MUTANTS = (
     ),
     Mutant(
         "the sigmoid is rounded to bfloat16",
-        "glu.py",
+        "ops/glu.py",
         "y = gate / (1.0 + tl.exp(-gate)) * up",
         f"y = gate * (1.0 / (1.0 + tl.exp(-gate))){ROUNDED} * up",
         "swiglu",
@@ -203,7 +203,7 @@ MUTANTS = (
     ),
     Mutant(
         "angles are rounded to bfloat16",
-        "rotation.py",
+        "primitives/rotation.py",
         "return a * cos - b * sin, b * cos + a * sin",
         f"return a * cos{ROUNDED} - b * sin, b * cos{ROUNDED} + a * sin",
         "apply_rope",

@@ -5,9 +5,9 @@ import torch
 from test_rope import table
 
 from gqa_kernels import reference
-from gqa_kernels.cache_append import rope_append_kv
-from gqa_kernels.decode import decode_attention
-from gqa_kernels.rope import apply_rope
+from gqa_kernels.ops.cache.append import rope_append_kv
+from gqa_kernels.ops.cache.decode import decode_attention
+from gqa_kernels.ops.rope import apply_rope
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}

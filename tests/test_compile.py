@@ -45,10 +45,10 @@ NARROW_ALLOWED = {
     "glu.backward": set(),
     "rope.rotate": {"LDG.64"},
     # The positions, slots and scales of a program, the angles, and half heads of quantised values.
-    "cache_append.append": {"LDG.64", "LDG.32", "STG.32", "STG.64"},
+    "cache.append": {"LDG.64", "LDG.32", "STG.32", "STG.64"},
 }
 
-ATTENTION = ("attention_forward.forward", "attention_dkdv.dkdv", "attention_dq.dq")
+ATTENTION = ("attention.forward", "attention.dkdv", "attention.dq")
 
 
 def python(*arguments: str) -> str:
@@ -88,7 +88,7 @@ def complaints(entry: dict) -> list[str]:
     on_hopper = entry["arch"] == "sm_90" and entry["dtype"] != "float32"
     if kernel in ATTENTION and on_hopper and not count(loop, "HGMMA"):
         found.append("the main loop has no wgmma")
-    if kernel == "attention_forward.forward" and on_hopper:
+    if kernel == "attention.forward" and on_hopper:
         overlapped, exponentials = count(binary["under_wgmma"], "MUFU.EX2"), count(loop, "MUFU.EX2")
         # ptxas lets a few slip behind the wait (Triton 3.6.0: 4 of 34); what it sinks as a whole,
         # a broken pipeline, is nearly all of them.

@@ -6,8 +6,9 @@ import pytest
 import torch
 from budget import assert_call
 
-from gqa_kernels import configs, reference
-from gqa_kernels.decode import decode_attention
+from gqa_kernels import reference
+from gqa_kernels.ops.cache.decode import decode_attention
+from gqa_kernels.runtime import configs
 
 CHUNK = configs.DECODE_CHUNK
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 from budget import assert_call
 
-from gqa_kernels import configs, counters, decode, reference
-from gqa_kernels.decode import decode_attention
-from gqa_kernels.spec import quantized
+from gqa_kernels import reference
+from gqa_kernels.ops.cache import counters, decode
+from gqa_kernels.ops.cache.decode import decode_attention
+from gqa_kernels.runtime import configs
+from gqa_kernels.spec.cache import quantized
 
 CHUNK = configs.DECODE_CHUNK
 NOWHERE = 1 << 30  # an entry of a block table that must not be read
@@ -511,7 +513,7 @@ def test_wrong_scales(draw, device):
 
 
 def test_float8_where_the_gpu_has_none(draw, device, monkeypatch):
-    from gqa_kernels import target
+    from gqa_kernels.runtime import target
 
     old = target.current()._replace(arch="sm_80")
     monkeypatch.setattr(target, "current", lambda: old)

@@ -5,7 +5,7 @@ import torch
 from budget import assert_call
 
 from gqa_kernels import reference
-from gqa_kernels.glu import swiglu
+from gqa_kernels.ops.glu import swiglu
 
 
 def test_halves_of_a_packed_projection(device, generator):

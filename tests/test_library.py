@@ -17,8 +17,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from gqa_kernels import norm
-from gqa_kernels.library import Op
+from gqa_kernels.ops import norm
+from gqa_kernels.runtime.library import Op
 from gqa_kernels.spec import IN_PLACE_OPS, OPS, Case
 
 LIBRARY = torch.ops.gqa_kernels

@@ -4,8 +4,9 @@ import pytest
 import torch
 from budget import assert_call
 
-from gqa_kernels import norm, reference
-from gqa_kernels.norm import add_rms_norm, rms_norm
+from gqa_kernels import reference
+from gqa_kernels.ops import norm
+from gqa_kernels.ops.norm import add_rms_norm, rms_norm
 
 
 def test_rounds_before_the_weight(draw):

@@ -15,7 +15,7 @@ from small_llama import EAGER
 from test_cache_append import half_a_step
 from torch import Tensor
 
-from gqa_kernels.spec import quantized
+from gqa_kernels.spec.cache import quantized
 from llama2 import Llama2, checkpoint
 from llama2.kv_cache import CACHE_DTYPES, KVCache
 from llama2.tokenizer import Tokenizer

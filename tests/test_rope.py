@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gqa_kernels.rope import apply_rope
+from gqa_kernels.ops.rope import apply_rope
 
 
 def table(max_seq_len, head_dim, device):

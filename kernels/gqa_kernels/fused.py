@@ -1,11 +1,11 @@
 """The ops in Triton, as a namespace: the same names and signatures as `reference`."""
 
-from gqa_kernels.attention import flash_attention, flash_attention_varlen
-from gqa_kernels.cache_append import rope_append_kv
-from gqa_kernels.decode import decode_attention
-from gqa_kernels.glu import swiglu
-from gqa_kernels.norm import add_rms_norm, rms_norm
-from gqa_kernels.rope import apply_rope
+from gqa_kernels.ops.attention import flash_attention, flash_attention_varlen
+from gqa_kernels.ops.cache.append import rope_append_kv
+from gqa_kernels.ops.cache.decode import decode_attention
+from gqa_kernels.ops.glu import swiglu
+from gqa_kernels.ops.norm import add_rms_norm, rms_norm
+from gqa_kernels.ops.rope import apply_rope
 
 __all__ = [
     "add_rms_norm",

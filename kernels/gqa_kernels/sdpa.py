@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from gqa_kernels import attention, checks
+from gqa_kernels.ops import attention
+from gqa_kernels.runtime import checks
 
 
 def scaled_dot_product_attention(

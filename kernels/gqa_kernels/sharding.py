@@ -39,15 +39,7 @@ from torch.distributed.tensor.placement_types import Placement
 # No public name lets a rule say which of an op's arguments it depends on.
 from torch.distributed.tensor._op_schema import RuntimeSchemaInfo  # isort: skip
 
-from gqa_kernels import (  # noqa: F401, define the ops
-    attention,
-    cache_append,
-    decode,
-    glu,
-    library,
-    norm,
-    rope,
-)
+from gqa_kernels.runtime import library
 
 # A tensor argument as a rule sees it: shape, ndim, placements and mesh, without values.
 Spec: TypeAlias = Any

@@ -17,7 +17,7 @@ in 16 bits. `gqa_kernels.patch` looks, does the same and more, and needs no such
 
 from torch import Tensor, nn
 
-from gqa_kernels.norm import rms_norm
+from gqa_kernels.ops.norm import rms_norm
 
 
 class RMSNorm(nn.Module):

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn import attention as torch_attention
 
-from gqa_kernels import attention
+from gqa_kernels.ops import attention
 
 __all__ = ["NAME", "activated", "register"]
 

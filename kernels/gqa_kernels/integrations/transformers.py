@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, or_masks, sdpa_mask
 
-from gqa_kernels.attention import flash_attention, flash_attention_varlen
-from gqa_kernels.decode import MAX_NEW_TOKENS, decode_attention
+from gqa_kernels.ops.attention import flash_attention, flash_attention_varlen
+from gqa_kernels.ops.cache.decode import MAX_NEW_TOKENS, decode_attention
 from gqa_kernels.sdpa import autocast
 
 ATTENTION_NAME = "gqa_kernels"

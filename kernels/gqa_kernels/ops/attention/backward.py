@@ -6,7 +6,7 @@ With P = exp(scores − lse), dP = dO Vᵀ and delta = rowsum(dO ∘ O) − dlse
     dV = Pᵀ dO        dK = softmax_scale · dSᵀ Q        dQ = softmax_scale · dS K
     dsinks = −Σ over queries of exp(sink − lse) · delta
 
-Dao 2023, arXiv:2307.08691, in two kernels (`attention_dkdv.py`, `attention_dq.py`) with seven
+Dao 2023, arXiv:2307.08691, in two kernels (`dkdv.py`, `dq.py`) with seven
 products, so that every gradient is summed in one program's registers, in one order: the same bits
 in every run. A kernel before them prepares lse and delta.
 """
@@ -16,9 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gqa_kernels import attention_dkdv, attention_dq, configs, layout, target
-from gqa_kernels.attention_call import Call, block_d
-from gqa_kernels.tiles import load_rows
+from gqa_kernels.ops.attention.call import Call, block_d
+from gqa_kernels.ops.attention.dkdv import key_value_gradients
+from gqa_kernels.ops.attention.dq import query_gradient
+from gqa_kernels.primitives.tiles import load_rows
+from gqa_kernels.runtime import configs, layout, target
 
 
 @triton.jit(do_not_specialize=["seq_len_q"])
@@ -92,9 +94,9 @@ def backward(
             "softmax_scale": call.softmax_scale,
         }
         if need_dkdv:
-            dk, dv = attention_dkdv.gradients(call, given)
+            dk, dv = key_value_gradients(call, given)
         if need_dq:
-            dq = attention_dq.gradient(call, given)
+            dq = query_gradient(call, given)
     if need_dsinks:
         sinks = call.sinks
         weights = torch.exp(sinks.float()[:, None] - lse)  # [batch, num_q_heads, seq_len_q]

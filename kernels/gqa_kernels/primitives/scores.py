@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from gqa_kernels.tiles import LOG2_E
+from gqa_kernels.primitives.tiles import LOG2_E
 
 
 class Scoring(NamedTuple):

@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gqa_kernels import configs, layout, sequences, target
-from gqa_kernels.attention_call import Call, block_d, choose, kernel_arguments
-from gqa_kernels.scores import (
+from gqa_kernels.ops.attention import sequences
+from gqa_kernels.ops.attention.call import Call, block_d, choose, kernel_arguments
+from gqa_kernels.ops.attention.sequences import locate
+from gqa_kernels.primitives.scores import (
     Scoring,
     Visible,
     key_tiles,
@@ -27,8 +28,7 @@ from gqa_kernels.scores import (
     mask,
     score,
 )
-from gqa_kernels.sequences import locate
-from gqa_kernels.tiles import (
+from gqa_kernels.primitives.tiles import (
     LOG2_E,
     Rows,
     Softmax,
@@ -40,6 +40,7 @@ from gqa_kernels.tiles import (
     online_softmax_step,
     store_rows,
 )
+from gqa_kernels.runtime import configs, layout, target
 
 
 @triton.jit

@@ -32,8 +32,9 @@ Source: Dao 2023, arXiv:2307.08691; github.com/Dao-AILab/flash-attention v2.8.3,
 
 from torch import Tensor
 
-from gqa_kernels import attention, checks
-from gqa_kernels.flash_attn_kvcache import flash_attn_with_kvcache
+from gqa_kernels.flash_attn.kvcache import flash_attn_with_kvcache
+from gqa_kernels.ops import attention
+from gqa_kernels.runtime import checks
 
 __all__ = [
     "flash_attn_func",

@@ -1,7 +1,7 @@
 """Flash attention with grouped key/value heads: the public functions and their gradient.
 
-The kernels, with the formulas and what one program owns, are in `attention_forward.py` and
-`attention_backward.py`; windows, soft cap, ALiBi and masks in `scores.py`; packed sequences in
+The kernels, with the formulas and what one program owns, are in `forward.py` and
+`backward.py`; windows, soft cap, ALiBi and masks in `scores.py`; packed sequences in
 `sequences.py`. Saved for backward: the inputs, out and lse.
 """
 
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from gqa_kernels import attention_backward, attention_forward, checks, library
-from gqa_kernels.attention_call import Call, batched, check, prepared
+from gqa_kernels.ops.attention.backward import backward
+from gqa_kernels.ops.attention.call import Call, batched, check, prepared
+from gqa_kernels.ops.attention.forward import forward
+from gqa_kernels.runtime import checks, library
 
 
 def _takes(arguments: dict[str, Any], result: Any) -> Callable[[Callable], Callable]:
@@ -37,7 +39,7 @@ def _launch(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor | None]:
-    out, lse = attention_forward.forward(prepared(call), need_lse=need_lse)
+    out, lse = forward(prepared(call), need_lse=need_lse)
     if call.packed:  # in place: a view could not be written to by the caller
         out.squeeze_(0)
         if need_lse:
@@ -67,7 +69,7 @@ def gradients(
     Args:
         dout, dlse: the gradients of out and, unless None, of lse.
     """
-    *grads, dsinks = attention_backward.backward(
+    *grads, dsinks = backward(
         prepared(call),
         *batched(call.packed, dout, dlse, out, lse),
         need_dq=need_dq,

@@ -15,8 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from gqa_kernels import checks, layout, library, target
-from gqa_kernels.rotation import (
+from gqa_kernels.primitives.rotation import (
     heads_at,
     heads_per_program,
     load_angles,
@@ -24,6 +23,7 @@ from gqa_kernels.rotation import (
     rotate,
     store_pairs,
 )
+from gqa_kernels.runtime import checks, layout, library, target
 
 
 @triton.jit

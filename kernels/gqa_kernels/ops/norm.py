@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from gqa_kernels import checks, configs, layout, library, target
+from gqa_kernels.runtime import checks, configs, layout, library, target
 
 
 @triton.jit

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gqa_kernels import checks
-from gqa_kernels import patched_forwards as forwards
 from gqa_kernels.backends import get_backend
+from gqa_kernels.patching import forwards
+from gqa_kernels.runtime import checks
 
 EAGER = get_backend("eager")
 Binding = tuple[Any, ...]

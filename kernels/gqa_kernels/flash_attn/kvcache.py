@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from gqa_kernels import checks, decode, library
-from gqa_kernels.cache_append import rope_append_kv
-from gqa_kernels.rope import apply_rope
+from gqa_kernels.ops.cache import decode
+from gqa_kernels.ops.cache.append import rope_append_kv
+from gqa_kernels.ops.rope import apply_rope
+from gqa_kernels.runtime import checks, library
 
 _MOST_PER_PAGE = 256  # of the pages that the sequences of a contiguous cache are read in
 

@@ -1,6 +1,6 @@
 """Which modules of a model `patch` replaces, and by what.
 
-How a module looks makes it a candidate; `patch_checks` decides. Nothing is changed here.
+How a module looks makes it a candidate; `stand_ins` decides. Nothing is changed here.
 """
 
 import copy
@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from gqa_kernels import patch_checks, patched_forwards
-from gqa_kernels.patch_checks import has
+from gqa_kernels.patching import forwards, stand_ins
+from gqa_kernels.patching.stand_ins import has
 
 BEFORE = "_gqa_kernels_before"  # on a patched module: {attribute: (what was set, *what was there)}
 
@@ -44,7 +44,7 @@ class Plan(NamedTuple):
     changes: list[Change]
 
 
-def make(model: nn.Module, ops: Collection[str]) -> Plan:
+def make_plan(model: nn.Module, ops: Collection[str]) -> Plan:
     plan = Plan([], [], [])
     check = _Checks()
     for name, module in model.named_modules():
@@ -102,14 +102,14 @@ class _Kind(NamedTuple):
 
     op: str
     holds: Callable[[nn.Module], bool]
-    check: Callable[[nn.Module], patch_checks.Binding]
+    check: Callable[[nn.Module], stand_ins.Binding]
 
 
 _KINDS = (
-    _Kind("rms_norm", _is_norm, patch_checks.norm),
-    _Kind("torch_rms_norm", _is_torch_norm, patch_checks.torch_norm),
-    _Kind("swiglu", _is_mlp, patch_checks.mlp),
-    _Kind("rope", _is_attention, patch_checks.attention),
+    _Kind("rms_norm", _is_norm, stand_ins.norm),
+    _Kind("torch_rms_norm", _is_torch_norm, stand_ins.torch_norm),
+    _Kind("swiglu", _is_mlp, stand_ins.mlp),
+    _Kind("rope", _is_attention, stand_ins.attention),
 )
 
 
@@ -117,18 +117,18 @@ class _Checks:
     """Checks, each made once for all modules of one class and with equal settings."""
 
     def __init__(self) -> None:
-        self._known: dict[Any, patch_checks.Binding | patch_checks.Unlike] = {}
+        self._known: dict[Any, stand_ins.Binding | stand_ins.Unlike] = {}
         self._own = vars(nn.Module()).keys()
 
-    def __call__(self, check: Callable[..., Any], module: nn.Module) -> patch_checks.Binding:
+    def __call__(self, check: Callable[..., Any], module: nn.Module) -> stand_ins.Binding:
         children = [
-            (name, type(child), patched_forwards.has_hooks(child), self._of_function(child))
+            (name, type(child), forwards.has_hooks(child), self._of_function(child))
             for name, child in module.named_children()
         ]
         key = (check, type(module), self._settings(module), tuple(children))
         if key not in self._known:
             self._known[key] = self._make(check, module)
-        if isinstance(self._known[key], patch_checks.Unlike):
+        if isinstance(self._known[key], stand_ins.Unlike):
             raise self._known[key]
         return self._known[key]
 
@@ -148,11 +148,11 @@ class _Checks:
     def _make(check: Callable[..., Any], module: nn.Module) -> Any:
         try:
             return check(module)
-        except patch_checks.Unlike as reason:
+        except stand_ins.Unlike as reason:
             return reason
         except Exception as error:  # whatever a stranger's forward makes of a stand-in
             message = f"its forward cannot be checked: {type(error).__name__}: {error}"
-            return patch_checks.Unlike(message)
+            return stand_ins.Unlike(message)
 
 
 def _add(
@@ -160,14 +160,14 @@ def _add(
     op: str,
     name: str,
     module: nn.Module,
-    check: Callable[[nn.Module], patch_checks.Binding],
+    check: Callable[[nn.Module], stand_ins.Binding],
 ) -> None:
     if "forward" not in vars(module).get(BEFORE, ()):
         try:
             if "forward" in vars(module):
-                raise patch_checks.Unlike("it has a forward of its own, set on the instance")
+                raise stand_ins.Unlike("it has a forward of its own, set on the instance")
             function, *bound = check(module)
-        except patch_checks.Unlike as reason:
+        except stand_ins.Unlike as reason:
             plan.not_replaced.append(NotReplaced(name, op, str(reason)))
             return
         forward = partial(function, module, *bound)
@@ -177,15 +177,15 @@ def _add(
 
 def _add_layers(plan: Plan, model: nn.Module, check: _Checks) -> None:
     """Layers that add and normalise in one pass; elsewhere the norm stays replaced alone."""
-    forwards = {id(change.module): change.value for change in plan.changes}
+    bound = {id(change.module): change.value for change in plan.changes}
     for name, layer in model.named_modules():
         if not has(layer, "self_attn", "mlp", "input_layernorm", "post_attention_layernorm"):
             continue
         norm = layer.post_attention_layernorm
-        forward = forwards.get(id(norm), vars(norm).get("forward"))
-        if getattr(forward, "func", None) is patched_forwards.rounded_norm:
+        forward = bound.get(id(norm), vars(norm).get("forward"))
+        if getattr(forward, "func", None) is forwards.rounded_norm:
             found = len(plan.not_replaced)
-            _add(plan, "add_rms_norm", name, layer, partial(check, patch_checks.decoder_layer))
+            _add(plan, "add_rms_norm", name, layer, partial(check, stand_ins.decoder_layer))
             del plan.not_replaced[found:]
 
 
@@ -193,7 +193,7 @@ def _add_attention(plan: Plan, model: nn.Module) -> None:
     attentions = [
         (name, module)
         for name, module in model.named_modules()
-        if patch_checks.uses_attention_functions(module)
+        if stand_ins.uses_attention_functions(module)
     ]
     if not attentions:
         reason = "the model has no attention that Transformers' attention functions compute"
@@ -201,7 +201,7 @@ def _add_attention(plan: Plan, model: nn.Module) -> None:
         return
     from gqa_kernels.integrations import transformers as adapter
 
-    reasons = {name: patch_checks.attention_reason(module) for name, module in attentions}
+    reasons = {name: stand_ins.attention_reason(module) for name, module in attentions}
     # A config chooses for all that hold it.
     refused = {id(module.config) for name, module in attentions if reasons[name]}
     for name, module in attentions:

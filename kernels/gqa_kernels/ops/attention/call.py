@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from gqa_kernels import checks, configs, layout, target
+from gqa_kernels.runtime import checks, configs, layout, target
 
 
 class Call(NamedTuple):

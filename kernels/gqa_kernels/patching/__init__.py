@@ -12,8 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from gqa_kernels import patch_plan
-from gqa_kernels.patch_plan import BEFORE
+from gqa_kernels.patching.plan import BEFORE, Plan, make_plan
 
 OPS = ("rms_norm", "swiglu", "rope", "attention", "torch_rms_norm")
 DEFAULT_OPS = OPS[:4]
@@ -28,7 +27,7 @@ class Report:
         not_replaced: (module, op, reason), or ("", op, reason) where no module was of the kind.
     """
 
-    def __init__(self, model_name: str, plan: patch_plan.Plan) -> None:
+    def __init__(self, model_name: str, plan: Plan) -> None:
         self.replaced, self.not_replaced = plan.replaced, plan.not_replaced
         self._model_name, self._changes = model_name, plan.changes
 
@@ -74,7 +73,7 @@ def patch(model: nn.Module, ops: Collection[str] = DEFAULT_OPS, *, strict: bool 
                     value is rounded before it is multiplied by the weight, not only after
 
     A module is replaced if its class's forward, run on a small stand-in, computes what the op does;
-    see `patch_checks`. Projections are called, never read. From then on a call runs the kernel or
+    see `stand_ins`. Projections are called, never read. From then on a call runs the kernel or
     raises what the kernel raises: a model may be patched on the CPU and moved to a GPU, but does
     not run before. A layer whose norm has hooks, whose two terms differ in dtype as under autocast,
     or that Transformers is checkpointing, adds and normalises in two steps, with the same bits.
@@ -99,7 +98,7 @@ def patch(model: nn.Module, ops: Collection[str] = DEFAULT_OPS, *, strict: bool 
         raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
     if not isinstance(ops, Collection) or isinstance(ops, str) or not set(ops) <= set(OPS):
         raise ValueError(f"ops: expected some of {', '.join(OPS)}; got {ops!r}")
-    plan = patch_plan.make(model, [op for op in OPS if op in ops])
+    plan = make_plan(model, [op for op in OPS if op in ops])
     report = Report(type(model).__name__, plan)
     if strict and plan.not_replaced:
         raise ValueError(f"model: expected every op to be replaced; got\n{report}")

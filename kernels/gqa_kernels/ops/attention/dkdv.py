@@ -1,4 +1,4 @@
-"""The gradients of keys and values of flash attention; formulas in `attention_backward.py`.
+"""The gradients of keys and values of flash attention; formulas in `backward.py`.
 
 One program owns BLOCK_N keys and values of one key/value head and walks the queries of all the
 heads of its group. It computes Sᵀ and dPᵀ as such: the transpose of a product is never the operand
@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gqa_kernels import configs, sequences
-from gqa_kernels.attention_call import Call, choose, kernel_arguments
-from gqa_kernels.scores import (
+from gqa_kernels.ops.attention import sequences
+from gqa_kernels.ops.attention.call import Call, choose, kernel_arguments
+from gqa_kernels.ops.attention.sequences import locate
+from gqa_kernels.primitives.scores import (
     Scoring,
     Visible,
     cap_derivative,
@@ -25,8 +26,8 @@ from gqa_kernels.scores import (
     rows_that_see,
     scores_less_lse,
 )
-from gqa_kernels.sequences import locate
-from gqa_kernels.tiles import LOG2_E, load_rows, store_rows
+from gqa_kernels.primitives.tiles import LOG2_E, load_rows, store_rows
+from gqa_kernels.runtime import configs
 
 
 @triton.jit(
@@ -166,8 +167,8 @@ def _dkdv_kernel(
     store_rows(dv_ptr + offset, stride, start_n, seq_len_kv, dv, HEAD_DIM, BLOCK_N, BLOCK_D)
 
 
-def gradients(call: Call, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """(dk, dv) of a prepared call; `given` are the arguments that `attention_backward` adds."""
+def key_value_gradients(call: Call, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """(dk, dv) of a prepared call; `given` are the arguments that `backward` adds."""
     k = call.k
     batch, seq_len_kv, num_kv_heads, _ = k.shape
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)

@@ -20,8 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gqa_kernels import checks, layout, library, target
-from gqa_kernels.rotation import (
+from gqa_kernels.primitives.rotation import (
     heads_at,
     heads_per_program,
     load_angles,
@@ -29,6 +28,7 @@ from gqa_kernels.rotation import (
     rotate,
     store_pairs,
 )
+from gqa_kernels.runtime import checks, layout, library, target
 
 INT8_MAX = tl.constexpr(127.0)  # −128 is not used: negation stays exact
 E4M3_MAX = tl.constexpr(448.0)

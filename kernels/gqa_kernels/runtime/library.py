@@ -22,8 +22,6 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.compiler import is_compiling
 
-from gqa_kernels.autograd import once_differentiable
-
 NAMESPACE = "gqa_kernels"
 # What an argument is most often, first of all tensors that belong to no subclass.
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float))
@@ -107,7 +105,7 @@ class Op:
         definition.register_fake(_after(check, fake))
         definition.register_vmap(_refuse_vmap(name))
         if setup_context is not None:
-            backward = once_differentiable(backward)
+            backward = _once_differentiable(backward)
             definition.register_autograd(backward, setup_context=setup_context)
             self.function = _function(name, launch, setup_context, backward)
         self.dispatched = getattr(getattr(torch.ops, NAMESPACE), name).default
@@ -168,3 +166,41 @@ def _function(
     # Forward and setup_context apart would have PyTorch bind the arguments at every call.
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(name, (torch.autograd.Function,), members)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Passes a gradient on, as a function of what it depends on, and raises when differentiated."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, grad: Tensor, *depends_on: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *_: Tensor) -> None:
+        raise NotImplementedError(
+            "gqa_kernels: expected first derivatives only; got a second one. Use "
+            'get_backend("eager") for it'
+        )
+
+
+def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """First derivatives only: a Function's backward whose kernels autograd cannot see into.
+
+    torch's decorator of this name lets a gradient pass for a constant when the incoming one is
+    constant, although it depends on the saved tensors; here it raises when differentiated.
+    """
+
+    @wraps(backward)
+    def wrapper(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return results
+        # Tied to its arguments: a node that is on no path to them would never be run.
+        depends_on = [x for x in (*ctx.saved_tensors, *grads) if x is not None]
+        return tuple(
+            result if result is None else _NoSecondDerivative.apply(result, *depends_on)
+            for result in results
+        )
+
+    return wrapper

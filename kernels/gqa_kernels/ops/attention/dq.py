@@ -1,4 +1,4 @@
-"""The gradient of queries of flash attention; formulas in `attention_backward.py`.
+"""The gradient of queries of flash attention; formulas in `backward.py`.
 
 One program owns BLOCK_M queries of one head and walks its keys.
 """
@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gqa_kernels import configs, sequences
-from gqa_kernels.attention_call import Call, choose, kernel_arguments
-from gqa_kernels.scores import (
+from gqa_kernels.ops.attention import sequences
+from gqa_kernels.ops.attention.call import Call, choose, kernel_arguments
+from gqa_kernels.ops.attention.sequences import locate
+from gqa_kernels.primitives.scores import (
     Scoring,
     Visible,
     cap_derivative,
@@ -23,8 +24,8 @@ from gqa_kernels.scores import (
     mask,
     scores_less_lse,
 )
-from gqa_kernels.sequences import locate
-from gqa_kernels.tiles import LOG2_E, Rows, load_rows, load_tile, store_rows
+from gqa_kernels.primitives.tiles import LOG2_E, Rows, load_rows, load_tile, store_rows
+from gqa_kernels.runtime import configs
 
 
 @triton.jit
@@ -162,8 +163,8 @@ def _dq_kernel(
     )  # fmt: skip
 
 
-def gradient(call: Call, given: dict[str, Any]) -> Tensor:
-    """dq of a prepared call; `given` are the arguments that `attention_backward` adds."""
+def query_gradient(call: Call, given: dict[str, Any]) -> Tensor:
+    """dq of a prepared call; `given` are the arguments that `backward` adds."""
     q = call.q
     batch, seq_len_q, num_q_heads, _ = q.shape
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)

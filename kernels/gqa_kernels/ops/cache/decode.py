@@ -1,0 +1,245 @@
+"""Decode attention: the last tokens of each sequence over its key/value cache.
+
+    out = softmax(softmax_scale · q kᵀ) v   over the first seq_lens[b] entries of the cache
+
+Dao et al. 2023, "Flash-Decoding for long-context inference". A sequence is split into chunks of
+keys. A program takes a chunk of one key/value head and all the queries that read it (the new tokens
+× the heads of the group, packed into the rows of one tile), so that K and V are read once, and
+leaves a partial result; the program that finishes last combines them, in the order of the chunks.
+So one launch does it all, and which program is last does not show in the result. A sequence of one
+chunk needs no partial result.
+
+Chunks are cut on the device, by a sequence's length alone. A sequence's result has the same bits
+alone and in any batch, in a contiguous cache and in a paged one, of any capacity and page size, and
+whatever the number of programs that share its chunks: there is no mode to ask for that.
+
+Entries beyond a sequence's length are never loaded. Within it, each new token may have a range of
+keys of its own and keys may be hidden from all of them.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from gqa_kernels.ops.cache import counters
+from gqa_kernels.ops.cache.decode_kernel import _decode_kernel
+from gqa_kernels.runtime import checks, configs, layout, library, target
+
+MAX_NEW_TOKENS = 16
+
+
+def _forward(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    key_ranges: Tensor | None,
+    key_mask: Tensor | None,
+    softmax_scale: float | None,
+    *,
+    need_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    q, k_cache, v_cache = map(layout.contiguous_features, (q, k_cache, v_cache))
+    batch, seq_len_q, num_q_heads, head_dim = q.shape
+    num_kv_heads = k_cache.shape[2]
+    capacity = _capacity(k_cache, block_table)
+    lse_shape = batch, num_q_heads, seq_len_q
+    if capacity == 0:
+        none_seen = torch.full(lse_shape, -float("inf"), device=q.device) if need_lse else None
+        return q.new_zeros(q.shape), none_seen
+    key_mask = layout.key_mask(key_mask)
+    num_queries = batch * seq_len_q * num_q_heads
+    num_rows = seq_len_q * (num_q_heads // num_kv_heads)
+    config = configs.decode_config(k_cache.element_size(), head_dim)
+    block_m = min(config.max_block_m, max(16, triton.next_power_of_2(num_rows)))
+    if num_rows == 1:
+        block_m = configs.DECODE_LONE_ROW
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    num_tiles = batch * num_kv_heads * triton.cdiv(num_rows, block_m)
+    num_slots = min(triton.cdiv(capacity, configs.DECODE_CHUNK), configs.DECODE_MAX_SPLITS)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out_lse = None
+    if need_lse:
+        out_lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
+    partial = torch.empty(num_queries, num_slots, head_dim, dtype=torch.float32, device=q.device)
+    lse = torch.empty(num_queries, num_slots, dtype=torch.float32, device=q.device)
+    with target.device_of(q):
+        num_programs = configs.DECODE_PROGRAMS_PER_SM * target.current().num_sms
+        _decode_kernel[(num_tiles, min(num_slots, triton.cdiv(num_programs, max(num_tiles, 1))))](
+            q_ptr=q,
+            k_ptr=k_cache,
+            v_ptr=v_cache,
+            seq_lens_ptr=seq_lens,
+            block_table_ptr=block_table,
+            k_scale_ptr=k_scale,
+            v_scale_ptr=v_scale,
+            key_ranges_ptr=key_ranges,
+            key_mask_ptr=key_mask,
+            out_ptr=out,
+            out_lse_ptr=out_lse,
+            partial_ptr=partial,
+            lse_ptr=lse,
+            counters_ptr=counters.zeroed(num_tiles, q.device),
+            q_strides=q.stride()[:3],
+            k_strides=k_cache.stride()[:3],
+            v_strides=v_cache.stride()[:3],
+            seq_lens_stride=seq_lens.stride(0),
+            block_table_strides=None if block_table is None else block_table.stride(),
+            k_scale_strides=None if k_scale is None else k_scale.stride(),
+            v_scale_strides=None if v_scale is None else v_scale.stride(),
+            key_ranges_strides=None if key_ranges is None else key_ranges.stride(),
+            key_mask_stride=None if key_mask is None else key_mask.stride(0),
+            capacity=capacity,
+            num_pages=k_cache.shape[0],
+            num_slots=num_slots,
+            softmax_scale=head_dim**-0.5 if softmax_scale is None else float(softmax_scale),
+            NUM_KV_HEADS=num_kv_heads,
+            GROUP_SIZE=num_q_heads // num_kv_heads,
+            SEQ_LEN_Q=seq_len_q,
+            HEAD_DIM=head_dim,
+            PAGE_SIZE=1 if block_table is None else k_cache.shape[1],
+            SCALE_PER_TOKEN=k_scale is not None and k_scale.dim() == 3,
+            CHUNK=configs.DECODE_CHUNK,
+            MAX_SPLITS=configs.DECODE_MAX_SPLITS,
+            BLOCK_M=block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_D=block_d,
+            BLOCK_R=min(block_m, configs.DECODE_COMBINE_FEATURES // block_d),
+            BLOCK_S=configs.DECODE_COMBINE_SPLITS,
+            NUM_STAGES=config.num_stages,
+            num_warps=configs.DECODE_NUM_WARPS,
+            num_stages=config.num_stages,
+            enable_fp_fusion=True,
+        )
+    return out, out_lse
+
+
+def _launch(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    key_ranges: Tensor | None,
+    key_mask: Tensor | None,
+    softmax_scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    tensors = (
+        q, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale, key_ranges, key_mask,
+    )  # fmt: skip
+    return _forward(*tensors, softmax_scale, need_lse=True)
+
+
+def _capacity(k_cache: Tensor, block_table: Tensor | None) -> int:
+    """How many tokens a sequence has room for."""
+    return k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+
+
+def check(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    key_ranges: Tensor | None,
+    key_mask: Tensor | None,
+    softmax_scale: float | None,
+) -> None:
+    checks.tensor("q", q, shape=("batch", "seq_len_q", "num_q_heads", "head_dim"))
+    batch, seq_len_q, num_q_heads, head_dim = q.shape
+    like = ("q", q)
+    if block_table is None:
+        shape = (batch, "max_seq_len", "num_kv_heads", head_dim)
+    else:
+        shape = ("num_pages", "page_size", "num_kv_heads", head_dim)
+    checks.kv_caches(k_cache, v_cache, k_scale, v_scale, shape=shape, like=like)
+    checks.tensor("seq_lens", seq_lens, dtypes=checks.INTS, shape=(batch,), like=like)
+    if block_table is not None:
+        checks.block_table(block_table, batch, k_cache.shape[1], like=like)
+    sizes = (batch, seq_len_q, _capacity(k_cache, block_table))
+    checks.key_limits(key_ranges, key_mask, sizes, like=like)
+    checks.attention_heads(num_q_heads, k_cache.shape[2], head_dim)
+    checks.softmax_scale(softmax_scale, head_dim)
+    if not 1 <= seq_len_q <= MAX_NEW_TOKENS:
+        raise NotImplementedError(f"q: expected a seq_len_q of 1 to 16; got {seq_len_q}")
+
+
+def _fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    batch, seq_len_q, num_q_heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, num_q_heads, seq_len_q), dtype=torch.float32)
+
+
+refuse_gradient = library.refuse_gradient("decode")
+
+
+_DECODE_ATTENTION = library.Op(
+    "decode_attention",
+    _launch,
+    _fake,
+    check=check,
+    setup_context=refuse_gradient,
+    backward=refuse_gradient,
+)
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    *,
+    block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    softmax_scale: float | None = None,
+    key_ranges: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of each sequence's last tokens over its cache; see `reference.decode_attention`.
+
+    Args:
+        q: float32, float16 or bfloat16 `[batch, seq_len_q, num_q_heads, head_dim]`, seq_len_q 1 to
+            16; head_dim a multiple of 8 up to 256; any strides.
+        k_cache, v_cache: `[batch, max_seq_len, num_kv_heads, head_dim]`, or with a block_table
+            `[num_pages, page_size, num_kv_heads, head_dim]`, page_size a power of two; q's dtype,
+            or both float8_e4m3fn or int8; any strides with contiguous features.
+        seq_lens: int32 or int64 `[batch]` in [0, capacity], the new tokens included; capacity is
+            max_seq_len, or max_pages · page_size. Read on the device; a length above the capacity
+            counts as the capacity.
+        block_table: int32 `[batch, max_pages]`. Entries beyond a length are not read; an entry
+            outside [0, num_pages) within it reads nothing: its keys count as hidden.
+        k_scale, v_scale: float32 `[num_kv_heads]` or `[*k_cache.shape[:2], num_kv_heads]`, of
+            float8_e4m3fn and int8 caches, and of no others.
+        softmax_scale: positive; None means 1 / sqrt(head_dim).
+        key_ranges, key_mask: as in `flash_attention`, with capacity for seq_len_kv.
+        return_lse: also return the natural-log lse, float32 `[batch, num_q_heads, seq_len_q]`.
+    Returns:
+        out `[batch, seq_len_q, num_q_heads, head_dim]`, contiguous, or (out, lse); 0 and −inf where
+        a query sees no key.
+    Raises:
+        TypeError, ValueError: an argument of another kind, dtype, shape or device.
+        NotImplementedError: another head_dim, more than 16 new tokens, a page_size that is no power
+            of two, a float8_e4m3fn cache on a GPU without that type, or an input that requires a
+            gradient: a cache has none.
+        RuntimeError: q is not on a GPU that Triton drives.
+    """
+    tensors = (
+        q, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale, key_ranges, key_mask,
+    )  # fmt: skip
+    checks.flag("return_lse", return_lse)
+    if library.is_traced(*tensors):
+        out, lse = _DECODE_ATTENTION.dispatched(*tensors, softmax_scale)
+    else:
+        check(*tensors, softmax_scale)
+        if library.needs_graph(q, k_cache, v_cache, k_scale, v_scale):
+            refuse_gradient()
+        out, lse = _forward(*tensors, softmax_scale, need_lse=return_lse)
+    return (out, lse) if return_lse else out

@@ -1,0 +1,1 @@
+"""What stands around a launch: checks, layouts, launch numbers, registration."""

@@ -1,0 +1,12 @@
+"""The op table: what tests, compile checks, benchmarks and the demo iterate over.
+
+Data and ordinary functions; what is peculiar to one op is an ordinary test of that op.
+"""
+
+from gqa_kernels.spec import attention, cache, rows
+from gqa_kernels.spec.cache import IN_PLACE_OPS
+from gqa_kernels.spec.case import Case, Cost, OpSpec
+
+OPS = (*rows.OPS, *attention.OPS, *cache.OPS)
+
+__all__ = ["IN_PLACE_OPS", "OPS", "Case", "Cost", "OpSpec"]

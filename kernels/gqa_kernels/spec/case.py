@@ -1,0 +1,67 @@
+"""What a row of the op table is made of."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+from torch import Tensor
+
+
+class Cost(NamedTuple):
+    """The algorithmic minimum of a forward pass."""
+
+    read_bytes: int
+    write_bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of an op and where it comes from. `test`: small enough for the interpreter."""
+
+    sizes: dict[str, Any]
+    source: str
+    test: bool = False
+
+    def __str__(self) -> str:
+        return "-".join(f"{name}={size}" for name, size in self.sizes.items())
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    name: str
+    reference: Callable[..., Any]
+    kernel: Callable[..., Any]
+    cases: tuple[Case, ...]
+    make_inputs: Callable[[Case, torch.dtype, torch.device, torch.Generator], dict[str, Any]]
+    cost: Callable[[Case, torch.dtype], Cost]
+    wrt: tuple[str, ...]  # the arguments with gradients
+
+    def test_cases(self) -> tuple[Case, ...]:
+        return tuple(case for case in self.cases if case.test)
+
+
+def standard_normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Standard normal float32 numbers on the generator's device; from one of the CPU, the same on
+    every machine, which those of torch.randn are not."""
+    if generator.device.type != "cpu":
+        return torch.randn(shape, generator=generator, device=generator.device)
+    (seed,) = torch.randint(2**62, (1,), generator=generator, device="cpu").tolist()
+    drawn = numpy.random.default_rng(seed).standard_normal(shape, numpy.float32)
+    return torch.empty(shape, dtype=torch.float32, device="cpu").copy_(torch.from_numpy(drawn))
+
+
+class Draw:
+    """Standard normal tensors of one dtype and device from one generator."""
+
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    ) -> None:
+        self.dtype, self.device, self.generator = dtype, device, generator
+
+    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        if self.device.type == "meta":
+            return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+        return standard_normal(shape, self.generator).to(self.device, dtype or self.dtype)
