@@ -14,7 +14,7 @@ import torch
 if not torch.cuda.is_available():
     from gqa_kernels import interpreter
 
-    interpreter.enable()
+    interpreter.enable(check_overflow=True)
 
 # After the interpreter: they import the kernels.
 from budget import SEED

@@ -5,6 +5,7 @@ A GPU has nothing to test here.
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -94,6 +95,29 @@ def test_int32_overflow_is_an_error(sign):
     assert y.item() == sign * 3 * 2**30
     _index[(1,)](x, y, 1)
     assert y.item() == sign * 2**30
+
+
+@triton.jit
+def _with_helpers(x_ptr, y_ptr, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    tl.store(y_ptr, tl.sum(tl.load(x_ptr + i)) + tl.max(tl.load(x_ptr + i)))
+
+
+def test_launches_in_threads_and_in_hooks():
+    def launch(number):
+        x, y = torch.full((8,), float(number)), torch.empty(1)
+        _with_helpers[(1,)](x, y, SIZE=8)
+        return y.item() == 9 * number
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(launch, range(40)))
+    _index.add_pre_run_hook(lambda *_, **__: launch(1))
+    try:
+        x, y = torch.tensor([5], dtype=torch.int32), torch.empty(1, dtype=torch.int32)
+        _index[(1,)](x, y, 2)
+        assert y.item() == 10
+    finally:
+        _index.pre_run_hooks.clear()
 
 
 def test_enabling_too_late_is_an_error(tmp_path):

@@ -3,20 +3,24 @@
 The interpreter (every version up to 3.9) holds bfloat16 as uint16. It multiplies those integers
 where a kernel multiplies bfloat16, in `tl.dot` too, and truncates where a GPU rounds to nearest
 even. It reads float8_e4m3fn's NaN as a number, and not at all where bfloat16 is asked for. `enable`
-replaces the operations concerned, so that results have the bits that PyTorch gives. A sum,
-difference or product of int32 that overflows, as an offset in a large tensor may, is an error. What
-the interpreter repeats needlessly in every operation is left out. It is for checking kernels, never
-for speed.
+replaces the operations concerned, so that results have the bits that PyTorch gives. What the
+interpreter repeats needlessly in every operation is left out. It is for checking kernels, never for
+speed.
 """
 
 import os
 import sys
+import threading
 from typing import Any
 
 
-def enable() -> None:
+def enable(*, check_overflow: bool = False) -> None:
     """Switches the interpreter on for this process; calling it again changes nothing.
 
+    Args:
+        check_overflow: from now on a sum, difference or product of int32 that overflows, as an
+            offset in a large tensor may, raises an AssertionError, in every kernel of the process
+            and in lanes that are masked too.
     Raises:
         RuntimeError: Triton was imported before without the interpreter, which fixes the mode of
             every kernel already defined.
@@ -33,6 +37,9 @@ def enable() -> None:
         _repair(triton_interpreter)
         _speed_up(triton_interpreter)
         triton_interpreter.InterpreterBuilder._bfloat16_repaired = True
+    if check_overflow:
+        semantic = triton_interpreter.interpreter_semantic
+        semantic.binary_op_sanitize_overflow_impl = _check_overflow
 
 
 def is_enabled() -> bool:
@@ -117,15 +124,13 @@ def _repair(module: Any) -> None:
     def patch_tensor(tensor: Any, *scope: Any) -> None:
         """Loop bounds are arrays of one element, which NumPy 2.4 no longer converts to int."""
         original_patch(tensor, *scope)
-        tensor.__index__ = lambda self: int(np.asarray(self.handle.data).reshape(-1)[0])
+        tensor.__index__ = lambda self: int(np.asarray(self.handle.data).item())
 
     module._patch_lang_tensor = patch_tensor
 
 
 def _speed_up(module: Any) -> None:
     """Leaves out what the interpreter needlessly repeats, and changes no result."""
-    import numpy as np
-
     original_dtype = module._get_np_dtype
     dtypes: dict[str, Any] = {}  # NumPy's, by Triton's names
 
@@ -137,30 +142,49 @@ def _speed_up(module: Any) -> None:
 
     module._get_np_dtype = get_np_dtype
 
-    original_patch, original_launch = module._patch_lang, module.GridExecutor.__call__
-    patched: set[int] = set()  # modules whose view of the language is patched in this launch
-
-    def patch_lang(function: Any) -> Any:
-        """Once for a module in a launch, not for every call of one of its functions."""
-        if id(function.__globals__) in patched:
-            return None
-        patched.add(id(function.__globals__))
-        return original_patch(function)
+    original_launch, original_call = (
+        module.GridExecutor.__call__,
+        module.InterpretedFunction.__call__,
+    )
+    original_patch = module._patch_lang
+    launching = threading.RLock()  # what a launch patches and its place in the grid are global
+    patched: list[set[int]] = []  # of each launch under way: modules whose view is patched
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        patched.clear()  # the end of the last launch undid what it had patched
-        return original_launch(self, *args, **kwargs)
+        with launching:
+            patched.append(set())
+            try:
+                return original_launch(self, *args, **kwargs)
+            finally:
+                patched.pop()
+
+    def patch_lang(function: Any) -> Any:
+        if patched:
+            patched[-1].add(id(function.__globals__))
+        return original_patch(function)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """A device function patches the language once for its module in a launch."""
+        if not patched or id(self.fn.__globals__) not in patched[-1]:
+            return original_call(self, *args, **kwargs)
+        try:
+            return self.rewrite()(*args, **kwargs)
+        except Exception as error:
+            raise module.InterpreterError(repr(error)) from error
 
     module._patch_lang = patch_lang
     module.GridExecutor.__call__ = launch
+    module.InterpretedFunction.__call__ = call
+    # Triton computes whether int32 overflows in ten operations, and does not use the result.
+    module.interpreter_semantic.binary_op_sanitize_overflow_impl = lambda *_: None
 
-    exact_operations = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
-    def check_overflow(a: Any, b: Any, operation: Any) -> None:
-        """Triton computes this too, in ten operations, and does not use the result."""
-        if a.type.scalar.name == "int32":
-            exact = exact_operations[operation.__name__](a.handle.data, b.handle.data, dtype="i8")
-            fits = (exact >= -(2**31)) & (exact < 2**31)
-            assert fits.all(), f"int32 overflow detected for operation {operation.__name__}"
+def _check_overflow(a: Any, b: Any, operation: Any) -> None:
+    import numpy as np
 
-    module.interpreter_semantic.binary_op_sanitize_overflow_impl = check_overflow
+    if a.type.scalar.name == "int32":
+        exact = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[operation.__name__](
+            a.handle.data, b.handle.data, dtype=np.int64
+        )
+        fits = (exact >= -(2**31)) & (exact < 2**31)
+        assert fits.all(), f"int32 overflow detected for operation {operation.__name__}"

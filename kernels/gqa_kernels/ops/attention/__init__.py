@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from gqa_kernels.ops.attention.backward import backward
+from gqa_kernels.ops.attention.backward import launch_backward
 from gqa_kernels.ops.attention.call import Call, batched, check, prepared
-from gqa_kernels.ops.attention.forward import forward
+from gqa_kernels.ops.attention.forward import launch_forward
 from gqa_kernels.runtime import checks, library
 
 
@@ -39,7 +39,7 @@ def _launch(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor | None]:
-    out, lse = forward(prepared(call), need_lse=need_lse)
+    out, lse = launch_forward(prepared(call), need_lse=need_lse)
     if call.packed:  # in place: a view could not be written to by the caller
         out.squeeze_(0)
         if need_lse:
@@ -69,7 +69,7 @@ def gradients(
     Args:
         dout, dlse: the gradients of out and, unless None, of lse.
     """
-    *grads, dsinks = backward(
+    *grads, dsinks = launch_backward(
         prepared(call),
         *batched(call.packed, dout, dlse, out, lse),
         need_dq=need_dq,

@@ -64,7 +64,7 @@ def _prepare_kernel(
     tl.store(neg_lse_ptr + offsets, neg_lse, mask=exists)
 
 
-def backward(
+def launch_backward(
     call: Call,
     dout: Tensor,
     dlse: Tensor | None,

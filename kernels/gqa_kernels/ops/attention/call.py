@@ -41,6 +41,8 @@ def check(*arguments: Any) -> None:
     call = Call(*arguments)
     q, k, v = call.q, call.k, call.v
     if not call.packed:
+        if call.cu_seqlens_kv is not None:
+            raise ValueError("cu_seqlens_kv: expected None without cu_seqlens_q; got a tensor")
         checks.tensor("q", q, shape=("batch", "seq_len_q", "num_q_heads", "head_dim"))
         kv_shape = (q.shape[0], "seq_len_kv", "num_kv_heads", q.shape[-1])
         num_sequences = q.shape[0]

@@ -195,7 +195,7 @@ def _forward_kernel(
         tl.store(lse_ptr + queries, lse, mask=queries < seq_len_q)
 
 
-def forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+def launch_forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     """(out, lse) of a prepared call: out has the shape of its q, lse is
     `[batch, num_q_heads, seq_len_q]`, None unless needed."""
     q, k, v = call.q, call.k, call.v
