@@ -168,7 +168,7 @@ def test_a_spilling_config_is_found():
         python(
             "-c",
             "import compiled\n"
-            "from gqa_kernels import configs\n"
+            "from gqa_kernels.runtime import configs\n"
             "wide = configs.AttentionConfig('', 2, 256, 128, 128, num_warps=4, num_stages=2)\n"
             "configs.ATTENTION_FORWARD = (wide,)\n"
             "case = compiled._variants(compiled.OPS[4])[6]\n"
@@ -186,7 +186,7 @@ def test_more_shared_memory_than_the_target_has_is_found():
         python(
             "-c",
             "import compiled\n"
-            "from gqa_kernels import configs\n"
+            "from gqa_kernels.runtime import configs\n"
             "deep = configs.AttentionConfig('', 2, 256, 128, 64, num_warps=8, num_stages=4)\n"
             "configs.ATTENTION_FORWARD = (deep,)\n"
             "case = compiled._variants(compiled.OPS[4])[6]\n"
