@@ -124,7 +124,7 @@ def _prepare(
             dout_strides=dout.stride()[:3],
             seq_len_q=seq_len_q,
             num_heads=num_q_heads,
-            score_unit=call.softmax_scale if call.softcap is None else call.softcap,
+            score_unit=call.score_unit,
             HEAD_DIM=head_dim,
             BLOCK_M=block_m,
             BLOCK_D=block_d(head_dim),

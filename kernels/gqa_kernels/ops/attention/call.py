@@ -35,6 +35,11 @@ class Call(NamedTuple):
         """Of packed ones."""
         return self.cu_seqlens_q.shape[0] - 1 if self.packed else None
 
+    @property
+    def score_unit(self) -> float:
+        """What kernels count scores in, once a call is prepared (`scores.py`)."""
+        return self.softmax_scale if self.softcap is None else self.softcap
+
 
 def check(*arguments: Any) -> None:
     """Raises unless these arguments of a `Call` are what the kernels can take."""
@@ -117,7 +122,6 @@ def block_d(head_dim: int) -> int:
 
 def kernel_arguments(call: Call, config: configs.AttentionConfig) -> dict[str, Any]:
     """What the kernels of both passes take of a prepared call, beside pointers to q, k and v."""
-    softmax_scale, softcap = call.softmax_scale, call.softcap
     head_dim = call.q.shape[3]
     return {
         "cu_seqlens_q_ptr": call.cu_seqlens_q,
@@ -136,8 +140,8 @@ def kernel_arguments(call: Call, config: configs.AttentionConfig) -> dict[str, A
         "seq_len_kv": call.k.shape[1],
         "window_left": call.window_left,
         "window_right": call.window_right,
-        "score_unit": softmax_scale if softcap is None else softcap,
-        "cap_scale": None if softcap is None else softmax_scale / softcap,
+        "score_unit": call.score_unit,
+        "cap_scale": None if call.softcap is None else call.softmax_scale / call.softcap,
         "GROUP_SIZE": call.q.shape[2] // call.k.shape[2],
         "HEAD_DIM": head_dim,
         "BLOCK_M": config.block_m,
