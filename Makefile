@@ -17,11 +17,11 @@ test: $(READY)
 # Tests of error budgets under other seeds, instruction sets and numbers of threads: hours. What has
 # been run is kept in .seeds/ and not run again for the same sources.
 test-seeds: $(READY)
-	$(BIN)/python tests/run_seeds.py
+	$(BIN)/python tests/support/run_seeds.py
 
 # Every combination in which Transformers' models are run, under the pinned version and the last 4.
-MATRIX := pytest -n auto --maxprocesses 4 -m "" tests/test_transformers.py \
-	tests/test_transformers_masks.py tests/test_patching.py tests/test_peer_failures.py
+MATRIX := pytest -n auto --maxprocesses 4 -m "" tests/hosts/test_transformers.py \
+	tests/hosts/test_transformers_masks.py tests/hosts/test_patching.py tests/hosts/test_peer_failures.py
 
 test-matrix: $(READY) .venv-transformers4/.ready
 	OMP_NUM_THREADS=1 $(BIN)/$(MATRIX)
@@ -53,7 +53,7 @@ peers: $(READY)
 # Triton 3.6.0 is what PyTorch 2.11 brings. Installed last and alone, because a CUDA build of the
 # pinned PyTorch asks for its own Triton; nothing is launched, so that the two need not match.
 compile-check-3.6: .venv-triton36/.ready
-	OMP_NUM_THREADS=1 .venv-triton36/bin/pytest tests/test_compile.py
+	OMP_NUM_THREADS=1 .venv-triton36/bin/pytest tests/ops/test_compile.py
 
 .venv-triton36/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-triton36

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from timing import Call
 
-from llama2.graphs import captured
+from llama2.decoding.graphs import captured
 
 _FALLBACK_L2_BYTES = 64 * 2**20
 

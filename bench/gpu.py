@@ -54,9 +54,9 @@ class Stage:
         if self.name == "correctness":
             tests = BENCH.parent / "tests"
             if dry:  # the tests themselves need no dry run: it is enough that some are found
-                return [*pytest, str(tests / "test_ops.py"), "--collect-only"]
+                return [*pytest, str(tests / "ops" / "test_ops.py"), "--collect-only"]
             # What is compiled for other GPUs says nothing about this one.
-            return [*pytest, str(tests), f"--ignore={tests / 'test_compile.py'}"]
+            return [*pytest, str(tests), f"--ignore={tests / 'ops' / 'test_compile.py'}"]
         if self.name == "ceilings":
             return [sys.executable, str(BENCH / "ceilings.py"), *script]
         if self.name == "ours":

@@ -7,11 +7,7 @@ from grid import DTYPE, TIERS
 
 from gqa_kernels.spec import Cost
 from llama2 import PUBLISHED, ModelConfig
-from llama2.tradeoff.accounting import (
-    attention_flops_per_pair,
-    kv_bytes_per_token,
-    layers_parameters,
-)
+from llama2.accounting import attention_flops_per_pair, kv_bytes_per_token, layers_parameters
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,27 @@
 """The `llama2` command: generate, chat, serve-offline, demo, pretrain, convert, tradeoff."""
 
 import argparse
+import importlib
 import io
 import os
 import shlex
 import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 
-from llama2 import checkpoint, convert_command, serve_command
-from llama2.chat import chat
-from llama2.checkpoint import SHIPPED
-from llama2.generate import Generator
-from llama2.kv_cache import CACHE_DTYPES
-from llama2.model import Llama2
-from llama2.placement import add_device_option, add_options, place
-from llama2.text import require_utf8, stop_ids, stream_text
-from llama2.tokenizer import Tokenizer, check_fits
-from llama2.tradeoff import command as tradeoff_command
-from llama2.train import command as pretrain_command
+from llama2.commands import (
+    chat,
+    convert,
+    generate,
+    pretrain_options,
+    serve_offline,
+    tradeoff_options,
+)
+from llama2.placement import add_device_option
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+Run = Callable[[argparse.Namespace], int]
+
 # What a user can cause. Anything else is a defect and keeps its traceback.
 _COMPLAINTS = (
     OSError,
@@ -62,153 +62,64 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def _generate(arguments: argparse.Namespace) -> int:
-    prompts = [require_utf8("--prompt", prompt) for prompt in arguments.prompt or ()]
-    if arguments.prompt_file is not None:
-        prompts.append(_read_prompt(arguments.prompt_file))
-    if not prompts:
-        raise ValueError("generate: expected --prompt TEXT or --prompt-file FILE; got neither")
-    model, tokenizer = _load(arguments)
-    generator = Generator(model, cache_dtype=CACHE_DTYPES[arguments.kv_cache_dtype])
-    settings = _settings(arguments)
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    if len(prompts) == 1:
-        pieces = stream_text(generator, tokenizer, encoded[0], **settings)
-        print(prompts[0], end="", flush=True)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print()
-        return 0
-    continuations = generator.generate(encoded, stop_ids=stop_ids(tokenizer), **settings)
-    for number, (prompt, new) in enumerate(zip(encoded, continuations, strict=True), 1):
-        print(f"--- prompt {number} of {len(prompts)}")
-        print(tokenizer.decode(prompt + new))
-    return 0
-
-
-def _chat(arguments: argparse.Namespace) -> int:
-    system = arguments.system and require_utf8("--system", arguments.system)
-    model, tokenizer = _load(arguments)
-    if arguments.checkpoint == SHIPPED:
-        print(
-            "note: the shipped model continues Python source; it was never taught to answer",
-            file=sys.stderr,
-        )
-    generator = Generator(model, cache_dtype=CACHE_DTYPES[arguments.kv_cache_dtype])
-    chat(generator, tokenizer, system=system, **_settings(arguments))
-    return 0
-
-
-def _demo(arguments: argparse.Namespace) -> int:
-    from llama2 import demo  # needs tqdm, whose absence is a complaint like any other
-
-    return demo.run(SHIPPED, arguments.device)
-
-
-def _load(arguments: argparse.Namespace) -> tuple[Llama2, Tokenizer]:
-    placement = place(arguments.backend, arguments.device)
-    if arguments.backend == "auto" or placement.interpreted:
-        placement.announce()
-    dtype = arguments.dtype and _DTYPES[arguments.dtype]
-    model = checkpoint.load(
-        arguments.checkpoint, placement.ops, dtype=dtype, device=placement.device
-    )
-    tokenizer = Tokenizer(arguments.checkpoint / "tokenizer.model")
-    check_fits(tokenizer, model.config.vocab_size, arguments.checkpoint)
-    return model, tokenizer
-
-
-def _settings(arguments: argparse.Namespace) -> dict[str, float | int | None]:
-    names = ("max_new_tokens", "temperature", "top_p", "seed")
-    return {name: getattr(arguments, name) for name in names}
-
-
-def _read_prompt(name: str) -> str:
-    if name == "-":
-        return require_utf8("--prompt-file", sys.stdin.read())
-    try:
-        return Path(name).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompt-file: expected UTF-8 in {name}; {error}") from error
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llama2", description="Llama 2 on plain PyTorch or on Triton kernels."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    command = commands.add_parser("generate", help="continue a text")
-    _add_model_options(command, max_new_tokens=128)
-    command.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="give it again for a batch"
-    )
-    command.add_argument("--prompt-file", metavar="FILE", help="a UTF-8 text; - is stdin")
-    command.set_defaults(run=_generate)
-
-    command = commands.add_parser("chat", help="converse with a chat model")
-    _add_model_options(command, max_new_tokens=512)
-    command.add_argument("--system", metavar="TEXT", help="instructions for the conversation")
-    command.set_defaults(run=_chat)
-
-    command = commands.add_parser("serve-offline", help="continue a file of prompts")
-    _add_model_options(command, max_new_tokens=128)
-    serve_command.add_arguments(command)
-    command.set_defaults(run=lambda arguments: serve_command.run(arguments, _load))
-
-    command = commands.add_parser("demo", help="both backends side by side on the shipped model")
-    add_device_option(command)
-    command.set_defaults(run=_demo)
-
-    command = commands.add_parser("pretrain", help="train a model from scratch or go on with one")
-    pretrain_command.add_arguments(command)
-    command.set_defaults(run=pretrain_command.run)
-
-    command = commands.add_parser("convert", help="a checkpoint with fewer key/value heads")
-    convert_command.add_arguments(command)
-    command.set_defaults(run=convert_command.run)
-
-    command = commands.add_parser("tradeoff", help="what each number of key/value heads costs")
-    tradeoff_command.add_arguments(command)
-    command.set_defaults(run=tradeoff_command.run)
+    for name, help_line, add_arguments, run in (
+        ("generate", "continue a text", generate.add_arguments, generate.run),
+        ("chat", "converse with a chat model", chat.add_arguments, chat.run),
+        (
+            "serve-offline",
+            "continue a file of prompts",
+            serve_offline.add_arguments,
+            serve_offline.run,
+        ),
+        (
+            "demo",
+            "both backends side by side on the shipped model",
+            add_device_option,
+            _on_request("demo", "models"),
+        ),
+        (
+            "pretrain",
+            "train a model from scratch or go on with one",
+            pretrain_options.add_arguments,
+            _on_request("pretrain", "models"),
+        ),
+        (
+            "convert",
+            "a checkpoint with fewer key/value heads",
+            convert.add_arguments,
+            convert.run,
+        ),
+        (
+            "tradeoff",
+            "what each number of key/value heads costs",
+            tradeoff_options.add_arguments,
+            _on_request("tradeoff", "tradeoff"),
+        ),
+    ):
+        command = commands.add_parser(name, help=help_line)
+        add_arguments(command)
+        command.set_defaults(run=run)
     return parser
 
 
-def _add_model_options(command: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    add = command.add_argument
-    add(
-        "--checkpoint",
-        type=Path,
-        default=SHIPPED,
-        metavar="DIR",
-        help="Hugging Face's or Meta's files with tokenizer.model; default: a small model of "
-        "Python source that comes with this package",
-    )
-    add_options(command)
-    add("--dtype", choices=_DTYPES, help="default: the checkpoint's")
-    add(
-        "--kv-cache-dtype",
-        choices=CACHE_DTYPES,
-        default="auto",
-        help="of the key/value cache: auto, the default, is the model's; fp8 and int8 round, in "
-        "half the memory of 16 bits",
-    )
-    add(
-        "--max-new-tokens",
-        type=int,
-        default=max_new_tokens,
-        metavar="N",
-        help="default: %(default)s",
-    )
-    add(
-        "--temperature",
-        type=float,
-        default=0.0,
-        metavar="T",
-        help="default: 0, the likeliest token",
-    )
-    add("--top-p", type=float, default=1.0, metavar="P", help="default: 1, no cut")
-    add("--seed", type=int, metavar="N", help="default: another one every time")
+def _on_request(name: str, extra: str) -> Run:
+    """`run` of a command whose module is imported only now: it needs packages of an extra."""
+
+    def run(arguments: argparse.Namespace) -> int:
+        try:
+            module = importlib.import_module(f"llama2.commands.{name}")
+        except ImportError as error:
+            raise ImportError(
+                f"llama2 {name} needs {error.name}: pip install gqa-kernels[{extra}]"
+            ) from error
+        return module.run(arguments)
+
+    return run
 
 
 if __name__ == "__main__":

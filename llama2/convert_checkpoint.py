@@ -13,13 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gqa_kernels import get_backend
-from llama2 import hf_checkpoint
-from llama2.checkpoint import open_checkpoint
-from llama2.checkpoint_files import Checkpoint, require, staged
+from llama2.checkpoint import hf, open_checkpoint
+from llama2.checkpoint.files import Checkpoint, require, staged
+from llama2.checkpoint.weight_shards import MAX_SHARD_BYTES, WEIGHT_FILES, plan_shards, write_shards
 from llama2.config import ModelConfig
 from llama2.conversion import METHODS, NEEDS_DATA, AttentionWeights, convert_layer, second_moment
 from llama2.model import DecoderLayer, Llama2, RotaryTable
-from llama2.weight_shards import MAX_SHARD_BYTES, WEIGHT_FILES, plan_shards, write_shards
 
 # What belongs to a model whatever its heads. Not its card and its measurements: they are others.
 _KEPT_FILES = (
@@ -82,7 +81,7 @@ def convert_checkpoint(
     shards = plan_shards(conversion.sizes(), max_shard_bytes)
     with staged(target, WEIGHT_FILES) as folder:
         write_shards(folder, shards, conversion.tensors(calibration if needs_data else None))
-        hf_checkpoint.write_config(folder, conversion.settings(source))
+        hf.write_config(folder, conversion.settings(source))
         for pattern in _KEPT_FILES:
             for file in filter(Path.is_file, source.glob(pattern)):
                 shutil.copyfile(file, folder / file.name)
@@ -179,17 +178,17 @@ class _Conversion:
         with torch.device("meta"):
             converted = Llama2(self._config, get_backend("eager"))
         return {
-            hf_checkpoint.key_of(name): weight.numel() * self._dtype(name).itemsize
+            hf.key_of(name): weight.numel() * self._dtype(name).itemsize
             for name, weight in converted.named_parameters()
         }
 
     def settings(self, source: Path) -> dict[str, Any]:
         """The content of config.json: the source's own, where it has one."""
-        file = source / hf_checkpoint.CONFIG_FILE
+        file = source / hf.CONFIG_FILE
         if file.is_file():
             return json.loads(file.read_bytes()) | {"num_key_value_heads": self.num_kv_heads}
         dtypes = (stored.dtype for stored in self.checkpoint.tensors.values())
-        return hf_checkpoint.config_json(self._config, reduce(torch.promote_types, dtypes))
+        return hf.config_json(self._config, reduce(torch.promote_types, dtypes))
 
     def tensors(self, calibration: Tensor | None) -> Iterator[tuple[str, Tensor]]:
         """Keys and tensors, of one layer at a time; `calibration` gives the layers' moments."""
@@ -197,7 +196,7 @@ class _Conversion:
         states = None
         if calibration is not None:
             states = _Calibration(calibration, embedding, self.model.config, self.device)
-        yield hf_checkpoint.key_of("embed_tokens.weight"), embedding
+        yield hf.key_of("embed_tokens.weight"), embedding
         del embedding
         layers = range(self.model.config.num_layers)
         # disable=None: shown on a terminal only
@@ -205,7 +204,7 @@ class _Conversion:
             yield from self._layer(index, states).items()
         for name, _ in self.model.named_parameters():
             if not name.startswith(("embed_tokens.", "layers.")):
-                yield hf_checkpoint.key_of(name), self._read(name)
+                yield hf.key_of(name), self._read(name)
 
     def _layer(self, index: int, states: _Calibration | None) -> dict[str, Tensor]:
         layer, config = self.model.layers[index], self.model.config
@@ -231,7 +230,7 @@ class _Conversion:
             )
             weights |= zip(names, (weight.cpu() for weight in converted), strict=True)
         return {
-            hf_checkpoint.key_of(prefix + name): hf_checkpoint.half_split(weight, name, config)
+            hf.key_of(prefix + name): hf.half_split(weight, name, config)
             for name, weight in weights.items()
         }
 

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from llama2.cache.kv_cache import KVCache
 from llama2.config import ModelConfig
-from llama2.decode_batch import DecodeBatch
-from llama2.graphs import can_capture, on_gpu
-from llama2.kv_cache import KVCache
+from llama2.decoding.decode_batch import DecodeBatch
+from llama2.decoding.graphs import can_capture, on_gpu
+from llama2.decoding.sampling import check_sampling, is_whole, uniform_draws
 from llama2.model import Llama2
-from llama2.sampling import check_sampling, is_whole, uniform_draws
 
 # On a GPU sizes are rounded up, so that calls of other sizes find the same cache and graphs.
 _CAPACITY_UNIT = 256

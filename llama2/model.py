@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llama2.cache.kv_cache import Cache, CacheStep, KVCache
 from llama2.config import ModelConfig
-from llama2.kv_cache import Cache, CacheStep, KVCache
 
 _IGNORED = -100  # a target that counts for nothing
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from llama2.cache.page_pool import OutOfPages
+from llama2.cache.paged_kv_cache import PagedKVCache
+from llama2.decoding.graphs import can_capture
+from llama2.decoding.paged_decode import PagedDecode
+from llama2.decoding.sampling import check_sampling, in_float32, uniform_draws
 from llama2.generate import check_tokens
-from llama2.graphs import can_capture
 from llama2.model import Llama2
-from llama2.page_pool import OutOfPages
-from llama2.paged_decode import PagedDecode
-from llama2.paged_kv_cache import PagedKVCache
-from llama2.sampling import check_sampling, in_float32, uniform_draws
 
 
 @dataclass(frozen=True)

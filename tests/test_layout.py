@@ -1,19 +1,20 @@
 """Who may import whom, and what importing and installing must not do."""
 
 import ast
-import os
-import subprocess
-import sys
+import graphlib
 from pathlib import Path
 
 import pytest
+from processes import fresh
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "kernels" / "gqa_kernels"
 
+MODEL = ROOT / "llama2"
+
 # What a module of the kernels' package may import from it, by the longest prefix of its name. An op
 # may import its own folder too.
-ALLOWED = {
+KERNELS_ALLOWED = {
     "__init__": {"backends", "patching", "sdpa"},
     "backends": set(),  # reference and fused, by name, when asked
     "reference": set(),
@@ -33,6 +34,43 @@ ALLOWED = {
     "accuracy": {"spec", "summation"},
 }
 
+# The same for the model's package.
+MODEL_ALLOWED = {
+    "__init__": {"cache", "config", "generate", "model", "serving"},
+    "config": set(),
+    "tokenizer": set(),
+    "placement": set(),
+    "checkout": set(),
+    "accounting": {"config"},
+    "cache": {"cache", "config"},
+    "model": {"cache", "config"},
+    "parallel": {"model"},
+    "checkpoint": {"checkpoint", "config", "model"},
+    "conversion": {"model"},
+    "convert_checkpoint": {"checkpoint", "config", "conversion", "model"},
+    "decoding": {"decoding", "cache", "model"},
+    "generate": {"cache", "config", "decoding", "model"},
+    "serving": {"cache", "decoding", "generate", "model"},
+    "evaluation": {"model"},
+    "train": {"train", "checkpoint", "config", "evaluation", "model", "parallel", "tokenizer"},
+    "tradeoff": {"tradeoff", "accounting", "cache", "config", "decoding", "model"},
+    "tradeoff.study": {
+        "tradeoff.study",
+        "accounting",
+        "config",
+        "conversion",
+        "evaluation",
+        "model",
+        "placement",
+        "tokenizer",
+        "train",
+    },
+    "commands": {"commands", "accounting", "cache", "checkout", "checkpoint", "config"}
+    | {"conversion", "convert_checkpoint", "evaluation", "generate", "model", "placement"}
+    | {"serving", "tokenizer", "tradeoff", "train"},
+    "cli": {"commands", "placement"},
+}
+
 
 def imported(path: Path) -> set[str]:
     """Every module that a file imports, at any depth of nesting."""
@@ -45,68 +83,88 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def module_name(path: Path) -> str:
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+def modules(package: Path) -> dict[str, Path]:
+    """The files of a package by their names in it; a folder's is the folder's."""
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        found[".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)] = path
+    return found
 
 
-MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+KERNELS, MODELS = modules(PACKAGE), modules(MODEL)
 
 
 def within(name: str, prefixes: set[str]) -> bool:
     return any(f"{name}.".startswith(f"{prefix}.") for prefix in prefixes)
 
 
-def siblings(path: Path) -> set[str]:
-    """The modules of the package that a file imports; a folder not beside what it holds."""
-    names = {name.removeprefix("gqa_kernels.") for name in imported(path)}
-    found = names & MODULES.keys()
+def siblings(path: Path, package: str, names: set[str]) -> set[str]:
+    """The modules of its package that a file imports; a folder not beside what it holds."""
+    found = {name.removeprefix(f"{package}.") for name in imported(path)} & names
     return {name for name in found if not any(other.startswith(f"{name}.") for other in found)}
 
 
-@pytest.mark.parametrize("name", MODULES)
+def rule_of(name: str, allowed: dict[str, set[str]]) -> set[str]:
+    rules = [prefix for prefix in allowed if within(name, {prefix})]
+    assert rules, "a module without a place"
+    return allowed[max(rules, key=len)]
+
+
+@pytest.mark.parametrize("name", KERNELS)
 def test_arrows_inside_the_kernels(name):
-    rule = max((prefix for prefix in ALLOWED if within(name, {prefix})), key=len, default=None)
-    assert rule is not None, "a module without a place"
     own = {".".join(name.split(".")[:2])} if within(name, {"ops"}) else set()
-    wrong = {x for x in siblings(MODULES[name]) if not within(x, ALLOWED[rule] | own)}
-    assert not wrong
-    outside = {module.split(".")[0] for module in imported(MODULES[name])}
+    allowed = rule_of(name, KERNELS_ALLOWED) | own
+    found = siblings(KERNELS[name], "gqa_kernels", KERNELS.keys())
+    assert not {other for other in found if not within(other, allowed)}
+    outside = {module.split(".")[0] for module in imported(KERNELS[name])}
     assert not outside & {"llama2", "tests", "bench"}
 
 
-def test_every_rule_has_a_module():
-    assert all(any(within(name, {rule}) for name in MODULES) for rule in ALLOWED)
+@pytest.mark.parametrize("name", MODELS)
+def test_arrows_inside_the_model(name):
+    allowed = rule_of(name, MODEL_ALLOWED)
+    found = siblings(MODELS[name], "llama2", MODELS.keys())
+    assert not {other for other in found if not within(other, allowed)}
+
+
+@pytest.mark.parametrize(
+    ("package", "files"),
+    [("gqa_kernels", KERNELS), ("llama2", MODELS)],
+    ids=["gqa_kernels", "llama2"],
+)
+def test_no_circles(package, files):
+    """Modules can be put in an order in which each imports earlier ones alone, late imports too."""
+    arrows = {name: siblings(path, package, files.keys()) - {name} for name, path in files.items()}
+    list(graphlib.TopologicalSorter(arrows).static_order())
+
+
+def test_a_file_fits_in_the_head():
+    files = [*KERNELS.values(), *MODELS.values()]
+    lines = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in files}
+    assert not {file: count for file, count in lines.items() if count > 400}
+
+
+@pytest.mark.parametrize(
+    ("allowed", "files"), [(KERNELS_ALLOWED, KERNELS), (MODEL_ALLOWED, MODELS)], ids=["k", "m"]
+)
+def test_every_rule_has_a_module(allowed, files):
+    assert all(any(within(name, {rule}) for name in files) for rule in allowed)
 
 
 def test_the_reference_needs_torch_only():
     assert {name.split(".")[0] for name in imported(PACKAGE / "reference.py")} == {"math", "torch"}
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "llama2").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT))
-)
-def test_the_model_knows_no_kernel(path):
-    names = imported(path)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_model_knows_no_kernel(name):
+    names = imported(MODELS[name])
     assert not {name.split(".")[0] for name in names} & {"triton", "tests", "bench"}
-    modules = {name.removeprefix("gqa_kernels.") for name in names if "gqa_kernels." in name}
+    used = {name.removeprefix("gqa_kernels.") for name in names if "gqa_kernels." in name}
     # The demo shows the errors of the op table; placement asks what Triton can drive.
     seams = {"get_backend", "backends", "interpreter", "accuracy", "spec", "runtime"}
-    assert all(within(name, seams) for name in modules)
-    assert {name for name in modules if within(name, {"runtime"})} <= {"runtime", "runtime.target"}
-
-
-def fresh(code: str, **environment: str) -> None:
-    """Runs code in a new process, in a folder from which nothing can be imported by accident."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd="/",
-        env=kept | environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
+    assert all(within(name, seams) for name in used)
+    assert {name for name in used if within(name, {"runtime"})} <= {"runtime", "runtime.target"}
 
 
 def test_importing_the_package_loads_neither_triton_nor_a_gpu():

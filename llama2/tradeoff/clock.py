@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from llama2.graphs import Call, captured
+from llama2.decoding.graphs import Call, captured
 
 WARM_UP_CALLS = 3
 SAMPLES = 30

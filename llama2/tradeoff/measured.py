@@ -15,15 +15,15 @@ from typing import Any
 import torch
 
 from gqa_kernels import get_backend
-from llama2.config import ModelConfig
-from llama2.kv_cache import KVCache
-from llama2.model import Llama2
-from llama2.tradeoff.accounting import (
+from llama2.accounting import (
     attention_flops_per_pair,
     kv_bytes_per_token,
     layers_parameters,
     matched,
 )
+from llama2.cache.kv_cache import KVCache
+from llama2.config import ModelConfig
+from llama2.model import Llama2
 from llama2.tradeoff.clock import Call, Ceilings, Clock, CudaClock, measure_ceilings
 
 DTYPE = torch.bfloat16

@@ -8,8 +8,8 @@ the best of them. It knows memory and speed on paper; quality it does not know.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from llama2.accounting import head_counts, matched, num_parameters
 from llama2.config import ModelConfig
-from llama2.tradeoff.accounting import head_counts, matched, num_parameters
 from llama2.tradeoff.roofline import GIB, Deployment, Gpu
 
 

@@ -10,8 +10,8 @@ the ranks per layer), so that a deployment on several GPUs looks better here tha
 from dataclasses import dataclass
 from functools import cached_property
 
+from llama2 import accounting
 from llama2.config import ModelConfig
-from llama2.tradeoff import accounting
 
 GIB = 2**30
 

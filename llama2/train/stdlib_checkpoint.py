@@ -27,6 +27,7 @@ import torch
 from gqa_kernels.backends import get_backend
 from llama2.checkpoint import save_hf
 from llama2.config import ModelConfig
+from llama2.evaluation.bits import bits_per_byte
 from llama2.model import Llama2
 from llama2.tokenizer import Tokenizer
 from llama2.train.data import (
@@ -36,7 +37,6 @@ from llama2.train.data import (
     stdlib_documents,
     token_stream,
 )
-from llama2.train.evaluate import bits_per_byte
 from llama2.train.pretrain import TrainConfig, train
 
 MODEL = ModelConfig(

@@ -1,0 +1,1 @@
+"""What a model keeps of the tokens before: contiguous or in pages."""

@@ -1,0 +1,155 @@
+"""Checkpoints: `load` reads Hugging Face's and Meta's directories, `save_hf` and `save_meta` write.
+
+Which of the two a directory is shows in its configuration: config.json or params.json.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from llama2.checkpoint import hf, meta
+from llama2.checkpoint.files import FLOATS, Checkpoint, CheckpointError, require
+from llama2.checkpoint.hf import save_hf
+from llama2.checkpoint.meta import save_meta
+from llama2.config import ModelConfig
+from llama2.model import Llama2
+
+__all__ = ["SHIPPED", "CheckpointError", "load", "load_config", "save_hf", "save_meta"]
+
+# The small model that comes with this package.
+SHIPPED = Path(__file__).parents[1] / "checkpoints" / "stdlib"
+_QUIET_BYTES = 2**30  # read in about a second: no progress bar
+
+
+def load_config(path: str | Path) -> ModelConfig:
+    """The configuration of a checkpoint directory.
+
+    Hugging Face's is all in config.json; Meta's params.json needs the shapes of the weights too,
+    so that they must be there.
+
+    Raises:
+        CheckpointError: the checkpoint is malformed; the message names the file and the key.
+        NotImplementedError: a key asks for other maths than Llama 2's; the message names it.
+    """
+    folder = Path(path)
+    return _format(folder).read_config(folder)
+
+
+def load(
+    path: str | Path,
+    ops: ModuleType,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    max_seq_len: int | None = None,
+) -> Llama2:
+    """The model of a checkpoint directory, in eval mode.
+
+    Files are memory-mapped and all keys, shapes and dtypes checked before any memory is allocated;
+    then tensors are copied one by one, so that the peak is the model and its largest tensor.
+    Meta's q and k stay interleaved: the model's config says `rope_interleaved`.
+
+    Args:
+        path: a directory with config.json and model.safetensors or pytorch_model.bin, or their
+            shards with an index; or with params.json and consolidated.NN.pth.
+        ops: the backend, `get_backend("eager")` or `get_backend("triton")`.
+        dtype: of the parameters; None means the one that config.json declares, else the tensors'
+            own, which must then be one.
+        max_seq_len: length of the rotary table; None means the checkpoint's context length, for
+            Meta's directories, which do not record it, Llama 2's 4096.
+    Raises:
+        CheckpointError: the checkpoint is malformed; the message names the file and the key.
+        NotImplementedError: a key asks for other maths than Llama 2's; the message names it.
+        ValueError: `dtype` is no type of weights, or `max_seq_len` is not positive.
+        ImportError: a package of the extra `models` is missing.
+    """
+    if dtype is not None and dtype not in FLOATS.values():
+        raise ValueError(
+            f"dtype: expected one of {', '.join(map(str, FLOATS.values()))}; got {dtype}"
+        )
+    checkpoint, model = open_checkpoint(path, ops, max_seq_len=max_seq_len)
+    config = model.config
+    model.to(_common_dtype(checkpoint) if dtype is None else dtype).to_empty(device=device)
+    if config.tie_word_embeddings:  # leaving the meta device made two parameters of one
+        model.lm_head.weight = model.embed_tokens.weight
+    _copy(checkpoint, model)
+    return model.eval()
+
+
+def open_checkpoint(
+    path: str | Path, ops: ModuleType, *, max_seq_len: int | None = None
+) -> tuple[Checkpoint, Llama2]:
+    """The stored tensors of a directory, all of them checked, and their model without memory.
+
+    The model is on the meta device. Its parameters' names give the tensors' keys by
+    `Checkpoint.key_of`. Arguments and errors: as `load`.
+    """
+    folder = Path(path)
+    checkpoint = _format(folder).read_checkpoint(folder)
+    config = checkpoint.config
+    if max_seq_len is not None:
+        config = replace(config, max_seq_len=max_seq_len)
+    with torch.device("meta"):
+        model = Llama2(config, ops)
+    parameters = {checkpoint.key_of(name): value for name, value in model.named_parameters()}
+    _check(folder, checkpoint, parameters)
+    return checkpoint, model
+
+
+def _format(folder: Path) -> ModuleType:
+    found = [module for module in (hf, meta) if (folder / module.CONFIG_FILE).is_file()]
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{folder}: expected a directory with either config.json (Hugging Face) or params.json "
+            f"(Meta); got {'both' if found else 'neither'}"
+        )
+    return found[0]
+
+
+def _check(folder: Path, checkpoint: Checkpoint, expected: dict[str, nn.Parameter]) -> None:
+    tensors = checkpoint.tensors
+    for kind, keys in (
+        ("missing", expected.keys() - tensors.keys()),
+        ("unexpected", tensors.keys() - expected.keys()),
+    ):
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise CheckpointError(f"{folder}: {kind} key {min(keys)}{more}")
+    for key, parameter in expected.items():
+        if tensors[key].shape != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{tensors[key].file}: {key}: expected shape {tuple(parameter.shape)}; "
+                f"got {tensors[key].shape}"
+            )
+
+
+def _common_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    if checkpoint.dtype is not None:
+        return checkpoint.dtype
+    examples = {stored.dtype: key for key, stored in checkpoint.tensors.items()}
+    if len(examples) > 1:
+        kinds = " and ".join(f"{dtype} ({key})" for dtype, key in examples.items())
+        raise CheckpointError(
+            f"dtype: expected one, as the checkpoint declares none and mixes {kinds}; got None"
+        )
+    return next(iter(examples))
+
+
+@torch.no_grad()
+def _copy(checkpoint: Checkpoint, model: Llama2) -> None:
+    total = sum(stored.num_bytes for stored in checkpoint.tensors.values())
+    bar = require("tqdm").tqdm(
+        desc="loading",
+        total=total,
+        unit="B",
+        unit_scale=True,
+        disable=True if total < _QUIET_BYTES else None,  # None: shown on a terminal only
+    )
+    with bar:
+        for name, parameter in model.named_parameters():
+            stored = checkpoint.tensors[checkpoint.key_of(name)]
+            parameter.copy_(stored.read())
+            bar.update(stored.num_bytes)

@@ -1,0 +1,1 @@
+"""One file per subcommand of `llama2`; nothing imports them."""

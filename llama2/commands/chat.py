@@ -1,0 +1,110 @@
+"""The command `llama2 chat`: a conversation on the terminal, in Llama 2's chat format."""
+
+import argparse
+import contextlib
+import sys
+from typing import Any
+
+from llama2.checkpoint import SHIPPED
+from llama2.commands.options import add_generation_options, load, make_generator, sampling
+from llama2.commands.text import require_utf8, stream_text
+from llama2.generate import Generator
+from llama2.tokenizer import Tokenizer
+
+_COMMANDS = "/reset forgets the conversation, /exit leaves"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `run`."""
+    add_generation_options(parser, max_new_tokens=512)
+    parser.add_argument("--system", metavar="TEXT", help="instructions for the conversation")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Converses until the user leaves, and returns 0.
+
+    Raises:
+        OSError, ValueError, NotImplementedError, ImportError: as `load` and `chat`.
+    """
+    system = arguments.system and require_utf8("--system", arguments.system)
+    model, tokenizer = load(arguments)
+    if arguments.checkpoint == SHIPPED:
+        print(
+            "note: the shipped model continues Python source; it was never taught to answer",
+            file=sys.stderr,
+        )
+    generator = make_generator(arguments, model)
+    chat(generator, tokenizer, system=system, **sampling(arguments))
+    return 0
+
+
+def chat(
+    generator: Generator,
+    tokenizer: Tokenizer,
+    *,
+    system: str | None = None,
+    max_new_tokens: int,
+    **settings: Any,
+) -> None:
+    """Reads lines from stdin and streams answers to stdout, until /exit or the end of the input.
+
+    A conversation is never shortened: when it has filled the model's context, the next line is
+    refused with the way out.
+
+    Args:
+        system: instructions that hold for the whole conversation.
+        max_new_tokens: of one answer, which is shorter where the context ends.
+        settings: `generate`'s temperature, top_p and seed.
+    Raises:
+        ValueError: the system prompt holds one of the chat format's tags, or fills the context; or
+            a setting is wrong.
+    """
+    max_seq_len = generator.model.config.max_seq_len
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    _tokens(max_seq_len, tokenizer, [*opening, {"role": "user", "content": ""}])
+    # Line editing, where Python has it.
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401
+    _note(_COMMANDS)
+    history = opening
+    while (line := _ask()) != "/exit":
+        if line == "/reset":
+            history = opening
+            _note("forgotten")
+        elif line:
+            try:
+                asked = [*history, {"role": "user", "content": require_utf8("the line", line)}]
+                tokens = _tokens(max_seq_len, tokenizer, asked)
+            except ValueError as error:
+                _note(f"{error}; {_COMMANDS}")
+                continue
+            room = max_seq_len - len(tokens)
+            settings["max_new_tokens"] = min(max_new_tokens, room)
+            answer = ""
+            for piece in stream_text(generator, tokenizer, tokens, **settings):
+                print(piece, end="", flush=True)
+                answer += piece
+            print()
+            history = [*asked, {"role": "assistant", "content": answer}]
+
+
+def _ask() -> str:
+    try:
+        return input("you> ").strip()
+    except EOFError:
+        print()
+        return "/exit"
+
+
+def _tokens(max_seq_len: int, tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
+    tokens = tokenizer.encode_chat(messages)
+    if len(tokens) >= max_seq_len:
+        raise ValueError(
+            f"the context is full: the conversation takes {len(tokens)} tokens, of which the "
+            f"model sees {max_seq_len}, its answer included"
+        )
+    return tokens
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,0 +1,137 @@
+"""The command `llama2 convert`: a checkpoint with fewer key/value heads, and what that saves."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama2 import checkpoint
+from llama2.accounting import kv_bytes_per_token, num_parameters
+from llama2.checkpoint.weight_shards import MAX_SHARD_BYTES
+from llama2.config import ModelConfig
+from llama2.conversion import METHODS, NEEDS_DATA
+from llama2.convert_checkpoint import check_conversion, convert_checkpoint
+from llama2.placement import add_device_option, place
+from llama2.tokenizer import Tokenizer
+
+_LONGEST = 1024  # tokens of a calibration sequence, unless asked otherwise
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `run`."""
+    add = parser.add_argument
+    add("source", type=Path, metavar="SOURCE", help="Hugging Face's or Meta's files")
+    add("target", type=Path, metavar="TARGET", help="a new directory, of Hugging Face's files")
+    add("--num-kv-heads", type=int, required=True, metavar="N", help="a divisor of SOURCE's")
+    add("--method", choices=METHODS, default="low_rank", help="default: %(default)s")
+    add(
+        "--text",
+        type=Path,
+        metavar="PATH",
+        help=f"a text or a directory of texts such as the model will see, for "
+        f"{' and '.join(NEEDS_DATA)}; default: Python's standard library",
+    )
+    add(
+        "--calibration-tokens",
+        type=int,
+        default=16384,
+        metavar="N",
+        help="of the text, a few times the model's hidden size; default: %(default)s",
+    )
+    add(
+        "--seq-len",
+        type=int,
+        metavar="N",
+        help=f"tokens of a calibration sequence; default: {_LONGEST}, or the model's longest",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="of the text's places, and of random")
+    add(
+        "--max-shard-bytes",
+        type=int,
+        default=MAX_SHARD_BYTES,
+        metavar="N",
+        help="size of a weights' file; default: %(default)s",
+    )
+    add_device_option(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Converts, prints what became smaller, and says how to train on; returns 0.
+
+    Raises:
+        OSError, ValueError, ImportError, FloatingPointError: as `convert_checkpoint`, or about an
+            option.
+    """
+    source, target, count = arguments.source, arguments.target, arguments.num_kv_heads
+    config = checkpoint.load_config(source)
+    check_conversion(config, count, arguments.method, target)
+    calibration = None
+    if arguments.method in NEEDS_DATA and count != config.num_kv_heads:
+        calibration = _calibration(arguments, config)
+    convert_checkpoint(
+        source,
+        target,
+        count,
+        method=arguments.method,
+        calibration=calibration,
+        generator=torch.Generator().manual_seed(arguments.seed),
+        max_shard_bytes=arguments.max_shard_bytes,
+        device=place("eager", arguments.device).device,
+    )
+    _report(target, config, replace(config, num_kv_heads=count))
+    return 0
+
+
+def _calibration(arguments: argparse.Namespace, config: ModelConfig) -> Tensor:
+    """int64 `[batch, seq_len]`: windows at random places of the text's training part."""
+    from llama2.train.data import corpus_documents, random_batch, token_stream
+
+    length = arguments.seq_len
+    if length is None:
+        length = min(_LONGEST, config.max_seq_len)
+    if not 1 <= length <= config.max_seq_len:
+        raise ValueError(f"--seq-len: expected 1 to the model's {config.max_seq_len}; got {length}")
+    if arguments.seed < 0:
+        raise ValueError(f"--seed: expected at least 0; got {arguments.seed}")
+    if arguments.calibration_tokens < length:
+        raise ValueError(
+            f"--calibration-tokens: expected at least one sequence of {length}; "
+            f"got {arguments.calibration_tokens}"
+        )
+    file = arguments.source / "tokenizer.model"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file}: expected a SentencePiece model, to make tokens of the calibration text; got "
+            f"none. --method mean needs no text, and llama2.convert_checkpoint takes tokens that "
+            f"another tokenizer made"
+        )
+    documents = [document for document in corpus_documents(arguments.text) if not document.held_out]
+    stream = token_stream(documents, Tokenizer(file))
+    if len(stream) <= length:
+        raise ValueError(
+            f"--text: expected more than --seq-len ({length}) tokens; got {len(stream)}"
+        )
+    batch = arguments.calibration_tokens // length
+    sizes = {"batch_size": batch, "seq_len": length}
+    windows = random_batch(stream, **sizes, seed=arguments.seed, step=0)
+    return windows[:, :-1]  # without the last target
+
+
+def _report(target: Path, old: ModelConfig, new: ModelConfig) -> None:
+    print(f"{target}, computed from the shapes:")
+    for name, of in (
+        ("key/value heads", lambda config: config.num_kv_heads),
+        ("parameters", num_parameters),
+        ("cache in 16 bits, bytes per token", kv_bytes_per_token),
+    ):
+        before, after = of(old), of(new)
+        print(f"  {name:<34}{before:>16,} → {after:>14,}  ({after / before:.1%})")
+    if new != old:
+        print(
+            "Conversion costs quality. Training on for α = 5 % of the N steps of the original's "
+            "training, as in arXiv:2305.13245, is\n"
+            f"  llama2 pretrain --init {target} --alpha 0.05 --of-steps N --warmup-steps M "
+            "--work DIR --out DIR\nwith M a small part of those steps."
+        )

@@ -1,0 +1,56 @@
+"""The command `llama2 generate`: continues one prompt as a stream, or several as a batch."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from llama2.commands.options import add_generation_options, load, make_generator, sampling
+from llama2.commands.text import require_utf8, stop_ids, stream_text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `run`."""
+    add_generation_options(parser, max_new_tokens=128)
+    parser.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="give it again for a batch"
+    )
+    parser.add_argument("--prompt-file", metavar="FILE", help="a UTF-8 text; - is stdin")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints each prompt with its continuation and returns 0.
+
+    Raises:
+        OSError, ValueError, NotImplementedError, ImportError: as `load`; there is no prompt, or one
+            is not UTF-8; or as `Generator.generate`.
+    """
+    prompts = [require_utf8("--prompt", prompt) for prompt in arguments.prompt or ()]
+    if arguments.prompt_file is not None:
+        prompts.append(_read_prompt(arguments.prompt_file))
+    if not prompts:
+        raise ValueError("generate: expected --prompt TEXT or --prompt-file FILE; got neither")
+    model, tokenizer = load(arguments)
+    generator = make_generator(arguments, model)
+    settings = sampling(arguments)
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    if len(prompts) == 1:
+        pieces = stream_text(generator, tokenizer, encoded[0], **settings)
+        print(prompts[0], end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+        return 0
+    continuations = generator.generate(encoded, stop_ids=stop_ids(tokenizer), **settings)
+    for number, (prompt, new) in enumerate(zip(encoded, continuations, strict=True), 1):
+        print(f"--- prompt {number} of {len(prompts)}")
+        print(tokenizer.decode(prompt + new))
+    return 0
+
+
+def _read_prompt(name: str) -> str:
+    if name == "-":
+        return require_utf8("--prompt-file", sys.stdin.read())
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt-file: expected UTF-8 in {name}; {error}") from error

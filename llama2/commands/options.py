@@ -1,0 +1,110 @@
+"""Options that several commands share, and what they ask for."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from llama2 import checkpoint
+from llama2.cache.kv_cache import CACHE_DTYPES
+from llama2.checkpoint import SHIPPED
+from llama2.checkpoint.files import Settings
+from llama2.checkpoint.hf import CONFIG_FILE, read_config
+from llama2.config import PUBLISHED, ModelConfig
+from llama2.generate import Generator
+from llama2.model import Llama2
+from llama2.placement import add_options, place
+from llama2.tokenizer import Tokenizer, check_fits
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def add_generation_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """The options of `load`, `make_generator` and `sampling`."""
+    add = parser.add_argument
+    add(
+        "--checkpoint",
+        type=Path,
+        default=SHIPPED,
+        metavar="DIR",
+        help="Hugging Face's or Meta's files with tokenizer.model; default: a small model of "
+        "Python source that comes with this package",
+    )
+    add_options(parser)
+    add("--dtype", choices=_DTYPES, help="default: the checkpoint's")
+    add(
+        "--kv-cache-dtype",
+        choices=CACHE_DTYPES,
+        default="auto",
+        help="of the key/value cache: auto, the default, is the model's; fp8 and int8 round, in "
+        "half the memory of 16 bits",
+    )
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=max_new_tokens,
+        metavar="N",
+        help="default: %(default)s",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="default: 0, the likeliest token",
+    )
+    add("--top-p", type=float, default=1.0, metavar="P", help="default: 1, no cut")
+    add("--seed", type=int, metavar="N", help="default: another one every time")
+
+
+def load(arguments: argparse.Namespace) -> tuple[Llama2, Tokenizer]:
+    """The model and the tokenizer of `--checkpoint`.
+
+    Raises:
+        OSError, ValueError, NotImplementedError, ImportError: as `place`, `checkpoint.load`,
+            `Tokenizer` and `check_fits`.
+    """
+    placement = place(arguments.backend, arguments.device)
+    if arguments.backend == "auto" or placement.interpreted:
+        placement.announce()
+    dtype = arguments.dtype and _DTYPES[arguments.dtype]
+    model = checkpoint.load(
+        arguments.checkpoint, placement.ops, dtype=dtype, device=placement.device
+    )
+    tokenizer = Tokenizer(arguments.checkpoint / "tokenizer.model")
+    check_fits(tokenizer, model.config.vocab_size, arguments.checkpoint)
+    return model, tokenizer
+
+
+def make_generator(arguments: argparse.Namespace, model: Llama2) -> Generator:
+    return Generator(model, cache_dtype=CACHE_DTYPES[arguments.kv_cache_dtype])
+
+
+def sampling(arguments: argparse.Namespace) -> dict[str, float | int | None]:
+    """What `generate` takes beside the prompts."""
+    names = ("max_new_tokens", "temperature", "top_p", "seed")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def shape_named(name: str | None) -> ModelConfig:
+    """The shape that `--shape` names: a published one, that of a file, or the shipped model's.
+
+    Raises:
+        ValueError: there is no such shape, or its file is malformed.
+        NotImplementedError: a config.json asks for other maths than Llama 2's.
+    """
+    if name is None:
+        return read_config(SHIPPED)
+    if name in PUBLISHED:
+        return PUBLISHED[name]
+    file = Path(name)
+    if not file.is_file():
+        raise ValueError(
+            f"shape: expected one of {', '.join(PUBLISHED)} or a JSON file; got {name!r}"
+        )
+    if file.name == CONFIG_FILE:
+        return read_config(file.parent)
+    try:
+        return ModelConfig(**Settings.read(file))
+    except TypeError as error:
+        raise ValueError(f"{file}: expected the fields of ModelConfig; {error}") from error

@@ -1,0 +1,166 @@
+"""The options of `llama2 pretrain`, and the shape and the number of steps that they ask for."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from llama2.commands.options import shape_named
+from llama2.config import PUBLISHED, ModelConfig
+from llama2.placement import add_options
+
+_SIZES = {
+    "num_layers": "decoder layers",
+    "hidden_size": "width of the residual stream",
+    "num_q_heads": "query heads, of head_dim = hidden size / query heads",
+    "num_kv_heads": "key/value heads: as many as query heads are MHA, less GQA, one MQA",
+    "intermediate_size": "width of the feed-forward layers",
+    "max_seq_len": "longest sequence",
+    "vocab_size": "ids",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--work", type=Path, required=True, metavar="DIR", help="state, log and tokenised texts")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="the checkpoint at the end, in bfloat16 and Hugging Face's layout",
+    )
+    _add_model(parser.add_argument_group("model"))
+    _add_data(parser.add_argument_group("data"))
+    _add_recipe(parser.add_argument_group("recipe"))
+    _add_machine(parser.add_argument_group("machine"))
+
+
+def _add_model(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--shape",
+        metavar="|".join((*PUBLISHED, "FILE.json")),
+        help="a published shape, a config.json in Hugging Face's layout, or another JSON file of "
+        "ModelConfig's fields; default: the small model that comes with this package",
+    )
+    for name, meaning in _SIZES.items():
+        option = f"--{name.replace('_', '-')}"
+        add(option, type=int, metavar="N", help=f"{meaning}; default: the shape's")
+    add("--init", type=Path, metavar="CHECKPOINT", help="go on from its weights, in its shape")
+
+
+def _add_data(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    weighted = {"type": _weighted, "action": "append", "default": [], "metavar": "PATH[=WEIGHT]"}
+    add("--data", **weighted, help="token shards: a .npy file or a directory of them; repeatable")
+    add(
+        "--text",
+        **weighted,
+        help="a text file or a directory of them; repeatable; default, without --data too: "
+        "Python's standard library",
+    )
+    add(
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="a SentencePiece model; default: that of --init, or without --data the shipped one",
+    )
+    add(
+        "--held-out",
+        type=Path,
+        metavar="PATH",
+        help="texts for evaluation; default: one in 20 files of each --text, or the last 5 %% of a "
+        "single one",
+    )
+
+
+def _add_recipe(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--steps", type=int, metavar="N", help="optimiser steps")
+    add("--alpha", type=float, metavar="SHARE", help="uptraining: this share of --of-steps")
+    add("--of-steps", type=int, metavar="N", help="steps of the pre-training that --alpha is of")
+    for name, kind, default, meaning in (
+        ("--batch-size", int, 16, "sequences per step"),
+        ("--micro-batch-size", int, None, "sequences per forward pass; default: all of a step"),
+        ("--seq-len", int, None, "tokens per sequence; default: the model's longest"),
+        ("--peak-lr", float, 3e-4, "highest learning rate"),
+        ("--warmup-steps", int, 2000, "steps to reach it"),
+        ("--weight-decay", float, 0.1, "of the matrices"),
+        ("--seed", int, 0, "of the weights and of the data's order"),
+        ("--save-every", int, 500, "steps between states"),
+    ):
+        shown = "" if default is None else "; default: %(default)s"
+        add(name, type=kind, default=default, metavar="X", help=meaning + shown)
+    add("--bf16", action="store_true", help="compute in bfloat16; weights stay float32")
+    add(
+        "--activation-checkpointing",
+        action="store_true",
+        help="compute layers twice instead of keeping their activations; the bits are the same",
+    )
+
+
+def _add_machine(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--threads", type=int, metavar="N", help="CPU threads; default: PyTorch's choice")
+    add_options(group)
+
+
+def _weighted(text: str) -> tuple[Path, float]:
+    """PATH or PATH=WEIGHT; a path that is there may have an equals sign in it."""
+    path, equals, weight = text.rpartition("=")
+    if not equals or Path(text).exists():
+        path, weight = text, "1"
+    try:
+        if path:  # an empty one would be the present directory
+            return Path(path), float(weight)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected PATH or PATH=WEIGHT; got {text!r}")
+
+
+def model_config(args: argparse.Namespace) -> ModelConfig:
+    """The shape that `--shape` names, with the sizes that are given instead of its own.
+
+    Raises:
+        ValueError: there is no such shape, its file is malformed, or the sizes do not fit together.
+        NotImplementedError: a config.json asks for other maths than Llama 2's.
+    """
+    sizes = given_sizes(args)
+    base = shape_named(args.shape)
+    if "hidden_size" in sizes or "num_q_heads" in sizes:
+        hidden_size = sizes.get("hidden_size", base.hidden_size)
+        num_q_heads = sizes.get("num_q_heads", base.num_q_heads)
+        if num_q_heads < 1 or hidden_size % num_q_heads:
+            raise ValueError(
+                f"hidden_size: expected a multiple of num_q_heads ({num_q_heads}); "
+                f"got {hidden_size}"
+            )
+        sizes["head_dim"] = hidden_size // num_q_heads
+    return replace(base, **sizes)
+
+
+def given_sizes(args: argparse.Namespace) -> dict[str, int]:
+    return {name: getattr(args, name) for name in _SIZES if getattr(args, name) is not None}
+
+
+def num_steps(args: argparse.Namespace) -> int:
+    """`--steps`, or the share `--alpha` of `--of-steps`, rounded.
+
+    Raises:
+        ValueError: neither is given, both, or half of the second; or the share is not positive.
+    """
+    given = [args.steps is not None, args.alpha is not None, args.of_steps is not None]
+    if given == [True, False, False]:
+        return args.steps
+    if given != [False, True, True]:
+        raise ValueError(
+            "steps: expected either --steps N, or --alpha SHARE and --of-steps N; got "
+            f"steps={args.steps}, alpha={args.alpha}, of_steps={args.of_steps}"
+        )
+    steps = round(args.alpha * args.of_steps) if 0 < args.alpha <= 1 else 0
+    if steps < 1:
+        raise ValueError(
+            f"alpha: expected a share in (0, 1] that makes a step of {args.of_steps}; "
+            f"got {args.alpha}"
+        )
+    return steps

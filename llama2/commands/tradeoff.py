@@ -1,0 +1,179 @@
+"""The command `llama2 tradeoff`: a study, measurements where there is a GPU, and the page."""
+
+import argparse
+import json
+import math
+import platform
+import time
+from dataclasses import asdict, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama2.accounting import head_counts
+from llama2.checkout import commit_of
+from llama2.checkpoint import SHIPPED
+from llama2.commands.options import shape_named
+from llama2.config import PUBLISHED, ModelConfig
+from llama2.evaluation.recall import TASKS
+from llama2.placement import place
+from llama2.tradeoff.measured import measure_decode
+from llama2.tradeoff.recommend import recommend
+from llama2.tradeoff.report.page import write_page
+from llama2.tradeoff.report.wording import heads_name
+from llama2.tradeoff.roofline import GIB, GPUS, Gpu
+from llama2.tradeoff.study.data import prepare
+from llama2.tradeoff.study.presets import PRESETS, Preset
+from llama2.tradeoff.study.runs import check
+from llama2.tradeoff.study.training import run_study
+
+_RESULT, _MEASURED, _LOG = "results.json", "measured.json", "log.jsonl"
+_MEASURED_SHAPES = ("7B", "70B")
+_MEASURED_BATCHES, _MEASURED_CONTEXTS = (1, 8, 32, 128), (1024, 4096, 16384)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the study, measures where there is a GPU, writes the page and returns 0.
+
+    Raises:
+        OSError, ValueError, NotImplementedError: what a user can cause; the message says what.
+        FloatingPointError: a run diverged.
+    """
+    # What cannot be answered is better known before the study than after it.
+    config, gpu = shape_named(args.shape), _gpu(args.gpu)
+    recommendation = recommend(
+        config, gpu, context=args.context, batch=args.batch, tp=args.tp, keep=args.keep
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.results is not None:
+        results = _read(args.results)
+    elif args.preset == "none":
+        results = None
+    else:
+        results = _study(args, _preset(args))
+    page = write_page(
+        results,
+        args.out,
+        config=config,
+        gpu=gpu,
+        context=args.context,
+        batch=args.batch,
+        tp=args.tp,
+        recommendation=recommendation,
+        measured_rows=_measured(args),
+        command=args.command_line,
+    )
+    print(f"{args.shape} on {args.tp} × {gpu.name}, {args.context} tokens per sequence:")
+    print(f"  {heads_name(recommendation.num_kv_heads, config.num_q_heads)} (computed)")
+    for reason in recommendation.reasons:
+        print(f"  - {reason}")
+    print(page)
+    return 0
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """An earlier result, refused before anything is measured beside it."""
+    try:
+        results = json.loads(file.read_bytes())
+        check(results)
+    except ValueError as error:
+        raise ValueError(f"{file}: no result of a study: {error}") from error
+    return results
+
+
+def _gpu(name: str) -> Gpu:
+    if name in GPUS:
+        return GPUS[name]
+    try:
+        memory, bandwidth, flops = (float(part) for part in name.split(","))
+    except ValueError as error:
+        raise ValueError(
+            f"gpu: expected one of {', '.join(GPUS)}, or MEMORY_GIB,TB_PER_S,TFLOPS; got {name!r}"
+        ) from error
+    if not all(0 < number < math.inf for number in (memory, bandwidth, flops)):
+        raise ValueError(f"gpu: expected positive numbers; got {name!r}")
+    name = f"a GPU of {memory:g} GiB, {bandwidth:g} TB/s and {flops:g} TFLOP/s"
+    return Gpu(name, int(memory * GIB), bandwidth * 1e12, flops * 1e12, "the command line")
+
+
+def _preset(args: argparse.Namespace) -> Preset:
+    preset = PRESETS[args.preset]
+    if args.steps is not None:
+        preset = replace(preset, train=replace(preset.train, steps=args.steps))
+    if args.seeds is not None:
+        if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
+            raise ValueError(f"seeds: expected different ints of at least 0; got {args.seeds}")
+        preset = replace(preset, seeds=tuple(args.seeds))
+    if args.processes is not None:
+        if args.processes < 1:
+            raise ValueError(f"processes: expected at least 1; got {args.processes}")
+        preset = replace(preset, processes=args.processes)
+    return preset
+
+
+def _study(args: argparse.Namespace, preset: Preset) -> dict[str, Any]:
+    started = time.perf_counter()
+    placement = place(args.backend, args.device)
+    if preset.name == "gpu" and placement.device.type == "cpu" and args.device is None:
+        raise ValueError("preset: expected a GPU for gpu; got the CPU (--device cpu insists)")
+    placement.announce()
+    work = args.work or Path("build") / f"tradeoff-{preset.name}"
+    tokenizer_file = SHIPPED / "tokenizer.model"
+    corpus = prepare(work / "corpus", args.text, args.held_out, tokenizer_file, preset)
+    runs = run_study(preset, corpus, work, backend=args.backend, device=args.device)
+    text_rows = preset.train.batch_size - preset.lookup_rows - preset.copy_rows
+    read = preset.train.steps * text_rows * preset.train.seq_len
+    with (args.out / _LOG).open("w", encoding="utf-8") as log:
+        for entry in runs:
+            log.write(json.dumps({k: v for k, v in entry.items() if k != "bits"}) + "\n")
+    results = {
+        "kind": "study",
+        "preset": preset.name,
+        "command": args.command_line,
+        "date": date.today().isoformat(),
+        "seconds": round(time.perf_counter() - started, 1),
+        "environment": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "device": _device_name(placement.device),
+            "processes": preset.processes,
+            "commit": commit_of(Path(__file__)),
+        },
+        "corpus": corpus.record,
+        "base": asdict(preset.model),
+        "train_config": asdict(preset.train),
+        "uptrain_peak_lr": preset.uptrain_peak_lr,
+        "epochs": read / len(corpus.stream),
+        "alphas": list(preset.alphas),
+        "seeds": list(preset.seeds),
+        "runs": [{k: v for k, v in entry.items() if k != "loss_curve"} for entry in runs],
+        "recall_chance": {name: task.chance for name, task in TASKS.items()},
+    }
+    (args.out / _RESULT).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return results
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _measured(args: argparse.Namespace) -> list[dict[str, Any]] | None:
+    """Decode steps of published layer shapes, timed where there is a GPU to time them on."""
+    if args.no_measure or not torch.cuda.is_available():
+        return None
+    rows = []
+    for shape in _MEASURED_SHAPES:
+        config = PUBLISHED[shape]
+        found = measure_decode(
+            config, _measured_counts(config), _MEASURED_BATCHES, _MEASURED_CONTEXTS
+        )
+        rows += [row | {"shape": shape, "num_q_heads": config.num_q_heads} for row in found]
+    (args.out / _MEASURED).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return rows
+
+
+def _measured_counts(config: ModelConfig) -> list[int]:
+    """MHA, the GQA paper's eight, and MQA."""
+    return [count for count in head_counts(config) if count in (config.num_q_heads, 8, 1)]

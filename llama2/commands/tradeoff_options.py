@@ -1,0 +1,99 @@
+"""The options of `llama2 tradeoff`."""
+
+import argparse
+from pathlib import Path
+
+from llama2.config import PUBLISHED
+from llama2.placement import add_options
+from llama2.tradeoff.roofline import GPUS
+
+PRESETS = ("cpu", "gpu", "none")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--preset",
+        choices=PRESETS,
+        default="cpu",
+        help="the study: cpu, a quarter of an hour on two cores; gpu, larger models on one GPU, "
+        "best with a --text of your own; none, speed and memory on paper alone; "
+        "default: %(default)s",
+    )
+    add("--out", type=Path, required=True, metavar="DIR", help="report, result, log and plots")
+    add(
+        "--work",
+        type=Path,
+        metavar="DIR",
+        help="what a killed study goes on from; default: build/tradeoff-PRESET",
+    )
+    _add_study(parser.add_argument_group("study"))
+    _add_deployment(parser.add_argument_group("deployment"))
+
+
+def _add_study(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--text",
+        type=Path,
+        metavar="PATH",
+        help="a text file or a directory of them; default: Python's standard library",
+    )
+    add(
+        "--held-out",
+        type=Path,
+        metavar="PATH",
+        help="texts for evaluation; default: one in 20 files, or the last 5 %% of a single one",
+    )
+    add("--seeds", type=int, nargs="+", metavar="N", help="default: the preset's")
+    add("--steps", type=int, metavar="N", help="of a model from scratch; default: the preset's")
+    add("--processes", type=int, metavar="N", help="side by side; default: the preset's")
+    add(
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help="the result of an earlier study, for a new page without training",
+    )
+    add_options(group)
+
+
+def _add_deployment(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--shape",
+        default="7B",
+        metavar="|".join((*PUBLISHED, "FILE.json")),
+        help="that is to be deployed; default: %(default)s",
+    )
+    add(
+        "--gpu",
+        default="H200",
+        metavar="NAME",
+        help=f"{', '.join(GPUS)}; or MEMORY_GIB,TB_PER_S,TFLOPS; default: %(default)s",
+    )
+    add("--context", type=int, default=4096, metavar="N", help="expected tokens per sequence")
+    add(
+        "--batch",
+        type=_batch,
+        default=32,
+        metavar="N|max",
+        help="sequences expected to decode together, or max, as many as fit; default: %(default)s",
+    )
+    add("--tp", type=int, default=1, metavar="N", help="GPUs that share the model")
+    add(
+        "--keep",
+        type=float,
+        default=0.8,
+        metavar="SHARE",
+        help="of the fastest count's tokens/s that will do; default: %(default)s",
+    )
+    add("--no-measure", action="store_true", help="time no decode steps on a GPU that is there")
+
+
+def _batch(text: str) -> int | None:
+    """A number, or None for as many sequences as fit."""
+    if text == "max":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 on, or max; got {text!r}")
+    return int(text)

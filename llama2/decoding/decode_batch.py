@@ -1,0 +1,146 @@
+"""A batch that is being continued: its state on the device, and the step that adds a token.
+
+The step reads and writes tensors of fixed addresses and asks the device nothing, so that on a GPU
+it is captured once and replayed. A row ends on the device too: at a stop token, or where its logits
+are not finite. From then on it attends to nothing and writes nothing; neither do rows that no
+prompt has.
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from llama2.cache.kv_cache import CacheStep, KVCache
+from llama2.decoding.graphs import Step
+from llama2.decoding.sampling import in_float32, sample
+from llama2.model import Llama2
+
+
+class DecodeBatch:
+    """Continues up to as many prompts as `cache` has rows, time and again.
+
+    Args:
+        cache: what the rows have seen; nobody else writes to it.
+        capture: whether steps are captured in CUDA graphs. The model's parameters stay where they
+            are then.
+    """
+
+    def __init__(self, model: Llama2, cache: KVCache, *, capture: bool) -> None:
+        self.stored, self._cache, self._model = cache.stored, cache, model
+        batch, config = len(cache.seq_lens), model.config
+        self._device = device = cache.seq_lens.device
+        self._ahead = 1 if device.type == "cuda" else 0  # steps enqueued while one is read
+        self._rows = torch.arange(batch, device=device)
+        self._running = torch.zeros(batch, dtype=torch.bool, device=device)
+        self._tokens = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._num_drawn = torch.zeros(1, dtype=torch.int64, device=device)
+        self._drawn = torch.zeros(config.max_seq_len, batch, dtype=torch.int64, device=device)
+        self._uniform = torch.zeros(batch, config.max_seq_len, device=device)
+        self._temperature = torch.zeros(batch, device=device)
+        self._top_p = torch.ones(batch, device=device)
+        self._is_stop = torch.zeros(config.vocab_size, dtype=torch.bool, device=device)
+        self._steps = {greedy: Step(capture=capture) for greedy in (True, False)}
+
+    def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        uniform: Tensor,
+        temperature: float,
+        top_p: float,
+        stop_ids: Sequence[int],
+    ) -> Iterator[list[int]]:
+        """The new tokens of all rows, step after step; −1 where logits are not finite.
+
+        On a GPU a step is enqueued before the tokens of the one before it are waited for: the GPU
+        waits for nobody.
+
+        Args:
+            uniform: float32 `[number of prompts, steps]` on the CPU, what `sample` draws by.
+        """
+        num_steps, greedy = uniform.shape[1], temperature == 0
+        with self._on_device():
+            last = self._begin(prompts, uniform, temperature, top_p, stop_ids)
+            self._draw(last, greedy)
+        host = torch.empty(
+            (num_steps, len(prompts)), dtype=torch.int64, pin_memory=self._device.type == "cuda"
+        )
+        fetched = deque([self._fetch(0, host)])
+        for index in range(1, num_steps):
+            if len(fetched) > self._ahead:
+                yield fetched.popleft()()
+            with self._on_device():
+                self._steps[greedy](lambda: self._step(greedy))
+            fetched.append(self._fetch(index, host))
+        while fetched:
+            yield fetched.popleft()()
+
+    def _begin(
+        self,
+        prompts: Sequence[Sequence[int]],
+        uniform: Tensor,
+        temperature: float,
+        top_p: float,
+        stop_ids: Sequence[int],
+    ) -> Tensor:
+        """The states of the last token of every row, `[batch, hidden_size]`."""
+        device, count, longest = self._device, len(prompts), max(map(len, prompts))
+        self._running.copy_(self._rows < count)
+        self._num_drawn.zero_()
+        self._uniform[:count, : uniform.shape[1]] = uniform.to(device)
+        self._temperature.fill_(in_float32(temperature))
+        self._top_p.fill_(top_p)
+        self._is_stop.zero_()
+        self._is_stop[torch.tensor(stop_ids, dtype=torch.int64, device=device)] = True
+
+        tokens = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=device)
+        num_valid = torch.tensor([len(p) for p in prompts], device=device)
+        states = self._model.hidden_states(tokens, self._cache.first(count), num_valid)
+        last = states.new_zeros(len(self._rows), states.shape[-1])
+        last[:count] = states[self._rows[:count], num_valid - 1]
+        return last
+
+    def _step(self, greedy: bool) -> None:
+        self._draw(self._model.hidden_states(self._tokens[:, None], self)[:, 0], greedy)
+
+    def _draw(self, last: Tensor, greedy: bool) -> None:
+        uniform = self._uniform.index_select(1, self._num_drawn)[:, 0]
+        temperature = 0.0 if greedy else self._temperature
+        drawn = sample(self._model.lm_head(last), uniform, temperature, self._top_p)
+        self._drawn.index_copy_(0, self._num_drawn, drawn[None])
+        self._num_drawn += 1
+        self._tokens.copy_(drawn.clamp(min=0))
+        self._running &= (drawn >= 0) & ~self._is_stop[self._tokens]
+
+    def reserve(self, batch: int, num_tokens: int) -> CacheStep:
+        """Where the running rows' tokens go, as `Llama2` asks a cache."""
+        lengths, running = self._cache.seq_lens, self._running
+        slots = torch.where(running, self._rows * self._cache.capacity + lengths, -1)
+        seq_lens = torch.where(running, lengths + 1, 0)
+        return CacheStep(self.stored, lengths[:, None], slots[:, None], seq_lens)
+
+    def advance(self, num_tokens: int, valid: Tensor | None = None) -> None:
+        self._cache.seq_lens += self._running
+
+    def _fetch(self, index: int, host: Tensor) -> Callable[[], list[int]]:
+        """Enqueues the copy of a step's tokens; what is returned waits for it."""
+        host = host[index]
+        with self._on_device():
+            host.copy_(self._drawn[index, : len(host)], non_blocking=True)
+            if self._device.type != "cuda":
+                return host.tolist
+            arrived = torch.cuda.Event()
+            arrived.record()
+
+        def wait() -> list[int]:
+            arrived.synchronize()
+            return host.tolist()
+
+        return wait
+
+    def _on_device(self) -> contextlib.AbstractContextManager[object]:
+        if self._device.type == "cuda":
+            return torch.cuda.device(self._device)
+        return contextlib.nullcontext()

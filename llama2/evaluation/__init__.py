@@ -1,0 +1,1 @@
+"""What a trained model can: bits of text, recall."""

@@ -1,0 +1,1 @@
+"""What is trained and asked, and what the results can tell."""

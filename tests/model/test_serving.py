@@ -1,0 +1,333 @@
+"""Continuous batching gives every request what it gets alone, whatever runs beside it."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from small_llama import lively, small_config, twin
+
+from gqa_kernels import get_backend
+from llama2 import Llama2
+from llama2.cache.paged_kv_cache import PagedKVCache
+from llama2.generate import generate
+from llama2.serving import Request, Result, _Server, check_request, serve
+
+
+@pytest.fixture
+def model(device):
+    return lively(small_config(), device)
+
+
+def make_cache(model: Llama2, **sizes) -> PagedKVCache:
+    weight = model.lm_head.weight
+    sizes = {"num_pages": 30, "page_size": 4, "max_batch": 4} | sizes
+    cache = PagedKVCache(model.cache_config, dtype=weight.dtype, device=weight.device, **sizes)
+    cache.keys.fill_(float("nan"))
+    cache.values.fill_(float("nan"))
+    return cache
+
+
+def random_requests(count: int, **settings) -> list[Request]:
+    """Prompts of 1 to 50 tokens, many of which begin alike, and 0 to 24 new ones."""
+    rng = random.Random(0)
+    beginnings = [[rng.randrange(97) for _ in range(30)] for _ in range(2)]
+    return [
+        Request(
+            [*rng.choice(beginnings)[: rng.randrange(31)], *rng.choices(range(97), k=1 + i % 20)],
+            rng.randrange(25),
+            **{name: rng.choice(values) for name, values in settings.items()},
+        )
+        for i in range(count)
+    ]
+
+
+def alone(model: Llama2, request: Request) -> list[int]:
+    settings = {name: getattr(request, name) for name in ("temperature", "top_p", "seed")}
+    settings |= {"stop_ids": request.stop_ids, "max_new_tokens": request.max_new_tokens}
+    return generate(model, [request.prompt], **settings)[0]
+
+
+def assert_as_alone(model: Llama2, requests: list[Request], results: list[Result]) -> None:
+    assert sorted(result.index for result in results) == list(range(len(requests)))
+    for result in results:
+        assert result.request is requests[result.index]
+        assert result.tokens == alone(model, result.request)
+
+
+def assert_empty(cache: PagedKVCache) -> None:
+    assert cache.num_free_rows == cache.max_batch and cache.num_free_pages == cache.num_pages
+
+
+@pytest.fixture
+def preemptions(monkeypatch):
+    """The lengths at which requests were preempted, in a list that grows."""
+    lengths, preempt = [], _Server._preempt
+
+    def counted(server):
+        youngest, older = server.running[-1], server.running[:-1]
+        lengths.append(len(youngest.tokens))
+        preempt(server)
+        assert server.running == older and server.waiting[0] is youngest
+
+    monkeypatch.setattr(_Server, "_preempt", counted)
+    return lengths
+
+
+@pytest.mark.parametrize("order", range(3))
+@pytest.mark.parametrize(
+    ("sizes", "preempts"),
+    [
+        ({"num_pages": 300, "page_size": 1, "max_batch": 3}, False),
+        ({"num_pages": 100, "page_size": 4, "max_batch": 8}, False),
+        ({"num_pages": 8, "page_size": 16, "max_batch": 16}, False),
+        ({"num_pages": 20, "page_size": 4, "max_batch": 5}, True),
+        ({"num_pages": 20, "page_size": 4, "max_batch": 1}, False),
+    ],
+    ids=str,
+)
+def test_greedy_tokens_are_those_of_generate(sizes, preempts, order, model, preemptions):
+    requests = random_requests(20, stop_ids=[(), range(40)])
+    random.Random(order).shuffle(requests)
+    cache = make_cache(model, **sizes)
+    results = list(serve(model, requests, cache=cache))
+    assert_as_alone(model, requests, results)
+    assert bool(preemptions) == preempts
+    assert_empty(cache)
+    lengths = {len(result.tokens) < result.request.max_new_tokens for result in results}
+    assert lengths == {True, False}, "some must be stopped, some not"
+
+
+def test_what_was_served_before_is_found_again(model):
+    """A second time only the last pages are computed, and the tokens are the same."""
+    requests, computed = random_requests(6), []
+    model.embed_tokens.register_forward_hook(lambda _, inputs, __: computed.append(inputs[0]))
+    cache = make_cache(model, num_pages=200)
+    first = list(serve(model, requests, cache=cache))
+    prefilled = sum(x.shape[1] for x in computed if x.shape[0] == 1)
+    computed.clear()
+    second = list(serve(model, requests, cache=cache))
+    again = [x.shape[1] for x in computed if x.shape[0] == 1]
+    assert max(again) <= 4 < prefilled / len(requests)
+    assert [result.tokens for result in first] == [result.tokens for result in second]
+
+
+def test_draws_depend_on_the_seed_alone(model, preemptions):
+    requests = random_requests(
+        12, temperature=[0.0, 0.7, 1.3], top_p=[0.8, 1.0], seed=[0, 5, 2**40], stop_ids=[(), (3,)]
+    )
+    for sizes in ({"num_pages": 200}, {"num_pages": 20}, {"max_batch": 1}):
+        assert_as_alone(
+            model, requests, list(serve(model, requests, cache=make_cache(model, **sizes)))
+        )
+    assert preemptions
+    drawn = [
+        [result.tokens for result in serve(model, [Request([1], 16, 1.0)], cache=make_cache(model))]
+        for _ in range(2)
+    ]
+    assert drawn[0] != drawn[1], "without a seed there is a new one every time"
+
+
+def test_requests_join_and_leave_between_steps(model):
+    """A long one and six short ones on two rows take as many steps as the long one."""
+    steps = []
+    model.lm_head.register_forward_hook(lambda _, inputs, __: steps.append(inputs[0].shape))
+    requests = [Request([1, 2], 18), *(Request([3 + i], 3) for i in range(6))]
+    results = serve(model, requests, cache=make_cache(model, max_batch=2))
+    assert [result.index for result in results] == [1, 2, 3, 4, 5, 0, 6]
+    assert steps == [(2, 48)] * 18
+
+
+def test_requests_are_read_as_there_is_room(model):
+    read = []
+
+    def requests():
+        for index in range(10):
+            read.append(index)
+            yield Request([index], 4)
+
+    results = serve(model, requests(), cache=make_cache(model), max_batch=2)
+    assert read == []
+    next(results)
+    assert read == [0, 1]
+    assert len(list(results)) == 9
+
+
+def test_a_step_synchronises_once(model, monkeypatch):
+    calls, steps = [], []
+    model.lm_head.register_forward_hook(lambda *_: steps.append(1))
+    for name in ("tolist", "item", "__bool__", "__int__", "cpu", "numpy"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor,
+            name,
+            lambda *args, original=original: calls.append(1) or original(*args),
+        )
+    requests = random_requests(6, temperature=[0.0, 1.0])
+    assert len(list(serve(model, requests, cache=make_cache(model)))) == 6
+    assert len(calls) == len(steps) > 0
+
+
+def test_no_requests_and_no_tokens(model, monkeypatch):
+    monkeypatch.setattr(Llama2, "hidden_states", None)
+    cache = make_cache(model)
+    assert list(serve(model, [], cache=cache)) == []
+    results = list(serve(model, [Request([1], 0)] * 9, cache=cache))
+    assert [(result.index, result.tokens) for result in results] == [(i, []) for i in range(9)]
+
+
+def test_what_just_fits_alone_is_served(model, preemptions):
+    cache = make_cache(model, num_pages=5)
+    requests = [Request([i] * 6, 15) for i in range(4)]  # 20 tokens are kept of each
+    assert_as_alone(model, requests, list(serve(model, requests, cache=cache)))
+    assert preemptions and max(preemptions) <= 20
+    with pytest.raises(
+        ValueError, match=r"num_pages: expected at least 6 pages of 4 for 6 \+ 16 tokens; got 5"
+    ):
+        check_request(model, cache, Request([1] * 6, 16))
+    whole = Request([1] * 100, 28)
+    assert_as_alone(
+        model, [whole], list(serve(model, [whole], cache=make_cache(model, num_pages=32)))
+    )
+
+
+def test_the_last_to_be_admitted_gives_way(model, preemptions):
+    """It comes back when there is room, and the first is never sent back."""
+    cache = make_cache(model, num_pages=9)
+    requests = [Request([1] * 7, 24), Request([2] * 11, 10), Request([3] * 3, 10)]
+    results = list(serve(model, requests, cache=cache))
+    assert_as_alone(model, requests, results)
+    assert 0 < len(preemptions) <= 4, "one that gives way must not come back at once"
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3])
+def test_an_iterator_that_is_left_leaves_an_empty_cache(taken, model):
+    cache = make_cache(model)
+    results = serve(model, random_requests(12), cache=cache)
+    for _ in range(taken):
+        next(results)
+    results.close()
+    assert_empty(cache)
+    assert_as_alone(
+        model, requests := random_requests(3), list(serve(model, requests, cache=cache))
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": []}, "expected at least one token"),
+        ({"prompt": [97]}, r"expected token ids in \[0, 97\); got 97"),
+        ({"max_new_tokens": -1}, "max_new_tokens: expected an int of at least 0; got -1"),
+        ({"max_new_tokens": 128}, r"expected at most max_seq_len \(128\)"),
+        ({"temperature": -1.0}, "temperature: expected"),
+        ({"top_p": 0.0}, "top_p: expected"),
+        ({"seed": -1}, "seed: expected"),
+        ({"stop_ids": [97]}, "stop_ids: expected token ids"),
+    ],
+    ids=str,
+)
+def test_an_impossible_request_is_refused_when_it_is_read(changes, message, model):
+    cache, good = make_cache(model), Request([1], 3)
+    results = serve(model, [good, replace(good, **changes)], cache=cache, max_batch=1)
+    assert next(results).index == 0
+    with pytest.raises(ValueError, match=message):
+        next(results)
+    assert_empty(cache)
+
+
+def test_impossible_calls_are_refused_at_once(model):
+    cache = make_cache(model)
+    for max_batch in (0, 5):
+        with pytest.raises(ValueError, match="max_batch: expected 1 to the cache's 4; got"):
+            serve(model, [], cache=cache, max_batch=max_batch)
+    cache.admit([1])
+    with pytest.raises(ValueError, match="cache: expected no sequence in it; got 1"):
+        serve(model, [], cache=cache)
+
+
+def test_logits_that_are_not_finite_are_reported(model):
+    with torch.no_grad():
+        model.embed_tokens.weight[5] = float("nan")
+    cache = make_cache(model)
+    with pytest.raises(FloatingPointError, match=r"model: .* requests\[1\] at new token 0"):
+        list(serve(model, [Request([1, 2], 3), Request([1, 5], 3)], cache=cache))
+    assert_empty(cache)
+
+
+def test_a_repaired_model_finds_nothing_of_the_broken_one(model):
+    cache, request = make_cache(model), Request(list(range(20, 40)), 3)
+    with torch.no_grad():
+        weight = model.layers[0].mlp.down_proj.weight
+        held = weight.clone()
+        weight[0, 0] = float("nan")
+        with pytest.raises(FloatingPointError):
+            list(serve(model, [request], cache=cache))
+        assert_empty(cache)
+        weight.copy_(held)
+        assert_as_alone(model, [request], list(serve(model, [request], cache=cache)))
+        model.lm_head.weight.neg_()
+        weight.neg_()
+    cache.forget()
+    assert cache.pages_to_admit(request.prompt) == 5
+    assert_as_alone(model, [request], list(serve(model, [request], cache=cache)))
+
+
+def test_requests_for_no_token_hold_nobody_up(model):
+    read = []
+
+    def source():
+        for index in range(3):
+            read.append(index)
+            yield Request([1], 0)
+        raise OSError("the source ends badly")
+
+    results = serve(model, source(), cache=make_cache(model))
+    assert [next(results).index for _ in range(3)] == [0, 1, 2] and read == [0, 1, 2]
+    with pytest.raises(OSError, match="ends badly"):
+        next(results)
+
+
+def test_a_cache_of_fewer_tokens_than_the_model_takes(model):
+    config = replace(model.cache_config, max_seq_len=16)
+    cache = PagedKVCache(config, num_pages=9, max_batch=1, dtype=torch.float32, device="cpu")
+    with pytest.raises(ValueError, match=r"requests\[0\]: max_seq_len: .* 21 tokens; got 16"):
+        list(serve(model, [Request([1, 2], 20)], cache=cache))
+
+
+def test_a_request_is_a_request(model):
+    with pytest.raises(TypeError, match="request: expected a Request; got a list"):
+        list(serve(model, [[1, 2]], cache=make_cache(model)))
+
+
+def test_stop_ids_of_any_kind(model):
+    stop = alone(model, Request([1, 5], 6))[3]
+    request = Request([1, 5], 6, stop_ids=iter([stop]))
+    assert_as_alone(model, [request], list(serve(model, [request], cache=make_cache(model))))
+    assert request.stop_ids == {stop}
+
+
+def test_a_cache_of_another_number_of_layers(model):
+    config = replace(model.cache_config, num_layers=1)
+    cache = PagedKVCache(config, num_pages=9, max_batch=1, dtype=torch.float32, device="cpu")
+    model = model.to("cpu")
+    with pytest.raises(ValueError, match="cache: expected 2 layers; got 1"):
+        list(serve(model, [Request([1, 2], 3)], cache=cache))
+    assert_empty(cache)
+
+
+def test_the_caller_stays_outside_of_inference_mode(model):
+    inside = []
+    model.lm_head.register_forward_hook(lambda *_: inside.append(torch.is_inference_mode_enabled()))
+    for _ in serve(model, random_requests(4), cache=make_cache(model)):
+        assert not torch.is_inference_mode_enabled()
+    assert set(inside) == {True}
+
+
+def test_triton_serves_eagers_tokens(model):
+    """With prompts that share pages, a long remainder, and preemption."""
+    prompt = [*range(24)]
+    requests = [Request(prompt[:18], 3), Request([*prompt[:17], 90], 2), Request([*prompt, 5], 2)]
+    triton = twin(model, get_backend("triton"))
+    results = list(serve(triton, requests, cache=make_cache(model, num_pages=11, max_batch=2)))
+    assert_as_alone(model, requests, results)

@@ -1,0 +1,236 @@
+"""Kernels that are broken on purpose exceed the error budget, and by how much.
+
+Each mutant is a copy of the package in which one expression of a kernel is replaced, measured in a
+process of its own on small cases of the op table. `pytest -s` of this file prints how many times
+its budget each one's error is.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import gqa_kernels
+
+PACKAGE = Path(gqa_kernels.__file__).parent
+# Prints the largest part of a budget that any output or gradient of an op's small cases uses.
+MEASURE = """
+import json, sys, torch
+from gqa_kernels import interpreter
+if not torch.cuda.is_available():
+    interpreter.enable()
+from gqa_kernels import accuracy, spec
+op, dtypes, *sources = sys.argv[1:]
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+(table,) = [s for s in (*spec.OPS, *spec.IN_PLACE_OPS) if s.name == op]
+cases = [case for case in table.test_cases() if case.source in sources]
+assert len(cases) == len(sources), "expected one case of each source"
+found = {}
+for name in dtypes.split(","):
+    dtype = getattr(torch, name)
+    measured = [m for case in cases for m in accuracy.measure(table, case, dtype, device)]
+    found[name] = max(m.share for m in measured)
+print(json.dumps(found))
+"""
+
+
+class Mutant(NamedTuple):
+    what: str
+    file: str
+    before: str
+    after: str
+    op: str
+    cases: tuple[str, ...]  # by their sources
+    dtypes: tuple[str, ...] = ("float32",)  # in which it is seen
+
+
+# What is one rounding more is seen where the dtype has many bits, what is wrong everywhere.
+ALL = ("float32", "bfloat16")
+FINE = ("float32", "float16")
+ROUNDED = ".to(tl.bfloat16).to(tl.float32)"
+MUTANTS = (
+    Mutant(
+        "the accumulator is not rescaled when the maximum grows",
+        "primitives/tiles.py",
+        "accumulator * rescale[:, None]",
+        "accumulator",
+        "flash_attention",
+        ("GQA 3, keys before the queries",),
+        ALL,
+    ),
+    Mutant(
+        "the causal mask hides one key too many",
+        "primitives/scores.py",
+        "keys <= visible.own_keys + visible.window_right",
+        "keys < visible.own_keys + visible.window_right",
+        "flash_attention",
+        ("GQA 3, keys before the queries",),
+        ALL,
+    ),
+    Mutant(
+        "the window shows one key too many",
+        "primitives/scores.py",
+        "keys >= visible.own_keys - visible.window_left",
+        "keys >= visible.own_keys - visible.window_left - 1",
+        "flash_attention",
+        ("Mistral's window",),
+        ALL,
+    ),
+    Mutant(
+        "the last key is forgotten",
+        "primitives/scores.py",
+        "seen = keys < visible.seq_len_kv",
+        "seen = keys < visible.seq_len_kv - 1",
+        "decode_attention",
+        ("MQA 8, three chunks",),
+        ALL,
+    ),
+    Mutant(
+        "chunks are combined without their weights",
+        "ops/cache/decode_kernel.py",
+        "weights = tl.math.exp2((lse - largest[None, :]) * LOG2_E) * unit[None, :]",
+        "weights = tl.where(written, 1.0 / num_splits, 0.0)",
+        "decode_attention",
+        ("MQA 8, three chunks",),
+        ALL,
+    ),
+    Mutant(
+        "attention accumulates in bfloat16",
+        "primitives/tiles.py",
+        "Softmax(softmax.running_max, softmax.running_sum, accumulator)",
+        f"Softmax(softmax.running_max, softmax.running_sum, accumulator{ROUNDED})",
+        "flash_attention",
+        ("GQA 3, keys before the queries",),
+        FINE,
+    ),
+    Mutant(
+        "weights are rounded to bfloat16, whatever the dtype of v",
+        "primitives/tiles.py",
+        "weights.to(value.dtype), value, softmax.accumulator",
+        "weights.to(tl.bfloat16).to(value.dtype), value, softmax.accumulator",
+        "flash_attention",
+        ("GQA 3, keys before the queries",),
+    ),
+    Mutant(
+        "lse is rounded to bfloat16",
+        "primitives/tiles.py",
+        "return softmax.accumulator / divisor[:, None], lse",
+        f"return softmax.accumulator / divisor[:, None], lse{ROUNDED}",
+        "flash_attention",
+        ("GQA 3, keys before the queries",),
+        ALL,
+    ),
+    Mutant(
+        "the gradient of k accumulates in bfloat16",
+        "ops/attention/dkdv.py",
+        'dk = tl.dot(d_scores.to(query.dtype), query, dk, input_precision="ieee")',
+        f'dk = tl.dot(d_scores.to(query.dtype), query, dk, input_precision="ieee"){ROUNDED}',
+        "flash_attention",
+        ("MQA 8",),
+        FINE,
+    ),
+    Mutant(
+        "delta is rounded to bfloat16",
+        "ops/attention/backward.py",
+        "tl.store(neg_delta_ptr + offsets, neg_delta, mask=exists)",
+        f"tl.store(neg_delta_ptr + offsets, neg_delta{ROUNDED}, mask=exists)",
+        "flash_attention",
+        ("MHA",),
+    ),
+    Mutant(
+        "delta is left out",
+        "ops/attention/backward.py",
+        "neg_delta = -tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)",
+        "neg_delta = -0.0 * tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)",
+        "flash_attention",
+        ("MHA",),
+        ALL,
+    ),
+    Mutant(
+        "rstd is rounded to bfloat16",
+        "ops/norm.py",
+        "rstd = tl.rsqrt(tl.sum(h * h) / WIDTH + eps)",
+        f"rstd = tl.rsqrt(tl.sum(h * h) / WIDTH + eps){ROUNDED}",
+        "rms_norm",
+        ("odd width: no 16-byte accesses",),
+    ),
+    Mutant(
+        "squares are rounded to bfloat16",
+        "ops/norm.py",
+        "tl.sum(h * h)",
+        f"tl.sum((h * h){ROUNDED})",
+        "rms_norm",
+        ("the widest row",),
+    ),
+    Mutant(
+        "epsilon is left out",
+        "ops/norm.py",
+        "tl.sum(h * h) / WIDTH + eps",
+        "tl.sum(h * h) / WIDTH",
+        "rms_norm",
+        ("the widest row",),
+    ),
+    Mutant(
+        "the gradient of the weight accumulates in bfloat16",
+        "ops/norm.py",
+        "partial += dy * normalized",
+        f"partial = (partial + dy * normalized){ROUNDED}",
+        "rms_norm",
+        ("more rows than persistent programs",),
+    ),
+    Mutant(
+        "the mean of g · n is left out",
+        "ops/norm.py",
+        "(g - normalized * (tl.sum(g * normalized) / WIDTH))",
+        "g",
+        "add_rms_norm",
+        ("13B: not a power of two",),
+        FINE,
+    ),
+    Mutant(
+        "the sigmoid is rounded to bfloat16",
+        "ops/glu.py",
+        "y = gate / (1.0 + tl.exp(-gate)) * up",
+        f"y = gate * (1.0 / (1.0 + tl.exp(-gate))){ROUNDED} * up",
+        "swiglu",
+        ("odd width",),
+        FINE,
+    ),
+    Mutant(
+        "angles are rounded to bfloat16",
+        "primitives/rotation.py",
+        "return a * cos - b * sin, b * cos + a * sin",
+        f"return a * cos{ROUNDED} - b * sin, b * cos{ROUNDED} + a * sin",
+        "apply_rope",
+        ("MHA",),
+        FINE,
+    ),
+)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.what.replace(" ", "_"))
+def test_it_is_seen(mutant, tmp_path):
+    package = tmp_path / "gqa_kernels"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    source = (package / mutant.file).read_text(encoding="utf-8")
+    assert mutant.before in source, f"{mutant.file} no longer has this line: choose another"
+    (package / mutant.file).write_text(
+        source.replace(mutant.before, mutant.after), encoding="utf-8"
+    )
+    arguments = [mutant.op, ",".join(mutant.dtypes), *mutant.cases]
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, *arguments],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    print(f"\n{mutant.what}: " + ", ".join(f"{d} {x:,.1f} × its budget" for d, x in found.items()))
+    assert found.keys() == set(mutant.dtypes) and min(found.values()) > 1.0, found
