@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from floors import backward_cost
 
 from gqa_kernels.spec import IN_PLACE_OPS, OPS, Case, Cost, OpSpec
 from gqa_kernels.spec.cache import decode_inputs
@@ -57,10 +56,8 @@ class Workload:
 
     @property
     def cost(self) -> Cost:
-        forward = self.spec.cost(self.case, DTYPE)
-        if self.pass_ == "fwd":
-            return forward
-        return backward_cost(self.op, self.case, DTYPE, forward)
+        cost = self.spec.cost if self.pass_ == "fwd" else self.spec.backward_cost
+        return cost(self.case, DTYPE)
 
     @property
     def input_bytes(self) -> int:
@@ -270,12 +267,28 @@ def _append() -> list[Workload]:
     return found
 
 
-GRID = tuple(
-    sorted(
-        _row_ops() + _attention() + _packed() + _decode() + _append(),
-        key=lambda w: TIERS.index(w.tier),
-    )
-)
+def _others(swept: set[str]) -> list[Workload]:
+    """Ops without a sweep of their own, at the table's shapes of real models."""
+    return [
+        Workload(spec, pass_, f"{case.source}: {case}", case, "core")
+        for name, spec in _OPS.items()
+        for case in spec.cases
+        for pass_ in _passes(spec)
+        if name not in swept and not case.test
+    ]
+
+
+def _passes(spec: OpSpec) -> tuple[str, ...]:
+    return ("fwd", "bwd") if spec.wrt else ("fwd",)
+
+
+def _grid() -> tuple[Workload, ...]:
+    found = _row_ops() + _attention() + _packed() + _decode() + _append()
+    found += _others({work.op for work in found})
+    return tuple(sorted(found, key=lambda work: TIERS.index(work.tier)))
+
+
+GRID = _grid()
 
 
 def select(tier: str, ops: tuple[str, ...]) -> tuple[Workload, ...]:
@@ -284,41 +297,11 @@ def select(tier: str, ops: tuple[str, ...]) -> tuple[Workload, ...]:
     return tuple(work for work in GRID if work.tier in wanted and work.op in ops)
 
 
-def _tiny() -> tuple[Workload, ...]:
-    """A workload of each op that the interpreter runs in a moment, for the dry run."""
-    heads = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 16}
-    rope = {"batch": 1, "seq_len": 5, **heads, "interleaved": False, "positions": False}
-    attention = {"batch": 1, "seq_len_q": 17, "seq_len_kv": 17, **heads, "causal": True}
-    packed = {"total": 33, "num_sequences": 3, **heads, "causal": True}
-    decode = {"batch": 2, "seq_len_q": 1, "max_seq_len": 40, **heads, "ragged": False}
-    cases = {
-        "rms_norm": {"num_tokens": 3, "hidden_size": 64},
-        "add_rms_norm": {"num_tokens": 3, "hidden_size": 64},
-        "swiglu": {"num_tokens": 3, "intermediate_size": 64},
-        "apply_rope": rope,
-        "flash_attention": attention,
-        "flash_attention_varlen": packed,
-        "decode_attention": decode,
-        "rope_append_kv": {
-            "batch": 2,
-            "seq_len": 1,
-            **heads,
-            "page_size": 4,
-            "interleaved": False,
-        },
-    }
-    return tuple(
-        Workload(
-            _DECODE if op == "decode_attention" else _OPS[op],
-            pass_,
-            "tiny",
-            Case(sizes, "dry run"),
-            "smoke",
-        )
-        for op, sizes in cases.items()
-        for pass_ in ("fwd", "bwd")
-        if pass_ == "fwd" or op not in ("decode_attention", "rope_append_kv")
-    )
-
-
-TINY = _tiny()
+# What peers take too.
+_TINY_SIZES = {"flash_attention": {"seq_len_q": 9}, "decode_attention": {"ragged": False}}
+# A workload of each op that the interpreter runs in a moment, for the dry run.
+TINY = tuple(
+    Workload(spec, pass_, "tiny", Case(spec.tiny | _TINY_SIZES.get(name, {}), "dry run"), "smoke")
+    for name, spec in (_OPS | {"decode_attention": _DECODE}).items()
+    for pass_ in _passes(spec)
+)

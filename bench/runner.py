@@ -18,6 +18,7 @@ from record import Row
 from stub import stand_ins
 from timing import Call, Clock, Rotation, Timed, copies_needed
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from gqa_kernels.accuracy import Measured
 from gqa_kernels.spec import Cost
@@ -104,22 +105,23 @@ class OpContest:
         return self._copies[:count]
 
     def _cotangents(self, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
-        like = {
-            "rms_norm": ("x",),
-            "add_rms_norm": ("x", "x"),
-            "swiglu": ("gate",),
-            "apply_rope": ("q", "k"),
-            "flash_attention": ("q",),
-            "flash_attention_varlen": ("q",),
-            "decode_attention": ("q",),
-            "rope_append_kv": ("q", "k"),
-        }[self.op]
         generator = torch.Generator(self.device).manual_seed(1)
-        shapes = [inputs[name].shape for name in like]
+        shapes = [output.shape for output in self._fake_outputs(inputs)]
         return tuple(
             torch.randn(shape, generator=generator, device=self.device).to(DTYPE)
             for shape in shapes
         )
+
+    def _fake_outputs(self, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Outputs without values, of a call that computes nothing."""
+        with FakeTensorMode() as mode:
+            fake = {
+                name: mode.from_tensor(x) if torch.is_tensor(x) else x
+                for name, x in inputs.items()
+                if name != "return_lse"  # asked of nobody
+            }
+            outputs = self.workload.spec.kernel(**fake)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
 
     def call(self, backend: str, inputs: dict[str, Any]) -> Call:
         """An unchecked call on these inputs."""

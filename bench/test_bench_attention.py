@@ -1,6 +1,8 @@
 """Prefill and packed attention, forward and backward."""
 
-OPS = ("flash_attention", "flash_attention_varlen")
+from gqa_kernels.spec import attention
+
+OPS = tuple(spec.name for spec in attention.OPS)
 
 
 def test_time(workload, backend, timed):

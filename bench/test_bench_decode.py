@@ -1,6 +1,8 @@
 """A decode step's attention over its cache, and the append before it."""
 
-OPS = ("decode_attention", "rope_append_kv")
+from gqa_kernels.spec import cache
+
+OPS = tuple(spec.name for spec in (*cache.OPS, *cache.IN_PLACE_OPS))
 
 
 def test_time(workload, backend, timed):

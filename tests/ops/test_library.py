@@ -23,70 +23,6 @@ from gqa_kernels.spec import IN_PLACE_OPS, OPS, Case
 
 LIBRARY = torch.ops.gqa_kernels
 
-# Small sizes of each op and the one that is a length.
-SIZES = {
-    "rms_norm": ({"num_tokens": 3, "hidden_size": 24}, "num_tokens"),
-    "add_rms_norm": ({"num_tokens": 3, "hidden_size": 24}, "num_tokens"),
-    "swiglu": ({"num_tokens": 3, "intermediate_size": 24}, "num_tokens"),
-    "apply_rope": (
-        {
-            "batch": 2,
-            "seq_len": 3,
-            "num_q_heads": 4,
-            "num_kv_heads": 2,
-            "head_dim": 8,
-            "interleaved": False,
-            "positions": False,
-        },
-        "seq_len",
-    ),
-    "rope_append_kv": (
-        {
-            "batch": 2,
-            "seq_len": 3,
-            "num_q_heads": 4,
-            "num_kv_heads": 2,
-            "head_dim": 8,
-            "page_size": 4,
-            "interleaved": False,
-        },
-        "seq_len",
-    ),
-    "flash_attention": (
-        {
-            "batch": 2,
-            "seq_len_q": 5,
-            "seq_len_kv": 9,
-            "num_q_heads": 4,
-            "num_kv_heads": 2,
-            "head_dim": 8,
-            "causal": True,
-        },
-        "seq_len_kv",
-    ),
-    "flash_attention_varlen": (
-        {
-            "total": 11,
-            "num_sequences": 2,
-            "num_q_heads": 4,
-            "num_kv_heads": 2,
-            "head_dim": 8,
-            "causal": True,
-        },
-        "total",
-    ),
-    "decode_attention": (
-        {
-            "batch": 2,
-            "seq_len_q": 1,
-            "max_seq_len": 20,
-            "num_q_heads": 4,
-            "num_kv_heads": 2,
-            "head_dim": 8,
-        },
-        "max_seq_len",
-    ),
-}
 # Arguments of the schemas that the table leaves to their defaults.
 DEFAULTS = {"eps": 1e-5, "softmax_scale": None, "window_right": 0} | dict.fromkeys(
     (
@@ -109,7 +45,7 @@ OP_NAMES = {
     "flash_attention_varlen_backward": "flash_attention_backward",
 }
 
-SPECS = {spec.name: spec for spec in (*OPS, *IN_PLACE_OPS) if spec.name in SIZES}
+SPECS = {spec.name: spec for spec in (*OPS, *IN_PLACE_OPS)}
 IN_PLACE = {spec.name for spec in IN_PLACE_OPS}
 EVERY_OP = pytest.mark.parametrize("name", SPECS)
 DIFFERENTIABLE = pytest.mark.parametrize("name", [n for n in SPECS if SPECS[n].wrt])
@@ -126,9 +62,8 @@ def make(device, generator):
     """Small inputs by name, the differentiable ones as leaves where asked for."""
 
     def make(name, dtype=torch.float32, length=None, grad=False):
-        spec, (sizes, length_name) = SPECS[name], SIZES[name]
-        sizes = sizes if length is None else sizes | {length_name: length}
-        inputs = spec.make_inputs(Case(sizes, "small"), dtype, device, generator)
+        spec = SPECS[name]
+        inputs = spec.make_inputs(spec.tiny_case(length), dtype, device, generator)
         for wrt in spec.wrt if grad else ():
             inputs[wrt].requires_grad_()
         return inputs
@@ -349,8 +284,8 @@ CACHES = {
 @pytest.fixture(params=CACHES)
 def append(request, device, generator):
     """Arguments of rope_append_kv, with caches that are one layer of many."""
-    spec, (sizes, _) = SPECS["rope_append_kv"], SIZES["rope_append_kv"]
-    case = Case(sizes | CACHES[request.param], "small")
+    spec = SPECS["rope_append_kv"]
+    case = Case(spec.tiny | CACHES[request.param], "small")
     inputs = spec.make_inputs(case, torch.bfloat16, device, generator)
     for name in ("k_cache", "v_cache"):
         layers = torch.zeros(3, *inputs[name].shape, device=device).to(inputs[name].dtype)

@@ -95,7 +95,7 @@ def _forward(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _backward(
-    dy: Tensor, gate: Tensor, up: Tensor, *, need_dgate: bool, need_dup: bool
+    dy: Tensor, gate: Tensor, up: Tensor, need_dgate: bool, need_dup: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     dy_rows, gate_rows, up_rows = layout.rows(dy), layout.rows(gate), layout.rows(up)
 
@@ -135,20 +135,13 @@ def _fake(gate: Tensor, up: Tensor) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
-def _backward_launch(
-    dy: Tensor, gate: Tensor, up: Tensor, need_dgate: bool, need_dup: bool
-) -> tuple[Tensor, Tensor]:
-    dgate, dup = _backward(dy, gate, up, need_dgate=need_dgate, need_dup=need_dup)
-    return library.or_empty(dgate, like=gate), library.or_empty(dup, like=gate)
-
-
 def _backward_fake(
     dy: Tensor, gate: Tensor, up: Tensor, need_dgate: bool, need_dup: bool
-) -> tuple[Tensor, Tensor]:
-    return tuple(gate.new_empty(gate.shape if need else 0) for need in (need_dgate, need_dup))
+) -> tuple[Tensor | None, Tensor | None]:
+    return tuple(gate.new_empty(gate.shape) if need else None for need in (need_dgate, need_dup))
 
 
-_BACKWARD = library.Op("swiglu_backward", _backward_launch, _backward_fake)
+_BACKWARD = library.Op("swiglu_backward", _backward, _backward_fake)
 
 
 def _setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -186,9 +179,4 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         TypeError, ValueError: an argument of another kind, dtype, shape or device.
         RuntimeError: gate is not on a GPU that Triton drives.
     """
-    if library.is_traced(gate, up):
-        return _SWIGLU.dispatched(gate, up)
-    _check(gate, up)
-    if library.needs_graph(gate, up):
-        return _SWIGLU.function.apply(gate, up)
-    return _forward(gate, up)
+    return _SWIGLU(gate, up)

@@ -157,7 +157,6 @@ def _backward(
     h: Tensor,
     weight: Tensor,
     rstd: Tensor,
-    *,
     need_dx: bool,
     need_dweight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -223,8 +222,10 @@ def _add_check(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
     checks.same_dtype("residual", residual, "x", x)
 
 
-def _launch(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    y, _, rstd = _forward(x, None, weight, eps, save_rstd=True)
+def _launch(
+    x: Tensor, weight: Tensor, eps: float, *, save_rstd: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    y, _, rstd = _forward(x, None, weight, eps, save_rstd=save_rstd)
     return y, rstd
 
 
@@ -235,9 +236,9 @@ def _fake(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _add_launch(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(x, residual, weight, eps, save_rstd=True)
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, save_rstd: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    return _forward(x, residual, weight, eps, save_rstd=save_rstd)
 
 
 def _add_fake(
@@ -245,19 +246,6 @@ def _add_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, rstd = _fake(x, weight, eps)
     return y, x.new_empty(x.shape), rstd
-
-
-def _backward_launch(
-    dy: Tensor,
-    dh: Tensor | None,
-    h: Tensor,
-    weight: Tensor,
-    rstd: Tensor,
-    need_dx: bool,
-    need_dweight: bool,
-) -> tuple[Tensor, Tensor]:
-    dx, dweight = _backward(dy, dh, h, weight, rstd, need_dx=need_dx, need_dweight=need_dweight)
-    return library.or_empty(dx, like=h), library.or_empty(dweight, like=weight)
 
 
 def _backward_fake(
@@ -268,14 +256,14 @@ def _backward_fake(
     rstd: Tensor,
     need_dx: bool,
     need_dweight: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None]:
     return (
-        h.new_empty(h.shape if need_dx else 0),
-        weight.new_empty(weight.shape if need_dweight else 0),
+        h.new_empty(h.shape) if need_dx else None,
+        weight.new_empty(weight.shape) if need_dweight else None,
     )
 
 
-_BACKWARD = library.Op("rms_norm_backward", _backward_launch, _backward_fake)
+_BACKWARD = library.Op("rms_norm_backward", _backward, _backward_fake)
 
 
 def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
@@ -353,12 +341,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
         NotImplementedError: hidden_size above 16384.
         RuntimeError: x is not on a GPU that Triton drives.
     """
-    if library.is_traced(x, weight):
-        return _RMS_NORM.dispatched(x, weight, eps)[0]
-    _check(x, weight, eps)
-    if library.needs_graph(x, weight):
-        return _RMS_NORM.function.apply(x, weight, eps)[0]
-    return _forward(x, None, weight, eps, save_rstd=False)[0]
+    return _RMS_NORM(x, weight, eps, save_rstd=False)[0]
 
 
 def add_rms_norm(
@@ -377,9 +360,4 @@ def add_rms_norm(
     Raises:
         As `rms_norm`.
     """
-    if library.is_traced(x, residual, weight):
-        return _ADD_RMS_NORM.dispatched(x, residual, weight, eps)[:2]
-    _add_check(x, residual, weight, eps)
-    if library.needs_graph(x, residual, weight):
-        return _ADD_RMS_NORM.function.apply(x, residual, weight, eps)[:2]
-    return _forward(x, residual, weight, eps, save_rstd=False)[:2]
+    return _ADD_RMS_NORM(x, residual, weight, eps, save_rstd=False)[:2]

@@ -94,9 +94,9 @@ def _rotate(
     cos: Tensor,
     sin: Tensor,
     positions: Tensor | None,
-    *,
     interleaved: bool,
-    inverse: bool,
+    *,
+    inverse: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Rotates those of q and k that are given."""
     q = None if q is None else layout.contiguous_features(q)
@@ -173,7 +173,7 @@ def _launch(
     positions: Tensor | None,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _rotate(q, k, cos, sin, positions, interleaved=interleaved, inverse=False)
+    return _rotate(q, k, cos, sin, positions, interleaved)
 
 
 def _fake(
@@ -187,30 +187,24 @@ def _fake(
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-def _backward_launch(
+def _backward(
     dq: Tensor | None,
     dk: Tensor | None,
     cos: Tensor,
     sin: Tensor,
     positions: Tensor | None,
     interleaved: bool,
-) -> tuple[Tensor, Tensor]:
-    dq, dk = _rotate(dq, dk, cos, sin, positions, interleaved=interleaved, inverse=True)
-    return library.or_empty(dq, like=cos), library.or_empty(dk, like=cos)
+) -> tuple[Tensor | None, Tensor | None]:
+    return _rotate(dq, dk, cos, sin, positions, interleaved, inverse=True)
 
 
 def _backward_fake(
-    dq: Tensor | None,
-    dk: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor | None,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor]:
-    return tuple(cos.new_empty(0) if x is None else x.new_empty(x.shape) for x in (dq, dk))
+    dq: Tensor | None, dk: Tensor | None, *_: object
+) -> tuple[Tensor | None, Tensor | None]:
+    return tuple(None if x is None else x.new_empty(x.shape) for x in (dq, dk))
 
 
-_BACKWARD = library.Op("apply_rope_backward", _backward_launch, _backward_fake)
+_BACKWARD = library.Op("apply_rope_backward", _backward, _backward_fake)
 
 
 def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -268,9 +262,4 @@ def apply_rope(
         NotImplementedError: cos or sin requires a gradient, where autograd records.
         RuntimeError: q is not on a GPU that Triton drives.
     """
-    if library.is_traced(q, k, cos, sin, positions):
-        return _APPLY_ROPE.dispatched(q, k, cos, sin, positions, interleaved)
-    _check(q, k, cos, sin, positions, interleaved)
-    if library.needs_graph(q, k, cos, sin):
-        return _APPLY_ROPE.function.apply(q, k, cos, sin, positions, interleaved)
-    return _rotate(q, k, cos, sin, positions, interleaved=interleaved, inverse=False)
+    return _APPLY_ROPE(q, k, cos, sin, positions, interleaved)

@@ -13,9 +13,10 @@ computes in the dtypes of its arguments, inside an autocast region and outside. 
 transforms (vmap, grad, …) are refused by both.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 from torch import Tensor
@@ -29,10 +30,7 @@ _num_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 def is_traced(*values: Any) -> bool:
-    """Whether a call belongs to PyTorch's dispatcher: a compiler, a mode or a subclass watches.
-
-    A public function asks this before anything else, so that a compiler traces no check.
-    """
+    """Whether a call belongs to PyTorch's dispatcher: a compiler, a mode or a subclass watches."""
     if is_compiling() or _num_dispatch_modes():
         return True
     # A loop: a generator would cost a microsecond at every call.
@@ -42,49 +40,42 @@ def is_traced(*values: Any) -> bool:
     return False
 
 
-def needs_graph(*tensors: Tensor | None) -> bool:
+def needs_graph(*values: Any) -> bool:
     """Whether autograd has to record an eager call."""
     if torch.is_grad_enabled():
-        for x in tensors:
-            if x is not None and x.requires_grad:
+        for x in values:
+            if isinstance(x, Tensor) and x.requires_grad:
                 return True
     return False
 
 
-def or_empty(x: Tensor | None, like: Tensor) -> Tensor:
-    """x, or the empty tensor that stands for None where a schema knows no optional outputs."""
-    return like.new_empty(0) if x is None else x
-
-
-def note_written(*tensors: Tensor | None) -> None:
+def _note_written(x: Tensor | None) -> None:
     """Counts a write, as the dispatcher does, so that autograd notices that a tensor which it saved
     has changed."""
-    for x in tensors:
-        if x is not None and not x.is_inference():  # such a one keeps no count
-            torch.autograd.graph.increment_version(x)
+    if x is not None and not x.is_inference():  # such a one keeps no count
+        torch.autograd.graph.increment_version(x)
 
 
 class Op:
-    """One op in both forms.
+    """One op in both forms; a public function calls it.
 
     Args:
-        launch: computes the op from arguments that were checked. Its annotations are the schema;
-            it takes every argument as the caller gave it, and its outputs are new tensors, none of
-            them a part of an argument.
+        launch: computes the op from arguments that were checked. The annotations of its positional
+            parameters are the schema; it takes every argument as the caller gave it, and its
+            outputs are new tensors, none of them a part of an argument. Of several outputs, those
+            that the arguments do not ask for are None. Keyword-only parameters are no part of the
+            op: by them a call without a graph can do without outputs.
         fake: for the same arguments, the same outputs without values: sizes, strides, dtypes.
         check: raises unless the arguments are what `launch` takes. It reads metadata only and runs
             once for real tensors and once for fake ones. None where only this package calls the op.
         setup_context: `(ctx, inputs, output)`: saves what `backward` needs. It runs wherever
-            autograd records; an op without a gradient raises in it.
+            autograd records.
         backward: `(ctx, *grads)`, made of other ops.
-        mutates: the names of the arguments that `launch` writes to. Such an op has no gradient:
-            its public function refuses tensors that require one.
+        mutates: the names of the arguments that `launch` writes to. Such an op has no gradient.
+        refuse: of an op without a gradient, of `refuse_gradient`: raises where autograd records.
 
     Attributes:
-        dispatched: the `torch.library` op; it checks.
-        function: the `torch.autograd.Function`; its caller has checked. None without a
-            `setup_context`.
-        launch: as given.
+        dispatched: the `torch.library` op; it checks. It gives an empty tensor for None.
     """
 
     def __init__(
@@ -97,37 +88,71 @@ class Op:
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
         mutates: tuple[str, ...] = (),
+        refuse: Callable[..., NoReturn] | None = None,
     ) -> None:
-        self.launch, self.function = launch, None
+        self._launch, self._check, self._refuse, self._function = launch, check, refuse, None
+        signature = _schema(launch)
+        self._written = [list(signature.parameters).index(name) for name in mutates]
         definition = torch.library.custom_op(
-            f"{NAMESPACE}::{name}", _after(check, launch), mutates_args=mutates
+            f"{NAMESPACE}::{name}", _registered(launch, check, signature), mutates_args=mutates
         )
-        definition.register_fake(_after(check, fake))
+        definition.register_fake(_registered(fake, check, signature))
         definition.register_vmap(_refuse_vmap(name))
         if setup_context is not None:
             backward = _once_differentiable(backward)
             definition.register_autograd(backward, setup_context=setup_context)
-            self.function = _function(name, launch, setup_context, backward)
+            self._function = _function(name, launch, setup_context, backward)
+        elif refuse is not None and not mutates:  # PyTorch registers none for an op that writes
+            definition.register_autograd(refuse, setup_context=refuse)
         self.dispatched = getattr(getattr(torch.ops, NAMESPACE), name).default
 
-    def __call__(self, *args: Any) -> Any:
-        """The op, directly or through the dispatcher, for a caller that has checked: a backward
-        function. Eager autograd does not see it."""
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """The op: through the dispatcher where something watches, else directly, with a graph where
+        an argument requires a gradient.
+
+        Args:
+            options: keyword-only parameters of `launch`, for a call without a graph.
+        """
         if is_traced(*args):
+            if self._written and needs_graph(*args):
+                self._refuse()
             return self.dispatched(*args)
-        return self.launch(*args)
+        if self._check is not None:
+            self._check(*args)
+        if needs_graph(*args):
+            return self._refuse() if self._function is None else self._function.apply(*args)
+        for position in self._written:
+            _note_written(args[position])
+        return self._launch(*args, **options)
 
 
-def _after(check: Callable[..., None] | None, then: Callable[..., Any]) -> Callable[..., Any]:
-    if check is None:
-        return then
+def _schema(launch: Callable[..., Any]) -> inspect.Signature:
+    """What PyTorch reads a schema from: it knows neither keyword-only options nor optional
+    outputs."""
+    signature = inspect.signature(launch)
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    result = signature.return_annotation
+    if result is not Tensor:
+        result = tuple[(Tensor,) * len(get_args(result))]
+    return signature.replace(parameters=parameters, return_annotation=result)
 
-    @wraps(then)
-    def checked(*args: Any) -> Any:
-        check(*args)
-        return then(*args)
 
-    return checked
+def _registered(
+    function: Callable[..., Any], check: Callable[..., None] | None, signature: inspect.Signature
+) -> Callable[..., Any]:
+    """`function` as the dispatcher takes it: it checks, and an empty tensor stands for None."""
+
+    def registered(*args: Any) -> Any:
+        if check is not None:
+            check(*args)
+        outputs = function(*args)
+        if isinstance(outputs, Tensor):
+            return outputs
+        some = next(x for x in args if isinstance(x, Tensor))
+        return tuple(some.new_empty(0) if x is None else x for x in outputs)
+
+    registered.__signature__ = signature
+    return registered
 
 
 def refuse_gradient(doing: str) -> Callable[..., NoReturn]:

@@ -1,5 +1,6 @@
 """Rows of the table: attention."""
 
+import math
 from typing import Any
 
 import torch
@@ -74,6 +75,26 @@ def _attention_cost(case: Case, dtype: torch.dtype) -> Cost:
         (queries + 2 * keys) * head_dim * dtype.itemsize,
         queries * (head_dim * dtype.itemsize + 4),
         4 * batch * heads * head_dim * pairs,
+    )
+
+
+def _attention_backward_cost(case: Case, dtype: torch.dtype) -> Cost:
+    """Reads q, k, v, out, dout and lse, writes dq, dk and dv; five products where the forward pass
+    has two."""
+    sizes = case.sizes
+    rows_q, rows_kv = (sizes["batch"] * sizes[f"seq_len_{side}"] for side in ("q", "kv"))
+    return _backward_cost(case, dtype, rows_q, rows_kv, _attention_cost(case, dtype))
+
+
+def _backward_cost(
+    case: Case, dtype: torch.dtype, rows_q: int, rows_kv: int, forward: Cost
+) -> Cost:
+    queries, keys = rows_q * case.sizes["num_q_heads"], rows_kv * case.sizes["num_kv_heads"]
+    row = case.sizes["head_dim"] * dtype.itemsize
+    return Cost(
+        (3 * queries + 2 * keys) * row + 4 * queries,
+        (queries + 2 * keys) * row,
+        math.ceil(2.5 * forward.flops),
     )
 
 
@@ -189,6 +210,12 @@ def _varlen_cost(case: Case, dtype: torch.dtype) -> Cost:
     return Cost(*map(sum, zip(*costs, strict=True)))
 
 
+def _varlen_backward_cost(case: Case, dtype: torch.dtype) -> Cost:
+    """As flash_attention's."""
+    total = case.sizes["total"]
+    return _backward_cost(case, dtype, total, total, _varlen_cost(case, dtype))
+
+
 def _varlen_case(
     total: int,
     num_sequences: int,
@@ -222,6 +249,8 @@ _VARLEN_CASES = (
 )
 
 
+_TINY_HEADS = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+
 OPS = (
     OpSpec(
         "flash_attention",
@@ -230,7 +259,9 @@ OPS = (
         _ATTENTION_CASES,
         _attention_inputs,
         _attention_cost,
-        wrt=("q", "k", "v"),
+        {**_TINY_HEADS, "batch": 2, "seq_len_q": 5, "seq_len_kv": 9, "causal": True},
+        ("q", "k", "v"),
+        _attention_backward_cost,
     ),
     OpSpec(
         "flash_attention_varlen",
@@ -239,6 +270,8 @@ OPS = (
         _VARLEN_CASES,
         _varlen_inputs,
         _varlen_cost,
-        wrt=("q", "k", "v"),
+        {**_TINY_HEADS, "total": 11, "num_sequences": 2, "causal": True},
+        ("q", "k", "v"),
+        _varlen_backward_cost,
     ),
 )

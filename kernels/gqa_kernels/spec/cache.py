@@ -245,6 +245,8 @@ _APPEND_CASES = (
 )
 
 
+_TINY_HEADS = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+
 OPS = (
     OpSpec(
         "decode_attention",
@@ -253,7 +255,7 @@ OPS = (
         _DECODE_CASES,
         decode_inputs,
         _decode_cost,
-        wrt=(),
+        {**_TINY_HEADS, "batch": 2, "seq_len_q": 1, "max_seq_len": 20},
     ),
 )
 
@@ -266,6 +268,6 @@ IN_PLACE_OPS = (
         _APPEND_CASES,
         _append_inputs,
         _append_cost,
-        wrt=(),
+        {**_TINY_HEADS, "batch": 2, "seq_len": 3, "page_size": 4, "interleaved": False},
     ),
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Cost(NamedTuple):
-    """The algorithmic minimum of a forward pass."""
+    """The algorithmic minimum of a pass."""
 
     read_bytes: int
     write_bytes: int
@@ -31,16 +31,33 @@ class Case:
 
 @dataclass(frozen=True)
 class OpSpec:
+    """A row of the table.
+
+    Attributes:
+        tiny: the sizes of a call that takes the interpreter a moment, for tests that ask how an op
+            is called and not what it computes.
+        wrt: the arguments with gradients; none of an op without a backward pass.
+        backward_cost: of the backward pass, if there is one.
+    """
+
     name: str
     reference: Callable[..., Any]
     kernel: Callable[..., Any]
     cases: tuple[Case, ...]
     make_inputs: Callable[[Case, torch.dtype, torch.device, torch.Generator], dict[str, Any]]
     cost: Callable[[Case, torch.dtype], Cost]
-    wrt: tuple[str, ...]  # the arguments with gradients
+    tiny: dict[str, Any]
+    wrt: tuple[str, ...] = ()
+    backward_cost: Callable[[Case, torch.dtype], Cost] | None = None
 
     def test_cases(self) -> tuple[Case, ...]:
         return tuple(case for case in self.cases if case.test)
+
+    def tiny_case(self, length: int | None = None) -> Case:
+        """`tiny`, with another number of tokens."""
+        (name,) = {"num_tokens", "seq_len", "seq_len_kv", "total", "max_seq_len"} & set(self.tiny)
+        given = {} if length is None else {name: length}
+        return Case(self.tiny | given, "tiny", test=True)
 
 
 def standard_normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:

@@ -1,5 +1,6 @@
 """Rows of the table: ops on rows of features."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,8 +43,28 @@ def _add_norm_cost(case: Case, dtype: torch.dtype) -> Cost:
     return Cost((2 * tokens + 1) * width * size, 2 * tokens * width * size, 5 * tokens * width)
 
 
+def _norm_backward_cost(case: Case, dtype: torch.dtype) -> Cost:
+    """Reads x, dy and weight, writes dx and dweight; three times the flops of the forward pass."""
+    return _norm_backward(case, dtype, 2, _norm_cost)
+
+
+def _add_norm_backward_cost(case: Case, dtype: torch.dtype) -> Cost:
+    """Reads h, dy, dh and weight, writes dx, which is the residual's too, and dweight; three times
+    the flops of the forward pass."""
+    return _norm_backward(case, dtype, 3, _add_norm_cost)
+
+
+def _norm_backward(
+    case: Case, dtype: torch.dtype, planes: int, forward: Callable[[Case, torch.dtype], Cost]
+) -> Cost:
+    row = case.sizes["hidden_size"] * dtype.itemsize
+    plane = case.sizes["num_tokens"] * row
+    return Cost(planes * plane + row, plane + row, 3 * forward(case, dtype).flops)
+
+
 _HIDDEN = (("7B", 4096), ("13B", 5120), ("34B and 70B", 8192))
 
+_TINY_NORM = {"num_tokens": 3, "hidden_size": 24}
 _NORM_CASES = (
     Case({"num_tokens": 19, "hidden_size": 128}, "more rows than persistent programs", test=True),
     Case({"num_tokens": 11, "hidden_size": 111}, "odd width: no 16-byte accesses", test=True),
@@ -72,6 +93,12 @@ def _swiglu_cost(case: Case, dtype: torch.dtype) -> Cost:
     """Reads gate and up, writes y; exp, add, division and two products per element."""
     elements = case.sizes["num_tokens"] * case.sizes["intermediate_size"]
     return Cost(2 * elements * dtype.itemsize, elements * dtype.itemsize, 5 * elements)
+
+
+def _swiglu_backward_cost(case: Case, dtype: torch.dtype) -> Cost:
+    """Reads dy, gate and up, writes dgate and dup; three times the flops of the forward pass."""
+    plane = case.sizes["num_tokens"] * case.sizes["intermediate_size"] * dtype.itemsize
+    return Cost(3 * plane, 2 * plane, 3 * _swiglu_cost(case, dtype).flops)
 
 
 _INTERMEDIATE = (("7B", 11008), ("13B", 13824), ("34B", 22016), ("70B", 28672))
@@ -115,7 +142,8 @@ def _rope_inputs(case: Case, *context: Any) -> dict[str, Any]:
 
 
 def _rope_cost(case: Case, dtype: torch.dtype) -> Cost:
-    """Reads and writes q and k, reads one angle per token and pair; three flops per element."""
+    """Reads and writes q and k, reads one angle per token and pair; three flops per element. The
+    backward pass does the same with dq and dk."""
     sizes = case.sizes
     tokens = sizes["batch"] * sizes["seq_len"]
     elements = tokens * (sizes["num_q_heads"] + sizes["num_kv_heads"]) * sizes["head_dim"]
@@ -168,7 +196,9 @@ OPS = (
         _NORM_CASES,
         _norm_inputs,
         _norm_cost,
-        wrt=("x", "weight"),
+        _TINY_NORM,
+        ("x", "weight"),
+        _norm_backward_cost,
     ),
     OpSpec(
         "add_rms_norm",
@@ -177,7 +207,9 @@ OPS = (
         _NORM_CASES,
         _add_norm_inputs,
         _add_norm_cost,
-        wrt=("x", "residual", "weight"),
+        _TINY_NORM,
+        ("x", "residual", "weight"),
+        _add_norm_backward_cost,
     ),
     OpSpec(
         "swiglu",
@@ -186,7 +218,9 @@ OPS = (
         _SWIGLU_CASES,
         _swiglu_inputs,
         _swiglu_cost,
-        wrt=("gate", "up"),
+        {"num_tokens": 3, "intermediate_size": 24},
+        ("gate", "up"),
+        _swiglu_backward_cost,
     ),
     OpSpec(
         "apply_rope",
@@ -195,6 +229,8 @@ OPS = (
         _ROPE_CASES,
         _rope_inputs,
         _rope_cost,
-        wrt=("q", "k"),
+        _rope_case(2, 3, (4, 2), 8, "tiny").sizes,
+        ("q", "k"),
+        _rope_cost,
     ),
 )

@@ -34,11 +34,8 @@ def _takes(arguments: dict[str, Any], result: Any) -> Callable[[Callable], Calla
 
 
 @_takes(Call.__annotations__, tuple[Tensor, Tensor])
-def _launch(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return _forward(Call(*arguments), need_lse=True)
-
-
-def _forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+def _forward(*arguments: Any, need_lse: bool = True) -> tuple[Tensor, Tensor | None]:
+    call = Call(*arguments)
     out, lse = launch_forward(prepared(call), need_lse=need_lse)
     if call.packed:  # in place: a view could not be written to by the caller
         out.squeeze_(0)
@@ -107,16 +104,15 @@ _CALL = list(Call.__annotations__.items())
     },
     tuple[Tensor, Tensor, Tensor, Tensor],
 )
-def _backward_launch(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward_launch(*arguments: Any) -> tuple[Tensor | None, ...]:
     call, tensors, (need_dq, need_dkdv, need_dsinks) = _split(arguments)
-    grads = gradients(call, *tensors, need_dq=need_dq, need_dkdv=need_dkdv, need_dsinks=need_dsinks)
-    return tuple(library.or_empty(grad, call.q) for grad in grads)
+    return gradients(call, *tensors, need_dq=need_dq, need_dkdv=need_dkdv, need_dsinks=need_dsinks)
 
 
-def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward_fake(*arguments: Any) -> tuple[Tensor | None, ...]:
     call, _, (need_dq, need_dkdv, need_dsinks) = _split(arguments)
     needs = ((call.q, need_dq), (call.k, need_dkdv), (call.v, need_dkdv), (call.sinks, need_dsinks))
-    return tuple(x.new_empty(x.shape) if need else call.q.new_empty(0) for x, need in needs)
+    return tuple(x.new_empty(x.shape) if need else None for x, need in needs)
 
 
 _BACKWARD = library.Op("flash_attention_backward", _backward_launch, _backward_fake)
@@ -151,7 +147,7 @@ def _backward(
 
 _OP = library.Op(
     "flash_attention",
-    _launch,
+    _forward,
     _fake,
     check=check,
     setup_context=_setup_context,
@@ -171,14 +167,7 @@ def _attend(
     checks.flag("return_lse", return_lse)
     window_left, window_right = checks.window(window)
     call = call._replace(window_left=window_left, window_right=0 if causal else window_right)
-    if library.is_traced(*call):
-        out, lse = _OP.dispatched(*call)
-    else:
-        check(*call)
-        if library.needs_graph(call.q, call.k, call.v, call.sinks, call.alibi_slopes):
-            out, lse = _OP.function.apply(*call)
-        else:
-            out, lse = _forward(call, need_lse=return_lse)
+    out, lse = _OP(*call, need_lse=return_lse)
     return (out, lse) if return_lse else out
 
 

@@ -337,10 +337,8 @@ _ROPE_APPEND_KV = library.Op(
     _fake,
     check=_check,
     mutates=("k_cache", "v_cache", "k_scale", "v_scale"),
+    refuse=library.refuse_gradient("append"),
 )
-
-
-_refuse_gradient = library.refuse_gradient("append")
 
 
 def rope_append_kv(
@@ -383,14 +381,6 @@ def rope_append_kv(
             an input that requires a gradient, where autograd records: a cache has none.
         RuntimeError: q is not on a GPU that Triton drives.
     """
-    tensors = (q, k, v, k_cache, v_cache, cos, sin, positions, slots, k_scale, v_scale)
-    floating = (q, k, v, k_cache, v_cache, cos, sin, k_scale, v_scale)
-    if library.is_traced(*tensors):
-        if library.needs_graph(*floating):
-            _refuse_gradient()
-        return _ROPE_APPEND_KV.dispatched(*tensors, interleaved)
-    _check(*tensors, interleaved)
-    if library.needs_graph(*floating):
-        _refuse_gradient()
-    library.note_written(k_cache, v_cache, k_scale, v_scale)
-    return _forward(*tensors, interleaved)
+    return _ROPE_APPEND_KV(
+        q, k, v, k_cache, v_cache, cos, sin, positions, slots, k_scale, v_scale, interleaved
+    )

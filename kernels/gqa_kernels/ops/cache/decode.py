@@ -40,7 +40,7 @@ def _forward(
     key_mask: Tensor | None,
     softmax_scale: float | None,
     *,
-    need_lse: bool,
+    need_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     q, k_cache, v_cache = map(layout.contiguous_features, (q, k_cache, v_cache))
     batch, seq_len_q, num_q_heads, head_dim = q.shape
@@ -117,24 +117,6 @@ def _forward(
     return out, out_lse
 
 
-def _launch(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    seq_lens: Tensor,
-    block_table: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    key_ranges: Tensor | None,
-    key_mask: Tensor | None,
-    softmax_scale: float | None,
-) -> tuple[Tensor, Tensor]:
-    tensors = (
-        q, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale, key_ranges, key_mask,
-    )  # fmt: skip
-    return _forward(*tensors, softmax_scale, need_lse=True)
-
-
 def _capacity(k_cache: Tensor, block_table: Tensor | None) -> int:
     """How many tokens a sequence has room for."""
     return k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
@@ -180,12 +162,7 @@ refuse_gradient = library.refuse_gradient("decode")
 
 
 _DECODE_ATTENTION = library.Op(
-    "decode_attention",
-    _launch,
-    _fake,
-    check=check,
-    setup_context=refuse_gradient,
-    backward=refuse_gradient,
+    "decode_attention", _forward, _fake, check=check, refuse=refuse_gradient
 )
 
 
@@ -231,15 +208,9 @@ def decode_attention(
             gradient: a cache has none.
         RuntimeError: q is not on a GPU that Triton drives.
     """
-    tensors = (
-        q, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale, key_ranges, key_mask,
-    )  # fmt: skip
     checks.flag("return_lse", return_lse)
-    if library.is_traced(*tensors):
-        out, lse = _DECODE_ATTENTION.dispatched(*tensors, softmax_scale)
-    else:
-        check(*tensors, softmax_scale)
-        if library.needs_graph(q, k_cache, v_cache, k_scale, v_scale):
-            refuse_gradient()
-        out, lse = _forward(*tensors, softmax_scale, need_lse=return_lse)
+    out, lse = _DECODE_ATTENTION(
+        q, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale, key_ranges, key_mask,
+        softmax_scale, need_lse=return_lse,
+    )  # fmt: skip
     return (out, lse) if return_lse else out
