@@ -202,7 +202,7 @@ def _append(
     def stored(caches: dict[str, Any]) -> Results:
         scales = [caches.get(name) for name in written[2:]]
         return tuple(
-            reference._dequantized(caches[name], scale, DTYPE).flatten(0, 1)[inputs["slots"]]
+            reference.dequantized(caches[name], scale, DTYPE).flatten(0, 1)[inputs["slots"]]
             for name, scale in zip(written[:2], scales, strict=True)
         )
 

@@ -13,47 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gqa_kernels.positions import packed_positions, rope_table
+from gqa_kernels.runtime import arguments
 from llama2.cache.kv_cache import Cache, CacheStep, KVCache
 from llama2.config import ModelConfig
 
 _IGNORED = -100  # a target that counts for nothing
 
 
-def rope_table(config: ModelConfig, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """cos and sin of position · theta^(−2i / head_dim), float32 `[max_seq_len, head_dim / 2]`."""
-    pair = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device)
-    frequency = config.rope_theta ** (-pair / config.head_dim)
-    angle = (
-        torch.arange(config.max_seq_len, dtype=torch.float64, device=device)[:, None] * frequency
-    )
-    return angle.cos().float(), angle.sin().float()
-
-
-def _check_whole_numbers(name: str, value: Tensor) -> None:
-    kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-    if kind not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}: expected a tensor of int32 or int64; got {kind}")
-
-
-def packed_positions(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Positions of packed tokens `[1, total]`: from 0 in every sequence, without a device sync.
-
-    Tokens after the last sequence are at position 0, as though each began a sequence.
-
-    Raises:
-        ValueError, TypeError: tokens of another shape, `cu_seqlens` of another shape or dtype.
-    """
+def _packed_positions(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Positions of packed tokens; those after the last sequence are at 0, as though each began
+    one."""
     if tokens.shape[0] != 1:
         raise ValueError(f"tokens: expected [1, total] with cu_seqlens; got {list(tokens.shape)}")
-    _check_whole_numbers("cu_seqlens", cu_seqlens)
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
-        raise ValueError(
-            "cu_seqlens: expected [num_sequences + 1] with num_sequences ≥ 1; "
-            f"got {list(cu_seqlens.shape)}"
-        )
-    row = torch.arange(tokens.shape[1], dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    sequence = torch.searchsorted(cu_seqlens, row, right=True) - 1  # never an empty one
-    return (row - cu_seqlens[sequence]).masked_fill(row >= cu_seqlens[-1], 0)[None]
+    return packed_positions(cu_seqlens, tokens.shape[1])
 
 
 def _targets(tokens: Tensor, num_valid: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -67,12 +40,10 @@ def _targets(tokens: Tensor, num_valid: Tensor | None, cu_seqlens: Tensor | None
     if cu_seqlens is not None:
         if num_valid is not None:
             raise ValueError("num_valid: expected none with cu_seqlens; got both")
-        ignored = packed_positions(tokens, cu_seqlens)[:, 1:] == 0
+        ignored = _packed_positions(tokens, cu_seqlens)[:, 1:] == 0
         targets = targets.masked_fill(ignored, _IGNORED)
     elif num_valid is not None:
-        _check_whole_numbers("num_valid", num_valid)
-        if num_valid.shape != (batch,):
-            raise ValueError(f"num_valid: expected [{batch}]; got {list(num_valid.shape)}")
+        arguments.tensor("num_valid", num_valid, shape=(batch,), dtypes=arguments.INTS)
         column = torch.arange(1, columns, device=tokens.device)
         targets = targets.masked_fill(column >= num_valid[:, None], _IGNORED)
     return targets
@@ -91,13 +62,17 @@ class RotaryTable(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        cos, sin = rope_table(config, torch.get_default_device())
+        cos, sin = self._table(torch.get_default_device())
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
+    def _table(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        config = self.config
+        return rope_table(config.head_dim, config.max_seq_len, config.rope_theta, device=device)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryTable":
         super()._apply(fn, recurse)
-        self.cos, self.sin = rope_table(self.config, self.cos.device)
+        self.cos, self.sin = self._table(self.cos.device)
         return self
 
 
@@ -290,13 +265,11 @@ class Llama2(nn.Module):
                 "num_valid: expected only with an empty cache; got it without a KVCache"
             )
         if num_valid is not None:
-            _check_whole_numbers("num_valid", num_valid)
-            if num_valid.shape != (batch,):
-                raise ValueError(f"num_valid: expected [{batch}]; got {list(num_valid.shape)}")
+            arguments.tensor("num_valid", num_valid, shape=(batch,), dtypes=arguments.INTS)
         if cu_seqlens is not None:
             if cache is not None:
                 raise ValueError("cu_seqlens: expected no cache with packed sequences; got one")
-            positions, step = packed_positions(tokens, cu_seqlens), None
+            positions, step = _packed_positions(tokens, cu_seqlens), None
         elif cache is None:
             if seq_len > self.config.max_seq_len:
                 raise ValueError(

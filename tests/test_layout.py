@@ -17,7 +17,8 @@ MODEL = ROOT / "llama2"
 KERNELS_ALLOWED = {
     "__init__": {"backends", "patching", "sdpa"},
     "backends": set(),  # reference and fused, by name, when asked
-    "reference": set(),
+    "reference": {"reference"},
+    "positions": {"runtime.arguments"},
     "interpreter": set(),
     "primitives": {"primitives"},
     "runtime": {"runtime", "interpreter"},
@@ -25,7 +26,7 @@ KERNELS_ALLOWED = {
     "fused": {"ops"},
     "flash_attn": {"flash_attn", "ops", "runtime"},
     "sdpa": {"ops.attention", "runtime"},
-    "nn": {"backends", "runtime"},
+    "nn": {"backends", "positions", "reference", "runtime.arguments"},
     "sharding": {"ops", "runtime"},
     "patching": {"patching", "backends", "runtime", "integrations"},
     "integrations": {"ops", "flash_attn", "sdpa", "runtime"},
@@ -153,7 +154,11 @@ def test_every_rule_has_a_module(allowed, files):
 
 
 def test_the_reference_needs_torch_only():
-    assert {name.split(".")[0] for name in imported(PACKAGE / "reference.py")} == {"math", "torch"}
+    """And a backend that is plain PyTorch with it, and what a model needs of either backend."""
+    for name, path in KERNELS.items():
+        if within(name, {"reference", "positions", "runtime.arguments"}):
+            found = {module.split(".")[0] for module in imported(path)}
+            assert found <= {"math", "torch", "gqa_kernels"}, name
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -161,10 +166,17 @@ def test_the_model_knows_no_kernel(name):
     names = imported(MODELS[name])
     assert not {name.split(".")[0] for name in names} & {"triton", "tests", "bench"}
     used = {name.removeprefix("gqa_kernels.") for name in names if "gqa_kernels." in name}
-    # The demo shows the errors of the op table; placement asks what Triton can drive.
-    seams = {"get_backend", "backends", "interpreter", "accuracy", "spec", "runtime"}
+    # The demo shows the errors of the op table; placement asks what Triton can drive; a cache asks
+    # the specification how many tokens a call may bring.
+    seams = {"get_backend", "backends", "interpreter", "accuracy", "spec", "runtime", "positions"}
+    seams |= {"reference.MAX_NEW_TOKENS", "reference"}
     assert all(within(name, seams) for name in used)
-    assert {name for name in used if within(name, {"runtime"})} <= {"runtime", "runtime.target"}
+    assert {name for name in used if within(name, {"runtime"})} <= {
+        "runtime",
+        "runtime.target",
+        "runtime.arguments",
+        "runtime.arguments.INTS",
+    }
 
 
 def test_importing_the_package_loads_neither_triton_nor_a_gpu():

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from gqa_kernels.backends import get_backend
+from gqa_kernels.positions import packed_positions, rope_table
+from gqa_kernels.reference import MAX_NEW_TOKENS
+from gqa_kernels.runtime import arguments
 
 __all__ = ["Attention", "RMSNorm", "SwiGLU", "packed_positions", "rope_table"]
-
-_INTS = (torch.int32, torch.int64)
-_MAX_NEW_TOKENS = 16  # of one sequence in `decode_attention`
 
 _ATTENTION_NAMES = {
     "hf": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -32,48 +32,6 @@ _SWIGLU_NAMES = {  # gate, up, down
     "hf": ("gate_proj", "up_proj", "down_proj"),
     "meta": ("w1", "w3", "w2"),
 }
-
-
-def rope_table(
-    head_dim: int,
-    max_seq_len: int,
-    theta: float = 10000.0,
-    *,
-    device: torch.device | str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """cos and sin of position · theta^(−2i / head_dim), computed in float64.
-
-    Returns:
-        (cos, sin), float32 `[max_seq_len, head_dim / 2]`.
-    Raises:
-        ValueError: an odd head_dim, or a size that is not positive.
-    """
-    _check_size("head_dim", head_dim)
-    _check_size("max_seq_len", max_seq_len)
-    if head_dim % 2:
-        raise ValueError(f"head_dim: expected an even number; got {head_dim}")
-    feature = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device)
-    position = torch.arange(max_seq_len, dtype=torch.float64, device=device)
-    angle = position[:, None] * theta ** (-feature / head_dim)
-    return angle.cos().float(), angle.sin().float()
-
-
-def packed_positions(cu_seqlens: Tensor, total: int) -> Tensor:
-    """Positions `[1, total]` of packed tokens: from 0 in every sequence, without a device sync.
-
-    Tokens after the last sequence are at position 0.
-
-    Args:
-        cu_seqlens: int32 or int64 `[num_sequences + 1]`, from 0 and never decreasing.
-    Raises:
-        TypeError, ValueError: cu_seqlens of another kind, dtype or shape.
-    """
-    _check_tensor("cu_seqlens", cu_seqlens, ("num_sequences + 1",), _INTS)
-    if len(cu_seqlens) < 2:
-        raise ValueError("cu_seqlens: expected the bounds of one sequence or more; got none")
-    row = torch.arange(total, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    sequence = torch.searchsorted(cu_seqlens, row, right=True) - 1  # never an empty one
-    return (row - cu_seqlens[sequence]).masked_fill(row >= cu_seqlens[-1], 0)[None]
 
 
 class RMSNorm(nn.Module):
@@ -99,7 +57,7 @@ class RMSNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_size("hidden_size", hidden_size)
+        arguments.size("hidden_size", hidden_size)
         self.eps = eps
         ops = get_backend(backend)
         # The functions, not the module: copies and pickles carry them by name.
@@ -152,8 +110,8 @@ class SwiGLU(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_size("hidden_size", hidden_size)
-        _check_size("intermediate_size", intermediate_size)
+        arguments.size("hidden_size", hidden_size)
+        arguments.size("intermediate_size", intermediate_size)
         self._projections = _projection_names(_SWIGLU_NAMES, checkpoint_format)
         self._swiglu = get_backend(backend).swiglu
         wide, narrow = (hidden_size, intermediate_size), (intermediate_size, hidden_size)
@@ -206,9 +164,9 @@ class Attention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_size("hidden_size", hidden_size)
-        _check_size("num_q_heads", num_q_heads)
-        _check_size("num_kv_heads", num_kv_heads)
+        arguments.size("hidden_size", hidden_size)
+        arguments.size("num_q_heads", num_q_heads)
+        arguments.size("num_kv_heads", num_kv_heads)
         if num_q_heads % num_kv_heads:
             raise ValueError(
                 f"num_q_heads: expected a multiple of num_kv_heads ({num_kv_heads}); "
@@ -221,7 +179,7 @@ class Attention(nn.Module):
                     f"of num_q_heads ({num_q_heads}); got None"
                 )
             head_dim = hidden_size // num_q_heads
-        _check_size("head_dim", head_dim)
+        arguments.size("head_dim", head_dim)
         if head_dim % 2:
             raise ValueError(f"head_dim: expected an even number; got {head_dim}")
         self._projections = _projection_names(_ATTENTION_NAMES, checkpoint_format)
@@ -234,7 +192,8 @@ class Attention(nn.Module):
                 f"head_dim: expected a multiple of 8 up to 256 with triton; got {head_dim}"
             )
         ops = get_backend(backend)
-        self._apply_rope, self._decode_attention = ops.apply_rope, ops.decode_attention
+        self._apply_rope, self._rope_append_kv = ops.apply_rope, ops.rope_append_kv
+        self._decode_attention = ops.decode_attention
         self._flash_attention = ops.flash_attention
         self._flash_attention_varlen = ops.flash_attention_varlen
         q_size, kv_size = num_q_heads * head_dim, num_kv_heads * head_dim
@@ -269,9 +228,9 @@ class Attention(nn.Module):
                 with seq_lens into the last seq_len rows below it. For inference only.
             seq_lens: int32 or int64 `[batch]`, for 1 to 16 new tokens per sequence: how many tokens
                 the cache holds with the new ones, as in `decode_attention`; in [seq_len, capacity].
-                It is read on the device, where no error can name it: with a larger one the write
-                fails, with a smaller one it wraps to the cache's last rows and outputs have no
-                meaning. A position beyond cos and sin gives NaN.
+                It is read on the device, where no error can name it: new tokens that it puts
+                outside the cache are not written, and their outputs have no meaning. A position
+                outside cos and sin gives NaN.
         Returns:
             `[batch, seq_len, hidden_size]`.
         Raises:
@@ -280,27 +239,27 @@ class Attention(nn.Module):
             NotImplementedError: with a cache: a gradient, a window, attention that is not causal,
                 more than 16 new tokens with seq_lens.
         """
-        _check_tensor("x", x, ("batch", "seq_len", self.hidden_size))
+        arguments.tensor("x", x, shape=("batch", "seq_len", self.hidden_size))
         if kv_cache is not None:
             self._check_cache(x, positions, cu_seqlens, kv_cache, seq_lens)
         elif seq_lens is not None:
             raise ValueError("seq_lens: expected None without kv_cache; got a tensor")
         if cu_seqlens is not None:
-            _check_tensor("x", x, (1, "total", self.hidden_size))
+            arguments.tensor("x", x, shape=(1, "total", self.hidden_size))
         if positions is None and cu_seqlens is not None:
             positions = packed_positions(cu_seqlens, x.shape[1])
-        if seq_lens is not None:
-            steps = torch.arange(-x.shape[1], 0, dtype=seq_lens.dtype, device=seq_lens.device)
-            positions = seq_lens[:, None] + steps
 
         q, k, v, o = (getattr(self, name) for name in self._projections)
         # [batch, seq_len, num_heads, head_dim]
         q = q(x).unflatten(-1, (self.num_q_heads, self.head_dim))
         k = k(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = v(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        q, k = self._apply_rope(q, k, cos, sin, positions, interleaved=self.rope_interleaved)
-        if kv_cache is not None:
-            _write(kv_cache, k, v, positions)
+        pairs = {"interleaved": self.rope_interleaved}
+        if kv_cache is None:
+            q, k = self._apply_rope(q, k, cos, sin, positions, **pairs)
+        else:
+            positions, slots = _places(k, kv_cache, seq_lens)
+            q, k = self._rope_append_kv(q, k, v, *kv_cache, cos, sin, positions, slots, **pairs)
         mask = {"causal": self.causal, "window": self.window}
         if seq_lens is not None:
             out = self._decode_attention(q, *kv_cache, seq_lens)
@@ -340,7 +299,7 @@ class Attention(nn.Module):
             raise TypeError(f"kv_cache: expected (k_cache, v_cache); got {type(kv_cache).__name__}")
         shape = (batch, "capacity", self.num_kv_heads, self.head_dim)
         for name, cache in zip(("k_cache", "v_cache"), kv_cache, strict=True):
-            _check_tensor(name, cache, shape)
+            arguments.tensor(name, cache, shape=shape)
             shape = tuple(cache.shape)  # of the second as of the first
             if cache.stride(-1) != 1:
                 raise ValueError(
@@ -351,10 +310,10 @@ class Attention(nn.Module):
             raise ValueError(f"x: expected seq_len up to the cache's {capacity}; got {seq_len}")
         if seq_lens is None:
             return
-        _check_tensor("seq_lens", seq_lens, (batch,), _INTS)
-        if seq_len > _MAX_NEW_TOKENS:
+        arguments.tensor("seq_lens", seq_lens, shape=(batch,), dtypes=arguments.INTS)
+        if seq_len > MAX_NEW_TOKENS:
             raise NotImplementedError(
-                f"x: expected a seq_len of 1 to {_MAX_NEW_TOKENS} with seq_lens; got {seq_len}"
+                f"x: expected a seq_len of 1 to {MAX_NEW_TOKENS} with seq_lens; got {seq_len}"
             )
 
     def _load_from_state_dict(
@@ -371,31 +330,6 @@ class Attention(nn.Module):
         )
 
 
-def _check_size(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected a positive int; got {value!r}")
-
-
-def _check_tensor(
-    name: str,
-    value: Tensor,
-    shape: tuple[int | str, ...],
-    dtypes: tuple[torch.dtype, ...] | None = None,
-) -> None:
-    """A string in a shape stands for any size. What the ops take they check themselves."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor; got {type(value).__name__}")
-    if dtypes is not None and value.dtype not in dtypes:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name}: expected dtype {names}; got {value.dtype}")
-    if value.dim() != len(shape) or any(
-        not isinstance(want, str) and got != want
-        for got, want in zip(value.shape, shape, strict=True)
-    ):
-        wanted = ", ".join(map(str, shape))
-        raise ValueError(f"{name}: expected shape [{wanted}]; got {list(value.shape)}")
-
-
 def _projection_names(table: dict[str, tuple[str, ...]], checkpoint_format: str) -> tuple[str, ...]:
     if checkpoint_format not in table:
         raise ValueError(
@@ -404,18 +338,22 @@ def _projection_names(table: dict[str, tuple[str, ...]], checkpoint_format: str)
     return table[checkpoint_format]
 
 
-def _write(kv_cache: tuple[Tensor, Tensor], k: Tensor, v: Tensor, positions: Tensor | None) -> None:
-    k_cache, v_cache = kv_cache
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        # An assignment would cast and copy in silence.
+def _places(
+    k: Tensor, kv_cache: tuple[Tensor, Tensor], seq_lens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(positions, slots) of new tokens, each `[batch, seq_len]`: the first of their sequences, or
+    the last below seq_lens. A token outside the cache has no slot."""
+    for name, cache in zip(("k_cache", "v_cache"), kv_cache, strict=True):
+        # What is written would be cast in silence by one backend and refused by the other.
         if cache.dtype != k.dtype:
             raise TypeError(f"{name}: expected the new keys' dtype {k.dtype}; got {cache.dtype}")
         if cache.device != k.device:
             raise ValueError(f"{name}: expected x's device {k.device}; got {cache.device}")
-    if positions is None:
-        k_cache[:, : k.shape[1]] = k
-        v_cache[:, : v.shape[1]] = v
-    else:
-        row = torch.arange(k.shape[0], device=k.device)[:, None]
-        k_cache[row, positions] = k
-        v_cache[row, positions] = v
+    batch, seq_len = k.shape[:2]
+    capacity = kv_cache[0].shape[1]
+    positions = torch.arange(seq_len, device=k.device).expand(batch, seq_len)
+    if seq_lens is not None:
+        positions = positions + (seq_lens[:, None] - seq_len)
+    first_slots = torch.arange(batch, device=k.device)[:, None] * capacity
+    outside = (positions < 0) | (positions >= capacity)
+    return positions, (first_slots + positions).masked_fill(outside, -1)

@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gqa_kernels.reference import MAX_NEW_TOKENS
 from llama2.cache.kv_cache import CacheStep, KeyValues, Stored
 from llama2.cache.page_pool import PagePool, page_digests
 from llama2.config import ModelConfig
-
-MAX_DECODE_TOKENS = 16  # that decode_attention takes per sequence
 
 
 def to_device(values: np.ndarray, device: torch.device) -> Tensor:
@@ -264,8 +263,8 @@ class PagedBatch:
         sequences = {row: cache._sequence(row) for row in rows}
         pending = [len(s.tokens) - s.num_cached for s in sequences.values()]
         width = max(pending, default=0)
-        if width == 0 or (width > MAX_DECODE_TOKENS and not alone):
-            most = "" if alone else f" to {MAX_DECODE_TOKENS}"
+        if width == 0 or (width > MAX_NEW_TOKENS and not alone):
+            most = "" if alone else f" to {MAX_NEW_TOKENS}"
             raise ValueError(f"rows: expected 1{most} pending tokens; got {width}")
         lengths = np.zeros(cache.max_batch, dtype=np.int32)
         new = np.zeros((3, cache.max_batch, width), dtype=np.int64)
@@ -286,7 +285,7 @@ class PagedBatch:
         seq_lens, context = cache.seq_lens[batch], None
         if alone and sequences[rows[0]].num_cached == 0:
             seq_lens = None
-        elif width > MAX_DECODE_TOKENS:
+        elif width > MAX_NEW_TOKENS:
             context = to_device(cache._slots(rows[0], np.arange(lengths[rows[0]])), device)
         table = cache.block_table[batch]
         self._step = CacheStep(self.stored, positions, slots, seq_lens, table, context)

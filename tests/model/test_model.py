@@ -22,9 +22,9 @@ from small_llama import (
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from gqa_kernels.positions import packed_positions, rope_table
 from llama2 import PUBLISHED, KVCache, Llama2
 from llama2.generate import generate
-from llama2.model import packed_positions, rope_table
 
 # (query heads, key/value heads, head_dim): MHA, GQA by 2 and by 3, MQA; an odd width.
 HEADS = [(4, 4, 16), (4, 2, 16), (6, 2, 8), (4, 1, 16), (2, 1, 80)]
@@ -167,11 +167,11 @@ def test_ragged_rows_decode_as_if_alone(device):
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 def test_packed_positions_restart(dtype, device):
     tokens, cu_seqlens = packed(random_documents(device), after=3, dtype=dtype)
-    positions = packed_positions(tokens, cu_seqlens)
+    positions = packed_positions(cu_seqlens, tokens.shape[1])
     assert positions.dtype == dtype
     assert positions.tolist() == [[*range(9), 0, *range(6), 0, 0, 0]]
     beyond = torch.tensor([0, 2, 50, 60], dtype=dtype, device=device)
-    assert packed_positions(tokens, beyond).tolist() == [[0, 1, *range(17)]]
+    assert packed_positions(beyond, tokens.shape[1]).tolist() == [[0, 1, *range(17)]]
 
 
 @pytest.mark.parametrize("after", [0, 3])
@@ -258,15 +258,15 @@ def test_impossible_packed_or_padded_calls_are_refused(device):
         with pytest.raises(ValueError, match=r"tokens: expected \[1, total\] .* got \[2, 16\]"):
             call(tokens.expand(2, -1), cu_seqlens=cu_seqlens)
         with pytest.raises(
-            TypeError, match=r"cu_seqlens: expected a tensor of int32 or int64; got .*float32"
+            TypeError, match=r"cu_seqlens: expected dtype int32, int64; got .*float32"
         ):
             call(tokens, cu_seqlens=cu_seqlens.float())
         for wrong in (cu_seqlens[:1], cu_seqlens[None]):
-            with pytest.raises(ValueError, match=r"cu_seqlens: expected \[num_sequences \+ 1\]"):
+            with pytest.raises(ValueError, match=r"cu_seqlens: expected (shape|the bounds of one)"):
                 call(tokens, cu_seqlens=wrong)
     with pytest.raises(ValueError, match="num_valid: expected none with cu_seqlens; got both"):
         model.loss(tokens, num_valid=cu_seqlens[:1], cu_seqlens=cu_seqlens)
-    with pytest.raises(ValueError, match=r"num_valid: expected \[1\]; got \[5\]"):
+    with pytest.raises(ValueError, match=r"num_valid: expected shape \[1\]; got \[5\]"):
         model.loss(tokens, num_valid=cu_seqlens)
 
 
@@ -324,7 +324,8 @@ def test_every_parameter_gets_a_gradient(device):
 def test_a_cast_model_keeps_its_float32_rope_table(dtype, device):
     model = Llama2(small_config(), EAGER).to(device).to(dtype)
     assert {p.dtype for p in model.parameters()} == {dtype}
-    cos, sin = rope_table(model.config, device)
+    config = model.config
+    cos, sin = rope_table(config.head_dim, config.max_seq_len, config.rope_theta, device=device)
     assert model.rope.cos.dtype == model.rope.sin.dtype == torch.float32
     assert model.rope.cos.device.type == device.type
     assert torch.equal(model.rope.cos, cos) and torch.equal(model.rope.sin, sin)
@@ -369,7 +370,7 @@ def test_wrong_shapes_are_refused(device):
     )
     with pytest.raises(ValueError, match=r"tokens: expected \[batch, seq_len\]; got \[20\]"):
         model(tokens[0])
-    with pytest.raises(ValueError, match=r"num_valid: expected \[2\]; got \[1\]"):
+    with pytest.raises(ValueError, match=r"num_valid: expected shape \[2\]; got \[1\]"):
         model(tokens, cache, torch.tensor([3], device=device))
     with pytest.raises(ValueError, match="num_valid: expected only with an empty cache"):
         model(tokens, None, torch.tensor([3, 4], device=device))

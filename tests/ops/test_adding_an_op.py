@@ -21,7 +21,7 @@ REFERENCE = '''
 
 def relu_squared(x: Tensor) -> Tensor:
     """max(x, 0)², in float32, rounded once."""
-    return _wide(x).clamp(min=0).square().to(x.dtype)
+    return wide(x).clamp(min=0).square().to(x.dtype)
 '''
 KERNEL = '''
 """Squared ReLU: y = max(x, 0)². One program owns a row. Saved for backward: x."""
@@ -151,7 +151,13 @@ def environment(tmp_path_factory):
         path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
 
     (package / "ops" / "relu_squared.py").write_text(KERNEL.lstrip(), encoding="utf-8")
-    edit("reference.py", lambda text: text + REFERENCE)
+    edit("reference/rows.py", lambda text: text + REFERENCE)
+    edit(
+        "reference/__init__.py",
+        lambda text: text.replace("rms_norm, swiglu\n", "relu_squared, rms_norm, swiglu\n").replace(
+            '    "swiglu",\n', '    "relu_squared",\n    "swiglu",\n'
+        ),
+    )
     edit(
         "fused.py",
         lambda text: text.replace(

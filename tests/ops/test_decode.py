@@ -7,7 +7,7 @@ import torch
 from budget import assert_call
 
 from gqa_kernels import reference
-from gqa_kernels.ops.cache.decode import decode_attention
+from gqa_kernels.ops.cache.decode import MAX_NEW_TOKENS, decode_attention
 from gqa_kernels.runtime import configs
 
 CHUNK = configs.DECODE_CHUNK
@@ -150,3 +150,7 @@ def test_wrong_arguments(draw, device):
         )
     with pytest.raises(NotImplementedError, match="q: expected inputs without a gradient"):
         decode_attention(q.requires_grad_(), k, k, seq_lens)
+
+
+def test_the_kernel_takes_as_many_new_tokens_as_the_reference():
+    assert MAX_NEW_TOKENS == reference.MAX_NEW_TOKENS

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from gqa_kernels.runtime import target
+from gqa_kernels.runtime import arguments, target
+from gqa_kernels.runtime.arguments import INTS
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-INTS = (torch.int32, torch.int64)
 QUANTIZED = (torch.float8_e4m3fn, torch.int8)
 _FLOAT32 = torch.finfo(torch.float32)
 
@@ -22,28 +22,18 @@ def tensor(
     shape: tuple[int | str | None, ...] | None = None,
     like: tuple[str, Tensor] | None = None,
 ) -> None:
-    """Checks one tensor argument.
+    """Checks one tensor argument of a kernel.
 
     Args:
-        shape: expected sizes; a string or None stands for any size and is shown in messages.
+        dtypes, shape: as in `arguments.tensor`.
         like: another argument and its name, whose device this one shares.
     Raises:
-        TypeError: not a strided tensor, or of a dtype outside `dtypes`.
+        TypeError, ValueError: as `arguments.tensor`; another device than that of `like`.
         NotImplementedError: a lazily negated view, a tensor with a forward-mode tangent, or one
             inside a transform of torch.func.
-        ValueError: another shape, or another device than `like`.
         RuntimeError: a device that kernels do not run on.
     """
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor; got {type(value).__name__}")
-    if value.layout != torch.strided or value.is_nested:
-        raise TypeError(f"{name}: expected a strided tensor; got {value.layout}, or a nested one")
-    if value.dtype not in dtypes:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name}: expected dtype {names}; got {value.dtype}")
-    if shape is not None and not _matches(value.shape, shape):
-        wanted = ", ".join("*" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name}: expected shape [{wanted}]; got {list(value.shape)}")
+    arguments.tensor(name, value, dtypes=dtypes, shape=shape)
     if value.is_neg():
         raise NotImplementedError(
             f"{name}: expected values as stored; got a view that negates them"
@@ -62,13 +52,6 @@ def tensor(
         raise ValueError(
             f"{name}: expected {like[0]}'s device {like[1].device}; got {value.device}"
         )
-
-
-def _matches(actual: torch.Size, expected: tuple[int | str | None, ...]) -> bool:
-    return len(actual) == len(expected) and all(
-        not isinstance(want, int | torch.SymInt) or got == want
-        for got, want in zip(actual, expected, strict=True)
-    )
 
 
 def key_limits(

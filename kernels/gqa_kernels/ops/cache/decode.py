@@ -25,7 +25,7 @@ from gqa_kernels.ops.cache import counters
 from gqa_kernels.ops.cache.decode_kernel import _decode_kernel
 from gqa_kernels.runtime import checks, configs, layout, library, target
 
-MAX_NEW_TOKENS = 16
+MAX_NEW_TOKENS = 16  # the reference's
 
 
 def _forward(
@@ -150,7 +150,9 @@ def check(
     checks.attention_heads(num_q_heads, k_cache.shape[2], head_dim)
     checks.softmax_scale(softmax_scale, head_dim)
     if not 1 <= seq_len_q <= MAX_NEW_TOKENS:
-        raise NotImplementedError(f"q: expected a seq_len_q of 1 to 16; got {seq_len_q}")
+        raise NotImplementedError(
+            f"q: expected a seq_len_q of 1 to {MAX_NEW_TOKENS}; got {seq_len_q}"
+        )
 
 
 def _fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:

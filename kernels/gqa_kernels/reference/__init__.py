@@ -1,0 +1,31 @@
+"""The ops in plain PyTorch: the specification that every kernel is checked against.
+
+Nothing here is tuned. Every function runs on any device and in any floating dtype, differentiates
+through autograd, and keeps its intermediate results in `promote_types(dtype, float32)` wherever the
+kernels keep them in float32. Evaluated in float64, a function is its own oracle.
+
+Layout: `[batch, seq_len, num_heads, head_dim]`. Query head h reads key/value head h // group_size,
+where group_size = num_q_heads / num_kv_heads.
+"""
+
+from gqa_kernels.reference.attention import flash_attention, flash_attention_varlen
+from gqa_kernels.reference.cache import (
+    MAX_NEW_TOKENS,
+    decode_attention,
+    dequantized,
+    rope_append_kv,
+)
+from gqa_kernels.reference.rows import add_rms_norm, apply_rope, rms_norm, swiglu
+
+__all__ = [
+    "MAX_NEW_TOKENS",
+    "add_rms_norm",
+    "apply_rope",
+    "decode_attention",
+    "dequantized",
+    "flash_attention",
+    "flash_attention_varlen",
+    "rms_norm",
+    "rope_append_kv",
+    "swiglu",
+]

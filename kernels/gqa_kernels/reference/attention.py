@@ -1,0 +1,186 @@
+"""Attention in plain PyTorch."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from gqa_kernels.reference.rows import wide
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    softmax_scale: float | None,
+    *,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention under a boolean mask; a query that sees no key and has no sink gives 0 and
+    lse −inf."""
+    if softmax_scale is None:
+        softmax_scale = q.shape[-1] ** -0.5
+    group_size = q.shape[2] // k.shape[2]
+    q = q.transpose(1, 2)  # [batch, num_q_heads, seq_len_q, head_dim]
+    k = k.transpose(1, 2).repeat_interleave(group_size, dim=1)
+    v = v.transpose(1, 2).repeat_interleave(group_size, dim=1)
+    scores = wide(q @ k.transpose(-1, -2)) * softmax_scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -math.inf)
+    lse = torch.logsumexp(scores, dim=-1)  # [batch, num_q_heads, seq_len_q]
+    if sinks is not None:
+        lse = torch.logaddexp(lse, wide(sinks)[:, None].to(lse.dtype))
+    blind = lse == -math.inf
+    weights = torch.exp(scores - lse.masked_fill(blind, 0.0).unsqueeze(-1))
+    return (weights.to(v.dtype) @ v).transpose(1, 2), lse
+
+
+def in_range(key_ranges: Tensor | None, key: Tensor) -> Tensor | None:
+    """`[batch, 1, seq_len_q, seq_len_kv]`: whether a key lies in a query's range."""
+    if key_ranges is None:
+        return None
+    first, end = key_ranges[:, None, :, :1], key_ranges[:, None, :, 1:]
+    return (key >= first) & (key < end)
+
+
+def nonzero(key_mask: Tensor | None) -> Tensor | None:
+    """`[batch, 1, 1, seq_len_kv]`: whether a key is shown at all."""
+    return None if key_mask is None else (key_mask != 0)[:, None, None]
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    key_ranges: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention with grouped key/value heads.
+
+    With p = i + seq_len_kv − seq_len_q, the key that query i stands on (so that the last query
+    stands on the last key), the score of query i and key j of head h is
+
+        s = softmax_scale · qᵢ · kⱼ
+        s ← softcap · tanh(s / softcap)                     with `softcap`
+        s ← s − alibi_slopes[h] · |p − j|                   with `alibi_slopes`
+
+    and out_i = Σⱼ exp(s − lse) vⱼ, lse = log(Σⱼ exp(s) [+ exp(sinks[h])]), over the visible keys.
+
+    Args:
+        q: `[batch, seq_len_q, num_q_heads, head_dim]`.
+        k, v: `[batch, seq_len_kv, num_kv_heads, head_dim]`; num_q_heads is a multiple of
+            num_kv_heads (equal: MHA; 1: MQA; between: GQA).
+        causal: query i sees keys j ≤ p.
+        softmax_scale: positive; None means 1 / sqrt(head_dim).
+        window: (left, right): query i sees keys p − left ≤ j ≤ p + right; None does not limit a
+            side. Causal attention sees no key to the right whatever the window.
+        softcap: positive.
+        sinks: `[num_q_heads]`: the score of one more key per head, whose value is 0.
+        alibi_slopes: `[num_q_heads]` or `[batch, num_q_heads]`, a constant.
+        key_ranges: `[batch, seq_len_q, 2]`: (first, end) of the keys that each query may see,
+            first ≤ j < end, beside all else. An empty range sees no key.
+        key_mask: `[batch, seq_len_kv]`: a key with 0 is hidden from every query.
+        return_lse: also return lse.
+    Returns:
+        out `[batch, seq_len_q, num_q_heads, head_dim]`, and with `return_lse` the natural-log
+        lse `[batch, num_q_heads, seq_len_q]` in float32. A query that sees no key gives 0, and
+        −inf or its sink.
+    Reference: Dao et al. 2022, arXiv:2205.14135; Ainslie et al. 2023, arXiv:2305.13245. Windows:
+        Beltagy et al. 2020, arXiv:2004.05150. Soft cap: Gemma Team 2024, arXiv:2408.00118. Sinks:
+        OpenAI 2025, arXiv:2508.10925. ALiBi: Press et al. 2022, arXiv:2108.12409.
+    """
+    own_key = torch.arange(q.shape[1], device=q.device)[:, None] + k.shape[1] - q.shape[1]
+    key = torch.arange(k.shape[1], device=q.device)[None, :]
+    left, right = window or (None, None)
+    if causal:
+        right = 0
+    visible = None
+    if left is not None or right is not None:
+        visible = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
+        if left is not None:
+            visible &= key >= own_key - left
+        if right is not None:
+            visible &= key <= own_key + right
+    for limit in (in_range(key_ranges, key), nonzero(key_mask)):
+        if limit is not None:
+            visible = limit if visible is None else visible & limit
+    bias = None
+    if alibi_slopes is not None:
+        bias = -alibi_slopes[..., None, None] * (own_key - key).abs()
+    out, lse = attend(q, k, v, visible, softmax_scale, softcap=softcap, bias=bias, sinks=sinks)
+    return (out, lse) if return_lse else out
+
+
+def flash_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_kv: Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`flash_attention` of sequences packed one after another; none sees another.
+
+    Sequence b has the queries cu_seqlens_q[b] … cu_seqlens_q[b + 1] − 1 and the keys
+    cu_seqlens_kv[b] … cu_seqlens_kv[b + 1] − 1. Either may be empty. Rows after the last sequence
+    belong to none: they see no key and no query sees them.
+
+    Args:
+        q: `[total_q, num_q_heads, head_dim]`.
+        k, v: `[total_kv, num_kv_heads, head_dim]`.
+        cu_seqlens_q, cu_seqlens_kv: int32 or int64 `[num_sequences + 1]`, from 0 and never
+            decreasing.
+        alibi_slopes: `[num_q_heads]` or `[num_sequences, num_q_heads]`, a constant.
+        All else as in `flash_attention`.
+    Returns:
+        out `[total_q, num_q_heads, head_dim]`, and with `return_lse` the natural-log lse
+        `[num_q_heads, total_q]` in float32.
+    """
+    bounds_q = [min(x, q.shape[0]) for x in cu_seqlens_q.tolist()]
+    bounds_kv = [min(x, k.shape[0]) for x in cu_seqlens_kv.tolist()]
+    # The rows after the last sequence, as one more sequence without keys.
+    bounds_q, bounds_kv = [*bounds_q, q.shape[0]], [*bounds_kv, bounds_kv[-1]]
+    outs, lses = [], []
+    for b in range(len(bounds_q) - 1):
+        queries, keys = slice(*bounds_q[b : b + 2]), slice(*bounds_kv[b : b + 2])
+        slopes = alibi_slopes
+        if slopes is not None and slopes.dim() == 2:
+            slopes = slopes[min(b, slopes.shape[0] - 1)]
+        out, lse = flash_attention(
+            q[None, queries],
+            k[None, keys],
+            v[None, keys],
+            causal=causal,
+            softmax_scale=softmax_scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            alibi_slopes=slopes,
+            return_lse=True,
+        )
+        outs.append(out[0])
+        lses.append(lse[0])
+    out, lse = torch.cat(outs), torch.cat(lses, dim=-1)
+    return (out, lse) if return_lse else out
