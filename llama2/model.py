@@ -18,7 +18,7 @@ from gqa_kernels.runtime import arguments
 from llama2.cache.kv_cache import Cache, CacheStep, KVCache
 from llama2.config import ModelConfig
 
-_IGNORED = -100  # a target that counts for nothing
+IGNORED = -100  # a target that counts for nothing
 
 
 def _packed_positions(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def _packed_positions(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def _targets(tokens: Tensor, num_valid: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """The token to predict at each place but the last, or _IGNORED; see `Llama2.loss`."""
+    """The token to predict at each place but the last, or IGNORED; see `Llama2.loss`."""
     if tokens.dim() != 2 or tokens.shape[1] < 2:
         raise ValueError(
             f"tokens: expected [batch, seq_len + 1] with seq_len ≥ 1; got {list(tokens.shape)}"
@@ -41,11 +41,11 @@ def _targets(tokens: Tensor, num_valid: Tensor | None, cu_seqlens: Tensor | None
         if num_valid is not None:
             raise ValueError("num_valid: expected none with cu_seqlens; got both")
         ignored = _packed_positions(tokens, cu_seqlens)[:, 1:] == 0
-        targets = targets.masked_fill(ignored, _IGNORED)
+        targets = targets.masked_fill(ignored, IGNORED)
     elif num_valid is not None:
         arguments.tensor("num_valid", num_valid, shape=(batch,), dtypes=arguments.INTS)
         column = torch.arange(1, columns, device=tokens.device)
-        targets = targets.masked_fill(column >= num_valid[:, None], _IGNORED)
+        targets = targets.masked_fill(column >= num_valid[:, None], IGNORED)
     return targets
 
 
@@ -53,7 +53,7 @@ def count_predictions(
     tokens: Tensor, *, num_valid: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
     """How many tokens `Llama2.loss` of these arguments predicts, int64, on their device."""
-    return (_targets(tokens, num_valid, cu_seqlens) != _IGNORED).sum()
+    return (_targets(tokens, num_valid, cu_seqlens) != IGNORED).sum()
 
 
 class RotaryTable(nn.Module):
@@ -349,9 +349,20 @@ class Llama2(nn.Module):
         """
         targets = _targets(tokens, num_valid, cu_seqlens)
         # Causal attention keeps what pads a row on the right from all tokens before it.
-        logits = self(tokens[:, :-1], cu_seqlens=cu_seqlens)
-        logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-        if num_predictions is None:
-            return F.cross_entropy(logits, targets.flatten(), ignore_index=_IGNORED)
-        total = F.cross_entropy(logits, targets.flatten(), ignore_index=_IGNORED, reduction="sum")
-        return total / num_predictions
+        total = self.token_losses(tokens[:, :-1], targets, cu_seqlens=cu_seqlens).sum()
+        return total / ((targets != IGNORED).sum() if num_predictions is None else num_predictions)
+
+    def token_losses(
+        self, tokens: Tensor, targets: Tensor, *, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        """−log p(target) in nats at each token, `[batch, seq_len]`, in float32 or wider; 0 where
+        the target is IGNORED.
+
+        Args:
+            tokens: int `[batch, seq_len]`; packed with `cu_seqlens`, as `hidden_states` takes them.
+            targets: int64 `[batch, seq_len]`, ids or IGNORED.
+        """
+        logits = self(tokens, cu_seqlens=cu_seqlens).flatten(0, 1)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="none")
+        return losses.view(targets.shape)

@@ -22,6 +22,7 @@ from llama2.placement import Placement, place
 from llama2.tokenizer import Tokenizer
 from llama2.train.corpora import TOKENIZER, corpora_of, tokenizer_file_of
 from llama2.train.data import Document, document_ids, is_within
+from llama2.train.execution import STATE
 from llama2.train.pretrain import TrainConfig, train
 from llama2.train.shards import Mixture
 from llama2.train.state import locked, replacing
@@ -141,7 +142,7 @@ def _check_folders(args: argparse.Namespace) -> None:
 def _check_start(work: Path, init: Path | None) -> None:
     """A state says which weights it has, not which it began with; that is recorded beside it."""
     file, start = work / "start.json", None if init is None else str(init.resolve())
-    if (work / "state.pt").exists() and (
+    if (work / STATE).exists() and (
         found := json.loads(file.read_text(encoding="utf-8"))["init"]
     ) != start:
         raise ValueError(f"{work}: expected the init of the run there, {found}; got {start}")

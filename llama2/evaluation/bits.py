@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,7 +36,7 @@ def bits_per_byte(
         batches.append(tail[None])
     nats = 0.0
     for windows in tqdm(batches, desc="held out", unit="batch", leave=False):
-        nats += _nats(model, windows, "sum").item()
+        nats += _nats(model, windows).sum().item()
     return nats / math.log(2) / num_bytes
 
 
@@ -69,14 +68,12 @@ def bits_per_document(
     bits = [0.0] * len(documents_tokens)
     for batch in tqdm(batches, desc="held out", unit="batch", leave=False):
         stacked = np.stack([window for _, window in batch])
-        nats = _nats(model, stacked, "none").view(len(batch), -1).double().sum(1)
-        for (number, _), value in zip(batch, nats.tolist(), strict=True):
+        for (number, _), value in zip(batch, _nats(model, stacked).tolist(), strict=True):
             bits[number] += value / math.log(2)
     return bits
 
 
-def _nats(model: Llama2, windows: np.ndarray, reduction: str) -> Tensor:
-    """Cross-entropy in float32 of the ids `[batch, seq_len + 1]` but each first, summed or each."""
+def _nats(model: Llama2, windows: np.ndarray) -> Tensor:
+    """Σ −log p over each row's ids `[batch, seq_len + 1]` but its first, in float64."""
     tokens = torch.from_numpy(windows.astype(np.int64)).to(next(model.parameters()).device)
-    logits = model(tokens[:, :-1]).flatten(0, 1).float()
-    return F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction=reduction)
+    return model.token_losses(tokens[:, :-1], tokens[:, 1:]).double().sum(1)

@@ -4,34 +4,30 @@
 
 On GPUs with nccl and the kernels, on the CPU with gloo and the eager backend. Killed, the same
 command continues from `--work`, on any number of processes: the data of a step, and with it the
-loss but for roundings, do not depend on it.
+loss but for roundings, do not depend on it. `--work` also receives `log.jsonl`, a line per step.
 """
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from tqdm import tqdm
 
 from gqa_kernels.backends import get_backend
 from llama2 import parallel
 from llama2.checkpoint import SHIPPED
 from llama2.model import Llama2
 from llama2.tokenizer import Tokenizer
+from llama2.train import pretrain
 from llama2.train.data import RandomWindows, stdlib_documents, token_stream
-from llama2.train.pretrain import (
-    Batches,
-    TrainConfig,
-    apply_gradients,
-    make_optimizer,
-    run_identity,
-)
+from llama2.train.pretrain import Batches, TrainConfig
 from llama2.train.sharded_state import load_sharded_state, save_sharded_state
+from llama2.train.state import Identity
 from llama2.train.stdlib_checkpoint import MODEL
 
 
@@ -49,33 +45,40 @@ def make_mesh(device_type: str, tp: int) -> DeviceMesh:
     return init_device_mesh(device_type, tuple(kept.values()), mesh_dim_names=tuple(kept))
 
 
-def own_rows(batch: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The rows of a batch that this process computes."""
-    if parallel.DATA not in mesh.mesh_dim_names:
-        return batch
-    data = mesh[parallel.DATA]
-    return batch[data.get_local_rank() :: data.size()]
+class Sharded:
+    """The `Execution` of a model that `parallelize` sharded over `mesh`; its states load on any
+    number of processes."""
 
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.mesh = mesh
+        self.speaks = dist.get_rank() == 0
 
-def train_step(
-    model: Llama2,
-    optimizer: torch.optim.Optimizer,
-    batch: Tensor,
-    mesh: DeviceMesh,
-    step: int,
-    config: TrainConfig,
-) -> tuple[float, float]:
-    """`pretrain.train_step` of a parallel model; every process gives it the whole batch.
+    def own_rows(self, batch: Tensor) -> Tensor:
+        if parallel.DATA not in self.mesh.mesh_dim_names:
+            return batch
+        data = self.mesh[parallel.DATA]
+        return batch[data.get_local_rank() :: data.size()]
 
-    Raises:
-        FloatingPointError: the loss or the norm is not finite. The weights are as before the step.
-    """
-    optimizer.zero_grad(set_to_none=True)
-    loss = parallel.loss(model, own_rows(batch, mesh), mesh)
-    loss.backward()
-    total = parallel.mean(loss, mesh)
-    norm = parallel.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-    return apply_gradients(optimizer, total, norm, step, config)
+    def mean(self, value: Tensor) -> Tensor:
+        return parallel.mean(value, self.mesh)
+
+    def clip_grad_norm_(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+        return parallel.clip_grad_norm_(parameters, max_norm)
+
+    def load(
+        self, folder: Path, model: Llama2, optimizer: torch.optim.Optimizer, identity: Identity
+    ) -> int:
+        return load_sharded_state(folder, model, optimizer, identity)
+
+    def save(
+        self,
+        folder: Path,
+        model: Llama2,
+        optimizer: torch.optim.Optimizer,
+        step: int,
+        identity: Identity,
+    ) -> None:
+        save_sharded_state(folder, model, optimizer, step, identity)
 
 
 def train(
@@ -86,17 +89,15 @@ def train(
     folder: Path,
     *,
     save_every: int = 500,
-) -> list[float]:
-    """`pretrain.train` of a model that `parallelize` sharded over `mesh`, without micro-batches and
-    without a log: goes on from the state in `folder`, if there is one.
+) -> list[dict[str, float]]:
+    """`pretrain.train` of a model that `parallelize` sharded over `mesh`, without micro-batches;
+    `folder` is one that all processes see.
 
-    Returns:
-        the losses of the steps run, the first of them after those of the state.
     Raises:
-        ValueError: `config` asks for micro-batches, or for bfloat16 or activation checkpointing,
-            which `parallelize` gives, or for a batch that the models do not divide; the state in
-            `folder` is of another run.
-        FloatingPointError: a loss or gradient is not finite; such a step is never saved.
+        ValueError: as `pretrain.train`; `config` asks for micro-batches, or for bfloat16 or
+            activation checkpointing, which `parallelize` gives, or for a batch that the models do
+            not divide.
+        FloatingPointError: as `pretrain.train`.
     """
     num_parts = mesh[parallel.DATA].size() if parallel.DATA in mesh.mesh_dim_names else 1
     if config.batch_size % num_parts:
@@ -107,25 +108,15 @@ def train(
     for name, unused in unused_options.items():
         if getattr(config, name) != unused:
             raise ValueError(f"{name}: expected {unused}; got {getattr(config, name)}")
-    optimizer = make_optimizer(model, config)
-    identity = run_identity(model, data, config)
-    first_step = load_sharded_state(folder, model, optimizer, identity)
-    losses = []
-    speaks = dist.get_rank() == 0
-    steps = range(first_step, config.steps)
-    model.train()
-    with tqdm(
-        steps, initial=first_step, total=config.steps, unit="step", disable=not speaks
-    ) as progress:
-        for step in progress:
-            batch = data.batch(step).to(model.rope.cos.device)
-            loss, norm = train_step(model, optimizer, batch, mesh, step, config)
-            losses.append(loss)
-            if speaks:
-                progress.write(f"step {step}: loss {loss:.6f}, gradient norm {norm:.6f}")
-            if (step + 1) % save_every == 0 or step + 1 == config.steps:
-                save_sharded_state(folder, model, optimizer, step + 1, identity)
-    return losses
+    return pretrain.train(
+        model,
+        data,
+        config,
+        folder,
+        save_every=save_every,
+        objective=partial(parallel.loss, mesh=mesh),
+        execution=Sharded(mesh),
+    )
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

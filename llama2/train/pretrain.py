@@ -17,7 +17,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from llama2.model import Llama2
-from llama2.train.state import cut_log, load_state, read_log, save_state
+from llama2.train.execution import Execution, OneProcess
+from llama2.train.objectives import Objective, next_token
+from llama2.train.state import Identity, cut_log, read_log
+
+LOG = "log.jsonl"
 
 
 @dataclass(frozen=True)
@@ -134,13 +138,16 @@ def train_step(
     step: int,
     config: TrainConfig,
     worker: Llama2 | None = None,
+    objective: Objective = next_token,
+    execution: Execution = OneProcess(),  # noqa: B008  (it has no state)
 ) -> tuple[float, float]:
     """One optimiser step on `batch` int64 `[batch_size, seq_len + 1]`, on the model's device.
 
     Args:
+        batch: whole in every process of `execution`.
         worker: of `make_worker`, which takes the weights of `model` anew; None makes one.
     Returns:
-        (loss, gradient norm before clipping): the loss is the batch's mean in nats per token.
+        (loss, gradient norm before clipping): the loss is that of the batch.
     Raises:
         FloatingPointError: either is not finite. The weights are as before the step.
     """
@@ -150,30 +157,17 @@ def train_step(
         with torch.no_grad():
             for copied, weight in zip(worker.parameters(), model.parameters(), strict=True):
                 copied.copy_(weight)
-    micro_batches = batch.split(config.micro_batch_size or config.batch_size)
+    rows = execution.own_rows(batch)
+    micro_batches = rows.split(config.micro_batch_size or len(rows))
     total = torch.zeros((), device=batch.device)
     for micro_batch in micro_batches:
-        loss = worker.loss(micro_batch) / len(micro_batches)
+        loss = objective(worker, micro_batch) / len(micro_batches)
         loss.backward()
-        total += loss.detach()
+        total = total + loss.detach()
         if worker is not model:
             _hand_over_gradients(worker, model)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-    return apply_gradients(optimizer, total, norm, step, config)
-
-
-def _hand_over_gradients(worker: Llama2, model: Llama2) -> None:
-    """Adds the worker's gradients to the model's, in float32, and leaves it none."""
-    for copied, weight in zip(worker.parameters(), model.parameters(), strict=True):
-        gradient = copied.grad.float()
-        weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
-        copied.grad = None
-
-
-def apply_gradients(
-    optimizer: torch.optim.Optimizer, total: Tensor, norm: Tensor, step: int, config: TrainConfig
-) -> tuple[float, float]:
-    """The end of `train_step`, given the loss, the norm before clipping and clipped gradients."""
+    total = execution.mean(total)
+    norm = execution.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     if not (total + norm).isfinite():
         raise FloatingPointError(
             f"step {step}: expected a finite loss and gradient norm; got {total.item()} and "
@@ -185,8 +179,16 @@ def apply_gradients(
     return total.item(), norm.item()
 
 
-def run_identity(model: Llama2, data: Batches, config: TrainConfig) -> dict[str, Any]:
-    """What two runs must share for one to resume the other: shapes, recipe and data."""
+def _hand_over_gradients(worker: Llama2, model: Llama2) -> None:
+    """Adds the worker's gradients to the model's, in float32, and leaves it none."""
+    for copied, weight in zip(worker.parameters(), model.parameters(), strict=True):
+        gradient = copied.grad.float()
+        weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+        copied.grad = None
+
+
+def run_identity(model: Llama2, data: Batches, config: TrainConfig) -> Identity:
+    """The shapes, the recipe and the data of a run."""
     recipe = asdict(config)
     del recipe["activation_checkpointing"]  # changes no bit
     return {
@@ -203,14 +205,19 @@ def train(
     folder: Path,
     *,
     save_every: int = 500,
+    objective: Objective = next_token,
+    execution: Execution = OneProcess(),  # noqa: B008  (it has no state)
 ) -> list[dict[str, float]]:
     """Trains `model` in place on `data` and returns the records of the log, one per step.
 
-    `folder` receives `state.pt`, every `save_every` steps and at the end, and `log.jsonl`, a line
-    per step: step, loss, lr, grad_norm, tokens (so far), seconds (so far). If it holds a state, the
-    run resumes from it, bit for bit as though it had never stopped (on CUDA as far as its kernels
-    are deterministic), whenever it was killed.
+    `folder` receives a state, every `save_every` steps and at the end, and `log.jsonl`, a line per
+    step: step, loss, lr, grad_norm, tokens (so far), seconds (so far). If it holds a state, the run
+    resumes from it, bit for bit as though it had never stopped (on CUDA as far as its kernels are
+    deterministic), whenever it was killed.
 
+    Args:
+        objective: what each step minimises, of its rows.
+        execution: the processes; every one of them calls this.
     Raises:
         ValueError: the state in `folder` is of another run or its log is incomplete; `save_every`
             is not positive; or as the batches of `data`.
@@ -219,22 +226,32 @@ def train(
     if save_every < 1:
         raise ValueError(f"save_every: expected at least 1; got {save_every}")
     folder.mkdir(parents=True, exist_ok=True)
-    state_path, log_path = folder / "state.pt", folder / "log.jsonl"
-    device = next(model.parameters()).device
+    log_path = folder / LOG
+    device = model.rope.cos.device  # of parameters that are sharded, too
     optimizer = make_optimizer(model, config)
     identity = run_identity(model, data, config)
-    first_step = load_state(state_path, model, optimizer, identity) if state_path.exists() else 0
-    started = time.perf_counter() - cut_log(log_path, first_step)
+    first_step = execution.load(folder, model, optimizer, identity)
+    seconds_before = cut_log(log_path, first_step) if execution.speaks else 0.0
+    started = time.perf_counter() - seconds_before
     model.train()
     worker = make_worker(model, config)
     steps = range(first_step, config.steps)
+    written = log_path if execution.speaks else Path(os.devnull)
     with (
-        log_path.open("a", buffering=1) as log,
-        tqdm(steps, initial=first_step, total=config.steps, unit="step") as progress,
+        written.open("a", buffering=1) as log,
+        tqdm(
+            steps,
+            initial=first_step,
+            total=config.steps,
+            unit="step",
+            disable=not execution.speaks,
+        ) as progress,
     ):
         for step in progress:
             batch = data.batch(step).to(device)
-            loss, grad_norm = train_step(model, optimizer, batch, step, config, worker)
+            loss, grad_norm = train_step(
+                model, optimizer, batch, step, config, worker, objective, execution
+            )
             record = {
                 "step": step,
                 "loss": loss,
@@ -246,6 +263,7 @@ def train(
             log.write(json.dumps(record) + "\n")
             progress.set_postfix(loss=f"{loss:.3f}")
             if (step + 1) % save_every == 0 or step + 1 == config.steps:
-                os.fsync(log.fileno())  # no state without the records that come before it
-                save_state(state_path, model, optimizer, step + 1, identity)
+                if execution.speaks:  # no state without the records that come before it
+                    os.fsync(log.fileno())
+                execution.save(folder, model, optimizer, step + 1, identity)
     return read_log(log_path)

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from llama2.train.state import check_identity
+from llama2.train.state import Identity, check_identity
 
 _STATE = re.compile(r"step-(\d+)")
 _IDENTITY = "identity.json"
@@ -33,7 +32,7 @@ def save_sharded_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     step: int,
-    identity: dict[str, Any],
+    identity: Identity,
 ) -> None:
     """Writes what resuming after `step` steps needs; every rank calls it.
 
@@ -69,7 +68,7 @@ def load_sharded_state(
     folder: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
-    identity: dict[str, Any] | None = None,
+    identity: Identity | None = None,
 ) -> int:
     """Restores the newest state of a folder, on as many processes as there are now; every rank
     calls it.

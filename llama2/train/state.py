@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+# What two runs must share for one to resume the other: names and values by their kind.
+Identity = dict[str, dict[str, Any]]
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -49,7 +52,7 @@ def save_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     step: int,
-    identity: dict[str, Any],
+    identity: Identity,
 ) -> None:
     """Writes all that resuming after `step` steps needs; `path` holds the old state or the new one,
     never half of one.
@@ -71,7 +74,7 @@ def save_state(
 
 
 def load_state(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any]
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Identity
 ) -> int:
     """Restores what `save_state` wrote and returns the number of steps done.
 
@@ -96,7 +99,7 @@ def load_state(
     return state["step"]
 
 
-def check_identity(path: Path, found: dict[str, Any], identity: dict[str, Any]) -> None:
+def check_identity(path: Path, found: dict[str, Any], identity: Identity) -> None:
     """Raises a ValueError that names the first difference between two runs, if there is one."""
     for kind, expected in identity.items():
         for name, value in expected.items():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 import subprocess
 import sys
 from functools import partial
@@ -29,10 +28,11 @@ from torch.distributed.tensor.debug import CommDebugMode
 from llama2 import Llama2, ModelConfig, parallel
 from llama2.generate import generate
 from llama2.model import count_predictions
-from llama2.train import distributed
+from llama2.train import distributed, pretrain
 from llama2.train.data import RandomWindows
 from llama2.train.pretrain import TrainConfig, make_optimizer
 from llama2.train.sharded_state import load_sharded_state, save_sharded_state
+from llama2.train.state import read_log
 
 MESHES = {"tp": ((2,), ("tp",)), "dp": ((2,), ("dp",)), "dp, tp": ((2, 2), ("dp", "tp"))}
 TRAINING = TrainConfig(steps=2, batch_size=4, seq_len=11, peak_lr=1e-2, adam_eps=1e-8)
@@ -301,26 +301,27 @@ def killed_and_resumed(folder: str, start: str, end: str) -> None:
     def run(name: str, work: str, save_every: int) -> list[float]:
         mesh = make_mesh(name)
         model = parallel.parallelize(make_model().double(), mesh)
-        return distributed.train(
+        log = distributed.train(
             model, data, mesh, training, Path(folder, work), save_every=save_every
         )
+        assert [record["step"] for record in log] == [0, 1, 2, 3, 4]
+        return [record["loss"] for record in log]
 
     losses = run(start, f"whole, {start}", 5)
-    assert len(losses) == 5
-    step = distributed.train_step
+    step = pretrain.train_step
 
     def killed(*args) -> tuple[float, float]:
-        if args[-2] == 3:
+        if args[3] == 3:
             raise KeyboardInterrupt
         return step(*args)
 
-    distributed.train_step = killed
+    pretrain.train_step = killed
     try:
         with pytest.raises(KeyboardInterrupt):
             run(start, f"killed, {start}", 2)
     finally:
-        distributed.train_step = step
-    close(torch.tensor(run(end, f"killed, {start}", 2)), torch.tensor(losses[2:]), rtol=1e-9)
+        pretrain.train_step = step
+    close(torch.tensor(run(end, f"killed, {start}", 2)), torch.tensor(losses), rtol=1e-9)
 
 
 def weights_alone(folder: str, name: str) -> None:
@@ -466,7 +467,7 @@ def test_the_command_trains(tmp_path):
     result = torchrun("--tp", 2, "--steps", 6, *sizes)
     assert result.returncode == 0, result.stderr
     assert "{'tp': 2}, eager backend" in result.stdout
-    losses = re.findall(r"step (\d): loss ([\d.]+)", result.stdout)
-    assert [step for step, _ in losses] == list("012345")
-    assert float(losses[5][1]) < float(losses[0][1]) - 0.1
-    assert [path.name for path in tmp_path.iterdir()] == ["step-6"]
+    log = read_log(tmp_path / "log.jsonl")
+    assert [record["step"] for record in log] == [0, 1, 2, 3, 4, 5]
+    assert log[5]["loss"] < log[0]["loss"] - 0.1
+    assert {path.name for path in tmp_path.iterdir()} == {"step-6", "log.jsonl"}

@@ -17,7 +17,7 @@ from gqa_kernels.backends import get_backend
 from llama2.cache.kv_cache import KVCache
 from llama2.config import ModelConfig
 from llama2.model import Llama2
-from llama2.train import pretrain
+from llama2.train import execution, pretrain
 from llama2.train.data import RandomWindows, random_batch
 from llama2.train.pretrain import TrainConfig, learning_rate
 from llama2.train.state import cut_log, locked, read_log, save_state
@@ -464,7 +464,7 @@ def test_non_finite_loss_stops_the_run_and_is_not_saved(tmp_path, monkeypatch):
     with torch.no_grad():
         model.norm.weight[0] = math.inf
     weights = parameters(model)
-    monkeypatch.setattr(pretrain, "load_state", lambda *arguments: 2)
+    monkeypatch.setattr(execution, "load_state", lambda *arguments: 2)
     with pytest.raises(FloatingPointError, match=r"step 2: .*; got nan and nan\. The last"):
         train(model, tmp_path, save_every=1)
     assert (tmp_path / "state.pt").read_bytes() == before

@@ -27,6 +27,7 @@ from llama2.model import Llama2
 from llama2.placement import Placement, place
 from llama2.tradeoff.study.data import BASE, CALIBRATION, UPTRAIN, Corpus, StudyBatches
 from llama2.tradeoff.study.presets import Preset
+from llama2.train.execution import STATE
 from llama2.train.pretrain import train
 from llama2.train.state import check_identity, locked, replacing
 
@@ -215,7 +216,7 @@ def _base(seed: int, preset: Preset, work: Path, placement: Placement) -> Llama2
     """The trained base of a seed."""
     job = Job(seed, "scratch", preset.model.num_q_heads)
     model = Llama2(preset.model, placement.ops)
-    state = torch.load(work / "training" / job.name / "state.pt", weights_only=True)
+    state = torch.load(work / "training" / job.name / STATE, weights_only=True)
     model.load_state_dict(state["model"])
     return model.to(placement.device)
 

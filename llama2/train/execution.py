@@ -1,0 +1,79 @@
+"""Where a run is computed: in one process, or spread over several (`distributed.py`)."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from llama2.model import Llama2
+from llama2.train.state import Identity, load_state, save_state
+
+STATE = "state.pt"
+
+
+class Execution(Protocol):
+    """How a run is spread over processes, and how its state is kept."""
+
+    speaks: bool  # whether this process writes the log and shows the progress
+
+    def own_rows(self, batch: Tensor) -> Tensor:
+        """The rows of a step's batch that this process computes."""
+        ...
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Of the processes' values."""
+        ...
+
+    def clip_grad_norm_(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+        """Clips, and returns the norm of the whole gradient before."""
+        ...
+
+    def load(
+        self, folder: Path, model: Llama2, optimizer: torch.optim.Optimizer, identity: Identity
+    ) -> int:
+        """Restores the state in `folder` and returns the steps done; 0 where there is none."""
+        ...
+
+    def save(
+        self,
+        folder: Path,
+        model: Llama2,
+        optimizer: torch.optim.Optimizer,
+        step: int,
+        identity: Identity,
+    ) -> None:
+        """Leaves the state after `step` steps in `folder`, which never holds half of one."""
+        ...
+
+
+class OneProcess:
+    """The `Execution` of a run in this process alone; its state is `state.pt`."""
+
+    speaks = True
+
+    def own_rows(self, batch: Tensor) -> Tensor:
+        return batch
+
+    def mean(self, value: Tensor) -> Tensor:
+        return value
+
+    def clip_grad_norm_(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    def load(
+        self, folder: Path, model: Llama2, optimizer: torch.optim.Optimizer, identity: Identity
+    ) -> int:
+        path = folder / STATE
+        return load_state(path, model, optimizer, identity) if path.exists() else 0
+
+    def save(
+        self,
+        folder: Path,
+        model: Llama2,
+        optimizer: torch.optim.Optimizer,
+        step: int,
+        identity: Identity,
+    ) -> None:
+        save_state(folder / STATE, model, optimizer, step, identity)
