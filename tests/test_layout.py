@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,16 @@ def test_an_install_provides_no_kernels():
         "assert 'gqa-kernels' not in m.packages_distributions().get('kernels', [])"
     )
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_an_install_holds_every_folder():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    found = {
+        ".".join((folder.name, *path.parent.relative_to(folder).parts))
+        for folder in (PACKAGE, MODEL)
+        for path in folder.rglob("*.py")
+    }
+    assert set(listed["tool"]["setuptools"]["packages"]) == found
 
 
 def test_unknown_backend():

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"  {heads_name(recommendation.num_kv_heads, config.num_q_heads)} (computed)")
     for reason in recommendation.reasons:
         print(f"  - {reason}")
-    print(page)
+    print(f"{page}, and the same as {page.with_suffix('.md').name}")
     return 0
 
 

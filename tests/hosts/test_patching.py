@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 import ranks
 import transformers
 from budget import SEED, assert_network
+from processes import fresh
 from tiny_transformers import cast, double
 from torch import nn
 
@@ -307,6 +308,28 @@ def test_copies_are_patched_for_themselves(how, device, tokens):
     assert_same_bits(model(tokens).logits, logits)
     unpatch(model)
     assert_same_bits(model(tokens).logits, plain)
+
+
+def test_a_pickle_runs_in_a_fresh_process(device, tokens, tmp_path):
+    """Whole, and a part of it alone; nothing there has registered our attention."""
+    model = build(device=device)
+    patch(model)
+    torch.save((model, model.model, tokens, model(tokens).logits), tmp_path / "model.pt")
+    fresh(
+        "import torch\n"
+        f"model, part, tokens, logits = torch.load({str(tmp_path / 'model.pt')!r},"
+        " weights_only=False)\n"
+        "assert torch.equal(model(tokens).logits, logits)\n"
+        "assert part.layers[0].self_attn.config._attn_implementation == 'gqa_kernels'",
+        **({"TRITON_INTERPRET": "1"} if device.type == "cpu" else {}),
+    )
+    torch.save((model.model, tokens), tmp_path / "part.pt")
+    fresh(
+        "import torch\n"
+        f"part, tokens = torch.load({str(tmp_path / 'part.pt')!r}, weights_only=False)\n"
+        "part(tokens)",
+        **({"TRITON_INTERPRET": "1"} if device.type == "cpu" else {}),
+    )
 
 
 def test_a_training_step_then_unpatch(device, tokens):

@@ -61,6 +61,22 @@ def register() -> None:
     AttentionMaskInterface.register(ATTENTION_NAME, attention_mask)
 
 
+class Registration:
+    """Registers wherever it is loaded: a patched model that carries one can be unpickled in a
+    process that patched none."""
+
+    def __reduce__(self) -> tuple[Callable[[], "Registration"], tuple]:
+        return _registered, ()
+
+
+REGISTRATION = Registration()
+
+
+def _registered() -> Registration:
+    register()
+    return REGISTRATION
+
+
 def attention_mask(
     *,
     batch_size: int,

@@ -6,6 +6,7 @@ How a module looks makes it a candidate; `stand_ins` decides. Nothing is changed
 import copy
 from collections.abc import Callable, Collection
 from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -14,6 +15,7 @@ from gqa_kernels.patching import forwards, stand_ins
 from gqa_kernels.patching.stand_ins import has
 
 BEFORE = "_gqa_kernels_before"  # on a patched module: {attribute: (what was set, *what was there)}
+_REGISTRATION = "_gqa_kernels_registration"  # beside a config that names our attention
 
 _ROUNDS_ONCE = (
     "torch.nn.RMSNorm multiplies by its weight before it rounds; "
@@ -136,7 +138,7 @@ class _Checks:
         return tuple(
             (name, value if isinstance(value, str | int | float) else id(value))
             for name, value in vars(module).items()
-            if name not in self._own and name not in ("layer_idx", BEFORE)
+            if name not in self._own and name not in ("layer_idx", BEFORE, _REGISTRATION)
         )
 
     def _of_function(self, child: nn.Module) -> tuple:
@@ -218,19 +220,20 @@ def _add_attention(plan: Plan, model: nn.Module) -> None:
     }
     if chosen:
         adapter.register()
-        plan.changes.extend(_config_changes(model, chosen, adapter.ATTENTION_NAME))
+        plan.changes.extend(_config_changes(model, chosen, adapter))
 
 
-def _config_changes(model: nn.Module, chosen: dict[int, Any], name: str) -> list[Change]:
+def _config_changes(model: nn.Module, chosen: dict[int, Any], adapter: ModuleType) -> list[Change]:
     """Copies of the model's configs, which other models may hold too, for every module that holds
-    one; the chosen ones with another attention function."""
+    one; the chosen ones with another attention function, whose name pickles make known."""
     copies: dict[int, Any] = {}  # of nested configs too
     changes = []
     for module in model.modules():
         config = vars(module).get("config")
         if hasattr(config, "_attn_implementation"):
             changes.append(Change(module, "config", copy.deepcopy(config, copies)))
+            changes.append(Change(module, _REGISTRATION, adapter.REGISTRATION))
     for config in chosen.values():
         # Its public name would choose for nested configs as well.
-        copies[id(config)]._attn_implementation_internal = name
+        copies[id(config)]._attn_implementation_internal = adapter.ATTENTION_NAME
     return changes
