@@ -209,11 +209,14 @@ def compile_all(archs: list[str], ops: list[str]) -> list[Entry]:
     return list(entries.values())
 
 
-def count_binaries(arch: str) -> dict[str, int]:
-    """Binaries per op, mode and kernel over 20 calls that differ in the sizes of a call alone."""
+def count_binaries(arch: str, names: list[str]) -> dict[str, tuple[int, int]]:
+    """Binaries per op, mode and kernel of one call, and of 20 that differ in the sizes of a call
+    alone."""
     lengths = (*range(1, 10), 15, 16, 17, 32, 33, 64, 100, 128, 255, 256, 1000)
-    hashes: dict[str, set[str]] = {}
+    hashes: dict[str, list[set[str]]] = {}  # of each call
     for spec in SPECS:
+        if spec.name not in names:
+            continue
         base = [case for case in spec.cases if not case.test][-1]
         for index, length in enumerate(lengths):
             sizes = {"num_tokens": length, "batch": 1 + index % 4, "seq_len": length}
@@ -224,10 +227,11 @@ def count_binaries(arch: str) -> dict[str, int]:
             kept = {name: size for name, size in sizes.items() if name in base.sizes}
             case = replace(base, sizes={**base.sizes, **kept})
             for mode, call in _calls(spec, case, torch.bfloat16):
-                for launch in capture.capture(arch, call):
-                    key = f"{spec.name}, {mode}, {launch.kernel}"
-                    hashes.setdefault(key, set()).add(launch.hash)
-    return {key: len(found) for key, found in hashes.items()}
+                launches = capture.capture(arch, call)
+                for kernel in {launch.kernel for launch in launches}:
+                    found = {launch.hash for launch in launches if launch.kernel == kernel}
+                    hashes.setdefault(f"{spec.name}, {mode}, {kernel}", []).append(found)
+    return {key: (max(map(len, calls)), len(set().union(*calls))) for key, calls in hashes.items()}
 
 
 def _as_json(entries: list[Entry]) -> str:
@@ -257,7 +261,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("TRITON_INTERPRET: expected unset; the interpreter compiles nothing")
     archs = options.arch or list(capture.ARCHITECTURES)
     if options.count:
-        print(json.dumps({arch: count_binaries(arch) for arch in archs}))
+        counted = {arch: count_binaries(arch, options.op or names) for arch in archs}
+        print(json.dumps(counted))
         return
     entries = compile_all(archs, options.op or names)
     if options.json:

@@ -82,8 +82,9 @@ def markdown(entries: list[Any]) -> str:
     lines = [
         "# What the kernels compile to",
         "",
-        f"Written by `python bench/compiled.py` with Triton {triton.__version__} and PyTorch "
-        f"{torch.__version__.partition('+')[0]}. Nothing here was measured on a GPU.",
+        "Written by `python bench/compiled.py --write` with Triton "
+        f"{triton.__version__} and PyTorch {torch.__version__.partition('+')[0]}. "
+        "Nothing here was measured on a GPU.",
         "",
         "Read from the binaries: registers per thread, spilled accesses, shared memory,",
         "instructions. Columns with * are predictions; `bench/prediction.py` states their model.",

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from gqa_kernels import get_backend
 from llama2.checkpoint import hf, open_checkpoint
-from llama2.checkpoint.files import Checkpoint, require, staged
+from llama2.checkpoint.files import Checkpoint, require
 from llama2.checkpoint.weight_shards import MAX_SHARD_BYTES, WEIGHT_FILES, plan_shards, write_shards
 from llama2.config import ModelConfig
 from llama2.conversion import METHODS, NEEDS_DATA, AttentionWeights, convert_layer, second_moment
 from llama2.model import DecoderLayer, Llama2, RotaryTable
+from llama2.storage import staged
 
 # What belongs to a model whatever its heads. Not its card and its measurements: they are others.
 _KEPT_FILES = (
@@ -79,7 +80,8 @@ def convert_checkpoint(
         _check_calibration(calibration, config, method)
     conversion = _Conversion(checkpoint, model, num_kv_heads, method, generator, device)
     shards = plan_shards(conversion.sizes(), max_shard_bytes)
-    with staged(target, WEIGHT_FILES) as folder:
+    with staged(target, WEIGHT_FILES, last=hf.LAST_FILES) as folder:
+        check_conversion(config, num_kv_heads, method, target)  # alone with it only now
         write_shards(folder, shards, conversion.tensors(calibration if needs_data else None))
         hf.write_config(folder, conversion.settings(source))
         for pattern in _KEPT_FILES:

@@ -1,6 +1,7 @@
 """Token generation: a ragged batch, one key/value cache, steps that a GPU replays."""
 
 import itertools
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -86,8 +87,11 @@ class Generator:
             its reads, or better, and round (`KVCache`).
         capture: whether steps are captured. None: on a GPU, unless a module of the model has
             forward hooks, which a replay would not call (tensor parallelism uses such hooks).
+        vocab_size: ids from here on are never drawn: a tokenizer's, where the model has more. None:
+            the model's.
     Raises:
-        ValueError: `capture` without a GPU, or of a model with hooks.
+        ValueError: `capture` without a GPU, or of a model with hooks; a vocab_size that is not
+            positive or above the model's.
         TypeError: from `generate` and `stream`: a cache_dtype that is neither the model's nor one
             of those.
     """
@@ -98,8 +102,11 @@ class Generator:
         *,
         cache_dtype: torch.dtype | None = None,
         capture: bool | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         self.model, self._cache_dtype, self._capture = model, cache_dtype, capture
+        self._vocab_size = drawn_ids(model.config, vocab_size)
+        self._lock = threading.Lock()  # held while a token is computed
         self._cache: KVCache | None = None
         self._batches: dict[int, DecodeBatch] = {}  # by their number of rows
         self._made_for: list[object] = []
@@ -126,12 +133,29 @@ class Generator:
         seed: int | None = None,
     ) -> Iterator[tuple[int, int]]:
         """See the function `stream`. One call at a time has the cache: asking an earlier one for
-        more tokens raises RuntimeError."""
+        more tokens raises RuntimeError, as does a thread that asks while another one does."""
         stop_ids = frozenset(stop_ids)
         check_tokens(self.model.config, prompts, max_new_tokens, stop_ids)
         check_sampling(temperature, top_p, seed)
         prompts = [list(prompt) for prompt in prompts]  # as they were checked
-        return self._stream(prompts, max_new_tokens, temperature, top_p, stop_ids, seed)
+        return self._alone(
+            self._stream(prompts, max_new_tokens, temperature, top_p, stop_ids, seed)
+        )
+
+    def _alone(self, steps: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        """The same, one thread at a time."""
+        while True:
+            if not self._lock.acquire(blocking=False):
+                raise RuntimeError(
+                    "stream: expected one thread at a time on a Generator; got another"
+                )
+            try:
+                step = next(steps, None)
+            finally:
+                self._lock.release()
+            if step is None:
+                return
+            yield step
 
     @torch.inference_mode()
     def _stream(
@@ -189,8 +213,21 @@ class Generator:
             settings = {"dtype": self._cache_dtype or weight.dtype, "device": weight.device}
             self._cache = KVCache(model.cache_config, *needed, **settings)
         if rows not in self._batches:
-            self._batches[rows] = DecodeBatch(model, self._cache.first(rows), capture=captures)
+            self._batches[rows] = DecodeBatch(
+                model, self._cache.first(rows), self._vocab_size, capture=captures
+            )
         return self._batches[rows]
+
+
+def drawn_ids(config: ModelConfig, vocab_size: int | None) -> int:
+    """How many of the model's ids may be drawn."""
+    if vocab_size is None:
+        return config.vocab_size
+    if not is_whole(vocab_size) or not 1 <= vocab_size <= config.vocab_size:
+        raise ValueError(
+            f"vocab_size: expected 1 to the model's {config.vocab_size}; got {vocab_size!r}"
+        )
+    return vocab_size
 
 
 def rounded_batch(batch: int) -> int:

@@ -13,47 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gqa_kernels.positions import packed_positions, rope_table
+from gqa_kernels.positions import rope_table
 from gqa_kernels.runtime import arguments
 from llama2.cache.kv_cache import Cache, CacheStep, KVCache
 from llama2.config import ModelConfig
-
-IGNORED = -100  # a target that counts for nothing
-
-
-def _packed_positions(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Positions of packed tokens; those after the last sequence are at 0, as though each began
-    one."""
-    if tokens.shape[0] != 1:
-        raise ValueError(f"tokens: expected [1, total] with cu_seqlens; got {list(tokens.shape)}")
-    return packed_positions(cu_seqlens, tokens.shape[1])
-
-
-def _targets(tokens: Tensor, num_valid: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """The token to predict at each place but the last, or IGNORED; see `Llama2.loss`."""
-    if tokens.dim() != 2 or tokens.shape[1] < 2:
-        raise ValueError(
-            f"tokens: expected [batch, seq_len + 1] with seq_len ≥ 1; got {list(tokens.shape)}"
-        )
-    batch, columns = tokens.shape
-    targets = tokens[:, 1:].long()
-    if cu_seqlens is not None:
-        if num_valid is not None:
-            raise ValueError("num_valid: expected none with cu_seqlens; got both")
-        ignored = _packed_positions(tokens, cu_seqlens)[:, 1:] == 0
-        targets = targets.masked_fill(ignored, IGNORED)
-    elif num_valid is not None:
-        arguments.tensor("num_valid", num_valid, shape=(batch,), dtypes=arguments.INTS)
-        column = torch.arange(1, columns, device=tokens.device)
-        targets = targets.masked_fill(column >= num_valid[:, None], IGNORED)
-    return targets
-
-
-def count_predictions(
-    tokens: Tensor, *, num_valid: Tensor | None = None, cu_seqlens: Tensor | None = None
-) -> Tensor:
-    """How many tokens `Llama2.loss` of these arguments predicts, int64, on their device."""
-    return (_targets(tokens, num_valid, cu_seqlens) != IGNORED).sum()
+from llama2.targets import IGNORED, positions_of, targets_of
 
 
 class RotaryTable(nn.Module):
@@ -71,9 +35,16 @@ class RotaryTable(nn.Module):
         return rope_table(config.head_dim, config.max_seq_len, config.rope_theta, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryTable":
-        super()._apply(fn, recurse)
-        self.cos, self.sin = self._table(self.cos.device)
+        try:
+            super()._apply(fn, recurse)
+            self.move(self.cos.device)
+        except NotImplementedError:  # from the meta device nothing can be copied
+            self.move(fn(torch.empty(0, dtype=torch.float32, device="cpu")).device)
         return self
+
+    def move(self, device: torch.device) -> None:
+        """Computes the table on a device."""
+        self.cos, self.sin = self._table(device)
 
 
 class RMSNorm(nn.Module):
@@ -92,12 +63,11 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, ops: ModuleType, layer: int) -> None:
+    def __init__(self, config: ModelConfig, ops: ModuleType) -> None:
         super().__init__()
         self.num_q_heads, self.num_kv_heads = config.num_q_heads, config.num_kv_heads
         self.head_dim = config.head_dim
         self.rope_interleaved = config.rope_interleaved
-        self.layer = layer
         self.apply_rope, self.rope_append_kv = ops.apply_rope, ops.rope_append_kv
         self.flash_attention, self.decode_attention = ops.flash_attention, ops.decode_attention
         self.flash_attention_varlen = ops.flash_attention_varlen
@@ -124,7 +94,7 @@ class Attention(nn.Module):
         if step is None:
             q, k = self.apply_rope(q, k, *angles, **pairs)
         else:
-            stored = step.stored.map(lambda x: x[self.layer])
+            stored = step.stored  # of this layer
             cached = stored.keys, stored.values
             scales = {"k_scale": stored.k_scale, "v_scale": stored.v_scale}
             q, k = self.rope_append_kv(q, k, v, *cached, *angles, step.slots, **scales, **pairs)
@@ -155,10 +125,10 @@ class FeedForward(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, ops: ModuleType, layer: int) -> None:
+    def __init__(self, config: ModelConfig, ops: ModuleType) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config, ops)
-        self.self_attn = Attention(config, ops, layer)
+        self.self_attn = Attention(config, ops)
         self.post_attention_layernorm = RMSNorm(config, ops)
         self.mlp = FeedForward(config, ops)
 
@@ -195,23 +165,36 @@ class Llama2(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, ops, layer) for layer in range(config.num_layers)
-        )
+        self.layers = nn.ModuleList(DecoderLayer(config, ops) for _ in range(config.num_layers))
         self.norm = RMSNorm(config, ops)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
         self.rope = RotaryTable(config)
+        self._keep_whole()
+        # The function, not the method: copies and pickles of a model carry it by name.
+        self.register_load_state_dict_post_hook(_after_loading)
         self.reset_parameters()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Llama2":
+        super()._apply(fn, recurse)
+        self._keep_whole()
+        return self
+
+    def _keep_whole(self) -> None:
+        """Head and embedding are one parameter as long as the config says so, whatever has replaced
+        either; the rotary table has values where the weights have."""
+        weight = self.embed_tokens.weight
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = weight
+        if self.rope.cos.is_meta and not weight.is_meta:
+            self.rope.move(weight.device)
 
     @property
     def cache_config(self) -> ModelConfig:
-        """The configuration of a cache for this model: its own, with the heads that this process
-        has of it."""
+        """The configuration of a cache for this model: its own, with the layers that it has now and
+        the heads that this process has of it."""
         attention = self.layers[0].self_attn
         heads = {"num_q_heads": attention.num_q_heads, "num_kv_heads": attention.num_kv_heads}
-        return replace(self.config, **heads)
+        return replace(self.config, num_layers=len(self.layers), **heads)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -269,7 +252,7 @@ class Llama2(nn.Module):
         if cu_seqlens is not None:
             if cache is not None:
                 raise ValueError("cu_seqlens: expected no cache with packed sequences; got one")
-            positions, step = _packed_positions(tokens, cu_seqlens), None
+            positions, step = positions_of(tokens, cu_seqlens), None
         elif cache is None:
             if seq_len > self.config.max_seq_len:
                 raise ValueError(
@@ -298,8 +281,9 @@ class Llama2(nn.Module):
             positions = step.positions
         x, residual = self.embed_tokens(tokens), None
         recompute = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
-        for layer in self.layers:
-            inputs = (x, residual, self.rope, positions, step, cu_seqlens)
+        for index, layer in enumerate(self.layers):
+            of_layer = None if step is None else step.of_layer(index)
+            inputs = (x, residual, self.rope, positions, of_layer, cu_seqlens)
             if recompute:
                 x, residual = checkpoint(layer, *inputs, use_reentrant=False)
             else:
@@ -340,14 +324,14 @@ class Llama2(nn.Module):
 
         Where no token is to be predicted, the loss is NaN. With `num_predictions`, a scalar, it is
         the sum over the predictions divided by that: losses of parts of a batch, divided by
-        `count_predictions` of the whole, add up to the whole's.
+        `targets.count_predictions` of the whole, add up to the whole's.
 
         Raises:
             ValueError: tokens of less than two columns, which have nothing to predict, or another
                 shape of an argument; both `num_valid` and `cu_seqlens`.
             TypeError: as `hidden_states`.
         """
-        targets = _targets(tokens, num_valid, cu_seqlens)
+        targets = targets_of(tokens, num_valid, cu_seqlens)
         # Causal attention keeps what pads a row on the right from all tokens before it.
         total = self.token_losses(tokens[:, :-1], targets, cu_seqlens=cu_seqlens).sum()
         return total / ((targets != IGNORED).sum() if num_predictions is None else num_predictions)
@@ -366,3 +350,19 @@ class Llama2(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="none")
         return losses.view(targets.shape)
+
+
+def _after_loading(model: Llama2, _: object) -> None:
+    """After `load_state_dict`, whose `assign` puts other parameters into the model.
+
+    Raises:
+        ValueError: the head differs from the embedding it is tied to.
+    """
+    head, embedding = model.lm_head.weight, model.embed_tokens.weight
+    tied = model.config.tie_word_embeddings and head is not embedding
+    if tied and not head.is_meta and not torch.equal(head, embedding):
+        raise ValueError(
+            "lm_head.weight: expected the values of embed_tokens.weight, as tie_word_embeddings is "
+            "true; got others"
+        )
+    model._keep_whole()

@@ -30,7 +30,8 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.checkpoint import checkpoint
 
-from llama2.model import Llama2, count_predictions
+from llama2.model import Llama2
+from llama2.targets import count_predictions
 
 DATA, TENSOR = "dp", "tp"  # what the dimensions of a mesh are called
 

@@ -15,7 +15,7 @@ from llama2.cache.paged_kv_cache import PagedKVCache
 from llama2.decoding.graphs import can_capture
 from llama2.decoding.paged_decode import PagedDecode
 from llama2.decoding.sampling import check_sampling, in_float32, uniform_draws
-from llama2.generate import check_tokens
+from llama2.generate import check_tokens, drawn_ids
 from llama2.model import Llama2
 
 
@@ -39,11 +39,17 @@ class Request:
 
 @dataclass(frozen=True)
 class Result:
-    """The new tokens of request number `index`; the last is a stop token if one stopped it."""
+    """The new tokens of request number `index`; the last is a stop token if one stopped it.
+
+    Attributes:
+        error: why it ended with fewer tokens than it should have: the model's logits are NaN or
+            infinite. Otherwise None.
+    """
 
     index: int
     request: Request
     tokens: list[int]
+    error: str | None = None
 
 
 @dataclass
@@ -53,6 +59,7 @@ class _Running:
     uniform: np.ndarray  # float32 [max_new_tokens], what `sample` draws by
     new: list[int] = field(default_factory=list)
     row: int = -1
+    error: str | None = None
 
     @property
     def tokens(self) -> list[int]:
@@ -61,7 +68,7 @@ class _Running:
     @property
     def is_done(self) -> bool:
         stopped = bool(self.new) and self.new[-1] in self.request.stop_ids
-        return stopped or len(self.new) >= self.request.max_new_tokens
+        return stopped or self.error is not None or len(self.new) >= self.request.max_new_tokens
 
 
 def check_request(model: Llama2, cache: PagedKVCache, request: Request) -> None:
@@ -99,6 +106,7 @@ def serve(
     cache: PagedKVCache,
     max_batch: int | None = None,
     capture: bool | None = None,
+    vocab_size: int | None = None,
 ) -> Iterator[Result]:
     """Continues every request, on the model's device and in its dtype; results come as they finish.
 
@@ -114,10 +122,10 @@ def serve(
             the requests' rows, whether the iterator ends, fails or is closed.
         max_batch: most requests at once; None means as many as the cache has rows.
         capture: whether decode steps are captured in CUDA graphs, as in `Generator`.
+        vocab_size: as in `Generator`.
     Raises:
         ValueError: a request that `check_request` refuses, when it is read; `max_batch` outside
             [1, cache.max_batch], a cache of which sequences are in use, when called.
-        FloatingPointError: the model's logits are NaN or infinite.
     """
     most = cache.max_batch if max_batch is None else max_batch
     if not 1 <= most <= cache.max_batch:
@@ -126,13 +134,16 @@ def serve(
         raise ValueError(
             f"cache: expected no sequence in it; got {cache.max_batch - cache.num_free_rows}"
         )
-    return _Server(model, cache, most, can_capture(model, capture)).run(requests)
+    drawn = drawn_ids(model.config, vocab_size)
+    return _Server(model, cache, most, can_capture(model, capture), drawn).run(requests)
 
 
 class _Server:
-    def __init__(self, model: Llama2, cache: PagedKVCache, max_batch: int, capture: bool) -> None:
+    def __init__(
+        self, model: Llama2, cache: PagedKVCache, max_batch: int, capture: bool, vocab_size: int
+    ) -> None:
         self.model, self.cache, self.max_batch = model, cache, max_batch
-        self.decoder = PagedDecode(model, cache, capture=capture)
+        self.decoder = PagedDecode(model, cache, vocab_size, capture=capture)
         self.running: list[_Running] = []  # in the order of admission
         self.waiting: deque[_Running] = deque()  # read or preempted, first to be admitted first
         self.done: list[_Running] = []
@@ -150,13 +161,10 @@ class _Server:
                 self._retire()
                 none_left = not self.running and not self.done
                 for finished in self.done:
-                    yield Result(finished.index, finished.request, finished.new)
+                    yield Result(finished.index, finished.request, finished.new, finished.error)
                 self.done.clear()
                 if none_left:
                     return
-        except FloatingPointError:
-            self.cache.forget()  # what a repaired model would find
-            raise
         finally:
             for request in self.running:
                 self.cache.free(request.row)
@@ -225,15 +233,17 @@ class _Server:
         tokens = self.decoder.draw(rows, np.array([uniform, temperature, top_p], dtype=np.float32))
         for running, token in zip(self.running, tokens, strict=True):
             if token < 0:
-                raise FloatingPointError(
-                    f"model: expected finite logits; got NaN or infinity for "
-                    f"requests[{running.index}] at new token {len(running.new)} in "
-                    f"{self.decoder.states.dtype}"
+                running.error = (
+                    f"model: expected finite logits; got NaN or infinity at new token "
+                    f"{len(running.new)} in {self.decoder.states.dtype}"
                 )
-            running.new.append(token)
+            else:
+                running.new.append(token)
 
     def _retire(self) -> None:
         for running in [running for running in self.running if running.is_done]:
             self.cache.free(running.row)
+            if running.error is not None:
+                self.cache.forget()  # what no other request may find
             self.running.remove(running)
             self.done.append(running)

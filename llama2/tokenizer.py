@@ -45,6 +45,8 @@ class Tokenizer:
         self.bos_id: int = self._model.bos_id()
         self.eos_id: int = self._model.eos_id()
         self.pad_id: int = self._model.pad_id()
+        # Whether a text gets a space before its first word (a dummy prefix), as Llama's does.
+        self.adds_space = "".join(self._model.EncodeAsPieces("a")).startswith("▁")
         self._bytes = [self._token_bytes(token) for token in range(self.vocab_size)]
 
     def _token_bytes(self, token: int) -> bytes:
@@ -58,9 +60,21 @@ class Tokenizer:
         return piece.replace("▁", " ").encode()
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
-        """Ids of `text`, after BOS if `bos` and before EOS if `eos`."""
-        tokens = self._model.EncodeAsIds(text)
-        return [self.bos_id] * bos + tokens + [self.eos_id] * eos
+        """Ids of `text`, after BOS if `bos` and there is one, and before EOS if `eos`.
+
+        Raises:
+            TypeError: `text` is no str.
+            ValueError: it has half a character (a lone surrogate), or there is no EOS.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"text: expected a str; got {type(text).__name__}")
+        if eos and self.eos_id < 0:
+            raise ValueError("eos: expected a tokenizer with EOS; got one without")
+        try:
+            tokens = self._model.EncodeAsIds(text)
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text: expected whole characters; {error}") from error
+        return [self.bos_id] * (bos and self.bos_id >= 0) + tokens + [self.eos_id] * eos
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of whole ids: control tokens give nothing, malformed UTF-8 gives U+FFFD.
@@ -78,18 +92,30 @@ class Tokenizer:
 
         Args:
             messages: `{"role": …, "content": …}`: an optional "system", then "user" and "assistant"
-                in turn, a "user" last. Contents are stripped.
+                in turn, a "user" last. Contents are stripped; the first user's after the system's
+                has been put before it, between its tags and as it is.
         Returns:
             One BOS and one EOS for each finished turn, one BOS for the last.
         Raises:
-            ValueError: the roles are in another order, or a content holds one of the format's tags,
+            TypeError: a message has no role or a content that is no text.
+            ValueError: the roles are in another order, a content holds one of the format's tags,
                 which are plain text to the tokenizer: a content that holds one could speak for
-                another role.
+                another role; or the tokenizer has no BOS or EOS.
         Source: Touvron et al. 2023, arXiv:2307.09288, and the released chat models.
         """
+        if min(self.bos_id, self.eos_id) < 0:
+            raise ValueError("messages: expected a tokenizer with BOS and EOS; got another")
         contents = []
         for index, message in enumerate(messages):
-            content = message["content"].strip()
+            if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+                raise TypeError(
+                    f'messages[{index}]: expected {{"role": …, "content": …}}; got {message!r:.60}'
+                )
+            content = message["content"]
+            if not isinstance(content, str):
+                raise TypeError(
+                    f"messages[{index}]: expected a content of text; got {type(content).__name__}"
+                )
             found = [tag for tag in _CHAT_TAGS if tag in content]
             if found:
                 raise ValueError(
@@ -103,11 +129,12 @@ class Tokenizer:
         if len(turns) % 2 == 0 or turns != (["user", "assistant"] * len(turns))[: len(turns)]:
             raise ValueError(
                 "messages: expected an optional system, then user and assistant in turn, ending "
-                f"with user; got roles {', '.join(roles) or 'none'}"
+                f"with user; got roles {', '.join(map(str, roles)) or 'none'}"
             )
         if has_system:
             system, user, *rest = contents
             contents = [f"{_BEGIN_SYSTEM}\n{system}\n{_END_SYSTEM}\n\n{user}", *rest]
+        contents = [content.strip() for content in contents]
         tokens = []
         for user, answer in zip(contents[0:-1:2], contents[1::2], strict=True):
             turn = f"{_BEGIN_INSTRUCTION} {user} {_END_INSTRUCTION} {answer} "
@@ -138,7 +165,7 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer, *, continues: bool = True) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._drop_space = not continues
+        self._drop_space = not continues and tokenizer.adds_space
 
     def push(self, token: int) -> str:
         """The text that `token` completes, possibly none.

@@ -37,9 +37,7 @@ def blocks(text: str, name: str) -> list[Block]:
     ]
 
 
-DOCUMENTS = sorted(
-    {*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "llama2").rglob("*.md")}
-)
+DOCUMENTS = sorted({*ROOT.glob("*.md"), *(ROOT / "llama2").rglob("*.md")})
 BLOCKS = [
     block
     for document in DOCUMENTS

@@ -26,6 +26,7 @@ is refused: a sequence without positions, heads that the mesh does not divide, a
 that is not placed as what is written.
 """
 
+import importlib
 from collections.abc import Callable, Iterator
 from functools import cache
 from math import prod
@@ -309,6 +310,7 @@ RULES: dict[str, Rule] = {
 @cache
 def register() -> None:
     """Teaches DTensor the ops of this package, for the whole process; again changes nothing."""
+    importlib.import_module("gqa_kernels.fused")  # which makes the ops known to PyTorch
     propagator = DTensor._op_dispatcher.sharding_propagator
     for name, rule in RULES.items():
         op = getattr(getattr(torch.ops, library.NAMESPACE), name).default

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -45,7 +45,11 @@ class KeyValues(NamedTuple):
         )
         if dtype not in CACHE_DTYPES.values():
             return cls(keys, values, None, None)
-        return cls(keys, values, *(torch.zeros(scale_shape, device=device) for _ in range(2)))
+        return cls(
+            keys,
+            values,
+            *(torch.zeros(scale_shape, dtype=torch.float32, device=device) for _ in range(2)),
+        )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "KeyValues":
         return KeyValues(*(None if x is None else function(x) for x in self))
@@ -81,6 +85,10 @@ class CacheStep:
     seq_lens: Tensor | None
     block_table: Tensor | None = None
     context: Tensor | None = None
+
+    def of_layer(self, layer: int) -> "CacheStep":
+        """The same with what is stored of one layer."""
+        return replace(self, stored=self.stored.map(lambda x: x[layer]))
 
 
 class Cache(Protocol):

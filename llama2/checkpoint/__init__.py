@@ -16,6 +16,7 @@ from llama2.checkpoint.hf import save_hf
 from llama2.checkpoint.meta import save_meta
 from llama2.config import ModelConfig
 from llama2.model import Llama2
+from llama2.storage import is_unfinished
 
 __all__ = ["SHIPPED", "CheckpointError", "load", "load_config", "save_hf", "save_meta"]
 
@@ -71,10 +72,7 @@ def load(
             f"dtype: expected one of {', '.join(map(str, FLOATS.values()))}; got {dtype}"
         )
     checkpoint, model = open_checkpoint(path, ops, max_seq_len=max_seq_len)
-    config = model.config
     model.to(_common_dtype(checkpoint) if dtype is None else dtype).to_empty(device=device)
-    if config.tie_word_embeddings:  # leaving the meta device made two parameters of one
-        model.lm_head.weight = model.embed_tokens.weight
     _copy(checkpoint, model)
     return model.eval()
 
@@ -101,6 +99,11 @@ def open_checkpoint(
 
 def _format(folder: Path) -> ModuleType:
     found = [module for module in (hf, meta) if (folder / module.CONFIG_FILE).is_file()]
+    if is_unfinished(folder):
+        raise CheckpointError(
+            f"{folder}: expected a whole checkpoint; got one whose writing was interrupted. The "
+            "command that wrote it finishes it"
+        )
     if len(found) != 1:
         raise CheckpointError(
             f"{folder}: expected a directory with either config.json (Hugging Face) or params.json "

@@ -1,16 +1,12 @@
 """The files of a checkpoint: JSON, safetensors and pickles, opened without reading their tensors.
 
-What the tensors mean is the business of `hf_checkpoint` and `meta_checkpoint`.
+What the tensors mean is the business of `hf` and `meta`.
 """
 
 import importlib
 import json
 import math
-import os
-import re
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -185,27 +181,3 @@ def _open_pickle(file: Path) -> dict[str, StoredTensor]:
 
 def _wrong_dtype(file: Path, key: str, dtype: object) -> CheckpointError:
     return CheckpointError(f"{file}: {key}: expected one of {', '.join(FLOATS)}; got {dtype}")
-
-
-@contextmanager
-def staged(path: Path, obsolete: str) -> Iterator[Path]:
-    """A folder whose files move into `path` when the block ends, under their own names.
-
-    If the block raises, the files of `path` are as before. If not, files there whose names match
-    the regular expression `obsolete` and were not written now, an earlier checkpoint's, go.
-    """
-    path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=path) as folder:
-        probe = Path(folder, ".mode")
-        probe.touch()
-        usual_mode = probe.stat().st_mode
-        probe.unlink()
-        yield Path(folder)
-        written = os.listdir(folder)
-        for name in written:
-            # safetensors makes files that their owner alone may read
-            os.chmod(Path(folder, name), usual_mode)
-            os.replace(Path(folder, name), path / name)
-    for name in os.listdir(path):
-        if re.fullmatch(obsolete, name) and name not in written:
-            (path / name).unlink()

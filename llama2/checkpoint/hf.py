@@ -19,13 +19,20 @@ from llama2.checkpoint.files import (
     Settings,
     StoredTensor,
     open_tensors,
-    staged,
 )
-from llama2.checkpoint.weight_shards import MAX_SHARD_BYTES, WEIGHT_FILES, plan_shards, write_shards
+from llama2.checkpoint.weight_shards import (
+    INDEX_FILE,
+    MAX_SHARD_BYTES,
+    WEIGHT_FILES,
+    plan_shards,
+    write_shards,
+)
 from llama2.config import ModelConfig
 from llama2.model import Llama2
+from llama2.storage import staged
 
 CONFIG_FILE = "config.json"
+LAST_FILES = (INDEX_FILE, CONFIG_FILE)
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
 
 
@@ -218,7 +225,7 @@ def save_hf(
         (key_of(name), half_split(weight.detach(), name, model.config).to("cpu", dtype))
         for name, weight in weights.items()
     )
-    with staged(Path(path), WEIGHT_FILES) as folder:
+    with staged(Path(path), WEIGHT_FILES, last=LAST_FILES) as folder:
         write_shards(folder, shards, exported)
         write_config(folder, config_json(model.config, dtype))
 

@@ -19,10 +19,10 @@ from llama2.checkpoint.files import (
     Settings,
     StoredTensor,
     open_tensors,
-    staged,
 )
 from llama2.config import ModelConfig
 from llama2.model import Llama2
+from llama2.storage import staged
 
 CONFIG_FILE = "params.json"
 
@@ -215,7 +215,8 @@ def save_meta(model: Llama2, path: str | Path, num_shards: int = 1) -> None:
             f"{config.num_q_heads}); got {config.head_dim}"
         )
     names = dict(model.named_parameters(remove_duplicate=False))
-    with staged(Path(path), obsolete=r"consolidated\.\d+\.pth") as folder:
+    obsolete = r"consolidated\.\d+\.pth"
+    with staged(Path(path), obsolete, last=(CONFIG_FILE,)) as folder:
         for rank in range(num_shards):
             shard = {_key_of(name): _part(model, name, rank, num_shards) for name in names}
             torch.save(shard, folder / _shard_name(rank))

@@ -10,6 +10,7 @@ from torch import Tensor
 from llama2.checkpoint.files import require
 
 WEIGHT_FILES = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -61,6 +62,4 @@ def write_shards(
         del shard  # before the next one's tensors come
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(
-            json.dumps(index, indent=2), encoding="utf-8"
-        )
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")

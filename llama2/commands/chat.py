@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
             "note: the shipped model continues Python source; it was never taught to answer",
             file=sys.stderr,
         )
-    generator = make_generator(arguments, model)
+    generator = make_generator(arguments, model, tokenizer)
     chat(generator, tokenizer, system=system, **sampling(arguments))
     return 0
 

@@ -14,6 +14,7 @@ from llama2.config import ModelConfig
 from llama2.conversion import METHODS, NEEDS_DATA
 from llama2.convert_checkpoint import check_conversion, convert_checkpoint
 from llama2.placement import add_device_option, place
+from llama2.storage import finish_staged
 from llama2.tokenizer import Tokenizer
 
 _LONGEST = 1024  # tokens of a calibration sequence, unless asked otherwise
@@ -66,6 +67,10 @@ def run(arguments: argparse.Namespace) -> int:
     """
     source, target, count = arguments.source, arguments.target, arguments.num_kv_heads
     config = checkpoint.load_config(source)
+    if finish_staged(target) and checkpoint.load_config(target).num_kv_heads == count:
+        print(f"{target}: finished what an interrupted run had converted")
+        _report(target, config, replace(config, num_kv_heads=count))
+        return 0
     check_conversion(config, count, arguments.method, target)
     calibration = None
     if arguments.method in NEEDS_DATA and count != config.num_kv_heads:

@@ -1,6 +1,7 @@
 """The command `llama2 generate`: continues one prompt as a stream, or several as a batch."""
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not prompts:
         raise ValueError("generate: expected --prompt TEXT or --prompt-file FILE; got neither")
     model, tokenizer = load(arguments)
-    generator = make_generator(arguments, model)
+    generator = make_generator(arguments, model, tokenizer)
     settings = sampling(arguments)
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     if len(prompts) == 1:
@@ -49,8 +50,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _read_prompt(name: str) -> str:
     if name == "-":
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(newline="")  # line ends as they are
         return require_utf8("--prompt-file", sys.stdin.read())
     try:
-        return Path(name).read_text(encoding="utf-8")
+        return Path(name).read_bytes().decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompt-file: expected UTF-8 in {name}; {error}") from error

@@ -65,19 +65,22 @@ def load(arguments: argparse.Namespace) -> tuple[Llama2, Tokenizer]:
             `Tokenizer` and `check_fits`.
     """
     placement = place(arguments.backend, arguments.device)
+    checkpoint.load_config(arguments.checkpoint)  # what is no checkpoint has no tokenizer either
+    tokenizer = Tokenizer(arguments.checkpoint / "tokenizer.model")  # before gigabytes of weights
     if arguments.backend == "auto" or placement.interpreted:
         placement.announce()
     dtype = arguments.dtype and _DTYPES[arguments.dtype]
     model = checkpoint.load(
         arguments.checkpoint, placement.ops, dtype=dtype, device=placement.device
     )
-    tokenizer = Tokenizer(arguments.checkpoint / "tokenizer.model")
     check_fits(tokenizer, model.config.vocab_size, arguments.checkpoint)
     return model, tokenizer
 
 
-def make_generator(arguments: argparse.Namespace, model: Llama2) -> Generator:
-    return Generator(model, cache_dtype=CACHE_DTYPES[arguments.kv_cache_dtype])
+def make_generator(arguments: argparse.Namespace, model: Llama2, tokenizer: Tokenizer) -> Generator:
+    """It draws no id that the tokenizer lacks."""
+    dtype = CACHE_DTYPES[arguments.kv_cache_dtype]
+    return Generator(model, cache_dtype=dtype, vocab_size=tokenizer.vocab_size)
 
 
 def sampling(arguments: argparse.Namespace) -> dict[str, float | int | None]:

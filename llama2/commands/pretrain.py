@@ -19,13 +19,13 @@ from llama2.config import ModelConfig
 from llama2.evaluation.bits import bits_per_document
 from llama2.model import Llama2
 from llama2.placement import Placement, place
+from llama2.storage import locked, replacing
 from llama2.tokenizer import Tokenizer
 from llama2.train.corpora import TOKENIZER, corpora_of, tokenizer_file_of
 from llama2.train.data import Document, document_ids, is_within
 from llama2.train.execution import STATE
 from llama2.train.pretrain import TrainConfig, train
 from llama2.train.shards import Mixture
-from llama2.train.state import locked, replacing
 
 _LAST_STEPS = 100  # whose mean is called the final loss
 

@@ -1,17 +1,21 @@
 """The command `llama2 serve-offline`: a file of prompts continued by continuous batching."""
 
 import argparse
+import contextlib
 import fcntl
 import json
 import math
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+import torch
 
+from llama2.accounting import kv_bytes_per_token
 from llama2.cache.kv_cache import CACHE_DTYPES
 from llama2.cache.paged_kv_cache import PagedKVCache
 from llama2.commands.options import add_generation_options, load
@@ -21,7 +25,8 @@ from llama2.serving import Request, Result, check_request, serve
 from llama2.tokenizer import StreamDecoder, Tokenizer
 
 _SETTINGS = {"max_new_tokens": int, "temperature": float, "top_p": float, "seed": int}
-_BEGIN = '{"id": '  # of every line that `run` writes
+_RESULT_KEYS = {"id", "text", "num_new_tokens", "finish_reason"}
+_BEGIN, _THEN = '{"id": ', ', "text": "'  # in every line that `run` writes, around the id
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help='JSON lines {"id": …, "text": …, "num_new_tokens": …, "finish_reason": "stop" or '
-        '"length"}, as they finish; ids that are there already are not done again',
+        help='JSON lines {"id": …, "text": …, "num_new_tokens": …, "finish_reason": "stop", '
+        '"length" or "error"}, with an "error" that says why, as they finish; ids that are there '
+        "already are not done again. - is stdout, where nothing is resumed, as in a pipe",
     )
     add("--max-batch", type=int, default=16, metavar="N", help="prompts at once; default: 16")
     add("--page-size", type=int, default=16, metavar="N", help="tokens of a page; default: 16")
@@ -58,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-pages",
         type=int,
         metavar="N",
-        help="of the key/value cache; default: as many as --max-batch of the longest sequences "
-        "fill. With fewer, prompts wait for each other",
+        help="of the key/value cache; default: as many as --max-batch of the prompts at hand can "
+        "fill, and fit in half of the free memory. With fewer, prompts wait for each other",
     )
 
 
@@ -70,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     is missing. A bad line is reported with its number and left out.
 
     Returns:
-        0; 1 if a line was bad.
+        0; 1 if a line was bad or ended in an error.
     Raises:
         OSError, ValueError, ImportError, FloatingPointError: about a file, an option or the model.
     """
@@ -79,9 +85,16 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--out: expected another file than --prompts; got {out}")
     complaints = _Complaints(prompts)
     lines = list(_read_prompts(prompts, complaints))
-    num_done, num_before = 0, _count_done(lines, _resume(out)[0])
-    if num_before < len(lines):
-        num_done, num_before = _continue(lines, arguments, load, complaints)
+    num_done, num_before = 0, 0
+    if _is_stream(out):
+        file = sys.stdout if str(out) == "-" else out.open("w", encoding="utf-8")
+        if lines:
+            with contextlib.nullcontext() if file is sys.stdout else file:
+                num_done = _continue(lines, lines, file, arguments, complaints)
+    else:
+        num_before = _count_done(lines, _resume(out)[0])
+        if num_before < len(lines):
+            num_done, num_before = _go_on(lines, arguments, complaints)
     print(
         f"{num_done} prompts done, {num_before} were done before, {complaints.count} lines are bad",
         file=sys.stderr,
@@ -89,44 +102,72 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if complaints.count else 0
 
 
-def _continue(
-    lines: list[_Line],
-    arguments: argparse.Namespace,
-    load: Callable[[argparse.Namespace], tuple[Llama2, Tokenizer]],
-    complaints: "_Complaints",
+def _is_stream(out: Path) -> bool:
+    """Whether what is written there cannot be read again: stdout, a pipe, a device."""
+    if str(out) == "-":
+        return True
+    if not out.exists() or out.is_file():
+        return False
+    if out.is_dir():
+        raise IsADirectoryError(f"--out: expected a file; got a directory, {out}")
+    return True
+
+
+def _go_on(
+    lines: list[_Line], arguments: argparse.Namespace, complaints: "_Complaints"
 ) -> tuple[int, int]:
     """Adds what is missing to the file. Returns how many it did, and how many were there."""
-    from tqdm import tqdm  # whose absence is a complaint like any other
-
     with arguments.out.open("a", encoding="utf-8") as file:
         _lock(file)
         done, end = _resume(arguments.out)  # another run may have ended just now
         todo = [line for line in lines if line.id not in done]
-        model, tokenizer = load(arguments)
-        cache = _make_cache(arguments, model)
-        _check_options(arguments, model, cache)
+        num_done = _continue(todo, lines, file, arguments, complaints, end=end)
+    return num_done, _count_done(lines, done)
+
+
+def _continue(
+    todo: list[_Line],
+    lines: list[_Line],
+    file: TextIO,
+    arguments: argparse.Namespace,
+    complaints: "_Complaints",
+    *,
+    end: int | None = None,
+) -> int:
+    """Writes the results of `todo` to a file, which is cut at `end` first. Returns their number."""
+    from tqdm import tqdm  # whose absence is a complaint like any other
+
+    model, tokenizer = load(arguments)
+    cache = _make_cache(arguments, model, tokenizer, lines)
+    _check_options(arguments, model, cache)
+    if end is not None:
         file.truncate(end)
-        served: list[_Line] = []  # by the index of their request
+    served: list[_Line] = []  # by the index of their request
 
-        def requests() -> Iterator[Request]:
-            for line in todo:
-                try:
-                    request = _request(line, arguments, tokenizer)
-                    check_request(model, cache, request)
-                except ValueError as error:
-                    progress.clear()
-                    complaints.add(line.number, error)
-                    progress.update()
-                    continue
-                served.append(line)
-                yield request
-
-        with tqdm(total=len(todo), unit="prompt", disable=None) as progress:
-            for result in serve(model, requests(), cache=cache):
-                file.write(_result_line(served[result.index], result, tokenizer))
-                file.flush()
+    def requests() -> Iterator[Request]:
+        for line in todo:
+            try:
+                request = _request(line, arguments, tokenizer)
+                check_request(model, cache, request)
+            except ValueError as error:
+                progress.clear()
+                complaints.add(line.number, error)
                 progress.update()
-    return len(served), _count_done(lines, done)
+                continue
+            served.append(line)
+            yield request
+
+    with tqdm(total=len(todo), unit="prompt", disable=None) as progress:
+        results = serve(model, requests(), cache=cache, vocab_size=tokenizer.vocab_size)
+        for result in results:
+            line = served[result.index]
+            if result.error is not None:
+                progress.clear()
+                complaints.add(line.number, ValueError(result.error))
+            file.write(_result_line(line, result, tokenizer))
+            file.flush()
+            progress.update()
+    return len(served)
 
 
 def _count_done(lines: list[_Line], done: set[str | int]) -> int:
@@ -213,13 +254,13 @@ def _resume(path: Path) -> tuple[set[str | int], int]:
     ids, end = set(), 0
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
-            begin = raw[: len(_BEGIN)]
-            is_ours = _BEGIN.encode().startswith(begin)
-            if is_ours and not raw.endswith(b"\n"):
+            if not raw.endswith(b"\n") and _is_begun(raw):
                 break
             try:
-                ids.add(json.loads(raw)["id"])
-            except (ValueError, TypeError, KeyError, RecursionError):
+                record = json.loads(raw)
+                is_ours = record.keys() - {"error"} == _RESULT_KEYS and raw.endswith(b"\n")
+                ids.add(record["id"])
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 is_ours = False
             if not is_ours:
                 raise ValueError(
@@ -230,20 +271,64 @@ def _resume(path: Path) -> tuple[set[str | int], int]:
     return ids, end
 
 
-def _make_cache(arguments: argparse.Namespace, model: Llama2) -> PagedKVCache:
+def _is_begun(raw: bytes) -> bool:
+    """Whether a line without an end can be what a killed run leaves of a result."""
+    text = raw.decode(errors="ignore")
+    if len(text) <= len(_BEGIN) or not text.startswith(_BEGIN):
+        return _BEGIN.startswith(text)
+    try:
+        _, end = json.JSONDecoder().raw_decode(text, len(_BEGIN))
+    except ValueError:
+        return text[len(_BEGIN)] in '"-'  # an id that is cut
+    rest = text[end:]
+    if len(rest) <= len(_THEN) or not rest.startswith(_THEN):
+        return _THEN.startswith(rest)
+    try:
+        return json.loads(text).keys() - {"error"} == _RESULT_KEYS
+    except ValueError:
+        return True
+
+
+def _make_cache(
+    arguments: argparse.Namespace, model: Llama2, tokenizer: Tokenizer, lines: list[_Line]
+) -> PagedKVCache:
     weight, config = model.lm_head.weight, model.cache_config
-    num_pages = arguments.num_pages
+    dtype = CACHE_DTYPES[arguments.kv_cache_dtype] or weight.dtype
+    num_pages, page_size = arguments.num_pages, max(arguments.page_size, 1)
     if num_pages is None:
-        page_size = max(arguments.page_size, 1)  # what is not positive, the cache refuses
-        num_pages = arguments.max_batch * math.ceil(config.max_seq_len / page_size)
+        longest = sorted(
+            min(
+                len(tokenizer.encode(line.prompt))
+                + line.settings.get("max_new_tokens", arguments.max_new_tokens),
+                config.max_seq_len,
+            )
+            for line in lines
+        )
+        wanted = [math.ceil(max(length, 1) / page_size) for length in longest]
+        wanted = wanted[-max(arguments.max_batch, 1) :]
+        page_bytes = kv_bytes_per_token(config, dtype.itemsize) * page_size
+        fitting = int(_free_bytes(weight.device) / 2 / page_bytes)
+        if fitting < wanted[-1]:
+            raise ValueError(
+                f"--num-pages: expected memory for the longest prompt and its new tokens, "
+                f"{wanted[-1]} pages of {page_size} tokens and {page_bytes:,} bytes each; got room "
+                f"for {fitting}. A smaller --max-new-tokens or --kv-cache-dtype fp8 takes less"
+            )
+        num_pages = min(sum(wanted), fitting)
     return PagedKVCache(
         config,
         num_pages=num_pages,
         page_size=arguments.page_size,
         max_batch=arguments.max_batch,
-        dtype=CACHE_DTYPES[arguments.kv_cache_dtype] or weight.dtype,
+        dtype=dtype,
         device=weight.device,
     )
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _check_options(arguments: argparse.Namespace, model: Llama2, cache: PagedKVCache) -> None:
@@ -264,11 +349,17 @@ def _request(line: _Line, arguments: argparse.Namespace, tokenizer: Tokenizer) -
 
 def _result_line(line: _Line, result: Result, tokenizer: Tokenizer) -> str:
     decoder = StreamDecoder(tokenizer)
-    stopped = bool(result.tokens) and result.tokens[-1] in result.request.stop_ids
+    reason = "length"
+    if result.error is not None:
+        reason = "error"
+    elif result.tokens and result.tokens[-1] in result.request.stop_ids:
+        reason = "stop"
     record = {
         "id": line.id,
         "text": "".join([*map(decoder.push, result.tokens), decoder.finish()]),
         "num_new_tokens": len(result.tokens),
-        "finish_reason": "stop" if stopped else "length",
+        "finish_reason": reason,
     }
+    if result.error is not None:
+        record["error"] = result.error
     return json.dumps(record, ensure_ascii=False) + "\n"

@@ -24,12 +24,14 @@ class DecodeBatch:
 
     Args:
         cache: what the rows have seen; nobody else writes to it.
+        vocab_size: ids below it can be drawn.
         capture: whether steps are captured in CUDA graphs. The model's parameters stay where they
             are then.
     """
 
-    def __init__(self, model: Llama2, cache: KVCache, *, capture: bool) -> None:
+    def __init__(self, model: Llama2, cache: KVCache, vocab_size: int, *, capture: bool) -> None:
         self.stored, self._cache, self._model = cache.stored, cache, model
+        self._vocab_size = vocab_size
         batch, config = len(cache.seq_lens), model.config
         self._device = device = cache.seq_lens.device
         self._ahead = 1 if device.type == "cuda" else 0  # steps enqueued while one is read
@@ -38,9 +40,9 @@ class DecodeBatch:
         self._tokens = torch.zeros(batch, dtype=torch.int64, device=device)
         self._num_drawn = torch.zeros(1, dtype=torch.int64, device=device)
         self._drawn = torch.zeros(config.max_seq_len, batch, dtype=torch.int64, device=device)
-        self._uniform = torch.zeros(batch, config.max_seq_len, device=device)
-        self._temperature = torch.zeros(batch, device=device)
-        self._top_p = torch.ones(batch, device=device)
+        self._uniform = torch.zeros(batch, config.max_seq_len, dtype=torch.float32, device=device)
+        self._temperature = torch.zeros(batch, dtype=torch.float32, device=device)
+        self._top_p = torch.ones(batch, dtype=torch.float32, device=device)
         self._is_stop = torch.zeros(config.vocab_size, dtype=torch.bool, device=device)
         self._steps = {greedy: Step(capture=capture) for greedy in (True, False)}
 
@@ -65,7 +67,10 @@ class DecodeBatch:
             last = self._begin(prompts, uniform, temperature, top_p, stop_ids)
             self._draw(last, greedy)
         host = torch.empty(
-            (num_steps, len(prompts)), dtype=torch.int64, pin_memory=self._device.type == "cuda"
+            (num_steps, len(prompts)),
+            dtype=torch.int64,
+            device="cpu",
+            pin_memory=self._device.type == "cuda",
         )
         fetched = deque([self._fetch(0, host)])
         for index in range(1, num_steps):
@@ -108,7 +113,8 @@ class DecodeBatch:
     def _draw(self, last: Tensor, greedy: bool) -> None:
         uniform = self._uniform.index_select(1, self._num_drawn)[:, 0]
         temperature = 0.0 if greedy else self._temperature
-        drawn = sample(self._model.lm_head(last), uniform, temperature, self._top_p)
+        logits = self._model.lm_head(last)[:, : self._vocab_size]
+        drawn = sample(logits, uniform, temperature, self._top_p)
         self._drawn.index_copy_(0, self._num_drawn, drawn[None])
         self._num_drawn += 1
         self._tokens.copy_(drawn.clamp(min=0))

@@ -15,20 +15,24 @@ from llama2.model import Llama2
 
 
 class PagedDecode:
-    """Decodes one token of each row, and draws from the states of rows.
+    """Decodes one token of each row, and draws ids below `vocab_size` from the states of rows.
 
     Attributes:
         states: `[max_batch, hidden_size]`, of each row's last token.
     """
 
-    def __init__(self, model: Llama2, cache: PagedKVCache, *, capture: bool) -> None:
-        self.stored, self._model = cache.stored, model
+    def __init__(
+        self, model: Llama2, cache: PagedKVCache, vocab_size: int, *, capture: bool
+    ) -> None:
+        self.stored, self._model, self._vocab_size = cache.stored, model, vocab_size
         weight, rows = model.lm_head.weight, cache.max_batch
         settings = {"dtype": weight.dtype, "device": weight.device}
         self.states = torch.zeros(rows, model.config.hidden_size, **settings)
         self._tokens = torch.zeros(rows, 1, dtype=torch.int64, device=weight.device)
         self._where: CacheStep | None = None
-        self._settings = torch.zeros(3, rows, device=weight.device)  # uniform, temperature, top_p
+        self._settings = torch.zeros(
+            3, rows, dtype=torch.float32, device=weight.device
+        )  # uniform, temperature, top_p
         self._drawn = torch.zeros(rows, dtype=torch.int64, device=weight.device)
         self._decode = Step(capture=capture)
         self._draw = {greedy: Step(capture=capture) for greedy in (True, False)}
@@ -65,7 +69,7 @@ class PagedDecode:
 
     def _sample(self, greedy: bool) -> None:
         uniform, temperature, top_p = self._settings
-        logits = self._model.lm_head(self.states)
+        logits = self._model.lm_head(self.states)[:, : self._vocab_size]
         self._drawn.copy_(sample(logits, uniform, 0.0 if greedy else temperature, top_p))
 
     def reserve(self, batch: int, num_tokens: int) -> CacheStep:

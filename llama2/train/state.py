@@ -1,50 +1,16 @@
 """What a killed run leaves behind and a resumed run picks up: a state and a log."""
 
-import fcntl
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from llama2.storage import replacing
+
 # What two runs must share for one to resume the other: names and values by their kind.
 Identity = dict[str, dict[str, Any]]
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` that takes its place when the block ends.
-
-    `path` holds the old file or the new one, never half of one, whenever the process is killed or
-    the machine stops.
-    """
-    partial = path.with_name(path.name + ".partial")  # a killed process's is written over
-    yield partial
-    with partial.open("rb+") as written:
-        os.fsync(written.fileno())
-    os.replace(partial, path)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes that lock `folder` out of it; the lock of a killed process is gone.
-
-    Raises:
-        ValueError: another process has it.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{folder}: expected no other run there; got one") from error
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def save_state(

@@ -27,7 +27,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from llama2 import Llama2, ModelConfig, parallel
 from llama2.generate import generate
-from llama2.model import count_predictions
+from llama2.targets import count_predictions
 from llama2.train import distributed, pretrain
 from llama2.train.data import RandomWindows
 from llama2.train.pretrain import TrainConfig, make_optimizer

@@ -123,7 +123,7 @@ def test_chat_with_system_and_history(tokenizer):
     )
     assert tokens == [
         *tokenizer.encode(
-            "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nleft? [/INST] right ", bos=True, eos=True
+            "[INST] <<SYS>>\n Be brief. \n<</SYS>>\n\nleft? [/INST] right ", bos=True, eos=True
         ),
         *tokenizer.encode("[INST] why? [/INST] so ", bos=True, eos=True),
         *tokenizer.encode("[INST] add [/INST]", bos=True, eos=False),

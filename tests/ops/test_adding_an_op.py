@@ -5,6 +5,7 @@ The op, y = max(x, 0)², is added to a copy of the package, in which the tests o
 benchmarks then run, in processes of their own.
 """
 
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ import pytest
 import gqa_kernels
 
 ROOT = Path(__file__).parents[2]
+PYTEST = (str(Path(sys.executable).with_name("pytest")), "-q", "-p", "no:cacheprovider")
 REFERENCE = '''
 
 def relu_squared(x: Tensor) -> Tensor:
@@ -185,8 +187,7 @@ def output_of(command, environment):
 
 def test_the_tables_tests_take_it_up(environment):
     files = [f"tests/ops/test_{name}.py" for name in ("ops", "autograd", "library")]
-    pytest_ = (str(Path(sys.executable).with_name("pytest")), "-q", "-p", "no:cacheprovider")
-    out = output_of((*pytest_, *files, "-k", "relu_squared or signatures"), environment)
+    out = output_of((*PYTEST, *files, "-k", "relu_squared or signatures"), environment)
     passed = int(re.search(r"(\d+) passed", out)[1])
     assert passed >= 30, out
 
@@ -195,6 +196,9 @@ def test_it_is_compiled_and_timed(environment):
     environment = {k: v for k, v in environment.items() if k != "TRITON_INTERPRET"}
     out = output_of(("bench/compiled.py", "--op", "relu_squared", "--arch", "sm_90"), environment)
     assert len(re.findall(r"^\| relu_squared", out, re.MULTILINE)) >= 2, out  # forward, backward
+    options = ("--count", "--op", "relu_squared", "--arch", "sm_90")
+    counted = json.loads(output_of(("bench/compiled.py", *options), environment))["sm_90"]
+    assert counted and all(of_one == of_all for of_one, of_all in counted.values()), counted
     lines = output_of(("-c", BENCH), environment).splitlines()
     ours = "triton, eager, compile"
     flops = 128 * 4096

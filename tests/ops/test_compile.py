@@ -54,7 +54,8 @@ ATTENTION = ("attention.forward", "attention.dkdv", "attention.dq")
 def python(*arguments: str) -> str:
     """What a fresh interpreter prints, with bench/ on its path and Triton compiling."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(BENCH)
+    path = filter(None, [str(BENCH), environment.get("PYTHONPATH")])
+    environment["PYTHONPATH"] = os.pathsep.join(path)
     command = [sys.executable, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -116,9 +117,9 @@ def test_binaries(arch):
 
 def test_one_binary_serves_every_number_of_tokens():
     counted = json.loads(python(str(BENCH / "compiled.py"), "--count", "--arch", "sm_90"))["sm_90"]
-    # Backward rotates by the negated angle, a binary of its own.
-    expected = {key: 2 if key == "apply_rope, training, rope.rotate" else 1 for key in counted}
-    assert counted == expected
+    # A kernel may serve both passes, with a binary for each.
+    more = {key: counts for key, counts in counted.items() if counts[0] != counts[1]}
+    assert not more and max(of_one for of_one, _ in counted.values()) <= 2
 
 
 def test_decode_has_enough_bytes_in_flight():
@@ -171,7 +172,8 @@ def test_a_spilling_config_is_found():
             "from gqa_kernels.runtime import configs\n"
             "wide = configs.AttentionConfig('', 2, 256, 128, 128, num_warps=4, num_stages=2)\n"
             "configs.ATTENTION_FORWARD = (wide,)\n"
-            "case = compiled._variants(compiled.OPS[4])[6]\n"
+            "(spec,) = [s for s in compiled.SPECS if s.name == 'flash_attention']\n"
+            "case = compiled._variants(spec)[6]\n"
             "compiled.representative = lambda spec, arch: [case]\n"
             "compiled.main(['--json', '--arch', 'sm_90', '--op', 'flash_attention'])",
         )
@@ -189,7 +191,8 @@ def test_more_shared_memory_than_the_target_has_is_found():
             "from gqa_kernels.runtime import configs\n"
             "deep = configs.AttentionConfig('', 2, 256, 128, 64, num_warps=8, num_stages=4)\n"
             "configs.ATTENTION_FORWARD = (deep,)\n"
-            "case = compiled._variants(compiled.OPS[4])[6]\n"
+            "(spec,) = [s for s in compiled.SPECS if s.name == 'flash_attention']\n"
+            "case = compiled._variants(spec)[6]\n"
             "compiled.representative = lambda spec, arch: [case]\n"
             "compiled.main(['--json', '--arch', 'sm_120', '--op', 'flash_attention'])",
         )

@@ -9,11 +9,11 @@ import torch
 
 from llama2 import cli
 from llama2.checkpoint import SHIPPED
+from llama2.storage import locked
 from llama2.tradeoff.study import runs, training
 from llama2.tradeoff.study.data import BASE, CALIBRATION, UPTRAIN, StudyBatches, prepare
 from llama2.tradeoff.study.presets import PRESETS
 from llama2.tradeoff.study.training import Job, jobs, run_study, steps_of
-from llama2.train.state import locked
 
 TOKENIZER = SHIPPED / "tokenizer.model"
 CPU = PRESETS["cpu"]

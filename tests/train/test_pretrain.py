@@ -18,10 +18,11 @@ from gqa_kernels.backends import get_backend
 from llama2.checkpoint import SHIPPED, load, load_config
 from llama2.commands import pretrain, pretrain_options
 from llama2.config import PUBLISHED, ModelConfig
+from llama2.storage import locked
 from llama2.tokenizer import Tokenizer
 from llama2.train.data import Document
 from llama2.train.shards import write_shards
-from llama2.train.state import locked, read_log
+from llama2.train.state import read_log
 
 SHAPE = {
     "vocab_size": 1024,

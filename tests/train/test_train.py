@@ -17,10 +17,11 @@ from gqa_kernels.backends import get_backend
 from llama2.cache.kv_cache import KVCache
 from llama2.config import ModelConfig
 from llama2.model import Llama2
+from llama2.storage import locked
 from llama2.train import execution, pretrain
 from llama2.train.data import RandomWindows, random_batch
 from llama2.train.pretrain import TrainConfig, learning_rate
-from llama2.train.state import cut_log, locked, read_log, save_state
+from llama2.train.state import cut_log, read_log, save_state
 
 MODEL = ModelConfig(
     vocab_size=32,

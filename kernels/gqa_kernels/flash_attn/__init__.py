@@ -2,7 +2,7 @@
 
 To port code, `import gqa_kernels.flash_attn as flash_attn`, or its functions from there. Names,
 signatures, layouts and return values are flash-attn's; what a call computes is `flash_attention` or
-`flash_attention_varlen` of `attention.py`, numerics included. In every function:
+`flash_attention_varlen` of `ops/attention`, numerics included. In every function:
 
     dropout_p: 0.0.
     softmax_scale: positive; None means 1 / sqrt(headdim).

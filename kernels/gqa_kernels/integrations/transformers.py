@@ -45,6 +45,7 @@ _UNION = or_masks().__code__
 _IGNORED = (
     "position_ids",
     "cache_position",
+    "seq_idx",
     "max_length_q",
     "max_length_k",
     "token_type_ids",
@@ -181,11 +182,11 @@ def _ranges(
     # A union may have gaps even if Transformers made it, of blocks that are in two places.
     check = check or compiling or mask_function.__code__ is _UNION
     keys = torch.arange(kv_length, device=queries.device)
-    step = max(1, _CHUNK // max(1, batch_size * kv_length))
-    if compiling:
-        step = queries.shape[0]
+    chunks = (queries,)
+    if not compiling:  # whose sizes are numbers
+        chunks = queries.split(max(1, _CHUNK // max(1, batch_size * kv_length)))
     firsts, ends = [], []
-    for chunk in queries.split(step):
+    for chunk in chunks:
         visible = _visible(mask_function, batch_size, chunk, kv_length, kv_offset, use_vmap)[:, 0]
         firsts.append(keys.where(visible, kv_length).amin(-1))
         ends.append((keys + 1).where(visible, 0).amax(-1))

@@ -25,20 +25,22 @@ class Report:
         replaced: (module, op) in the model's order; "add_rms_norm" stands for a layer whose
             residual add and norm are one pass.
         not_replaced: (module, op, reason), or ("", op, reason) where no module was of the kind.
+        not_fused: (module, "add_rms_norm", reason) of layers whose norm is replaced and whose
+            residual add stays apart. `strict` does not mind.
     """
 
     def __init__(self, model_name: str, plan: Plan) -> None:
         self.replaced, self.not_replaced = plan.replaced, plan.not_replaced
+        self.not_fused = plan.not_fused
         self._model_name, self._changes = model_name, plan.changes
 
     def __str__(self) -> str:
         lines = [f"{self._model_name}:"]
         for op, names in _grouped((entry.op, entry.module) for entry in self.replaced):
             lines.append(f"  {op}: {names}")
-        for (op, reason), names in _grouped(
-            ((entry.op, entry.reason), entry.module) for entry in self.not_replaced
-        ):
-            lines.append(f"  {op} not replaced{f' in {names}' if names else ''}: {reason}")
+        for what, entries in (("not replaced", self.not_replaced), ("not fused", self.not_fused)):
+            for (op, reason), names in _grouped(((e.op, e.reason), e.module) for e in entries):
+                lines.append(f"  {op} {what}{f' in {names}' if names else ''}: {reason}")
         return "\n".join(lines)
 
     __repr__ = __str__

@@ -60,11 +60,10 @@ def attention(
     apply_rope,
     home: str,
     settings: tuple[str, ...],
-    takes_cache_position: bool,
+    cache_style: str,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None = None,
-    past_key_values: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Projections, rotation, cache, the config's attention function, projection.
@@ -72,19 +71,25 @@ def attention(
     Args:
         home: the module whose attention functions the class uses.
         settings: what this class passes to an attention function beside scale and dropout.
-        takes_cache_position: whether cache_position is for the cache, as before Transformers 5.
+        cache_style: what the class hands to its cache beside k and v: "position", the angles and
+            cache_position, as before Transformers 5; "plain", nothing; "kwargs", all other keyword
+            arguments, of a cache that is called `cache`, from Transformers 5.24 on.
     """
     q, k, v = _project(self, hidden_states)
     cos, sin = position_embeddings
     q, k = _rotate(apply_rope, q, k, cos, sin)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    cache_kwargs = ()
-    if takes_cache_position:
-        cache_kwargs = (
-            {"sin": sin, "cos": cos, "cache_position": kwargs.pop("cache_position", 0)},
-        )
-    if past_key_values is not None:
-        k, v = past_key_values.update(k, v, self.layer_idx, *cache_kwargs)
+    cache = kwargs.pop("past_key_values", None)
+    if cache_style == "kwargs":
+        cache = kwargs.pop("cache", cache)
+        beside = {"kwargs": kwargs}
+    elif cache_style == "position":
+        position = kwargs.pop("cache_position", 0)
+        beside = {"cache_kwargs": {"sin": sin, "cos": cos, "cache_position": position}}
+    else:
+        beside = {}
+    if cache is not None:
+        k, v = cache.update(k, v, self.layer_idx, **beside)
     out, weights = _attention_function(home, self.config._attn_implementation)(
         self,
         q,
@@ -148,7 +153,6 @@ def decoder_layer(
     *args: Any,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
-    past_key_values: Any = None,
     use_cache: bool | None = False,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
@@ -157,7 +161,6 @@ def decoder_layer(
     kwargs |= {
         "attention_mask": attention_mask,
         "position_ids": position_ids,
-        "past_key_values": past_key_values,
         "use_cache": use_cache,
         "position_embeddings": position_embeddings,
     }

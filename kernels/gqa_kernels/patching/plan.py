@@ -43,11 +43,12 @@ class Change(NamedTuple):
 class Plan(NamedTuple):
     replaced: list[Replaced]
     not_replaced: list[NotReplaced]
+    not_fused: list[NotReplaced]  # layers that add and normalise in two steps, and why
     changes: list[Change]
 
 
 def make_plan(model: nn.Module, ops: Collection[str]) -> Plan:
-    plan = Plan([], [], [])
+    plan = Plan([], [], [], [])
     check = _Checks()
     for name, module in model.named_modules():
         for kind in _KINDS:
@@ -178,7 +179,7 @@ def _add(
 
 
 def _add_layers(plan: Plan, model: nn.Module, check: _Checks) -> None:
-    """Layers that add and normalise in one pass; elsewhere the norm stays replaced alone."""
+    """Layers that add and normalise in one pass; elsewhere the norm is replaced alone."""
     bound = {id(change.module): change.value for change in plan.changes}
     for name, layer in model.named_modules():
         if not has(layer, "self_attn", "mlp", "input_layernorm", "post_attention_layernorm"):
@@ -186,9 +187,8 @@ def _add_layers(plan: Plan, model: nn.Module, check: _Checks) -> None:
         norm = layer.post_attention_layernorm
         forward = bound.get(id(norm), vars(norm).get("forward"))
         if getattr(forward, "func", None) is forwards.rounded_norm:
-            found = len(plan.not_replaced)
-            _add(plan, "add_rms_norm", name, layer, partial(check, stand_ins.decoder_layer))
-            del plan.not_replaced[found:]
+            fusing = plan._replace(not_replaced=plan.not_fused)
+            _add(fusing, "add_rms_norm", name, layer, partial(check, stand_ins.decoder_layer))
 
 
 def _add_attention(plan: Plan, model: nn.Module) -> None:

@@ -120,14 +120,17 @@ def attention(module: nn.Module) -> Binding:
     check_rotary_fraction(module.config)
     forward = inspect.unwrap(type(module).forward)
     home = forward.__module__
-    names_position = "cache_position" in inspect.signature(forward).parameters
+    names = inspect.signature(forward).parameters
+    style = "position" if "cache_position" in names else "plain"
+    if cache_name(module) == "cache":
+        style = "kwargs"
     with _bench() as generator, _recording(sys.modules[home].ALL_ATTENTION_FUNCTIONS):
         twin = _attention_twin(module, generator)
         theirs = [_run_attention(twin, partial(type(twin).forward, twin), b) for b in (1, 2)]
         passed = theirs[0]["attention"][-1].keys() - {"dropout", "scaling", "position_ids"}
         if not passed <= forwards.SETTINGS.keys():
             raise Unlike(f"it passes {', '.join(sorted(passed))} to the attention function")
-        settings = (home, tuple(sorted(passed)), names_position)
+        settings = (home, tuple(sorted(passed)), style)
         bound = partial(forwards.attention, twin, EAGER.apply_rope, *settings)
         if not same([_run_attention(twin, bound, b) for b in (1, 2)], theirs):
             raise Unlike("its steps are not projection, rotation by halves, cache and attention")
@@ -187,7 +190,7 @@ def decoder_layer(module: nn.Module) -> Binding:
 
         twin.__dict__.update(self_attn=self_attn, mlp=_Linear(_WIDTH, _WIDTH, generator))
         x = _draw(2, 3, _WIDTH, generator=generator)
-        given = dict.fromkeys(("attention_mask", "position_ids", "past_key_values"), x)
+        given = dict.fromkeys(("attention_mask", "position_ids", cache_name(twin)), x)
         given |= {"position_embeddings": (x, x), "use_cache": True, "cache_position": x}
         theirs = type(twin).forward(twin, x, **given)
         ours = forwards.decoder_layer(twin, EAGER.add_rms_norm, x, **given)
@@ -303,11 +306,16 @@ def _run_attention(twin: nn.Module, forward: Callable[..., Any], batch: int) -> 
         hidden_states=_draw(2, 3, _WIDTH, generator=generator),
         position_embeddings=(angles.cos(), angles.sin()),
         attention_mask=mask,
-        past_key_values=cache,
+        **{cache_name(twin): cache},
         position_ids=torch.arange(3)[None],
         **({"cache_position": torch.arange(3)} if _takes(twin, "cache_position") else {}),
     )
     return {"returned": returned, "attention": twin.recorded, "cache": cache.calls}
+
+
+def cache_name(module: nn.Module) -> str:
+    """What a layer or an attention calls its cache: another name from Transformers 5.24 on."""
+    return "cache" if _takes(module, "cache") else "past_key_values"
 
 
 def _takes(module: nn.Module, name: str) -> bool:

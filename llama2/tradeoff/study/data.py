@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama2.evaluation import recall
+from llama2.storage import replacing
 from llama2.tokenizer import Tokenizer, check_fits
 from llama2.tradeoff.study.presets import Preset
 from llama2.train.data import (
@@ -21,7 +22,6 @@ from llama2.train.data import (
     document_ids,
     random_batch,
 )
-from llama2.train.state import replacing
 
 # What a seed's batches are for.
 BASE, UPTRAIN, CALIBRATION = range(3)

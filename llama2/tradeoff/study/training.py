@@ -25,11 +25,12 @@ from llama2.evaluation.bits import bits_per_document
 from llama2.evaluation.recall import recall
 from llama2.model import Llama2
 from llama2.placement import Placement, place
+from llama2.storage import locked, replacing
 from llama2.tradeoff.study.data import BASE, CALIBRATION, UPTRAIN, Corpus, StudyBatches
 from llama2.tradeoff.study.presets import Preset
 from llama2.train.execution import STATE
 from llama2.train.pretrain import train
-from llama2.train.state import check_identity, locked, replacing
+from llama2.train.state import check_identity
 
 _CALIBRATION_BATCHES = 8
 _CURVE_POINTS = 20

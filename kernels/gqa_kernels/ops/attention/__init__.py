@@ -104,7 +104,7 @@ _CALL = list(Call.__annotations__.items())
     },
     tuple[Tensor, Tensor, Tensor, Tensor],
 )
-def _backward_launch(*arguments: Any) -> tuple[Tensor | None, ...]:
+def _backward(*arguments: Any) -> tuple[Tensor | None, ...]:
     call, tensors, (need_dq, need_dkdv, need_dsinks) = _split(arguments)
     return gradients(call, *tensors, need_dq=need_dq, need_dkdv=need_dkdv, need_dsinks=need_dsinks)
 
@@ -115,7 +115,7 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor | None, ...]:
     return tuple(x.new_empty(x.shape) if need else None for x, need in needs)
 
 
-_BACKWARD = library.Op("flash_attention_backward", _backward_launch, _backward_fake)
+_BACKWARD = library.Op("flash_attention_backward", _backward, _backward_fake)
 
 
 def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -127,7 +127,7 @@ def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor
     ctx.set_materialize_grads(False)
 
 
-def _backward(
+def _differentiate(
     ctx: FunctionCtx, dout: Tensor | None, dlse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     grads = dict.fromkeys(Call._fields)
@@ -151,7 +151,7 @@ _OP = library.Op(
     _fake,
     check=check,
     setup_context=_setup_context,
-    backward=_backward,
+    backward=_differentiate,
 )
 
 

@@ -71,9 +71,10 @@ def _encode_e4m3(x):
 @triton.jit
 def _encode_int8(x):
     """x to the nearest of −127 … 127, ties to even; 0 for NaN, which int8 has not."""
-    x = tl.minimum(tl.maximum(x, -INT8_MAX), INT8_MAX)
+    # Under another name: a compiler may take a bound for NaN, and x has to be NaN below.
+    bounded = tl.minimum(tl.maximum(x, -INT8_MAX), INT8_MAX)
     # The last bit of 1.5 · 2²³ is worth 1: the sum's low byte is the rounded number.
-    code = (x + 12582912.0).to(tl.int32, bitcast=True)
+    code = (bounded + 12582912.0).to(tl.int32, bitcast=True)
     return tl.where(x == x, code, 0).to(tl.int8)
 
 

@@ -48,7 +48,9 @@ def _forward(
     capacity = _capacity(k_cache, block_table)
     lse_shape = batch, num_q_heads, seq_len_q
     if capacity == 0:
-        none_seen = torch.full(lse_shape, -float("inf"), device=q.device) if need_lse else None
+        none_seen = None
+        if need_lse:
+            none_seen = torch.full(lse_shape, -float("inf"), dtype=torch.float32, device=q.device)
         return q.new_zeros(q.shape), none_seen
     key_mask = layout.key_mask(key_mask)
     num_queries = batch * seq_len_q * num_q_heads

@@ -1,0 +1,44 @@
+"""What a loss predicts: the next token everywhere but where padding and packing leave it out."""
+
+import torch
+from torch import Tensor
+
+from gqa_kernels.positions import packed_positions
+from gqa_kernels.runtime import arguments
+
+IGNORED = -100  # a target that counts for nothing
+
+
+def positions_of(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Positions of packed tokens; those after the last sequence are at 0, as though each began
+    one."""
+    if tokens.shape[0] != 1:
+        raise ValueError(f"tokens: expected [1, total] with cu_seqlens; got {list(tokens.shape)}")
+    return packed_positions(cu_seqlens, tokens.shape[1])
+
+
+def targets_of(tokens: Tensor, num_valid: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """The token to predict at each place but the last, or IGNORED; see `Llama2.loss`."""
+    if tokens.dim() != 2 or tokens.shape[1] < 2:
+        raise ValueError(
+            f"tokens: expected [batch, seq_len + 1] with seq_len ≥ 1; got {list(tokens.shape)}"
+        )
+    batch, columns = tokens.shape
+    targets = tokens[:, 1:].long()
+    if cu_seqlens is not None:
+        if num_valid is not None:
+            raise ValueError("num_valid: expected none with cu_seqlens; got both")
+        ignored = positions_of(tokens, cu_seqlens)[:, 1:] == 0
+        targets = targets.masked_fill(ignored, IGNORED)
+    elif num_valid is not None:
+        arguments.tensor("num_valid", num_valid, shape=(batch,), dtypes=arguments.INTS)
+        column = torch.arange(1, columns, device=tokens.device)
+        targets = targets.masked_fill(column >= num_valid[:, None], IGNORED)
+    return targets
+
+
+def count_predictions(
+    tokens: Tensor, *, num_valid: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """How many tokens `Llama2.loss` of these arguments predicts, int64, on their device."""
+    return (targets_of(tokens, num_valid, cu_seqlens) != IGNORED).sum()
