@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from gqa_kernels import __version__
 from llama2.commands import (
     chat,
     convert,
@@ -29,6 +30,7 @@ _COMPLAINTS = (
     ImportError,
     NotImplementedError,
     FloatingPointError,
+    MemoryError,
     torch.OutOfMemoryError,
 )
 
@@ -58,14 +60,29 @@ def main(argv: list[str] | None = None) -> int:
         print(file=sys.stderr)
         return 130
     except _COMPLAINTS as error:
-        print(f"llama2: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _complain(error)
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # as a CPU says it
+            raise
+        return _complain(error)
+
+
+def _complain(error: Exception) -> int:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError | RuntimeError) and "memory" in text.lower():
+        text = (
+            "expected memory for this call; a smaller batch, fewer new tokens, --dtype bfloat16 or "
+            f"--kv-cache-dtype fp8 take less, where the command has them. {text}"
+        )
+    print(f"llama2: {text}", file=sys.stderr)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llama2", description="Llama 2 on plain PyTorch or on Triton kernels."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, help_line, add_arguments, run in (
         ("generate", "continue a text", generate.add_arguments, generate.run),

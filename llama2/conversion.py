@@ -27,6 +27,8 @@ NEEDS_DATA = ("low_rank", "aligned")
 # Of the power that equally long features have on average. A feature with less, made as strong as
 # the others, would be so long that its rounding to 16 bits drowned what it is mixed with.
 _HARDLY_SEEN = 2**-8
+# Of the mean power: a direction with less counts as never excited, and gets that much.
+_NARROW, _UNSEEN = 2**-40, 2**-20
 _ROUNDING = 1e-12  # of the same: far above float64's errors, far below what any input has
 
 
@@ -114,7 +116,7 @@ def convert_layer(
                 f"head_dim: expected at most hidden_size ({hidden_size}) for low_rank; "
                 f"got {head_dim}"
             )
-        moment = second_moment.to(heads.v)
+        moment = _everywhere(second_moment.to(heads.v))
         heads = _share_values(_share_keys(heads, moment), moment)
     elif method == "random":
         shape = (num_kv_heads, 1, head_dim, hidden_size)
@@ -124,7 +126,7 @@ def convert_layer(
         heads = heads._replace(k=heads.k[:, :1], v=heads.v[:, :1])
     else:
         if method == "aligned":
-            heads = _align(heads, second_moment.to(heads.v))
+            heads = _align(heads, _everywhere(second_moment.to(heads.v)))
         heads = heads._replace(k=heads.k.mean(1, keepdim=True), v=heads.v.mean(1, keepdim=True))
     return _join(heads, weights, interleaved)
 
@@ -144,7 +146,8 @@ def aligned(
     """
     old_count = weights.k.shape[0] // head_dim
     heads = _split(weights, num_kv_heads, old_count, head_dim, interleaved)
-    return _join(_align(heads, second_moment.to(heads.v)), weights, interleaved)
+    heads = _align(heads, _everywhere(second_moment.to(heads.v)))
+    return _join(heads, weights, interleaved)
 
 
 @torch.no_grad()
@@ -251,6 +254,16 @@ def _join(heads: _Heads, like: AttentionWeights, interleaved: bool) -> Attention
 
 
 # The methods that look at data.
+
+
+def _everywhere(moment: Tensor) -> Tensor:
+    """E[x xᵀ], of a narrow text with a little power in the directions that it never excites: what
+    heads do there, where no output was seen, is kept as well as one head can."""
+    power = moment.diagonal().mean() * torch.eye(
+        len(moment), dtype=moment.dtype, device=moment.device
+    )
+    _, narrow = torch.linalg.cholesky_ex(moment - _NARROW * power)
+    return moment + _UNSEEN * power if narrow else moment
 
 
 def _align(heads: _Heads, moment: Tensor) -> _Heads:

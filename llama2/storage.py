@@ -27,6 +27,12 @@ def replacing(path: Path) -> Iterator[Path]:
     os.replace(partial, path)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that is never there in part; UTF-8, line ends as they are."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keeps other processes that lock `folder` out of it; the lock of a killed process is gone.

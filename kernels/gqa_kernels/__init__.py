@@ -5,6 +5,8 @@ Importing this package loads neither Triton nor a GPU driver; the first use of a
 
 from gqa_kernels.backends import get_backend
 
+__version__ = "0.1.0"
+
 OPS = (
     "rms_norm",
     "add_rms_norm",

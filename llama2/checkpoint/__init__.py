@@ -90,6 +90,11 @@ def open_checkpoint(
     config = checkpoint.config
     if max_seq_len is not None:
         config = replace(config, max_seq_len=max_seq_len)
+    if config.num_layers > len(checkpoint.tensors):  # before as many layers are built
+        raise CheckpointError(
+            f"{folder}: expected tensors of the {config.num_layers} layers that its configuration "
+            f"names; got {len(checkpoint.tensors)} tensors"
+        )
     with torch.device("meta"):
         model = Llama2(config, ops)
     parameters = {checkpoint.key_of(name): value for name, value in model.named_parameters()}

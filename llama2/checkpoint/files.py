@@ -17,6 +17,8 @@ from torch import Tensor
 
 from llama2.config import ModelConfig
 
+MAX_SEQ_LEN = 2**20  # a longer table of angles is a mistake in a file
+
 FLOATS = {  # by safetensors' names
     "F64": torch.float64,
     "F32": torch.float32,
@@ -73,17 +75,19 @@ class Settings(dict[str, Any]):
     def read(cls, file: Path) -> "Settings":
         try:
             return cls(str(file), json.loads(file.read_bytes()))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # also of a number of thousands of digits
             raise CheckpointError(f"{file}: expected JSON; {error}") from error
 
     def section(self, key: str) -> "Settings":
         """The object under a key, empty if absent."""
         return Settings(f"{self.where}: {key}", self.get(key, {}))
 
-    def size(self, key: str, default: int | None = None) -> int:
+    def size(self, key: str, default: int | None = None, *, most: int = 2**31 - 1) -> int:
         value = self._get(key, default)
-        if type(value) is not int or value < 1:
-            raise CheckpointError(f"{self.where}: {key}: expected a positive int; got {value!r}")
+        if type(value) is not int or not 1 <= value <= most:
+            raise CheckpointError(
+                f"{self.where}: {key}: expected an int from 1 to {most}; got {value!r:.60}"
+            )
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

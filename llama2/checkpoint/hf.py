@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llama2.checkpoint.files import (
     FLOATS,
+    MAX_SEQ_LEN,
     Checkpoint,
     CheckpointError,
     Settings,
@@ -87,7 +88,7 @@ def _config(settings: Settings) -> ModelConfig:
         num_q_heads=num_q_heads,
         num_kv_heads=settings.size("num_key_value_heads", num_q_heads),
         head_dim=settings.size("head_dim", hidden_size // num_q_heads),
-        max_seq_len=settings.size("max_position_embeddings", 2048),
+        max_seq_len=settings.size("max_position_embeddings", 2048, most=MAX_SEQ_LEN),
         norm_eps=settings.number("rms_norm_eps", 1e-6),
         rope_theta=_rope_theta(settings),
         tie_word_embeddings=settings.flag("tie_word_embeddings"),

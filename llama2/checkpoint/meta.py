@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llama2.checkpoint.files import (
+    MAX_SEQ_LEN,
     Checkpoint,
     CheckpointError,
     Settings,
@@ -102,7 +103,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,
         head_dim=dim // num_q_heads,
-        max_seq_len=params.size("max_seq_len", 4096),
+        max_seq_len=params.size("max_seq_len", 4096, most=MAX_SEQ_LEN),
         norm_eps=params.number("norm_eps", 1e-5),
         rope_theta=params.number("rope_theta", 10000.0),
         rope_interleaved=True,

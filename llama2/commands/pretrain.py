@@ -1,9 +1,14 @@
 """The command `llama2 pretrain`: data, model, training, and the checkpoint that it ends in."""
 
 import argparse
+import contextlib
 import json
+import secrets
 import shutil
+import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
@@ -19,7 +24,7 @@ from llama2.config import ModelConfig
 from llama2.evaluation.bits import bits_per_document
 from llama2.model import Llama2
 from llama2.placement import Placement, place
-from llama2.storage import locked, replacing
+from llama2.storage import locked, replacing, write_text
 from llama2.tokenizer import Tokenizer
 from llama2.train.corpora import TOKENIZER, corpora_of, tokenizer_file_of
 from llama2.train.data import Document, document_ids, is_within
@@ -27,6 +32,7 @@ from llama2.train.execution import STATE
 from llama2.train.pretrain import TrainConfig, train
 from llama2.train.shards import Mixture
 
+_CLAIM, _RECORD = ".claimed", "training.json"  # both say which run a checkpoint is of
 _LAST_STEPS = 100  # whose mean is called the final loss
 
 
@@ -48,25 +54,64 @@ def run(args: argparse.Namespace) -> int:
     _check_folders(args)
     for folder in (args.work, args.out):  # what cannot be written is better known before the run
         folder.mkdir(parents=True, exist_ok=True)
-    with locked(args.work):
-        _train(args, placement, shape, config)
+    with locked(args.work), _interrupts() as asked_to_stop:
+        _train(args, placement, shape, config, asked_to_stop)
     return 0
 
 
+@contextlib.contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C waits for the end of a step, whose state is then saved; a second one does not."""
+    asked = []
+
+    def interrupt(*_: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+        print("\nstopping after this step; Ctrl-C again does not wait", file=sys.stderr)
+
+    if threading.current_thread() is not threading.main_thread():  # no other gets signals
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _train(
-    args: argparse.Namespace, placement: Placement, shape: ModelConfig, config: TrainConfig
+    args: argparse.Namespace,
+    placement: Placement,
+    shape: ModelConfig,
+    config: TrainConfig,
+    asked_to_stop: Callable[[], bool],
 ) -> None:
-    _check_start(args.work, args.init)
+    run_id = _check_start(args.work, args.init)
+    _claim(args.out, run_id)
     tokenizer_file = tokenizer_file_of(args)
     sources, held_out = corpora_of(args, tokenizer_file, shape)
     data = Mixture(sources, config, shape.vocab_size)
     if args.backend == "auto" or placement.interpreted:
         placement.announce()
     model = _initial_model(args, shape, placement)
-    log = train(model, data, config, args.work, save_every=args.save_every)
+    try:
+        log = train(
+            model,
+            data,
+            config,
+            args.work,
+            save_every=args.save_every,
+            asked_to_stop=asked_to_stop,
+        )
+    except KeyboardInterrupt as stopped:
+        if str(stopped):
+            print(f"{stopped}; the same command goes on", file=sys.stderr)
+        raise
 
     model.bfloat16().float()  # the held-out figure is of the weights as they are stored
     record = {
+        "run": run_id,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "init": None if args.init is None else str(args.init),
         "train_config": asdict(config),
@@ -139,15 +184,47 @@ def _check_folders(args: argparse.Namespace) -> None:
         raise ValueError(f"out: expected no checkpoint of Meta's layout there; got {args.out}")
 
 
-def _check_start(work: Path, init: Path | None) -> None:
-    """A state says which weights it has, not which it began with; that is recorded beside it."""
+def _check_start(work: Path, init: Path | None) -> str:
+    """A state says which weights it has, not which it began with; that is recorded beside it, with
+    the run's id, which is returned."""
     file, start = work / "start.json", None if init is None else str(init.resolve())
-    if (work / STATE).exists() and (
-        found := json.loads(file.read_text(encoding="utf-8"))["init"]
-    ) != start:
-        raise ValueError(f"{work}: expected the init of the run there, {found}; got {start}")
-    with replacing(file) as partial:
-        partial.write_text(json.dumps({"init": start}), encoding="utf-8")
+    found: dict[str, Any] = {}
+    if file.exists():
+        try:
+            found = json.loads(file.read_bytes())
+            found["init"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{file}: expected what a run began with; {error!r}") from error
+    if (work / STATE).exists() and found and found["init"] != start:
+        raise ValueError(
+            f"{work}: expected the init of the run there, {found['init']}; got {start}"
+        )
+    run_id = found.get("run") or secrets.token_hex(8)
+    write_text(file, json.dumps({"init": start, "run": run_id}))
+    return run_id
+
+
+def _claim(out: Path, run_id: str) -> None:
+    """Takes a directory for the checkpoint of this run.
+
+    Raises:
+        ValueError: it has files that this run has not written.
+    """
+    mark = out / _CLAIM
+    for file in (mark, out / _RECORD):
+        if file.exists():
+            try:
+                owner = json.loads(file.read_bytes())["run"]
+            except (ValueError, TypeError, KeyError):
+                owner = None
+            if owner == run_id:
+                return
+    if found := sorted(file.name for file in out.iterdir() if file.name != _CLAIM):
+        raise ValueError(
+            f"out: expected a new directory, one without files, or this run's own; got {out} with "
+            f"{found[0]}"
+        )
+    write_text(mark, json.dumps({"run": run_id}))
 
 
 def _initial_model(args: argparse.Namespace, shape: ModelConfig, placement: Placement) -> Llama2:
@@ -180,8 +257,8 @@ def _export(model: Llama2, tokenizer_file: Path | None, record: dict[str, Any], 
             if file.is_file():
                 with replacing(out / name) as partial:
                     shutil.copyfile(file, partial)
-    with replacing(out / "training.json") as partial:
-        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_text(out / _RECORD, json.dumps(record, indent=2) + "\n")
+    (out / _CLAIM).unlink(missing_ok=True)
 
 
 def _report(record: dict[str, Any], out: Path) -> None:

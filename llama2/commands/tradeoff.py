@@ -19,6 +19,7 @@ from llama2.commands.options import shape_named
 from llama2.config import PUBLISHED, ModelConfig
 from llama2.evaluation.recall import TASKS
 from llama2.placement import place
+from llama2.storage import write_text
 from llama2.tradeoff.measured import measure_decode
 from llama2.tradeoff.recommend import recommend
 from llama2.tradeoff.report.page import write_page
@@ -125,9 +126,8 @@ def _study(args: argparse.Namespace, preset: Preset) -> dict[str, Any]:
     runs = run_study(preset, corpus, work, backend=args.backend, device=args.device)
     text_rows = preset.train.batch_size - preset.lookup_rows - preset.copy_rows
     read = preset.train.steps * text_rows * preset.train.seq_len
-    with (args.out / _LOG).open("w", encoding="utf-8") as log:
-        for entry in runs:
-            log.write(json.dumps({k: v for k, v in entry.items() if k != "bits"}) + "\n")
+    lines = (json.dumps({k: v for k, v in entry.items() if k != "bits"}) for entry in runs)
+    write_text(args.out / _LOG, "".join(f"{line}\n" for line in lines))
     results = {
         "kind": "study",
         "preset": preset.name,
@@ -151,7 +151,7 @@ def _study(args: argparse.Namespace, preset: Preset) -> dict[str, Any]:
         "runs": [{k: v for k, v in entry.items() if k != "loss_curve"} for entry in runs],
         "recall_chance": {name: task.chance for name, task in TASKS.items()},
     }
-    (args.out / _RESULT).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_text(args.out / _RESULT, json.dumps(results, indent=1) + "\n")
     return results
 
 
@@ -170,7 +170,7 @@ def _measured(args: argparse.Namespace) -> list[dict[str, Any]] | None:
             config, _measured_counts(config), _MEASURED_BATCHES, _MEASURED_CONTEXTS
         )
         rows += [row | {"shape": shape, "num_q_heads": config.num_q_heads} for row in found]
-    (args.out / _MEASURED).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_text(args.out / _MEASURED, json.dumps(rows, indent=1) + "\n")
     return rows
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -207,6 +208,7 @@ def train(
     save_every: int = 500,
     objective: Objective = next_token,
     execution: Execution = OneProcess(),  # noqa: B008  (it has no state)
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, float]]:
     """Trains `model` in place on `data` and returns the records of the log, one per step.
 
@@ -218,7 +220,9 @@ def train(
     Args:
         objective: what each step minimises, of its rows.
         execution: the processes; every one of them calls this.
+        asked_to_stop: is asked after each step; if it says so, the step is saved and the run ends.
     Raises:
+        KeyboardInterrupt: it was asked to stop, and is saved.
         ValueError: the state in `folder` is of another run or its log is incomplete; `save_every`
             is not positive; or as the batches of `data`.
         FloatingPointError: a loss or gradient is not finite; such a step is never saved.
@@ -262,8 +266,11 @@ def train(
             }
             log.write(json.dumps(record) + "\n")
             progress.set_postfix(loss=f"{loss:.3f}")
-            if (step + 1) % save_every == 0 or step + 1 == config.steps:
+            stops = asked_to_stop() and step + 1 < config.steps
+            if (step + 1) % save_every == 0 or step + 1 == config.steps or stops:
                 if execution.speaks:  # no state without the records that come before it
                     os.fsync(log.fileno())
                 execution.save(folder, model, optimizer, step + 1, identity)
+            if stops:
+                raise KeyboardInterrupt(f"saved after step {step + 1} of {config.steps}")
     return read_log(log_path)

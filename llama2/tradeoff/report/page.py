@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llama2.config import ModelConfig
+from llama2.storage import write_text
 from llama2.tradeoff import published
 from llama2.tradeoff.recommend import Recommendation
 from llama2.tradeoff.report import deployment_tables, findings, sections
@@ -67,7 +68,7 @@ def write_page(
     written |= {f"{block.name}.svg": block.svg for block in blocks if isinstance(block, Figure)}
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in written.items():
-        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+        write_text(folder / name, text)
     return folder / "report.html"
 
 
