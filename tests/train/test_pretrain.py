@@ -308,12 +308,12 @@ def test_texts_for_training_are_not_evaluated(folders, capsys, tmp_path):
         json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))["held_out"]
         is None
     )
-    options[1] = tmp_path / "another"
+    options[1], options[3] = tmp_path / "another", tmp_path / "other out"
     assert pretrain.run(parse(*options, "--text", texts, "--held-out", other, *RECIPE)) == 0
     assert "1 of 2 texts for evaluation are left out" in capsys.readouterr().err
-    record = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
+    record = json.loads((tmp_path / "other out" / "training.json").read_text(encoding="utf-8"))
     assert record["held_out"]["bytes"] == len("A text of its own.")
-    options[1] = tmp_path / "third"
+    options[1], options[3] = tmp_path / "third", tmp_path / "third out"
     assert pretrain.run(parse(*options, "--text", other, *RECIPE)) == 0  # names of any bytes
 
 
