@@ -120,7 +120,8 @@ def convert_layer(
         heads = _share_values(_share_keys(heads, moment), moment)
     elif method == "random":
         shape = (num_kv_heads, 1, head_dim, hidden_size)
-        k, v = (0.02 * torch.randn(shape, generator=generator).to(heads.v) for _ in range(2))
+        drawn = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+        k, v = (0.02 * torch.randn(shape, **drawn).to(heads.v) for _ in range(2))
         heads = heads._replace(k=_pairs(k, interleaved), v=v)
     elif method == "first":
         heads = heads._replace(k=heads.k[:, :1], v=heads.v[:, :1])
@@ -188,7 +189,9 @@ def convert(
             generator=generator,
         )
         state |= dict(zip(names, converted, strict=True))
-    result = Llama2(replace(config, num_kv_heads=num_kv_heads), ops).to(model.lm_head.weight)
+    with torch.device(model.lm_head.weight.device):
+        result = Llama2(replace(config, num_kv_heads=num_kv_heads), ops)
+    result.to(model.lm_head.weight.dtype)
     result.load_state_dict(state)
     return result.train(model.training)
 

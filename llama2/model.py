@@ -50,7 +50,8 @@ class RotaryTable(nn.Module):
 class RMSNorm(nn.Module):
     def __init__(self, config: ModelConfig, ops: ModuleType) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        settings = {"dtype": torch.get_default_dtype(), "device": torch.get_default_device()}
+        self.weight = nn.Parameter(torch.ones(config.hidden_size, **settings))
         self.eps = config.norm_eps
         # The functions, not the module: copies and pickles of a model carry them by name.
         self.rms_norm, self.add_rms_norm = ops.rms_norm, ops.add_rms_norm

@@ -86,7 +86,7 @@ def _device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).tolist()
+        torch.zeros(1, dtype=torch.float32, device=device).tolist()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"device: expected one that is there, such as cpu or cuda; got {name!r}"
@@ -103,7 +103,7 @@ def _obstacle(device: torch.device) -> str | None:
     from gqa_kernels.runtime import target
 
     try:
-        target.check_device("device", torch.empty(0, device=device))
+        target.check_device("device", torch.empty(0, dtype=torch.float32, device=device))
         target.current()
     except RuntimeError as error:
         return str(error)

@@ -71,9 +71,10 @@ class Tokenizer:
         if eos and self.eos_id < 0:
             raise ValueError("eos: expected a tokenizer with EOS; got one without")
         try:
-            tokens = self._model.EncodeAsIds(text)
+            text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"text: expected whole characters; {error}") from error
+        tokens = self._model.EncodeAsIds(text)
         return [self.bos_id] * (bos and self.bos_id >= 0) + tokens + [self.eos_id] * eos
 
     def decode(self, tokens: Iterable[int]) -> str:

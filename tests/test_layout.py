@@ -146,6 +146,25 @@ def test_no_circles(package, files):
     list(graphlib.TopologicalSorter(arrows).static_order())
 
 
+# What takes defaults of the process where it is not told otherwise; the second of floats only.
+FACTORIES = ("arange", "tensor", "randint", "randperm")
+FLOAT_FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn", "eye")
+
+
+@pytest.mark.parametrize("path", [*KERNELS.values(), *MODELS.values()], ids=lambda path: path.stem)
+def test_allocations_name_their_dtype_and_device(path):
+    """torch.set_default_dtype and torch.set_default_device are the user's."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        named = {keyword.arg for keyword in node.keywords}
+        if ast.unparse(node.func.value) == "torch" and None not in named:  # None: **settings
+            if node.func.attr in FACTORIES + FLOAT_FACTORIES:
+                assert "device" in named, f"line {node.lineno}"
+            if node.func.attr in FLOAT_FACTORIES:
+                assert "dtype" in named, f"line {node.lineno}"
+
+
 def test_a_file_fits_in_the_head():
     files = [*KERNELS.values(), *MODELS.values()]
     lines = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in files}

@@ -54,7 +54,7 @@ def _repair(module: Any) -> None:
     import torch
     import triton.language as tl
 
-    codes = torch.arange(256, dtype=torch.uint8)
+    codes = torch.arange(256, dtype=torch.uint8, device="cpu")
     float8_values = codes.view(torch.float8_e4m3fn).float().numpy()  # by code
 
     builder, handle_type = module.InterpreterBuilder, module.TensorHandle

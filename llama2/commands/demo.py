@@ -178,7 +178,7 @@ def _compare_speed(folder: Path, eager: Placement, triton: Placement) -> None:
 
 
 def _tokens_per_second(model: Llama2, batch: int) -> float:
-    prompts = torch.randint(model.config.vocab_size, (batch, 128)).tolist()
+    prompts = torch.randint(model.config.vocab_size, (batch, 128), device="cpu").tolist()
     generator = Generator(model)
 
     def seconds() -> float:

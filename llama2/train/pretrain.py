@@ -160,7 +160,7 @@ def train_step(
                 copied.copy_(weight)
     rows = execution.own_rows(batch)
     micro_batches = rows.split(config.micro_batch_size or len(rows))
-    total = torch.zeros((), device=batch.device)
+    total = torch.zeros((), dtype=torch.float32, device=batch.device)
     for micro_batch in micro_batches:
         loss = objective(worker, micro_batch) / len(micro_batches)
         loss.backward()

@@ -40,7 +40,7 @@ def norm(module: nn.Module) -> Binding:
     eager, triton = EAGER.rms_norm, get_backend("triton").rms_norm
     with _bench() as generator:
         x = _draw(64, 33, generator=generator)
-        weight = torch.rand(33, generator=generator, dtype=torch.float32) + 0.5
+        weight = torch.rand(33, generator=generator, dtype=torch.float32, device="cpu") + 0.5
         # A large eps, to see that it is used.
         twin = stand_in(module)
         setattr(twin, "variance_epsilon" if hasattr(module, "variance_epsilon") else "eps", 0.5)
@@ -201,7 +201,7 @@ def decoder_layer(module: nn.Module) -> Binding:
 
 def _draw(*shape: int, generator: torch.Generator) -> Tensor:
     """float32 whatever the default dtype: in 16 bits unlike maths would look alike."""
-    return torch.randn(shape, generator=generator, dtype=torch.float32)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def stand_in(module: nn.Module) -> nn.Module:
@@ -300,15 +300,16 @@ def _attention_twin(module: nn.Module, generator: torch.Generator) -> nn.Module:
 def _run_attention(twin: nn.Module, forward: Callable[..., Any], batch: int) -> dict[str, Any]:
     """All that an attention forward returns and passes on, with `batch` rows of angles."""
     generator = torch.Generator().manual_seed(1)
-    cache, mask = _Cache(), torch.zeros(2, 1, 3, 3, dtype=torch.float32)
+    cache, mask = _Cache(), torch.zeros(2, 1, 3, 3, dtype=torch.float32, device="cpu")
+    positions = torch.arange(3, device="cpu")
     angles = _draw(batch, 3, twin.head_dim // 2, generator=generator).repeat(1, 1, 2)
     returned = forward(
         hidden_states=_draw(2, 3, _WIDTH, generator=generator),
         position_embeddings=(angles.cos(), angles.sin()),
         attention_mask=mask,
         **{cache_name(twin): cache},
-        position_ids=torch.arange(3)[None],
-        **({"cache_position": torch.arange(3)} if _takes(twin, "cache_position") else {}),
+        position_ids=positions[None],
+        **({"cache_position": positions} if _takes(twin, "cache_position") else {}),
     )
     return {"returned": returned, "attention": twin.recorded, "cache": cache.calls}
 

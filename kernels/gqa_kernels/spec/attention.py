@@ -182,7 +182,7 @@ def _varlen_inputs(case: Case, *context: Any) -> dict[str, Any]:
     """Queries and keys of the same lengths, as where documents are packed for training."""
     draw, sizes = Draw(*context), case.sizes
     total, head_dim = sizes["total"], sizes["head_dim"]
-    bounds = torch.tensor([0, *packed_lengths(case)]).cumsum(0)
+    bounds = torch.tensor([0, *packed_lengths(case)], device="cpu").cumsum(0)
     cu_seqlens = bounds.to(draw.device, torch.int32)
     return {
         "q": draw(total, sizes["num_q_heads"], head_dim),

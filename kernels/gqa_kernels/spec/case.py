@@ -64,7 +64,7 @@ def standard_normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """Standard normal float32 numbers on the generator's device; from one of the CPU, the same on
     every machine, which those of torch.randn are not."""
     if generator.device.type != "cpu":
-        return torch.randn(shape, generator=generator, device=generator.device)
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device=generator.device)
     (seed,) = torch.randint(2**62, (1,), generator=generator, device="cpu").tolist()
     drawn = numpy.random.default_rng(seed).standard_normal(shape, numpy.float32)
     return torch.empty(shape, dtype=torch.float32, device="cpu").copy_(torch.from_numpy(drawn))
