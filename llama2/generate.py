@@ -134,7 +134,7 @@ class Generator:
     ) -> Iterator[tuple[int, int]]:
         """See the function `stream`. One call at a time has the cache: asking an earlier one for
         more tokens raises RuntimeError, as does a thread that asks while another one does."""
-        stop_ids = frozenset(stop_ids)
+        stop_ids = as_stop_ids(stop_ids)
         check_tokens(self.model.config, prompts, max_new_tokens, stop_ids)
         check_sampling(temperature, top_p, seed)
         prompts = [list(prompt) for prompt in prompts]  # as they were checked
@@ -249,6 +249,8 @@ def check_tokens(
         raise ValueError("prompts: expected at least one; got none")
     for index, prompt in enumerate(prompts):
         name = f"prompts[{index}]"
+        if isinstance(prompt, np.ndarray) and prompt.ndim == 1:
+            prompt = prompt.tolist()
         if not isinstance(prompt, Sequence) or isinstance(prompt, str):
             raise ValueError(f"{name}: expected a list of token ids; got a {type(prompt).__name__}")
         if not prompt:
@@ -262,6 +264,13 @@ def check_tokens(
             )
     for stop_id in stop_ids:
         _check_id("stop_ids", stop_id, config.vocab_size)
+
+
+def as_stop_ids(stop_ids: Iterable[int]) -> frozenset[int]:
+    try:
+        return frozenset(stop_ids)
+    except TypeError as error:
+        raise TypeError(f"stop_ids: expected ids, such as [2]; got {stop_ids!r:.60}") from error
 
 
 def _check_id(name: str, token: int, vocab_size: int) -> None:

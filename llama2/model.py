@@ -17,7 +17,7 @@ from gqa_kernels.positions import rope_table
 from gqa_kernels.runtime import arguments
 from llama2.cache.kv_cache import Cache, CacheStep, KVCache
 from llama2.config import ModelConfig
-from llama2.targets import IGNORED, positions_of, targets_of
+from llama2.targets import IGNORED, check_ids, positions_of, targets_of
 
 
 class RotaryTable(nn.Module):
@@ -333,6 +333,7 @@ class Llama2(nn.Module):
             TypeError: as `hidden_states`.
         """
         targets = targets_of(tokens, num_valid, cu_seqlens)
+        check_ids(tokens, self.config.vocab_size)
         # Causal attention keeps what pads a row on the right from all tokens before it.
         total = self.token_losses(tokens[:, :-1], targets, cu_seqlens=cu_seqlens).sum()
         return total / ((targets != IGNORED).sum() if num_predictions is None else num_predictions)

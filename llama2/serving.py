@@ -15,7 +15,7 @@ from llama2.cache.paged_kv_cache import PagedKVCache
 from llama2.decoding.graphs import can_capture
 from llama2.decoding.paged_decode import PagedDecode
 from llama2.decoding.sampling import check_sampling, in_float32, uniform_draws
-from llama2.generate import check_tokens, drawn_ids
+from llama2.generate import as_stop_ids, check_tokens, drawn_ids
 from llama2.model import Llama2
 
 
@@ -34,7 +34,7 @@ class Request:
     stop_ids: Iterable[int] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop_ids", frozenset(self.stop_ids))
+        object.__setattr__(self, "stop_ids", as_stop_ids(self.stop_ids))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,23 @@ from gqa_kernels.runtime import arguments
 IGNORED = -100  # a target that counts for nothing
 
 
+def check_ids(tokens: Tensor, vocab_size: int) -> None:
+    """Raises unless tokens of a CPU are ids; a GPU would have to be waited for.
+
+    Raises:
+        TypeError: they are no whole numbers.
+        ValueError: one is outside [0, vocab_size).
+    """
+    if torch.compiler.is_compiling() or type(tokens) is not Tensor or tokens.device.type != "cpu":
+        return
+    arguments.tensor("tokens", tokens, dtypes=arguments.INTS)
+    if tokens.numel() and not (
+        (least := tokens.min()) >= 0 and (most := tokens.max()) < vocab_size
+    ):
+        wrong = least if least < 0 else most
+        raise ValueError(f"tokens: expected ids in [0, {vocab_size}); got {wrong.item()}")
+
+
 def positions_of(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Positions of packed tokens; those after the last sequence are at 0, as though each began
     one."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 _BEGIN_INSTRUCTION, _END_INSTRUCTION = "[INST]", "[/INST]"
 _BEGIN_SYSTEM, _END_SYSTEM = "<<SYS>>", "<</SYS>>"
-_CHAT_TAGS = (_BEGIN_INSTRUCTION, _END_INSTRUCTION, _BEGIN_SYSTEM, _END_SYSTEM)
+CHAT_TAGS = (_BEGIN_INSTRUCTION, _END_INSTRUCTION, _BEGIN_SYSTEM, _END_SYSTEM)
 
 
 class Tokenizer:
@@ -117,10 +117,10 @@ class Tokenizer:
                 raise TypeError(
                     f"messages[{index}]: expected a content of text; got {type(content).__name__}"
                 )
-            found = [tag for tag in _CHAT_TAGS if tag in content]
+            found = [tag for tag in CHAT_TAGS if tag in content]
             if found:
                 raise ValueError(
-                    f"messages[{index}]: expected a content without {', '.join(_CHAT_TAGS)}; "
+                    f"messages[{index}]: expected a content without {', '.join(CHAT_TAGS)}; "
                     f"got {', '.join(found)}"
                 )
             contents.append(content)

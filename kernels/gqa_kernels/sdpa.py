@@ -20,7 +20,7 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """softmax(scale · query keyᵀ) value, as torch.nn.functional.scaled_dot_product_attention.
 
-    Nothing is broadcast: batches are equal, and heads unless `enable_gqa`.
+    Batches and heads are broadcast as torch does: one of them is one for all of the others.
 
     Args:
         query: float32, float16 or bfloat16 `[batch, num_q_heads, seq_len_q, head_dim]`, any
@@ -56,7 +56,7 @@ def scaled_dot_product_attention(
     if scale is not None and not checks.number("scale", scale) > 0.0:
         raise ValueError(f"scale: expected a positive number, or None; got {scale!r}")
     query, key, value = autocast(query, key, value)
-    _check(query, key, value, enable_gqa)
+    query, key, value = _broadcast(query, key, value, enable_gqa)
     window = None
     if is_causal:
         seq_len_q, seq_len_kv = query.shape[-2], key.shape[-2]
@@ -68,14 +68,26 @@ def scaled_dot_product_attention(
     heads = 0 if enable_gqa else 1  # the dimension that is missing is the batch, or the heads
     if without_heads:
         query, key, value = (x.unsqueeze(heads) for x in (query, key, value))
-    out = attention.flash_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        softmax_scale=scale,
-        window=window,
-    ).transpose(1, 2)
+    parts = (x.transpose(1, 2) for x in (query, key, value))
+    if torch.compiler.is_compiling():
+        out = attention.flash_attention(*parts, softmax_scale=scale, window=window)
+    else:
+        try:
+            out = attention.flash_attention(*parts, softmax_scale=scale, window=window)
+        except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+            raise _in_own_words(error) from error
+    out = out.transpose(1, 2)
     return out.squeeze(heads) if without_heads else out
+
+
+def _in_own_words(error: Exception) -> Exception:
+    """What the kernel says about its arguments, said about this function's."""
+    text = str(error)
+    for theirs, ours in (("q", "query"), ("k", "key"), ("v", "value")):
+        text = text.replace(f"{theirs}'s ", f"{ours}'s ")
+        if text.startswith(f"{theirs}: "):
+            text = f"{ours}{text.removeprefix(theirs)}"
+    return type(error)(text.replace("softmax_scale", "scale"))
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -91,8 +103,15 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
-    """What `flash_attention` would check under other names."""
+def _broadcast(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tensors with one batch; heads of which keys and values have one for all queries stay.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: what `flash_attention` would check under other
+            names.
+    """
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor; got {type(x).__name__}")
@@ -101,16 +120,26 @@ def _check(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
         raise NotImplementedError(
             f"query: expected 3 or 4 dimensions; got {query.dim()}. Flatten those before the heads"
         )
+    given = tuple(key.shape)
+    if key.dim() == value.dim() == query.dim() == 4:
+        batch = max(query.shape[0], key.shape[0], value.shape[0])
+        num_kv_heads = max(key.shape[1], value.shape[1])
+        query = _expanded(query, batch, query.shape[1] if enable_gqa else num_kv_heads)
+        key, value = (_expanded(x, batch, num_kv_heads) for x in (key, value))
     *batch, num_heads, _, head_dim = query.shape
-    if (
-        key.dim() != query.dim()
-        or key.shape[-1] != head_dim
-        or list(key.shape[:-3]) != batch
-        or (not enable_gqa and key.shape[-3] != num_heads)
-    ):
+    same_heads = key.shape[-3] == num_heads or (query.dim() == 4 and key.shape[-3] == 1)
+    rest = key.dim() == query.dim() and key.shape[-1] == head_dim and list(key.shape[:-3]) == batch
+    if not rest or not (enable_gqa or same_heads):
         heads = "num_kv_heads" if enable_gqa else num_heads
         wanted = ", ".join(map(str, (*batch, heads, "seq_len_kv", head_dim)))
-        hint = "" if enable_gqa else ". Fewer heads need enable_gqa=True"
-        raise ValueError(f"key: expected shape [{wanted}]; got {list(key.shape)}{hint}")
+        hint = ". Fewer heads need enable_gqa=True" if rest else ""
+        raise ValueError(f"key: expected shape [{wanted}]; got {list(given)}{hint}")
     if value.shape != key.shape:
         raise ValueError(f"value: expected key's shape {list(key.shape)}; got {list(value.shape)}")
+    return query, key, value
+
+
+def _expanded(x: Tensor, batch: int, heads: int) -> Tensor:
+    """x with its batch and its heads repeated, without a copy, where they are one."""
+    sizes = [want if have == 1 else -1 for have, want in zip(x.shape, (batch, heads), strict=False)]
+    return x.expand(*sizes, -1, -1) if sizes != [-1, -1] else x

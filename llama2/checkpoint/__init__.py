@@ -109,12 +109,31 @@ def _format(folder: Path) -> ModuleType:
             f"{folder}: expected a whole checkpoint; got one whose writing was interrupted. The "
             "command that wrote it finishes it"
         )
+    if not found and (kind := _other_kind(folder)):
+        raise CheckpointError(f"{folder}: {kind}")
     if len(found) != 1:
         raise CheckpointError(
             f"{folder}: expected a directory with either config.json (Hugging Face) or params.json "
             f"(Meta); got {'both' if found else 'neither'}"
         )
     return found[0]
+
+
+def _other_kind(folder: Path) -> str | None:
+    """What a path is that is no checkpoint of these formats, and the way to one."""
+    if not folder.exists() and len(folder.parts) == 2:
+        return (
+            "expected a directory; got none. If it is a name on a hub, download it first, for "
+            "example by `hf download NAME --local-dir DIR`"
+        )
+    if folder.suffix == ".gguf" or (folder.is_dir() and any(folder.glob("*.gguf"))):
+        return "expected safetensors, .bin or .pth; got GGUF, which is not read: take the original"
+    if (folder / "adapter_config.json").is_file():
+        return (
+            "expected a whole model; got an adapter. Merge it into its base model first, for "
+            "example by peft's merge_and_unload"
+        )
+    return None
 
 
 def _check(folder: Path, checkpoint: Checkpoint, expected: dict[str, nn.Parameter]) -> None:

@@ -6,6 +6,7 @@ What the tensors mean is the business of `hf` and `meta`.
 import importlib
 import json
 import math
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +138,7 @@ def open_tensors(file: Path) -> dict[str, StoredTensor]:
         CheckpointError: the file is truncated, corrupt or no state dict, or holds a tensor whose
             dtype is not in FLOATS.
     """
+    _refuse_pointer(file)
     return _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file)
 
 
@@ -158,9 +160,18 @@ def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def _refuse_pointer(file: Path) -> None:
+    with file.open("rb") as opened:
+        if opened.read(40).startswith(b"version https://git-lfs.github.com"):
+            raise CheckpointError(
+                f"{file}: expected weights; got a Git LFS pointer. `git lfs pull` downloads them"
+            )
+
+
 def _open_pickle(file: Path) -> dict[str, StoredTensor]:
+    mmap = zipfile.is_zipfile(file)  # PyTorch before 1.6 wrote another kind, which is read whole
     try:
-        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        state = torch.load(file, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as error:  # bad bytes can fail anywhere inside zip, pickle and torch
         raise CheckpointError(
             f"{file}: expected a state dict that loads with weights_only=True; "

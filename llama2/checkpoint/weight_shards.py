@@ -22,8 +22,8 @@ def plan_shards(sizes: dict[str, int], max_shard_bytes: int) -> list[list[str]]:
     Raises:
         ValueError: `max_shard_bytes` is not positive.
     """
-    if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes: expected a positive int; got {max_shard_bytes}")
+    if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes: expected a positive int; got {max_shard_bytes!r}")
     shards, free = [], -1
     for key, size in sizes.items():
         if size > free:

@@ -3,13 +3,14 @@
 import argparse
 import contextlib
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from llama2.checkpoint import SHIPPED
 from llama2.commands.options import add_generation_options, load, make_generator, sampling
-from llama2.commands.text import require_utf8, stream_text
+from llama2.commands.text import require_utf8, stop_ids, stream_text
 from llama2.generate import Generator
-from llama2.tokenizer import Tokenizer
+from llama2.tokenizer import CHAT_TAGS, Tokenizer
 
 _COMMANDS = "/reset forgets the conversation, /exit leaves"
 
@@ -34,7 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     generator = make_generator(arguments, model, tokenizer)
-    chat(generator, tokenizer, system=system, **sampling(arguments))
+    stops = stop_ids(tokenizer, arguments.checkpoint)
+    chat(generator, tokenizer, stops=stops, system=system, **sampling(arguments))
     return 0
 
 
@@ -42,6 +44,7 @@ def chat(
     generator: Generator,
     tokenizer: Tokenizer,
     *,
+    stops: Iterable[int],
     system: str | None = None,
     max_new_tokens: int,
     **settings: Any,
@@ -52,6 +55,7 @@ def chat(
     refused with the way out.
 
     Args:
+        stops: ids that end an answer.
         system: instructions that hold for the whole conversation.
         max_new_tokens: of one answer, which is shorter where the context ends.
         settings: `generate`'s temperature, top_p and seed.
@@ -81,14 +85,26 @@ def chat(
             room = max_seq_len - len(tokens)
             settings["max_new_tokens"] = min(max_new_tokens, room)
             answer = ""
-            for piece in stream_text(generator, tokenizer, tokens, **settings):
+            for piece in stream_text(generator, tokenizer, tokens, stops=stops, **settings):
                 print(piece, end="", flush=True)
                 answer += piece
             print()
-            history = [*asked, {"role": "assistant", "content": answer}]
+            history = [*asked, {"role": "assistant", "content": _without_tags(answer)}]
+
+
+def _without_tags(answer: str) -> str:
+    """An answer as the conversation goes on with it: the format's tags would speak for others."""
+    kept = answer
+    for tag in CHAT_TAGS:
+        kept = kept.replace(tag, "")
+    if kept != answer:
+        _note("the answer's tags of the chat format are left out of the conversation")
+    return kept
 
 
 def _ask() -> str:
+    if sys.stdin is None:  # closed
+        return "/exit"
     try:
         return input("you> ").strip()
     except EOFError:

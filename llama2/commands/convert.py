@@ -1,6 +1,7 @@
 """The command `llama2 convert`: a checkpoint with fewer key/value heads, and what that saves."""
 
 import argparse
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,6 +138,7 @@ def _report(target: Path, old: ModelConfig, new: ModelConfig) -> None:
         print(
             "Conversion costs quality. Training on for α = 5 % of the N steps of the original's "
             "training, as in arXiv:2305.13245, is\n"
-            f"  llama2 pretrain --init {target} --alpha 0.05 --of-steps N --warmup-steps M "
+            f"  llama2 pretrain --init {shlex.quote(str(target))} "
+            "--alpha 0.05 --of-steps N --warmup-steps M "
             "--work DIR --out DIR\nwith M a small part of those steps."
         )

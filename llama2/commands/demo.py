@@ -97,7 +97,7 @@ def _compare_tokens(eager: Llama2, triton: Llama2, tokenizer: Tokenizer) -> bool
 def _continue(
     model: Llama2, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer, name: str
 ) -> list[list[int]]:
-    steps = stream(model, prompts, max_new_tokens=NEW_TOKENS, stop_ids=stop_ids(tokenizer))
+    steps = stream(model, prompts, max_new_tokens=NEW_TOKENS, stop_ids=stop_ids(tokenizer, SHIPPED))
     continuations: list[list[int]] = [[] for _ in prompts]
     for index, token in _progress(steps, name, "token", len(prompts) * NEW_TOKENS):
         continuations[index].append(token)

@@ -2,11 +2,13 @@
 
 import argparse
 import io
+import re
 import sys
 from pathlib import Path
 
 from llama2.commands.options import add_generation_options, load, make_generator, sampling
 from llama2.commands.text import require_utf8, stop_ids, stream_text
+from llama2.generate import check_tokens
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,15 +35,21 @@ def run(arguments: argparse.Namespace) -> int:
     model, tokenizer = load(arguments)
     generator = make_generator(arguments, model, tokenizer)
     settings = sampling(arguments)
+    stops = stop_ids(tokenizer, arguments.checkpoint)
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    try:
+        check_tokens(model.config, encoded, settings["max_new_tokens"], ())
+    except ValueError as error:
+        text = re.sub(r"prompts\[(\d+)\]", lambda match: f"prompt {int(match[1]) + 1}", str(error))
+        raise ValueError(text.replace("max_new_tokens", "--max-new-tokens")) from error
     if len(prompts) == 1:
-        pieces = stream_text(generator, tokenizer, encoded[0], **settings)
+        pieces = stream_text(generator, tokenizer, encoded[0], stops=stops, **settings)
         print(prompts[0], end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
         return 0
-    continuations = generator.generate(encoded, stop_ids=stop_ids(tokenizer), **settings)
+    continuations = generator.generate(encoded, stop_ids=stops, **settings)
     for number, (prompt, new) in enumerate(zip(encoded, continuations, strict=True), 1):
         print(f"--- prompt {number} of {len(prompts)}")
         print(tokenizer.decode(prompt + new))
@@ -50,6 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _read_prompt(name: str) -> str:
     if name == "-":
+        if sys.stdin is None:
+            raise ValueError("--prompt-file: expected an open stdin for -; got a closed one")
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(newline="")  # line ends as they are
         return require_utf8("--prompt-file", sys.stdin.read())

@@ -344,7 +344,11 @@ def _request(line: _Line, arguments: argparse.Namespace, tokenizer: Tokenizer) -
         sequence = np.random.SeedSequence((settings["seed"], line.number))
         settings["seed"] = int(sequence.generate_state(1, np.uint64)[0])
     settings |= line.settings
-    return Request(tokenizer.encode(line.prompt), stop_ids=stop_ids(tokenizer), **settings)
+    return Request(
+        tokenizer.encode(line.prompt),
+        stop_ids=stop_ids(tokenizer, arguments.checkpoint),
+        **settings,
+    )
 
 
 def _result_line(line: _Line, result: Result, tokenizer: Tokenizer) -> str:

@@ -1,24 +1,32 @@
 """Text in and text out: generation through a tokenizer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from llama2.checkpoint.files import CheckpointError, Settings
 from llama2.generate import Generator
 from llama2.tokenizer import StreamDecoder, Tokenizer
 
 
 def stream_text(
-    generator: Generator, tokenizer: Tokenizer, prompt: Sequence[int], **settings: Any
+    generator: Generator,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    *,
+    stops: Iterable[int],
+    **settings: Any,
 ) -> Iterator[str]:
     """The continuation of one prompt, piece by piece, until the document ends or `max_new_tokens`.
 
     Args:
         prompt: token ids, as `encode` and `encode_chat` give them.
+        stops: ids that end the text.
         settings: `generate`'s max_new_tokens, temperature, top_p and seed.
     Raises:
         ValueError: as `generate`, at the call; later if the model has ids that the tokenizer lacks.
     """
-    steps = generator.stream([prompt], stop_ids=stop_ids(tokenizer), **settings)
+    steps = generator.stream([prompt], stop_ids=stops, **settings)
     return _decoded(StreamDecoder(tokenizer), steps)
 
 
@@ -28,9 +36,21 @@ def _decoded(decoder: StreamDecoder, steps: Iterator[tuple[int, int]]) -> Iterat
     yield decoder.finish()
 
 
-def stop_ids(tokenizer: Tokenizer) -> list[int]:
-    """EOS; and BOS, which would begin another document."""
-    return [token for token in (tokenizer.eos_id, tokenizer.bos_id) if token >= 0]
+def stop_ids(tokenizer: Tokenizer, folder: Path | None = None) -> list[int]:
+    """EOS; BOS, which would begin another document; and what a checkpoint's generation_config.json
+    says ends a text.
+
+    Raises:
+        CheckpointError: that file is malformed.
+    """
+    ids = [tokenizer.eos_id, tokenizer.bos_id]
+    if folder is not None and (file := folder / "generation_config.json").is_file():
+        more = Settings.read(file).get("eos_token_id", [])
+        more = more if isinstance(more, list) else [more]
+        if not all(type(token) is int for token in more):
+            raise CheckpointError(f"{file}: eos_token_id: expected ids; got {more!r:.60}")
+        ids += more
+    return sorted({token for token in ids if 0 <= token < tokenizer.vocab_size})
 
 
 def require_utf8(name: str, text: str) -> str:

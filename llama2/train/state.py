@@ -78,7 +78,18 @@ def check_identity(path: Path, found: dict[str, Any], identity: Identity) -> Non
 
 def read_log(path: Path) -> list[dict[str, float]]:
     """The records of a JSON-lines log."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return _parsed(path, path.read_text(encoding="utf-8").splitlines())
+
+
+def _parsed(path: Path, lines: list[str]) -> list[dict[str, float]]:
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+            records[-1]["step"], records[-1]["seconds"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}:{number}: expected a record of a step; {error!r}") from error
+    return records
 
 
 def cut_log(path: Path, count: int) -> float:
@@ -89,7 +100,9 @@ def cut_log(path: Path, count: int) -> float:
     Raises:
         ValueError: there are less than `count` whole lines.
     """
-    found = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    found = []
+    if path.exists():
+        found = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     whole = [line for line in found if line.endswith("\n")]
     if len(whole) < count:
         raise ValueError(
@@ -97,6 +110,7 @@ def cut_log(path: Path, count: int) -> float:
             f"got {len(whole)}"
         )
     kept = whole[:count]
+    records = _parsed(path, kept)
     with replacing(path) as partial:
         partial.write_text("".join(kept), encoding="utf-8")
-    return json.loads(kept[-1])["seconds"] if kept else 0.0
+    return records[-1]["seconds"] if records else 0.0

@@ -214,7 +214,7 @@ def test_compiles_whole(draw, bounds):
         ({"window_size": (4, 1.0)}, TypeError, "window_size: expected a whole number; got float"),
         ({"deterministic": 1}, TypeError, "deterministic: expected a bool"),
         ({"return_attn_probs": None}, TypeError, "return_attn_probs: expected a bool"),
-        ({"causal": 1}, TypeError, "causal: expected a bool"),
+        ({"causal": 2}, TypeError, "causal: expected a bool"),
         ({"softmax_scale": 0.0}, ValueError, "softmax_scale: expected a positive finite"),
         ({"alibi_slopes": SLOPES[:1]}, ValueError, r"alibi_slopes: expected shape \[2\]"),
     ),

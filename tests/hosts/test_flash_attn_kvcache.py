@@ -332,7 +332,7 @@ BAD = {
     "leftpad": ({"cache_leftpad": torch.zeros(3).int()}, ValueError, "cache_leftpad: expected"),
     "table": ({"block_table": torch.zeros(2, 2)}, TypeError, "block_table: expected dtype"),
     "scale": ({"softmax_scale": -1.0}, ValueError, "softmax_scale: expected a positive"),
-    "causal": ({"causal": 1}, TypeError, "causal: expected a bool"),
+    "causal": ({"causal": 2}, TypeError, "causal: expected a bool"),
     "num_splits": ({"num_splits": 1.5}, TypeError, "num_splits: expected a whole number"),
     "gradient": (
         {"q": torch.zeros(2, 1, 4, 16, requires_grad=True)}, NotImplementedError, "q: expected",

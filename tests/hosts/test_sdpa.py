@@ -178,13 +178,13 @@ def test_refused_tensors(draw):
     heads = r"key: expected shape \[2, 4, seq_len_kv, 16\]; got \[2, 2, 5, 16\]\. Fewer heads need"
     with pytest.raises(ValueError, match=heads):
         scaled_dot_product_attention(query, key, key)
-    with pytest.raises(ValueError, match="multiple of k's 3; got 4"):
+    with pytest.raises(ValueError, match=r"query: .* multiple of key's 3; got 4"):
         other = draw(2, 3, 5, 16)
         scaled_dot_product_attention(query, other, other, enable_gqa=True)
     with pytest.raises(
         ValueError, match=r"key: expected shape \[2, num_kv_heads, seq_len_kv, 16\]"
     ):
-        scaled_dot_product_attention(query, key[:1], key[:1], enable_gqa=True)
+        scaled_dot_product_attention(query, key[:1].repeat(3, 1, 1, 1), key, enable_gqa=True)
     with pytest.raises(ValueError, match=r"key: expected shape"):
         scaled_dot_product_attention(query, key[0], key[0], enable_gqa=True)
     with pytest.raises(ValueError, match=r"value: expected key's shape \[2, 2, 5, 16\]; got"):
@@ -204,3 +204,31 @@ def test_autocast_casts_as_torch_does(draw, device):
     with torch.autocast(device.type, torch.bfloat16):
         out = scaled_dot_product_attention(query, key, key)
     assert torch.equal(out, scaled_dot_product_attention(query.bfloat16(), key, key))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "gqa"),
+    [
+        (((3, 4), (1, 4), (1, 4)), False),
+        (((1, 4), (3, 4), (1, 4)), False),
+        (((2, 4), (2, 1), (2, 1)), False),
+        (((2, 1), (2, 4), (1, 4)), False),
+        (((3, 4), (1, 2), (3, 2)), True),
+    ],
+    ids=str,
+)
+def test_batches_and_heads_are_broadcast(shapes, gqa, draw, device):
+    query, key, value = (
+        draw(*shape, length, 16) for shape, length in zip(shapes, (5, 7, 7), strict=True)
+    )
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    ours = scaled_dot_product_attention(*leaves, enable_gqa=gqa)
+    theirs = F.scaled_dot_product_attention(*leaves, enable_gqa=gqa)
+    torch.testing.assert_close(ours, theirs)
+    cotangent = draw(*ours.shape)
+    for a, b in zip(
+        torch.autograd.grad(ours, leaves, cotangent),
+        torch.autograd.grad(theirs, leaves, cotangent),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)

@@ -96,7 +96,14 @@ def test_text_ends_with_the_document(model, tokenizer, monkeypatch):
         return iter([(0, token) for token in tokens])
 
     monkeypatch.setattr(Generator, "stream", stream)
-    assert "".join(stream_text(Generator(model), tokenizer, [1], max_new_tokens=5)) == " pass"
+    assert (
+        "".join(
+            stream_text(
+                Generator(model), tokenizer, [1], stops=stop_ids(tokenizer), max_new_tokens=5
+            )
+        )
+        == " pass"
+    )
 
 
 @pytest.mark.parametrize(
@@ -108,8 +115,8 @@ def test_text_ends_with_the_document(model, tokenizer, monkeypatch):
         (["--prompt", "a\udcff"], "--prompt: expected UTF-8"),
         (["--prompt", "a\ud800"], "--prompt: expected UTF-8"),
         (["--prompt-file", "-"], "--prompt-file: expected UTF-8"),
-        (["--prompt", "a " * 600], r"prompts[0]: expected at most max_seq_len (256)"),
-        (["--prompt", "a", "--max-new-tokens", "-1"], "max_new_tokens: expected"),
+        (["--prompt", "a " * 600], "prompt 1: expected at most max_seq_len (256)"),
+        (["--prompt", "a", "--max-new-tokens", "-1"], "--max-new-tokens: expected"),
         (["--prompt", "a", "--temperature", "nan"], "temperature: expected"),
         (["--prompt", "a", "--top-p", "0"], "top_p: expected"),
         (["--prompt", "a", "--seed", "-1"], "seed: expected"),

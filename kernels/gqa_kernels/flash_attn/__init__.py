@@ -70,7 +70,7 @@ def _options(
     if not checks.number("softcap", softcap) >= 0.0:
         raise ValueError(f"softcap: expected a positive number, or 0.0 for none; got {softcap!r}")
     return {
-        "causal": causal,
+        "causal": checks.switch("causal", causal),
         "softmax_scale": softmax_scale,
         "window": checks.window_size(window_size),
         "softcap": softcap if softcap > 0.0 else None,

@@ -84,7 +84,7 @@ def flash_attn_with_kvcache(
     """
     left, right = checks.window_size(window_size)
     _refuse(softcap, alibi_slopes, num_splits)
-    checks.flag("causal", causal)
+    causal = checks.switch("causal", causal)
     checks.flag("return_softmax_lse", return_softmax_lse)
     checks.flag("rotary_interleaved", rotary_interleaved)
     new, rotary = (k, v), (rotary_cos, rotary_sin)

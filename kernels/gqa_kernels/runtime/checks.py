@@ -1,6 +1,6 @@
 """Argument checks that name the argument. They read metadata only, never values."""
 
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -176,11 +176,14 @@ def window(value: tuple[int | None, int | None] | None) -> tuple[int | None, int
     return tuple(value)
 
 
-def window_size(value: tuple[int, int]) -> tuple[int | None, int | None]:
+def window_size(value: tuple[int, int] | Tensor) -> tuple[int | None, int | None]:
     """flash-attn's window, whose negative sides are no limit, as `window` has it."""
-    if not isinstance(value, tuple | list) or len(value) != 2:
+    sides = value.tolist() if isinstance(value, Tensor) and value.device.type == "cpu" else value
+    if not isinstance(sides, tuple | list) or len(sides) != 2:
         raise TypeError(f"window_size: expected (left, right); got {value!r}")
-    left, right = (whole("window_size", side) for side in value)
+    left, right = (
+        whole("window_size", int(side) if isinstance(side, Integral) else side) for side in sides
+    )
     return (None if left < 0 else left), (None if right < 0 else right)
 
 
@@ -203,6 +206,13 @@ def number(name: str, value: float) -> float:
 def flag(name: str, value: bool) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected a bool; got {type(value).__name__}")
+
+
+def switch(name: str, value: bool | int) -> bool:
+    """A flag of flash-attn's, which 1 and 0 are too."""
+    if isinstance(value, int) and value in (0, 1):
+        return bool(value)
+    raise TypeError(f"{name}: expected a bool; got {value!r:.60}")
 
 
 def attention_heads(num_q_heads: int, num_kv_heads: int, head_dim: int) -> None:
