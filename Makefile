@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-seeds test-matrix lint format bench peers compile-check-3.6 clean
+.PHONY: demo test test-seeds test-matrix test-newest lint format bench peers compile-check-3.6 clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -19,13 +19,32 @@ test: $(READY)
 test-seeds: $(READY)
 	$(BIN)/python tests/support/run_seeds.py
 
-# Every combination in which Transformers' models are run, under the pinned version and the last 4.
+# Every combination in which Transformers' models are run, under the pinned version, the newest and
+# the last 4.
 MATRIX := pytest -n auto --maxprocesses 4 -m "" tests/hosts/test_transformers.py \
 	tests/hosts/test_transformers_masks.py tests/hosts/test_patching.py tests/hosts/test_peer_failures.py
 
-test-matrix: $(READY) .venv-transformers4/.ready
+test-matrix: $(READY) .venv-transformers4/.ready .venv-transformers/.ready
 	OMP_NUM_THREADS=1 $(BIN)/$(MATRIX)
+	OMP_NUM_THREADS=1 .venv-transformers/bin/$(MATRIX)
 	OMP_NUM_THREADS=1 .venv-transformers4/bin/$(MATRIX)
+
+# The newest Transformers on the pinned PyTorch.
+.venv-transformers/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-transformers
+	.venv-transformers/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt \
+		-e ".[models]" pytest pytest-xdist hypothesis
+	.venv-transformers/bin/python -m pip install --disable-pip-version-check -q --upgrade transformers
+	touch $@
+
+# All tests on the newest versions of everything, which a CUDA build of PyTorch makes gigabytes.
+test-newest: .venv-newest/.ready
+	OMP_NUM_THREADS=1 .venv-newest/bin/pytest -n auto --maxprocesses 4 tests
+
+.venv-newest/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --disable-pip-version-check -q -e ".[dev]"
+	touch $@
 
 .venv-transformers4/.ready: pyproject.toml constraints.txt constraints-transformers4.txt
 	$(PYTHON) -m venv .venv-transformers4
@@ -68,4 +87,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) .venv-triton36 .venv-transformers4 .pytest_cache .ruff_cache .seeds
+	rm -rf $(VENV) .venv-triton36 .venv-transformers4 .venv-transformers .venv-newest .pytest_cache .ruff_cache .seeds

@@ -9,6 +9,7 @@ loss but for roundings, do not depend on it. `--work` also receives `log.jsonl`,
 
 import argparse
 import os
+import shutil
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from gqa_kernels.backends import get_backend
 from llama2 import parallel
-from llama2.checkpoint import SHIPPED
+from llama2.checkpoint import SHIPPED, save_hf
 from llama2.model import Llama2
+from llama2.storage import replacing
 from llama2.tokenizer import Tokenizer
 from llama2.train import pretrain
 from llama2.train.data import RandomWindows, stdlib_documents, token_stream
@@ -119,6 +122,21 @@ def train(
     )
 
 
+def export(model: Llama2, out: Path) -> None:
+    """Writes the whole model of all processes, with the shipped tokenizer, for `llama2 generate`;
+    every process calls it."""
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=whole)
+    if dist.get_rank() == 0:
+        alone = Llama2(model.config, get_backend("eager"))
+        alone.load_state_dict(state)
+        save_hf(alone, out, dtype=torch.bfloat16)
+        for name in ("tokenizer.model", "tokenizer_config.json"):
+            with replacing(out / name) as partial:
+                shutil.copyfile(SHIPPED / name, partial)
+    dist.barrier()
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="torchrun -m llama2.train.distributed",
@@ -126,6 +144,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--work", type=Path, required=True, help="directory of the state")
+    parser.add_argument(
+        "--out", type=Path, help="directory of the checkpoint at the end, in Hugging Face's layout"
+    )
     parser.add_argument("--tp", type=int, default=1, help="processes that share one model")
     parser.add_argument("--steps", type=int, default=50, help="optimiser steps")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences per step, of all")
@@ -169,6 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             args.work,
             save_every=args.save_every,
         )
+        if args.out is not None:
+            export(model, args.out)
     finally:
         dist.destroy_process_group()
 

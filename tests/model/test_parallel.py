@@ -25,9 +25,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from llama2 import Llama2, ModelConfig, parallel
+from llama2 import Llama2, ModelConfig, checkpoint, parallel
 from llama2.generate import generate
 from llama2.targets import count_predictions
+from llama2.tokenizer import Tokenizer
 from llama2.train import distributed, pretrain
 from llama2.train.data import RandomWindows
 from llama2.train.pretrain import TrainConfig, make_optimizer
@@ -463,11 +464,17 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess:
 
 
 def test_the_command_trains(tmp_path):
-    sizes = ("--batch-size", 4, "--seq-len", 64, "--warmup-steps", 1, "--work", tmp_path)
-    result = torchrun("--tp", 2, "--steps", 6, *sizes)
+    sizes = ("--batch-size", 4, "--seq-len", 64, "--warmup-steps", 1, "--work", tmp_path / "work")
+    result = torchrun("--tp", 2, "--steps", 6, *sizes, "--out", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     assert "{'tp': 2}, eager backend" in result.stdout
-    log = read_log(tmp_path / "log.jsonl")
+    log = read_log(tmp_path / "work" / "log.jsonl")
     assert [record["step"] for record in log] == [0, 1, 2, 3, 4, 5]
     assert log[5]["loss"] < log[0]["loss"] - 0.1
-    assert {path.name for path in tmp_path.iterdir()} == {"step-6", "log.jsonl"}
+    assert {path.name for path in (tmp_path / "work").iterdir()} == {"step-6", "log.jsonl"}
+    model = checkpoint.load(tmp_path / "out", EAGER, dtype=torch.float32)
+    trained = Llama2(model.config, EAGER)
+    load_sharded_state(tmp_path / "work", trained)
+    for name, parameter in trained.named_parameters():
+        assert torch.equal(model.get_parameter(name), parameter.bfloat16().float()), name
+    assert Tokenizer(tmp_path / "out" / "tokenizer.model").vocab_size == model.config.vocab_size

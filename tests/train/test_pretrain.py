@@ -4,9 +4,12 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -412,3 +415,43 @@ def test_killed_at_random_moments_the_command_gives_the_same_bits(folders, tmp_p
     assert weights.keys() == other_weights.keys()
     assert all(other_weights[key].equal(value) for key, value in weights.items()), f"seed {seed}"
     assert other_stored == stored and other_files == files, f"seed {seed}"
+
+
+def test_a_directory_is_one_runs(folders, tmp_path, capsys):
+    """Neither a foreign checkpoint nor another run's is written over; the run's own is."""
+    options, texts = folders
+    arguments = (*options, "--text", texts, *RECIPE)
+    assert pretrain.run(parse(*arguments)) == 0
+    whole = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert pretrain.run(parse(*arguments)) == 0  # nothing is left to do
+    other = list(arguments)
+    other[1] = tmp_path / "another"
+    with pytest.raises(ValueError, match="out: expected a new directory, one without files, or"):
+        pretrain.run(parse(*other))
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == whole
+
+
+def test_ctrl_c_saves_the_step(folders, tmp_path):
+    options, texts = folders
+    arguments = [*options, "--text", texts, *RECIPE[:-2], "--save-every", 1000, "--steps", 4000]
+    arguments = [*map(str, arguments), "--backend", "eager", "--threads", "1"]
+    command = [sys.executable, "-m", "llama2", "pretrain", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "work" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > 3):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    saved = int(re.search(r"saved after step (\d+) of 4000; the same command goes on", err)[1])
+    assert torch.load(tmp_path / "work" / "state.pt", weights_only=True)["step"] == saved > 3
+
+
+@pytest.mark.parametrize("name", ["start.json", "log.jsonl", "state.pt"])
+def test_a_damaged_file_is_named(name, folders, tmp_path):
+    options, texts = folders
+    arguments = (*options, "--text", texts, *RECIPE)
+    assert pretrain.run(parse(*arguments)) == 0
+    (tmp_path / "work" / name).write_text("{broken}\n" * 9, encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(name)):
+        pretrain.run(parse(*arguments))
