@@ -21,6 +21,7 @@ KERNELS_ALLOWED = {
     "reference": {"reference"},
     "positions": {"runtime.arguments"},
     "interpreter": set(),
+    "run": {"integrations"},
     "primitives": {"primitives"},
     "runtime": {"runtime", "interpreter"},
     "ops": {"runtime", "primitives"},

@@ -891,3 +891,49 @@ def test_ops_that_are_none_are_named(ops):
         patch(build(), ops)
     with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module"):
         unpatch(None)
+
+
+class _Hooked:
+    """What Accelerate sets on the modules of a model that it has dispatched."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def add(self, module):
+        module._hf_hook, module._old_forward = self, module.forward
+
+        def forward(*args, **kwargs):
+            self.calls += 1
+            return module._old_forward(*args, **kwargs)
+
+        module.forward = forward
+
+
+def test_a_model_that_accelerate_has_dispatched(device, tokens):
+    model, hook = build(device=device), _Hooked()
+    plain = build(device=device)
+    plain.load_state_dict(model.state_dict())
+    patch(plain)
+    expected = plain(tokens).logits
+    for module in model.modules():
+        hook.add(module)
+    report = patch(model, strict=True)
+    found = counts(report)
+    assert found["rms_norm"] == counts(patch(plain))["rms_norm"] and found["rope"] > 0
+    assert_same_bits(model(tokens).logits, expected)
+    assert hook.calls > 0
+    unpatch(model)
+    unpatch(plain)
+    assert_same_bits(model(tokens).logits, plain(tokens).logits)
+
+
+def test_layers_that_are_not_fused_are_reported(device):
+    model = build(device=device)
+    for layer in model.model.layers:
+        layer.forward = layer.forward
+    report = patch(model)
+    assert "add_rms_norm" not in counts(report)
+    assert "add_rms_norm not fused in model.layers.* (2): it has a forward of its own" in str(
+        report
+    )
+    assert not report.not_replaced

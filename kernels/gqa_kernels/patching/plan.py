@@ -165,17 +165,26 @@ def _add(
     module: nn.Module,
     check: Callable[[nn.Module], stand_ins.Binding],
 ) -> None:
-    if "forward" not in vars(module).get(BEFORE, ()):
+    # Accelerate calls a module's own forward, under this name, from one that it sets.
+    attribute = "_old_forward" if "_hf_hook" in vars(module) else "forward"
+    if attribute not in vars(module).get(BEFORE, ()):
         try:
-            if "forward" in vars(module):
+            set_by_others = attribute == "forward" and "forward" in vars(module)
+            if set_by_others or not _is_own(module, attribute):
                 raise stand_ins.Unlike("it has a forward of its own, set on the instance")
             function, *bound = check(module)
         except stand_ins.Unlike as reason:
             plan.not_replaced.append(NotReplaced(name, op, str(reason)))
             return
         forward = partial(function, module, *bound)
-        plan.changes.append(Change(module, "forward", forward))
+        plan.changes.append(Change(module, attribute, forward))
     plan.replaced.append(Replaced(name, op))
+
+
+def _is_own(module: nn.Module, attribute: str) -> bool:
+    """Whether what is called under that name is the class's forward."""
+    found = getattr(module, attribute, None)
+    return getattr(found, "__func__", None) is type(module).forward
 
 
 def _add_layers(plan: Plan, model: nn.Module, check: _Checks) -> None:
@@ -185,7 +194,7 @@ def _add_layers(plan: Plan, model: nn.Module, check: _Checks) -> None:
         if not has(layer, "self_attn", "mlp", "input_layernorm", "post_attention_layernorm"):
             continue
         norm = layer.post_attention_layernorm
-        forward = bound.get(id(norm), vars(norm).get("forward"))
+        forward = bound.get(id(norm), vars(norm).get("_old_forward", vars(norm).get("forward")))
         if getattr(forward, "func", None) is forwards.rounded_norm:
             fusing = plan._replace(not_replaced=plan.not_fused)
             _add(fusing, "add_rms_norm", name, layer, partial(check, stand_ins.decoder_layer))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.utils.flop_counter import register_flop_formula
 
 from gqa_kernels.ops.attention.backward import launch_backward
 from gqa_kernels.ops.attention.call import Call, batched, check, prepared
@@ -153,6 +154,28 @@ _OP = library.Op(
     setup_context=_setup_context,
     backward=_differentiate,
 )
+
+
+def _num_pairs(call: Call) -> int:
+    """Queries × keys, hidden ones too, as PyTorch counts them for its own attention."""
+    if not call.packed:
+        return call.q.shape[0] * call.q.shape[1] * call.k.shape[1]
+    lengths = (bounds.diff().tolist() for bounds in (call.cu_seqlens_q, call.cu_seqlens_kv))
+    return sum(q * k for q, k in zip(*lengths, strict=True))
+
+
+@register_flop_formula(_OP.dispatched.overloadpacket, get_raw=True)
+def _flops(*arguments: Any, out_val: Any = None, **_: Any) -> int:
+    """Two products of 2 · head_dim flops per pair of query and key."""
+    call = Call(*arguments)
+    return 4 * _num_pairs(call) * call.q.shape[-2] * call.q.shape[-1]
+
+
+@register_flop_formula(_BACKWARD.dispatched.overloadpacket, get_raw=True)
+def _backward_flops(*arguments: Any, out_val: Any = None, **_: Any) -> int:
+    """Five products."""
+    call, _, _ = _split(arguments)
+    return 10 * _num_pairs(call) * call.q.shape[-2] * call.q.shape[-1]
 
 
 def _attend(

@@ -1,0 +1,31 @@
+"""Runs another program's command line with this package's attention known to Transformers:
+
+    python -m gqa_kernels.run lm_eval --model hf \\
+        --model_args pretrained=DIR,attn_implementation=gqa_kernels …
+
+A program that takes a name for `attn_implementation` can then be given "gqa_kernels", without code.
+"""
+
+import runpy
+import sys
+
+
+def main(arguments: list[str]) -> None:
+    """Registers, then runs the module `arguments[0]` as `python -m` does, with the rest as its
+    arguments."""
+    if not arguments or arguments[0].startswith("-"):
+        print(__doc__, file=sys.stderr)
+        raise SystemExit(2)
+    try:
+        from gqa_kernels.integrations import transformers
+    except ImportError as error:
+        raise SystemExit(
+            f"gqa_kernels.run needs {error.name}: pip install gqa-kernels[transformers]"
+        ) from error
+    transformers.register()
+    sys.argv = arguments
+    runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
