@@ -23,6 +23,14 @@ from llama2.placement import add_device_option
 
 Run = Callable[[argparse.Namespace], int]
 
+_EXAMPLES = """examples:
+  llama2 generate --prompt "def main():" --max-new-tokens 64
+  llama2 chat --checkpoint DIR --temperature 0.6 --top-p 0.9
+  llama2 serve-offline --prompts prompts.jsonl --out results.jsonl --max-batch 64
+  llama2 pretrain --work build/run --out build/model --steps 2000 --warmup-steps 100 --text DIR
+  llama2 convert Llama-2-7b-hf Llama-2-7b-gqa8 --num-kv-heads 8
+  llama2 tradeoff --preset none --out build/paper --shape 70B --gpu H100
+"""
 # What a user can cause. Anything else is a defect and keeps its traceback.
 _COMPLAINTS = (
     OSError,
@@ -80,7 +88,10 @@ def _complain(error: Exception) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="llama2", description="Llama 2 on plain PyTorch or on Triton kernels."
+        prog="llama2",
+        description="Llama 2 on plain PyTorch or on Triton kernels.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -130,7 +141,9 @@ def _on_request(name: str, extra: str) -> Run:
     def run(arguments: argparse.Namespace) -> int:
         try:
             module = importlib.import_module(f"llama2.commands.{name}")
-        except ImportError as error:
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] in ("llama2", "gqa_kernels"):
+                raise
             raise ImportError(
                 f"llama2 {name} needs {error.name}: pip install gqa-kernels[{extra}]"
             ) from error

@@ -241,7 +241,7 @@ class Attention(nn.Module):
         """
         arguments.tensor("x", x, shape=("batch", "seq_len", self.hidden_size))
         if kv_cache is not None:
-            self._check_cache(x, positions, cu_seqlens, kv_cache, seq_lens)
+            self._check_cache(x, (cos, sin), positions, cu_seqlens, kv_cache, seq_lens)
         elif seq_lens is not None:
             raise ValueError("seq_lens: expected None without kv_cache; got a tensor")
         if cu_seqlens is not None:
@@ -258,7 +258,7 @@ class Attention(nn.Module):
         if kv_cache is None:
             q, k = self._apply_rope(q, k, cos, sin, positions, **pairs)
         else:
-            positions, slots = _places(k, kv_cache, seq_lens)
+            positions, slots = _places(k, v, kv_cache, seq_lens)
             q, k = self._rope_append_kv(q, k, v, *kv_cache, cos, sin, positions, slots, **pairs)
         mask = {"causal": self.causal, "window": self.window}
         if seq_lens is not None:
@@ -273,6 +273,7 @@ class Attention(nn.Module):
     def _check_cache(
         self,
         x: Tensor,
+        angles: tuple[Tensor, Tensor],
         positions: Tensor | None,
         cu_seqlens: Tensor | None,
         kv_cache: tuple[Tensor, Tensor],
@@ -287,9 +288,10 @@ class Attention(nn.Module):
                 "kv_cache: expected causal attention without a window; got "
                 f"causal={self.causal}, window={self.window}"
             )
-        if torch.is_grad_enabled() and (
-            x.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
-        ):
+        for name, table in zip(("cos", "sin"), angles, strict=True):
+            arguments.tensor(name, table, shape=("max_seq_len", self.head_dim // 2))
+        differentiable = (x, *angles, *self.parameters())
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable):
             raise NotImplementedError(
                 "kv_cache: expected a call without a gradient (under torch.no_grad()); got x or "
                 "parameters that require one"
@@ -305,12 +307,24 @@ class Attention(nn.Module):
                 raise ValueError(
                     f"{name}: expected contiguous features; got strides {cache.stride()}"
                 )
+            sizes = zip(cache.stride(), cache.shape, strict=True)
+            if any(stride == 0 and size > 1 for stride, size in sizes):
+                raise ValueError(
+                    f"{name}: expected entries with memory of their own; got strides "
+                    f"{cache.stride()}"
+                )
         capacity = shape[1]
         if seq_len > capacity:
             raise ValueError(f"x: expected seq_len up to the cache's {capacity}; got {seq_len}")
         if seq_lens is None:
+            if seq_len > angles[0].shape[0]:
+                raise ValueError(
+                    f"x: expected seq_len up to cos's {angles[0].shape[0]} rows; got {seq_len}"
+                )
             return
         arguments.tensor("seq_lens", seq_lens, shape=(batch,), dtypes=arguments.INTS)
+        if seq_lens.device != x.device:
+            raise ValueError(f"seq_lens: expected x's device {x.device}; got {seq_lens.device}")
         if seq_len > MAX_NEW_TOKENS:
             raise NotImplementedError(
                 f"x: expected a seq_len of 1 to {MAX_NEW_TOKENS} with seq_lens; got {seq_len}"
@@ -339,14 +353,14 @@ def _projection_names(table: dict[str, tuple[str, ...]], checkpoint_format: str)
 
 
 def _places(
-    k: Tensor, kv_cache: tuple[Tensor, Tensor], seq_lens: Tensor | None
+    k: Tensor, v: Tensor, kv_cache: tuple[Tensor, Tensor], seq_lens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(positions, slots) of new tokens, each `[batch, seq_len]`: the first of their sequences, or
     the last below seq_lens. A token outside the cache has no slot."""
-    for name, cache in zip(("k_cache", "v_cache"), kv_cache, strict=True):
+    for name, cache, new in zip(("k_cache", "v_cache"), kv_cache, (k, v), strict=True):
         # What is written would be cast in silence by one backend and refused by the other.
-        if cache.dtype != k.dtype:
-            raise TypeError(f"{name}: expected the new keys' dtype {k.dtype}; got {cache.dtype}")
+        if cache.dtype != new.dtype:
+            raise TypeError(f"{name}: expected the new keys' dtype {new.dtype}; got {cache.dtype}")
         if cache.device != k.device:
             raise ValueError(f"{name}: expected x's device {k.device}; got {cache.device}")
     batch, seq_len = k.shape[:2]

@@ -18,6 +18,7 @@ import torch
 from llama2.accounting import kv_bytes_per_token
 from llama2.cache.kv_cache import CACHE_DTYPES
 from llama2.cache.paged_kv_cache import PagedKVCache
+from llama2.checkpoint.files import require
 from llama2.commands.options import add_generation_options, load
 from llama2.commands.text import stop_ids
 from llama2.model import Llama2
@@ -135,8 +136,7 @@ def _continue(
     end: int | None = None,
 ) -> int:
     """Writes the results of `todo` to a file, which is cut at `end` first. Returns their number."""
-    from tqdm import tqdm  # whose absence is a complaint like any other
-
+    tqdm = require("tqdm").tqdm
     model, tokenizer = load(arguments)
     cache = _make_cache(arguments, model, tokenizer, lines)
     _check_options(arguments, model, cache)

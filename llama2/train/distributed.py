@@ -8,6 +8,7 @@ loss but for roundings, do not depend on it. `--work` also receives `log.jsonl`,
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -24,10 +25,11 @@ from gqa_kernels.backends import get_backend
 from llama2 import parallel
 from llama2.checkpoint import SHIPPED, save_hf
 from llama2.model import Llama2
-from llama2.storage import replacing
+from llama2.storage import locked, replacing
 from llama2.tokenizer import Tokenizer
 from llama2.train import pretrain
 from llama2.train.data import RandomWindows, stdlib_documents, token_stream
+from llama2.train.execution import STATE
 from llama2.train.pretrain import Batches, TrainConfig
 from llama2.train.sharded_state import load_sharded_state, save_sharded_state
 from llama2.train.state import Identity
@@ -71,6 +73,11 @@ class Sharded:
     def load(
         self, folder: Path, model: Llama2, optimizer: torch.optim.Optimizer, identity: Identity
     ) -> int:
+        if (folder / STATE).exists():
+            raise ValueError(
+                f"{folder}: expected the state of a run on several processes; got {STATE}, of one "
+                "in one process (llama2 pretrain)"
+            )
         return load_sharded_state(folder, model, optimizer, identity)
 
     def save(
@@ -111,15 +118,18 @@ def train(
     for name, unused in unused_options.items():
         if getattr(config, name) != unused:
             raise ValueError(f"{name}: expected {unused}; got {getattr(config, name)}")
-    return pretrain.train(
-        model,
-        data,
-        config,
-        folder,
-        save_every=save_every,
-        objective=partial(parallel.loss, mesh=mesh),
-        execution=Sharded(mesh),
-    )
+    execution = Sharded(mesh)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder) if execution.speaks else contextlib.nullcontext():
+        return pretrain.train(
+            model,
+            data,
+            config,
+            folder,
+            save_every=save_every,
+            objective=partial(parallel.loss, mesh=mesh),
+            execution=execution,
+        )
 
 
 def export(model: Llama2, out: Path) -> None:

@@ -65,6 +65,11 @@ class OneProcess:
     def load(
         self, folder: Path, model: Llama2, optimizer: torch.optim.Optimizer, identity: Identity
     ) -> int:
+        if found := sorted(folder.glob("step-*")):
+            raise ValueError(
+                f"{folder}: expected the state of a run in one process; got {found[0].name}, of "
+                "one on several (llama2.train.distributed)"
+            )
         path = folder / STATE
         return load_state(path, model, optimizer, identity) if path.exists() else 0
 

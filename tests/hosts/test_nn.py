@@ -556,3 +556,22 @@ def test_what_a_print_shows(device):
     assert repr(RMSNorm(8, 1e-6, device=device)) == "RMSNorm(8, eps=1e-06)"
     shown = repr(attention(device, checkpoint_format="meta"))
     assert "num_q_heads=4, num_kv_heads=2, head_dim=16, rope_interleaved=True" in shown
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_a_cache_that_cannot_be_written_rightly_is_left_alone(backend, draw, device):
+    module = Attention(32, 4, 2, backend=backend, device=device)
+    caches = [torch.zeros(2, 9, 2, 8, device=device) for _ in range(2)]
+    x, table = draw(2, 6, 32), rope_table(8, 16, device=device)
+    with pytest.raises(ValueError, match=r"x: expected seq_len up to cos's 4 rows; got 6"):
+        module(x, *rope_table(8, 4, device=device), kv_cache=caches)
+    shared = caches[0][:1].expand(2, -1, -1, -1)
+    with pytest.raises(ValueError, match="k_cache: expected entries with memory of their own"):
+        module(x, *table, kv_cache=(shared, caches[1]))
+    elsewhere = torch.tensor([6, 6], device="meta")
+    with pytest.raises(ValueError, match="seq_lens: expected x's device"):
+        module(x, *table, kv_cache=caches, seq_lens=elsewhere)
+    with torch.enable_grad(), pytest.raises(NotImplementedError, match="without a gradient"):
+        module.requires_grad_(False)(x, table[0].requires_grad_(), table[1], kv_cache=caches)
+    assert not any(cache.any() for cache in caches)

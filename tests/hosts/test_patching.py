@@ -19,6 +19,7 @@ from torch import nn
 
 import gqa_kernels
 from gqa_kernels import accuracy, patch, unpatch
+from gqa_kernels.integrations import transformers as adapter
 
 ROW_OPS = ("rms_norm", "swiglu", "rope")
 SIZES = {
@@ -329,6 +330,26 @@ def test_a_pickle_runs_in_a_fresh_process(device, tokens, tmp_path):
         f"part, tokens = torch.load({str(tmp_path / 'part.pt')!r}, weights_only=False)\n"
         "part(tokens)",
         **({"TRITON_INTERPRET": "1"} if device.type == "cpu" else {}),
+    )
+
+
+@pytest.mark.parametrize("how", ["named before", "overlapping"])
+def test_every_attention_of_a_pickle_brings_its_registration(how, device, tokens, tmp_path):
+    model = build(device=device)
+    attention = model.model.layers[0].self_attn
+    if how == "named before":
+        adapter.register()
+        model.set_attn_implementation("gqa_kernels")
+        patch(model)
+    else:
+        with patch(model.model.layers[0], ("attention",)):
+            patch(model, ("attention",))
+    torch.save(attention, tmp_path / "attention.pt")
+    fresh(
+        "import torch\n"
+        f"torch.load({str(tmp_path / 'attention.pt')!r}, weights_only=False)\n"
+        "from transformers import AttentionInterface\n"
+        "assert 'gqa_kernels' in AttentionInterface()"
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 import ranks
 import torch
 from budget import assert_results
+from processes import fresh
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard, distribute_tensor
@@ -565,3 +566,8 @@ def test_every_op_has_a_rule():
     names = torch._C._dispatch_get_all_op_names()
     ops = {name.removeprefix("gqa_kernels::") for name in names if name.startswith("gqa_kernels::")}
     assert ops == set(sharding.RULES)
+
+
+def test_the_rules_are_registered_before_any_op_was_used():
+    code = "from gqa_kernels import sharding; sharding.register()"
+    fresh(code, TRITON_INTERPRET="1")

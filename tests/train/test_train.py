@@ -18,7 +18,7 @@ from llama2.cache.kv_cache import KVCache
 from llama2.config import ModelConfig
 from llama2.model import Llama2
 from llama2.storage import locked
-from llama2.train import execution, pretrain
+from llama2.train import distributed, execution, pretrain
 from llama2.train.data import RandomWindows, random_batch
 from llama2.train.pretrain import TrainConfig, learning_rate
 from llama2.train.state import cut_log, read_log, save_state
@@ -471,3 +471,18 @@ def test_non_finite_loss_stops_the_run_and_is_not_saved(tmp_path, monkeypatch):
     assert (tmp_path / "state.pt").read_bytes() == before
     for name, parameter in model.named_parameters():
         assert parameter.equal(weights[name]), name
+
+
+def test_a_folder_is_of_one_process_or_of_several(tmp_path):
+    """Each would cut the other's log."""
+    expected = train(make_model(), tmp_path / "one")
+    log = (tmp_path / "one" / "log.jsonl").read_bytes()
+    optimizer = pretrain.make_optimizer(make_model(), CONFIG)
+    several = object.__new__(distributed.Sharded)
+    with pytest.raises(ValueError, match=r"expected the state of a run on several .*state\.pt"):
+        several.load(tmp_path / "one", make_model(), optimizer, {})
+    assert (tmp_path / "one" / "log.jsonl").read_bytes() == log
+    assert train(make_model(), tmp_path / "one") == expected
+    (tmp_path / "several" / "step-3").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"expected the state of a run in one process; got step-3"):
+        train(make_model(), tmp_path / "several")

@@ -70,12 +70,9 @@ class Registration:
         return _registered, ()
 
 
-REGISTRATION = Registration()
-
-
 def _registered() -> Registration:
     register()
-    return REGISTRATION
+    return Registration()
 
 
 def attention_mask(

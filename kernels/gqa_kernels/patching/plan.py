@@ -221,14 +221,17 @@ def _add_attention(plan: Plan, model: nn.Module) -> None:
             plan.not_replaced.append(NotReplaced(name, "attention", reason))
         else:
             plan.replaced.append(Replaced(name, "attention"))
+    adapter.register()
+    replaced = [module for _, module in attentions if id(module.config) not in refused]
     chosen = {
         id(module.config): module.config
-        for _, module in attentions
-        if id(module.config) not in refused
-        and module.config._attn_implementation != adapter.ATTENTION_NAME
+        for module in replaced
+        if module.config._attn_implementation != adapter.ATTENTION_NAME
     }
+    # A config may have named ours before: its model's pickles need the name too.
+    for module in (m for m in replaced if id(m.config) not in chosen):
+        plan.changes.append(Change(module, _REGISTRATION, adapter.Registration()))
     if chosen:
-        adapter.register()
         plan.changes.extend(_config_changes(model, chosen, adapter))
 
 
@@ -241,7 +244,7 @@ def _config_changes(model: nn.Module, chosen: dict[int, Any], adapter: ModuleTyp
         config = vars(module).get("config")
         if hasattr(config, "_attn_implementation"):
             changes.append(Change(module, "config", copy.deepcopy(config, copies)))
-            changes.append(Change(module, _REGISTRATION, adapter.REGISTRATION))
+            changes.append(Change(module, _REGISTRATION, adapter.Registration()))
     for config in chosen.values():
         # Its public name would choose for nested configs as well.
         copies[id(config)]._attn_implementation_internal = adapter.ATTENTION_NAME

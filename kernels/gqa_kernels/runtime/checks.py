@@ -87,6 +87,7 @@ def kv_caches(
     """
     name, x = like
     tensor("k_cache", k_cache, dtypes=(x.dtype, *QUANTIZED), shape=shape, like=like)
+    arguments.tensor("v_cache", v_cache)
     same_dtype("v_cache", v_cache, "k_cache", k_cache)
     tensor("v_cache", v_cache, dtypes=(k_cache.dtype,), shape=tuple(k_cache.shape), like=like)
     for cache_name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
