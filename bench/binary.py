@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from capture import Launch
 from triton import knobs
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.cache import get_cache_manager
 
 # ptxas: "Potential Performance Loss: wgmma.mma_async instructions are serialized due to …"
@@ -142,7 +143,9 @@ def _under_wgmma(loop: list[_Instruction]) -> dict[str, int]:
 def _serialized(ptx_path: str) -> tuple[str, ...]:
     """ptxas speaks only while it compiles: the same PTX is compiled again for its messages."""
     arch = re.search(r"\.target\s+(\w+)", Path(ptx_path).read_text(encoding="utf-8"))[1]
-    said = _run(knobs.nvidia.ptxas.path, "-v", f"--gpu-name={arch}", ptx_path, "-o", "/dev/null")
+    # Which of its assemblers Triton takes depends on the target and on Triton's version.
+    assembler = get_ptxas(int(re.search(r"\d+", arch)[0])).path
+    said = _run(assembler, "-v", f"--gpu-name={arch}", ptx_path, "-o", "/dev/null")
     return tuple(line for line in said.splitlines() if _SERIALIZED.search(line))
 
 
