@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 _STAGING = ".saving"
 _COMPLETE = ".complete"  # in the staging folder, once all that is to move is there
@@ -31,6 +32,18 @@ def write_text(path: Path, text: str) -> None:
     """Writes a file that is never there in part; UTF-8, line ends as they are."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")
+
+
+def read_json(path: Path) -> Any:
+    """What a file that one of these functions wrote holds.
+
+    Raises:
+        ValueError: it is no JSON any more; the message names it.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON; {error}") from error
 
 
 @contextmanager

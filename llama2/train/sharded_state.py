@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from llama2.storage import read_json
 from llama2.train.state import Identity, check_identity
 
 _STATE = re.compile(r"step-(\d+)")
@@ -89,7 +90,7 @@ def load_sharded_state(
     if identity is not None:
         check_identity(
             states[step],
-            json.loads((states[step] / _IDENTITY).read_text(encoding="utf-8")),
+            read_json(states[step] / _IDENTITY),
             identity,
         )
     if optimizer is None:

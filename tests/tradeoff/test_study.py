@@ -1,6 +1,7 @@
 """The study from end to end, on models that learn nothing: what is run, kept and reported."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -287,3 +288,15 @@ def test_a_damaged_result_is_named(tmp_path, capsys, text):
     assert tradeoff("--out", tmp_path / "out", "--results", file) == 2
     assert f"{file}: no result of a study: " in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["study.json", "corpus/corpus.json"])
+def test_a_damaged_file_of_a_study_is_named(name, work, texts, tmp_path):
+    folder, corpus, _ = work
+    shutil.copytree(folder, tmp_path / "work")
+    (tmp_path / "work" / name).write_text("{broken", encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"{name}: expected JSON"):
+        if name == "study.json":
+            run_study(SMALL, corpus, tmp_path / "work", backend="eager", device="cpu")
+        else:
+            prepare(tmp_path / "work" / "corpus", texts, None, TOKENIZER, SMALL)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama2.evaluation import recall
-from llama2.storage import replacing
+from llama2.storage import read_json, replacing
 from llama2.tokenizer import Tokenizer, check_fits
 from llama2.tradeoff.study.presets import Preset
 from llama2.train.data import (
@@ -47,7 +47,7 @@ class Corpus:
         return cls(
             np.load(folder / "train.npy", mmap_mode="r"),
             [held_out[str(number)] for number in range(len(held_out))],
-            json.loads((folder / "corpus.json").read_text(encoding="utf-8")),
+            read_json(folder / "corpus.json"),
         )
 
 
@@ -82,9 +82,7 @@ def prepare(
         },
     }
     described = folder / "corpus.json"
-    if not described.exists() or not _same_text(
-        json.loads(described.read_text(encoding="utf-8")), record
-    ):
+    if not described.exists() or not _same_text(read_json(described), record):
         folder.mkdir(parents=True, exist_ok=True)
         bar = tqdm(training, desc="tokenising", unit="file", leave=False)
         stream = np.concatenate([document_ids(document, tokenizer) for document in bar])

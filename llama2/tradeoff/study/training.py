@@ -25,7 +25,7 @@ from llama2.evaluation.bits import bits_per_document
 from llama2.evaluation.recall import recall
 from llama2.model import Llama2
 from llama2.placement import Placement, place
-from llama2.storage import locked, replacing
+from llama2.storage import locked, read_json, replacing
 from llama2.tradeoff.study.data import BASE, CALIBRATION, UPTRAIN, Corpus, StudyBatches
 from llama2.tradeoff.study.presets import Preset
 from llama2.train.execution import STATE
@@ -115,11 +115,7 @@ def _run_all(preset: Preset, work: Path, backend: str, device: str | None) -> li
             for job in _finished(phase, preset, work, backend, device):
                 bar.update(steps[job])
                 bar.set_postfix_str(job.name)
-    return [
-        json.loads(_result_file(work, job).read_text(encoding="utf-8"))
-        for phase in phases
-        for job in phase
-    ]
+    return [read_json(_result_file(work, job)) for phase in phases for job in phase]
 
 
 def _claim(work: Path, preset: Preset, corpus: Corpus) -> None:
@@ -130,7 +126,7 @@ def _claim(work: Path, preset: Preset, corpus: Corpus) -> None:
     }
     file = work / "study.json"
     if file.exists():
-        check_identity(file, json.loads(file.read_text(encoding="utf-8")), identity)
+        check_identity(file, read_json(file), identity)
         return
     with replacing(file) as partial:
         partial.write_text(json.dumps(identity), encoding="utf-8")
