@@ -49,6 +49,8 @@ def both(factory, cached=0, **arguments):
             "cache_position": torch.arange(cached, LENGTH),
         }
     known = inspect.signature(factory).parameters
+    if "cache" in known:  # from Transformers 5.24 on
+        arguments["cache"] = arguments["past_key_values"]
     arguments = {name: value for name, value in arguments.items() if name in known}
     mine = config(sliding_window=4, attention_chunk_size=3)
     eager = copy.deepcopy(mine)
