@@ -346,3 +346,30 @@ def test_masks_of_another_length_are_refused(columns, device):
     ready = torch.zeros(2, 1, 6, 6, dtype=torch.int32, device=device)
     with pytest.raises(ValueError, match="attention_mask: expected"):
         model(ids, attention_mask=ready, use_cache=False)
+
+
+class _Logits(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens, mask):
+        return self.model(tokens, attention_mask=mask, use_cache=False).logits
+
+
+@pytest.mark.skipif(not NEW, reason="Transformers 4 was not tried")
+@torch.no_grad()
+def test_a_model_is_exported_with_a_dynamic_length(device):
+    model = _Logits(on_kernels(make("Llama").to(device), "attention").eval())
+    length = torch.export.Dim("length", min=2, max=32)
+
+    def batch(count):
+        mask = torch.ones(2, count, dtype=torch.int64, device=device)
+        mask[0, :2] = 0
+        return torch.randint(50, (2, count), device=device), mask
+
+    shapes = {"tokens": {1: length}, "mask": {1: length}}
+    exported = torch.export.export(model, batch(9), dynamic_shapes=shapes, strict=False).module()
+    for count in (9, 13):
+        tokens, mask = batch(count)
+        assert torch.equal(exported(tokens, mask)[mask.bool()], model(tokens, mask)[mask.bool()])
