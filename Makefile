@@ -82,7 +82,7 @@ compile-check-3.6: .venv-triton36/.ready
 	touch $@
 
 $(READY): pyproject.toml constraints.txt
-	@echo "Setting up $(VENV): a few minutes, and 2 GB, with a CUDA build of PyTorch about 6 GB."
+	@echo "Setting up $(VENV): a few minutes; some GB, most of them PyTorch."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev]"
 	touch $(READY)

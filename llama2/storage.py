@@ -97,8 +97,7 @@ def staged(path: Path, obsolete: str, *, last: tuple[str, ...] = ()) -> Iterator
                 os.chmod(folder / name, usual_mode)
                 _sync(folder / name)
             plan = {"names": names, "obsolete": obsolete, "last": list(last)}
-            with replacing(folder / _COMPLETE) as partial:
-                partial.write_text(json.dumps(plan), encoding="utf-8")
+            write_text(folder / _COMPLETE, json.dumps(plan))
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

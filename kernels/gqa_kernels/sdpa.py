@@ -1,5 +1,7 @@
 """torch's scaled_dot_product_attention on this package's flash attention."""
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -82,12 +84,9 @@ def scaled_dot_product_attention(
 
 def _in_own_words(error: Exception) -> Exception:
     """What the kernel says about its arguments, said about this function's."""
-    text = str(error)
-    for theirs, ours in (("q", "query"), ("k", "key"), ("v", "value")):
-        text = text.replace(f"{theirs}'s ", f"{ours}'s ")
-        if text.startswith(f"{theirs}: "):
-            text = f"{ours}{text.removeprefix(theirs)}"
-    return type(error)(text.replace("softmax_scale", "scale"))
+    names = {"q": "query", "k": "key", "v": "value", "softmax_scale": "scale"}
+    pattern = r"\b(?:[qkv](?=: |'s )|softmax_scale\b)"
+    return type(error)(re.sub(pattern, lambda name: names[name[0]], str(error)))
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -1,1 +1,1 @@
-"""One file per subcommand of `llama2`; nothing imports them."""
+"""One file per subcommand of `llama2`; only `cli` imports them."""

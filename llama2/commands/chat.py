@@ -95,8 +95,9 @@ def chat(
 def _without_tags(answer: str) -> str:
     """An answer as the conversation goes on with it: the format's tags would speak for others."""
     kept = answer
-    for tag in CHAT_TAGS:
-        kept = kept.replace(tag, "")
+    while any(tag in kept for tag in CHAT_TAGS):  # a removal can put another one together
+        for tag in CHAT_TAGS:
+            kept = kept.replace(tag, "")
     if kept != answer:
         _note("the answer's tags of the chat format are left out of the conversation")
     return kept

@@ -54,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
     _check_folders(args)
     for folder in (args.work, args.out):  # what cannot be written is better known before the run
         folder.mkdir(parents=True, exist_ok=True)
-    with locked(args.work), _interrupts() as asked_to_stop:
-        _train(args, placement, shape, config, asked_to_stop)
+    with locked(args.work):
+        _train(args, placement, shape, config)
     return 0
 
 
@@ -81,11 +81,7 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
 
 
 def _train(
-    args: argparse.Namespace,
-    placement: Placement,
-    shape: ModelConfig,
-    config: TrainConfig,
-    asked_to_stop: Callable[[], bool],
+    args: argparse.Namespace, placement: Placement, shape: ModelConfig, config: TrainConfig
 ) -> None:
     run_id = _check_start(args.work, args.init)
     _claim(args.out, run_id)
@@ -96,14 +92,15 @@ def _train(
         placement.announce()
     model = _initial_model(args, shape, placement)
     try:
-        log = train(
-            model,
-            data,
-            config,
-            args.work,
-            save_every=args.save_every,
-            asked_to_stop=asked_to_stop,
-        )
+        with _interrupts() as asked_to_stop:
+            log = train(
+                model,
+                data,
+                config,
+                args.work,
+                save_every=args.save_every,
+                asked_to_stop=asked_to_stop,
+            )
     except KeyboardInterrupt as stopped:
         if str(stopped):
             print(f"{stopped}; the same command goes on", file=sys.stderr)

@@ -6,6 +6,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -138,7 +139,9 @@ def _continue(
     """Writes the results of `todo` to a file, which is cut at `end` first. Returns their number."""
     tqdm = require("tqdm").tqdm
     model, tokenizer = load(arguments)
-    cache = _make_cache(arguments, model, tokenizer, lines)
+    stops = stop_ids(tokenizer, arguments.checkpoint)
+    encoded = {line.number: tokenizer.encode(line.prompt) for line in lines}
+    cache = _make_cache(arguments, model, lines, encoded)
     _check_options(arguments, model, cache)
     if end is not None:
         file.truncate(end)
@@ -147,7 +150,7 @@ def _continue(
     def requests() -> Iterator[Request]:
         for line in todo:
             try:
-                request = _request(line, arguments, tokenizer)
+                request = _request(line, encoded[line.number], stops, arguments)
                 check_request(model, cache, request)
             except ValueError as error:
                 progress.clear()
@@ -290,7 +293,10 @@ def _is_begun(raw: bytes) -> bool:
 
 
 def _make_cache(
-    arguments: argparse.Namespace, model: Llama2, tokenizer: Tokenizer, lines: list[_Line]
+    arguments: argparse.Namespace,
+    model: Llama2,
+    lines: list[_Line],
+    encoded: dict[int, list[int]],
 ) -> PagedKVCache:
     weight, config = model.lm_head.weight, model.cache_config
     dtype = CACHE_DTYPES[arguments.kv_cache_dtype] or weight.dtype
@@ -298,7 +304,7 @@ def _make_cache(
     if num_pages is None:
         longest = sorted(
             min(
-                len(tokenizer.encode(line.prompt))
+                len(encoded[line.number])
                 + line.settings.get("max_new_tokens", arguments.max_new_tokens),
                 config.max_seq_len,
             )
@@ -308,11 +314,10 @@ def _make_cache(
         wanted = wanted[-max(arguments.max_batch, 1) :]
         page_bytes = kv_bytes_per_token(config, dtype.itemsize) * page_size
         fitting = int(_free_bytes(weight.device) / 2 / page_bytes)
-        if fitting < wanted[-1]:
+        if fitting < 1:
             raise ValueError(
-                f"--num-pages: expected memory for the longest prompt and its new tokens, "
-                f"{wanted[-1]} pages of {page_size} tokens and {page_bytes:,} bytes each; got room "
-                f"for {fitting}. A smaller --max-new-tokens or --kv-cache-dtype fp8 takes less"
+                f"--num-pages: expected memory for a page of {page_bytes:,} bytes; got none. A "
+                "smaller --page-size or --kv-cache-dtype fp8 takes less"
             )
         num_pages = min(sum(wanted), fitting)
     return PagedKVCache(
@@ -328,7 +333,15 @@ def _make_cache(
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # What programs can have: "free" leaves out what the system would give back from its cache.
+    found = re.search(r"MemAvailable: +(\d+) kB", _read_if_there(Path("/proc/meminfo")))
+    if found:
+        return int(found[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _read_if_there(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def _check_options(arguments: argparse.Namespace, model: Llama2, cache: PagedKVCache) -> None:
@@ -337,18 +350,16 @@ def _check_options(arguments: argparse.Namespace, model: Llama2, cache: PagedKVC
     check_request(model, cache, Request([0], min(arguments.max_new_tokens, 1), **sampling))
 
 
-def _request(line: _Line, arguments: argparse.Namespace, tokenizer: Tokenizer) -> Request:
+def _request(
+    line: _Line, prompt: list[int], stops: list[int], arguments: argparse.Namespace
+) -> Request:
     settings: dict[str, Any] = {name: getattr(arguments, name) for name in _SETTINGS}
     if settings["seed"] is not None:
         # Apart for lines with one prompt, and the same in a run that is resumed.
         sequence = np.random.SeedSequence((settings["seed"], line.number))
         settings["seed"] = int(sequence.generate_state(1, np.uint64)[0])
     settings |= line.settings
-    return Request(
-        tokenizer.encode(line.prompt),
-        stop_ids=stop_ids(tokenizer, arguments.checkpoint),
-        **settings,
-    )
+    return Request(prompt, stop_ids=stops, **settings)
 
 
 def _result_line(line: _Line, result: Result, tokenizer: Tokenizer) -> str:

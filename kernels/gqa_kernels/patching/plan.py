@@ -169,8 +169,7 @@ def _add(
     attribute = "_old_forward" if "_hf_hook" in vars(module) else "forward"
     if attribute not in vars(module).get(BEFORE, ()):
         try:
-            set_by_others = attribute == "forward" and "forward" in vars(module)
-            if set_by_others or not _is_own(module, attribute):
+            if attribute in vars(module) and not _is_hooked(module):
                 raise stand_ins.Unlike("it has a forward of its own, set on the instance")
             function, *bound = check(module)
         except stand_ins.Unlike as reason:
@@ -181,10 +180,10 @@ def _add(
     plan.replaced.append(Replaced(name, op))
 
 
-def _is_own(module: nn.Module, attribute: str) -> bool:
-    """Whether what is called under that name is the class's forward."""
-    found = getattr(module, attribute, None)
-    return getattr(found, "__func__", None) is type(module).forward
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether Accelerate's hook calls the class's own forward."""
+    found = vars(module).get("_old_forward")
+    return "_hf_hook" in vars(module) and (getattr(found, "__func__", None) is type(module).forward)
 
 
 def _add_layers(plan: Plan, model: nn.Module, check: _Checks) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama2.evaluation import recall
-from llama2.storage import read_json, replacing
+from llama2.storage import read_json, write_text
 from llama2.tokenizer import Tokenizer, check_fits
 from llama2.tradeoff.study.presets import Preset
 from llama2.train.data import (
@@ -91,8 +91,7 @@ def prepare(
         record["held_out"]["tokens"] = sum(map(len, ids))
         np.save(folder / "train.npy", stream)
         np.savez(folder / "held_out.npz", **{str(n): tokens for n, tokens in enumerate(ids)})
-        with replacing(described) as partial:  # last: it says that the rest is whole
-            partial.write_text(json.dumps(record), encoding="utf-8")
+        write_text(described, json.dumps(record))  # last: it says that the rest is whole
     return Corpus.load(folder)
 
 

@@ -25,7 +25,7 @@ from llama2.evaluation.bits import bits_per_document
 from llama2.evaluation.recall import recall
 from llama2.model import Llama2
 from llama2.placement import Placement, place
-from llama2.storage import locked, read_json, replacing
+from llama2.storage import locked, read_json, write_text
 from llama2.tradeoff.study.data import BASE, CALIBRATION, UPTRAIN, Corpus, StudyBatches
 from llama2.tradeoff.study.presets import Preset
 from llama2.train.execution import STATE
@@ -128,8 +128,7 @@ def _claim(work: Path, preset: Preset, corpus: Corpus) -> None:
     if file.exists():
         check_identity(file, read_json(file), identity)
         return
-    with replacing(file) as partial:
-        partial.write_text(json.dumps(identity), encoding="utf-8")
+    write_text(file, json.dumps(identity))
 
 
 def _result_file(work: Path, job: Job) -> Path:
@@ -205,8 +204,7 @@ def run_job(job: Job, preset: Preset, work: Path, backend: str, device: str | No
     }
     file = _result_file(work, job)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as partial:
-        partial.write_text(json.dumps(entry), encoding="utf-8")
+    write_text(file, json.dumps(entry))
 
 
 def _base(seed: int, preset: Preset, work: Path, placement: Placement) -> Llama2:
