@@ -178,10 +178,12 @@ def _flash_attention(
     cu_seqlens_q: Spec | None,
     sinks: Spec | None,
     alibi_slopes: Spec | None,
+    need_residue: bool,
     **_: Any,
 ) -> Iterator[Sharding]:
     for layout in _attention_layouts(q, k, v, cu_seqlens_q, alibi_slopes):
-        yield [layout["out"], layout["lse"]], layout
+        residue = _where_needed(need_residue, layout["out"])
+        yield [layout["out"], layout["lse"], residue], layout
 
 
 def _flash_attention_backward(
@@ -191,12 +193,15 @@ def _flash_attention_backward(
     cu_seqlens_q: Spec | None,
     sinks: Spec | None,
     alibi_slopes: Spec | None,
+    residue: Spec | None,
     need_dq: bool,
     need_dkdv: bool,
     need_dsinks: bool,
     **_: Any,
 ) -> Iterator[Sharding]:
     for layout in _attention_layouts(q, k, v, cu_seqlens_q, alibi_slopes):
+        if residue is None or residue.ndim != q.ndim:
+            layout.pop("residue")  # an empty tensor stands for it
         # What several shards read has a gradient from each.
         dk = dv = Partial() if layout["k"] == Replicate() else layout["k"]
         dsinks = Partial() if layout["sinks"] == Replicate() else layout["sinks"]
@@ -216,7 +221,8 @@ def _attention_layouts(
     packed = cu_seqlens_q is not None
     per_sequence_slopes = alibi_slopes is not None and alibi_slopes.ndim == 2
     if not packed:  # q, k and v are [batch, …], lse is [batch, num_q_heads, seq_len_q]
-        names = ("q", "k", "v", "out", "lse", "dout", "dlse", "key_ranges", "key_mask")
+        names = ("q", "k", "v", "out", "lse", "residue", "dout", "dlse")
+        names += ("key_ranges", "key_mask")
         layout = dict.fromkeys(names, Shard(_BATCH))
         layout["alibi_slopes"] = Shard(0) if per_sequence_slopes else Replicate()
         layout["sinks"] = Replicate()
@@ -224,7 +230,7 @@ def _attention_layouts(
     head_dim = 1 if packed else _HEADS
     kv_heads = _kv_heads(head_dim, q, k, v)
     if kv_heads is not None:
-        layout = dict.fromkeys(("q", "out", "dout"), Shard(head_dim))
+        layout = dict.fromkeys(("q", "out", "residue", "dout"), Shard(head_dim))
         layout |= dict.fromkeys(("k", "v"), kv_heads)
         layout |= dict.fromkeys(("lse", "dlse"), Shard(0 if packed else 1))
         layout["sinks"] = Shard(0)

@@ -121,7 +121,7 @@ OPS += (
             Case({"num_tokens": 3, "width": 33}, "odd width", test=True),
             Case({"num_tokens": 128, "width": 4096}, "nanochat"),
         ),
-        lambda case, *context: {"x": Draw(*context)(case.sizes["num_tokens"], case.sizes["width"])},
+        lambda case, *context: {"x": Draw(case, *context)(*case.sizes.values())},
         _relu_cost,
         {"num_tokens": 3, "width": 8},
         ("x",),

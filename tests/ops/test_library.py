@@ -89,7 +89,9 @@ def overload(name):
 
 def arguments(name, inputs):
     """The op's positional arguments."""
-    return tuple((DEFAULTS | inputs)[x.name] for x in overload(name)._schema.arguments)
+    given = DEFAULTS | inputs
+    given |= {"need_residue": "q" in inputs and inputs["q"].dtype != torch.float32}
+    return tuple(given[x.name] for x in overload(name)._schema.arguments)
 
 
 def outputs_of(name, inputs, function=None):
@@ -153,9 +155,10 @@ def _attention_backward(name, make, dtype):
     inputs = make(name, dtype)
     if name == "flash_attention":
         inputs["sinks"] = torch.zeros_like(inputs["q"][0, 0, :, 0])
-    q, k, v, *rest = arguments(name, inputs)
-    out, lse = overload(name)(q, k, v, *rest)
-    return torch.ones_like(out), torch.ones_like(lse), q, k, v, out, lse, *rest
+    q, k, v, *rest, need_residue = arguments(name, inputs)
+    out, lse, residue = overload(name)(q, k, v, *rest, need_residue)
+    residue = residue if need_residue else None
+    return torch.ones_like(out), torch.ones_like(lse), q, k, v, out, lse, residue, *rest
 
 
 BACKWARD = {

@@ -3,6 +3,7 @@
 import inspect
 import os
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from budget import SEED, assert_call, assert_ok
 import gqa_kernels
 from gqa_kernels import fused, reference
 from gqa_kernels.accuracy import measure
-from gqa_kernels.spec import IN_PLACE_OPS, OPS
+from gqa_kernels.spec import IN_PLACE_OPS, OPS, STRUCTURES
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BY_NAME = {spec.name: spec for spec in OPS}
@@ -28,16 +29,29 @@ def test_within_budget(spec, case, dtype, device):
     assert_ok(measure(spec, case, dtype, device, SEED))
 
 
+@pytest.mark.parametrize("structure", [name for name in STRUCTURES if name != "normal"])
+@pytest.mark.parametrize("spec", (*OPS, *IN_PLACE_OPS), ids=lambda spec: spec.name)
+def test_inputs_with_structure(spec, structure, device):
+    """Three small cases of each op, one in each dtype; the cases differ between structures."""
+    cases = spec.test_cases()
+    first = 3 * list(STRUCTURES).index(structure)
+    for index, dtype in enumerate(DTYPES, start=first):
+        case = replace(cases[index % len(cases)], structure=structure)
+        print(case, dtype)
+        assert_ok(measure(spec, case, dtype, device, SEED))
+
+
 @pytest.mark.parametrize("nth_seed", (0, 1, 2))
 @pytest.mark.parametrize("spec", (*OPS, *IN_PLACE_OPS), ids=lambda spec: spec.name)
 def test_within_budget_of_new_seeds(spec, nth_seed, device):
-    """Inputs that no run had before, of a case and in a dtype that each seed chooses for each op;
-    the header of a run has the seeds."""
+    """Inputs that no run had before, of a case, a structure and in a dtype that each seed chooses
+    for each op; the header of a run has the seeds."""
     seeds = os.environ["NEW_SEEDS"].split()
     seed = int(seeds[nth_seed % len(seeds)])
     chosen = random.Random(f"{seed} {spec.name}")
     case, dtype = chosen.choice(spec.test_cases()), chosen.choice(DTYPES)
-    print(f"seed {seed}, {case}, {dtype}")
+    case = replace(case, structure=chosen.choice(list(STRUCTURES)))
+    print(f"seed {seed}, {case}, {case.structure}, {dtype}")
     assert_ok(measure(spec, case, dtype, device, seed))
 
 

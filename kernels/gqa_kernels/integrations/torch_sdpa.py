@@ -170,20 +170,17 @@ def _flash_attention_forward(
     _refuse("alibi_slopes", alibi_slopes, None)  # aten's backward function does not take them
     _refuse("block_table", block_table, None)
     _refuse("num_splits", num_splits, None, 0, 1)  # nothing is split here
-    packed = () if cum_seq_q is None and cum_seq_k is None else (cum_seq_q, cum_seq_k)
-    attend = attention.flash_attention_varlen if packed else attention.flash_attention
-    with torch.no_grad():  # aten records its own backward function
-        out, lse = attend(
-            query, key, value, *packed,
-            causal=is_causal,
-            softmax_scale=scale,
-            window=(_side(window_size_left), _side(window_size_right)),
-            return_lse=True,
-        )  # fmt: skip
-    # Nothing is drawn, so that these are read by nobody.
+    call = _call(
+        query, key, value, cum_seq_q, cum_seq_k,
+        is_causal, scale, window_size_left, window_size_right,
+    )  # fmt: skip
+    # aten records its own backward function, and hides here whether it will.
+    out, lse, residue = attention.outputs(call, need_residue=torch.is_grad_enabled())
+    # Nothing is drawn, so that aten reads neither; the second is one that it saves for backward.
     rng_state = torch.empty(2, dtype=torch.uint64, device=query.device)
     unused = torch.empty((), dtype=torch.uint64, device=query.device)
-    return _strided_like(query, out), lse, rng_state, unused, query.new_empty(0)
+    kept = unused if residue is None else residue
+    return _strided_like(query, out), lse, rng_state, kept, query.new_empty(0)
 
 
 def _flash_attention_forward_no_dropout_inplace(
@@ -216,14 +213,34 @@ def _flash_attention_backward(
     window_size_right: int | None = None,
 ) -> tuple[Tensor, ...]:
     _refuse("dropout_p", dropout_p, 0.0)
-    call = attention.Call(
-        query, key, value, cum_seq_q, cum_seq_k, None, None, None, None, scale,
-        _side(window_size_left), 0 if is_causal else _side(window_size_right), None,
+    call = _call(
+        query, key, value, cum_seq_q, cum_seq_k,
+        is_causal, scale, window_size_left, window_size_right,
     )  # fmt: skip
+    residue = unused if unused.dtype == torch.int8 else None  # None in compiled graphs
     *grads, _ = attention.gradients(
-        call, grad_out, None, out, logsumexp, need_dq=True, need_dkdv=True, need_dsinks=False
-    )
+        call, grad_out, None, out, logsumexp / call.score_unit, residue,
+        need_dq=True, need_dkdv=True, need_dsinks=False,
+    )  # fmt: skip
     return tuple(map(_strided_like, (query, key, value), grads))
+
+
+def _call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cum_seq_q: Tensor | None,
+    cum_seq_k: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    window_size_left: int | None,
+    window_size_right: int | None,
+) -> attention.Call:
+    right = 0 if is_causal else _side(window_size_right)
+    return attention.Call(
+        query, key, value, cum_seq_q, cum_seq_k, None, None, None, None, scale,
+        _side(window_size_left), right, None,
+    )  # fmt: skip
 
 
 def _refuse(name: str, value: object, *supported: object) -> None:

@@ -179,17 +179,3 @@ def load_statistics(neg_lse_ptr, neg_delta_ptr, queries, seq_len_q):
     exists = queries < seq_len_q
     neg_lse = tl.load(neg_lse_ptr + queries, mask=exists, other=-float("inf"))
     return neg_lse, tl.load(neg_delta_ptr + queries, mask=exists, other=0.0)
-
-
-@triton.jit
-def scores_less_lse(a, b_transposed, neg_lse, keys, scoring):
-    """(scores − lse, capped scores) of the product of a and b, both in score units."""
-    ROWS: tl.constexpr = a.shape[0]
-    COLUMNS: tl.constexpr = b_transposed.shape[1]
-    capped = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-    if scoring.cap_scale is None:
-        scores = tl.dot(a, b_transposed, capped + neg_lse, input_precision="ieee")
-    else:
-        capped = cap(tl.dot(a, b_transposed, input_precision="ieee"), scoring.cap_scale)
-        scores = capped + neg_lse
-    return add_bias(scores, keys, scoring), capped

@@ -78,14 +78,19 @@ class Softmax(NamedTuple):
 
     running_max: Any
     running_sum: Any
+    rounded_sum: Any  # of the weights as they multiply values, rounded; None unless asked for
     accumulator: Any
 
 
 @triton.jit
-def empty_softmax(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+def empty_softmax(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, ROUNDED: tl.constexpr = False):
     running_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
     running_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-    return Softmax(running_max, running_sum, tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32))
+    rounded_sum = None
+    if ROUNDED:
+        rounded_sum = running_sum
+    accumulator = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    return Softmax(running_max, running_sum, rounded_sum, accumulator)
 
 
 @triton.jit
@@ -101,22 +106,31 @@ def online_softmax_step(scores, softmax, exponent_scale):
     weights = tl.math.exp2(scores * exponent_scale - anchor[:, None])
     rescale = tl.math.exp2(softmax.running_max * exponent_scale - anchor)
     running_sum = softmax.running_sum * rescale + tl.sum(weights, 1)
-    return weights, Softmax(new_max, running_sum, softmax.accumulator * rescale[:, None])
+    rounded_sum = softmax.rounded_sum
+    if rounded_sum is not None:
+        rounded_sum *= rescale
+    accumulator = softmax.accumulator * rescale[:, None]
+    return weights, Softmax(new_max, running_sum, rounded_sum, accumulator)
 
 
 @triton.jit
 def add_values(weights, value, softmax):
     """The softmax with a tile of weighted values added to its accumulator."""
+    rounded_sum = softmax.rounded_sum
+    if rounded_sum is not None:
+        DROPPED: tl.constexpr = 16 if value.dtype == tl.bfloat16 else 13
+        bits = weights.to(tl.int32, bitcast=True) + (1 << (DROPPED - 1))
+        rounded_sum += tl.sum((bits & -(1 << DROPPED)).to(tl.float32, bitcast=True), 1)
     accumulator = tl.dot(
         weights.to(value.dtype), value, softmax.accumulator, input_precision="ieee"
     )
-    return Softmax(softmax.running_max, softmax.running_sum, accumulator)
+    return Softmax(softmax.running_max, softmax.running_sum, rounded_sum, accumulator)
 
 
 @triton.jit
-def finish_softmax(softmax, softmax_scale):
-    """(output, natural log-sum-exp) of the rows; 0 and −inf for a row that saw no key."""
+def finish_softmax(softmax):
+    """(output, natural log of the running sum) of the rows; 0 and −inf for one that saw no key."""
     seen = softmax.running_sum != 0.0
     divisor = tl.where(seen, softmax.running_sum, 1.0)
-    lse = tl.where(seen, softmax.running_max * softmax_scale + tl.log(divisor), -float("inf"))
-    return softmax.accumulator / divisor[:, None], lse
+    log_sum = tl.where(seen, tl.log(divisor), -float("inf"))
+    return softmax.accumulator / divisor[:, None], log_sum

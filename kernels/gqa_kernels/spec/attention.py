@@ -12,7 +12,7 @@ from gqa_kernels.spec.case import Case, Cost, Draw, OpSpec
 
 
 def _attention_inputs(case: Case, *context: Any) -> dict[str, Any]:
-    draw, sizes = Draw(*context), case.sizes
+    draw, sizes = Draw(case, *context), case.sizes
     batch, head_dim = sizes["batch"], sizes["head_dim"]
     kv_shape = (batch, sizes["seq_len_kv"], sizes["num_kv_heads"], head_dim)
     return {
@@ -180,7 +180,7 @@ def packed_lengths(case: Case) -> list[int]:
 
 def _varlen_inputs(case: Case, *context: Any) -> dict[str, Any]:
     """Queries and keys of the same lengths, as where documents are packed for training."""
-    draw, sizes = Draw(*context), case.sizes
+    draw, sizes = Draw(case, *context), case.sizes
     total, head_dim = sizes["total"], sizes["head_dim"]
     bounds = torch.tensor([0, *packed_lengths(case)], device="cpu").cumsum(0)
     cu_seqlens = bounds.to(draw.device, torch.int32)

@@ -62,7 +62,7 @@ def decode_inputs(
     spoil: fill what lies beyond the lengths with NaN, and the block table with pages that there are
         not.
     """
-    draw, sizes = Draw(dtype, device, generator), case.sizes
+    draw, sizes = Draw(case, dtype, device, generator), case.sizes
     batch, capacity = sizes["batch"], sizes["max_seq_len"]
     lengths = decode_lengths(case)
     cache_shape = (batch, capacity, sizes["num_kv_heads"], sizes["head_dim"])
@@ -165,7 +165,7 @@ _DECODE_CASES = (
 def _append_inputs(case: Case, *context: Any) -> dict[str, Any]:
     """Shuffled slots of a cache of pages with room for twice the tokens; q, k and v are views of a
     fused projection. Scales are those of heads where sizes say so, else those of tokens."""
-    draw, sizes = Draw(*context), case.sizes
+    draw, sizes = Draw(case, *context), case.sizes
     tokens = (sizes["batch"], sizes["seq_len"])
     heads = (sizes["num_q_heads"], sizes["num_kv_heads"], sizes["num_kv_heads"])
     num_tokens, head_dim = math.prod(tokens), sizes["head_dim"]

@@ -8,6 +8,8 @@ import numpy
 import torch
 from torch import Tensor
 
+from gqa_kernels.spec.structure import STRUCTURES
+
 
 class Cost(NamedTuple):
     """The algorithmic minimum of a pass."""
@@ -19,11 +21,17 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One shape of an op and where it comes from. `test`: small enough for the interpreter."""
+    """One shape of an op and where it comes from.
+
+    Attributes:
+        test: small enough for the interpreter.
+        structure: of the inputs, a name of `STRUCTURES`.
+    """
 
     sizes: dict[str, Any]
     source: str
     test: bool = False
+    structure: str = "normal"
 
     def __str__(self) -> str:
         return "-".join(f"{name}={size}" for name, size in self.sizes.items())
@@ -71,14 +79,22 @@ def standard_normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 
 
 class Draw:
-    """Standard normal tensors of one dtype and device from one generator."""
+    """Tensors of one dtype and device from one generator, with the structure of a case; those that
+    are asked for in another dtype are standard normal."""
 
     def __init__(
-        self, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+        self, case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
     ) -> None:
         self.dtype, self.device, self.generator = dtype, device, generator
+        self._structure = STRUCTURES[case.structure]
 
     def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         if self.device.type == "meta":
             return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
-        return standard_normal(shape, self.generator).to(self.device, dtype or self.dtype)
+        drawn = self._normals(*shape)
+        if dtype is None:
+            drawn = self._structure(drawn, self._normals)
+        return drawn.to(self.device, dtype or self.dtype)
+
+    def _normals(self, *shape: int) -> Tensor:
+        return standard_normal(shape, self.generator)

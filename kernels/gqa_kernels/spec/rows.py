@@ -12,7 +12,7 @@ from gqa_kernels.spec.case import Case, Cost, Draw, OpSpec
 
 
 def _norm_inputs(case: Case, *context: Any) -> dict[str, Any]:
-    draw, sizes = Draw(*context), case.sizes
+    draw, sizes = Draw(case, *context), case.sizes
     return {
         "x": draw(sizes["num_tokens"], sizes["hidden_size"]),
         "weight": draw(sizes["hidden_size"]),
@@ -20,7 +20,7 @@ def _norm_inputs(case: Case, *context: Any) -> dict[str, Any]:
 
 
 def _add_norm_inputs(case: Case, *context: Any) -> dict[str, Any]:
-    draw, sizes = Draw(*context), case.sizes
+    draw, sizes = Draw(case, *context), case.sizes
     return {
         "x": draw(sizes["num_tokens"], sizes["hidden_size"]),
         "residual": draw(sizes["num_tokens"], sizes["hidden_size"]),
@@ -84,7 +84,7 @@ _NORM_CASES = (
 
 
 def _swiglu_inputs(case: Case, *context: Any) -> dict[str, Any]:
-    draw, sizes = Draw(*context), case.sizes
+    draw, sizes = Draw(case, *context), case.sizes
     shape = (sizes["num_tokens"], sizes["intermediate_size"])
     return {"gate": draw(*shape), "up": draw(*shape)}
 
@@ -121,7 +121,7 @@ _SWIGLU_CASES = (
 
 
 def _rope_inputs(case: Case, *context: Any) -> dict[str, Any]:
-    draw, sizes = Draw(*context), case.sizes
+    draw, sizes = Draw(case, *context), case.sizes
     batch, seq_len, head_dim = sizes["batch"], sizes["seq_len"], sizes["head_dim"]
     max_seq_len = 2 * seq_len
     angle = torch.outer(

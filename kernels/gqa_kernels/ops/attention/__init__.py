@@ -2,7 +2,8 @@
 
 The kernels, with the formulas and what one program owns, are in `forward.py` and
 `backward.py`; windows, soft cap, ALiBi and masks in `scores.py`; packed sequences in
-`sequences.py`. Saved for backward: the inputs, out and lse.
+`sequences.py`. Saved for backward: the inputs, out, lse and, of 16-bit inputs, the residue of out,
+one byte per element.
 """
 
 import inspect
@@ -34,21 +35,38 @@ def _takes(arguments: dict[str, Any], result: Any) -> Callable[[Callable], Calla
     return decorate
 
 
-@_takes(Call.__annotations__, tuple[Tensor, Tensor])
-def _forward(*arguments: Any, need_lse: bool = True) -> tuple[Tensor, Tensor | None]:
+@_takes({**Call.__annotations__, "need_residue": bool}, tuple[Tensor, Tensor, Tensor])
+def _forward(*arguments: Any, need_lse: bool = True) -> tuple[Tensor | None, ...]:
+    *arguments, need_residue = arguments
     call = Call(*arguments)
-    out, lse = launch_forward(prepared(call), need_lse=need_lse)
-    if call.packed:  # in place: a view could not be written to by the caller
-        out.squeeze_(0)
-        if need_lse:
-            lse.squeeze_(0)
-    return out, lse
+    results = launch_forward(prepared(call), need_lse=need_lse, need_residue=need_residue)
+    if call.packed:
+        for result in results:
+            if result is not None:
+                result.squeeze_(0)  # in place: a view could not be written to by the caller
+    return results
 
 
-def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _fake(*arguments: Any) -> tuple[Tensor | None, ...]:
+    *arguments, need_residue = arguments
     q = Call(*arguments).q
     lse_shape = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
-    return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
+    residue = q.new_empty(q.shape, dtype=torch.int8) if need_residue else None
+    return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32), residue
+
+
+def _check(*arguments: Any) -> None:
+    *arguments, need_residue = arguments
+    check(*arguments)
+    if need_residue and arguments[0].dtype == torch.float32:
+        raise ValueError("need_residue: expected False for float32 tensors; got True")
+
+
+def outputs(call: Call, *, need_residue: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(out, natural lse, residue) of a call, for one who records the gradient himself."""
+    with torch.no_grad():
+        out, lse, residue = _OP(*call, need_residue and call.q.dtype != torch.float32)
+    return out, lse * call.score_unit, residue
 
 
 def gradients(
@@ -57,19 +75,24 @@ def gradients(
     dlse: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    residue: Tensor | None,
     *,
     need_dq: bool,
     need_dkdv: bool,
     need_dsinks: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(dq, dk, dv, dsinks) of a call that gave out and lse, each None unless needed.
+    """(dq, dk, dv, dsinks) of a call that gave out, lse and residue, each None unless needed.
 
     Args:
         dout, dlse: the gradients of out and, unless None, of lse.
+        lse: in score units.
+        residue: None, or empty, where the call kept none; the forward pass then runs again.
     """
+    if residue is not None and residue.shape != out.shape:
+        residue = None
     *grads, dsinks = launch_backward(
         prepared(call),
-        *batched(call.packed, dout, dlse, out, lse),
+        *batched(call.packed, dout, dlse, out, lse, residue),
         need_dq=need_dq,
         need_dkdv=need_dkdv,
         need_dsinks=need_dsinks,
@@ -82,10 +105,10 @@ def gradients(
 
 
 def _split(arguments: tuple) -> tuple[Call, tuple, tuple]:
-    """(call, (dout, dlse, out, lse), (need_dq, need_dkdv, need_dsinks))."""
-    dout, dlse, q, k, v, out, lse, *rest = arguments
+    """(call, (dout, dlse, out, lse, residue), (need_dq, need_dkdv, need_dsinks))."""
+    dout, dlse, q, k, v, out, lse, residue, *rest = arguments
     constants, needs = rest[:-3], rest[-3:]
-    return Call(q, k, v, *constants), (dout, dlse, out, lse), tuple(needs)
+    return Call(q, k, v, *constants), (dout, dlse, out, lse, residue), tuple(needs)
 
 
 _CALL = list(Call.__annotations__.items())
@@ -98,6 +121,7 @@ _CALL = list(Call.__annotations__.items())
         **dict(_CALL[:3]),
         "out": Tensor,
         "lse": Tensor,
+        "residue": Tensor | None,
         **dict(_CALL[3:]),
         "need_dq": bool,
         "need_dkdv": bool,
@@ -119,8 +143,8 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor | None, ...]:
 _BACKWARD = library.Op("flash_attention_backward", _backward, _backward_fake)
 
 
-def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    call = Call(*inputs)
+def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor | None, ...]) -> None:
+    call = Call(*inputs[:-1])
     if ctx.needs_input_grad[Call._fields.index("alibi_slopes")]:
         raise NotImplementedError("alibi_slopes: expected a constant; got one that requires grad")
     ctx.save_for_backward(*call[:9], *output)
@@ -129,16 +153,17 @@ def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor
 
 
 def _differentiate(
-    ctx: FunctionCtx, dout: Tensor | None, dlse: Tensor | None
+    ctx: FunctionCtx, dout: Tensor | None, dlse: Tensor | None, _: None
 ) -> tuple[Tensor | None, ...]:
-    grads = dict.fromkeys(Call._fields)
+    grads = dict.fromkeys((*Call._fields, "need_residue"))
     if dout is None and dlse is None:
         return tuple(grads.values())
-    *tensors, out, lse = ctx.saved_tensors
+    *tensors, out, lse, residue = ctx.saved_tensors
     call = Call(*tensors, *ctx.numbers)
-    needed = dict(zip(Call._fields, ctx.needs_input_grad, strict=True))
+    needed = dict(zip(grads, ctx.needs_input_grad, strict=True))
     values = _BACKWARD(
-        torch.zeros_like(out) if dout is None else dout, dlse, *call[:3], out, lse, *call[3:],
+        torch.zeros_like(out) if dout is None else dout, dlse, *call[:3], out, lse, residue,
+        *call[3:],
         needed["q"], needed["k"] or needed["v"], needed["sinks"],
     )  # fmt: skip
     for name, value in zip(("q", "k", "v", "sinks"), values, strict=True):
@@ -150,7 +175,7 @@ _OP = library.Op(
     "flash_attention",
     _forward,
     _fake,
-    check=check,
+    check=_check,
     setup_context=_setup_context,
     backward=_differentiate,
 )
@@ -167,7 +192,7 @@ def _num_pairs(call: Call) -> int:
 @register_flop_formula(_OP.dispatched.overloadpacket, get_raw=True)
 def _flops(*arguments: Any, out_val: Any = None, **_: Any) -> int:
     """Two products of 2 · head_dim flops per pair of query and key."""
-    call = Call(*arguments)
+    call = Call(*arguments[:-1])
     return 4 * _num_pairs(call) * call.q.shape[-2] * call.q.shape[-1]
 
 
@@ -190,8 +215,11 @@ def _attend(
     checks.flag("return_lse", return_lse)
     window_left, window_right = checks.window(window)
     call = call._replace(window_left=window_left, window_right=0 if causal else window_right)
-    out, lse = _OP(*call, need_lse=return_lse)
-    return (out, lse) if return_lse else out
+    q = call.q
+    rounds = isinstance(q, Tensor) and q.dtype != torch.float32
+    need_residue = rounds and library.needs_graph(*call)
+    out, lse, _ = _OP(*call, need_residue, need_lse=return_lse)
+    return (out, lse * call.score_unit) if return_lse else out
 
 
 def flash_attention(
@@ -238,7 +266,9 @@ def flash_attention(
     Numerics: products accumulate in float32, float32 inputs multiply in float32 (not TF32); the
         softmax is float32; weights and the gradients of scores are rounded to the inputs' dtype
         before they are multiplied. The backward pass computes weights again from lse, with a
-        relative error that grows as |lse| · 2⁻²⁴. Gradients have the same bits in every run.
+        relative error that grows as |lse| · 2⁻²⁴, as that of eager code does; of 16-bit inputs it
+        keeps, beside inputs, out and lse, 8 more bits of each element of out (`backward.py`).
+        Gradients have the same bits in every run.
     Raises:
         TypeError, ValueError: an argument of another kind, dtype, shape or device.
         NotImplementedError: another head_dim; alibi_slopes that require a gradient.

@@ -9,6 +9,11 @@ With P = exp(scores − lse), dP = dO Vᵀ and delta = rowsum(dO ∘ O) − dlse
 Dao 2023, arXiv:2307.08691, in two kernels (`dkdv.py`, `dq.py`) with seven
 products, so that every gradient is summed in one program's registers, in one order: the same bits
 in every run. A kernel before them prepares lse and delta.
+
+delta is taken from O as it was before it was rounded, which the forward pass kept in the residue:
+an error of delta, times the mean of the keys that a query sees, is an error of dQ. Taken from the
+rounded O, as is usual, dQ is wrong by half where keys and values have a mean of ten standard
+deviations.
 """
 
 import torch
@@ -19,6 +24,8 @@ from torch import Tensor
 from gqa_kernels.ops.attention.call import Call, block_d
 from gqa_kernels.ops.attention.dkdv import key_value_gradients
 from gqa_kernels.ops.attention.dq import query_gradient
+from gqa_kernels.ops.attention.forward import launch_forward
+from gqa_kernels.primitives.residue import restore
 from gqa_kernels.primitives.tiles import load_rows
 from gqa_kernels.runtime import configs, layout, target
 
@@ -26,6 +33,7 @@ from gqa_kernels.runtime import configs, layout, target
 @triton.jit(do_not_specialize=["seq_len_q"])
 def _prepare_kernel(
     out_ptr,
+    residue_ptr,
     dout_ptr,
     lse_ptr,
     dlse_ptr,
@@ -39,28 +47,33 @@ def _prepare_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program computes −lse, in score units, and −delta of BLOCK_M queries of one head.
+    """One program computes −lse and −delta of BLOCK_M queries of one head.
 
-    Negated, they are where the accumulators of two products begin. A query that sees no key gets
-    −∞ for its lse too: a weight of 0 for every key.
+    −delta is where the accumulator of dP begins. −lse is added after the product: a sum that began
+    there would round at its size at every step. A query that sees no key gets −∞ for its lse too: a
+    weight of 0 for every key.
     """
     num_blocks = tl.cdiv(seq_len_q, BLOCK_M)
     start = tl.program_id(0) % num_blocks * BLOCK_M
     head = (tl.program_id(0) // num_blocks % num_heads).to(tl.int64)
     batch = (tl.program_id(0) // num_blocks // num_heads).to(tl.int64)
-    out_ptr += (batch * seq_len_q * num_heads + head) * HEAD_DIM
+    offset, stride = (batch * seq_len_q * num_heads + head) * HEAD_DIM, num_heads * HEAD_DIM
     dout_ptr += batch * dout_strides[0] + head * dout_strides[2]
-    out = load_rows(out_ptr, num_heads * HEAD_DIM, start, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D)
+    out = load_rows(out_ptr + offset, stride, start, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D)
+    if residue_ptr is not None:
+        residue_ptr += offset
+        residue = load_rows(residue_ptr, stride, start, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D)
+        out = restore(out, residue)
     dout = load_rows(dout_ptr, dout_strides[1], start, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D)
     neg_delta = -tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)  # [BLOCK_M]
     queries = start + tl.arange(0, BLOCK_M)
     exists = queries < seq_len_q
     offsets = (batch * num_heads + head) * seq_len_q + queries
     if dlse_ptr is not None:
-        neg_delta += tl.load(dlse_ptr + offsets, mask=exists, other=0.0)
+        neg_delta += tl.load(dlse_ptr + offsets, mask=exists, other=0.0) / score_unit
     tl.store(neg_delta_ptr + offsets, neg_delta, mask=exists)
     lse = tl.load(lse_ptr + offsets, mask=exists, other=0.0)
-    neg_lse = tl.where(lse == -float("inf"), lse, -lse / score_unit)
+    neg_lse = tl.where(lse == -float("inf"), lse, -lse)
     tl.store(neg_lse_ptr + offsets, neg_lse, mask=exists)
 
 
@@ -70,6 +83,7 @@ def launch_backward(
     dlse: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    residue: Tensor | None,
     *,
     need_dq: bool,
     need_dkdv: bool,
@@ -79,13 +93,16 @@ def launch_backward(
 
     Args:
         dout, out: of its q's shape.
-        dlse, lse: `[batch, num_q_heads, seq_len_q]`.
+        dlse, lse: `[batch, num_q_heads, seq_len_q]`, in score units.
+        residue: that of the forward pass; where it kept none of an out of 16 bits, it runs again.
     """
     dout = layout.contiguous_features(dout)
     out, lse = out.contiguous(), lse.contiguous()  # as the forward pass leaves them
+    if residue is None and out.dtype != torch.float32:
+        residue = launch_forward(call, need_lse=False, need_residue=True)[2]
     dq = dk = dv = dsinks = None
     with target.device_of(call.q):
-        neg_lse, neg_delta = _prepare(call, dout, dlse, out, lse)
+        neg_lse, neg_delta = _prepare(call, dout, dlse, out, lse, residue)
         given = {
             "dout_ptr": dout,
             "dout_strides": dout.stride()[:3],
@@ -99,16 +116,23 @@ def launch_backward(
             dq = query_gradient(call, given)
     if need_dsinks:
         sinks = call.sinks
-        weights = torch.exp(sinks.float()[:, None] - lse)  # [batch, num_q_heads, seq_len_q]
+        weights = torch.exp(
+            sinks.float()[:, None] - lse * call.score_unit
+        )  # [batch, num_q_heads, seq_len_q]
         weights = weights.masked_fill(lse == -torch.inf, 0.0)
         dsinks = (weights * neg_delta).sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, dsinks
 
 
 def _prepare(
-    call: Call, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor
+    call: Call,
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    residue: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(−lse in score units, −delta)."""
+    """(−lse, −delta)."""
     batch, seq_len_q, num_q_heads, head_dim = call.q.shape
     neg_lse = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
     neg_delta = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
@@ -116,6 +140,7 @@ def _prepare(
         block_m = configs.ATTENTION_PREPARE_BLOCK
         _prepare_kernel[(triton.cdiv(seq_len_q, block_m) * num_q_heads * batch,)](
             out_ptr=out,
+            residue_ptr=residue,
             dout_ptr=dout,
             lse_ptr=lse,
             dlse_ptr=None if dlse is None else dlse.contiguous(),

@@ -37,8 +37,10 @@ class Call(NamedTuple):
 
     @property
     def score_unit(self) -> float:
-        """What kernels count scores in, once a call is prepared (`scores.py`)."""
-        return self.softmax_scale if self.softcap is None else self.softcap
+        """What kernels count scores in (`scores.py`)."""
+        if self.softcap is not None:
+            return float(self.softcap)
+        return checks.softmax_scale(self.softmax_scale, self.q.shape[-1])
 
 
 def check(*arguments: Any) -> None:

@@ -18,13 +18,14 @@ from gqa_kernels.ops.attention.sequences import locate
 from gqa_kernels.primitives.scores import (
     Scoring,
     Visible,
+    add_bias,
+    cap,
     cap_derivative,
     load_ranges,
     load_slope,
     load_statistics,
     mask,
     rows_that_see,
-    scores_less_lse,
 )
 from gqa_kernels.primitives.tiles import LOG2_E, load_rows, store_rows
 from gqa_kernels.runtime import configs
@@ -135,9 +136,9 @@ def _dkdv_kernel(
         own_keys = (queries + diagonal)[None, :]
 
         scoring = Scoring(own_keys, cap_scale, slope, score_unit * LOG2_E)
-        scores, capped = scores_less_lse(
-            key, query.T, neg_lse[None, :], keys, scoring
-        )  # [BLOCK_N, BLOCK_M]
+        products = tl.dot(key, query.T, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+        capped = cap(products, cap_scale)
+        scores = add_bias(capped, keys, scoring) + neg_lse[None, :]
         first_keys = None
         end_keys = None
         if key_ranges_ptr is not None:

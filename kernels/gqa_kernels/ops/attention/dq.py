@@ -16,13 +16,14 @@ from gqa_kernels.ops.attention.sequences import locate
 from gqa_kernels.primitives.scores import (
     Scoring,
     Visible,
+    add_bias,
+    cap,
     cap_derivative,
     key_tiles,
     load_ranges,
     load_slope,
     load_statistics,
     mask,
-    scores_less_lse,
 )
 from gqa_kernels.primitives.tiles import LOG2_E, Rows, load_rows, load_tile, store_rows
 from gqa_kernels.runtime import configs
@@ -53,7 +54,8 @@ def _walk_keys(
         key = load_tile(k, start, HEAD_DIM, BLOCK_N, BLOCK_D, False)
         value = load_tile(v, start, HEAD_DIM, BLOCK_N, BLOCK_D, False)
         keys = start + tl.arange(0, BLOCK_N)[None, :]
-        scores, capped = scores_less_lse(q, key.T, neg_lse, keys, scoring)
+        capped = cap(tl.dot(q, key.T, input_precision="ieee"), scoring.cap_scale)
+        scores = add_bias(capped, keys, scoring) + neg_lse
         if MASKED:
             scores = mask(scores, keys, visible)
         weights = tl.math.exp2(scores * scoring.exponent_scale)

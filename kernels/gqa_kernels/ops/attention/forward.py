@@ -19,6 +19,7 @@ from torch import Tensor
 from gqa_kernels.ops.attention import sequences
 from gqa_kernels.ops.attention.call import Call, block_d, choose, kernel_arguments
 from gqa_kernels.ops.attention.sequences import locate
+from gqa_kernels.primitives.residue import residue_of
 from gqa_kernels.primitives.scores import (
     Scoring,
     Visible,
@@ -89,6 +90,7 @@ def _forward_kernel(
     k,
     v,
     out_ptr,
+    residue_ptr,
     lse_ptr,
     cu_seqlens_q_ptr,
     cu_seqlens_kv_ptr,
@@ -158,11 +160,14 @@ def _forward_kernel(
     first_tile, num_tiles, num_free = key_tiles(first_own_key, visible, BLOCK_M, BLOCK_N)
     slope = load_slope(alibi_slopes_ptr, alibi_stride, work.sequence, head, score_unit)
     scoring = Scoring(own_keys, cap_scale, slope, score_unit * LOG2_E)
-    softmax = empty_softmax(BLOCK_M, BLOCK_D)
+    softmax = empty_softmax(BLOCK_M, BLOCK_D, residue_ptr is not None)
     if sinks_ptr is not None:  # a key that has been seen already, whose value is 0
         sink = tl.load(sinks_ptr + head).to(tl.float32) / score_unit
         running_max = tl.zeros([BLOCK_M], dtype=tl.float32) + sink
-        softmax = Softmax(running_max, softmax.running_sum + 1.0, softmax.accumulator)
+        rounded_sum = softmax.rounded_sum
+        if rounded_sum is not None:
+            rounded_sum += 1.0
+        softmax = Softmax(running_max, softmax.running_sum + 1.0, rounded_sum, softmax.accumulator)
 
     last_tile = first_tile + num_tiles - 1
     key = load_tile(k, last_tile * BLOCK_N, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA)
@@ -186,28 +191,48 @@ def _forward_kernel(
     value = load_tile(v, first_tile * BLOCK_N, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA)
     softmax = add_values(weights, value, softmax)
 
-    out, lse = finish_softmax(softmax, score_unit)
+    out, log_sum = finish_softmax(softmax)
     row = batch_64 * rows_per_batch + work.first_row  # of out, the sequence's first
-    out_ptr += (row * num_q_heads + head) * HEAD_DIM
-    store_rows(out_ptr, num_q_heads * HEAD_DIM, start_m, seq_len_q, out, HEAD_DIM, BLOCK_M, BLOCK_D)
+    offset, stride = (row * num_q_heads + head) * HEAD_DIM, num_q_heads * HEAD_DIM
+    if residue_ptr is not None:
+        rounded_sum = tl.where(softmax.rounded_sum != 0.0, softmax.rounded_sum, 1.0)
+        exact = out * (softmax.running_sum / rounded_sum)[:, None]
+        residue = residue_of(exact, out.to(out_ptr.dtype.element_ty))
+        store_rows(
+            residue_ptr + offset, stride, start_m, seq_len_q, residue, HEAD_DIM, BLOCK_M, BLOCK_D
+        )
+    store_rows(out_ptr + offset, stride, start_m, seq_len_q, out, HEAD_DIM, BLOCK_M, BLOCK_D)
     if lse_ptr is not None:
         lse_ptr += (batch_64 * num_q_heads + head) * rows_per_batch + work.first_row
+        lse = softmax.running_max + log_sum / score_unit
         tl.store(lse_ptr + queries, lse, mask=queries < seq_len_q)
 
 
-def launch_forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """(out, lse) of a prepared call: out has the shape of its q, lse is
-    `[batch, num_q_heads, seq_len_q]`, None unless needed."""
+def launch_forward(
+    call: Call, *, need_lse: bool, need_residue: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(out, lse, residue) of a prepared call, each of the last two None unless needed.
+
+    Returns:
+        out: of the shape of its q.
+        lse: `[batch, num_q_heads, seq_len_q]`, in score units (`scores.py`): weights that are
+            computed again from large scores are as exact as the difference.
+        residue: int8, of the shape of out, whose dtype has 16 bits: by how much out differs from
+            the mean of the values under the very weights that multiplied them, which is what the
+            backward pass needs (`backward.py`).
+    """
     q, k, v = call.q, call.k, call.v
     batch, seq_len_q, num_q_heads, head_dim = q.shape
     lse_shape = (batch, num_q_heads, seq_len_q)
     if q.numel() == 0 or k.shape[1] == 0:
         lse = q.new_full(lse_shape, -torch.inf, dtype=torch.float32)
         if call.sinks is not None:
-            lse.copy_(call.sinks[:, None])
-        return q.new_zeros(q.shape), lse if need_lse else None
+            lse.copy_(call.sinks[:, None] / call.score_unit)
+        residue = q.new_zeros(q.shape, dtype=torch.int8) if need_residue else None
+        return q.new_zeros(q.shape), lse if need_lse else None, residue
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device) if need_lse else None
+    residue = torch.empty(q.shape, dtype=torch.int8, device=q.device) if need_residue else None
     with target.device_of(q):
         config = choose(call, configs.ATTENTION_FORWARD)
         # A descriptor's tile would end in the rows of the next packed sequence.
@@ -220,10 +245,11 @@ def launch_forward(call: Call, *, need_lse: bool) -> tuple[Tensor, Tensor | None
             k=layout.descriptor(k, *block) if use_tma else k,
             v=layout.descriptor(v, *block) if use_tma else v,
             out_ptr=out,
+            residue_ptr=residue,
             lse_ptr=lse,
             sinks_ptr=call.sinks,
             num_q_heads=num_q_heads,
             USE_TMA=use_tma,
             **kernel_arguments(call, config),
         )
-    return out, lse
+    return out, lse, residue

@@ -277,9 +277,10 @@ def _decode_kernel(
                 accumulator = _add_scaled(weights, scales, value, softmax.accumulator)
             else:
                 accumulator = _add(weights, value, softmax.accumulator)
-            softmax = Softmax(softmax.running_max, softmax.running_sum, accumulator)
+            softmax = Softmax(softmax.running_max, softmax.running_sum, None, accumulator)
 
-        out, lse = finish_softmax(softmax, softmax_scale)
+        out, log_sum = finish_softmax(softmax)
+        lse = softmax.running_max * softmax_scale + log_sum
         if v_scale_ptr is not None and not SCALE_PER_TOKEN:
             out *= v_scale
         if num_splits == 1:
