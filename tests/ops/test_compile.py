@@ -28,6 +28,8 @@ SPILLS_ALLOWED = (
     ("flash_attention", "float32", "head_dim=256"),
     # The widest heads have no tile that does not, but for one too small for wgmma.
     ("sm_90", "flash_attention", "head_dim=192", "training"),
+    # After the loop, where the residue is made: a dozen accesses per thread.
+    ("sm_90", "flash_attention", "head_dim=256", "training"),
     # ptxas keeps to 64 registers here and reads 8 bytes back, once per thread.
     ("sm_100", "add_rms_norm", "hidden_size=8192", "inference"),
     # Likewise to 128, and to 80 in float32.

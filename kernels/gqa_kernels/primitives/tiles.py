@@ -78,23 +78,19 @@ class Softmax(NamedTuple):
 
     running_max: Any
     running_sum: Any
-    rounded_sum: Any  # of the weights as they multiply values, rounded; None unless asked for
+    rounded_sum: Any  # of the weights as they multiply values, rounded; kept up where ROUNDED
     accumulator: Any
 
 
 @triton.jit
-def empty_softmax(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, ROUNDED: tl.constexpr = False):
+def empty_softmax(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
     running_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
-    running_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-    rounded_sum = None
-    if ROUNDED:
-        rounded_sum = running_sum
-    accumulator = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    return Softmax(running_max, running_sum, rounded_sum, accumulator)
+    none = tl.zeros([BLOCK_M], dtype=tl.float32)
+    return Softmax(running_max, none, none, tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32))
 
 
 @triton.jit
-def online_softmax_step(scores, softmax, exponent_scale):
+def online_softmax_step(scores, softmax, exponent_scale, ROUNDED: tl.constexpr = False):
     """Folds a tile of scores `[BLOCK_M, BLOCK_N]` into the running softmax.
 
     Returns the tile's weights, to be multiplied by V, and the new state. The weights are
@@ -107,17 +103,17 @@ def online_softmax_step(scores, softmax, exponent_scale):
     rescale = tl.math.exp2(softmax.running_max * exponent_scale - anchor)
     running_sum = softmax.running_sum * rescale + tl.sum(weights, 1)
     rounded_sum = softmax.rounded_sum
-    if rounded_sum is not None:
+    if ROUNDED:
         rounded_sum *= rescale
     accumulator = softmax.accumulator * rescale[:, None]
     return weights, Softmax(new_max, running_sum, rounded_sum, accumulator)
 
 
 @triton.jit
-def add_values(weights, value, softmax):
+def add_values(weights, value, softmax, ROUNDED: tl.constexpr):
     """The softmax with a tile of weighted values added to its accumulator."""
     rounded_sum = softmax.rounded_sum
-    if rounded_sum is not None:
+    if ROUNDED:  # from the bits: a conversion and back would cost as much as the exponential
         DROPPED: tl.constexpr = 16 if value.dtype == tl.bfloat16 else 13
         bits = weights.to(tl.int32, bitcast=True) + (1 << (DROPPED - 1))
         rounded_sum += tl.sum((bits & -(1 << DROPPED)).to(tl.float32, bitcast=True), 1)

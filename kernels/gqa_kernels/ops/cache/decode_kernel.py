@@ -277,7 +277,9 @@ def _decode_kernel(
                 accumulator = _add_scaled(weights, scales, value, softmax.accumulator)
             else:
                 accumulator = _add(weights, value, softmax.accumulator)
-            softmax = Softmax(softmax.running_max, softmax.running_sum, None, accumulator)
+            softmax = Softmax(
+                softmax.running_max, softmax.running_sum, softmax.rounded_sum, accumulator
+            )
 
         out, log_sum = finish_softmax(softmax)
         lse = softmax.running_max * softmax_scale + log_sum
