@@ -174,8 +174,10 @@ def key_tiles(first_own_key, visible, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
 
 
 @triton.jit
-def load_statistics(neg_lse_ptr, neg_delta_ptr, queries, seq_len_q):
-    """(−lse, −delta) of queries; those that do not exist weigh no key."""
+def load_statistics(lse_ptr, delta_ptr, queries, seq_len_q):
+    """(lse, delta) of queries; those that do not exist weigh no key."""
     exists = queries < seq_len_q
-    neg_lse = tl.load(neg_lse_ptr + queries, mask=exists, other=-float("inf"))
-    return neg_lse, tl.load(neg_delta_ptr + queries, mask=exists, other=0.0)
+    lse = tl.load(lse_ptr + queries, mask=exists, other=-float("inf"))
+    # A query that sees no key has −∞; ∞ makes each of its weights 0.
+    lse = tl.where(lse == -float("inf"), float("inf"), lse)
+    return lse, tl.load(delta_ptr + queries, mask=exists, other=0.0)

@@ -8,7 +8,9 @@ With P = exp(scores − lse), dP = dO Vᵀ and delta = rowsum(dO ∘ O) − dlse
 
 Dao 2023, arXiv:2307.08691, in two kernels (`dkdv.py`, `dq.py`) with seven
 products, so that every gradient is summed in one program's registers, in one order: the same bits
-in every run. A kernel before them prepares lse and delta.
+in every run. A kernel before them prepares delta. lse and delta are subtracted after a product: a
+sum that began there would round at their size at every step, and Triton lets an addition begin
+there.
 
 delta is taken from O as it was before it was rounded, which the forward pass kept in the residue:
 an error of delta, times the mean of the keys that a query sees, is an error of dQ. Taken from the
@@ -35,10 +37,8 @@ def _prepare_kernel(
     out_ptr,
     residue_ptr,
     dout_ptr,
-    lse_ptr,
     dlse_ptr,
-    neg_lse_ptr,
-    neg_delta_ptr,
+    delta_ptr,
     dout_strides,
     seq_len_q,
     num_heads,
@@ -47,12 +47,7 @@ def _prepare_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program computes −lse and −delta of BLOCK_M queries of one head.
-
-    −delta is where the accumulator of dP begins. −lse is added after the product: a sum that began
-    there would round at its size at every step. A query that sees no key gets −∞ for its lse too: a
-    weight of 0 for every key.
-    """
+    """One program computes the delta of BLOCK_M queries of one head."""
     num_blocks = tl.cdiv(seq_len_q, BLOCK_M)
     start = tl.program_id(0) % num_blocks * BLOCK_M
     head = (tl.program_id(0) // num_blocks % num_heads).to(tl.int64)
@@ -65,16 +60,13 @@ def _prepare_kernel(
         residue = load_rows(residue_ptr, stride, start, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D)
         out = restore(out, residue)
     dout = load_rows(dout_ptr, dout_strides[1], start, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D)
-    neg_delta = -tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)  # [BLOCK_M]
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)  # [BLOCK_M]
     queries = start + tl.arange(0, BLOCK_M)
     exists = queries < seq_len_q
     offsets = (batch * num_heads + head) * seq_len_q + queries
     if dlse_ptr is not None:
-        neg_delta += tl.load(dlse_ptr + offsets, mask=exists, other=0.0) / score_unit
-    tl.store(neg_delta_ptr + offsets, neg_delta, mask=exists)
-    lse = tl.load(lse_ptr + offsets, mask=exists, other=0.0)
-    neg_lse = tl.where(lse == -float("inf"), lse, -lse)
-    tl.store(neg_lse_ptr + offsets, neg_lse, mask=exists)
+        delta -= tl.load(dlse_ptr + offsets, mask=exists, other=0.0) / score_unit
+    tl.store(delta_ptr + offsets, delta, mask=exists)
 
 
 def launch_backward(
@@ -102,12 +94,12 @@ def launch_backward(
         residue = launch_forward(call, need_lse=False, need_residue=True)[2]
     dq = dk = dv = dsinks = None
     with target.device_of(call.q):
-        neg_lse, neg_delta = _prepare(call, dout, dlse, out, lse, residue)
+        delta = _prepare(call, dout, dlse, out, residue)
         given = {
             "dout_ptr": dout,
             "dout_strides": dout.stride()[:3],
-            "neg_lse_ptr": neg_lse,
-            "neg_delta_ptr": neg_delta,
+            "lse_ptr": lse,
+            "delta_ptr": delta,
             "softmax_scale": call.softmax_scale,
         }
         if need_dkdv:
@@ -120,7 +112,7 @@ def launch_backward(
             sinks.float()[:, None] - lse * call.score_unit
         )  # [batch, num_q_heads, seq_len_q]
         weights = weights.masked_fill(lse == -torch.inf, 0.0)
-        dsinks = (weights * neg_delta).sum((0, 2)).to(sinks.dtype)
+        dsinks = -(weights * delta).sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, dsinks
 
 
@@ -129,23 +121,20 @@ def _prepare(
     dout: Tensor,
     dlse: Tensor | None,
     out: Tensor,
-    lse: Tensor,
     residue: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """(−lse, −delta)."""
+) -> Tensor:
+    """delta `[batch, num_q_heads, seq_len_q]`."""
     batch, seq_len_q, num_q_heads, head_dim = call.q.shape
-    neg_lse = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
-    neg_delta = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
+    shape = (batch, num_q_heads, seq_len_q)
+    delta = torch.empty(shape, dtype=torch.float32, device=out.device)
     if out.numel() > 0:
         block_m = configs.ATTENTION_PREPARE_BLOCK
         _prepare_kernel[(triton.cdiv(seq_len_q, block_m) * num_q_heads * batch,)](
             out_ptr=out,
             residue_ptr=residue,
             dout_ptr=dout,
-            lse_ptr=lse,
             dlse_ptr=None if dlse is None else dlse.contiguous(),
-            neg_lse_ptr=neg_lse,
-            neg_delta_ptr=neg_delta,
+            delta_ptr=delta,
             dout_strides=dout.stride()[:3],
             seq_len_q=seq_len_q,
             num_heads=num_q_heads,
@@ -156,4 +145,4 @@ def _prepare(
             num_warps=configs.ATTENTION_PREPARE_NUM_WARPS,
             enable_fp_fusion=True,
         )
-    return neg_lse, neg_delta
+    return delta

@@ -39,8 +39,8 @@ def _dkdv_kernel(
     k_ptr,
     v_ptr,
     dout_ptr,
-    neg_lse_ptr,
-    neg_delta_ptr,
+    lse_ptr,
+    delta_ptr,
     dk_ptr,
     dv_ptr,
     cu_seqlens_q_ptr,
@@ -129,8 +129,8 @@ def _dkdv_kernel(
             dout_strides[1], start_m, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D,
         )  # fmt: skip
         head_row = row + head_64 * rows_q
-        neg_lse, neg_delta = load_statistics(
-            neg_lse_ptr + head_row, neg_delta_ptr + head_row, queries, seq_len_q
+        lse, delta = load_statistics(
+            lse_ptr + head_row, delta_ptr + head_row, queries, seq_len_q
         )  # [BLOCK_M]
         slope = load_slope(alibi_slopes_ptr, alibi_stride, work.sequence, head, score_unit)
         own_keys = (queries + diagonal)[None, :]
@@ -138,7 +138,7 @@ def _dkdv_kernel(
         scoring = Scoring(own_keys, cap_scale, slope, score_unit * LOG2_E)
         products = tl.dot(key, query.T, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
         capped = cap(products, cap_scale)
-        scores = add_bias(capped, keys, scoring) + neg_lse[None, :]
+        scores = add_bias(capped, keys, scoring) - lse[None, :]
         first_keys = None
         end_keys = None
         if key_ranges_ptr is not None:
@@ -154,8 +154,8 @@ def _dkdv_kernel(
             scores = mask(scores, keys, visible)
         weights = tl.math.exp2(scores * scoring.exponent_scale)
         dv = tl.dot(weights.to(d_out.dtype), d_out, dv, input_precision="ieee")
-        d_weights = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32) + neg_delta[None, :]
-        d_scores = weights * tl.dot(value, d_out.T, d_weights, input_precision="ieee")
+        d_weights = tl.dot(value, d_out.T, input_precision="ieee")
+        d_scores = weights * (d_weights - delta[None, :])
         if cap_scale is not None:
             d_scores *= cap_derivative(capped)
         dk = tl.dot(d_scores.to(query.dtype), query, dk, input_precision="ieee")

@@ -35,8 +35,8 @@ def _walk_keys(
     d_out,
     k,
     v,
-    neg_lse,
-    neg_delta,
+    lse,
+    delta,
     visible,
     scoring,
     dq,
@@ -55,12 +55,12 @@ def _walk_keys(
         value = load_tile(v, start, HEAD_DIM, BLOCK_N, BLOCK_D, False)
         keys = start + tl.arange(0, BLOCK_N)[None, :]
         capped = cap(tl.dot(q, key.T, input_precision="ieee"), scoring.cap_scale)
-        scores = add_bias(capped, keys, scoring) + neg_lse
+        scores = add_bias(capped, keys, scoring) - lse
         if MASKED:
             scores = mask(scores, keys, visible)
         weights = tl.math.exp2(scores * scoring.exponent_scale)
-        d_weights = tl.zeros(weights.shape, dtype=tl.float32) + neg_delta
-        d_scores = weights * tl.dot(d_out, value.T, d_weights, input_precision="ieee")
+        d_weights = tl.dot(d_out, value.T, input_precision="ieee")
+        d_scores = weights * (d_weights - delta)
         if scoring.cap_scale is not None:
             d_scores *= cap_derivative(capped)
         dq = tl.dot(d_scores.to(key.dtype), key, dq, input_precision="ieee")
@@ -75,8 +75,8 @@ def _dq_kernel(
     k_ptr,
     v_ptr,
     dout_ptr,
-    neg_lse_ptr,
-    neg_delta_ptr,
+    lse_ptr,
+    delta_ptr,
     dq_ptr,
     cu_seqlens_q_ptr,
     cu_seqlens_kv_ptr,
@@ -127,8 +127,8 @@ def _dq_kernel(
     d_out = load_rows(dout_ptr, dout_strides[1], start_m, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D)
     queries = start_m + tl.arange(0, BLOCK_M)
     row = (batch_64 * num_q_heads + head) * rows_q + first_q
-    neg_lse, neg_delta = load_statistics(neg_lse_ptr + row, neg_delta_ptr + row, queries, seq_len_q)
-    neg_lse, neg_delta = neg_lse[:, None], neg_delta[:, None]
+    lse, delta = load_statistics(lse_ptr + row, delta_ptr + row, queries, seq_len_q)
+    lse, delta = lse[:, None], delta[:, None]
 
     first_own_key = start_m + seq_len_kv - seq_len_q
     own_keys = (first_own_key + tl.arange(0, BLOCK_M))[:, None]
@@ -151,11 +151,11 @@ def _dq_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     if window_left is None and first_keys is None and key_mask_ptr is None:
         dq = _walk_keys(
-            q, d_out, k, v, neg_lse, neg_delta, visible, scoring, dq, first_tile, num_free,
+            q, d_out, k, v, lse, delta, visible, scoring, dq, first_tile, num_free,
             False, HEAD_DIM, BLOCK_N, NUM_STAGES,
         )  # fmt: skip
     dq = _walk_keys(
-        q, d_out, k, v, neg_lse, neg_delta, visible, scoring, dq, first_tile + num_free,
+        q, d_out, k, v, lse, delta, visible, scoring, dq, first_tile + num_free,
         num_tiles - num_free, True, HEAD_DIM, BLOCK_N, NUM_STAGES,
     )  # fmt: skip
     dq_ptr += ((batch_64 * rows_q + first_q) * num_q_heads + head) * HEAD_DIM
