@@ -3,12 +3,9 @@
 import argparse
 import importlib
 import io
-import os
 import shlex
 import sys
 from collections.abc import Callable
-
-import torch
 
 from gqa_kernels import __version__
 from llama2.commands import (
@@ -20,6 +17,7 @@ from llama2.commands import (
     tradeoff_options,
 )
 from llama2.placement import add_device_option
+from llama2.terminal import COMPLAINTS, complain, discard, notes
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -31,16 +29,6 @@ _EXAMPLES = """examples:
   llama2 convert Llama-2-7b-hf Llama-2-7b-gqa8 --num-kv-heads 8
   llama2 tradeoff --preset none --out build/paper --shape 70B --gpu H100
 """
-# What a user can cause. Anything else is a defect and keeps its traceback.
-_COMPLAINTS = (
-    OSError,
-    ValueError,
-    ImportError,
-    NotImplementedError,
-    FloatingPointError,
-    MemoryError,
-    torch.OutOfMemoryError,
-)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,38 +40,50 @@ def main(argv: list[str] | None = None) -> int:
     """
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    for output in (sys.stdout, sys.stderr):
-        if isinstance(output, io.TextIOWrapper):  # a terminal that lacks a character shows "?"
-            output.reconfigure(errors="replace")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows "?"
+        sys.stdout.reconfigure(errors="replace")
     argv = sys.argv[1:] if argv is None else argv
-    arguments = _parser().parse_args(argv)
-    arguments.command_line = shlex.join(["llama2", *argv])
+    with notes():
+        arguments = _parser().parse_args(argv)
+        arguments.command_line = shlex.join(["llama2", *argv])
+        return _answered(arguments)
+
+
+def _answered(arguments: argparse.Namespace) -> int:
     try:
-        return arguments.run(arguments)
+        if sys.stdout is None and _prints(arguments):
+            raise ValueError("stdout: expected an open one for the result; got a closed one")
+        status = arguments.run(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # Python's own at exit comes too late for a complaint
+        return status
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        # Python flushes stdout once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
         return 0
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except _COMPLAINTS as error:
-        return _complain(error)
+    except COMPLAINTS as error:
+        _let_go_of_stdout()
+        return complain("llama2", error)
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):  # as a CPU says it
             raise
-        return _complain(error)
+        return complain("llama2", error)
 
 
-def _complain(error: Exception) -> int:
-    text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, MemoryError | RuntimeError) and "memory" in text.lower():
-        text = (
-            "expected memory for this call; a smaller batch, fewer new tokens, --dtype bfloat16 or "
-            f"--kv-cache-dtype fp8 take less, where the command has them. {text}"
-        )
-    print(f"llama2: {text}", file=sys.stderr)
-    return 2
+def _prints(arguments: argparse.Namespace) -> bool:
+    """Whether a command's result goes to stdout, and not to a file alone."""
+    return arguments.run is not serve_offline.run or serve_offline.is_stdout(arguments.out)
+
+
+def _let_go_of_stdout() -> None:
+    """What cannot be written was complained about: Python would try once more at exit."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        discard(sys.stdout)
 
 
 def _parser() -> argparse.ArgumentParser:

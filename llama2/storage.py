@@ -47,13 +47,15 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, file: str = ".") -> Iterator[None]:
     """Keeps other processes that lock `folder` out of it; the lock of a killed process is gone.
 
+    Args:
+        file: one in `folder` that bears the lock instead: for what does not concern all who do.
     Raises:
         ValueError: another process has it.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder / file, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -45,6 +45,7 @@ MODEL_ALLOWED = {
     "placement": set(),
     "checkout": set(),
     "storage": set(),
+    "terminal": set(),
     "accounting": {"config"},
     "cache": {"cache", "config"},
     "targets": set(),
@@ -58,7 +59,7 @@ MODEL_ALLOWED = {
     "serving": {"cache", "decoding", "generate", "model"},
     "evaluation": {"model"},
     "train": {"train", "checkpoint", "config", "evaluation", "model", "parallel", "storage"}
-    | {"tokenizer"},
+    | {"terminal", "tokenizer"},
     "tradeoff": {"tradeoff", "accounting", "cache", "config", "decoding", "model", "storage"},
     "tradeoff.study": {
         "tradeoff.study",
@@ -75,7 +76,7 @@ MODEL_ALLOWED = {
     "commands": {"commands", "accounting", "cache", "checkout", "checkpoint", "config"}
     | {"conversion", "convert_checkpoint", "evaluation", "generate", "model", "placement"}
     | {"serving", "storage", "tokenizer", "tradeoff", "train"},
-    "cli": {"commands", "placement"},
+    "cli": {"commands", "placement", "terminal"},
     "__main__": {"cli"},
 }
 

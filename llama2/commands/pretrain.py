@@ -2,8 +2,6 @@
 
 import argparse
 import contextlib
-import json
-import secrets
 import shutil
 import signal
 import sys
@@ -24,15 +22,15 @@ from llama2.config import ModelConfig
 from llama2.evaluation.bits import bits_per_document
 from llama2.model import Llama2
 from llama2.placement import Placement, place
-from llama2.storage import locked, replacing, write_text
+from llama2.storage import locked, replacing
 from llama2.tokenizer import Tokenizer
 from llama2.train.corpora import TOKENIZER, corpora_of, tokenizer_file_of
 from llama2.train.data import Document, document_ids, is_within
 from llama2.train.execution import STATE
+from llama2.train.ownership import check_held, claimed, finish, run_id_of
 from llama2.train.pretrain import TrainConfig, train
 from llama2.train.shards import Mixture
 
-_CLAIM, _RECORD = ".claimed", "training.json"  # both say which run a checkpoint is of
 _LAST_STEPS = 100  # whose mean is called the final loss
 
 
@@ -55,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
     for folder in (args.work, args.out):  # what cannot be written is better known before the run
         folder.mkdir(parents=True, exist_ok=True)
     with locked(args.work):
-        _train(args, placement, shape, config)
+        run_id = run_id_of(args.work, args.init, begun=(args.work / STATE).exists())
+        with claimed(args.out, run_id):
+            _train(args, placement, shape, config, run_id)
     return 0
 
 
@@ -81,10 +81,12 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
 
 
 def _train(
-    args: argparse.Namespace, placement: Placement, shape: ModelConfig, config: TrainConfig
+    args: argparse.Namespace,
+    placement: Placement,
+    shape: ModelConfig,
+    config: TrainConfig,
+    run_id: str,
 ) -> None:
-    run_id = _check_start(args.work, args.init)
-    _claim(args.out, run_id)
     tokenizer_file = tokenizer_file_of(args)
     sources, held_out = corpora_of(args, tokenizer_file, shape)
     data = Mixture(sources, config, shape.vocab_size)
@@ -121,6 +123,7 @@ def _train(
         "held_out": _evaluate(model, held_out, tokenizer_file, config) if held_out else None,
         "wall_seconds": log[-1]["seconds"],
     }
+    check_held(args.out, run_id)
     _export(model, tokenizer_file, record, args.out)
     _report(record, args.out)
 
@@ -181,49 +184,6 @@ def _check_folders(args: argparse.Namespace) -> None:
         raise ValueError(f"out: expected no checkpoint of Meta's layout there; got {args.out}")
 
 
-def _check_start(work: Path, init: Path | None) -> str:
-    """A state says which weights it has, not which it began with; that is recorded beside it, with
-    the run's id, which is returned."""
-    file, start = work / "start.json", None if init is None else str(init.resolve())
-    found: dict[str, Any] = {}
-    if file.exists():
-        try:
-            found = json.loads(file.read_bytes())
-            found["init"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{file}: expected what a run began with; {error!r}") from error
-    if (work / STATE).exists() and found and found["init"] != start:
-        raise ValueError(
-            f"{work}: expected the init of the run there, {found['init']}; got {start}"
-        )
-    run_id = found.get("run") or secrets.token_hex(8)
-    write_text(file, json.dumps({"init": start, "run": run_id}))
-    return run_id
-
-
-def _claim(out: Path, run_id: str) -> None:
-    """Takes a directory for the checkpoint of this run.
-
-    Raises:
-        ValueError: it has files that this run has not written.
-    """
-    mark = out / _CLAIM
-    for file in (mark, out / _RECORD):
-        if file.exists():
-            try:
-                owner = json.loads(file.read_bytes())["run"]
-            except (ValueError, TypeError, KeyError):
-                owner = None
-            if owner == run_id:
-                return
-    if found := sorted(file.name for file in out.iterdir() if file.name != _CLAIM):
-        raise ValueError(
-            f"out: expected a new directory, one without files, or this run's own; got {out} with "
-            f"{found[0]}"
-        )
-    write_text(mark, json.dumps({"run": run_id}))
-
-
 def _initial_model(args: argparse.Namespace, shape: ModelConfig, placement: Placement) -> Llama2:
     if args.init is not None:
         options = {"dtype": torch.float32, "device": placement.device}
@@ -254,8 +214,7 @@ def _export(model: Llama2, tokenizer_file: Path | None, record: dict[str, Any], 
             if file.is_file():
                 with replacing(out / name) as partial:
                     shutil.copyfile(file, partial)
-    write_text(out / _RECORD, json.dumps(record, indent=2) + "\n")
-    (out / _CLAIM).unlink(missing_ok=True)
+    finish(out, record)
 
 
 def _report(record: dict[str, Any], out: Path) -> None:

@@ -3,13 +3,12 @@
 import argparse
 import contextlib
 import fcntl
-import json
+import io
 import math
 import os
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,23 +19,18 @@ from llama2.accounting import kv_bytes_per_token
 from llama2.cache.kv_cache import CACHE_DTYPES
 from llama2.cache.paged_kv_cache import PagedKVCache
 from llama2.checkpoint.files import require
+from llama2.commands.offline_files import (
+    SETTINGS,
+    Complaints,
+    Line,
+    read_prompts,
+    result_line,
+    resume,
+)
 from llama2.commands.options import add_generation_options, load
 from llama2.commands.text import stop_ids
 from llama2.model import Llama2
-from llama2.serving import Request, Result, check_request, serve
-from llama2.tokenizer import StreamDecoder, Tokenizer
-
-_SETTINGS = {"max_new_tokens": int, "temperature": float, "top_p": float, "seed": int}
-_RESULT_KEYS = {"id", "text", "num_new_tokens", "finish_reason"}
-_BEGIN, _THEN = '{"id": ', ', "text": "'  # in every line that `run` writes, around the id
-
-
-@dataclass(frozen=True)
-class _Line:
-    number: int
-    id: str | int
-    prompt: str
-    settings: dict[str, float | int]  # those that it has of _SETTINGS
+from llama2.serving import Request, check_request, serve
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,16 +79,16 @@ def run(arguments: argparse.Namespace) -> int:
     prompts, out = arguments.prompts, arguments.out
     if out.exists() and prompts.samefile(out):
         raise ValueError(f"--out: expected another file than --prompts; got {out}")
-    complaints = _Complaints(prompts)
-    lines = list(_read_prompts(prompts, complaints))
+    complaints = Complaints(prompts)
+    lines = list(read_prompts(prompts, complaints))
     num_done, num_before = 0, 0
     if _is_stream(out):
-        file = sys.stdout if str(out) == "-" else out.open("w", encoding="utf-8")
+        file = _utf8_stdout() if is_stdout(out) else out.open("w", encoding="utf-8")
         if lines:
             with contextlib.nullcontext() if file is sys.stdout else file:
                 num_done = _continue(lines, lines, file, arguments, complaints)
     else:
-        num_before = _count_done(lines, _resume(out)[0])
+        num_before = _count_done(lines, resume(out)[0])
         if num_before < len(lines):
             num_done, num_before = _go_on(lines, arguments, complaints)
     print(
@@ -104,9 +98,20 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if complaints.count else 0
 
 
+def is_stdout(out: Path) -> bool:
+    return str(out) == "-"
+
+
+def _utf8_stdout() -> TextIO:
+    """Results are JSON, which is UTF-8 whatever the terminal shows."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="strict")
+    return sys.stdout
+
+
 def _is_stream(out: Path) -> bool:
     """Whether what is written there cannot be read again: stdout, a pipe, a device."""
-    if str(out) == "-":
+    if is_stdout(out):
         return True
     if not out.exists() or out.is_file():
         return False
@@ -116,23 +121,23 @@ def _is_stream(out: Path) -> bool:
 
 
 def _go_on(
-    lines: list[_Line], arguments: argparse.Namespace, complaints: "_Complaints"
+    lines: list[Line], arguments: argparse.Namespace, complaints: Complaints
 ) -> tuple[int, int]:
     """Adds what is missing to the file. Returns how many it did, and how many were there."""
     with arguments.out.open("a", encoding="utf-8") as file:
         _lock(file)
-        done, end = _resume(arguments.out)  # another run may have ended just now
+        done, end = resume(arguments.out)  # another run may have ended just now
         todo = [line for line in lines if line.id not in done]
         num_done = _continue(todo, lines, file, arguments, complaints, end=end)
     return num_done, _count_done(lines, done)
 
 
 def _continue(
-    todo: list[_Line],
-    lines: list[_Line],
+    todo: list[Line],
+    lines: list[Line],
     file: TextIO,
     arguments: argparse.Namespace,
-    complaints: "_Complaints",
+    complaints: Complaints,
     *,
     end: int | None = None,
 ) -> int:
@@ -145,7 +150,7 @@ def _continue(
     _check_options(arguments, model, cache)
     if end is not None:
         file.truncate(end)
-    served: list[_Line] = []  # by the index of their request
+    served: list[Line] = []  # by the index of their request
 
     def requests() -> Iterator[Request]:
         for line in todo:
@@ -167,13 +172,13 @@ def _continue(
             if result.error is not None:
                 progress.clear()
                 complaints.add(line.number, ValueError(result.error))
-            file.write(_result_line(line, result, tokenizer))
+            file.write(result_line(line, result, tokenizer))
             file.flush()
             progress.update()
     return len(served)
 
 
-def _count_done(lines: list[_Line], done: set[str | int]) -> int:
+def _count_done(lines: list[Line], done: set[str | int]) -> int:
     return sum(line.id in done for line in lines)
 
 
@@ -187,115 +192,10 @@ def _lock(file: TextIO) -> None:
         ) from error
 
 
-class _Complaints:
-    """Says on stderr what is wrong with a line, and counts."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.count = path, 0
-
-    def add(self, number: int, error: Exception) -> None:
-        self.count += 1
-        print(f"{self.path}:{number}: {' '.join(str(error).split())}", file=sys.stderr)
-
-
-def _read_prompts(path: Path, complaints: _Complaints) -> Iterator[_Line]:
-    first: dict[str | int, int] = {}
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            if not raw.strip():
-                continue
-            try:
-                line = _parse(number, raw)
-                if line.id in first:
-                    raise ValueError(
-                        f"id: expected another than line {first[line.id]}'s; got {line.id!r}"
-                    )
-            except ValueError as error:
-                complaints.add(number, error)
-                continue
-            first[line.id] = number
-            yield line
-
-
-def _parse(number: int, raw: bytes) -> _Line:
-    try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"line: expected JSON; {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"line: expected a JSON object; got a {type(value).__name__}")
-    known = {"prompt", "id", *_SETTINGS}
-    if not value.keys() <= known:
-        raise ValueError(f"line: expected the keys {sorted(known)}; got {sorted(value)}")
-    prompt, id = value.get("prompt"), value.get("id", number)
-    if not isinstance(prompt, str):
-        raise ValueError(f"prompt: expected a text; got {prompt!r}")
-    if not isinstance(id, str | int) or isinstance(id, bool):
-        raise ValueError(f"id: expected a text or a whole number; got {id!r}")
-    for name, text in (("prompt", prompt), ("id", str(id))):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # JSON can escape half a character
-            raise ValueError(f"{name}: expected whole characters; {error}") from error
-    settings = {name: value[name] for name in _SETTINGS if name in value}
-    for name, setting in settings.items():
-        kinds = (int, float) if _SETTINGS[name] is float else (int,)
-        if not isinstance(setting, kinds) or isinstance(setting, bool):
-            kind = "number" if _SETTINGS[name] is float else "whole number"
-            raise ValueError(f"{name}: expected a {kind}; got {setting!r}")
-    return _Line(number, id, prompt, settings)
-
-
-def _resume(path: Path) -> tuple[set[str | int], int]:
-    """The ids of the results that are there, and where a half-written last line begins.
-
-    Raises:
-        ValueError: the file holds something else than results.
-    """
-    if not path.exists():
-        return set(), 0
-    ids, end = set(), 0
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            if not raw.endswith(b"\n") and _is_begun(raw):
-                break
-            try:
-                record = json.loads(raw)
-                is_ours = record.keys() - {"error"} == _RESULT_KEYS and raw.endswith(b"\n")
-                ids.add(record["id"])
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                is_ours = False
-            if not is_ours:
-                raise ValueError(
-                    f"--out: expected results of this command; got something else in line "
-                    f"{number} of {path}"
-                )
-            end += len(raw)
-    return ids, end
-
-
-def _is_begun(raw: bytes) -> bool:
-    """Whether a line without an end can be what a killed run leaves of a result."""
-    text = raw.decode(errors="ignore")
-    if len(text) <= len(_BEGIN) or not text.startswith(_BEGIN):
-        return _BEGIN.startswith(text)
-    try:
-        _, end = json.JSONDecoder().raw_decode(text, len(_BEGIN))
-    except ValueError:
-        return text[len(_BEGIN)] in '"-'  # an id that is cut
-    rest = text[end:]
-    if len(rest) <= len(_THEN) or not rest.startswith(_THEN):
-        return _THEN.startswith(rest)
-    try:
-        return json.loads(text).keys() - {"error"} == _RESULT_KEYS
-    except ValueError:
-        return True
-
-
 def _make_cache(
     arguments: argparse.Namespace,
     model: Llama2,
-    lines: list[_Line],
+    lines: list[Line],
     encoded: dict[int, list[int]],
 ) -> PagedKVCache:
     weight, config = model.lm_head.weight, model.cache_config
@@ -351,30 +251,12 @@ def _check_options(arguments: argparse.Namespace, model: Llama2, cache: PagedKVC
 
 
 def _request(
-    line: _Line, prompt: list[int], stops: list[int], arguments: argparse.Namespace
+    line: Line, prompt: list[int], stops: list[int], arguments: argparse.Namespace
 ) -> Request:
-    settings: dict[str, Any] = {name: getattr(arguments, name) for name in _SETTINGS}
+    settings: dict[str, Any] = {name: getattr(arguments, name) for name in SETTINGS}
     if settings["seed"] is not None:
         # Apart for lines with one prompt, and the same in a run that is resumed.
         sequence = np.random.SeedSequence((settings["seed"], line.number))
         settings["seed"] = int(sequence.generate_state(1, np.uint64)[0])
     settings |= line.settings
     return Request(prompt, stop_ids=stops, **settings)
-
-
-def _result_line(line: _Line, result: Result, tokenizer: Tokenizer) -> str:
-    decoder = StreamDecoder(tokenizer)
-    reason = "length"
-    if result.error is not None:
-        reason = "error"
-    elif result.tokens and result.tokens[-1] in result.request.stop_ids:
-        reason = "stop"
-    record = {
-        "id": line.id,
-        "text": "".join([*map(decoder.push, result.tokens), decoder.finish()]),
-        "num_new_tokens": len(result.tokens),
-        "finish_reason": reason,
-    }
-    if result.error is not None:
-        record["error"] = result.error
-    return json.dumps(record, ensure_ascii=False) + "\n"

@@ -5,13 +5,16 @@
 On GPUs with nccl and the kernels, on the CPU with gloo and the eager backend. Killed, the same
 command continues from `--work`, on any number of processes: the data of a step, and with it the
 loss but for roundings, do not depend on it. `--work` also receives `log.jsonl`, a line per step.
+`--out` takes one run, as that of `llama2 pretrain`.
 """
 
 import argparse
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -26,10 +29,12 @@ from llama2 import parallel
 from llama2.checkpoint import SHIPPED, save_hf
 from llama2.model import Llama2
 from llama2.storage import locked, replacing
+from llama2.terminal import answered
 from llama2.tokenizer import Tokenizer
 from llama2.train import pretrain
 from llama2.train.data import RandomWindows, stdlib_documents, token_stream
 from llama2.train.execution import STATE
+from llama2.train.ownership import check_held, claimed, finish, run_id_of
 from llama2.train.pretrain import Batches, TrainConfig
 from llama2.train.sharded_state import load_sharded_state, save_sharded_state
 from llama2.train.state import Identity
@@ -168,8 +173,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    args = _parse(arguments)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains; returns 0, or 2 after a sentence on stderr about what the user gave."""
+    return answered("llama2.train.distributed", lambda: _run(_parse(arguments)))
+
+
+def _run(args: argparse.Namespace) -> None:
+    if "RANK" not in os.environ:
+        raise ValueError("expected to be started by torchrun -m llama2.train.distributed")
     config = TrainConfig(
         steps=args.steps,
         batch_size=args.batch_size,
@@ -188,23 +199,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
         mesh = make_mesh(device.type, args.tp)
         if dist.get_rank() == 0:
             print(f"{dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True))}, {backend} backend")
-        documents = [document for document in stdlib_documents() if not document.held_out]
-        stream = token_stream(documents, Tokenizer(SHIPPED / "tokenizer.model"))
-        torch.manual_seed(args.seed)
-        model = parallel.parallelize(Llama2(MODEL, get_backend(backend)).to(device), mesh)
-        train(
-            model,
-            RandomWindows(stream, config),
-            mesh,
-            config,
-            args.work,
-            save_every=args.save_every,
-        )
-        if args.out is not None:
-            export(model, args.out)
+        with _owned(args.work, args.out) as run_id:
+            documents = [document for document in stdlib_documents() if not document.held_out]
+            stream = token_stream(documents, Tokenizer(SHIPPED / "tokenizer.model"))
+            torch.manual_seed(args.seed)
+            model = parallel.parallelize(Llama2(MODEL, get_backend(backend)).to(device), mesh)
+            train(
+                model,
+                RandomWindows(stream, config),
+                mesh,
+                config,
+                args.work,
+                save_every=args.save_every,
+            )
+            if args.out is not None:
+                if run_id is not None:
+                    check_held(args.out, run_id)
+                export(model, args.out)
+                if run_id is not None:
+                    finish(args.out, {"run": run_id, "train_config": asdict(config)})
     finally:
         dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def _owned(work: Path, out: Path | None) -> Iterator[str | None]:
+    """Keeps `out` for the run in `work`, whose id the first process is given."""
+    if out is None or dist.get_rank() != 0:
+        yield None
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    run_id = run_id_of(work, begun=True)
+    with claimed(out, run_id):
+        yield run_id
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

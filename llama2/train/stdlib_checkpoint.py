@@ -1,10 +1,10 @@
 """Makes the small checkpoint of this package from nothing but Python's own standard library:
 
-    python -m llama2.train.stdlib_checkpoint --out llama2/checkpoints/stdlib --work build/stdlib
+    python -m llama2.train.stdlib_checkpoint --out build/stdlib/checkpoint --work build/stdlib
 
-trains a tokenizer and a model and writes a directory in Hugging Face's layout. Killed, the same
-command continues from `--work`. On one machine the same Python, PyTorch and number of threads give
-the same bits.
+trains a tokenizer and a model and writes a directory in Hugging Face's layout, a new one or this
+run's own. Killed, the same command continues from `--work`. On one machine the same Python, PyTorch
+and number of threads give the same bits.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from llama2.checkpoint import save_hf
 from llama2.config import ModelConfig
 from llama2.evaluation.bits import bits_per_byte
 from llama2.model import Llama2
+from llama2.terminal import answered
 from llama2.tokenizer import Tokenizer
 from llama2.train.data import (
     Document,
@@ -37,6 +38,7 @@ from llama2.train.data import (
     stdlib_documents,
     token_stream,
 )
+from llama2.train.ownership import check_held, claimed, finish, run_id_of
 from llama2.train.pretrain import TrainConfig, train
 
 MODEL = ModelConfig(
@@ -162,13 +164,18 @@ def _export(model: Llama2, tokenizer_model: bytes, record: dict[str, Any], out: 
     (out / "tokenizer.model").write_bytes(tokenizer_model)
     _write_json(out / "tokenizer_config.json", TOKENIZER_CONFIG)
     _write_json(out / "generation_config.json", GENERATION_CONFIG)
-    _write_json(out / "training.json", record)
     (out / "README.md").write_text(CARD.format(**asdict(MODEL), **record), encoding="utf-8")
+    finish(out, record)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains; returns 0, or 2 after a sentence on stderr about what the user gave."""
     arguments = sys.argv[1:] if arguments is None else arguments
     args = _parse(arguments)
+    return answered("llama2.train.stdlib_checkpoint", lambda: _run(args, arguments))
+
+
+def _run(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     torch.set_num_threads(args.threads)
     config = TrainConfig(
         steps=args.steps,
@@ -179,11 +186,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         warmup_steps=args.warmup_steps,
         seed=args.seed,
     )
+    args.work.mkdir(parents=True, exist_ok=True)
+    run_id = run_id_of(args.work, begun=True)
+    with claimed(args.out, run_id):
+        record = _train(args, config, run_id, shlex.join(arguments))
+    print(f"{args.out}: {record['held_out_bits_per_byte']:.3f} bits per byte on held-out files")
+
+
+def _train(
+    args: argparse.Namespace, config: TrainConfig, run_id: str, command: str
+) -> dict[str, Any]:
     documents = stdlib_documents()
     training = [document for document in documents if not document.held_out]
     held_out = [document for document in documents if document.held_out]
 
-    args.work.mkdir(parents=True, exist_ok=True)
     tokenizer_file = args.work / "tokenizer.model"
     tokenizer_file.write_bytes(
         train_tokenizer([document.text for document in training], MODEL.vocab_size)
@@ -196,7 +212,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     log = train(model, RandomWindows(stream, config), config, args.work, save_every=100)
     model.bfloat16().float()  # the held-out figure is of the weights as they are stored
     record = {
-        "command": "python -m llama2.train.stdlib_checkpoint " + shlex.join(arguments),
+        "run": run_id,
+        "command": f"python -m llama2.train.stdlib_checkpoint {command}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "sentencepiece": version("sentencepiece"),
@@ -211,9 +228,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ),
         "wall_seconds": log[-1]["seconds"],
     }
+    check_held(args.out, run_id)
     _export(model, tokenizer_file.read_bytes(), record, args.out)
-    print(f"{args.out}: {record['held_out_bits_per_byte']:.3f} bits per byte on held-out files")
+    return record
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

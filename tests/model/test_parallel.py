@@ -471,7 +471,8 @@ def test_the_command_trains(tmp_path):
     log = read_log(tmp_path / "work" / "log.jsonl")
     assert [record["step"] for record in log] == [0, 1, 2, 3, 4, 5]
     assert log[5]["loss"] < log[0]["loss"] - 0.1
-    assert {path.name for path in (tmp_path / "work").iterdir()} == {"step-6", "log.jsonl"}
+    files = {path.name for path in (tmp_path / "work").iterdir()}
+    assert files == {"step-6", "log.jsonl", "start.json"}
     model = checkpoint.load(tmp_path / "out", EAGER, dtype=torch.float32)
     trained = Llama2(model.config, EAGER)
     load_sharded_state(tmp_path / "work", trained)

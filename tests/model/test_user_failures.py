@@ -5,6 +5,7 @@ Beside `tests/hosts/test_peer_failures.py`, which is about kernels in other peop
 
 import copy
 import dataclasses
+import io
 import json
 import threading
 
@@ -354,3 +355,69 @@ def test_a_closed_stdin(command, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", None)
     assert cli.main([*command, "--backend", "eager", "--device", "cpu"]) in (0, 2)
     assert "Traceback" not in capsys.readouterr().err
+
+
+# --- streams that are closed or full ---------------------------------------------------------
+
+ON_CPU = ["--backend", "eager", "--device", "cpu"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "--prompt", "x"],
+        ["chat"],
+        ["pretrain", "--work", "w", "--out", "o", "--steps", "1"],
+        ["serve-offline", "--prompts", "p", "--out", "-"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_result_that_would_be_lost_is_refused_at_once(command, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", None)
+        assert cli.main([*command, *ON_CPU]) == 2
+    assert capsys.readouterr().err == (
+        "llama2: stdout: expected an open one for the result; got a closed one\n"
+    )
+
+
+def test_results_in_a_file_need_no_stdout(tmp_path, monkeypatch):
+    (tmp_path / "prompts").write_text('{"prompt": "a"}\n', encoding="utf-8")
+    files = ["--prompts", str(tmp_path / "prompts"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.stdout", None)
+    assert cli.main(["serve-offline", *files, "--max-new-tokens", "1", *ON_CPU]) == 0
+
+
+@pytest.mark.parametrize("stderr", ["closed", "full"])
+def test_notes_that_cannot_be_written_stop_no_work(stderr, tmp_path, monkeypatch, capsys):
+    """Nor do they go to stdout."""
+    (tmp_path / "text").write_text("x = 1\n" * 400, encoding="utf-8")
+    run = ["--work", str(tmp_path / "w"), "--out", str(tmp_path / "o"), "--steps", "2"]
+    run += ["--text", str(tmp_path / "text"), "--batch-size", "1", "--seq-len", "16"]
+    stream = open("/dev/full", "w", encoding="utf-8", buffering=1)  # noqa: SIM115
+    monkeypatch.setattr("sys.stderr", None if stderr == "closed" else stream)
+    # its warm-up never ends, which is a note, as is the device that auto takes
+    assert cli.main(["pretrain", *run, "--num-layers", "1", "--device", "cpu"]) == 0
+    assert cli.main(["generate", "--prompt", "a", "--top-p", "0", *ON_CPU]) == 2
+    stream.close()  # nothing is left in it
+    out = capsys.readouterr().out
+    assert out.startswith(str(tmp_path / "o")) and "warm-up" not in out and "backend" not in out
+
+
+def test_a_full_stdout_is_a_complaint(monkeypatch, capsys):
+    stream = open("/dev/full", "w", encoding="utf-8")  # noqa: SIM115
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", stream)
+        prompts = ["--prompt", "a", "--prompt", "b", "--max-new-tokens", "1"]
+        assert cli.main(["generate", *prompts, *ON_CPU]) == 2
+        stream.close()
+    assert "No space left" in capsys.readouterr().err
+
+
+def test_results_are_utf8_whatever_the_locale(tmp_path, monkeypatch):
+    (tmp_path / "prompts").write_text('{"prompt": "a", "id": "é �"}\n', encoding="utf-8")
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    files = ["--prompts", str(tmp_path / "prompts"), "--out", "-"]
+    assert cli.main(["serve-offline", *files, "--max-new-tokens", "1", *ON_CPU]) == 0
+    assert json.loads(written.getvalue().decode())["id"] == "é �"

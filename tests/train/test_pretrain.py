@@ -24,6 +24,8 @@ from llama2.config import PUBLISHED, ModelConfig
 from llama2.storage import locked
 from llama2.tokenizer import Tokenizer
 from llama2.train.data import Document
+from llama2.train.ownership import check_held, claimed
+from llama2.train.pretrain import train
 from llama2.train.shards import write_shards
 from llama2.train.state import read_log
 
@@ -455,3 +457,50 @@ def test_a_damaged_file_is_named(name, folders, tmp_path):
     (tmp_path / "work" / name).write_text("{broken}\n" * 9, encoding="utf-8")
     with pytest.raises(ValueError, match=re.escape(name)):
         pretrain.run(parse(*arguments))
+
+
+def test_two_runs_on_their_way_to_one_directory(folders, tmp_path):
+    options, texts = folders
+    with (
+        claimed(tmp_path / "out", "another"),
+        pytest.raises(ValueError, match="out: expected no other run there"),
+    ):
+        pretrain.run(parse(*options, "--text", texts, *RECIPE))
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [".claimed"]
+    assert pretrain.run(parse(*options, "--text", texts, *RECIPE)) == 0  # the other one has ended
+
+
+@pytest.mark.parametrize("found", [None, '{"run": "another"}'])
+def test_a_directory_that_was_cleared_meanwhile(found, folders, tmp_path, monkeypatch):
+    """Somebody else may be on the way there now; the run is not lost."""
+    options, texts = folders
+    arguments = (*options, "--text", texts, *RECIPE)
+    claim = tmp_path / "out" / ".claimed"
+
+    def cleared(*args, **settings):
+        claim.unlink()
+        if found:
+            claim.write_text(found, encoding="utf-8")
+        return train(*args, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "train", cleared)
+        with pytest.raises(ValueError, match=r"out: expected .*out with this run's \.claimed; got"):
+            pretrain.run(parse(*arguments))
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert pretrain.run(parse(*arguments)) == 0
+
+
+@pytest.mark.parametrize("name", [".claimed", ".claimed.partial"])
+def test_a_claim_that_was_cut_keeps_nobody_out(name, tmp_path):
+    (tmp_path / name).touch()
+    with claimed(tmp_path, "mine"):
+        check_held(tmp_path, "mine")
+    (tmp_path / "notes").touch()
+    with claimed(tmp_path, "mine"):  # gone on with
+        pass
+    with (
+        pytest.raises(ValueError, match=r"this run's own; got .* with notes"),
+        claimed(tmp_path, "x"),
+    ):
+        pass

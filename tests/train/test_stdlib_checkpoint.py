@@ -94,7 +94,7 @@ def test_checkpoint_script_from_corpus_to_directory(documents, tmp_path, monkeyp
     monkeypatch.setattr(stdlib_checkpoint, "stdlib_documents", lambda: few[::3])
     out, work = str(tmp_path / "out"), str(tmp_path / "work")
     arguments = ["--out", out, "--work", work, "--steps", "2", "--seq-len", "16", "--seed", "7"]
-    stdlib_checkpoint.main(arguments)
+    assert stdlib_checkpoint.main(arguments) == 0
     record = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
     assert record["command"].endswith(" ".join(arguments))
     assert record["tokens_seen"] == 2 * 4 * 16
@@ -102,6 +102,18 @@ def test_checkpoint_script_from_corpus_to_directory(documents, tmp_path, monkeyp
     assert load_config(tmp_path / "out") == stdlib_checkpoint.MODEL
     tokenizer = Tokenizer(tmp_path / "out" / "tokenizer.model")
     assert tokenizer.vocab_size == stdlib_checkpoint.MODEL.vocab_size
+    assert not list((tmp_path / "out").glob(".claimed*"))
+    assert stdlib_checkpoint.main(["--out", out, "--work", f"{work} 2"]) == 2  # another run
+
+
+def test_the_script_writes_over_nothing(tmp_path, capsys):
+    (tmp_path / "README.md").write_text("mine", encoding="utf-8")
+    arguments = ["--out", str(tmp_path), "--work", str(tmp_path / "work")]
+    assert stdlib_checkpoint.main(arguments) == 2
+    assert "out: expected a new directory, one without files" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "mine"
+    assert stdlib_checkpoint.main([*arguments, "--steps", "0"]) == 2
+    assert "stdlib_checkpoint: steps: expected at least 1; got 0" in capsys.readouterr().err
 
 
 def test_documents_begin_with_bos_and_end_with_eos(documents):

@@ -4,6 +4,7 @@ import io
 import math
 import os
 import resource
+import socket
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +20,7 @@ from llama2.config import ModelConfig
 from llama2.model import Llama2
 from llama2.storage import locked
 from llama2.train import distributed, execution, pretrain
-from llama2.train.data import RandomWindows, random_batch
+from llama2.train.data import Document, RandomWindows, random_batch
 from llama2.train.pretrain import TrainConfig, learning_rate
 from llama2.train.state import cut_log, read_log, save_state
 
@@ -486,3 +487,45 @@ def test_a_folder_is_of_one_process_or_of_several(tmp_path):
     (tmp_path / "several" / "step-3").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"expected the state of a run in one process; got step-3"):
         train(make_model(), tmp_path / "several")
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """The environment of torchrun's only process, and a small corpus."""
+    documents = [Document("a.py", "x = 1\n" * 99, False)]
+    monkeypatch.setattr(distributed, "stdlib_documents", lambda: documents)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    world = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": port}
+    for name, value in (world | {"MASTER_ADDR": "127.0.0.1"}).items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_the_command_on_several_processes_writes_over_nothing(alone, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model.safetensors").write_text("mine", encoding="utf-8")
+    arguments = ["--steps", "1", "--batch-size", "1", "--seq-len", "16", "--work"]
+    arguments += [str(tmp_path / "work"), "--out", str(out)]
+    assert distributed.main(arguments) == 2
+    assert "out: expected a new directory" in capsys.readouterr().err
+    assert (out / "model.safetensors").read_text(encoding="utf-8") == "mine"
+    (out / "model.safetensors").unlink()
+    assert distributed.main(arguments) == distributed.main(arguments) == 0  # its own it may
+    assert not list(out.glob(".claimed*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "0"], "llama2.train.distributed: steps: expected at least 1; got 0"),
+        (["--tp", "3"], "tp: expected a divisor of the 1 processes; got 3"),
+        (["--save-every", "0"], "save_every: expected at least 1; got 0"),
+        (["--seq-len", "0"], "seq_len: expected at least 1"),
+    ],
+)
+def test_a_wrong_option_on_several_processes_is_one_line(options, message, alone, tmp_path, capsys):
+    assert distributed.main(["--work", str(tmp_path / "work"), *options]) == 2
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err

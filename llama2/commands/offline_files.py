@@ -1,0 +1,145 @@
+"""The files of `llama2 serve-offline`: lines of prompts, lines of results, complaints."""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from llama2.serving import Result
+from llama2.tokenizer import StreamDecoder, Tokenizer
+
+SETTINGS = {"max_new_tokens": int, "temperature": float, "top_p": float, "seed": int}
+_RESULT_KEYS = {"id", "text", "num_new_tokens", "finish_reason"}
+_BEGIN, _THEN = '{"id": ', ', "text": "'  # in every line that `result_line` makes, around the id
+
+
+@dataclass(frozen=True)
+class Line:
+    number: int
+    id: str | int
+    prompt: str
+    settings: dict[str, float | int]  # those that it has of SETTINGS
+
+
+class Complaints:
+    """Says on stderr what is wrong with a line, and counts."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.count = path, 0
+
+    def add(self, number: int, error: Exception) -> None:
+        self.count += 1
+        print(f"{self.path}:{number}: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def read_prompts(path: Path, complaints: Complaints) -> Iterator[Line]:
+    first: dict[str | int, int] = {}
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            if not raw.strip():
+                continue
+            try:
+                line = _parse(number, raw)
+                if line.id in first:
+                    raise ValueError(
+                        f"id: expected another than line {first[line.id]}'s; got {line.id!r}"
+                    )
+            except ValueError as error:
+                complaints.add(number, error)
+                continue
+            first[line.id] = number
+            yield line
+
+
+def _parse(number: int, raw: bytes) -> Line:
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"line: expected JSON; {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"line: expected a JSON object; got a {type(value).__name__}")
+    known = {"prompt", "id", *SETTINGS}
+    if not value.keys() <= known:
+        raise ValueError(f"line: expected the keys {sorted(known)}; got {sorted(value)}")
+    prompt, id = value.get("prompt"), value.get("id", number)
+    if not isinstance(prompt, str):
+        raise ValueError(f"prompt: expected a text; got {prompt!r}")
+    if not isinstance(id, str | int) or isinstance(id, bool):
+        raise ValueError(f"id: expected a text or a whole number; got {id!r}")
+    for name, text in (("prompt", prompt), ("id", str(id))):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can escape half a character
+            raise ValueError(f"{name}: expected whole characters; {error}") from error
+    settings = {name: value[name] for name in SETTINGS if name in value}
+    for name, setting in settings.items():
+        kinds = (int, float) if SETTINGS[name] is float else (int,)
+        if not isinstance(setting, kinds) or isinstance(setting, bool):
+            kind = "number" if SETTINGS[name] is float else "whole number"
+            raise ValueError(f"{name}: expected a {kind}; got {setting!r}")
+    return Line(number, id, prompt, settings)
+
+
+def resume(path: Path) -> tuple[set[str | int], int]:
+    """The ids of the results that are there, and where a half-written last line begins.
+
+    Raises:
+        ValueError: the file holds something else than results.
+    """
+    if not path.exists():
+        return set(), 0
+    ids, end = set(), 0
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            if not raw.endswith(b"\n") and _is_begun(raw):
+                break
+            try:
+                record = json.loads(raw)
+                is_ours = record.keys() - {"error"} == _RESULT_KEYS and raw.endswith(b"\n")
+                ids.add(record["id"])
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                is_ours = False
+            if not is_ours:
+                raise ValueError(
+                    f"--out: expected results of this command; got something else in line "
+                    f"{number} of {path}"
+                )
+            end += len(raw)
+    return ids, end
+
+
+def _is_begun(raw: bytes) -> bool:
+    """Whether a line without an end can be what a killed run leaves of a result."""
+    text = raw.decode(errors="ignore")
+    if len(text) <= len(_BEGIN) or not text.startswith(_BEGIN):
+        return _BEGIN.startswith(text)
+    try:
+        _, end = json.JSONDecoder().raw_decode(text, len(_BEGIN))
+    except ValueError:
+        return text[len(_BEGIN)] in '"-'  # an id that is cut
+    rest = text[end:]
+    if len(rest) <= len(_THEN) or not rest.startswith(_THEN):
+        return _THEN.startswith(rest)
+    try:
+        return json.loads(text).keys() - {"error"} == _RESULT_KEYS
+    except ValueError:
+        return True
+
+
+def result_line(line: Line, result: Result, tokenizer: Tokenizer) -> str:
+    decoder = StreamDecoder(tokenizer)
+    reason = "length"
+    if result.error is not None:
+        reason = "error"
+    elif result.tokens and result.tokens[-1] in result.request.stop_ids:
+        reason = "stop"
+    record = {
+        "id": line.id,
+        "text": "".join([*map(decoder.push, result.tokens), decoder.finish()]),
+        "num_new_tokens": len(result.tokens),
+        "finish_reason": reason,
+    }
+    if result.error is not None:
+        record["error"] = result.error
+    return json.dumps(record, ensure_ascii=False) + "\n"
