@@ -1,6 +1,10 @@
 """The shape of a Llama 2 model, and the published shapes."""
 
+import sys
 from dataclasses import dataclass
+
+MAX_SIZE = 2**31 - 1  # more is a mistake
+MAX_SEQ_LEN = 2**20  # so is a longer table of angles
 
 
 @dataclass(frozen=True)
@@ -11,8 +15,9 @@ class ModelConfig:
     in Meta's checkpoints, or (i, i + head_dim / 2) as in Hugging Face's.
 
     Raises:
-        ValueError: a size is not positive, num_q_heads is not a multiple of num_kv_heads, or
-            head_dim is odd.
+        ValueError: a size is no int from 1 to MAX_SIZE, a constant no positive number, a flag
+            neither True nor False, num_q_heads is not a multiple of num_kv_heads, or head_dim is
+            odd.
     """
 
     vocab_size: int
@@ -39,9 +44,15 @@ class ModelConfig:
             "head_dim",
             "max_seq_len",
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a positive int; got {value!r}")
+            most = MAX_SEQ_LEN if name == "max_seq_len" else MAX_SIZE
+            if not is_size(value := getattr(self, name), most):
+                raise ValueError(f"{name}: expected an int from 1 to {most}; got {value!r:.60}")
+        for name in ("norm_eps", "rope_theta"):
+            if not is_positive(value := getattr(self, name)):
+                raise ValueError(f"{name}: expected a positive number; got {value!r:.60}")
+        for name in ("rope_interleaved", "tie_word_embeddings"):
+            if type(value := getattr(self, name)) is not bool:
+                raise ValueError(f"{name}: expected True or False; got {value!r:.60}")
         if self.num_q_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_q_heads: expected a multiple of num_kv_heads ({self.num_kv_heads}); "
@@ -49,6 +60,16 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim: expected an even number for RoPE; got {self.head_dim}")
+
+
+def is_size(value: object, most: int = MAX_SIZE) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+
+
+def is_positive(value: object) -> bool:
+    """Whether it is a positive number that a float holds."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 < value <= sys.float_info.max
 
 
 def _published(

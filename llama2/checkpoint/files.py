@@ -16,9 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama2.config import ModelConfig
-
-MAX_SEQ_LEN = 2**20  # a longer table of angles is a mistake in a file
+from llama2.config import MAX_SIZE, ModelConfig, is_positive, is_size
 
 FLOATS = {  # by safetensors' names
     "F64": torch.float64,
@@ -83,9 +81,9 @@ class Settings(dict[str, Any]):
         """The object under a key, empty if absent."""
         return Settings(f"{self.where}: {key}", self.get(key, {}))
 
-    def size(self, key: str, default: int | None = None, *, most: int = 2**31 - 1) -> int:
+    def size(self, key: str, default: int | None = None, *, most: int = MAX_SIZE) -> int:
         value = self._get(key, default)
-        if type(value) is not int or not 1 <= value <= most:
+        if not is_size(value, most):
             raise CheckpointError(
                 f"{self.where}: {key}: expected an int from 1 to {most}; got {value!r:.60}"
             )
@@ -93,14 +91,16 @@ class Settings(dict[str, Any]):
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self._get(key, default)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise CheckpointError(f"{self.where}: {key}: expected a positive number; got {value!r}")
+        if not is_positive(value):
+            raise CheckpointError(
+                f"{self.where}: {key}: expected a positive number; got {value!r:.60}"
+            )
         return float(value)
 
     def flag(self, key: str) -> bool:
         value = self.get(key, False)
         if type(value) is not bool:
-            raise CheckpointError(f"{self.where}: {key}: expected true or false; got {value!r}")
+            raise CheckpointError(f"{self.where}: {key}: expected true or false; got {value!r:.60}")
         return value
 
     def model_config(self, **sizes: Any) -> ModelConfig:

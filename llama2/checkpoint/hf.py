@@ -14,7 +14,6 @@ from torch import Tensor
 
 from llama2.checkpoint.files import (
     FLOATS,
-    MAX_SEQ_LEN,
     Checkpoint,
     CheckpointError,
     Settings,
@@ -28,7 +27,7 @@ from llama2.checkpoint.weight_shards import (
     plan_shards,
     write_shards,
 )
-from llama2.config import ModelConfig
+from llama2.config import MAX_SEQ_LEN, ModelConfig
 from llama2.model import Llama2
 from llama2.storage import staged
 

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from llama2.checkpoint.files import (
-    MAX_SEQ_LEN,
     Checkpoint,
     CheckpointError,
     Settings,
     StoredTensor,
     open_tensors,
 )
-from llama2.config import ModelConfig
+from llama2.config import MAX_SEQ_LEN, ModelConfig
 from llama2.model import Llama2
 from llama2.storage import staged
 

@@ -107,7 +107,8 @@ def shape_named(name: str | None) -> ModelConfig:
         )
     if file.name == CONFIG_FILE:
         return read_config(file.parent)
+    settings = Settings.read(file)
     try:
-        return ModelConfig(**Settings.read(file))
+        return settings.model_config(**settings)
     except TypeError as error:
         raise ValueError(f"{file}: expected the fields of ModelConfig; {error}") from error

@@ -419,8 +419,8 @@ def test_too_many_tokens_are_refused(device):
     [
         ({"num_kv_heads": 3}, r"num_q_heads: expected a multiple of num_kv_heads \(3\); got 4"),
         ({"head_dim": 15}, "head_dim: expected an even number"),
-        ({"num_layers": 0}, "num_layers: expected a positive int; got 0"),
-        ({"vocab_size": 32.0}, "vocab_size: expected a positive int; got 32.0"),
+        ({"num_layers": 0}, "num_layers: expected an int from 1 to 2147483647; got 0"),
+        ({"vocab_size": 32.0}, "vocab_size: expected an int from 1 to 2147483647; got 32.0"),
     ],
 )
 def test_impossible_configs_are_refused(changes, message):

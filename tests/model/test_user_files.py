@@ -157,6 +157,16 @@ def test_absurd_sizes_in_a_configuration_are_refused_at_once(key, value, tmp_pat
         checkpoint.load(tmp_path, EAGER)
 
 
+@pytest.mark.parametrize("key", ["rope_theta", "rms_norm_eps"])
+def test_numbers_that_no_float_holds_are_refused(key, tmp_path):
+    save_hf(twin(lively(small_config(), "cpu")), tmp_path)
+    file = tmp_path / "config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(content | {key: 10**400}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=rf"{key}: expected a positive number; got 1000"):
+        checkpoint.load_config(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"a": ' * 100_000, "1" * 5000, "\xff", "{"])
 def test_a_configuration_that_is_no_json_is_refused(text, tmp_path):
     (tmp_path / "config.json").write_text(text, encoding="latin-1")

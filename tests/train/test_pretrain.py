@@ -112,6 +112,29 @@ def test_a_shape_file_of_other_fields(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ('"tie_word_embeddings": "no"', "tie_word_embeddings: expected True or False; got 'no'"),
+        ('"rope_interleaved": 1', "rope_interleaved: expected True or False; got 1"),
+        ('"num_layers": true', "num_layers: expected an int from 1 to 2147483647; got True"),
+        ('"max_seq_len": 2000000', "max_seq_len: expected an int from 1 to 1048576; got 2000000"),
+        ('"norm_eps": "abc"', "norm_eps: expected a positive number; got 'abc'"),
+        ('"norm_eps": [1]', r"norm_eps: expected a positive number; got \[1\]"),
+        ('"norm_eps": NaN', "norm_eps: expected a positive number; got nan"),
+        ('"norm_eps": -1', "norm_eps: expected a positive number; got -1"),
+        ('"rope_theta": "10000"', "rope_theta: expected a positive number; got '10000'"),
+        ('"rope_theta": 0', "rope_theta: expected a positive number; got 0"),
+        (f'"rope_theta": 1{"0" * 400}', "rope_theta: expected a positive number; got 1000"),
+    ],
+)
+def test_a_shape_file_of_wrong_values(wrong, message, tmp_path):
+    fields = json.dumps(SHAPE)[1:-1]
+    (tmp_path / "x.json").write_text(f"{{{fields}, {wrong}}}", encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"x\.json: {message}"):
+        shape_of("--shape", tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
     ("arguments", "steps"),
     [
         (("--steps", 7), 7),
