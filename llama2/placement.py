@@ -1,7 +1,10 @@
 """Where a command runs: its device and its backend, chosen once and said aloud on stderr."""
 
 import argparse
+import os
+import re
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -87,7 +90,7 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, dtype=torch.float32, device=device).tolist()
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError, AttributeError) as error:
         raise ValueError(
             f"device: expected one that is there, such as cpu or cuda; got {name!r}"
         ) from error
@@ -108,3 +111,15 @@ def _obstacle(device: torch.device) -> str | None:
     except RuntimeError as error:
         return str(error)
     return None
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of memory that a program can have there."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    # "free" would leave out what the system would give back from its cache.
+    meminfo = Path("/proc/meminfo")
+    text = meminfo.read_text(encoding="utf-8") if meminfo.is_file() else ""
+    if found := re.search(r"MemAvailable: +(\d+) kB", text):
+        return int(found[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -188,6 +188,11 @@ def _open_pickle(file: Path) -> dict[str, StoredTensor]:
             )
         if tensor.dtype not in FLOATS.values():
             raise _wrong_dtype(file, key, tensor.dtype)
+        if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+            raise CheckpointError(
+                f"{file}: {key}: expected a dense tensor with its values; got one of "
+                f"{tensor.layout} on {tensor.device}"
+            )
         tensors[key] = StoredTensor(
             file, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor
         )

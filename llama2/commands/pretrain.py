@@ -16,17 +16,18 @@ from typing import Any
 import torch
 
 from llama2 import checkpoint
+from llama2.accounting import num_parameters
 from llama2.checkpoint import meta
 from llama2.commands.pretrain_options import given_sizes, model_config, num_steps
 from llama2.config import ModelConfig
 from llama2.evaluation.bits import bits_per_document
 from llama2.model import Llama2
-from llama2.placement import Placement, place
+from llama2.placement import Placement, free_bytes, place
 from llama2.storage import locked, replacing
 from llama2.tokenizer import Tokenizer
 from llama2.train.corpora import TOKENIZER, corpora_of, tokenizer_file_of
 from llama2.train.data import Document, document_ids, is_within
-from llama2.train.execution import STATE
+from llama2.train.execution import STATE, use_threads
 from llama2.train.ownership import check_held, claimed, finish, run_id_of
 from llama2.train.pretrain import TrainConfig, train
 from llama2.train.shards import Mixture
@@ -43,12 +44,11 @@ def run(args: argparse.Namespace) -> int:
         FloatingPointError: a loss or gradient is not finite.
     """
     if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"threads: expected at least 1; got {args.threads}")
-        torch.set_num_threads(args.threads)
+        use_threads(args.threads)
     placement = place(args.backend, args.device)
     shape = _shape(args)
     config = _train_config(args, shape)
+    _check_memory(shape, config, placement.device)
     _check_folders(args)
     for folder in (args.work, args.out):  # what cannot be written is better known before the run
         folder.mkdir(parents=True, exist_ok=True)
@@ -164,6 +164,32 @@ def _train_config(args: argparse.Namespace, shape: ModelConfig) -> TrainConfig:
     return config
 
 
+def _check_memory(shape: ModelConfig, config: TrainConfig, device: torch.device) -> None:
+    """What cannot fit is refused before hours are spent on its data."""
+    free = free_bytes(device)
+    # In float32: weights, gradients and Adam's two moments.
+    state = 16 * num_parameters(shape)
+    if state > free:
+        raise ValueError(
+            f"shape: expected one whose training fits in the {free:,} bytes of free memory; got "
+            f"{num_parameters(shape):,} parameters, which take {state:,}"
+        )
+    # Of a forward pass at least its logits in float32; of a step all its ids.
+    micro = config.micro_batch_size or config.batch_size
+    logits = 4 * micro * config.seq_len * shape.vocab_size
+    at_once = "batch_size" if config.micro_batch_size is None else "micro_batch_size"
+    ids = 8 * config.batch_size * (config.seq_len + 1)
+    for name, size, needed, memory in (
+        (at_once, micro, logits, free),
+        ("batch_size", config.batch_size, ids, free_bytes(torch.device("cpu"))),
+    ):
+        if needed > memory:
+            raise ValueError(
+                f"{name}: expected sequences that fit in the {memory:,} bytes of free memory; got "
+                f"{size:,}, which take {needed:,} at least"
+            )
+
+
 def _check_folders(args: argparse.Namespace) -> None:
     """No text may be among those for training and evaluation at once, nor change by the run itself;
     no checkpoint may be lost."""
@@ -178,7 +204,7 @@ def _check_folders(args: argparse.Namespace) -> None:
                     f"{name}: expected a directory outside of the texts {path}, which it would "
                     f"change; got {getattr(args, name)}"
                 )
-    if args.init is not None and args.init.resolve() == args.out.resolve():
+    if args.init is not None and is_within(args.init, args.out) and is_within(args.out, args.init):
         raise ValueError(f"out: expected another directory than --init; got {args.out}")
     if (args.out / meta.CONFIG_FILE).exists():
         raise ValueError(f"out: expected no checkpoint of Meta's layout there; got {args.out}")

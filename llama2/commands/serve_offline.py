@@ -5,15 +5,12 @@ import contextlib
 import fcntl
 import io
 import math
-import os
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-import torch
 
 from llama2.accounting import kv_bytes_per_token
 from llama2.cache.kv_cache import CACHE_DTYPES
@@ -30,6 +27,7 @@ from llama2.commands.offline_files import (
 from llama2.commands.options import add_generation_options, load
 from llama2.commands.text import stop_ids
 from llama2.model import Llama2
+from llama2.placement import free_bytes
 from llama2.serving import Request, check_request, serve
 
 
@@ -201,6 +199,8 @@ def _make_cache(
     weight, config = model.lm_head.weight, model.cache_config
     dtype = CACHE_DTYPES[arguments.kv_cache_dtype] or weight.dtype
     num_pages, page_size = arguments.num_pages, max(arguments.page_size, 1)
+    page_bytes = kv_bytes_per_token(config, dtype.itemsize) * page_size
+    free = free_bytes(weight.device)
     if num_pages is None:
         longest = sorted(
             min(
@@ -212,36 +212,27 @@ def _make_cache(
         )
         wanted = [math.ceil(max(length, 1) / page_size) for length in longest]
         wanted = wanted[-max(arguments.max_batch, 1) :]
-        page_bytes = kv_bytes_per_token(config, dtype.itemsize) * page_size
-        fitting = int(_free_bytes(weight.device) / 2 / page_bytes)
+        fitting = int(free / 2 / page_bytes)
         if fitting < 1:
             raise ValueError(
                 f"--num-pages: expected memory for a page of {page_bytes:,} bytes; got none. A "
                 "smaller --page-size or --kv-cache-dtype fp8 takes less"
             )
         num_pages = min(sum(wanted), fitting)
+    elif num_pages * page_bytes > free:
+        raise ValueError(
+            f"--num-pages: expected at most {free // page_bytes:,} pages of {page_bytes:,} bytes, "
+            f"the free memory's; got {num_pages:,}"
+        )
     return PagedKVCache(
         config,
         num_pages=num_pages,
         page_size=arguments.page_size,
-        max_batch=arguments.max_batch,
+        # A prompt at work has a page, so that more rows would stay empty.
+        max_batch=min(arguments.max_batch, max(len(lines), 1), max(num_pages, 1)),
         dtype=dtype,
         device=weight.device,
     )
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    # What programs can have: "free" leaves out what the system would give back from its cache.
-    found = re.search(r"MemAvailable: +(\d+) kB", _read_if_there(Path("/proc/meminfo")))
-    if found:
-        return int(found[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _read_if_there(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def _check_options(arguments: argparse.Namespace, model: Llama2, cache: PagedKVCache) -> None:

@@ -172,7 +172,8 @@ def corpus_documents(path: Path | None, held_out: Path | None = None) -> list[Do
 
 def is_within(inner: Path, outer: Path) -> bool:
     """Whether `inner` is `outer`, or below it, whatever links lead there."""
-    return inner.resolve().is_relative_to(outer.resolve())
+    # Path.resolve raises RuntimeError where a link leads to itself; opening it names the file.
+    return Path(os.path.realpath(inner)).is_relative_to(os.path.realpath(outer))
 
 
 def add_documents(digest: Any, documents: list[Document]) -> None:

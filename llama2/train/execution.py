@@ -11,6 +11,14 @@ from llama2.model import Llama2
 from llama2.train.state import Identity, load_state, save_state
 
 STATE = "state.pt"
+_MOST_THREADS = 1024  # OpenMP crashes where the system has no more
+
+
+def use_threads(count: int) -> None:
+    """Sets the CPU threads of PyTorch in this process."""
+    if not 1 <= count <= _MOST_THREADS:
+        raise ValueError(f"threads: expected from 1 to {_MOST_THREADS}; got {count}")
+    torch.set_num_threads(count)
 
 
 class Execution(Protocol):

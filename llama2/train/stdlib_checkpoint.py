@@ -38,6 +38,7 @@ from llama2.train.data import (
     stdlib_documents,
     token_stream,
 )
+from llama2.train.execution import use_threads
 from llama2.train.ownership import check_held, claimed, finish, run_id_of
 from llama2.train.pretrain import TrainConfig, train
 
@@ -176,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, arguments: Sequence[str]) -> None:
-    torch.set_num_threads(args.threads)
+    use_threads(args.threads)
     config = TrainConfig(
         steps=args.steps,
         batch_size=args.batch_size,

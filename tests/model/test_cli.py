@@ -122,6 +122,8 @@ def test_text_ends_with_the_document(model, tokenizer, monkeypatch):
         (["--prompt", "a", "--seed", "-1"], "seed: expected"),
         (["--prompt", "a", "--device", "meta"], "device: expected one that is there"),
         (["--prompt", "a", "--device", "nonsense"], "device: expected one that is there"),
+        (["--prompt", "a", "--device", "hpu"], "device: expected one that is there"),
+        (["--prompt", "a", "--device", "privateuseone"], "device: expected one that is there"),
     ],
     ids=str,
 )

@@ -62,6 +62,10 @@ def test_results_are_those_of_generate(serve_offline, device):
         assert (line["prompt"] + results[id]["text"]).lstrip() == whole.lstrip()
 
 
+def test_more_rows_than_prompts_cost_nothing(serve_offline):
+    assert serve_offline("--max-batch", "1000000000")[0] == 0
+
+
 def test_a_cut_file_is_gone_on_with_at_any_byte(serve_offline, files, monkeypatch):
     expected = serve_offline("--temperature", "1", "--seed", "4")[1]
     whole = files[1].read_bytes()
@@ -162,6 +166,7 @@ def test_a_file_of_something_else_is_left_alone(content, serve_offline, files, m
         (["--page-size", "3"], "page_size: expected a power of two; got 3"),
         (["--page-size", "0"], "page_size: expected a power of two; got 0"),
         (["--num-pages", "0"], "num_pages: expected at least 1; got 0"),
+        (["--num-pages", "9" * 15], "--num-pages: expected at most "),
         (["--temperature", "-1"], "temperature: expected"),
         (["--top-p", "0"], "top_p: expected"),
         (["--seed", "-1"], "seed: expected"),

@@ -81,7 +81,7 @@ def test_results_go_to_stdout_and_pipes(offline, tmp_path, capsys):
 def test_a_prompt_that_is_too_long_for_the_memory_stops_no_other(tmp_path, monkeypatch, capsys):
     model = checkpoint.load(SHIPPED, EAGER)
     page = kv_bytes_per_token(model.config) * 16
-    monkeypatch.setattr("llama2.commands.serve_offline._free_bytes", lambda device: 5 * page)
+    monkeypatch.setattr("llama2.commands.serve_offline.free_bytes", lambda device: 5 * page)
     prompts, out = tmp_path / "prompts", tmp_path / "out"
     long = json.dumps({"prompt": "x = 1\n" * 20})
     prompts.write_text(f'{{"prompt": "a"}}\n{long}\n{{"prompt": "b"}}\n', encoding="utf-8")
@@ -192,6 +192,26 @@ def test_pickles_of_before_pytorch_1_6(small):
     torch.save(state, folder / "pytorch_model.bin", **old)
     tokens = random_tokens("cpu", 1, 5)
     assert torch.equal(checkpoint.load(folder, EAGER)(tokens), model(tokens))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kind"),
+    [
+        (torch.Tensor.to_sparse, "torch.sparse_coo on cpu"),
+        (torch.Tensor.to_sparse_csr, "torch.sparse_csr on cpu"),
+        (lambda tensor: tensor.to("meta"), "torch.strided on meta"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_tensors_without_plain_values_are_named(spoil, kind, small):
+    _, folder = small
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    state["lm_head.weight"] = spoil(state["lm_head.weight"])
+    torch.save(state, folder / "pytorch_model.bin")
+    message = rf"model\.bin: lm_head\.weight: expected a dense tensor with its values; .*{kind}"
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.load(folder, EAGER)
 
 
 @pytest.mark.parametrize("named", [True, False])

@@ -273,7 +273,17 @@ def test_the_standard_library_is_the_default(folders, monkeypatch, tmp_path):
         (("--vocab-size", 100), "expected a tokenizer of at most the model's 100 ids; got one of"),
         (("--device", "nowhere"), "device: expected one that is there"),
         (("--out", pretrain_options.__file__), "File exists"),
-        (("--threads", 0), "threads: expected at least 1; got 0"),
+        (("--threads", 0), "threads: expected from 1 to 1024; got 0"),
+        (("--threads", 10**6), "threads: expected from 1 to 1024; got 1000000"),
+        (
+            ("--batch-size", 10**11),
+            "batch_size: expected sequences that fit in the .* 100,000,000,",
+        ),
+        (
+            ("--batch-size", 10**11, "--micro-batch-size", 1),
+            "^batch_size: expected sequences that fit in the .* got 100,000,000,000",
+        ),
+        (("--num-layers", 10**9), "shape: expected one whose training fits in the .* parameters"),
         (("--save-every", 0), "save_every: expected at least 1; got 0"),
         (("--tokenizer", "none"), "path: expected a SentencePiece model file; got none"),
         (("--text", "none"), "none: expected a text file or a directory"),
@@ -284,6 +294,15 @@ def test_what_a_user_can_cause(folders, arguments, message):
     options, texts = folders
     with pytest.raises((ValueError, OSError), match=message):
         pretrain.run(parse(*options, "--text", texts, *RECIPE, *arguments))
+
+
+def test_a_link_to_itself_is_no_text(folders, tmp_path):
+    options, _ = folders
+    link = tmp_path / "link"
+    link.symlink_to(link)
+    for option in ("--text", "--held-out"):
+        with pytest.raises(FileNotFoundError, match="link: expected a text file or a directory"):
+            pretrain.run(parse(*options, option, link, *RECIPE))
 
 
 def test_a_run_changes_neither_its_texts_nor_its_start(folders, tmp_path):
