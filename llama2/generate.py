@@ -243,8 +243,7 @@ def check_tokens(
     max_new_tokens: int,
     stop_ids: Iterable[int],
 ) -> None:
-    if not is_whole(max_new_tokens) or max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens: expected an int of at least 0; got {max_new_tokens!r}")
+    _check_count(max_new_tokens)
     if len(prompts) == 0:
         raise ValueError("prompts: expected at least one; got none")
     for index, prompt in enumerate(prompts):
@@ -264,6 +263,19 @@ def check_tokens(
             )
     for stop_id in stop_ids:
         _check_id("stop_ids", stop_id, config.vocab_size)
+
+
+def check_settings(
+    *, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None
+) -> None:
+    """Raises ValueError for what `generate` refuses with any prompt."""
+    _check_count(max_new_tokens)
+    check_sampling(temperature, top_p, seed)
+
+
+def _check_count(max_new_tokens: int) -> None:
+    if not is_whole(max_new_tokens) or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens: expected an int of at least 0; got {max_new_tokens!r}")
 
 
 def as_stop_ids(stop_ids: Iterable[int]) -> frozenset[int]:

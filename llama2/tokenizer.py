@@ -35,12 +35,12 @@ class Tokenizer:
             ) from error
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"path: expected a SentencePiece model file; got {path}")
+            raise FileNotFoundError(f"{path}: expected a SentencePiece model file; got none")
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(path.read_bytes())
         except RuntimeError as error:
-            raise ValueError(f"path: expected a SentencePiece model; got {path}") from error
+            raise ValueError(f"{path}: expected a SentencePiece model; got another file") from error
         self.vocab_size: int = self._model.vocab_size()
         self.bos_id: int = self._model.bos_id()
         self.eos_id: int = self._model.eos_id()

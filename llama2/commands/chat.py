@@ -9,7 +9,7 @@ from typing import Any
 from llama2.checkpoint import SHIPPED
 from llama2.commands.options import add_generation_options, load, make_generator, sampling
 from llama2.commands.text import require_utf8, stop_ids, stream_text
-from llama2.generate import Generator
+from llama2.generate import Generator, check_settings
 from llama2.tokenizer import CHAT_TAGS, Tokenizer
 
 _COMMANDS = "/reset forgets the conversation, /exit leaves"
@@ -63,6 +63,7 @@ def chat(
         ValueError: the system prompt holds one of the chat format's tags, or fills the context; or
             a setting is wrong.
     """
+    check_settings(max_new_tokens=max_new_tokens, **settings)  # before anything is asked
     max_seq_len = generator.model.config.max_seq_len
     opening = [] if system is None else [{"role": "system", "content": system}]
     _tokens(max_seq_len, tokenizer, [*opening, {"role": "user", "content": ""}])

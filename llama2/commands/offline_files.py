@@ -81,15 +81,16 @@ def _parse(number: int, raw: bytes) -> Line:
     return Line(number, id, prompt, settings)
 
 
-def resume(path: Path) -> tuple[set[str | int], int]:
-    """The ids of the results that are there, and where a half-written last line begins.
+def resume(path: Path) -> tuple[dict[str | int, bool], int]:
+    """By the ids of the results that are there whether one is an error; and where a half-written
+    last line begins.
 
     Raises:
         ValueError: the file holds something else than results.
     """
     if not path.exists():
-        return set(), 0
-    ids, end = set(), 0
+        return {}, 0
+    failed, end = {}, 0
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             if not raw.endswith(b"\n") and _is_begun(raw):
@@ -97,7 +98,7 @@ def resume(path: Path) -> tuple[set[str | int], int]:
             try:
                 record = json.loads(raw)
                 is_ours = record.keys() - {"error"} == _RESULT_KEYS and raw.endswith(b"\n")
-                ids.add(record["id"])
+                failed[record["id"]] = "error" in record
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 is_ours = False
             if not is_ours:
@@ -106,7 +107,7 @@ def resume(path: Path) -> tuple[set[str | int], int]:
                     f"{number} of {path}"
                 )
             end += len(raw)
-    return ids, end
+    return failed, end
 
 
 def _is_begun(raw: bytes) -> bool:

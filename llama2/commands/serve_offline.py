@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     is missing. A bad line is reported with its number and left out.
 
     Returns:
-        0; 1 if a line was bad or ended in an error.
+        0; 1 if a line was bad or ended in an error, in an earlier run too.
     Raises:
         OSError, ValueError, ImportError, FloatingPointError: about a file, an option or the model.
     """
@@ -79,21 +79,29 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--out: expected another file than --prompts; got {out}")
     complaints = Complaints(prompts)
     lines = list(read_prompts(prompts, complaints))
-    num_done, num_before = 0, 0
+    num_done, done = 0, {}
     if _is_stream(out):
         file = _utf8_stdout() if is_stdout(out) else out.open("w", encoding="utf-8")
         if lines:
             with contextlib.nullcontext() if file is sys.stdout else file:
                 num_done = _continue(lines, lines, file, arguments, complaints)
     else:
-        num_before = _count_done(lines, resume(out)[0])
-        if num_before < len(lines):
-            num_done, num_before = _go_on(lines, arguments, complaints)
+        done, _ = resume(out)
+        if any(line.id not in done for line in lines):
+            num_done, done = _go_on(lines, arguments, complaints)
+    before = [done[line.id] for line in lines if line.id in done]
     print(
-        f"{num_done} prompts done, {num_before} were done before, {complaints.count} lines are bad",
+        f"{num_done} prompts done, {len(before)} were done before, {complaints.count} lines are "
+        "bad",
         file=sys.stderr,
     )
-    return 1 if complaints.count else 0
+    if any(before):
+        print(
+            f"{sum(before)} of those that were done before are errors: without their lines in "
+            f"{out} they are done again",
+            file=sys.stderr,
+        )
+    return 1 if complaints.count or any(before) else 0
 
 
 def is_stdout(out: Path) -> bool:
@@ -120,14 +128,14 @@ def _is_stream(out: Path) -> bool:
 
 def _go_on(
     lines: list[Line], arguments: argparse.Namespace, complaints: Complaints
-) -> tuple[int, int]:
-    """Adds what is missing to the file. Returns how many it did, and how many were there."""
+) -> tuple[int, dict[str | int, bool]]:
+    """Adds what is missing to the file. Returns how many it did, and what was there."""
     with arguments.out.open("a", encoding="utf-8") as file:
         _lock(file)
         done, end = resume(arguments.out)  # another run may have ended just now
         todo = [line for line in lines if line.id not in done]
         num_done = _continue(todo, lines, file, arguments, complaints, end=end)
-    return num_done, _count_done(lines, done)
+    return num_done, done
 
 
 def _continue(
@@ -157,7 +165,7 @@ def _continue(
                 check_request(model, cache, request)
             except ValueError as error:
                 progress.clear()
-                complaints.add(line.number, error)
+                complaints.add(line.number, ValueError(str(error).replace("prompts[0]", "prompt")))
                 progress.update()
                 continue
             served.append(line)
@@ -174,10 +182,6 @@ def _continue(
             file.flush()
             progress.update()
     return len(served)
-
-
-def _count_done(lines: list[Line], done: set[str | int]) -> int:
-    return sum(line.id in done for line in lines)
 
 
 def _lock(file: TextIO) -> None:

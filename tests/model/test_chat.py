@@ -84,6 +84,16 @@ def test_chat_refuses_a_system_prompt_at_once(llama2_chat):
     assert (status, out) == (2, "") and "expected a content without" in err
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--temperature", "-1"), ("--top-p", "0"), ("--seed", "-1"), ("--max-new-tokens", "-1")],
+)
+def test_chat_refuses_settings_before_it_asks(option, value, llama2_chat):
+    status, out, err = llama2_chat(b"hello\n", option, value)
+    assert (status, out) == (2, "")
+    assert f"{option[2:].replace('-', '_')}: expected" in err and "/reset" not in err
+
+
 @pytest.mark.parametrize("where", ["input", "answer"])
 def test_interrupting_chat_leaves_quietly(where, llama2_chat, monkeypatch):
     def interrupt(*_, **__):

@@ -89,6 +89,21 @@ def test_a_cut_file_is_gone_on_with_at_any_byte(serve_offline, files, monkeypatc
         assert files[1].read_bytes().startswith(whole[: ([0, *ends])[num_kept]])
 
 
+def test_errors_of_an_earlier_run_are_not_forgotten(serve_offline, files):
+    serve_offline()
+    first, *others = files[1].read_text(encoding="utf-8").splitlines(keepends=True)
+    failed = json.loads(first) | {"finish_reason": "error", "error": "model: expected"}
+    files[1].write_text("".join([json.dumps(failed) + "\n", *others]), encoding="utf-8")
+    status, _, err = serve_offline("--checkpoint", "/nowhere")
+    assert status == 1
+    assert err == (
+        "0 prompts done, 5 were done before, 0 lines are bad\n1 of those that were done before are "
+        f"errors: without their lines in {files[1]} they are done again\n"
+    )
+    files[1].write_text("".join(others), encoding="utf-8")
+    assert serve_offline()[0] == 0
+
+
 def test_nothing_to_do_loads_no_model(serve_offline):
     serve_offline()
     assert serve_offline("--checkpoint", "/nowhere")[0] == 0
@@ -125,7 +140,7 @@ BAD = [
     (b'{"prompt": "a", "id": 1}', "id: expected another than line 1's; got 1"),
     (b'{"prompt": "a", "max_new_tokens": "3"}', "max_new_tokens: expected a whole number; got '3'"),
     (b'{"prompt": "a", "max_new_tokens": 1.5}', "max_new_tokens: expected a whole number; got 1.5"),
-    (b'{"prompt": "a", "max_new_tokens": 1000}', "expected at most max_seq_len (256)"),
+    (b'{"prompt": "a", "max_new_tokens": 1000}', "prompt: expected at most max_seq_len (256)"),
     (b'{"prompt": "a", "max_new_tokens": 100}', "num_pages: expected at least "),
     (b'{"prompt": "a", "temperature": NaN}', "temperature: expected"),
     (b'{"prompt": "a", "top_p": 2}', "top_p: expected"),

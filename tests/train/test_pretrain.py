@@ -285,7 +285,7 @@ def test_the_standard_library_is_the_default(folders, monkeypatch, tmp_path):
         ),
         (("--num-layers", 10**9), "shape: expected one whose training fits in the .* parameters"),
         (("--save-every", 0), "save_every: expected at least 1; got 0"),
-        (("--tokenizer", "none"), "path: expected a SentencePiece model file; got none"),
+        (("--tokenizer", "none"), "none: expected a SentencePiece model file; got none"),
         (("--text", "none"), "none: expected a text file or a directory"),
         (("--data", "none.npy"), r"tokenizer: expected --tokenizer FILE for texts; got none"),
     ],
