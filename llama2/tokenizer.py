@@ -6,6 +6,7 @@ from pathlib import Path
 
 _BEGIN_INSTRUCTION, _END_INSTRUCTION = "[INST]", "[/INST]"
 _BEGIN_SYSTEM, _END_SYSTEM = "<<SYS>>", "<</SYS>>"
+_OFTEN_CHANGED = " a  b\t\ufb01\u2460A\u030a\u3000\u212b\U000e0041 "  # by normalisers
 CHAT_TAGS = (_BEGIN_INSTRUCTION, _END_INSTRUCTION, _BEGIN_SYSTEM, _END_SYSTEM)
 
 
@@ -48,6 +49,11 @@ class Tokenizer:
         # Whether a text gets a space before its first word (a dummy prefix), as Llama's does.
         self.adds_space = "".join(self._model.EncodeAsPieces("a")).startswith("▁")
         self._bytes = [self._token_bytes(token) for token in range(self.vocab_size)]
+        # Where a text is not changed before it is split and has no unknown characters, of which a
+        # run would be one id, an id stands for no more bytes of it than the longest piece has.
+        pieces = (self._model.IdToPiece(token).encode() for token in range(self.vocab_size))
+        is_split_whole = self.decode(self.encode(_OFTEN_CHANGED)) == _OFTEN_CHANGED
+        self._most_bytes = max(map(len, pieces)) if is_split_whole else None
 
     def _token_bytes(self, token: int) -> bytes:
         if self._model.IsControl(token):
@@ -76,6 +82,11 @@ class Tokenizer:
             raise ValueError(f"text: expected whole characters; {error}") from error
         tokens = self._model.EncodeAsIds(text)
         return [self.bos_id] * (bos and self.bos_id >= 0) + tokens + [self.eos_id] * eos
+
+    def least_ids(self, text: str) -> int:
+        """How many ids `text` has at least, found without splitting it, which takes minutes for
+        tens of megabytes."""
+        return len(text.encode()) // self._most_bytes if self._most_bytes else 0
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of whole ids: control tokens give nothing, malformed UTF-8 gives U+FFFD.

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from llama2.commands.options import add_generation_options, load, make_generator, sampling
-from llama2.commands.text import require_utf8, stop_ids, stream_text
+from llama2.commands.text import encode_prompt, require_utf8, stop_ids, stream_text
 from llama2.generate import check_tokens
 
 
@@ -36,7 +36,12 @@ def run(arguments: argparse.Namespace) -> int:
     generator = make_generator(arguments, model, tokenizer)
     settings = sampling(arguments)
     stops = stop_ids(tokenizer, arguments.checkpoint)
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    encoded = []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            encoded.append(encode_prompt(tokenizer, prompt, model.config.max_seq_len))
+        except ValueError as error:
+            raise ValueError(f"prompt {number}: {error}") from error
     try:
         check_tokens(model.config, encoded, settings["max_new_tokens"], ())
     except ValueError as error:

@@ -25,7 +25,7 @@ from llama2.commands.offline_files import (
     resume,
 )
 from llama2.commands.options import add_generation_options, load
-from llama2.commands.text import stop_ids
+from llama2.commands.text import encode_prompt, stop_ids
 from llama2.model import Llama2
 from llama2.placement import free_bytes
 from llama2.serving import Request, check_request, serve
@@ -151,8 +151,15 @@ def _continue(
     tqdm = require("tqdm").tqdm
     model, tokenizer = load(arguments)
     stops = stop_ids(tokenizer, arguments.checkpoint)
-    encoded = {line.number: tokenizer.encode(line.prompt) for line in lines}
-    cache = _make_cache(arguments, model, lines, encoded)
+    encoded: dict[int, list[int]] = {}
+    refused: dict[int, ValueError] = {}
+    for line in lines:
+        try:
+            encoded[line.number] = encode_prompt(tokenizer, line.prompt, model.config.max_seq_len)
+        except ValueError as error:
+            refused[line.number] = ValueError(f"prompt: {error}")
+    fitting = [line for line in lines if line.number in encoded]
+    cache = _make_cache(arguments, model, fitting, encoded)
     _check_options(arguments, model, cache)
     if end is not None:
         file.truncate(end)
@@ -161,6 +168,8 @@ def _continue(
     def requests() -> Iterator[Request]:
         for line in todo:
             try:
+                if line.number in refused:
+                    raise refused[line.number]
                 request = _request(line, encoded[line.number], stops, arguments)
                 check_request(model, cache, request)
             except ValueError as error:
@@ -222,7 +231,7 @@ def _make_cache(
                 f"--num-pages: expected memory for a page of {page_bytes:,} bytes; got none. A "
                 "smaller --page-size or --kv-cache-dtype fp8 takes less"
             )
-        num_pages = min(sum(wanted), fitting)
+        num_pages = min(max(sum(wanted), 1), fitting)
     elif num_pages * page_bytes > free:
         raise ValueError(
             f"--num-pages: expected at most {free // page_bytes:,} pages of {page_bytes:,} bytes, "

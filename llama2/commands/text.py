@@ -36,6 +36,20 @@ def _decoded(decoder: StreamDecoder, steps: Iterator[tuple[int, int]]) -> Iterat
     yield decoder.finish()
 
 
+def encode_prompt(tokenizer: Tokenizer, text: str, max_seq_len: int) -> list[int]:
+    """The ids of `text`.
+
+    Raises:
+        ValueError: they are more than a model takes; said at once of a text that is far too long.
+    """
+    least = tokenizer.least_ids(text)
+    if least > max_seq_len:
+        raise ValueError(
+            f"expected at most max_seq_len ({max_seq_len}) tokens; got {least:,} or more"
+        )
+    return tokenizer.encode(text)
+
+
 def stop_ids(tokenizer: Tokenizer, folder: Path | None = None) -> list[int]:
     """EOS; BOS, which would begin another document; and what a checkpoint's generation_config.json
     says ends a text.

@@ -89,6 +89,16 @@ def test_a_cut_file_is_gone_on_with_at_any_byte(serve_offline, files, monkeypatc
         assert files[1].read_bytes().startswith(whole[: ([0, *ends])[num_kept]])
 
 
+def test_a_prompt_far_too_long_is_refused_before_it_is_split(serve_offline, files, monkeypatch):
+    files[0].write_text(json.dumps({"prompt": "a" * 10**6}), encoding="utf-8")
+    encode = Tokenizer.encode
+    monkeypatch.setattr(
+        Tokenizer, "encode", lambda self, text, *args: encode(self, text[:1000], *args)
+    )
+    status, _, err = serve_offline()
+    assert status == 1 and "max_seq_len (256) tokens; got 20,833 or more" in err
+
+
 def test_errors_of_an_earlier_run_are_not_forgotten(serve_offline, files):
     serve_offline()
     first, *others = files[1].read_text(encoding="utf-8").splitlines(keepends=True)
@@ -141,6 +151,10 @@ BAD = [
     (b'{"prompt": "a", "max_new_tokens": "3"}', "max_new_tokens: expected a whole number; got '3'"),
     (b'{"prompt": "a", "max_new_tokens": 1.5}', "max_new_tokens: expected a whole number; got 1.5"),
     (b'{"prompt": "a", "max_new_tokens": 1000}', "prompt: expected at most max_seq_len (256)"),
+    (
+        b'{"prompt": "%s"}' % (b"a" * 99999),
+        "prompt: expected at most max_seq_len (256) tokens; got 2,083",
+    ),
     (b'{"prompt": "a", "max_new_tokens": 100}', "num_pages: expected at least "),
     (b'{"prompt": "a", "temperature": NaN}', "temperature: expected"),
     (b'{"prompt": "a", "top_p": 2}', "top_p: expected"),

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sentencepiece
 
 import llama2
 from llama2.tokenizer import StreamDecoder, Tokenizer
@@ -52,6 +53,25 @@ def test_round_trip(tokenizer, text):
     assert tokenizer._model.Decode(tokens) == text
 
 
+@pytest.mark.parametrize(
+    "text", [*TEXTS, "        " * 99, "a" * 999, "return" * 99, "é" * 99, "▁" * 999]
+)
+def test_a_text_has_the_ids_that_it_has_at_least(tokenizer, text):
+    assert len(text.encode()) // 64 <= tokenizer.least_ids(text) <= len(tokenizer.encode(text))
+
+
+def test_ids_at_least_of_a_text_that_is_changed_are_unknown(tmp_path):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a b c d"] * 9),
+        model_prefix=str(tmp_path / "x"),
+        vocab_size=300,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    tokenizer = Tokenizer(tmp_path / "x.model")
+    assert len(tokenizer.encode(" " * 999)) < 9 and tokenizer.least_ids(" " * 999) == 0
+
+
 def test_every_code_point_has_ids(tokenizer):
     text = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000, 7), 0x1F600, 0x10FFFF]))
     text = text.replace("▁", "")
@@ -91,7 +111,9 @@ def test_missing_file(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"not a model", bytes(range(256))])
 def test_file_of_another_kind(tmp_path, content):
     (tmp_path / "bad.model").write_bytes(content)
-    with pytest.raises(ValueError, match=r"bad\.model: expected a SentencePiece model; got another file"):
+    with pytest.raises(
+        ValueError, match=r"bad\.model: expected a SentencePiece model; got another"
+    ):
         Tokenizer(tmp_path / "bad.model")
 
 
