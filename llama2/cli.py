@@ -58,7 +58,7 @@ def _answered(arguments: argparse.Namespace) -> int:
             sys.stdout.flush()  # Python's own at exit comes too late for a complaint
         return status
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        discard(sys.stdout)
+        _let_go_of_stdout()
         return 0
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -78,7 +78,7 @@ def _prints(arguments: argparse.Namespace) -> bool:
 
 
 def _let_go_of_stdout() -> None:
-    """What cannot be written was complained about: Python would try once more at exit."""
+    """What cannot be written is dropped: Python would try once more at exit."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
