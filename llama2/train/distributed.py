@@ -180,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     if "RANK" not in os.environ:
-        raise ValueError("expected to be started by torchrun -m llama2.train.distributed")
+        raise ValueError("RANK: expected torchrun, which sets it; got a start without it")
     config = TrainConfig(
         steps=args.steps,
         batch_size=args.batch_size,

@@ -489,6 +489,12 @@ def test_a_folder_is_of_one_process_or_of_several(tmp_path):
         train(make_model(), tmp_path / "several")
 
 
+def test_the_command_on_several_processes_needs_torchrun(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert distributed.main(["--work", str(tmp_path)]) == 2
+    assert "llama2.train.distributed: RANK: expected torchrun" in capsys.readouterr().err
+
+
 @pytest.fixture
 def alone(monkeypatch):
     """The environment of torchrun's only process, and a small corpus."""
