@@ -25,7 +25,7 @@ from llama2.tradeoff.recommend import recommend
 from llama2.tradeoff.report.page import write_page
 from llama2.tradeoff.report.wording import heads_name
 from llama2.tradeoff.roofline import GIB, GPUS, Gpu
-from llama2.tradeoff.study.data import prepare
+from llama2.tradeoff.study.data import read_texts
 from llama2.tradeoff.study.presets import PRESETS, Preset
 from llama2.tradeoff.study.runs import check
 from llama2.tradeoff.study.training import run_study
@@ -121,9 +121,9 @@ def _study(args: argparse.Namespace, preset: Preset) -> dict[str, Any]:
         raise ValueError("preset: expected a GPU for gpu; got the CPU (--device cpu insists)")
     placement.announce()
     work = args.work or Path("build") / f"tradeoff-{preset.name}"
-    tokenizer_file = SHIPPED / "tokenizer.model"
-    corpus = prepare(work / "corpus", args.text, args.held_out, tokenizer_file, preset)
-    runs = run_study(preset, corpus, work, backend=args.backend, device=args.device)
+    texts = read_texts(args.text, args.held_out, preset)
+    placing = {"backend": args.backend, "device": args.device}
+    corpus, runs = run_study(preset, texts, work, SHIPPED / "tokenizer.model", **placing)
     text_rows = preset.train.batch_size - preset.lookup_rows - preset.copy_rows
     read = preset.train.steps * text_rows * preset.train.seq_len
     lines = (json.dumps({k: v for k, v in entry.items() if k != "bits"}) for entry in runs)

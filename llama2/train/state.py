@@ -48,6 +48,15 @@ def load_state(
         ValueError: the state is of another model, recipe or stream; names the first difference.
             Or the file is damaged, or no state.
     """
+    state = read_state(path)
+    check_identity(path, state, identity)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What `save_state` wrote, on the CPU; ValueError for a file that is damaged, or no state."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -56,13 +65,9 @@ def load_state(
         raise ValueError(
             f"{path}: expected a saved state; got {type(error).__name__}: {error}"
         ) from error
-    expected = {*identity, "step", "model", "optimizer"}
-    if not isinstance(state, dict) or not state.keys() >= expected:
+    if not isinstance(state, dict) or not state.keys() >= {"step", "model", "optimizer"}:
         raise ValueError(f"{path}: expected a saved state; got another file of torch.save")
-    check_identity(path, state, identity)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+    return state
 
 
 def check_identity(path: Path, found: dict[str, Any], identity: Identity) -> None:

@@ -1,7 +1,9 @@
 """The study from end to end, on models that learn nothing: what is run, kept and reported."""
 
 import json
+import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +14,15 @@ from llama2 import cli
 from llama2.checkpoint import SHIPPED
 from llama2.storage import locked
 from llama2.tradeoff.study import runs, training
-from llama2.tradeoff.study.data import BASE, CALIBRATION, UPTRAIN, StudyBatches, prepare
+from llama2.tradeoff.study.data import (
+    BASE,
+    CALIBRATION,
+    UPTRAIN,
+    Corpus,
+    StudyBatches,
+    prepare,
+    read_texts,
+)
 from llama2.tradeoff.study.presets import PRESETS
 from llama2.tradeoff.study.training import Job, jobs, run_study, steps_of
 
@@ -35,6 +45,11 @@ SMALL = replace(
 )
 
 
+def study(preset, texts, work):
+    read = read_texts(texts, None, preset)
+    return run_study(preset, read, work, TOKENIZER, backend="eager", device="cpu")
+
+
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
@@ -47,8 +62,7 @@ def texts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def work(tmp_path_factory, texts):
     folder = tmp_path_factory.mktemp("work")
-    corpus = prepare(folder / "corpus", texts, None, TOKENIZER, SMALL)
-    return folder, corpus, run_study(SMALL, corpus, folder, backend="eager", device="cpu")
+    return folder, *study(SMALL, texts, folder)
 
 
 def test_presets_ask_for_what_the_page_compares():
@@ -103,8 +117,7 @@ def test_conversions_start_from_the_base_of_their_seed(work):
 
 
 def test_a_killed_study_goes_on(work, texts, tmp_path, monkeypatch):
-    _, corpus, expected = work
-    prepare(tmp_path / "corpus", texts, None, TOKENIZER, SMALL)
+    _, _, expected = work
     run_job, begun = training.run_job, []
 
     def killed_at_the_fifth(job, *rest):
@@ -115,40 +128,47 @@ def test_a_killed_study_goes_on(work, texts, tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "run_job", killed_at_the_fifth)
     with pytest.raises(KeyboardInterrupt):
-        run_study(SMALL, corpus, tmp_path, backend="eager", device="cpu")
-    resumed = run_study(SMALL, corpus, tmp_path, backend="eager", device="cpu")
+        study(SMALL, texts, tmp_path)
+    _, resumed = study(SMALL, texts, tmp_path)
     assert len(begun) == len(expected) + 1  # the fifth twice, the others once
     for got, want in zip(resumed, expected, strict=True):
         assert {**got, "seconds": 0} == {**want, "seconds": 0}
 
 
-def test_another_study_in_the_folder_is_refused(work):
-    folder, corpus, _ = work
+def test_another_study_in_the_folder_is_refused(work, texts):
+    folder, _, entries = work
     other = replace(SMALL, uptrain_peak_lr=1.0)
     with pytest.raises(ValueError, match=r"preset uptrain_peak_lr=1\.0; got 0\.00125"):
-        run_study(other, corpus, folder, backend="eager", device="cpu")
+        study(other, texts, folder)
     # How many processes it runs on changes no result.
-    again = run_study(replace(SMALL, processes=2), corpus, folder, backend="eager", device="cpu")
-    assert again == work[2]
+    assert study(replace(SMALL, processes=2), texts, folder)[1] == entries
 
 
-def test_two_studies_in_one_folder_are_refused(work):
-    folder, corpus, _ = work
+def corpus_files(folder):
+    return {file.name: file.read_bytes() for file in (folder / "corpus").iterdir()}
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_a_refused_study_of_other_texts_changes_nothing(work, running, tmp_path):
+    folder, _, _ = work
+    (tmp_path / "a.txt").write_text("another text\n" * 99, encoding="utf-8")
+    before = corpus_files(folder)
+    message = "expected no other run there; got one" if running else "with corpus train="
     with (
-        locked(folder),
-        pytest.raises(ValueError, match="expected no other run there; got one"),
+        locked(folder) if running else nullcontext(),
+        pytest.raises(ValueError, match=message),
     ):
-        run_study(SMALL, corpus, folder, backend="eager", device="cpu")
+        study(SMALL, tmp_path / "a.txt", folder)
+    assert corpus_files(folder) == before
 
 
 def test_the_bits_do_not_depend_on_the_number_of_processes(work, texts, tmp_path):
-    _, corpus, expected = work
-    prepare(tmp_path / "corpus", texts, None, TOKENIZER, SMALL)
+    _, _, expected = work
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     alone = replace(SMALL, seeds=(0,), alphas=(0.0,), num_kv_heads=(2,), processes=2)
     try:
-        found = run_study(alone, corpus, tmp_path, backend="eager", device="cpu")
+        _, found = study(alone, texts, tmp_path)
     finally:
         torch.set_num_threads(threads)
     wanted = {
@@ -185,18 +205,45 @@ def test_nothing_held_out_is_trained_on(work, texts):
         assert (f"file {file.stem}\n" in text) == (file.name not in held_out)
 
 
-def test_changed_texts_are_tokenised_anew(tmp_path):
-    texts = tmp_path / "texts"
-    texts.mkdir()
-    for number in range(60):
-        (texts / f"{number}.txt").write_text("a b c " * 100, encoding="utf-8")
-    first = prepare(tmp_path / "corpus", texts, None, TOKENIZER, SMALL)
-    assert prepare(tmp_path / "corpus", texts, None, TOKENIZER, SMALL).record == first.record
-    for number in range(60):
-        (texts / f"{number}.txt").write_text("d e f g " * 100, encoding="utf-8")
-    second = prepare(tmp_path / "corpus", texts, None, TOKENIZER, SMALL)
+@pytest.fixture
+def two_texts(tmp_path):
+    """The same names with other words."""
+    found = []
+    for words in ("a b c ", "d e f g "):
+        folder = tmp_path / words[0]
+        folder.mkdir()
+        for number in range(60):
+            (folder / f"{number}.txt").write_text(words * 100, encoding="utf-8")
+        found.append(read_texts(folder, None, SMALL))
+    return found
+
+
+def test_changed_texts_are_tokenised_anew(two_texts, tmp_path):
+    old, new = two_texts
+    first = prepare(tmp_path / "corpus", old, TOKENIZER, SMALL)
+    assert prepare(tmp_path / "corpus", old, TOKENIZER, SMALL).record == first.record
+    second = prepare(tmp_path / "corpus", new, TOKENIZER, SMALL)
     assert len(second.stream) != len(first.stream)
     assert second.record["train"]["sha256"] != first.record["train"]["sha256"]
+
+
+@pytest.mark.parametrize("after", range(3))
+def test_a_corpus_is_described_only_while_it_is_whole(after, two_texts, tmp_path, monkeypatch):
+    """A run is killed as it replaces one corpus by another; the next one is of the first again."""
+    folder, (old, new) = tmp_path / "corpus", two_texts
+    expected = prepare(folder, old, TOKENIZER, SMALL).stream.tolist()
+    replace_file, calls = os.replace, []
+
+    def killed(*paths):
+        calls.append(paths)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        replace_file(*paths)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "replace", killed)
+        prepare(folder, new, TOKENIZER, SMALL)
+    assert prepare(folder, old, TOKENIZER, SMALL).stream.tolist() == expected
 
 
 # The command.
@@ -290,13 +337,42 @@ def test_a_damaged_result_is_named(tmp_path, capsys, text):
     assert not (tmp_path / "out" / "report.html").exists()
 
 
-@pytest.mark.parametrize("name", ["study.json", "corpus/corpus.json"])
-def test_a_damaged_file_of_a_study_is_named(name, work, texts, tmp_path):
+STATE = "training/scratch-8-same_ffn-seed0/state.pt"
+RUN = "runs/converted-2-same_ffn-mean-0.0-seed0.json"
+
+
+def cut(content):
+    return content[:-100]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("study.json", lambda _: b"{broken", "expected JSON"),
+        ("study.json", lambda _: b"[]", "expected what identifies a run"),
+        ("corpus/corpus.json", lambda _: b"{broken", "expected JSON"),
+        ("corpus/corpus.json", lambda _: b"{}", "corpus: expected an entry 'held_out'; got none"),
+        ("corpus/train.npy", cut, "expected the token ids of the corpus; ValueError"),
+        ("corpus/train.npy", lambda _: b"", "expected the token ids of the corpus; EOFError"),
+        ("corpus/held_out.npz", cut, "expected the token ids of the corpus; BadZipFile"),
+        (STATE, lambda _: b"", "expected a saved state; got EOFError"),
+        (RUN, lambda _: b"{}", "expected an entry 'alpha'; got none"),
+    ],
+)
+def test_a_damaged_file_of_a_study_is_named(name, change, message, work, texts, tmp_path):
+    folder = tmp_path / "work"
+    shutil.copytree(work[0], folder)
+    (folder / name).write_bytes(change((folder / name).read_bytes()))
+    if name == STATE:
+        (folder / RUN).unlink()  # so that it is needed
+    with pytest.raises(ValueError, match=f"{folder / name}: .*{message}"):
+        study(SMALL, texts, folder)
+
+
+def test_ids_of_another_corpus_are_refused(work, tmp_path):
     folder, corpus, _ = work
-    shutil.copytree(folder, tmp_path / "work")
-    (tmp_path / "work" / name).write_text("{broken", encoding="utf-8")
-    with pytest.raises(ValueError, match=rf"{name}: expected JSON"):
-        if name == "study.json":
-            run_study(SMALL, corpus, tmp_path / "work", backend="eager", device="cpu")
-        else:
-            prepare(tmp_path / "work" / "corpus", texts, None, TOKENIZER, SMALL)
+    shutil.copytree(folder / "corpus", tmp_path, dirs_exist_ok=True)
+    file, n = tmp_path / "train.npy", len(corpus.stream)
+    np.save(file, corpus.stream[:-1])
+    with pytest.raises(ValueError, match=f"{file}: .*got {n - 1} where corpus.json says {n}"):
+        Corpus.load(tmp_path)

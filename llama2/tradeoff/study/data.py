@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama2.evaluation import recall
-from llama2.storage import read_json, write_text
+from llama2.storage import replacing, write_text
 from llama2.tokenizer import Tokenizer, check_fits
 from llama2.tradeoff.study.presets import Preset
+from llama2.tradeoff.study.result_form import CORPUS, read_entry
 from llama2.train.data import (
     Document,
     add_documents,
@@ -25,6 +28,16 @@ from llama2.train.data import (
 
 # What a seed's batches are for.
 BASE, UPTRAIN, CALIBRATION = range(3)
+_DESCRIBED = "corpus.json"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The documents of a corpus, and what a report says of them."""
+
+    training: list[Document]
+    held_out: list[Document]
+    record: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -43,28 +56,27 @@ class Corpus:
 
     @classmethod
     def load(cls, folder: Path) -> "Corpus":
-        held_out = np.load(folder / "held_out.npz")
-        return cls(
-            np.load(folder / "train.npy", mmap_mode="r"),
-            [held_out[str(number)] for number in range(len(held_out))],
-            read_json(folder / "corpus.json"),
-        )
+        """Raises ValueError, which names the file, for one that is damaged or of another corpus."""
+        record = read_entry(folder / _DESCRIBED, CORPUS)
+        train, held_out = folder / "train.npy", folder / "held_out.npz"
+        with _complaining(train):
+            stream = np.load(train, mmap_mode="r")
+            _check_count(len(stream), record["train"])
+        with _complaining(held_out), np.load(held_out) as arrays:
+            ids = [arrays[str(number)] for number in range(len(arrays))]
+            _check_count(sum(map(len, ids)), record["held_out"])
+        return cls(stream, ids, record)
 
 
-def prepare(
-    folder: Path, text: Path | None, held_out: Path | None, tokenizer_file: Path, preset: Preset
-) -> Corpus:
-    """Tokenises a corpus into `folder`, where it is not there already.
+def read_texts(text: Path | None, held_out: Path | None, preset: Preset) -> Texts:
+    """The texts of a study, of which `preset` says how much is held out.
 
     Args:
         text, held_out: as `corpus_documents` takes them.
     Raises:
-        OSError, ValueError: as `corpus_documents`; no file is held out; the tokenizer has more ids
-            than the model.
+        OSError, ValueError: as `corpus_documents`; no file is held out.
     """
     documents = corpus_documents(text, held_out)
-    tokenizer = Tokenizer(tokenizer_file)
-    check_fits(tokenizer, preset.model.vocab_size, tokenizer_file)
     training = [document for document in documents if not document.held_out]
     kept_back = [
         Document(document.path, document.text[: preset.held_out_characters], True)
@@ -81,18 +93,56 @@ def prepare(
             "files": [{"path": item.path, "bytes": item.num_bytes} for item in kept_back],
         },
     }
-    described = folder / "corpus.json"
-    if not described.exists() or not _same_text(read_json(described), record):
+    return Texts(training, kept_back, record)
+
+
+def prepare(folder: Path, texts: Texts, tokenizer_file: Path, preset: Preset) -> Corpus:
+    """Tokenises texts into `folder`, where they are not there already; the caller has it locked.
+
+    Raises:
+        OSError, ValueError: the tokenizer has more ids than the model; `folder` is damaged.
+    """
+    tokenizer = Tokenizer(tokenizer_file)
+    check_fits(tokenizer, preset.model.vocab_size, tokenizer_file)
+    described = folder / _DESCRIBED
+    if not described.exists() or not _same_text(read_entry(described, CORPUS), texts.record):
         folder.mkdir(parents=True, exist_ok=True)
-        bar = tqdm(training, desc="tokenising", unit="file", leave=False)
+        bar = tqdm(texts.training, desc="tokenising", unit="file", leave=False)
         stream = np.concatenate([document_ids(document, tokenizer) for document in bar])
-        ids = [document_ids(document, tokenizer) for document in kept_back]
-        record["train"]["tokens"] = len(stream)
-        record["held_out"]["tokens"] = sum(map(len, ids))
-        np.save(folder / "train.npy", stream)
-        np.savez(folder / "held_out.npz", **{str(n): tokens for n, tokens in enumerate(ids)})
-        write_text(described, json.dumps(record))  # last: it says that the rest is whole
+        held_out = [document_ids(document, tokenizer) for document in texts.held_out]
+        record = texts.record | {
+            "train": texts.record["train"] | {"tokens": len(stream)},
+            "held_out": texts.record["held_out"] | {"tokens": sum(map(len, held_out))},
+        }
+        # First and last: where it is, it describes the files beside it.
+        described.unlink(missing_ok=True)
+        with replacing(folder / "train.npy") as partial, partial.open("wb") as file:
+            np.save(file, stream)
+        with replacing(folder / "held_out.npz") as partial, partial.open("wb") as file:
+            np.savez(file, **{str(n): tokens for n, tokens in enumerate(held_out)})
+        write_text(described, json.dumps(record))
     return Corpus.load(folder)
+
+
+@contextmanager
+def _complaining(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # bad bytes can fail anywhere inside zip, header and mmap
+        raise ValueError(
+            f"{file}: expected the token ids of the corpus; {type(error).__name__}: {error}"
+        ) from error
+
+
+def _check_count(found: int, record: dict[str, Any]) -> None:
+    if found != record["tokens"]:
+        raise ValueError(f"got {found} where {_DESCRIBED} says {record['tokens']}")
+
+
+def _same_text(found: dict[str, Any], record: dict[str, Any]) -> bool:
+    return all(found[part]["sha256"] == record[part]["sha256"] for part in ("train", "held_out"))
 
 
 def _sizes(documents: list[Document]) -> dict[str, Any]:
@@ -100,10 +150,6 @@ def _sizes(documents: list[Document]) -> dict[str, Any]:
     add_documents(digest, documents)
     num_bytes = sum(document.num_bytes for document in documents)
     return {"bytes": num_bytes, "sha256": digest.hexdigest()}
-
-
-def _same_text(found: dict[str, Any], record: dict[str, Any]) -> bool:
-    return all(found[part]["sha256"] == record[part]["sha256"] for part in ("train", "held_out"))
 
 
 class StudyBatches:

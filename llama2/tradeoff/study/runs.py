@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from llama2.accounting import MATCHINGS
-from llama2.tradeoff.study.result_form import check_finite, check_form
+from llama2.tradeoff.study.result_form import AMOUNT, SHARE, check_entry, check_form
 
 Run = dict[str, Any]
 Runs = dict[int, Run]  # by seed
@@ -16,7 +16,8 @@ def check(results: dict[str, Any]) -> None:
     """Refuses a result from which no honest page can be made.
 
     Raises:
-        ValueError: it is not a study, or not of its form (`check_form`); a figure is not finite;
+        ValueError: it is not a study, or not of its form (`check_form`); a figure is not finite
+            or out of range; heads, origin, method and alpha of a run do not fit together;
             the bits of a run are not one per held-out file, or do not add up to its bits per byte;
             a run is there twice; MHA from scratch, to which all else is compared, is missing.
     """
@@ -26,22 +27,41 @@ def check(results: dict[str, Any]) -> None:
     check_form(results)
     files = results["corpus"]["held_out"]["files"]
     num_bytes = sum(file["bytes"] for file in files)
+    if results["corpus"]["held_out"]["bytes"] != num_bytes:
+        raise ValueError(
+            f"corpus.held_out.bytes: expected the sum over its files, {num_bytes}; "
+            f"got {results['corpus']['held_out']['bytes']}"
+        )
+    for task, chance in results["recall_chance"].items():
+        check_entry(f"recall_chance.{task}", chance, SHARE)
+    num_q_heads = results["base"]["num_q_heads"]
     seen = set()
     for index, run in enumerate(results["runs"]):
         name = f"runs[{index}]"
+        if num_q_heads % run["num_kv_heads"]:
+            raise ValueError(
+                f"{name}.num_kv_heads: expected a divisor of base.num_q_heads ({num_q_heads}); "
+                f"got {run['num_kv_heads']}"
+            )
+        for field, origins in (("method", ("converted",)), ("alpha", ("control", "converted"))):
+            if (run[field] is not None) != (run["origin"] in origins):
+                raise ValueError(
+                    f"{name}.{field}: expected one for {' and '.join(origins)} runs alone; "
+                    f"got {run[field]!r} for {run['origin']}"
+                )
         if run["recall"].keys() != results["recall_chance"].keys():
             raise ValueError(
                 f"{name}.recall: expected {sorted(results['recall_chance'])}, which have a chance "
                 f"level; got {sorted(run['recall'])}"
             )
         for task, share in run["recall"].items():
-            check_finite(f"{name}.recall.{task}", share)
+            check_entry(f"{name}.recall.{task}", share, SHARE)
         if len(run["bits"]) != len(files):
             raise ValueError(
                 f"{name}.bits: expected {len(files)}, one per held-out file; got {len(run['bits'])}"
             )
         for file, bits in zip(files, run["bits"], strict=True):
-            check_finite(f"{name}.bits of {file['path']!r}", bits)
+            check_entry(f"{name}.bits of {file['path']!r}", bits, AMOUNT)
         # Sums of the same floats in another order; a stale or edited file is off by far more.
         if not math.isclose(sum(run["bits"]) / num_bytes, run["bits_per_byte"], rel_tol=1e-6):
             raise ValueError(

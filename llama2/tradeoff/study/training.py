@@ -26,11 +26,20 @@ from llama2.evaluation.recall import recall
 from llama2.model import Llama2
 from llama2.placement import Placement, place
 from llama2.storage import locked, read_json, write_text
-from llama2.tradeoff.study.data import BASE, CALIBRATION, UPTRAIN, Corpus, StudyBatches
+from llama2.tradeoff.study.data import (
+    BASE,
+    CALIBRATION,
+    UPTRAIN,
+    Corpus,
+    StudyBatches,
+    Texts,
+    prepare,
+)
 from llama2.tradeoff.study.presets import Preset
+from llama2.tradeoff.study.result_form import RUN, read_entry
 from llama2.train.execution import STATE
 from llama2.train.pretrain import train
-from llama2.train.state import check_identity
+from llama2.train.state import check_identity, read_state
 
 _CALIBRATION_BATCHES = 8
 _CURVE_POINTS = 20
@@ -90,19 +99,29 @@ def steps_of(job: Job, preset: Preset) -> int:
 
 
 def run_study(
-    preset: Preset, corpus: Corpus, work: Path, *, backend: str = "auto", device: str | None = None
-) -> list[dict[str, Any]]:
+    preset: Preset,
+    texts: Texts,
+    work: Path,
+    tokenizer_file: Path,
+    *,
+    backend: str = "auto",
+    device: str | None = None,
+) -> tuple[Corpus, list[dict[str, Any]]]:
     """Trains, converts and asks everything that `preset` names; goes on from what `work` has.
 
     Returns:
-        the entries "runs" of a result, in the order of `jobs`.
+        the texts as they were trained on, and the entries "runs" of a result, in the order of
+        `jobs`.
     Raises:
-        ValueError: `work` is of another study, or another process runs in it.
+        OSError, ValueError: as `prepare`; `work` is of another study, or another process runs in
+            it: then nothing there changes. A file of its is damaged.
         FloatingPointError: a run diverged.
     """
+    work.mkdir(parents=True, exist_ok=True)
     with locked(work):
-        _claim(work, preset, corpus)
-        return _run_all(preset, work, backend, device)
+        _claim(work, preset, texts)
+        corpus = prepare(work / "corpus", texts, tokenizer_file, preset)
+        return corpus, _run_all(preset, work, backend, device)
 
 
 def _run_all(preset: Preset, work: Path, backend: str, device: str | None) -> list[dict[str, Any]]:
@@ -115,14 +134,14 @@ def _run_all(preset: Preset, work: Path, backend: str, device: str | None) -> li
             for job in _finished(phase, preset, work, backend, device):
                 bar.update(steps[job])
                 bar.set_postfix_str(job.name)
-    return [read_json(_result_file(work, job)) for phase in phases for job in phase]
+    return [read_entry(_result_file(work, job), RUN) for phase in phases for job in phase]
 
 
-def _claim(work: Path, preset: Preset, corpus: Corpus) -> None:
+def _claim(work: Path, preset: Preset, texts: Texts) -> None:
     """Says in `work` which study is in it, and refuses another one there."""
     identity = {
         "preset": json.loads(json.dumps(asdict(preset) | {"processes": None})),
-        "corpus": {part: corpus.record[part]["sha256"] for part in ("train", "held_out")},
+        "corpus": {part: texts.record[part]["sha256"] for part in ("train", "held_out")},
     }
     file = work / "study.json"
     if file.exists():
@@ -211,8 +230,11 @@ def _base(seed: int, preset: Preset, work: Path, placement: Placement) -> Llama2
     """The trained base of a seed."""
     job = Job(seed, "scratch", preset.model.num_q_heads)
     model = Llama2(preset.model, placement.ops)
-    state = torch.load(work / "training" / job.name / STATE, weights_only=True)
-    model.load_state_dict(state["model"])
+    file = work / "training" / job.name / STATE
+    try:
+        model.load_state_dict(read_state(file)["model"])
+    except RuntimeError as error:
+        raise ValueError(f"{file}: expected the weights of {job.name}; {error}") from error
     return model.to(placement.device)
 
 
