@@ -348,6 +348,45 @@ def set_run(name, value, index=3):
         (set_run("method", 1), r"runs\[3\].method: expected str \| None; got 1"),
         (set_run("steps", True), r"runs\[3\].steps: expected a finite number; got True"),
         (set_run("num_kv_heads", True), r"runs\[3\].num_kv_heads: expected int; got True"),
+        (set_run("origin", "elsewhere"), r"runs\[3\].origin: expected one of scratch, control, "),
+        (
+            set_run("matching", "none"),
+            r"runs\[3\].matching: expected one of same_ffn, exact, paper",
+        ),
+        (set_run("method", "mean", 0), r"runs\[0\].method: .* alone; got 'mean' for scratch"),
+        (set_run("alpha", None), r"runs\[3\].alpha: .* alone; got None for control"),
+        (
+            set_run("num_kv_heads", 3),
+            r"runs\[3\].num_kv_heads: expected a divisor of .*\(8\); got 3",
+        ),
+        (
+            set_run("flops_per_token", -1e300),
+            r"runs\[3\].flops_per_token: expected 0 to 1e\+30; got",
+        ),
+        (set_run("seconds", 10**400), r"runs\[3\].seconds: expected 0 to 1e\+30; got 1000"),
+        (set_run("seed", -1), r"runs\[3\].seed: expected 0 to 9223372036854775807; got -1"),
+        (
+            set_run("recall", {"lookup": 1.5, "copy": 0.5}),
+            r"runs\[3\].recall.lookup: expected 0 to 1; got 1.5",
+        ),
+        (lambda r: r.update(seconds=-1), r"seconds: expected 0 to 1e\+30; got -1"),
+        (
+            lambda r: r["recall_chance"].update(copy=math.inf),
+            "recall_chance.copy: expected a finite number; got inf",
+        ),
+        (
+            lambda r: r["corpus"]["held_out"].update(bytes=0),
+            "corpus.held_out.bytes: expected 1 to 9223372036854775807; got 0",
+        ),
+        (
+            lambda r: r["corpus"]["held_out"].update(bytes=7),
+            "corpus.held_out.bytes: expected the sum over its files, 60246; got 7",
+        ),
+        (
+            lambda r: r["base"].update(num_layers=10**400),
+            "base.num_layers: expected 1 to 9223372036854775807; got 1000",
+        ),
+        (lambda r: r["base"].update(head_dim=3), "base.head_dim: expected an even number"),
         (lambda r: r.update(runs=None), "runs: expected list; got None"),
         (lambda r: r.update(seconds="x"), "seconds: expected a finite number; got 'x'"),
         (lambda r: r["environment"].pop("commit"), "environment: expected an entry 'commit'"),

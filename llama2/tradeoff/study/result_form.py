@@ -1,6 +1,6 @@
 """The form of a study's result: which entries it has, and of what kind."""
 
-import math
+import sys
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,7 @@ def check_entry(name: str, value: object, form: Any) -> None:
 def check_finite(name: str, value: object) -> None:
     """Raises ValueError, which begins with `name`, for what is no finite number."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not -math.inf < value < math.inf:  # a comparison takes ints of any size
+    if not number or not abs(value) <= sys.float_info.max:  # an int may be larger
         raise ValueError(f"{name}: expected a finite number; got {value!r:.80}")
 
 
