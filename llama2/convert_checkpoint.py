@@ -1,5 +1,6 @@
 """A checkpoint directory with fewer key/value heads, made layer by layer: no model is ever held."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from llama2.checkpoint.weight_shards import MAX_SHARD_BYTES, WEIGHT_FILES, plan_
 from llama2.config import ModelConfig
 from llama2.conversion import METHODS, NEEDS_DATA, AttentionWeights, convert_layer, second_moment
 from llama2.model import DecoderLayer, Llama2, RotaryTable
-from llama2.storage import staged
+from llama2.storage import finish_staged, is_unfinished, staged
 
 # What belongs to a model whatever its heads. Not its card and its measurements: they are others.
 _KEPT_FILES = (
@@ -52,7 +53,8 @@ def convert_checkpoint(
     in float32. Tensors keep their dtypes, and those that a conversion does not touch their bits:
     with the same count, all of them. Of config.json only num_key_value_heads changes; the files of
     the tokenizer, generation_config.json and licences are copied. Meta's interleaved q and k are
-    permuted to Hugging Face's half-split pairs. Files appear in `target` once all are complete.
+    permuted to Hugging Face's half-split pairs. Files appear in `target` once all are complete; the
+    same call finishes what one that was killed then has left.
 
     In memory at once: one layer, its conversion in float64, the calibration's hidden states, one
     shard. The embedding and the head count as a layer each.
@@ -68,19 +70,33 @@ def convert_checkpoint(
     Raises:
         CheckpointError, NotImplementedError: as `checkpoint.load`.
         ValueError: as `check_conversion`; `calibration` is missing or no tokens of the model's;
-            `max_shard_bytes` is not positive.
-        FloatingPointError: the source's hidden states are not finite.
+            `max_shard_bytes` is not positive; `target` has what an interrupted call with other
+            arguments has left, or a stranger's files in the folder for it.
+        FloatingPointError: a weight or hidden state of a source that is to be converted is not
+            finite.
     """
     source, target = Path(source), Path(target)
     checkpoint, model = open_checkpoint(source, get_backend("eager"))
     config = model.config
-    check_conversion(config, num_kv_heads, method, target)
+    if not is_unfinished(target):
+        check_conversion(config, num_kv_heads, method, target)
     needs_data = method in NEEDS_DATA and num_kv_heads != config.num_kv_heads
     if needs_data:
         _check_calibration(calibration, config, method)
+    request = {
+        "source": str(source.resolve()),
+        "num_kv_heads": num_kv_heads,
+        "method": method,
+        "max_shard_bytes": max_shard_bytes,
+        "weights": _digest(*_versions(checkpoint)),
+        "calibration": _digest(calibration.cpu().numpy().tobytes()) if needs_data else None,
+        "generator": _state(generator) if method == "random" else None,
+    }
+    if finish_staged(target, request=request):
+        return
     conversion = _Conversion(checkpoint, model, num_kv_heads, method, generator, device)
     shards = plan_shards(conversion.sizes(), max_shard_bytes)
-    with staged(target, WEIGHT_FILES, last=hf.LAST_FILES) as folder:
+    with staged(target, WEIGHT_FILES, last=hf.LAST_FILES, request=request) as folder:
         check_conversion(config, num_kv_heads, method, target)  # alone with it only now
         write_shards(folder, shards, conversion.tensors(calibration if needs_data else None))
         hf.write_config(folder, conversion.settings(source))
@@ -112,6 +128,24 @@ def check_conversion(config: ModelConfig, num_kv_heads: int, method: str, target
         raise ValueError(
             f"target: expected a new directory or one without files; got {target} with {found[0]}"
         )
+
+
+def _digest(*parts: bytes) -> str:
+    """The beginning of a SHA-256, to tell two requests apart."""
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
+def _versions(checkpoint: Checkpoint) -> Iterator[bytes]:
+    """Names, sizes and times of the files with the tensors."""
+    for file in sorted({stored.file for stored in checkpoint.tensors.values()}):
+        found = file.stat()
+        yield f"{file.name}\0{found.st_size}\0{found.st_mtime_ns}\0".encode(
+            errors="surrogateescape"
+        )
+
+
+def _state(generator: torch.Generator | None) -> str | None:
+    return generator and _digest(generator.get_state().numpy().tobytes())
 
 
 def _check_calibration(tokens: Tensor | None, config: ModelConfig, method: str) -> None:
@@ -231,6 +265,8 @@ class _Conversion:
                 generator=self.generator,
             )
             weights |= zip(names, (weight.cpu() for weight in converted), strict=True)
+            for name in names:
+                self._check_finite(prefix + name, weights[name])
         return {
             hf.key_of(prefix + name): hf.half_split(weight, name, config)
             for name, weight in weights.items()
@@ -242,4 +278,13 @@ class _Conversion:
     def _read(self, name: str) -> Tensor:
         """In memory of its own: tensors of a pickle may share theirs, which no shard may."""
         stored = self.checkpoint.tensors[self.checkpoint.key_of(name)].read()
-        return stored.clone(memory_format=torch.contiguous_format)
+        weight = stored.clone(memory_format=torch.contiguous_format)
+        if self.num_kv_heads != self.model.config.num_kv_heads:
+            self._check_finite(name, weight)
+        return weight
+
+    def _check_finite(self, name: str, weight: Tensor) -> None:
+        if not weight.isfinite().all():
+            raise FloatingPointError(
+                f"{self.checkpoint.key_of(name)}: expected finite numbers; got others"
+            )

@@ -4,14 +4,14 @@ import fcntl
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 _STAGING = ".saving"
-_COMPLETE = ".complete"  # in the staging folder, once all that is to move is there
+_MARK = ".mode"  # the first file in the staging folder: without it, the others are a stranger's
+_COMPLETE = ".complete"  # there once all that is to move is
 
 
 @contextmanager
@@ -67,7 +67,13 @@ def locked(folder: Path, file: str = ".") -> Iterator[None]:
 
 
 @contextmanager
-def staged(path: Path, obsolete: str, *, last: tuple[str, ...] = ()) -> Iterator[Path]:
+def staged(
+    path: Path,
+    obsolete: str,
+    *,
+    last: tuple[str, ...] = (),
+    request: dict[str, Any] | None = None,
+) -> Iterator[Path]:
     """A folder whose files move into `path` when the block ends, under their own names.
 
     If the block raises, the files of `path` are as before. If not, files there whose names match
@@ -77,53 +83,59 @@ def staged(path: Path, obsolete: str, *, last: tuple[str, ...] = ()) -> Iterator
     Args:
         last: the files that say what the others are. Those of an earlier checkpoint go before
             anything moves and the new ones come at the end, so that no moment shows a mixture.
+        request: what the files were made from, in JSON's types, for `finish_staged`.
     Raises:
-        ValueError: another process is writing to `path`.
+        ValueError: another process is writing to `path`, or as `finish_staged`.
     """
     path.mkdir(parents=True, exist_ok=True)
     with locked(path):
         finish_staged(path, locking=False)
-        for left in path.glob(f"{_STAGING}-*"):  # by versions that gave the folder a random name
-            shutil.rmtree(left, ignore_errors=True)
         folder = path / _STAGING
         folder.mkdir()
+        mark = folder / _MARK
+        mark.touch()
         try:
-            probe = folder / ".mode"
-            probe.touch()
-            usual_mode = probe.stat().st_mode
-            probe.unlink()
             yield folder
             names = sorted(os.listdir(folder), key=lambda name: (name in last, name))
+            names.remove(_MARK)
             for name in names:
                 # safetensors makes files that their owner alone may read
-                os.chmod(folder / name, usual_mode)
+                os.chmod(folder / name, mark.stat().st_mode)
                 _sync(folder / name)
-            plan = {"names": names, "obsolete": obsolete, "last": list(last)}
+            plan = {"names": names, "obsolete": obsolete, "last": list(last), "request": request}
             write_text(folder / _COMPLETE, json.dumps(plan))
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # which would hide the reason
+                _clear(folder)
             raise
         finish_staged(path, locking=False)
 
 
-def finish_staged(path: Path, *, locking: bool = True) -> bool:
+def finish_staged(
+    path: Path, *, request: dict[str, Any] | None = None, locking: bool = True
+) -> bool:
     """Moves into `path` what a killed `staged` had written whole, and clears what it had not.
 
+    Args:
+        request: that must have been `staged`'s; None takes any.
     Returns:
         whether there was something whole.
     Raises:
-        ValueError: another process is writing to `path`.
+        ValueError: another process is writing to `path`; what is whole there was asked for by
+            another request, is damaged or a stranger's: then nothing changes.
     """
-    if locking:
-        if not (path / _STAGING).is_dir():
-            return False
-        with locked(path):
-            return finish_staged(path, locking=False)
     folder = path / _STAGING
-    if not (folder / _COMPLETE).is_file():
-        shutil.rmtree(folder, ignore_errors=True)
+    if not folder.is_dir():
         return False
-    plan = json.loads((folder / _COMPLETE).read_text(encoding="utf-8"))
+    if locking:
+        with locked(path):
+            return finish_staged(path, request=request, locking=False)
+    if not (folder / _COMPLETE).is_file():
+        _clear(folder)
+        return False
+    plan = _read_plan(folder / _COMPLETE)
+    if request is not None:
+        _check_request(path, plan.get("request"), request)
     names = plan["names"]
     for name in plan["last"]:
         if name not in names or (folder / name).exists():  # then that in `path` is an earlier one's
@@ -135,8 +147,52 @@ def finish_staged(path: Path, *, locking: bool = True) -> bool:
         if re.fullmatch(plan["obsolete"], name) and name not in names:
             (path / name).unlink()
     _sync(path)
-    shutil.rmtree(folder)
+    _clear(folder)
     return True
+
+
+def _read_plan(file: Path) -> dict[str, Any]:
+    plan = read_json(file)
+    try:
+        for name in (*plan["names"], *plan["last"]):
+            if name in ("", "..") or Path(name).name != name:
+                raise ValueError(f"{name!r} is no file's name")
+        re.compile(plan["obsolete"])
+        if not isinstance(plan.get("request"), dict | None):
+            raise ValueError(f"its request is {plan['request']!r:.60}")
+    except (KeyError, TypeError, ValueError, re.error) as error:
+        raise ValueError(
+            f"{file}: expected what an interrupted writer of {file.parent.parent} has left; "
+            f"got {error!r}"
+        ) from error
+    return plan
+
+
+def _check_request(path: Path, found: dict[str, Any] | None, request: dict[str, Any]) -> None:
+    if found is None:
+        raise ValueError(
+            f"{path}: expected what this command has left; got a checkpoint that another command "
+            "wrote and has to finish"
+        )
+    for name, value in request.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"{name}: expected {found.get(name)!r} to finish what an interrupted run has left "
+                f"in {path}; got {value!r}. Without that directory, all begins anew"
+            )
+
+
+def _clear(folder: Path) -> None:
+    """Removes a staging folder, its mark at the end."""
+    names = os.listdir(folder)
+    if names and not {_MARK, _COMPLETE} & set(names):
+        raise ValueError(
+            f"{folder}: expected the files of an interrupted writer of this program; got others, "
+            f"such as {min(names)}: move them to another place"
+        )
+    for name in sorted(names, key=lambda name: name == _MARK):
+        (folder / name).unlink()
+    folder.rmdir()
 
 
 def is_unfinished(path: Path) -> bool:

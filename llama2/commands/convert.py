@@ -11,47 +11,53 @@ from torch import Tensor
 from llama2 import checkpoint
 from llama2.accounting import kv_bytes_per_token, num_parameters
 from llama2.checkpoint.weight_shards import MAX_SHARD_BYTES
+from llama2.commands.options import integer, path
 from llama2.config import ModelConfig
 from llama2.conversion import METHODS, NEEDS_DATA
 from llama2.convert_checkpoint import check_conversion, convert_checkpoint
 from llama2.placement import add_device_option, place
-from llama2.storage import finish_staged
-from llama2.tokenizer import Tokenizer
+from llama2.storage import is_unfinished
+from llama2.tokenizer import Tokenizer, check_fits
 
+_TOKENS = 16384  # of the calibration, unless asked otherwise
 _LONGEST = 1024  # tokens of a calibration sequence, unless asked otherwise
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `run`."""
     add = parser.add_argument
-    add("source", type=Path, metavar="SOURCE", help="Hugging Face's or Meta's files")
-    add("target", type=Path, metavar="TARGET", help="a new directory, of Hugging Face's files")
-    add("--num-kv-heads", type=int, required=True, metavar="N", help="a divisor of SOURCE's")
+    add("source", type=path, metavar="SOURCE", help="Hugging Face's or Meta's files")
+    add("target", type=path, metavar="TARGET", help="a new directory, of Hugging Face's files")
+    add("--num-kv-heads", type=integer, required=True, metavar="N", help="a divisor of SOURCE's")
     add("--method", choices=METHODS, default="low_rank", help="default: %(default)s")
     add(
         "--text",
-        type=Path,
+        type=path,
         metavar="PATH",
         help=f"a text or a directory of texts such as the model will see, for "
         f"{' and '.join(NEEDS_DATA)}; default: Python's standard library",
     )
     add(
         "--calibration-tokens",
-        type=int,
-        default=16384,
+        type=integer,
         metavar="N",
-        help="of the text, a few times the model's hidden size; default: %(default)s",
+        help=f"of the text, a few times the model's hidden size; default: {_TOKENS}",
     )
     add(
         "--seq-len",
-        type=int,
+        type=integer,
         metavar="N",
         help=f"tokens of a calibration sequence; default: {_LONGEST}, or the model's longest",
     )
-    add("--seed", type=int, default=0, metavar="N", help="of the text's places, and of random")
+    add(
+        "--seed",
+        type=integer,
+        metavar="N",
+        help="of the text's places, and of random; default: 0",
+    )
     add(
         "--max-shard-bytes",
-        type=int,
+        type=integer,
         default=MAX_SHARD_BYTES,
         metavar="N",
         help="size of a weights' file; default: %(default)s",
@@ -68,29 +74,48 @@ def run(arguments: argparse.Namespace) -> int:
     """
     source, target, count = arguments.source, arguments.target, arguments.num_kv_heads
     config = checkpoint.load_config(source)
-    if finish_staged(target) and checkpoint.load_config(target).num_kv_heads == count:
-        print(f"{target}: finished what an interrupted run had converted")
-        _report(target, config, replace(config, num_kv_heads=count))
-        return 0
-    check_conversion(config, count, arguments.method, target)
-    calibration = None
-    if arguments.method in NEEDS_DATA and count != config.num_kv_heads:
-        calibration = _calibration(arguments, config)
+    unfinished = is_unfinished(target)
+    if not unfinished:
+        check_conversion(config, count, arguments.method, target)
+    converts = count != config.num_kv_heads
+    needs_data = converts and arguments.method in NEEDS_DATA
+    _check_use(arguments, needs_data, needs_data or (converts and arguments.method == "random"))
+    seed = arguments.seed or 0
+    if seed < 0:
+        raise ValueError(f"--seed: expected at least 0; got {seed}")
+    calibration = _calibration(arguments, config, seed) if needs_data else None
     convert_checkpoint(
         source,
         target,
         count,
         method=arguments.method,
         calibration=calibration,
-        generator=torch.Generator().manual_seed(arguments.seed),
+        generator=torch.Generator().manual_seed(seed),
         max_shard_bytes=arguments.max_shard_bytes,
         device=place("eager", arguments.device).device,
     )
+    if unfinished:
+        print(f"{target}: finished what an interrupted run had converted")
     _report(target, config, replace(config, num_kv_heads=count))
     return 0
 
 
-def _calibration(arguments: argparse.Namespace, config: ModelConfig) -> Tensor:
+def _check_use(arguments: argparse.Namespace, needs_data: bool, draws: bool) -> None:
+    """Refuses options that would change nothing."""
+    for name, used in (
+        ("text", needs_data),
+        ("calibration_tokens", needs_data),
+        ("seq_len", needs_data),
+        ("seed", draws),
+    ):
+        if not used and (value := getattr(arguments, name)) is not None:
+            raise ValueError(
+                f"--{name.replace('_', '-')}: expected a --method that uses it, to fewer heads; "
+                f"got {value} with {arguments.method} to {arguments.num_kv_heads}"
+            )
+
+
+def _calibration(arguments: argparse.Namespace, config: ModelConfig, seed: int) -> Tensor:
     """int64 `[batch, seq_len]`: windows at random places of the text's training part."""
     from llama2.train.data import corpus_documents, random_batch, token_stream
 
@@ -99,12 +124,12 @@ def _calibration(arguments: argparse.Namespace, config: ModelConfig) -> Tensor:
         length = min(_LONGEST, config.max_seq_len)
     if not 1 <= length <= config.max_seq_len:
         raise ValueError(f"--seq-len: expected 1 to the model's {config.max_seq_len}; got {length}")
-    if arguments.seed < 0:
-        raise ValueError(f"--seed: expected at least 0; got {arguments.seed}")
-    if arguments.calibration_tokens < length:
+    num_tokens = arguments.calibration_tokens
+    if num_tokens is None:
+        num_tokens = _TOKENS
+    if num_tokens < length:
         raise ValueError(
-            f"--calibration-tokens: expected at least one sequence of {length}; "
-            f"got {arguments.calibration_tokens}"
+            f"--calibration-tokens: expected at least one sequence of {length}; got {num_tokens}"
         )
     file = arguments.source / "tokenizer.model"
     if not file.is_file():
@@ -114,14 +139,20 @@ def _calibration(arguments: argparse.Namespace, config: ModelConfig) -> Tensor:
             f"another tokenizer made"
         )
     documents = [document for document in corpus_documents(arguments.text) if not document.held_out]
-    stream = token_stream(documents, Tokenizer(file))
+    tokenizer = Tokenizer(file)
+    check_fits(tokenizer, config.vocab_size, file)
+    if tokenizer.eos_id < 0:
+        raise ValueError(
+            f"{file}: expected a tokenizer with EOS, to end each text; got one without"
+        )
+    stream = token_stream(documents, tokenizer)
     if len(stream) <= length:
         raise ValueError(
             f"--text: expected more than --seq-len ({length}) tokens; got {len(stream)}"
         )
-    batch = arguments.calibration_tokens // length
+    batch = num_tokens // length
     sizes = {"batch_size": batch, "seq_len": length}
-    windows = random_batch(stream, **sizes, seed=arguments.seed, step=0)
+    windows = random_batch(stream, **sizes, seed=seed, step=0)
     return windows[:, :-1]  # without the last target
 
 

@@ -1,6 +1,7 @@
 """Options that several commands share, and what they ask for."""
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -16,7 +17,39 @@ from llama2.model import Llama2
 from llama2.placement import add_options, place
 from llama2.tokenizer import Tokenizer, check_fits
 
+_LARGEST = 2**63 - 1
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def path(text: str) -> Path:
+    """A path that an option names; an empty one would be the present directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path; got ''")
+    return Path(text)
+
+
+def integer(text: str) -> int:
+    """An int of 64 bits: arithmetic on sizes and the seeds of generators take no other."""
+    try:
+        number = int(text)
+    except ValueError:  # also of thousands of digits
+        number = None
+    if number is None or abs(number) > _LARGEST:
+        raise argparse.ArgumentTypeError(
+            f"expected an int from -{_LARGEST} to {_LARGEST}; got {text!r:.60}"
+        )
+    return number
+
+
+def number(text: str) -> float:
+    """A finite float."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a finite number; got {text!r:.60}")
+    return value
 
 
 def add_generation_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:

@@ -3,6 +3,8 @@
 import gc
 import json
 import math
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -442,16 +444,113 @@ def test_bad_requests_touch_nothing(tmp_path, tokens, count, options, message):
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize("key", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])
-def test_weights_that_are_not_finite_are_refused(tmp_path, tokens, key):
+@pytest.mark.parametrize("method", ["low_rank", "mean"])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("key", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_weights_that_are_not_finite_are_refused(tmp_path, tokens, key, value, method):
     source = source_of(tmp_path / "a")
+    fill(source, key, value)
+    with pytest.raises(FloatingPointError, match=f"{key}: expected finite numbers; got others"):
+        run(source, tmp_path / "b", 2, method=method, calibration=tokens)
+    assert visible(tmp_path / "b") == []
+    run(source, tmp_path / "b", Q_HEADS, method=method)  # which copies
+    assert_same_bits(tensors_of(tmp_path / "b"), tensors_of(source))
+
+
+def fill(source, key, value):
     (file,) = (file for file in source.glob("*.safetensors") if key in load_file(file))
     state = load_file(file)
-    state[key][:] = math.inf
+    state[key][:] = value
     save_file(state, file, metadata={"format": "pt"})
+
+
+def test_hidden_states_that_are_not_finite_are_refused(tmp_path, tokens):
+    source = source_of(tmp_path / "a")
+    fill(source, "model.layers.1.mlp.up_proj.weight", 3e38)
     with pytest.raises(FloatingPointError, match="hidden states: expected finite numbers"):
         run(source, tmp_path / "b", 2, calibration=tokens)
     assert visible(tmp_path / "b") == []
+
+
+class Killed(BaseException):
+    """No code of a run catches it."""
+
+
+def killer_of(target, after):
+    """`os.replace`, which ends the writer of `target` once `after` of its files have moved."""
+    move, moved = os.replace, []
+
+    def replace_file(old, new):
+        if str(old).startswith(str(target / ".saving")) and not str(old).endswith(".partial"):
+            moved.append(new)
+            if len(moved) > after:
+                raise Killed
+        move(old, new)
+
+    return replace_file
+
+
+@pytest.fixture
+def interrupted(tmp_path, monkeypatch):
+    """A source, and a directory whose writer was killed between the first two of its moves."""
+    source, target = source_of(tmp_path / "a"), tmp_path / "b"
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(os, "replace", killer_of(target, 1))
+        run(source, target, 2, method="random", generator=seeded(), max_shard_bytes=SHARD_BYTES)
+    assert visible(target) and (target / ".saving" / ".complete").is_file()
+    return source, target
+
+
+REQUEST = {"method": "random", "max_shard_bytes": SHARD_BYTES}
+
+
+def test_the_same_call_finishes_an_interrupted_one(interrupted, tmp_path):
+    source, target = interrupted
+    run(source, target, 2, generator=seeded(), **REQUEST)
+    run(source, tmp_path / "whole", 2, generator=seeded(), **REQUEST)
+    assert visible(target) == visible(tmp_path / "whole")
+    assert_same_bits(tensors_of(target), tensors_of(tmp_path / "whole"))
+    assert not (target / ".saving").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "mean"}, "method: expected 'random' to finish what .*; got 'mean'"),
+        ({"generator": torch.Generator().manual_seed(4)}, "generator: expected '"),
+        ({"num_kv_heads": 1}, "num_kv_heads: expected 2 to finish what .*; got 1"),
+        ({"max_shard_bytes": 10**9}, f"max_shard_bytes: expected {SHARD_BYTES} to finish"),
+        ({"source": None}, "source: expected '.*/a' to finish what .*; got '.*/other'"),
+        ({"method": "low_rank"}, "method: expected 'random' to finish"),
+    ],
+)
+def test_another_call_does_not_finish_an_interrupted_one(
+    interrupted, tokens, change, message, tmp_path
+):
+    source, target = interrupted
+    before = {file: file.read_bytes() for file in target.rglob("*") if file.is_file()}
+    if "source" in change:
+        source = Path(shutil.copytree(source, tmp_path / "other"))
+    asked = {"num_kv_heads": 2, "generator": seeded(), "calibration": tokens, **REQUEST}
+    with pytest.raises(ValueError, match=message):
+        run(target=target, **{**asked, **change, "source": source})
+    assert before == {file: file.read_bytes() for file in target.rglob("*") if file.is_file()}
+
+
+def test_weights_that_changed_since_do_not_finish_an_interrupted_call(interrupted):
+    source, target = interrupted
+    fill(source, "model.norm.weight", 2.0)
+    with pytest.raises(ValueError, match=r"weights: expected '.*' to finish what"):
+        run(source, target, 2, generator=seeded(), **REQUEST)
+
+
+def test_what_another_command_has_not_finished_is_left_to_it(interrupted):
+    source, target = interrupted
+    file = target / ".saving" / ".complete"
+    plan = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(plan | {"request": None}), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{target}: expected what this command has left"):
+        run(source, target, 2, generator=seeded(), **REQUEST)
 
 
 def test_a_damaged_source_is_refused_by_key(tmp_path, tokens):
@@ -526,8 +625,36 @@ def test_the_command_calibrates_on_windows_of_the_training_part(llama2, text, mo
     assert all(row in windows for row in first.tolist())
     assert torch.equal(first, calibration()) and not torch.equal(first, calibration("--seed", 1))
     assert calibration("--text", text) is not None and asked[-1] == text
-    assert calibration("--method", "mean") is None
-    assert llama2(*options, heads="2")[0] == 0 and seen["calibration"] is None  # nothing to convert
+    for nothing in (llama2("--method", "mean"), llama2(heads="2")):  # to convert, or with a text
+        assert nothing[0] == 0 and seen["calibration"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "heads", "message"),
+    [
+        (["--method", "mean", "--text", "a"], "1", "--text: expected a --method that uses it"),
+        (["--method", "random", "--seq-len", 5], "1", "--seq-len: .*; got 5 with random to 1"),
+        (["--method", "first", "--seed", 0], "1", "--seed: .*; got 0 with first to 1"),
+        (["--calibration-tokens", 99], "2", "--calibration-tokens: .* with low_rank to 2"),
+        (["--method", "random", "--seed", 1], "2", "--seed: .*; got 1 with random to 2"),
+    ],
+)
+def test_options_that_change_nothing_are_refused(llama2, tmp_path, options, heads, message):
+    status, out, err = llama2(*options, heads=heads)
+    assert (status, out) == (2, "") and re.search(message, err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_finishes_what_it_was_asked_for_alone(llama2, tmp_path, monkeypatch):
+    asked = ("--method", "random", "--seed", 7)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(os, "replace", killer_of(tmp_path / "out", 0))
+        llama2(*asked)
+    status, _, err = llama2("--method", "random", "--seed", 8)
+    assert status == 2 and "generator: expected '" in err
+    status, out, _ = llama2(*asked)
+    assert status == 0 and "finished what an interrupted run had converted" in out
+    assert llama2(*asked)[0] == 2  # as there are files now
 
 
 def test_the_seed_makes_random_heads(llama2, tmp_path):
@@ -552,7 +679,8 @@ def test_the_seed_makes_random_heads(llama2, tmp_path):
         (["--text", "SHORT"], "--text: expected more than --seq-len (256) tokens; got 3"),
         (["--text", "/nowhere"], "/nowhere: expected a text file or a directory"),
         (["--device", "nonsense"], "device: expected one that is there"),
-        (["--max-shard-bytes", 0, "--method", "mean"], "max_shard_bytes: expected a positive int"),
+        (["--max-shard-bytes", 0], "max_shard_bytes: expected a positive int"),
+        (["--method", "random", "--seed", -1], "--seed: expected at least 0; got -1"),
     ],
     ids=str,
 )
@@ -560,7 +688,7 @@ def test_a_users_error_is_one_line(llama2, tmp_path, text, options, message):
     short = tmp_path / "short.py"
     short.write_text("a", encoding="utf-8")
     options = [str(short) if option == "SHORT" else option for option in options]
-    if "--text" not in options:
+    if "--text" not in options and "random" not in options:
         options += ["--text", text]
     status, out, err = llama2(*options)
     assert (status, out) == (2, "")

@@ -99,7 +99,7 @@ class Killed(BaseException):
     """No code of a run catches it."""
 
 
-@pytest.mark.parametrize("after", range(7))
+@pytest.mark.parametrize("after", range(8))
 def test_a_checkpoint_is_whole_or_finished_whenever_its_writer_is_killed(
     after, tmp_path, monkeypatch
 ):
@@ -134,6 +134,38 @@ def test_a_checkpoint_is_whole_or_finished_whenever_its_writer_is_killed(
 def test_two_writers_of_one_directory(tmp_path):
     with staged(tmp_path, "x"), pytest.raises(ValueError, match="expected no other run there"):
         save_hf(lively(small_config(), "cpu"), tmp_path)
+
+
+def contents(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "precious.txt",
+            "mine",
+            r"\.saving: expected the files of an interrupted writer .*precious",
+        ),
+        (".complete", "{", r"\.complete: expected JSON"),
+        (".complete", "{}", r"\.complete: expected what an interrupted writer .*KeyError"),
+        (".complete", "[]", r"\.complete: expected what an interrupted writer .*TypeError"),
+        (".complete", '{"names": [], "last": [], "obsolete": "("}', r"\.complete: .*unterminated"),
+        (".complete", '{"names": ["../x"], "last": [], "obsolete": ""}', r"'\.\./x' is no file's"),
+        (".complete", '{"names": [], "last": [".."], "obsolete": ""}', r"'\.\.' is no file's"),
+        (".complete", '{"names": [], "last": [], "obsolete": "", "request": 1}', "request is 1"),
+    ],
+)
+def test_a_strangers_folder_of_that_name_is_kept(name, content, message, tmp_path):
+    (tmp_path / ".saving").mkdir()
+    (tmp_path / ".saving" / name).write_text(content, encoding="utf-8")
+    (tmp_path / ".saving-mine").mkdir()
+    (tmp_path / ".saving-mine" / "a").touch()
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        save_hf(lively(small_config(), "cpu"), tmp_path)
+    assert contents(tmp_path) == before
 
 
 # --- sizes from files ------------------------------------------------------------------------
