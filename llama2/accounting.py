@@ -15,6 +15,8 @@ MATCHINGS = ("same_ffn", "exact", "paper")
 PAPER_FACTOR_MQA, PAPER_FACTOR_GQA = 1.33, 1.3
 PAPER_WIDTH_MULTIPLE = 8  # ours: the paper does not say how it rounds
 
+_MOST_HEADS = 4096  # of which all divisors are tried
+
 
 def num_parameters(config: ModelConfig) -> int:
     """Parameters of `Llama2(config)`, norms included, tied embeddings counted once.
@@ -79,7 +81,16 @@ def kv_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2) -> int:
 
 
 def head_counts(config: ModelConfig) -> tuple[int, ...]:
-    """Every possible num_kv_heads, from MQA (1) to MHA (num_q_heads)."""
+    """Every possible num_kv_heads, from MQA (1) to MHA (num_q_heads).
+
+    Raises:
+        ValueError: more query heads than any model has, whose divisors would fill pages.
+    """
+    if config.num_q_heads > _MOST_HEADS:
+        raise ValueError(
+            f"num_q_heads: expected at most {_MOST_HEADS}, to try all that divide them; "
+            f"got {config.num_q_heads}"
+        )
     return tuple(k for k in range(1, config.num_q_heads + 1) if config.num_q_heads % k == 0)
 
 

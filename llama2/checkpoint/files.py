@@ -73,9 +73,10 @@ class Settings(dict[str, Any]):
     @classmethod
     def read(cls, file: Path) -> "Settings":
         try:
-            return cls(str(file), json.loads(file.read_bytes()))
+            content = json.loads(file.read_bytes())
         except (ValueError, RecursionError) as error:  # also of a number of thousands of digits
             raise CheckpointError(f"{file}: expected JSON; {error}") from error
+        return cls(str(file), content)
 
     def section(self, key: str) -> "Settings":
         """The object under a key, empty if absent."""

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import platform
 import time
 from dataclasses import asdict, replace
@@ -16,12 +15,14 @@ from llama2.accounting import head_counts
 from llama2.checkout import commit_of
 from llama2.checkpoint import SHIPPED
 from llama2.commands.options import shape_named
+from llama2.commands.tradeoff_options import NO_STUDY
 from llama2.config import PUBLISHED, ModelConfig
 from llama2.evaluation.recall import TASKS
 from llama2.placement import place
-from llama2.storage import write_text
+from llama2.storage import read_json, write_text
 from llama2.tradeoff.measured import measure_decode
 from llama2.tradeoff.recommend import recommend
+from llama2.tradeoff.report.folder import check_folder
 from llama2.tradeoff.report.page import write_page
 from llama2.tradeoff.report.wording import heads_name
 from llama2.tradeoff.roofline import GIB, GPUS, Gpu
@@ -31,6 +32,7 @@ from llama2.tradeoff.study.runs import check
 from llama2.tradeoff.study.training import run_study
 
 _RESULT, _MEASURED, _LOG = "results.json", "measured.json", "log.jsonl"
+_LEAST, _MOST = 1e-6, 1e9  # of a GPU's data sheet: beyond, a speed is no float
 _MEASURED_SHAPES = ("7B", "70B")
 _MEASURED_BATCHES, _MEASURED_CONTEXTS = (1, 8, 32, 128), (1024, 4096, 16384)
 
@@ -42,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
         OSError, ValueError, NotImplementedError: what a user can cause; the message says what.
         FloatingPointError: a run diverged.
     """
+    _check_use(args)
+    check_folder(args.out)
     # What cannot be answered is better known before the study than after it.
     config, gpu = shape_named(args.shape), _gpu(args.gpu)
     recommendation = recommend(
@@ -50,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.results is not None:
         results = _read(args.results)
-    elif args.preset == "none":
+    elif args.preset == NO_STUDY:
         results = None
     else:
         results = _study(args, _preset(args))
@@ -74,10 +78,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_use(args: argparse.Namespace) -> None:
+    """Refuses options of a study where none is run."""
+    if args.results is None and args.preset != NO_STUDY:
+        return
+    reason = "--preset none" if args.results is None else f"--results {args.results}"
+    for name in ("text", "held_out", "seeds", "steps", "processes", "work", "device"):
+        if (value := getattr(args, name)) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option}: expected a study to run; got {value} with {reason}")
+    if args.backend != "auto":
+        raise ValueError(f"--backend: expected a study to run; got {args.backend} with {reason}")
+    if args.results is not None and args.preset is not None:
+        raise ValueError(f"--preset: expected a study to run; got {args.preset} with {reason}")
+
+
 def _read(file: Path) -> dict[str, Any]:
     """An earlier result, refused before anything is measured beside it."""
+    results = read_json(file)
     try:
-        results = json.loads(file.read_bytes())
         check(results)
     except ValueError as error:
         raise ValueError(f"{file}: no result of a study: {error}") from error
@@ -91,16 +110,19 @@ def _gpu(name: str) -> Gpu:
         memory, bandwidth, flops = (float(part) for part in name.split(","))
     except ValueError as error:
         raise ValueError(
-            f"gpu: expected one of {', '.join(GPUS)}, or MEMORY_GIB,TB_PER_S,TFLOPS; got {name!r}"
+            f"gpu: expected one of {', '.join(GPUS)}, or MEMORY_GIB,TB_PER_S,TFLOPS; "
+            f"got {name!r:.60}"
         ) from error
-    if not all(0 < number < math.inf for number in (memory, bandwidth, flops)):
-        raise ValueError(f"gpu: expected positive numbers; got {name!r}")
+    if not all(_LEAST <= number <= _MOST for number in (memory, bandwidth, flops)):
+        raise ValueError(
+            f"gpu: expected positive numbers, from {_LEAST:g} to {_MOST:g}; got {name!r:.60}"
+        )
     name = f"a GPU of {memory:g} GiB, {bandwidth:g} TB/s and {flops:g} TFLOP/s"
     return Gpu(name, int(memory * GIB), bandwidth * 1e12, flops * 1e12, "the command line")
 
 
 def _preset(args: argparse.Namespace) -> Preset:
-    preset = PRESETS[args.preset]
+    preset = PRESETS[args.preset or "cpu"]
     if args.steps is not None:
         preset = replace(preset, train=replace(preset.train, steps=args.steps))
     if args.seeds is not None:

@@ -1,13 +1,14 @@
 """The options of `llama2 tradeoff`."""
 
 import argparse
-from pathlib import Path
 
+from llama2.commands.options import integer, number, path
 from llama2.config import PUBLISHED
 from llama2.placement import add_options
 from llama2.tradeoff.roofline import GPUS
 
-PRESETS = ("cpu", "gpu", "none")
+NO_STUDY = "none"
+PRESETS = ("cpu", "gpu", NO_STUDY)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,15 +16,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--preset",
         choices=PRESETS,
-        default="cpu",
         help="the study: cpu, a quarter of an hour on two cores; gpu, larger models on one GPU, "
         "best with a --text of your own; none, speed and memory on paper alone; "
-        "default: %(default)s",
+        "default: cpu",
     )
-    add("--out", type=Path, required=True, metavar="DIR", help="report, result, log and plots")
+    add("--out", type=path, required=True, metavar="DIR", help="report, result, log and plots")
     add(
         "--work",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="what a killed study goes on from; default: build/tradeoff-PRESET",
     )
@@ -35,22 +35,22 @@ def _add_study(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--text",
-        type=Path,
+        type=path,
         metavar="PATH",
         help="a text file or a directory of them; default: Python's standard library",
     )
     add(
         "--held-out",
-        type=Path,
+        type=path,
         metavar="PATH",
         help="texts for evaluation; default: one in 20 files, or the last 5 %% of a single one",
     )
-    add("--seeds", type=int, nargs="+", metavar="N", help="default: the preset's")
-    add("--steps", type=int, metavar="N", help="of a model from scratch; default: the preset's")
-    add("--processes", type=int, metavar="N", help="side by side; default: the preset's")
+    add("--seeds", type=integer, nargs="+", metavar="N", help="default: the preset's")
+    add("--steps", type=integer, metavar="N", help="of a model from scratch; default: the preset's")
+    add("--processes", type=integer, metavar="N", help="side by side; default: the preset's")
     add(
         "--results",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="the result of an earlier study, for a new page without training",
     )
@@ -71,7 +71,7 @@ def _add_deployment(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help=f"{', '.join(GPUS)}; or MEMORY_GIB,TB_PER_S,TFLOPS; default: %(default)s",
     )
-    add("--context", type=int, default=4096, metavar="N", help="expected tokens per sequence")
+    add("--context", type=integer, default=4096, metavar="N", help="expected tokens per sequence")
     add(
         "--batch",
         type=_batch,
@@ -79,10 +79,10 @@ def _add_deployment(group: argparse._ArgumentGroup) -> None:
         metavar="N|max",
         help="sequences expected to decode together, or max, as many as fit; default: %(default)s",
     )
-    add("--tp", type=int, default=1, metavar="N", help="GPUs that share the model")
+    add("--tp", type=integer, default=1, metavar="N", help="GPUs that share the model")
     add(
         "--keep",
-        type=float,
+        type=number,
         default=0.8,
         metavar="SHARE",
         help="of the fastest count's tokens/s that will do; default: %(default)s",
@@ -94,6 +94,6 @@ def _batch(text: str) -> int | None:
     """A number, or None for as many sequences as fit."""
     if text == "max":
         return None
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 1 on, or max; got {text!r}")
-    return int(text)
+    if not text.isdecimal() or not text.strip("0"):
+        raise argparse.ArgumentTypeError(f"expected a number from 1 on, or max; got {text!r:.60}")
+    return integer(text)

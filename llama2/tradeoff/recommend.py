@@ -59,7 +59,8 @@ def recommend(
             question of throughput alone, and nearly always answered by the fewest heads.
         keep: the share of the best speed that must be kept, in (0, 1].
     Raises:
-        ValueError: a size or share out of range; no count fits, with what would fit.
+        ValueError: a size or share out of range, or as `head_counts`; no count fits, with what
+            would fit.
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep: expected a number in (0, 1]; got {keep}")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -696,6 +697,45 @@ def test_a_users_error_is_one_line(llama2, tmp_path, text, options, message):
     assert last.startswith("llama2: ") and message in last
     assert all("held out" in note for note in notes)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seed", 2**64], "--seed: expected an int from -9223372036854775807 to"),
+        (["--seq-len", "9" * 5000], "--seq-len: expected an int from -9223372036854775807 to"),
+        (["--text", ""], "--text: expected a path; got ''"),
+    ],
+)
+def test_options_that_are_no_paths_or_numbers_are_refused(llama2, capfd, options, message):
+    with pytest.raises(SystemExit, match="2"):
+        llama2(*options)
+    assert message in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_an_empty_path_is_not_the_present_directory(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    for source, target in ((checkpoint.SHIPPED, ""), ("", "out")):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["convert", str(source), target, "--num-kv-heads", "1"])
+        assert "expected a path; got ''" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "eos_id", "message"),
+    [
+        (1025, 2, "expected a tokenizer of at most the model's 1024 ids; got one of 1025"),
+        (1024, -1, "expected a tokenizer with EOS, to end each text; got one without"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_is_named(
+    llama2, text, vocab_size, eos_id, message, monkeypatch
+):
+    found = SimpleNamespace(vocab_size=vocab_size, eos_id=eos_id)
+    monkeypatch.setattr(convert_command, "Tokenizer", lambda file: found)
+    status, _, err = llama2("--text", text)
+    assert status == 2 and f"{checkpoint.SHIPPED / 'tokenizer.model'}: {message}" in err
 
 
 def test_what_the_checkpoint_lacks_is_said(llama2, tmp_path, text):

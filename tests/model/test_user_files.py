@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import threading
 
 import pytest
@@ -203,6 +204,14 @@ def test_numbers_that_no_float_holds_are_refused(key, tmp_path):
 def test_a_configuration_that_is_no_json_is_refused(text, tmp_path):
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(CheckpointError, match=r"config\.json: expected"):
+        checkpoint.load_config(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "7", '"a"', "null"])
+def test_a_configuration_of_another_kind_is_refused_as_such(text, tmp_path):
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    expected = f"{tmp_path / 'config.json'}: expected a JSON object; got "
+    with pytest.raises(CheckpointError, match=f"^{re.escape(expected)}"):
         checkpoint.load_config(tmp_path)
 
 

@@ -221,7 +221,7 @@ def test_the_same_input_gives_the_same_bytes_in_another_process(folder, result, 
         "write_page(result, Path('again'), config=config, gpu=gpu, context=4096, batch=16,\n"
         "           recommendation=advice, measured_rows=rows)\n"
     )
-    environment = os.environ | {"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo"}
+    environment = os.environ | {"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "MPLBACKEND": "banana"}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
     again = {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}

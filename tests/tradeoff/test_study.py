@@ -2,9 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -254,7 +255,8 @@ def tradeoff(*options):
 
 
 def test_a_page_of_speed_alone(tmp_path, capsys):
-    assert tradeoff("--preset", "none", "--out", tmp_path / "out", "--batch", 8) == 0
+    for _ in range(2):  # its own page is replaced
+        assert tradeoff("--preset", "none", "--out", tmp_path / "out", "--batch", 8) == 0
     assert (tmp_path / "out" / "report.html").is_file()
     assert "GQA (4) (computed)" in capsys.readouterr().out
     command = f"llama2 tradeoff --preset none --out {tmp_path / 'out'} --batch 8"
@@ -304,6 +306,10 @@ def test_the_largest_batch_is_a_question_of_its_own(tmp_path, capsys):
         (["--gpu", "TPU"], "gpu: expected one of H200, "),
         (["--gpu", "80,0,1"], "gpu: expected positive numbers"),
         (["--gpu", "80,nan,1"], "gpu: expected positive numbers"),
+        (["--gpu", "1e300,1,1"], "gpu: expected positive numbers, from 1e-06 to 1e+09; got"),
+        (["--gpu", "80,1e-320,1"], "gpu: expected positive numbers, from 1e-06 to 1e+09; got"),
+        (["--shape", "WIDE"], "num_q_heads: expected at most 4096, to try all that divide them"),
+        (["--shape", "DEEP"], "num_layers: expected an int below 2**63; got 1000"),
         pytest.param(
             ["--preset", "gpu"],
             "preset: expected a GPU for gpu; got the CPU",
@@ -316,24 +322,91 @@ def test_the_largest_batch_is_a_question_of_its_own(tmp_path, capsys):
         (["--preset", "cpu", "--steps", "0"], "steps: expected at least 1; got 0"),
         (["--preset", "cpu", "--text", "nowhere"], "nowhere: expected a text file or a directory"),
         (["--results", "nowhere.json"], "nowhere.json"),
+        *(
+            ([option, value], f"{option}: expected a study to run; got {shown} with --preset none")
+            for option, value, shown in (
+                ("--text", "a", "a"),
+                ("--held-out", "a", "a"),
+                ("--work", "a", "a"),
+                ("--seeds", "0", "[0]"),
+                ("--steps", "7", "7"),
+                ("--processes", "1", "1"),
+                ("--device", "cpu", "cpu"),
+                ("--backend", "eager", "eager"),
+            )
+        ),
+        (
+            ["--results", "a", "--steps", "7"],
+            "--steps: expected a study to run; got 7 with --results",
+        ),
+        (["--results", "a", "--preset", "gpu"], "--preset: expected a study to run; got gpu with"),
     ],
 )
 def test_what_cannot_be_answered_is_said_in_a_line(tmp_path, capsys, options, message):
-    if "--preset" not in options:
+    if not {"--preset", "--results"} & set(options):
         options = ["--preset", "none", *options]
-    work = ["--work", str(tmp_path / "work")]
-    assert tradeoff("--out", tmp_path / "out", *work, *options) == 2
+    if options[:2] in (["--preset", "cpu"], ["--preset", "gpu"]):
+        options = [*options, "--work", str(tmp_path / "work")]
+    for name, sizes in (
+        ("WIDE", {"num_q_heads": 10**9, "num_kv_heads": 10**9}),
+        ("DEEP", {"num_layers": 10**400}),
+    ):
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps(asdict(CPU.model) | sizes), encoding="utf-8")
+        options = [str(file) if option == name else option for option in options]
+    assert tradeoff("--out", tmp_path / "out", *options) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("llama2: ") and message in error
     assert not (tmp_path / "out" / "report.html").exists()
 
 
-@pytest.mark.parametrize("text", ["", '{"kind": "study", "preset": ', '{"kind": "study"}', "\xff"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--context", "9" * 401], "--context: expected an int from -9223372036854775807 to"),
+        (["--batch", "9" * 401], "--batch: expected an int from -9223372036854775807 to"),
+        (["--steps", "9" * 5000], "--steps: expected an int from -9223372036854775807 to"),
+        (["--seeds", str(2**64)], "--seeds: expected an int from -9223372036854775807 to"),
+        (["--seeds", "1.5"], "--seeds: expected an int from .*; got '1.5'"),
+        (["--keep", "nan"], "--keep: expected a finite number; got 'nan'"),
+        (["--keep", "1e999"], "--keep: expected a finite number; got '1e999'"),
+        *(([option, ""], f"{option}: expected a path; got ''") for option in ("--out", "--work")),
+    ],
+)
+def test_options_that_are_no_paths_or_numbers_are_refused(tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit, match="2"):
+        tradeoff("--preset", "none", "--out", tmp_path / "out", *options)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(message, error) and len(error) < 200
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.md", "results.json", "log.jsonl"])
+def test_files_of_others_are_never_replaced(tmp_path, capsys, name):
+    file = tmp_path / name
+    file.write_text("mine", encoding="utf-8")
+    assert tradeoff("--preset", "none", "--out", tmp_path) == 2
+    expected = f"out: expected a directory in which {name} is of an earlier page; got {file}"
+    assert expected in capsys.readouterr().err
+    assert file.read_text(encoding="utf-8") == "mine" and list(tmp_path.iterdir()) == [file]
+
+
+def test_plots_of_others_are_never_replaced(tmp_path, capsys):
+    (tmp_path / "speed.svg").write_text("mine", encoding="utf-8")
+    assert tradeoff("--preset", "none", "--out", tmp_path) == 2
+    assert f"got {tmp_path / 'speed.svg'}" in capsys.readouterr().err
+    assert (tmp_path / "speed.svg").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize(
+    "text", ["", '{"kind": "study", "preset": ', '{"kind": "study"}', "\xff", "[" * 100_000]
+)
 def test_a_damaged_result_is_named(tmp_path, capsys, text):
     file = tmp_path / "damaged.json"
     file.write_bytes(text.encode("latin-1"))
     assert tradeoff("--out", tmp_path / "out", "--results", file) == 2
-    assert f"{file}: no result of a study: " in capsys.readouterr().err.splitlines()[-1]
+    message = "no result of a study: " if text == '{"kind": "study"}' else "expected JSON; "
+    assert f"{file}: {message}" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out" / "report.html").exists()
 
 

@@ -21,11 +21,10 @@ from llama2.tradeoff.report.document import (
     to_html,
     to_markdown,
 )
+from llama2.tradeoff.report.folder import TITLE, check_folder
 from llama2.tradeoff.report.wording import heads_name
 from llama2.tradeoff.roofline import Gpu
 from llama2.tradeoff.study import runs
-
-TITLE = "What fewer key/value heads cost and buy"
 
 
 def write_page(
@@ -55,8 +54,8 @@ def write_page(
         the path of report.html.
     Raises:
         ValueError: a result from which no honest page can be made (`runs.check`), measured rows
-            with figures that are not finite, or a deployment that does not exist. Nothing is
-            written.
+            with figures that are not finite, a deployment that does not exist, or a folder as
+            `check_folder` refuses it. Nothing is written.
     """
     if results is not None:
         runs.check(results)
@@ -66,6 +65,7 @@ def write_page(
     blocks = list(_blocks(results, question, recommendation, rows, command))
     written = {"report.html": to_html(TITLE, blocks), "report.md": to_markdown(TITLE, blocks)}
     written |= {f"{block.name}.svg": block.svg for block in blocks if isinstance(block, Figure)}
+    check_folder(folder, written)
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in written.items():
         write_text(folder / name, text)
