@@ -83,14 +83,15 @@ def convert_checkpoint(
     needs_data = method in NEEDS_DATA and num_kv_heads != config.num_kv_heads
     if needs_data:
         _check_calibration(calibration, config, method)
+    tokens = _digest(calibration.cpu().numpy().tobytes()) if needs_data else None
     request = {
         "source": str(source.resolve()),
         "num_kv_heads": num_kv_heads,
         "method": method,
         "max_shard_bytes": max_shard_bytes,
-        "weights": _digest(*_versions(checkpoint)),
-        "calibration": _digest(calibration.cpu().numpy().tobytes()) if needs_data else None,
-        "generator": _state(generator) if method == "random" else None,
+        "weights (hash of names, sizes and times)": _digest(*_versions(checkpoint)),
+        "calibration (hash of tokens)": tokens,
+        "seed (hash of the generator)": _state(generator) if method == "random" else None,
     }
     if finish_staged(target, request=request):
         return

@@ -518,7 +518,10 @@ def test_the_same_call_finishes_an_interrupted_one(interrupted, tmp_path):
     ("change", "message"),
     [
         ({"method": "mean"}, "method: expected 'random' to finish what .*; got 'mean'"),
-        ({"generator": torch.Generator().manual_seed(4)}, "generator: expected '"),
+        (
+            {"generator": torch.Generator().manual_seed(4)},
+            r"seed \(hash of the generator\): expected '",
+        ),
         ({"num_kv_heads": 1}, "num_kv_heads: expected 2 to finish what .*; got 1"),
         ({"max_shard_bytes": 10**9}, f"max_shard_bytes: expected {SHARD_BYTES} to finish"),
         ({"source": None}, "source: expected '.*/a' to finish what .*; got '.*/other'"),
@@ -541,7 +544,7 @@ def test_another_call_does_not_finish_an_interrupted_one(
 def test_weights_that_changed_since_do_not_finish_an_interrupted_call(interrupted):
     source, target = interrupted
     fill(source, "model.norm.weight", 2.0)
-    with pytest.raises(ValueError, match=r"weights: expected '.*' to finish what"):
+    with pytest.raises(ValueError, match=r"weights .*: expected '.*' to finish what"):
         run(source, target, 2, generator=seeded(), **REQUEST)
 
 
@@ -652,7 +655,7 @@ def test_the_command_finishes_what_it_was_asked_for_alone(llama2, tmp_path, monk
         patched.setattr(os, "replace", killer_of(tmp_path / "out", 0))
         llama2(*asked)
     status, _, err = llama2("--method", "random", "--seed", 8)
-    assert status == 2 and "generator: expected '" in err
+    assert status == 2 and "seed (hash of the generator): expected '" in err
     status, out, _ = llama2(*asked)
     assert status == 0 and "finished what an interrupted run had converted" in out
     assert llama2(*asked)[0] == 2  # as there are files now
