@@ -57,7 +57,7 @@ def add_generation_options(parser: argparse.ArgumentParser, max_new_tokens: int)
     add = parser.add_argument
     add(
         "--checkpoint",
-        type=Path,
+        type=path,
         default=SHIPPED,
         metavar="DIR",
         help="Hugging Face's or Meta's files with tokenizer.model; default: a small model of "
@@ -74,7 +74,7 @@ def add_generation_options(parser: argparse.ArgumentParser, max_new_tokens: int)
     )
     add(
         "--max-new-tokens",
-        type=int,
+        type=integer,
         default=max_new_tokens,
         metavar="N",
         help="default: %(default)s",
@@ -87,7 +87,7 @@ def add_generation_options(parser: argparse.ArgumentParser, max_new_tokens: int)
         help="default: 0, the likeliest token",
     )
     add("--top-p", type=float, default=1.0, metavar="P", help="default: 1, no cut")
-    add("--seed", type=int, metavar="N", help="default: another one every time")
+    add("--seed", type=integer, metavar="N", help="default: another one every time")
 
 
 def load(arguments: argparse.Namespace) -> tuple[Llama2, Tokenizer]:

@@ -309,7 +309,7 @@ def test_the_largest_batch_is_a_question_of_its_own(tmp_path, capsys):
         (["--gpu", "1e300,1,1"], "gpu: expected positive numbers, from 1e-06 to 1e+09; got"),
         (["--gpu", "80,1e-320,1"], "gpu: expected positive numbers, from 1e-06 to 1e+09; got"),
         (["--shape", "WIDE"], "num_q_heads: expected at most 4096, to try all that divide them"),
-        (["--shape", "DEEP"], "num_layers: expected an int below 2**63; got 1000"),
+        (["--shape", "DEEP"], "num_layers: expected an int from 1 to 2147483647; got 1000"),
         pytest.param(
             ["--preset", "gpu"],
             "preset: expected a GPU for gpu; got the CPU",
