@@ -381,7 +381,9 @@ def test_options_that_are_no_paths_or_numbers_are_refused(tmp_path, capsys, opti
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["report.html", "report.md", "results.json", "log.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["report.html", "report.md", "results.json", "log.jsonl", "measured.json"]
+)
 def test_files_of_others_are_never_replaced(tmp_path, capsys, name):
     file = tmp_path / name
     file.write_text("mine", encoding="utf-8")
