@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import MethodType
 
 import pytest
@@ -958,3 +960,17 @@ def test_layers_that_are_not_fused_are_reported(device):
         report
     )
     assert not report.not_replaced
+
+
+def test_threads_patch_models_of_their_own():
+    models = [build() for _ in range(4)]
+    expected = {(entry.module, entry.op) for entry in patch(copy.deepcopy(models[0])).replaced}
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(len(models)) as threads:
+            reports = list(threads.map(patch, models))
+    finally:
+        sys.setswitchinterval(interval)
+    for report in reports:
+        assert {(entry.module, entry.op) for entry in report.replaced} == expected

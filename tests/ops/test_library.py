@@ -407,6 +407,26 @@ def test_export(make, device):
         assert torch.equal(exported.module()(x, x), block(x, x))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@EVERY_OP
+def test_jit_trace(name, make):
+    """The graph holds the op, with its gradient, and is right for another length."""
+    inputs, other = make(name, grad=True), make(name, length=5, grad=True)
+    tensors = [key for key, value in inputs.items() if torch.is_tensor(value)]
+
+    def function(*values):
+        return SPECS[name].kernel(**inputs | dict(zip(tensors, values, strict=True)))
+
+    traced = torch.jit.trace(function, tuple(inputs[k] for k in tensors), check_trace=False)
+    assert f"gqa_kernels::{op_name(name)}" in str(traced.graph)
+    outputs = traced(*(other[key] for key in tensors))
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    expected = outputs_of(name, other)
+    assert_same_bits(outputs, expected)
+    if SPECS[name].wrt:
+        assert_same_bits(grads_of(name, other, outputs), grads_of(name, other, expected))
+
+
 @pytest.mark.parametrize(
     ("name", "wrong", "message"),
     (
@@ -456,8 +476,11 @@ def test_batched_gradients_are_refused(name, make):
     inputs = make(name, grad=True)
     output = outputs_of(name, inputs)[0]
     leaf = inputs[SPECS[name].wrt[0]]
-    with pytest.raises(NotImplementedError):
-        torch.autograd.grad(output, leaf, torch.stack([output, output]), is_grads_batched=True)
+    batch = torch.stack([output, output])
+    with pytest.raises(NotImplementedError, match="grad_outputs: expected a tensor outside"):
+        torch.autograd.grad(output, leaf, batch, is_grads_batched=True, retain_graph=True)
+    with pytest.raises(NotImplementedError, match="grad_outputs: expected a tensor outside"):
+        torch.func.vmap(lambda grad: torch.autograd.grad(output, leaf, grad))(batch)
 
 
 @pytest.mark.parametrize("where", ("eager", "mode", "op", "compiler"))

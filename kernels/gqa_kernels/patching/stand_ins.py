@@ -11,6 +11,7 @@ reason why not.
 
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -28,6 +29,7 @@ Binding = tuple[Any, ...]
 
 _WIDTH = 8  # of a stand-in's hidden states
 _RECORDER = "gqa_kernels_recorder"
+_recorder_lock = threading.Lock()  # the name is one for all threads
 
 
 class Unlike(Exception):
@@ -272,11 +274,12 @@ def _record(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwa
 
 @contextmanager
 def _recording(functions: Any) -> Iterator[None]:
-    functions[_RECORDER] = _record
-    try:
-        yield
-    finally:
-        del functions[_RECORDER]
+    with _recorder_lock:
+        functions[_RECORDER] = _record
+        try:
+            yield
+        finally:
+            del functions[_RECORDER]
 
 
 def _attention_twin(module: nn.Module, generator: torch.Generator) -> nn.Module:

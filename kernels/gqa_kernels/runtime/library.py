@@ -5,8 +5,8 @@ save and a backward function. From these come
 
 - a `torch.autograd.Function` for eager calls on plain tensors: no dispatcher stands on the way;
 - a `torch.library` op `gqa_kernels::name` with a schema that names what it writes to (nothing, but
-  for a cache), a fake implementation and autograd, which compilers, dispatch modes and tensor
-  subclasses see.
+  for a cache), a fake implementation and autograd, which compilers, `torch.jit.trace`, dispatch
+  modes and tensor subclasses see.
 
 Both run the same kernels, so that their results have the same bits. Neither knows autocast: an op
 computes in the dtypes of its arguments, inside an autocast region and outside. torch.func's
@@ -20,6 +20,7 @@ from typing import Any, NoReturn, get_args
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch.autograd.function import FunctionCtx
 from torch.compiler import is_compiling
 
@@ -27,11 +28,13 @@ NAMESPACE = "gqa_kernels"
 # What an argument is most often, first of all tensors that belong to no subclass.
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float))
 _num_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_jit_tracing = torch._C._is_tracing
 
 
 def is_traced(*values: Any) -> bool:
-    """Whether a call belongs to PyTorch's dispatcher: a compiler, a mode or a subclass watches."""
-    if is_compiling() or _num_dispatch_modes():
+    """Whether a call belongs to PyTorch's dispatcher: a compiler, `torch.jit.trace`, a mode or a
+    subclass watches."""
+    if is_compiling() or _num_dispatch_modes() or _is_jit_tracing():
         return True
     # A loop: a generator would cost a microsecond at every call.
     for x in values:  # noqa: SIM110
@@ -184,6 +187,18 @@ def _refuse_vmap(name: str) -> Callable[..., None]:
     return refuse
 
 
+def _check_unbatched(grad: Tensor | None) -> None:
+    """Refuses what `torch.autograd.grad` batches by a vmap of its own, and torch.func's."""
+    if grad is not None and (
+        _functorch.is_legacy_batchedtensor(grad) or _functorch.is_functorch_wrapped_tensor(grad)
+    ):
+        raise NotImplementedError(
+            "grad_outputs: expected a tensor outside torch.func's transforms (vmap, "
+            "is_grads_batched, jacobian's vectorize, …); got one inside. A call of "
+            "torch.autograd.grad per vector does the same"
+        )
+
+
 def _function(
     name: str,
     launch: Callable[..., Any],
@@ -224,6 +239,9 @@ def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(backward)
     def wrapper(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if not is_compiling():  # a compiler traces no check
+            for grad in grads:
+                _check_unbatched(grad)
         with torch.no_grad():
             results = backward(ctx, *grads)
         if not torch.is_grad_enabled():
