@@ -1,5 +1,6 @@
 """Token generation: a ragged batch, one key/value cache, steps that a GPU replays."""
 
+import functools
 import itertools
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +14,7 @@ from llama2.config import ModelConfig
 from llama2.decoding.decode_batch import DecodeBatch
 from llama2.decoding.graphs import can_capture, on_gpu
 from llama2.decoding.sampling import check_sampling, is_whole, uniform_draws
+from llama2.decoding.weights import addresses, in_own_dtype
 from llama2.model import Llama2
 
 # On a GPU sizes are rounded up, so that calls of other sizes find the same cache and graphs.
@@ -30,7 +32,7 @@ def generate(
     stop_ids: Iterable[int] = (),
     seed: int | None = None,
 ) -> list[list[int]]:
-    """Continues every prompt, on the model's device and in its dtype.
+    """Continues every prompt, on the model's device and in its dtype, under torch.autocast too.
 
     A `Generator` does the same call after call with one cache and the same CUDA graphs.
 
@@ -79,8 +81,9 @@ class Generator:
     batch size, rounded up to 1, 2, 4 or a multiple of 8, and kind of sampling (greedy or not). A
     step is run once, captured once and then replayed: no launch by launch, no allocation and no
     wait for the device. Its tokens are those of the step as it is. A call that needs a longer
-    cache or more rows, and one after the model's parameters have moved, begins anew. It is for one
-    thread and one stream of a GPU at a time.
+    cache or more rows, and one after the model's parameters have moved or its layers have changed,
+    begins anew. It is for one thread and one stream of a GPU at a time; a copy, or what a pickle
+    gives, begins with nothing of its caches.
 
     Args:
         cache_dtype: of the cache; None: the model's. float8_e4m3fn and int8 halve its memory and
@@ -113,6 +116,12 @@ class Generator:
         self._calls = itertools.count()
         self._current = -1  # the call that has the cache
         can_capture(model, capture)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Of a copy or a pickle: made as this one was, with a lock and caches of its own."""
+        settings = {"cache_dtype": self._cache_dtype, "capture": self._capture}
+        settings["vocab_size"] = self._vocab_size
+        return functools.partial(type(self), **settings), (self.model,)
 
     def generate(self, prompts: Sequence[Sequence[int]], **settings: Any) -> list[list[int]]:
         """See the function `generate`."""
@@ -150,7 +159,8 @@ class Generator:
                     "stream: expected one thread at a time on a Generator; got another"
                 )
             try:
-                step = next(steps, None)
+                with in_own_dtype(self.model):
+                    step = next(steps, None)
             finally:
                 self._lock.release()
             if step is None:
@@ -199,9 +209,7 @@ class Generator:
             units = -(-capacity // _CAPACITY_UNIT)
             capacity = min(units * _CAPACITY_UNIT, model.config.max_seq_len)
         captures = can_capture(model, self._capture)
-        # What a graph replays reads these addresses.
-        tensors = *model.parameters(), *model.buffers()
-        made_for = [captures, *((x.data_ptr(), x.dtype) for x in tensors)]
+        made_for = [captures, model.cache_config, *addresses(model)]
         if self._made_for != made_for:
             self._made_for, self._cache = made_for, None
         held = (0, 0)

@@ -156,6 +156,8 @@ class Llama2(nn.Module):
     N(0, 0.02² / (2 · num_layers)).
 
     Attributes:
+        config: read at construction. One that takes its place later changes nothing in the network;
+            its max_seq_len may be smaller.
         activation_checkpointing: keep of each layer its input only and run it again for its
             gradients, which have the same bits: less memory for a third more arithmetic.
     """
@@ -197,6 +199,20 @@ class Llama2(nn.Module):
         heads = {"num_q_heads": attention.num_q_heads, "num_kv_heads": attention.num_kv_heads}
         return replace(self.config, num_layers=len(self.layers), **heads)
 
+    def _check_table(self) -> None:
+        rows = self.rope.cos.shape[0]
+        if self.config.max_seq_len > rows:
+            raise ValueError(
+                f"config: expected a max_seq_len of at most {rows}, where the rotary table ends "
+                f"that was made at construction; got {self.config.max_seq_len}"
+            )
+        device = self.embed_tokens.weight.device
+        if self.rope.cos.is_meta and device.type != "meta":
+            raise ValueError(
+                f"rope: expected its table on {device}, as the weights; got it on meta. "
+                "`model.rope.move(device)` computes it there"
+            )
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws all weights anew; those of norms are one."""
@@ -236,13 +252,15 @@ class Llama2(nn.Module):
         Raises:
             ValueError: the tokens do not fit in `max_seq_len` or in the cache, or their shape or
                 that of `num_valid` or `cu_seqlens` is another; `num_valid` without an empty cache;
-                `cu_seqlens` with a cache; a cache of another number of heads or layers.
+                `cu_seqlens` with a cache; a cache of another number of heads or layers; a rotary
+                table on the meta device, or too short for the `config` that the model has now.
             TypeError: the cache is of another dtype than the model's, float8_e4m3fn and int8, or
                 `cu_seqlens` of another than int32 and int64.
             NotImplementedError: more than 16 tokens per sequence into a cache that is not empty.
         """
         if tokens.dim() != 2:
             raise ValueError(f"tokens: expected [batch, seq_len]; got {list(tokens.shape)}")
+        self._check_table()
         batch, seq_len = tokens.shape
         if num_valid is not None and not (isinstance(cache, KVCache) and cache.num_written == 0):
             raise ValueError(

@@ -15,6 +15,7 @@ from llama2.cache.paged_kv_cache import PagedKVCache
 from llama2.decoding.graphs import can_capture
 from llama2.decoding.paged_decode import PagedDecode
 from llama2.decoding.sampling import check_sampling, in_float32, uniform_draws
+from llama2.decoding.weights import fingerprint, in_own_dtype
 from llama2.generate import as_stop_ids, check_tokens, drawn_ids
 from llama2.model import Llama2
 
@@ -108,7 +109,8 @@ def serve(
     capture: bool | None = None,
     vocab_size: int | None = None,
 ) -> Iterator[Result]:
-    """Continues every request, on the model's device and in its dtype; results come as they finish.
+    """Continues every request, on the model's device and in its dtype, under torch.autocast too;
+    results come as they finish.
 
     A step gives each running request one token, and requests that have just been admitted their
     first. Requests are taken in order, when a row and pages are free. When pages run out, the
@@ -119,7 +121,9 @@ def serve(
     Args:
         requests: read one at a time, as there is room.
         cache: of the model's `cache_config`, dtype and device, empty or not. It is left without
-            the requests' rows, whether the iterator ends, fails or is closed.
+            the requests' rows, whether the iterator ends, fails or is closed. What an earlier call
+            left is found again if it had the same weights, which are read once for that; they are
+            not to change before the iterator ends.
         max_batch: most requests at once; None means as many as the cache has rows.
         capture: whether decode steps are captured in CUDA graphs, as in `Generator`.
         vocab_size: as in `Generator`.
@@ -151,13 +155,15 @@ class _Server:
     @torch.inference_mode()
     def run(self, requests: Iterable[Request]) -> Iterator[Result]:
         incoming = self._read(requests)
+        self.cache.computed_with(self.model.cache_config, fingerprint(self.model))
         try:
             while True:
                 self._make_room()
                 decoding = list(self.running)
                 admitted = self._admit(incoming)
                 if self.running:
-                    self._run(decoding, admitted)
+                    with in_own_dtype(self.model):
+                        self._run(decoding, admitted)
                 self._retire()
                 none_left = not self.running and not self.done
                 for finished in self.done:

@@ -44,6 +44,11 @@ class PagePool:
         """Pages that `take` can give, those with findable content included."""
         return len(self._blank) + len(self._kept)
 
+    @property
+    def num_named(self) -> int:
+        """Pages whose content can be found."""
+        return len(self._page_of)
+
     def references(self, page: int) -> int:
         return self._references[page]
 

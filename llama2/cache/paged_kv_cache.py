@@ -52,7 +52,8 @@ class PagedKVCache(Stored):
     Pages are shared by sequences that begin with the same tokens, as far as these fill pages, and
     by forks. A page that others read is copied before a sequence writes to it. What a freed
     sequence leaves in full pages is found again until pages run out; the least recently used goes
-    first. That is what one model left, with weights that have not changed: otherwise `forget` it.
+    first. That is what one model left, with weights that have not changed: `serve` sees to it by
+    `computed_with`; who calls a model himself has to `forget` it otherwise.
 
     All bookkeeping is on the host and waits for no device: what was enqueued before is done before.
 
@@ -91,6 +92,8 @@ class PagedKVCache(Stored):
         self._pool = PagePool(num_pages)
         self._sequences: dict[int, _Sequence] = {}
         self._batch: PagedBatch | None = None  # the last that was made, until rows change
+        self._config: ModelConfig | None = None  # of the model that fills it, with _weights
+        self._weights: Tensor | None = None
 
     @property
     def num_free_pages(self) -> int:
@@ -193,6 +196,16 @@ class PagedKVCache(Stored):
         """No sequence finds what others left from now on: for a model whose weights have changed,
         and after logits that were not finite."""
         self._pool.forget()
+
+    def computed_with(self, config: ModelConfig, weights: Tensor) -> None:
+        """From here on a model with this configuration and with weights of this fingerprint fills
+        the cache: what was filled with others is forgotten. Waits for the device if there is
+        something to forget."""
+        if self._pool.num_named and (
+            self._config != config or not torch.equal(self._weights, weights)
+        ):
+            self.forget()
+        self._config, self._weights = config, weights
 
     def prefill(self, row: int) -> "PagedBatch":
         """The pending tokens of one sequence, any number: `[1, num_pending]`.
