@@ -212,7 +212,7 @@ def test_compiles_whole(draw, bounds):
         ({"window_size": 4}, TypeError, r"window_size: expected \(left, right\); got 4"),
         ({"window_size": (4, None)}, TypeError, "window_size: expected a whole number"),
         ({"window_size": (4, 1.0)}, TypeError, "window_size: expected a whole number; got float"),
-        ({"deterministic": 1}, TypeError, "deterministic: expected a bool"),
+        ({"deterministic": 2}, TypeError, "deterministic: expected a bool"),
         ({"return_attn_probs": None}, TypeError, "return_attn_probs: expected a bool"),
         ({"causal": 2}, TypeError, "causal: expected a bool"),
         ({"softmax_scale": 0.0}, ValueError, "softmax_scale: expected a positive finite"),

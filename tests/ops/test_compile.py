@@ -165,6 +165,25 @@ def test_decode_publishes_its_partial_results(arch):
     assert "l" not in after
 
 
+def test_an_int8_cache_asks_for_nan_before_it_bounds():
+    """A bound may stand for NaN, so that what was bounded is no NaN: each value itself is asked,
+    and the answer chooses what is stored."""
+    ptx = python(
+        "-c",
+        "import capture, compiled\n"
+        "from gqa_kernels.spec import Case\n"
+        "spec = compiled.SPECS[[s.name for s in compiled.SPECS].index('rope_append_kv')]\n"
+        "case = Case(spec.tiny | {'cache_dtype': compiled.torch.int8}, 'small')\n"
+        "(_, call), = compiled._calls(spec, case, compiled.torch.bfloat16)\n"
+        "launch, = capture.capture('sm_90', call)\n"
+        "print(open(launch.files()['ptx'], encoding='utf-8').read())",
+    )
+    bounded = re.findall(r"max\.f32\s+%r\d+, (%r\d+), 0fC2FE0000;", ptx)  # −127
+    asked = re.findall(r"setp\.(?:num|nan)\.f32\s+(%p\d+), (%r\d+), \2;", ptx)
+    chosen = re.findall(r"selp\.\w+\s+%\w+, [^;]*, (%p\d+);", ptx)
+    assert bounded and set(bounded) <= {x for answer, x in asked if answer in chosen}
+
+
 def test_a_spilling_config_is_found():
     """The check can fail: 128 × 128 tiles do not fit the registers of four warps."""
     entries = json.loads(

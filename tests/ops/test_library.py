@@ -407,7 +407,7 @@ def test_export(make, device):
         assert torch.equal(exported.module()(x, x), block(x, x))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @EVERY_OP
 def test_jit_trace(name, make):
     """The graph holds the op, with its gradient, and is right for another length."""

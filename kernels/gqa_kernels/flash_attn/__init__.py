@@ -65,8 +65,7 @@ def _options(
     """flash-attn's options as `flash_attention` takes them."""
     if checks.number("dropout_p", dropout_p) != 0.0:
         raise NotImplementedError(f"dropout_p: expected 0.0; got {dropout_p!r}")
-    checks.flag("deterministic", deterministic)
-    checks.flag("return_attn_probs", return_attn_probs)
+    checks.switch("deterministic", deterministic)
     if not checks.number("softcap", softcap) >= 0.0:
         raise ValueError(f"softcap: expected a positive number, or 0.0 for none; got {softcap!r}")
     return {
@@ -75,7 +74,7 @@ def _options(
         "window": checks.window_size(window_size),
         "softcap": softcap if softcap > 0.0 else None,
         "alibi_slopes": alibi_slopes,
-        "return_lse": return_attn_probs,
+        "return_lse": checks.switch("return_attn_probs", return_attn_probs),
     }
 
 

@@ -85,11 +85,13 @@ def flash_attn_with_kvcache(
     left, right = checks.window_size(window_size)
     _refuse(softcap, alibi_slopes, num_splits)
     causal = checks.switch("causal", causal)
-    checks.flag("return_softmax_lse", return_softmax_lse)
-    checks.flag("rotary_interleaved", rotary_interleaved)
+    return_softmax_lse = checks.switch("return_softmax_lse", return_softmax_lse)
+    rotary_interleaved = checks.switch("rotary_interleaved", rotary_interleaved)
     new, rotary = (k, v), (rotary_cos, rotary_sin)
     tensors = (q, k_cache, v_cache, *new, *rotary, cache_batch_idx, cache_leftpad, block_table)
     if not is_compiling():  # a compiler traces no check
+        if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
+            cache_seqlens = checks.whole("cache_seqlens", cache_seqlens)
         _check(*tensors, cache_seqlens, rotary_interleaved)
     causal = causal or q.shape[1] == 1  # no limit to a lone query
     if not causal and (left is not None or right is not None):
@@ -172,8 +174,6 @@ def _check(
             checks.tensor(name, x, dtypes=checks.INTS, shape=(batch,), like=like)
     if isinstance(cache_seqlens, Tensor):
         checks.tensor("cache_seqlens", cache_seqlens, dtypes=checks.INTS, shape=(batch,), like=like)
-    elif cache_seqlens is not None:
-        checks.whole("cache_seqlens", cache_seqlens)
     if (k is None) != (v is None):
         raise ValueError("v: expected a tensor with k, and None without; got the other")
     if k is None:

@@ -213,7 +213,6 @@ def _check(x: Tensor, weight: Tensor, eps: float) -> None:
             f"x: expected a last dimension of 1 to {configs.NORM_MAX_WIDTH}; got {list(x.shape)}"
         )
     checks.tensor("weight", weight, shape=(x.shape[-1],), like=("x", x))
-    checks.number("eps", eps)
 
 
 def _add_check(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
@@ -341,6 +340,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
         NotImplementedError: hidden_size above 16384.
         RuntimeError: x is not on a GPU that Triton drives.
     """
+    eps = checks.number("eps", eps)
     return _RMS_NORM(x, weight, eps, save_rstd=False)[0]
 
 
@@ -360,4 +360,5 @@ def add_rms_norm(
     Raises:
         As `rms_norm`.
     """
+    eps = checks.number("eps", eps)
     return _ADD_RMS_NORM(x, residual, weight, eps, save_rstd=False)[:2]

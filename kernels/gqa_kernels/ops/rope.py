@@ -162,7 +162,6 @@ def _check(
         checks.tensor(
             "positions", positions, dtypes=checks.INTS, shape=(batch, seq_len), like=("q", q)
         )
-    checks.flag("interleaved", interleaved)
 
 
 def _launch(
@@ -262,4 +261,5 @@ def apply_rope(
         NotImplementedError: cos or sin requires a gradient, where autograd records.
         RuntimeError: q is not on a GPU that Triton drives.
     """
+    interleaved = checks.flag("interleaved", interleaved)
     return _APPLY_ROPE(q, k, cos, sin, positions, interleaved)

@@ -25,7 +25,8 @@ def tensor(
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor; got {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested:
-        raise TypeError(f"{name}: expected a strided tensor; got {value.layout}, or a nested one")
+        got = "a nested one" if value.is_nested else value.layout
+        raise TypeError(f"{name}: expected a strided tensor; got {got}")
     if dtypes is not None and value.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: expected dtype {names}; got {value.dtype}")

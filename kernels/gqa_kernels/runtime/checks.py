@@ -1,7 +1,10 @@
 """Argument checks that name the argument. They read metadata only, never values."""
 
-from numbers import Integral, Real
+import operator
+from numbers import Real
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -165,37 +168,54 @@ def window(value: tuple[int | None, int | None] | None) -> tuple[int | None, int
     """The two sides of a window of attention."""
     if value is None:
         return None, None
-    if not isinstance(value, tuple | list) or len(value) != 2:
-        raise TypeError(f"window: expected (left, right) or None; got {value!r}")
-    for side in value:
-        if side is not None and (
-            isinstance(side, bool) or not isinstance(side, int | torch.SymInt)
-        ):
-            raise TypeError(f"window: expected whole numbers or None; got {value!r}")
-        if side is not None and side < 0:
-            raise ValueError(f"window: expected distances of 0 or more, or None; got {value!r}")
-    return tuple(value)
+    left, right = _sides("window", value)
+    left = None if left is None else whole("window", left)
+    right = None if right is None else whole("window", right)
+    if (left is not None and left < 0) or (right is not None and right < 0):
+        raise ValueError(f"window: expected distances of 0 or more, or None; got {value!r}")
+    return left, right
 
 
 def window_size(value: tuple[int, int] | Tensor) -> tuple[int | None, int | None]:
     """flash-attn's window, whose negative sides are no limit, as `window` has it."""
-    sides = value.tolist() if isinstance(value, Tensor) and value.device.type == "cpu" else value
-    if not isinstance(sides, tuple | list) or len(sides) != 2:
-        raise TypeError(f"window_size: expected (left, right); got {value!r}")
-    left, right = (
-        whole("window_size", int(side) if isinstance(side, Integral) else side) for side in sides
-    )
+    left, right = _sides("window_size", value)
+    left, right = whole("window_size", left), whole("window_size", right)
     return (None if left < 0 else left), (None if right < 0 else right)
 
 
-def whole(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-        raise TypeError(f"{name}: expected a whole number; got {type(value).__name__}")
+def _sides(name: str, value: Any) -> Any:
+    """The value, if it is two things."""
+    is_pair = isinstance(value, (tuple, list)) and len(value) == 2
+    if not is_pair and getattr(value, "shape", None) != (2,):  # an array's
+        raise TypeError(f"{name}: expected (left, right); got {value!r}")
     return value
+
+
+# What numbers and flags may be is said here, for all functions. They come back as Python's own,
+# which is what schemas, compilers and launches know.
+
+
+def whole(name: str, value: int) -> int:
+    """The value as a Python int: numpy's are taken, and a tensor without dimensions on the CPU. To
+    read one on another device would wait for it."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    if isinstance(value, Tensor):
+        is_whole = value.device.type == "cpu" and value.dim() == 0 and value.dtype != torch.bool
+    else:
+        is_whole = not isinstance(value, bool)
+    try:
+        if is_whole:
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name}: expected a whole number; got {type(value).__name__}")
 
 
 def number(name: str, value: float) -> float:
     """The value as a Python float. Tensors are refused: reading one would wait for the device."""
+    if type(value) is float or isinstance(value, torch.SymFloat):
+        return value
     if isinstance(value, Tensor | bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number; got {type(value).__name__}")
     try:
@@ -204,16 +224,17 @@ def number(name: str, value: float) -> float:
         raise ValueError(f"{name}: expected a float; got a larger integer") from None
 
 
-def flag(name: str, value: bool) -> None:
-    if not isinstance(value, bool):
+def flag(name: str, value: bool) -> bool:
+    if not isinstance(value, bool) and not isinstance(value, np.bool_):
         raise TypeError(f"{name}: expected a bool; got {type(value).__name__}")
+    return bool(value)
 
 
 def switch(name: str, value: bool | int) -> bool:
     """A flag of flash-attn's, which 1 and 0 are too."""
-    if isinstance(value, int) and value in (0, 1):
+    if isinstance(value, int | np.integer) and value in (0, 1):
         return bool(value)
-    raise TypeError(f"{name}: expected a bool; got {value!r:.60}")
+    return flag(name, value)
 
 
 def attention_heads(num_q_heads: int, num_kv_heads: int, head_dim: int) -> None:

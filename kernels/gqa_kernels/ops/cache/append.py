@@ -325,7 +325,6 @@ def _check(
     checks.tensor("sin", sin, dtypes=(torch.float32,), shape=tuple(cos.shape), like=like)
     for name, x in (("positions", positions), ("slots", slots)):
         checks.tensor(name, x, dtypes=checks.INTS, shape=(batch, seq_len), like=like)
-    checks.flag("interleaved", interleaved)
 
 
 def _fake(q: Tensor, k: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -382,6 +381,7 @@ def rope_append_kv(
             an input that requires a gradient, where autograd records: a cache has none.
         RuntimeError: q is not on a GPU that Triton drives.
     """
+    interleaved = checks.flag("interleaved", interleaved)
     return _ROPE_APPEND_KV(
         q, k, v, k_cache, v_cache, cos, sin, positions, slots, k_scale, v_scale, interleaved
     )
