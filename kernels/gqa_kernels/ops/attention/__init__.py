@@ -211,8 +211,11 @@ def _attend(
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The call with the window that these give."""
-    checks.flag("causal", causal)
-    checks.flag("return_lse", return_lse)
+    causal, return_lse = checks.flag("causal", causal), checks.flag("return_lse", return_lse)
+    numbers = {name: getattr(call, name) for name in ("softmax_scale", "softcap")}
+    call = call._replace(
+        **{name: x if x is None else checks.number(name, x) for name, x in numbers.items()}
+    )
     window_left, window_right = checks.window(window)
     call = call._replace(window_left=window_left, window_right=0 if causal else window_right)
     q = call.q
