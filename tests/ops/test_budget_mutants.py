@@ -102,8 +102,8 @@ MUTANTS = (
     Mutant(
         "attention accumulates in bfloat16",
         "primitives/tiles.py",
-        "Softmax(softmax.running_max, softmax.running_sum, accumulator)",
-        f"Softmax(softmax.running_max, softmax.running_sum, accumulator{ROUNDED})",
+        "Softmax(softmax.running_max, softmax.running_sum, rounded_sum, accumulator)",
+        f"Softmax(softmax.running_max, softmax.running_sum, rounded_sum, accumulator{ROUNDED})",
         "flash_attention",
         ("GQA 3, keys before the queries",),
         FINE,
@@ -118,9 +118,9 @@ MUTANTS = (
     ),
     Mutant(
         "lse is rounded to bfloat16",
-        "primitives/tiles.py",
-        "return softmax.accumulator / divisor[:, None], lse",
-        f"return softmax.accumulator / divisor[:, None], lse{ROUNDED}",
+        "ops/attention/forward.py",
+        "lse = softmax.running_max + log_sum / score_unit",
+        f"lse = (softmax.running_max + log_sum / score_unit){ROUNDED}",
         "flash_attention",
         ("GQA 3, keys before the queries",),
         ALL,

@@ -107,6 +107,39 @@ def test_scores_of_a_thousand(draw):
     assert_attention(inputs)
 
 
+@DTYPES
+@pytest.mark.parametrize("seed", (19, 20, 21))
+def test_one_token_among_many_of_another(seed, dtype, device):
+    """Equal weights are all rounded in one direction: their rounded sum is as far from the sum as
+    it can be."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normals(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+    which = torch.ones(64, dtype=torch.long)
+    which[-1] = 0
+    k, v = ((normals(2, 32) + 3.0 * normals(32))[which][None, :, None] for _ in range(2))
+    q = normals(1, 4, 1, 32)
+    assert_attention({name: x.to(device, dtype) for name, x in (("q", q), ("k", k), ("v", v))})
+
+
+@DTYPES
+def test_an_infinite_output(dtype, device):
+    """Gradients have the special values of float32's."""
+
+    def grads(dtype):
+        q, k, v = (torch.ones(1, rows, 1, 8, device=device, dtype=dtype) for rows in (1, 2, 2))
+        v[0, 1, 0, 0] = torch.inf
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out = gqa_kernels.flash_attention(*leaves)
+        return [grad.float() for grad in torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+    for ours, wanted in zip(grads(dtype), grads(torch.float32), strict=True):
+        assert torch.equal(ours.isnan(), wanted.isnan())
+        assert torch.equal(ours.isinf(), wanted.isinf())
+
+
 @pytest.mark.parametrize("name", ("flash_attn_func", "scaled_dot_product_attention"))
 def test_other_peoples_names(name, draw):
     inputs = draw(10.0, 0.0, torch.bfloat16)
@@ -180,3 +213,18 @@ def test_the_cure_is_needed(draw, monkeypatch):
     monkeypatch.setattr(backward, "_prepare", rounded_alone)
     with pytest.raises(AssertionError, match="d q: error"):
         assert_attention({**draw(4.0, 0.0, torch.bfloat16), "causal": True})
+
+
+def test_jit_trace_takes_what_requires_a_gradient(draw):
+    """Its own check calls the function where autograd is off, and compares the graphs."""
+    inputs = draw(0.0, 0.0, torch.bfloat16)
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    traced = torch.jit.trace(lambda q, k, v: gqa_kernels.flash_attention(q, k, v), tuple(leaves))
+    plain = gqa_kernels.flash_attention(*leaves)
+    assert torch.equal(traced(*leaves), plain)
+    cotangent = torch.ones_like(plain)
+    expected = torch.autograd.grad(plain, leaves, cotangent)
+    for grad, wanted in zip(
+        torch.autograd.grad(traced(*leaves), leaves, cotangent), expected, strict=True
+    ):
+        assert torch.equal(grad, wanted)

@@ -3,7 +3,8 @@
     residue = round((exact − rounded) / step)        restored = rounded + residue · step
 
 where step is 1/128 of the spacing of 16-bit numbers of this size: `restored` has seven bits more
-than `rounded`. `exact` lies within one spacing of `rounded`, so that int8 holds the residue.
+than `rounded`, as far as `exact` lies within one spacing of it. A residue beyond is the largest
+there is.
 """
 
 import triton
@@ -27,15 +28,16 @@ def _steps(rounded):
 
 @triton.jit
 def residue_of(exact, rounded):
-    """int8; 0 where the rounded number is not finite."""
+    """int8; of a number that is not finite it has no meaning."""
     inverse = ((254 << 23) - _exponent(rounded)).to(tl.float32, bitcast=True)
     steps = (exact - rounded.to(tl.float32)) * (inverse * _steps(rounded))
-    steps = tl.floor(steps + 0.5)
-    return tl.where(tl.abs(steps) <= 128.0, tl.minimum(steps, 127.0), 0.0).to(tl.int8)
+    steps = tl.minimum(tl.maximum(tl.floor(steps + 0.5), -128.0), 127.0)
+    return tl.where(steps == steps, steps, 0.0).to(tl.int8)
 
 
 @triton.jit
 def restore(rounded, residue):
-    """The number in float32."""
-    power = _exponent(rounded).to(tl.float32, bitcast=True)
-    return rounded.to(tl.float32) + residue.to(tl.float32) * (power / _steps(rounded))
+    """The number in float32, itself where it is not finite."""
+    exponent, number = _exponent(rounded), rounded.to(tl.float32)
+    step = exponent.to(tl.float32, bitcast=True) / _steps(rounded)
+    return tl.where(exponent == 0x7F800000, number, number + residue.to(tl.float32) * step)

@@ -115,7 +115,8 @@ def add_values(weights, value, softmax, ROUNDED: tl.constexpr):
     rounded_sum = softmax.rounded_sum
     if ROUNDED:  # from the bits: a conversion and back would cost as much as the exponential
         DROPPED: tl.constexpr = 16 if value.dtype == tl.bfloat16 else 13
-        bits = weights.to(tl.int32, bitcast=True) + (1 << (DROPPED - 1))
+        bits = weights.to(tl.int32, bitcast=True)
+        bits += ((1 << (DROPPED - 1)) - 1) + ((bits >> DROPPED) & 1)  # ties to even
         rounded_sum += tl.sum((bits & -(1 << DROPPED)).to(tl.float32, bitcast=True), 1)
     accumulator = tl.dot(
         weights.to(value.dtype), value, softmax.accumulator, input_precision="ieee"

@@ -28,13 +28,13 @@ NAMESPACE = "gqa_kernels"
 # What an argument is most often, first of all tensors that belong to no subclass.
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float))
 _num_dispatch_modes = torch._C._len_torch_dispatch_stack
-_is_jit_tracing = torch._C._is_tracing
+is_jit_tracing = torch._C._is_tracing
 
 
 def is_traced(*values: Any) -> bool:
     """Whether a call belongs to PyTorch's dispatcher: a compiler, `torch.jit.trace`, a mode or a
     subclass watches."""
-    if is_compiling() or _num_dispatch_modes() or _is_jit_tracing():
+    if is_compiling() or _num_dispatch_modes() or is_jit_tracing():
         return True
     # A loop: a generator would cost a microsecond at every call.
     for x in values:  # noqa: SIM110
