@@ -113,10 +113,12 @@ def online_softmax_step(scores, softmax, exponent_scale, ROUNDED: tl.constexpr =
 def add_values(weights, value, softmax, ROUNDED: tl.constexpr):
     """The softmax with a tile of weighted values added to its accumulator."""
     rounded_sum = softmax.rounded_sum
-    if ROUNDED:  # from the bits: a conversion and back would cost as much as the exponential
+    if ROUNDED:
+        # From the bits: a conversion and back would cost as much as the exponential. A tie, one
+        # weight in 2¹³ or fewer, counts as rounded up: to see whether to even would take as much
+        # again, and push exponentials from under the products.
         DROPPED: tl.constexpr = 16 if value.dtype == tl.bfloat16 else 13
-        bits = weights.to(tl.int32, bitcast=True)
-        bits += ((1 << (DROPPED - 1)) - 1) + ((bits >> DROPPED) & 1)  # ties to even
+        bits = weights.to(tl.int32, bitcast=True) + (1 << (DROPPED - 1))
         rounded_sum += tl.sum((bits & -(1 << DROPPED)).to(tl.float32, bitcast=True), 1)
     accumulator = tl.dot(
         weights.to(value.dtype), value, softmax.accumulator, input_precision="ieee"
