@@ -1,11 +1,7 @@
 """Without a GPU the kernels run in Triton's interpreter, switched on before they are imported."""
 
-import functools
-import importlib
 import os
-import pkgutil
 import random
-import types
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -18,8 +14,8 @@ if not torch.cuda.is_available():
 
 # After the interpreter: they import the kernels.
 from budget import SEED
+from poison import PoisonedTorch, op_modules
 
-from gqa_kernels import ops
 from gqa_kernels.spec.case import standard_normal
 
 # torch.device("meta") remembers, from its first use on, which functions allocate: torch's own, not
@@ -76,34 +72,8 @@ def _fixed_seeds() -> None:
     torch.manual_seed(SEED)
 
 
-class _PoisonedTorch:
-    """torch, but what it allocates without a value holds NaN."""
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
-
-    @staticmethod
-    def empty(*args, **kwargs):
-        return _poisoned(torch.empty(*args, **kwargs))
-
-    @staticmethod
-    def empty_like(*args, **kwargs):
-        return _poisoned(torch.empty_like(*args, **kwargs))
-
-
-def _poisoned(x: torch.Tensor) -> torch.Tensor:
-    return x.fill_(float("nan")) if x.is_floating_point() else x
-
-
-@functools.cache
-def _op_modules() -> list[types.ModuleType]:
-    found = pkgutil.walk_packages(ops.__path__, f"{ops.__name__}.")
-    modules = [importlib.import_module(module.name) for module in found]
-    return [module for module in modules if hasattr(module, "torch")]
-
-
 @pytest.fixture(autouse=True)
 def _poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that an op allocates holds NaN until a kernel writes it."""
-    for module in _op_modules():
-        monkeypatch.setattr(module, "torch", _PoisonedTorch())
+    for module in op_modules():
+        monkeypatch.setattr(module, "torch", PoisonedTorch())

@@ -6,14 +6,12 @@ Triton's cache: the first run takes minutes, the next ones seconds.
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from processes import compiling
 
 BENCH = Path(__file__).parents[2] / "bench"
 ARCHS = ("sm_90", "sm_80", "sm_100", "sm_120", "gfx942")
@@ -55,11 +53,7 @@ ATTENTION = ("attention.forward", "attention.dkdv", "attention.dq")
 
 def python(*arguments: str) -> str:
     """What a fresh interpreter prints, with bench/ on its path and Triton compiling."""
-    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    path = filter(None, [str(BENCH), environment.get("PYTHONPATH")])
-    environment["PYTHONPATH"] = os.pathsep.join(path)
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = compiling(*arguments, folder=BENCH)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 

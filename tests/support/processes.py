@@ -3,6 +3,9 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+SUPPORT = Path(__file__).parent
 
 
 def fresh(code: str, **environment: str) -> None:
@@ -16,3 +19,12 @@ def fresh(code: str, **environment: str) -> None:
         text=True,
     )
     assert result.returncode == 0, result.stderr
+
+
+def compiling(*arguments: str, folder: Path = SUPPORT) -> subprocess.CompletedProcess[str]:
+    """Runs Python in a new process in which Triton compiles, with a folder on its path."""
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = filter(None, [str(folder), environment.get("PYTHONPATH")])
+    environment["PYTHONPATH"] = os.pathsep.join(path)
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -1,0 +1,67 @@
+"""Every op of the table as it is compiled, executed without a GPU.
+
+`ptx_emulator.check` runs the small cases in a process of its own, one per architecture and dtype:
+results, gradients, data races, missing waits and fences, accesses outside of tensors.
+"""
+
+import json
+from collections import Counter
+
+import pytest
+from processes import compiling
+
+from gqa_kernels.spec import IN_PLACE_OPS, OPS
+
+TABLE = Counter(
+    {spec.name: len(spec.test_cases()) for spec in (*OPS, *IN_PLACE_OPS) if spec.test_cases()}
+)
+
+
+def checked(folder, *options):
+    """The records of `ptx_emulator.check` with these options, none of which may have failed."""
+    results = folder / "results.jsonl"
+    command = ("-m", "ptx_emulator.check", *options, "--results", str(results))
+    done = compiling(*command)
+    lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
+    records = [json.loads(line) for line in lines]
+    failed = [
+        f"{r['op']} {r['case']} {r['dtype']} on {r['arch']}: {complaint}"
+        for r in records
+        if r["status"] == "failed"
+        for complaint in r["complaints"]
+    ]
+    assert not failed, "\n".join(failed)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return records
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype"), (("sm_90", "float32"), ("sm_90", "bfloat16"), ("sm_80", "bfloat16"))
+)
+def test_small_cases(arch, dtype, tmp_path):
+    records = checked(tmp_path, "--arch", arch, "--dtype", dtype)
+    assert Counter(record["op"] for record in records) == TABLE
+    refused = {record["case"] for record in records if record["status"] == "refused"}
+    assert all(arch == "sm_80" and "float8" in case for case in refused)
+
+
+NAN_IN_AN_INT8_CACHE = """
+import sys, torch
+from gqa_kernels.spec import Case, IN_PLACE_OPS
+from ptx_emulator.check import Call
+spec = next(spec for spec in IN_PLACE_OPS if spec.name == "rope_append_kv")
+sizes = spec.test_cases()[0].sizes | {"cache_dtype": torch.int8, "scale_per_head": True}
+call = Call(spec, Case(sizes, "NaN"), torch.bfloat16)
+call.inputs["v"][..., ::2] = float("nan")
+call.inputs["v_cache"].fill_(5)
+outcome = call.run(sys.argv[1])
+assert not outcome.complaints, outcome.complaints
+stored = outcome.results["v_cache"].flatten(0, 1)[call.inputs["slots"].flatten()]
+assert (stored[..., ::2] == 0).all() and (stored[..., 1::2] != 0).any(), stored
+"""
+
+
+@pytest.mark.parametrize("arch", ("sm_80", "sm_90"))
+def test_nan_in_an_int8_cache_is_stored_as_0(arch):
+    done = compiling("-c", NAN_IN_AN_INT8_CACHE, arch)
+    assert done.returncode == 0, done.stderr[-4000:]
