@@ -102,7 +102,7 @@ def run(mutate=None, rows=300, extra=0, **options):
         torch.full((rows, 64), float("nan"), dtype=torch.half),
     )
     layout = gl.NVMMASharedLayout.get_default_for([64, 64], gl.float16)
-    with emulating("sm_90", mutate=mutate, init_fence=True, **options) as emulator:
+    with emulating("sm_90", mutate=mutate, mbarrier_fence=True, **options) as emulator:
         a_d, b_d, c_d = (
             TensorDescriptor(x, list(x.shape), list(x.stride()), [64, 64], layout)
             for x in (a, b, c)

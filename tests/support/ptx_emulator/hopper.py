@@ -62,7 +62,9 @@ class Hopper:
             elif barrier.copies:
                 self.launch.report("mbarrier.inval with copies in flight", line, f"{address}")
             if self.races:
-                self.races.on_write(line, np.array([address]), 8, np.array([thread]))
+                fenced = self.options.mbarrier_fence
+                at, threads = np.array([address]), np.array([thread])
+                self.races.on_write(line, at, 8, threads, generic=fenced)
 
     def _mbarrier(self, line, address):
         barrier = self.mbarriers.get(address)
@@ -139,7 +141,7 @@ class Hopper:
             self.shared[address : address + tensor.size] = 0xFF
             bar = self._mbarrier(line, int(barrier[thread]))
             if self.races:
-                self.races.signal(line, int(barrier[thread]), thread, self.options.init_fence)
+                self.races.signal(line, int(barrier[thread]), thread, self.options.mbarrier_fence)
                 published = self.races.release(self.warp[thread])
                 bar.published = np.maximum(bar.published, published)
             bar.copies.append((line, tensor, start, address, places, thread))

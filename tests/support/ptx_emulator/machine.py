@@ -30,9 +30,9 @@ class Options:
     ctas: str = "forward"  # or "backward", "random", "interleaved" (switch at atomics)
     noise: bool = False  # approximate instructions err by as much as they may
     seed: int = 0
-    init_fence: bool = (
-        False  # a proxy fence between mbarrier.init and bulk copies; Triton's pipeliner has none
-    )
+    # A proxy fence is asked for after mbarrier.init before bulk copies on it, and after
+    # mbarrier.inval before one over it. Triton's own pipelines have neither.
+    mbarrier_fence: bool = False
     strict: bool = True  # raise at the first finding
 
 
