@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-seeds test-matrix test-newest lint format bench peers compile-check-3.6 clean
+.PHONY: demo test test-seeds test-matrix test-newest test-machine-code lint format bench peers compile-check-3.6 clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -53,6 +53,17 @@ test-newest: .venv-newest/.ready
 	.venv-transformers4/bin/python -m pip install --disable-pip-version-check -q \
 		-c constraints-transformers4.txt transformers
 	touch $@
+
+# The compiled kernels, executed without a GPU: all dtypes, longer cases, every order. Then two
+# reports: how near errors come to their budgets where approximate instructions err as much as they
+# may, and which faults of a kernel are seen. An hour.
+EMULATOR := PYTHONPATH=tests/support OMP_NUM_THREADS=1 $(BIN)/python -m ptx_emulator
+
+test-machine-code: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 -m "" tests/machine_code
+	$(EMULATOR).check --arch sm_80 --dtype float32 --dtype bfloat16 --noise --report
+	$(EMULATOR).mutations --arch sm_80
+	$(EMULATOR).mutations --arch sm_90
 
 lint: $(READY)
 	$(BIN)/ruff check .

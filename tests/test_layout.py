@@ -80,6 +80,28 @@ MODEL_ALLOWED = {
     "__main__": {"cli"},
 }
 
+# The same for the emulator of compiled code, which is a package of the tests.
+EMULATOR = ROOT / "tests" / "support" / "ptx_emulator"
+EMULATOR_ALLOWED = {
+    "__init__": set(),
+    "ops": set(),
+    "parse": set(),
+    "memory": set(),
+    "races": set(),
+    "tensor_map": set(),
+    "global_accesses": set(),
+    "shared_accesses": set(),
+    "warps": set(),
+    "hopper": set(),
+    "translation": {"translation", "ops", "parse"},
+    "machine": {"global_accesses", "hopper", "memory", "races", "shared_accesses", "warps"},
+    "specialised": {"machine", "races"},
+    "driver": {"machine", "memory", "parse", "specialised", "tensor_map", "translation"},
+    "cases": set(),
+    "check": {"cases", "driver"},
+    "mutations": {"cases", "check", "driver"},
+}
+
 
 def imported(path: Path) -> set[str]:
     """Every module that a file imports, at any depth of nesting."""
@@ -101,7 +123,7 @@ def modules(package: Path) -> dict[str, Path]:
     return found
 
 
-KERNELS, MODELS = modules(PACKAGE), modules(MODEL)
+KERNELS, MODELS, EMULATORS = modules(PACKAGE), modules(MODEL), modules(EMULATOR)
 
 
 def within(name: str, prefixes: set[str]) -> bool:
@@ -137,10 +159,21 @@ def test_arrows_inside_the_model(name):
     assert not {other for other in found if not within(other, allowed)}
 
 
+@pytest.mark.parametrize("name", EMULATORS)
+def test_arrows_inside_the_emulator(name):
+    """And what runs PTX knows none of our kernels."""
+    allowed = rule_of(name, EMULATOR_ALLOWED)
+    found = siblings(EMULATORS[name], "ptx_emulator", EMULATORS.keys())
+    assert not {other for other in found if not within(other, allowed)}
+    outside = {module.split(".")[0] for module in imported(EMULATORS[name])}
+    over_the_table = name in ("cases", "check", "mutations")
+    assert not outside & {"llama2", "bench"} and ("gqa_kernels" not in outside or over_the_table)
+
+
 @pytest.mark.parametrize(
     ("package", "files"),
-    [("gqa_kernels", KERNELS), ("llama2", MODELS)],
-    ids=["gqa_kernels", "llama2"],
+    [("gqa_kernels", KERNELS), ("llama2", MODELS), ("ptx_emulator", EMULATORS)],
+    ids=["gqa_kernels", "llama2", "ptx_emulator"],
 )
 def test_no_circles(package, files):
     """Modules can be put in an order in which each imports earlier ones alone, late imports too."""
@@ -168,13 +201,15 @@ def test_allocations_name_their_dtype_and_device(path):
 
 
 def test_a_file_fits_in_the_head():
-    files = [*KERNELS.values(), *MODELS.values()]
+    files = [*KERNELS.values(), *MODELS.values(), *EMULATORS.values()]
     lines = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in files}
     assert not {file: count for file, count in lines.items() if count > 400}
 
 
 @pytest.mark.parametrize(
-    ("allowed", "files"), [(KERNELS_ALLOWED, KERNELS), (MODEL_ALLOWED, MODELS)], ids=["k", "m"]
+    ("allowed", "files"),
+    [(KERNELS_ALLOWED, KERNELS), (MODEL_ALLOWED, MODELS), (EMULATOR_ALLOWED, EMULATORS)],
+    ids=["k", "m", "e"],
 )
 def test_every_rule_has_a_module(allowed, files):
     assert all(any(within(name, {rule}) for name in files) for rule in allowed)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
@@ -245,7 +246,16 @@ _driver = cache(EmulatingDriver)
 
 @contextmanager
 def emulating(arch: str, *, mutate=None, **options: Any) -> Iterator[EmulatingDriver]:
-    """Launches inside run in the emulator; see `machine.Options`."""
+    """Launches inside run in the emulator.
+
+    Args:
+        mutate: (kernel's name, PTX) → PTX that runs in its stead.
+        options: those of `machine.Options`.
+    Raises:
+        RuntimeError: Triton's interpreter is on, so that nothing is compiled.
+    """
+    if knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET: expected it to be unset; got it set")
     active = _driver(arch)
     driver.set_active(active)
     before = active.options, active.mutate, active.findings, active.records

@@ -1,6 +1,6 @@
 """Breaks kernels on purpose, one instruction at a time, to see that the emulator notices.
 
-    python -m ptx_emulator.mutations --arch sm_80 --op flash_attention --case 0 --dtype bfloat16
+    python -m ptx_emulator.mutations --arch sm_80 [--op flash_attention --case 0]
 
 A mutant is seen if there is a finding, an error beyond its budget or an exception. One that
 survives need not be a gap: its line may not matter, or another one beside it does the same.
@@ -11,7 +11,6 @@ import dataclasses
 import json
 import random
 import re
-import time
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -185,46 +184,59 @@ def _run(arch: str, call: Call, kernel: str, broken: str, results: Any) -> tuple
     return ("nothing" if same else "bits"), ""
 
 
+# What is broken where no op is named: (op, longer cases, case, sizes to change, backward pass too).
+CALLS = (
+    ("flash_attention", True, 0, {"num_q_heads": 1, "seq_len_q": 70, "seq_len_kv": 330}, False),
+    ("flash_attention", True, 0, {"num_q_heads": 1, "seq_len_q": 130, "seq_len_kv": 130}, True),
+    ("decode_attention", False, 1, {}, False),
+    ("rms_norm", False, 4, {}, True),
+)
+
+
+def call_of(
+    op: str, extra: bool, number: int, sizes: dict[str, Any], backward: bool, dtype: str
+) -> Call:
+    spec = next(s for s in SPECS if s.name == op)
+    case = (extra_cases(spec) if extra else spec.test_cases())[number]
+    case = dataclasses.replace(case, sizes=case.sizes | sizes)
+    spec = spec if backward else dataclasses.replace(spec, wrt=())
+    return Call(spec, case, getattr(torch, dtype))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", default="sm_80", choices=ARCHITECTURES)
-    parser.add_argument("--op", default="flash_attention", choices=[s.name for s in SPECS])
-    parser.add_argument("--case", type=int, default=0)
+    parser.add_argument("--op", choices=[s.name for s in SPECS], help="default: several calls")
+    parser.add_argument("--case", type=int, default=0, help="its place among the cases of --op")
     parser.add_argument("--extra", action="store_true", help="one of the longer cases")
-    parser.add_argument("--sizes", help="JSON: sizes of the case to change")
+    parser.add_argument("--sizes", default="{}", help="JSON: sizes of the case to change")
     parser.add_argument("--forward", action="store_true", help="no backward pass")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--each", type=int, default=6, help="places per kind and kernel")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--kind", action="append", choices=KINDS)
-    parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--results", metavar="FILE", help="a line of JSON per mutant is appended")
     options = parser.parse_args()
     poison_allocations()
-    spec = next(s for s in SPECS if s.name == options.op)
-    case = (extra_cases(spec) if options.extra else spec.test_cases())[options.case]
-    if options.sizes:
-        case = dataclasses.replace(case, sizes={**case.sizes, **json.loads(options.sizes)})
-    if options.forward:
-        spec = dataclasses.replace(spec, wrt=())
-    call, started = Call(spec, case, getattr(torch, options.dtype)), time.time()
+    sizes = json.loads(options.sizes)
+    named = (options.op, options.extra, options.case, sizes, not options.forward)
     totals: dict[str, list[int]] = {}
-    kinds = options.kind or KINDS
-    for mutant in mutants(options.arch, call, kinds, each=options.each, kernel=options.kernel):
-        count = totals.setdefault(mutant.kind, [0, 0])
-        count[0] += not mutant.survived
-        count[1] += 1
-        verdict = "SURVIVED" if mutant.survived else "seen"
-        where = f"{mutant.kernel} {mutant.kind}, line {mutant.line}: {mutant.text[:110]}"
-        print(f"{verdict} ({mutant.seen}) {where} {mutant.detail[:200]}", flush=True)
-        if options.results:
-            with open(options.results, "a", encoding="utf-8") as file:
-                file.write(json.dumps(mutant._asdict() | {"survived": mutant.survived}) + "\n")
-        if time.time() - started > 60 * options.minutes:
-            print(f"stopped after {options.minutes:g} minutes")
-            break
+    for described in (named,) if options.op else CALLS:
+        call = call_of(*described, options.dtype)
+        kinds = options.kind or KINDS
+        for mutant in mutants(options.arch, call, kinds, each=options.each, kernel=options.kernel):
+            count = totals.setdefault(mutant.kind, [0, 0])
+            count[0] += not mutant.survived
+            count[1] += 1
+            verdict = "SURVIVED" if mutant.survived else "seen"
+            where = f"{mutant.kernel} {mutant.kind}, line {mutant.line}: {mutant.text[:110]}"
+            print(f"{verdict} ({mutant.seen}) {where} {mutant.detail[:200]}", flush=True)
+            if options.results:
+                with open(options.results, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(mutant._asdict()) + "\n")
+    print(f"Mutants that were seen, on {options.arch}:")
     for kind, (seen, total) in totals.items():
-        print(f"{kind}: {seen} of {total} seen")
+        print(f"  {kind}: {seen} of {total}")
 
 
 if __name__ == "__main__":
