@@ -2,10 +2,11 @@
 
 The interpreter (every version up to 3.9) holds bfloat16 as uint16. It multiplies those integers
 where a kernel multiplies bfloat16, in `tl.dot` too, and truncates where a GPU rounds to nearest
-even. It reads float8_e4m3fn's NaN as a number, and not at all where bfloat16 is asked for. `enable`
-replaces the operations concerned, so that results have the bits that PyTorch gives. What the
-interpreter repeats needlessly in every operation is left out. It is for checking kernels, never for
-speed.
+even. It reads float8_e4m3fn's NaN as a number, and not at all where bfloat16 is asked for. It adds
+the accumulator to a float32 product at the end, where a GPU begins with it and rounds every sum.
+`enable` replaces the operations concerned, so that results have the bits that PyTorch gives, or a
+GPU. What the interpreter repeats needlessly in every operation is left out. It is for checking
+kernels, never for speed.
 """
 
 import os
@@ -95,8 +96,22 @@ def _repair(module: Any) -> None:
             return cast(self, src, dst_type)
         return original_fp_to_fp(self, src, dst_type, rounding_mode)
 
-    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return original_dot(self, widen(a), widen(b), *rest)
+    def dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+        if a.dtype.scalar == tl.float32 and b.dtype.scalar == tl.float32:
+            return handle_type(multiply_add(a.data, b.data, d.data), d.dtype.scalar)
+        return original_dot(self, widen(a), widen(b), d, *rest)
+
+    def multiply_add(a: Any, b: Any, total: Any) -> Any:
+        """float32 products, each added to the accumulator with one rounding, as a GPU does."""
+        columns = np.moveaxis(a, -1, 0).astype(np.float64)[..., None]
+        rows = np.moveaxis(b, -2, 0).astype(np.float64)[..., None, :]
+        total = np.array(total, dtype=np.float32)
+        exact = np.empty(total.shape, dtype=np.float64)
+        for column, row in zip(columns, rows, strict=True):
+            np.multiply(column, row, out=exact)
+            np.add(exact, total, out=exact)
+            np.copyto(total, exact, casting="same_kind")
+        return total
 
     def through_float32(original: Any) -> Any:
         """An operation on bfloat16 computes in float32 and rounds its result once."""

@@ -42,6 +42,14 @@ def _dot(a_ptr, b_ptr, y_ptr, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _dot_onto(a_ptr, b_ptr, y_ptr, SIZE: tl.constexpr):
+    i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    offsets = i * SIZE + j
+    a, b, y = (tl.load(a_ptr + offsets), tl.load(b_ptr + offsets), tl.load(y_ptr + offsets))
+    tl.store(y_ptr + offsets, tl.dot(a, b, y, input_precision="ieee"))
+
+
+@triton.jit
 def _index(x_ptr, y_ptr, stride):
     tl.store(y_ptr, tl.load(x_ptr) * stride)
 
@@ -84,6 +92,19 @@ def test_dot_accumulates_in_float32(generator):
     a, b = a.double(), b.double()
     bound = 32 * torch.finfo(torch.float32).eps * (a.abs() @ b.abs().T)  # of any order of the sum
     assert ((y - a @ b.T).abs() <= bound).all()
+
+
+def test_a_float32_dot_rounds_every_sum_from_the_accumulator_on(generator):
+    """As hardware does, so that what is lost beside a large accumulator is lost here too."""
+    a, b = (torch.randn(16, 16, generator=generator) for _ in range(2))
+    y = torch.full((16, 16), 1000.0)
+    wanted = y.double()
+    for k in range(16):
+        wanted = (wanted + a[:, k, None].double() * b[k].double()).float().double()
+    _dot_onto[(1,)](a, b, y, SIZE=16)
+    assert torch.equal(y, wanted.float())
+    once = (1000.0 + a.double() @ b.double()).float()
+    assert (y != once).any()
 
 
 @pytest.mark.parametrize("sign", (1, -1))
