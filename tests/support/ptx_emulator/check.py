@@ -245,9 +245,10 @@ def main() -> None:
                 file.write(json.dumps(record) + "\n")
         if options.report and record["status"] == "passed":
             continue
-        told = ("view", "worst", "what", "launches", "emulated", "seconds", "complaints")
+        told = ("view", "worst", "what", "launches", "emulated", "seconds")
         shown = ", ".join(f"{name} {record[name]}" for name in told if record.get(name))
-        print(f"{record['status']} {spec.name} {case} {dtype}: {shown}", flush=True)
+        why = "".join(f"\n    {complaint}" for complaint in record["complaints"][:3])
+        print(f"{record['status']} {spec.name} {case} {dtype}: {shown}{why}", flush=True)
     _print_coverage()
     _print_worst(records)
     count = {s: sum(r["status"] == s for r in records) for s in ("passed", "refused", "failed")}

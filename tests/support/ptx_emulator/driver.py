@@ -31,6 +31,8 @@ from ptx_emulator.translation import Program
 
 
 class Limits(NamedTuple):
+    """What a kernel plans its launches for."""
+
     capability: int
     num_sms: int
     shared_per_program: int
@@ -42,6 +44,8 @@ _SIZES = {"i1": 1, "i8": 1, "u8": 1, "i16": 2, "u16": 2, "i32": 4, "u32": 4, "i6
 
 
 class Record(NamedTuple):
+    """One launch that ran."""
+
     kernel: str
     grid: tuple
     threads: int
@@ -51,7 +55,7 @@ class Record(NamedTuple):
 
 
 class Unsupported(NotImplementedError):
-    pass
+    """What a launch asks of the driver, and the driver cannot do."""
 
 
 programs: dict[str, Program] = {}  # by PTX
@@ -72,6 +76,8 @@ def _flatten(signature: Any, values: Any, path: str, output: list) -> None:
 
 
 class _Launcher:
+    """A compiled kernel: finds its PTX, binds arguments to parameters, runs it."""
+
     def __init__(self, source: Any, metadata: Any) -> None:
         self.signature = source.signature
         self.metadata = metadata
@@ -184,6 +190,8 @@ class _Launcher:
 
 
 class _Utilities:
+    """What Triton's driver asks of a GPU and its loader."""
+
     def __init__(self, limits: Limits) -> None:
         self.properties = {
             "max_shared_mem": limits.shared_per_program,
@@ -203,6 +211,8 @@ class _Utilities:
 
 
 class EmulatingDriver(DriverBase):
+    """The active driver while `emulating`: a GPU whose memory is that of the CPU."""
+
     launcher_cls = _Launcher
 
     def __init__(self, arch: str) -> None:

@@ -6,6 +6,8 @@ U4 = np.uint32
 
 
 class _Mbarrier:
+    """One mbarrier object: arrivals and bytes that its phase still waits for."""
+
     def __init__(self, count: int, num_warps: int) -> None:
         self.count = self.pending = count
         self.phase = 0

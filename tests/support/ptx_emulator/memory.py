@@ -38,6 +38,8 @@ class Region:
 
 
 class GlobalMemory:
+    """The tensors of one launch, by address."""
+
     def __init__(self, report) -> None:
         self.report = report
         self.regions: dict[int, Region] = {}

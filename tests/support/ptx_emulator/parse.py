@@ -14,6 +14,8 @@ REG_DTYPES = {
 
 @dataclass(frozen=True)
 class Reg:
+    """A register of a kernel, by its place among all of them."""
+
     name: str
     index: int
     dtype: str  # a numpy dtype character code: "?", "u1", "u2", "u4", "u8"
@@ -21,22 +23,30 @@ class Reg:
 
 @dataclass(frozen=True)
 class Imm:
+    """A constant."""
+
     value: int | float
     is_float: bool = False
 
 
 @dataclass(frozen=True)
 class Special:
+    """A register that the hardware fills."""
+
     name: str  # "%tid.x"
 
 
 @dataclass(frozen=True)
 class Symbol:
+    """The name of a parameter, a label or shared memory."""
+
     name: str
 
 
 @dataclass(frozen=True)
 class Memory:
+    """An operand in brackets: an address."""
+
     base: object  # Reg, Symbol or Imm
     offset: int = 0
     coordinates: tuple = ()  # of a bulk tensor copy: [base, {x, y, …}]
@@ -44,17 +54,23 @@ class Memory:
 
 @dataclass(frozen=True)
 class Vector:
+    """An operand in braces."""
+
     items: tuple
 
 
 @dataclass(frozen=True)
 class Pair:
+    """Two destinations of one instruction."""
+
     first: object  # d|p
     second: object
 
 
 @dataclass
 class Instruction:
+    """One instruction with its operands and its line in the text."""
+
     op: str  # "ld.global.v4.b32"
     args: list
     predicate: Reg | None
@@ -70,6 +86,8 @@ class Instruction:
 
 @dataclass
 class Kernel:
+    """What the text says of one kernel."""
+
     name: str = ""
     params: list = field(default_factory=list)  # (name, type, bytes)
     registers: list = field(default_factory=list)  # dtype by index
@@ -111,6 +129,8 @@ def _split(text: str) -> list[str]:
 
 
 class _Parser:
+    """Reads the text once, statement by statement."""
+
     def __init__(self, text: str) -> None:
         self.kernel = Kernel(text=text)
         self.scopes: list[dict] = []

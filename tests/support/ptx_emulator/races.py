@@ -9,6 +9,8 @@ import numpy as np
 
 
 class SharedRaces:
+    """The race detector of one CTA's shared memory."""
+
     def __init__(self, size: int, unit: int, num_threads: int, report, async_proxy=False) -> None:
         self.unit, self.report = unit, report
         self.num_warps = -(-num_threads // 32)

@@ -22,7 +22,7 @@ class Unit(Cta):
         self.cta, self.first = cta, first
         for name in (
             "launch", "position", "program", "options", "linear", "shared_end", "static_base",
-            "shared", "shared_views", "acquired", "random", "noise",
+            "shared", "shared_views", "acquired", "random",
         ):  # fmt: skip
             setattr(self, name, getattr(cta, name))
         self.num_threads, self.num_warps = count, -(-count // 32)

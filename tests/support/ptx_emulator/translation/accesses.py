@@ -5,6 +5,8 @@ from ptx_emulator.translation.operands import NUMPY_OF, SIZE_OF, UNSIGNED_OF, Op
 
 
 class Accesses(Operands):
+    """A part of `writer.BlockWriter`."""
+
     def _ld(self, i):
         parts = i.parts
         kind = parts[-1]

@@ -7,6 +7,8 @@ from ptx_emulator.translation.operands import INTEGERS, NUMPY_OF, SIZE_OF, Opera
 
 
 class Arithmetic(Operands):
+    """A part of `writer.BlockWriter`."""
+
     def _float(self, i: Instruction, names: int, expression32: str, kind: str) -> None:
         """An operation on floats of any width; {a}, {b}, {c} stand for the operands."""
         ftz = "ftz" in i.parts

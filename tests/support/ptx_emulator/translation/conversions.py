@@ -14,6 +14,8 @@ from ptx_emulator.translation.operands import (
 
 
 class Conversions(Operands):
+    """A part of `writer.BlockWriter`."""
+
     def _setp(self, i):
         parts = i.parts
         compare, kind = parts[1], parts[-1]

@@ -7,6 +7,8 @@ from ptx_emulator.translation.operands import NUMPY_OF, Operands
 
 
 class Warps(Operands):
+    """A part of `writer.BlockWriter`."""
+
     def _shfl(self, i):
         mode = i.parts[2]
         destination, a, b, c = i.args[:4]
