@@ -98,9 +98,10 @@ def online_softmax_step(scores, softmax, exponent_scale, ROUNDED: tl.constexpr =
     """
     new_max = tl.maximum(softmax.running_max, tl.max(scores, 1))
     # A row that has seen no key yet: −inf − (−inf) would be NaN, −inf − 0 is a weight of 0.
-    anchor = tl.where(new_max == -float("inf"), 0.0, new_max) * exponent_scale
-    weights = tl.math.exp2(scores * exponent_scale - anchor[:, None])
-    rescale = tl.math.exp2(softmax.running_max * exponent_scale - anchor)
+    anchor = tl.where(new_max == -float("inf"), 0.0, new_max)
+    weights = tl.math.exp2(scores * exponent_scale - (anchor * exponent_scale)[:, None])
+    # The difference first: a maximum that stays rescales by 1, where products are fused too.
+    rescale = tl.math.exp2((softmax.running_max - anchor) * exponent_scale)
     running_sum = softmax.running_sum * rescale + tl.sum(weights, 1)
     rounded_sum = softmax.rounded_sum
     if ROUNDED:
