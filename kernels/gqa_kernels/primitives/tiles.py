@@ -78,7 +78,7 @@ class Softmax(NamedTuple):
 
     running_max: Any
     running_sum: Any
-    rounded_sum: Any  # of the weights as they multiply values, rounded; kept up where ROUNDED
+    rounded_sum: Any  # of the weights as they multiply values, rounded; kept up where DROPPED
     accumulator: Any
 
 
@@ -90,7 +90,7 @@ def empty_softmax(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def online_softmax_step(scores, softmax, exponent_scale, ROUNDED: tl.constexpr = False):
+def online_softmax_step(scores, softmax, exponent_scale, DROPPED: tl.constexpr = 0):
     """Folds a tile of scores `[BLOCK_M, BLOCK_N]` into the running softmax.
 
     Returns the tile's weights, to be multiplied by V, and the new state. The weights are
@@ -98,33 +98,31 @@ def online_softmax_step(scores, softmax, exponent_scale, ROUNDED: tl.constexpr =
     """
     new_max = tl.maximum(softmax.running_max, tl.max(scores, 1))
     # A row that has seen no key yet: −inf − (−inf) would be NaN, −inf − 0 is a weight of 0.
-    anchor = tl.where(new_max == -float("inf"), 0.0, new_max)
-    weights = tl.math.exp2(scores * exponent_scale - (anchor * exponent_scale)[:, None])
-    # The difference first: a maximum that stays rescales by 1, where products are fused too.
-    rescale = tl.math.exp2((softmax.running_max - anchor) * exponent_scale)
+    anchor = tl.where(new_max == -float("inf"), 0.0, new_max) * exponent_scale
+    weights = tl.math.exp2(scores * exponent_scale - anchor[:, None])
+    rescale = tl.math.exp2(softmax.running_max * exponent_scale - anchor)
+    # Fused, the product above is not rounded as the anchor was: nearly 1, and again in each tile.
+    rescale = tl.where(softmax.running_max == new_max, 1.0, rescale)
     running_sum = softmax.running_sum * rescale + tl.sum(weights, 1)
     rounded_sum = softmax.rounded_sum
-    if ROUNDED:
-        rounded_sum *= rescale
+    if DROPPED > 0:
+        # From the bits: a conversion and back would cost as much as the exponential. A tie, one
+        # weight in 2¹³ or fewer, counts as rounded up: to see whether to even would take as much
+        # again, and push exponentials from under the products.
+        bits = weights.to(tl.int32, bitcast=True) + (1 << (DROPPED - 1))
+        rounded = (bits & -(1 << DROPPED)).to(tl.float32, bitcast=True)
+        rounded_sum = rounded_sum * rescale + tl.sum(rounded, 1)
     accumulator = softmax.accumulator * rescale[:, None]
     return weights, Softmax(new_max, running_sum, rounded_sum, accumulator)
 
 
 @triton.jit
-def add_values(weights, value, softmax, ROUNDED: tl.constexpr):
+def add_values(weights, value, softmax):
     """The softmax with a tile of weighted values added to its accumulator."""
-    rounded_sum = softmax.rounded_sum
-    if ROUNDED:
-        # From the bits: a conversion and back would cost as much as the exponential. A tie, one
-        # weight in 2¹³ or fewer, counts as rounded up: to see whether to even would take as much
-        # again, and push exponentials from under the products.
-        DROPPED: tl.constexpr = 16 if value.dtype == tl.bfloat16 else 13
-        bits = weights.to(tl.int32, bitcast=True) + (1 << (DROPPED - 1))
-        rounded_sum += tl.sum((bits & -(1 << DROPPED)).to(tl.float32, bitcast=True), 1)
     accumulator = tl.dot(
         weights.to(value.dtype), value, softmax.accumulator, input_precision="ieee"
     )
-    return Softmax(softmax.running_max, softmax.running_sum, rounded_sum, accumulator)
+    return Softmax(softmax.running_max, softmax.running_sum, softmax.rounded_sum, accumulator)
 
 
 @triton.jit

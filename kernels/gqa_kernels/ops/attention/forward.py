@@ -58,7 +58,7 @@ def _walk(
     MASKED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     USE_TMA: tl.constexpr,
-    ROUNDED: tl.constexpr,
+    DROPPED: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     """num_steps tiles downwards from last_tile, whose scores are given; returns the scores of the
@@ -73,9 +73,9 @@ def _walk(
         start = (last_tile - step) * BLOCK_N
         key = load_tile(k, start - BLOCK_N, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA)
         products = tl.dot(q, key.T, input_precision="ieee")
-        weights, softmax = online_softmax_step(scores, softmax, scoring.exponent_scale, ROUNDED)
+        weights, softmax = online_softmax_step(scores, softmax, scoring.exponent_scale, DROPPED)
         value = load_tile(v, start, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA)
-        softmax = add_values(weights, value, softmax, ROUNDED)
+        softmax = add_values(weights, value, softmax)
         keys = (start - BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
         scores = score(products, keys, scoring)
         if MASKED:
@@ -161,7 +161,9 @@ def _forward_kernel(
     first_tile, num_tiles, num_free = key_tiles(first_own_key, visible, BLOCK_M, BLOCK_N)
     slope = load_slope(alibi_slopes_ptr, alibi_stride, work.sequence, head, score_unit)
     scoring = Scoring(own_keys, cap_scale, slope, score_unit * LOG2_E)
-    ROUNDED: tl.constexpr = residue_ptr is not None
+    # Bits of float32 that the weights lose, if somebody asks for that.
+    LOST: tl.constexpr = 16 if q.dtype == tl.bfloat16 else 13
+    DROPPED: tl.constexpr = LOST if residue_ptr is not None else 0
     softmax = empty_softmax(BLOCK_M, BLOCK_D)
     if sinks_ptr is not None:  # a key that has been seen already, whose value is 0
         sink = tl.load(sinks_ptr + head).to(tl.float32) / score_unit
@@ -179,22 +181,22 @@ def _forward_kernel(
         num_masked = num_tiles - 1 - num_free
         scores, softmax = _walk(
             q, k, v, visible, scoring, scores, softmax, last_tile, num_masked,
-            True, HEAD_DIM, USE_TMA, ROUNDED, NUM_STAGES,
+            True, HEAD_DIM, USE_TMA, DROPPED, NUM_STAGES,
         )  # fmt: skip
         last_tile -= num_masked
     if window_left is None and not LIMITED:
         scores, softmax = _walk(
             q, k, v, visible, scoring, scores, softmax, last_tile, num_free,
-            False, HEAD_DIM, USE_TMA, ROUNDED, NUM_STAGES,
+            False, HEAD_DIM, USE_TMA, DROPPED, NUM_STAGES,
         )  # fmt: skip
-    weights, softmax = online_softmax_step(scores, softmax, scoring.exponent_scale, ROUNDED)
+    weights, softmax = online_softmax_step(scores, softmax, scoring.exponent_scale, DROPPED)
     value = load_tile(v, first_tile * BLOCK_N, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA)
-    softmax = add_values(weights, value, softmax, ROUNDED)
+    softmax = add_values(weights, value, softmax)
 
     out, log_sum = finish_softmax(softmax)
     row = batch_64 * rows_per_batch + work.first_row  # of out, the sequence's first
     offset, stride = (row * num_q_heads + head) * HEAD_DIM, num_q_heads * HEAD_DIM
-    if ROUNDED:
+    if residue_ptr is not None:
         rounded_sum = tl.where(softmax.rounded_sum != 0.0, softmax.rounded_sum, 1.0)
         exact = out * (softmax.running_sum / rounded_sum)[:, None]
         residue = residue_of(exact, out.to(out_ptr.dtype.element_ty))
