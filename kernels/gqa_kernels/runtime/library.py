@@ -28,13 +28,13 @@ NAMESPACE = "gqa_kernels"
 # What an argument is most often, first of all tensors that belong to no subclass.
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float))
 _num_dispatch_modes = torch._C._len_torch_dispatch_stack
-is_jit_tracing = torch._C._is_tracing
+_is_jit_tracing = torch._C._is_tracing
 
 
 def is_traced(*values: Any) -> bool:
     """Whether a call belongs to PyTorch's dispatcher: a compiler, `torch.jit.trace`, a mode or a
     subclass watches."""
-    if is_compiling() or _num_dispatch_modes() or is_jit_tracing():
+    if is_compiling() or _num_dispatch_modes() or _is_jit_tracing():
         return True
     # A loop: a generator would cost a microsecond at every call.
     for x in values:  # noqa: SIM110
@@ -50,6 +50,12 @@ def needs_graph(*values: Any) -> bool:
             if isinstance(x, Tensor) and x.requires_grad:
                 return True
     return False
+
+
+def keeps_for_gradient(*values: Any) -> bool:
+    """`needs_graph`, for what an op's arguments say of it: of a call that `torch.jit.trace` records
+    False, which is compared with one where autograd is off."""
+    return (is_compiling() or not _is_jit_tracing()) and needs_graph(*values)
 
 
 def _note_written(x: Tensor | None) -> None:

@@ -220,8 +220,7 @@ def _attend(
     call = call._replace(window_left=window_left, window_right=0 if causal else window_right)
     q = call.q
     rounds = isinstance(q, Tensor) and q.dtype != torch.float32
-    # `torch.jit.trace` makes it a constant, and compares with a call where autograd is off.
-    need_residue = rounds and not library.is_jit_tracing() and library.needs_graph(*call)
+    need_residue = rounds and library.keeps_for_gradient(*call)
     out, lse, _ = _OP(*call, need_residue, need_lse=return_lse)
     return (out, lse * call.score_unit) if return_lse else out
 
