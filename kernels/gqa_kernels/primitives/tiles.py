@@ -90,7 +90,9 @@ def empty_softmax(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def online_softmax_step(scores, softmax, exponent_scale, DROPPED: tl.constexpr = 0):
+def online_softmax_step(
+    scores, softmax, exponent_scale, DROPPED: tl.constexpr = 0, EXACT: tl.constexpr = False
+):
     """Folds a tile of scores `[BLOCK_M, BLOCK_N]` into the running softmax.
 
     Returns the tile's weights, to be multiplied by V, and the new state. The weights are
@@ -101,8 +103,10 @@ def online_softmax_step(scores, softmax, exponent_scale, DROPPED: tl.constexpr =
     anchor = tl.where(new_max == -float("inf"), 0.0, new_max) * exponent_scale
     weights = tl.math.exp2(scores * exponent_scale - anchor[:, None])
     rescale = tl.math.exp2(softmax.running_max * exponent_scale - anchor)
-    # Fused, the product above is not rounded as the anchor was: nearly 1, and again in each tile.
-    rescale = tl.where(softmax.running_max == new_max, 1.0, rescale)
+    if EXACT:
+        # Fused, the product above is not rounded as the anchor was: nearly 1, and again in each
+        # tile. float32 would see it; 16 bits do not, and ptxas then sinks their exponentials.
+        rescale = tl.where(softmax.running_max == new_max, 1.0, rescale)
     running_sum = softmax.running_sum * rescale + tl.sum(weights, 1)
     rounded_sum = softmax.rounded_sum
     if DROPPED > 0:

@@ -73,7 +73,9 @@ def _walk(
         start = (last_tile - step) * BLOCK_N
         key = load_tile(k, start - BLOCK_N, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA)
         products = tl.dot(q, key.T, input_precision="ieee")
-        weights, softmax = online_softmax_step(scores, softmax, scoring.exponent_scale, DROPPED)
+        weights, softmax = online_softmax_step(
+            scores, softmax, scoring.exponent_scale, DROPPED, q.dtype == tl.float32
+        )
         value = load_tile(v, start, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA)
         softmax = add_values(weights, value, softmax)
         keys = (start - BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
@@ -189,7 +191,9 @@ def _forward_kernel(
             q, k, v, visible, scoring, scores, softmax, last_tile, num_free,
             False, HEAD_DIM, USE_TMA, DROPPED, NUM_STAGES,
         )  # fmt: skip
-    weights, softmax = online_softmax_step(scores, softmax, scoring.exponent_scale, DROPPED)
+    weights, softmax = online_softmax_step(
+        scores, softmax, scoring.exponent_scale, DROPPED, q.dtype == tl.float32
+    )
     value = load_tile(v, first_tile * BLOCK_N, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA)
     softmax = add_values(weights, value, softmax)
 
