@@ -19,7 +19,7 @@ ARCHS = ("sm_90", "sm_80", "sm_100", "sm_120", "gfx942")
 # Triton 3.6, which PyTorch 2.11 brings, allocates a little worse.
 IS_36 = version("triton").startswith("3.6.")
 FEW_SPILLS = 8 if IS_36 else 0  # instructions that touch local memory
-LEAST_OVERLAPPED = 0.7 if IS_36 else 0.75
+LEAST_OVERLAPPED = 0.7 if IS_36 else 0.8
 
 SPILLS_ALLOWED = (
     # float32 attention multiplies outside the tensor cores; at this head_dim no tile fits.
@@ -27,7 +27,6 @@ SPILLS_ALLOWED = (
     # The widest heads have no tile that does not, but for one too small for wgmma.
     ("sm_90", "flash_attention", "head_dim=192", "training"),
     # After the loop, where the residue is made: a dozen accesses per thread.
-    ("sm_90", "flash_attention", "head_dim=256", "training"),
     ("sm_90", "flash_attention_varlen", "head_dim=128", "training"),
     # ptxas keeps to 64 registers here and reads 8 bytes back, once per thread.
     ("sm_100", "add_rms_norm", "hidden_size=8192", "inference"),

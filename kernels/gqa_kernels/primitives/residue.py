@@ -27,10 +27,10 @@ def _steps(rounded):
 
 
 @triton.jit
-def residue_of(exact, rounded):
-    """int8; of a number that is not finite it has no meaning."""
+def residue_of(difference, rounded):
+    """int8, of exact − rounded; of a number that is not finite it has no meaning."""
     inverse = ((254 << 23) - _exponent(rounded)).to(tl.float32, bitcast=True)
-    steps = (exact - rounded.to(tl.float32)) * (inverse * _steps(rounded))
+    steps = difference * (inverse * _steps(rounded))
     steps = tl.minimum(tl.maximum(tl.floor(steps + 0.5), -128.0), 127.0)
     return tl.where(steps == steps, steps, 0.0).to(tl.int8)
 

@@ -202,8 +202,9 @@ def _forward_kernel(
     offset, stride = (row * num_q_heads + head) * HEAD_DIM, num_q_heads * HEAD_DIM
     if residue_ptr is not None:
         rounded_sum = tl.where(softmax.rounded_sum != 0.0, softmax.rounded_sum, 1.0)
-        exact = out * (softmax.running_sum / rounded_sum)[:, None]
-        residue = residue_of(exact, out.to(out_ptr.dtype.element_ty))
+        share = softmax.running_sum / rounded_sum - 1.0
+        rounded = out.to(out_ptr.dtype.element_ty)
+        residue = residue_of(out * share[:, None] + (out - rounded.to(tl.float32)), rounded)
         store_rows(
             residue_ptr + offset, stride, start_m, seq_len_q, residue, HEAD_DIM, BLOCK_M, BLOCK_D
         )
