@@ -47,6 +47,22 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
+def reading(path: Path, complaint: str) -> Iterator[None]:
+    """Whatever damaged bytes raise inside becomes a ValueError that names the file; bad bytes can
+    fail anywhere in zip, pickle, headers and mmap. An OSError stays as it is.
+
+    Args:
+        complaint: what was expected, up to the error's own words.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path}: {complaint} {type(error).__name__}: {error}") from error
+
+
+@contextmanager
 def locked(folder: Path, file: str = ".") -> Iterator[None]:
     """Keeps other processes that lock `folder` out of it; the lock of a killed process is gone.
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llama2.storage import reading
 from llama2.train.pretrain import TrainConfig
 
 _OPEN_SHARDS = 64  # each holds a file descriptor
@@ -81,12 +82,8 @@ def _check_ids(name: str, tokens: np.ndarray, vocab_size: int) -> None:
 
 def _open(file: Path) -> np.ndarray:
     """A shard, mapped into memory."""
-    try:
+    with reading(file, "expected a whole .npy file of integers;"):
         shard = np.lib.format.open_memmap(file, mode="r")  # never unpickles, as np.load may
-    except OSError:
-        raise
-    except Exception as error:  # bad bytes can fail anywhere inside tokenize, ast, numpy and mmap
-        raise ValueError(f"{file}: expected a whole .npy file of integers; {error}") from error
     _check_kind(str(file), shard)
     return shard
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llama2.storage import replacing
+from llama2.storage import reading, replacing
 
 # What two runs must share for one to resume the other: names and values by their kind.
 Identity = dict[str, dict[str, Any]]
@@ -57,14 +57,8 @@ def load_state(
 
 def read_state(path: Path) -> dict[str, Any]:
     """What `save_state` wrote, on the CPU; ValueError for a file that is damaged, or no state."""
-    try:
+    with reading(path, "expected a saved state; got"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # bad bytes can fail anywhere inside zip, pickle and torch
-        raise ValueError(
-            f"{path}: expected a saved state; got {type(error).__name__}: {error}"
-        ) from error
     if not isinstance(state, dict) or not state.keys() >= {"step", "model", "optimizer"}:
         raise ValueError(f"{path}: expected a saved state; got another file of torch.save")
     return state

@@ -224,6 +224,10 @@ def number(name: str, value: float) -> float:
         raise ValueError(f"{name}: expected a float; got a larger integer") from None
 
 
+def optional_number(name: str, value: float | None) -> float | None:
+    return None if value is None else number(name, value)
+
+
 def flag(name: str, value: bool) -> bool:
     if not isinstance(value, bool) and not isinstance(value, np.bool_):
         raise TypeError(f"{name}: expected a bool; got {type(value).__name__}")

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama2.evaluation import recall
-from llama2.storage import replacing, write_text
+from llama2.storage import reading, replacing, write_text
 from llama2.tokenizer import Tokenizer, check_fits
 from llama2.tradeoff.study.presets import Preset
 from llama2.tradeoff.study.result_form import CORPUS, read_entry
@@ -29,6 +27,7 @@ from llama2.train.data import (
 # What a seed's batches are for.
 BASE, UPTRAIN, CALIBRATION = range(3)
 _DESCRIBED = "corpus.json"
+_COMPLAINT = "expected the token ids of the corpus;"  # of a damaged file
 
 
 @dataclass(frozen=True)
@@ -59,10 +58,10 @@ class Corpus:
         """Raises ValueError, which names the file, for one that is damaged or of another corpus."""
         record = read_entry(folder / _DESCRIBED, CORPUS)
         train, held_out = folder / "train.npy", folder / "held_out.npz"
-        with _complaining(train):
+        with reading(train, _COMPLAINT):
             stream = np.load(train, mmap_mode="r")
             _check_count(len(stream), record["train"])
-        with _complaining(held_out), np.load(held_out) as arrays:
+        with reading(held_out, _COMPLAINT), np.load(held_out) as arrays:
             ids = [arrays[str(number)] for number in range(len(arrays))]
             _check_count(sum(map(len, ids)), record["held_out"])
         return cls(stream, ids, record)
@@ -122,18 +121,6 @@ def prepare(folder: Path, texts: Texts, tokenizer_file: Path, preset: Preset) ->
             np.savez(file, **{str(n): tokens for n, tokens in enumerate(held_out)})
         write_text(described, json.dumps(record))
     return Corpus.load(folder)
-
-
-@contextmanager
-def _complaining(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:  # bad bytes can fail anywhere inside zip, header and mmap
-        raise ValueError(
-            f"{file}: expected the token ids of the corpus; {type(error).__name__}: {error}"
-        ) from error
 
 
 def _check_count(found: int, record: dict[str, Any]) -> None:

@@ -66,17 +66,24 @@ class SharedRaces:
                 "read of an asynchronous copy before its wait", line, words,
                 self.in_flight[words], threads,
             )  # fmt: skip
-        clock = self.written[words]
-        if clock.max() > self.floor:
-            writer = self.writer[words]
-            writer_warp = writer >> 5
-            same = writer_warp == warps
-            bad = (writer >= 0) & ~same & (clock > self.seen[warps, writer_warp])
-            bad |= same & (writer != threads) & (self.written_sync[words] >= self.warp_sync[warps])
-            if bad.any():
-                self._complain("read after write without barrier", line, words, bad, threads)
+        bad = self._unseen_writes(words, threads)
+        if bad is not None and bad.any():
+            self._complain("read after write without barrier", line, words, bad, threads)
         self.read[warps, words] = self.clock[warps]
         self.last_read[words] = self.clock.max()
+
+    def _unseen_writes(self, words, threads):
+        """Where another thread wrote last and no barrier has told this one; None: nowhere."""
+        clock = self.written[words]
+        if clock.max() <= self.floor:
+            return None
+        warps = threads >> 5
+        writer = self.writer[words]
+        writer_warp = writer >> 5
+        same = writer_warp == warps
+        bad = (writer >= 0) & ~same & (clock > self.seen[warps, writer_warp])
+        bad |= same & (writer != threads) & (self.written_sync[words] >= self.warp_sync[warps])
+        return bad
 
     def _check_write(self, line, words, threads, kind, same_values=None):
         warps = threads >> 5
@@ -95,17 +102,11 @@ class SharedRaces:
                 f"{kind} over the source of a bulk store before its wait", line, words,
                 self.read_by_store[words] > 0, threads,
             )  # fmt: skip
-        clock = self.written[words]
-        if clock.max() > self.floor:
-            writer = self.writer[words]
-            writer_warp = writer >> 5
-            same = writer_warp == warps
-            bad = (writer >= 0) & ~same & (clock > self.seen[warps, writer_warp])
-            bad |= same & (writer != threads) & (self.written_sync[words] >= self.warp_sync[warps])
-            if bad.any() and same_values is not None:
-                bad &= ~same_values()  # replicas of one value
-            if bad.any():
-                self._complain(f"{kind} after write without barrier", line, words, bad, threads)
+        bad = self._unseen_writes(words, threads)
+        if bad is not None and bad.any() and same_values is not None:
+            bad &= ~same_values()  # replicas of one value
+        if bad is not None and bad.any():
+            self._complain(f"{kind} after write without barrier", line, words, bad, threads)
         if self.last_read[words].max() <= self.floor:
             return
         reads = self.read[:, words]  # [warps, k, lanes]

@@ -212,12 +212,13 @@ def _attend(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The call with the window that these give."""
     causal, return_lse = checks.flag("causal", causal), checks.flag("return_lse", return_lse)
-    numbers = {name: getattr(call, name) for name in ("softmax_scale", "softcap")}
-    call = call._replace(
-        **{name: x if x is None else checks.number(name, x) for name, x in numbers.items()}
-    )
     window_left, window_right = checks.window(window)
-    call = call._replace(window_left=window_left, window_right=0 if causal else window_right)
+    call = call._replace(
+        softmax_scale=checks.optional_number("softmax_scale", call.softmax_scale),
+        softcap=checks.optional_number("softcap", call.softcap),
+        window_left=window_left,
+        window_right=0 if causal else window_right,
+    )
     q = call.q
     rounds = isinstance(q, Tensor) and q.dtype != torch.float32
     need_residue = rounds and library.keeps_for_gradient(*call)

@@ -14,8 +14,8 @@ there.
 
 delta is taken from O as it was before it was rounded, which the forward pass kept in the residue:
 an error of delta, times the mean of the keys that a query sees, is an error of dQ. Taken from the
-rounded O, as is usual, dQ is wrong by half where keys and values have a mean of ten standard
-deviations.
+rounded O, as is usual, dQ loses most of its digits where keys and values have a mean (see "How
+accurate is it" in kernels/README.md).
 """
 
 import torch

@@ -213,8 +213,7 @@ def decode_attention(
         RuntimeError: q is not on a GPU that Triton drives.
     """
     return_lse = checks.flag("return_lse", return_lse)
-    if softmax_scale is not None:
-        softmax_scale = checks.number("softmax_scale", softmax_scale)
+    softmax_scale = checks.optional_number("softmax_scale", softmax_scale)
     out, lse = _DECODE_ATTENTION(
         q, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale, key_ranges, key_mask,
         softmax_scale, need_lse=return_lse,
