@@ -16,7 +16,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ importable.make_importable()  # without a GPU, in Triton's interpreter
 
 import torch
 import torch.nn.functional as F
+from ceilings import environment
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -175,10 +175,10 @@ def measure(device: torch.device) -> dict[str, Any]:
     attentions = implementations(device)
     runs = {FLOAT32: (attentions[EAGER], torch.float32)}
     runs |= {name: (attention, torch.bfloat16) for name, attention in attentions.items()}
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
     return {
-        "environment": {"gpu": gpu, "torch": torch.__version__, "triton": version("triton")},
+        "environment": environment(),
         "offsets": OFFSETS,
+        "trained_offset": TRAINED_OFFSET,
         "errors": errors(device),
         "cache_errors": cache_errors(device),
         "losses": {name: train(*run, device, name) for name, run in runs.items()},
@@ -200,7 +200,7 @@ def plot(content: dict[str, Any], path: Path) -> None:
         dashes = {"color": "black", "linestyle": "--"} if name == FLOAT32 else {}
         right.plot(losses, label=name, **dashes)
     right.set(yscale="log", xlabel="step", ylabel="loss")
-    right.set(title=f"an attention layer with biases of {TRAINED_OFFSET:g}, trained")
+    right.set(title=f"an attention layer with biases of {content['trained_offset']:g}, trained")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
