@@ -2,6 +2,7 @@
 
 import codecs
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 _BEGIN_INSTRUCTION, _END_INSTRUCTION = "[INST]", "[/INST]"
@@ -49,11 +50,15 @@ class Tokenizer:
         # Whether a text gets a space before its first word (a dummy prefix), as Llama's does.
         self.adds_space = "".join(self._model.EncodeAsPieces("a")).startswith("▁")
         self._bytes = [self._token_bytes(token) for token in range(self.vocab_size)]
-        # Where a text is not changed before it is split and has no unknown characters, of which a
-        # run would be one id, an id stands for no more bytes of it than the longest piece has.
-        pieces = (self._model.IdToPiece(token).encode() for token in range(self.vocab_size))
-        is_split_whole = self.decode(self.encode(_OFTEN_CHANGED)) == _OFTEN_CHANGED
-        self._most_bytes = max(map(len, pieces)) if is_split_whole else None
+
+    @cached_property
+    def _most_bytes(self) -> int | None:
+        """Of a text, that an id can stand for: the longest piece's, where a text is not changed
+        before it is split and has no unknown characters, of which a run would be one id. As the
+        pieces are written: a "▁" of theirs stands for one of the text, too."""
+        if self.decode(self.encode(_OFTEN_CHANGED)) != _OFTEN_CHANGED:
+            return None
+        return max(len(self._model.IdToPiece(id).encode()) for id in range(self.vocab_size))
 
     def _token_bytes(self, token: int) -> bytes:
         if self._model.IsControl(token):
