@@ -54,13 +54,15 @@ test-newest: .venv-newest/.ready
 		-c constraints-transformers4.txt transformers
 	touch $@
 
-# The compiled kernels, executed without a GPU: all dtypes, longer cases, every order. Then two
-# reports: how near errors come to their budgets where approximate instructions err as much as they
-# may, and which faults of a kernel are seen. An hour.
+# The kernels compiled for every target and their binaries read; then executed without a GPU: all
+# dtypes, longer cases, every order. The emulator's own tests. Last, two reports: how near errors come
+# to their budgets where approximate instructions err as much as they may, and which faults of a
+# kernel are seen. More than an hour.
 EMULATOR := PYTHONPATH=tests/support OMP_NUM_THREADS=1 $(BIN)/python -m ptx_emulator
 
 test-machine-code: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 -m "" tests/machine_code
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 -m "" tests/machine_code \
+		tests/ops/test_compile.py
 	$(EMULATOR).check --arch sm_80 --dtype float32 --dtype bfloat16 --noise --report
 	$(EMULATOR).mutations --arch sm_80
 	$(EMULATOR).mutations --arch sm_90
@@ -83,7 +85,7 @@ peers: $(READY)
 # Triton 3.6.0 is what PyTorch 2.11 brings. Installed last and alone, because a CUDA build of the
 # pinned PyTorch asks for its own Triton; nothing is launched, so that the two need not match.
 compile-check-3.6: .venv-triton36/.ready
-	OMP_NUM_THREADS=1 .venv-triton36/bin/pytest tests/ops/test_compile.py
+	OMP_NUM_THREADS=1 .venv-triton36/bin/pytest -m "" tests/ops/test_compile.py
 
 .venv-triton36/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-triton36

@@ -121,13 +121,13 @@ def _variants(spec: OpSpec) -> list[tuple[Case, torch.dtype]]:
     return []
 
 
-def representative(spec: OpSpec, arch: str) -> list[tuple[Case, torch.dtype]]:
-    """sm_90: the op table's real shapes and the variants; elsewhere the last shape of each op and
-    its bfloat16 variants, attention only causal, which takes the most registers, and of all that
-    shapes scores the soft cap, which takes the most."""
+def representative(spec: OpSpec, arch: str, fewer: bool = False) -> list[tuple[Case, torch.dtype]]:
+    """sm_90: the op table's real shapes and the variants. Elsewhere, or if `fewer` are asked for,
+    the last shape of each op and its bfloat16 variants, attention only causal, which takes the most
+    registers, and of all that shapes scores the soft cap, which takes the most."""
     real = [(case, torch.bfloat16) for case in spec.cases if not case.test]
     variants = _variants(spec)
-    if arch == "sm_90":
+    if arch == "sm_90" and not fewer:
         return real + variants
     return real[-1:] + [
         (case, dtype)
@@ -193,13 +193,13 @@ def compile_case(spec: OpSpec, case: Case, dtype: torch.dtype, arch: str) -> Ite
             yield replace(entry, error=f"{type(error).__name__}: {error}")
 
 
-def compile_all(archs: list[str], ops: list[str]) -> list[Entry]:
+def compile_all(archs: list[str], ops: list[str], fewer: bool = False) -> list[Entry]:
     specs = [spec for spec in SPECS if spec.name in ops]
     work = [
         (spec, case, dtype, arch)
         for arch in archs
         for spec in specs
-        for case, dtype in representative(spec, arch)
+        for case, dtype in representative(spec, arch, fewer)
     ]
     entries: dict[tuple, Entry] = {}  # the first case of each binary
     for spec, case, dtype, arch in tqdm(work, unit="case", file=sys.stderr):
@@ -256,6 +256,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--write", type=Path, metavar="PATH", help="write the table to a file")
     parser.add_argument("--json", action="store_true", help="print every launch instead")
     parser.add_argument("--count", action="store_true", help="count the binaries of 20 calls")
+    parser.add_argument(
+        "--fewer", action="store_true", help="sm_90: no more cases than for the other targets"
+    )
     options = parser.parse_args(arguments)
     if interpreter.is_enabled():
         parser.error("TRITON_INTERPRET: expected unset; the interpreter compiles nothing")
@@ -264,7 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
         counted = {arch: count_binaries(arch, options.op or names) for arch in archs}
         print(json.dumps(counted))
         return
-    entries = compile_all(archs, options.op or names)
+    entries = compile_all(archs, options.op or names, options.fewer)
     if options.json:
         print(_as_json(entries))
     elif options.write:

@@ -12,6 +12,7 @@ from processes import compiling
 HERE = Path(__file__).parent
 
 
+@pytest.mark.machine_code  # whoever changes the emulator runs them
 @pytest.mark.parametrize("file", ("small_kernels.py", "warp_specialised_kernels.py"))
 def test_of_the_emulator(file):
     options = ("--noconftest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist")
