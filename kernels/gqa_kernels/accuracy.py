@@ -13,9 +13,11 @@ is taken
 - with sums in one order on every machine (`summation.tile_by_tile`), which err more than those of
   PyTorch's own order, as those of a kernel may, and
 - as the largest of several draws: as many as give the smallest output 128 values in all, at least 2
-  and at most 32. The first draw has the very inputs. In every further one each number of the inputs
-  is smaller by up to 1/64, sums are taken in an order drawn from a fixed seed, and the truth is
-  that of its own inputs: a problem of the same size, rounded differently.
+  and at most 32. Where tokens repeat, their results are rounded alike, and each different token
+  counts as one value. The first draw has the very inputs. In every further one each number of the
+  inputs is smaller by up to 1/64, equal numbers by the same part, sums are taken in an order drawn
+  from a fixed seed, and the truth is that of its own inputs: a problem of the same size, rounded
+  differently.
 
 So a kernel that errs as eager code does exceeds its budget only if its own error is more than twice
 the largest of those of the draws.
@@ -29,7 +31,7 @@ import numpy
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gqa_kernels.spec import Case, OpSpec
 from gqa_kernels.summation import LOW_PRECISION, tile_by_tile
@@ -167,16 +169,37 @@ def widen(inputs: Any) -> Any:
     return tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, inputs)
 
 
+def _floating(inputs: Any) -> list[Tensor]:
+    """The tensors of some inputs whose numbers are rounded."""
+    leaves = tree_leaves(inputs)
+    return [x for x in leaves if isinstance(x, Tensor) and x.dtype in LOW_PRECISION]
+
+
 def _near(inputs: Any, generator: torch.Generator) -> Any:
-    """Inputs whose floating tensors are smaller by up to 1/64, each number for itself."""
+    """Inputs whose floating tensors are smaller by up to 1/64, each number for itself; what is the
+    same in two places stays the same."""
 
     def smaller(x: Tensor) -> Tensor:
         if x.dtype not in LOW_PRECISION:
             return x
-        share = torch.rand(x.shape, generator=generator, device="cpu", dtype=torch.float64)
-        return (x.double() * (1.0 - share.to(x.device) / 64)).to(x.dtype)
+        numbers, place = x.double().unique(return_inverse=True)
+        share = torch.rand(numbers.shape, generator=generator, device="cpu", dtype=torch.float64)
+        return (numbers * (1.0 - share.to(x.device) / 64))[place].to(x.dtype)
 
     return tree_map_only(Tensor, smaller, inputs)
+
+
+def _different_tokens(inputs: Any) -> int | None:
+    """How many rows are different in the input whose rows repeat most; None if none of the inputs
+    repeats at least half of its rows."""
+    fewest = None
+    for x in _floating(inputs):
+        if x.dim() > 1 and x.numel():
+            rows = x.reshape(-1, x.shape[-1])
+            different = len(rows.unique(dim=0))
+            if 2 * different <= len(rows):
+                fewest = min(different, fewest or different)
+    return fewest
 
 
 def draw(
@@ -194,6 +217,7 @@ def draw(
     """
     oracle = oracle or evaluate
     generator = torch.Generator().manual_seed(0)
+    tokens = _different_tokens(inputs)
     draws = []
     count = 2
     while len(draws) < count:
@@ -203,6 +227,7 @@ def draw(
             eager = evaluate(given)
         draws.append((eager, oracle(widen(given))))
         smallest = min((x.numel() for x in eager.values() if x.numel()), default=_ENOUGH_VALUES)
+        smallest = min(smallest, tokens or smallest)
         count = min(_MOST_DRAWS, max(2, -(-_ENOUGH_VALUES // smallest)))
     return draws
 

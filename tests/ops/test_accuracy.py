@@ -163,6 +163,15 @@ def test_few_values_have_more_draws(size, count):
     assert len(draw(lambda x: {"y": x, "nothing": x[:0]}, torch.ones(size))) == count
 
 
+@pytest.mark.parametrize(("times", "count"), ((1, 2), (2, 6), (7, 19), (48, 32)))
+def test_repeated_tokens_have_more_draws(times, count, generator):
+    """What is rounded alike counts once, and stays alike in every draw."""
+    x = torch.randn(-(-48 // times), 80, generator=generator).repeat(times, 1)
+    draws = draw(lambda inputs: {"y": inputs["x"] * 1.0}, {"x": x, "weight": torch.ones(80)})
+    assert len(draws) == count
+    assert all(torch.equal(y["y"], y["y"][: len(x) // times].repeat(times, 1)) for y, _ in draws)
+
+
 def test_eager_that_happens_to_be_exact_has_a_budget(device):
     """The gradient of a row of one element is what cancellation leaves: chance decides."""
     inputs = {"x": torch.tensor([[3.0]], device=device), "weight": torch.ones(1, device=device)}
