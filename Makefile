@@ -55,15 +55,14 @@ test-newest: .venv-newest/.ready
 	touch $@
 
 # The kernels compiled for every target and their binaries read; then executed without a GPU: all
-# dtypes, longer cases, every order. The emulator's own tests. Last, two reports: how near errors come
-# to their budgets where approximate instructions err as much as they may, and which faults of a
-# kernel are seen. More than an hour.
+# dtypes, longer cases, every order, and approximate instructions that err as much as they may. Last,
+# a report: which faults of a kernel are seen. More than an hour.
 EMULATOR := PYTHONPATH=tests/support OMP_NUM_THREADS=1 $(BIN)/python -m ptx_emulator
 
 test-machine-code: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 -m "" tests/machine_code \
 		tests/ops/test_compile.py
-	$(EMULATOR).check --arch sm_80 --dtype float32 --dtype bfloat16 --noise --report
+	$(EMULATOR).check --arch sm_80 --dtype float32 --dtype bfloat16 --noise
 	$(EMULATOR).mutations --arch sm_80
 	$(EMULATOR).mutations --arch sm_90
 

@@ -84,6 +84,7 @@ MODEL_ALLOWED = {
 EMULATOR = ROOT / "tests" / "support" / "ptx_emulator"
 EMULATOR_ALLOWED = {
     "__init__": set(),
+    "approximation": set(),
     "ops": set(),
     "parse": set(),
     "memory": set(),
@@ -93,12 +94,15 @@ EMULATOR_ALLOWED = {
     "shared_accesses": set(),
     "warps": set(),
     "hopper": set(),
-    "translation": {"translation", "ops", "parse"},
-    "machine": {"global_accesses", "hopper", "memory", "races", "shared_accesses", "warps"},
+    "translation": {"approximation", "translation", "ops", "parse"},
+    "machine": {
+        *("approximation", "global_accesses", "hopper", "memory", "races", "shared_accesses"),
+        "warps",
+    },
     "specialised": {"machine", "races"},
     "driver": {"machine", "memory", "parse", "specialised", "tensor_map", "translation"},
     "cases": set(),
-    "check": {"cases", "driver"},
+    "check": {"approximation", "cases", "driver"},
     "mutations": {"cases", "check", "driver"},
 }
 

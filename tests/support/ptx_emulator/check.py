@@ -8,6 +8,7 @@ a finding, an error beyond its budget or an exception. An op that is not in the 
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -23,6 +24,7 @@ from poison import poison_allocations
 from gqa_kernels import accuracy
 from gqa_kernels.accuracy import Measured, Results
 from gqa_kernels.spec import IN_PLACE_OPS, OPS, Case, OpSpec
+from ptx_emulator.approximation import Approximate
 from ptx_emulator.cases import QUANTISED, VIEWS, extra_cases
 from ptx_emulator.driver import ARCHITECTURES, emulating, programs
 
@@ -77,6 +79,7 @@ class Call:
         ]
         self.dtypes = {name: self.inputs[name].dtype for name in self.written}
         self.codes = [name for name in self.written if self.dtypes[name] in QUANTISED]
+        self._drawn: dict[bool, list[tuple[Results, Results]]] = {}
 
     def run(self, arch: str, *, mutate: Any = None, **options: Any) -> Outcome:
         """
@@ -88,7 +91,8 @@ class Call:
         with emulating(arch, mutate=mutate, strict=False, **options) as emulator:
             kernel = self._function(self.spec.kernel, codes)
             actual = accuracy.run(kernel, self.inputs, self.spec.wrt, self.seed)
-        measured = accuracy.measure_results(actual, self._draws(actual))
+        noise = options.get("noise", False)
+        measured = accuracy.measure_results(actual, self._draws(actual, noise))
         measured += [self._compare_codes(name, codes[name]) for name in self.codes]
         seconds = sum(record.seconds for record in emulator.records)
         results = actual | codes
@@ -117,15 +121,17 @@ class Call:
         reference = self._function(self.spec.reference, {})
         return lambda given: accuracy.run(reference, given, self.spec.wrt, self.seed, like=actual)
 
-    def _draws(self, actual: Results) -> list[tuple[Results, Results]]:
-        if not hasattr(self, "_drawn"):
+    def _draws(self, actual: Results, noise: bool) -> list[tuple[Results, Results]]:
+        """Drawn once for exact instructions, and once for approximate ones that err as they may."""
+        if noise not in self._drawn:
             evaluate = self._evaluate(actual)
 
             def oracle(given: Any) -> Results:
                 return {name: x.double() for name, x in evaluate(given).items()}
 
-            self._drawn = accuracy.draw(evaluate, self.inputs, oracle)
-        return self._drawn
+            with Approximate(self.seed) if noise else contextlib.nullcontext():
+                self._drawn[noise] = accuracy.draw(evaluate, self.inputs, oracle)
+        return self._drawn[noise]
 
     @functools.cached_property
     def _reference_codes(self) -> dict[str, torch.Tensor]:

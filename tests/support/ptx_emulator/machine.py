@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ptx_emulator.approximation import erring
 from ptx_emulator.global_accesses import GlobalAccesses
 from ptx_emulator.hopper import Hopper
 from ptx_emulator.memory import GlobalMemory
@@ -353,17 +354,9 @@ class Cta(SharedAccesses, GlobalAccesses, Warps, Hopper):
             raise NotImplementedError(name)
         return np.full(self.num_threads, value, U4)
 
-    def approximate(self, value, error):
-        """A result that errs by its bound, up or down, or not at all: always the same way for one
-        value, as lanes that compute the same thing must agree."""
-        if not self.options.noise or not error:
-            return value
-        mixed = np.ascontiguousarray(value).view(U4).astype(np.uint64) + np.uint64(
-            self.options.seed
-        )
-        mixed = (mixed * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)
-        sign = (mixed % np.uint64(3)).astype(np.int64) - 1
-        return (value * (1.0 + sign * error)).astype(np.float32)
+    def approximate(self, value, bound):
+        """A result of an instruction that errs by up to `bound` of its size."""
+        return erring(value, bound, self.options.seed) if self.options.noise and bound else value
 
     def trap(self, line, mask) -> None:
         if mask is None or mask.any():

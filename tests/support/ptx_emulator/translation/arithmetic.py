@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ptx_emulator.approximation import DIV, EX2, LG2, RSQRT
 from ptx_emulator.parse import Imm, Instruction
 from ptx_emulator.translation.operands import INTEGERS, NUMPY_OF, SIZE_OF, Operands
 
@@ -97,7 +98,7 @@ class Arithmetic(Operands):
             a, b = (f"X.full({self.read(x, dtype)}, {dtype})" for x in i.args[1:3])
             self.simple(i, f"o.divide({a}, {b})", dtype)
         elif "full" in i.parts or "approx" in i.parts:
-            self._float(i, 2, "X.approximate({a} / {b}, 2.0 * 2.0**-23)", kind)
+            self._float(i, 2, f"X.approximate({{a}} / {{b}}, {DIV})", kind)
         else:
             self._float(i, 2, "{a} / {b}", kind)
 
@@ -237,25 +238,25 @@ class Arithmetic(Operands):
         self._float(i, 1, expression, kind)
 
     def _ex2(self, i):
-        self.unary(i, "np.exp2({a})", "2.0**-22")
+        self.unary(i, "np.exp2({a})", EX2)
 
     def _lg2(self, i):
-        self.unary(i, "np.log2({a})", "2.0**-22")
+        self.unary(i, "np.log2({a})", LG2)
 
     def _rcp(self, i):
-        self.unary(i, "(f4(1) / {a})", "2.0**-23")
+        self.unary(i, "(f4(1) / {a})", 2.0**-23)
 
     def _sqrt(self, i):
-        self.unary(i, "np.sqrt({a})", "2.0**-23")
+        self.unary(i, "np.sqrt({a})", 2.0**-23)
 
     def _rsqrt(self, i):
-        self.unary(i, "(1.0 / np.sqrt(({a}).astype(f8))).astype(f4)", "2.0**-22.9")
+        self.unary(i, "(1.0 / np.sqrt(({a}).astype(f8))).astype(f4)", RSQRT)
 
     def _sin(self, i):
-        self.unary(i, "np.sin({a})", "0.0")
+        self.unary(i, "np.sin({a})", 0.0)
 
     def _cos(self, i):
-        self.unary(i, "np.cos({a})", "0.0")
+        self.unary(i, "np.cos({a})", 0.0)
 
     def _tanh(self, i):
-        self.unary(i, "np.tanh({a})", "2.0**-11")
+        self.unary(i, "np.tanh({a})", 2.0**-11)
