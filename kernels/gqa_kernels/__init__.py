@@ -1,4 +1,4 @@
-"""Triton kernels for Llama-style models: RMSNorm, SwiGLU, RoPE and grouped-query attention.
+"""Triton kernels for Llama-style models: RMSNorm, SwiGLU, RoPE, grouped-query attention, losses.
 
 Importing this package loads neither Triton nor a GPU driver; the first use of a kernel does.
 """
@@ -16,6 +16,8 @@ OPS = (
     "flash_attention",
     "flash_attention_varlen",
     "decode_attention",
+    "linear_cross_entropy",
+    "token_log_probs",
 )
 
 __all__ = ["get_backend", "patch", "scaled_dot_product_attention", "unpatch", *OPS]

@@ -4,6 +4,7 @@ from gqa_kernels.ops.attention import flash_attention, flash_attention_varlen
 from gqa_kernels.ops.cache.append import rope_append_kv
 from gqa_kernels.ops.cache.decode import decode_attention
 from gqa_kernels.ops.glu import swiglu
+from gqa_kernels.ops.linear_cross_entropy import linear_cross_entropy, token_log_probs
 from gqa_kernels.ops.norm import add_rms_norm, rms_norm
 from gqa_kernels.ops.rope import apply_rope
 
@@ -13,7 +14,9 @@ __all__ = [
     "decode_attention",
     "flash_attention",
     "flash_attention_varlen",
+    "linear_cross_entropy",
     "rms_norm",
     "rope_append_kv",
     "swiglu",
+    "token_log_probs",
 ]

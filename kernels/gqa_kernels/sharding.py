@@ -15,6 +15,12 @@ tensors of a call are all replicated or sharded on one of
     flash_attention           the batch; the heads
     flash_attention_varlen    the heads
     decode_attention          the batch; the heads
+    linear_cross_entropy      any dimension of the targets; the loss is a partial sum, and so is the
+                              weight's gradient
+    token_log_probs           any dimension of the targets
+
+Of a weight that is sharded over the vocabulary, `linear_cross_entropy` and `token_log_probs` take
+the shards as they are, on a mesh of one dimension, and gather the hidden states.
 
 Heads of attention are sharded where the key/value heads can be dealt out evenly, so that a query
 head stays beside the head that it reads; a single key/value head is replicated. Sinks, slopes and
@@ -261,6 +267,46 @@ def _decode_attention(
         yield [heads, Shard(1)], placed
 
 
+def _linear_cross_entropy(
+    hidden: Spec, need_dhidden: bool, need_dweight: bool, **_: Any
+) -> Iterator[Sharding]:
+    for dim in range(hidden.ndim - 1):
+        rows = Shard(dim)
+        outputs = [
+            Partial(),
+            _where_needed(need_dhidden, rows),
+            _where_needed(need_dweight, Partial()),
+        ]
+        yield outputs, {"hidden": rows, "targets": rows}
+
+
+def _linear_cross_entropy_backward(
+    dsum: Spec, dhidden: Spec | None, dweight: Spec | None, **_: Any
+) -> Iterator[Sharding]:
+    for dim in range(1 if dhidden is None else dhidden.ndim - 1):
+        placed = {"dhidden": Shard(dim), "dweight": Partial()}
+        outputs = [
+            _where_needed(dhidden is not None, placed["dhidden"]),
+            _where_needed(dweight is not None, placed["dweight"]),
+        ]
+        yield outputs, placed
+
+
+def _token_log_probs(hidden: Spec, need_mean: bool, **_: Any) -> Iterator[Sharding]:
+    for dim in range(hidden.ndim - 1):
+        rows = Shard(dim)
+        yield [rows, rows, rows, _where_needed(need_mean, rows)], {"hidden": rows, "targets": rows}
+
+
+def _token_log_probs_backward(
+    hidden: Spec, need_dhidden: bool, need_dweight: bool, **_: Any
+) -> Iterator[Sharding]:
+    names = ("dlog_sum", "dscore", "dmean", "hidden", "targets", "maximum", "log_sum", "mean")
+    for dim in range(hidden.ndim - 1):
+        outputs = [_where_needed(need_dhidden, Shard(dim)), _where_needed(need_dweight, Partial())]
+        yield outputs, dict.fromkeys(names, Shard(dim))
+
+
 def _num_shards(dim: int, *tensors: Spec) -> int:
     """Into how many parts the mesh cuts dimension dim of one tensor or another."""
     sizes = tensors[0].mesh.shape
@@ -310,6 +356,10 @@ RULES: dict[str, Rule] = {
     "flash_attention": _flash_attention,
     "flash_attention_backward": _flash_attention_backward,
     "decode_attention": _decode_attention,
+    "linear_cross_entropy": _linear_cross_entropy,
+    "linear_cross_entropy_backward": _linear_cross_entropy_backward,
+    "token_log_probs": _token_log_probs,
+    "token_log_probs_backward": _token_log_probs_backward,
 }
 
 

@@ -126,6 +126,21 @@ def norm_inputs(*shape: int, residual: bool = False) -> dict:
     return x | {"residual": torch.randn(shape)} if residual else x
 
 
+def loss_inputs(*rows: int, vocab_size: int = 11, **options) -> dict:
+    targets = torch.randint(vocab_size, rows)
+    targets[0] = -100
+    return {
+        "hidden": torch.randn(*rows, 6),
+        "weight": torch.randn(11, 6),
+        "targets": targets,
+    } | options
+
+
+def log_prob_inputs() -> dict:
+    inputs = loss_inputs(5, temperature=0.7, return_entropy=True)
+    return inputs | {"targets": inputs["targets"].clamp(min=0)}
+
+
 def swiglu_inputs() -> dict:
     return {"gate": torch.randn(3, 5, 9), "up": torch.randn(3, 5, 9)}
 
@@ -442,6 +457,24 @@ ON_TWO_RANKS = {
     "packed, replicated": partial(
         check, "flash_attention_varlen", packed_inputs, {}, [(WHOLE,), (WHOLE,)],
         on("q k v", WHOLE),
+    ),
+    # A sum over ranks of the losses, and one of the weight's gradient.
+    "linear_cross_entropy, batch": partial(
+        check, "linear_cross_entropy", partial(loss_inputs, 3, 5, reduction="sum"),
+        on("hidden targets", BATCH), [(SUM,)], on("hidden", BATCH) | on("weight", SUM),
+        cotangents=(WHOLE,), same_bits=False,
+    ),
+    "linear_cross_entropy, a loss per token": partial(
+        check, "linear_cross_entropy", partial(loss_inputs, 3, 5, reduction="none"),
+        on("hidden targets", SEQUENCE), [(SEQUENCE,)], on("hidden", SEQUENCE) | on("weight", SUM),
+    ),
+    "linear_cross_entropy, replicated": partial(
+        check, "linear_cross_entropy", partial(loss_inputs, 5), {}, [(WHOLE,)],
+        on("hidden weight", WHOLE),
+    ),
+    "token_log_probs, batch": partial(
+        check, "token_log_probs", log_prob_inputs, on("hidden targets", BATCH), [(BATCH,)] * 2,
+        on("hidden", BATCH) | on("weight", SUM),
     ),
     "rope_append_kv, heads": partial(
         append, "", on("q k v k_cache v_cache", HEADS), [(HEADS,)] * 2,

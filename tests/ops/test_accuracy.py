@@ -95,7 +95,8 @@ class _Seen(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         sums = torch.Tag.reduction in func.tags or "mm" in func.__name__
-        if sums and args[0].device.type != "meta":  # where only shapes are asked for
+        # On meta only shapes are asked for; what is counted is exact.
+        if sums and args[0].device.type != "meta" and args[0].dtype != torch.bool:
             self.names.add(func.__name__.partition(".")[0])
         return func(*args, **kwargs or {})
 

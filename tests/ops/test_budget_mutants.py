@@ -210,6 +210,33 @@ MUTANTS = (
         ("MHA",),
         FINE,
     ),
+    Mutant(
+        "chunks of the weight's gradient are added in bfloat16",
+        "ops/linear_cross_entropy/products.py",
+        "total = tl.load(ptrs, mask=mask, other=0.0)",
+        f"total = tl.load(ptrs, mask=mask, other=0.0){ROUNDED}",
+        "linear_cross_entropy",
+        ("several chunks and blocks",),
+        FINE,
+    ),
+    Mutant(
+        "the gradient of the z-loss is left out",
+        "ops/linear_cross_entropy/softmax.py",
+        "dlog_sum, dscore, dmean = 1.0 + 2.0 * z_loss * (maximum + log_sum), -1.0, 0.0",
+        "dlog_sum, dscore, dmean = 1.0, -1.0, 0.0",
+        "linear_cross_entropy",
+        ("odd width, z-loss",),
+        ALL,
+    ),
+    Mutant(
+        "the entropy's gradient forgets the mean",
+        "ops/linear_cross_entropy/softmax.py",
+        "dmean * (1.0 + (x - mean))",
+        "dmean * (1.0 + x)",
+        "token_log_probs",
+        ("odd width, entropy",),
+        ALL,
+    ),
 )
 
 

@@ -24,7 +24,9 @@ from gqa_kernels.spec import IN_PLACE_OPS, OPS, Case
 LIBRARY = torch.ops.gqa_kernels
 
 # Arguments of the schemas that the table leaves to their defaults.
-DEFAULTS = {"eps": 1e-5, "softmax_scale": None, "window_right": 0} | dict.fromkeys(
+DEFAULTS = {"eps": 1e-5, "softmax_scale": None, "window_right": 0, "ignore_index": -100}
+DEFAULTS |= {"need_mean": False, "need_dhidden": False, "need_dweight": False}
+DEFAULTS |= dict.fromkeys(
     (
         "cu_seqlens_q",
         "cu_seqlens_kv",
@@ -73,7 +75,7 @@ def make(device, generator):
 
 def strided(x):
     """The same values and requirement of a gradient, every second row of another tensor."""
-    if not torch.is_tensor(x):
+    if not torch.is_tensor(x) or x.dim() == 0:
         return x
     view = x.detach().repeat_interleave(2, dim=0)[::2]
     return view.requires_grad_(x.requires_grad)
@@ -91,6 +93,9 @@ def arguments(name, inputs):
     """The op's positional arguments."""
     given = DEFAULTS | inputs
     given |= {"need_residue": "q" in inputs and inputs["q"].dtype != torch.float32}
+    if "hidden" in inputs:
+        given["need_dhidden"] = inputs["hidden"].requires_grad
+        given["need_dweight"] = inputs["weight"].requires_grad
     return tuple(given[x.name] for x in overload(name)._schema.arguments)
 
 
@@ -161,7 +166,36 @@ def _attention_backward(name, make, dtype):
     return torch.ones_like(out), torch.ones_like(lse), q, k, v, out, lse, residue, *rest
 
 
+def _loss_backward(make, dtype):
+    inputs = make("linear_cross_entropy", dtype)
+    dweight = torch.ones_like(inputs["weight"], dtype=torch.float32)
+    return torch.tensor(0.5), inputs["hidden"], dweight, dtype
+
+
+def _log_probs_backward(make, dtype):
+    inputs = make("token_log_probs", dtype) | {"need_mean": True}
+    args = arguments("token_log_probs", inputs)
+    maximum, log_sum, score, mean = LIBRARY.token_log_probs(*args)
+    return (*(-score,) * 3, *args[:3], maximum, log_sum, mean, *args[3:6])
+
+
 BACKWARD = {
+    "linear_cross_entropy_backward": (
+        _loss_backward,
+        (
+            lambda *args: args,
+            lambda dsum, dhidden, _, dtype: (dsum, dhidden, None, dtype),
+            lambda dsum, _, dweight, dtype: (dsum, None, dweight, dtype),
+        ),
+    ),
+    "token_log_probs_backward": (
+        _log_probs_backward,
+        (
+            lambda *args: (*args, True, True),
+            lambda dlog_sum, _, dmean, *rest: (dlog_sum, None, dmean, *rest, True, False),
+            lambda dlog_sum, dscore, _, *rest: (None, dscore, None, *rest, False, True),
+        ),
+    ),
     "flash_attention_backward": (
         functools.partial(_attention_backward, "flash_attention"),
         (

@@ -15,6 +15,7 @@ from gqa_kernels.reference.cache import (
     dequantized,
     rope_append_kv,
 )
+from gqa_kernels.reference.losses import linear_cross_entropy, token_log_probs
 from gqa_kernels.reference.rows import add_rms_norm, apply_rope, rms_norm, swiglu
 
 __all__ = [
@@ -25,7 +26,9 @@ __all__ = [
     "dequantized",
     "flash_attention",
     "flash_attention_varlen",
+    "linear_cross_entropy",
     "rms_norm",
     "rope_append_kv",
     "swiglu",
+    "token_log_probs",
 ]

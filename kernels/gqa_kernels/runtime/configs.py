@@ -182,3 +182,41 @@ def decode_config(element_size: int, head_dim: int) -> DecodeConfig:
         for row in DECODE_TILES
         if element_size == row.element_size and head_dim <= row.max_head_dim
     )
+
+
+class ProductConfig(NamedTuple):
+    arch: str  # a prefix; "" covers every architecture
+    element_size: int
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    max_rows: int = 1 << 30  # of a chunk of logits
+
+
+LINEAR_CROSS_ENTROPY = (
+    # Chunks whose borders tests cross with few rows.
+    ProductConfig("interpreter", 2, 32, 128, 128, num_warps=4, num_stages=2, max_rows=32),
+    ProductConfig("interpreter", 4, 32, 128, 128, num_warps=4, num_stages=2, max_rows=32),
+    # Compiled, sm_90: as much as the registers hold without spills.
+    ProductConfig("sm_90", 2, 128, 256, 64, num_warps=8, num_stages=3),
+    ProductConfig("sm_100", 2, 128, 256, 64, num_warps=8, num_stages=3),
+    ProductConfig("", 2, 128, 128, 32, num_warps=8, num_stages=3),
+    ProductConfig("", 4, 64, 64, 16, num_warps=8, num_stages=2),
+)
+
+# What the logits of a chunk take, unless those of one block of rows take more; see ops/.
+LINEAR_CROSS_ENTROPY_BYTES = 256 << 20
+SOFTMAX_BLOCK = 4096
+SOFTMAX_NUM_WARPS = 8
+SCALE_BLOCK = 2048
+SCALE_NUM_WARPS = 4
+
+
+def linear_cross_entropy_config(arch: str, element_size: int) -> ProductConfig:
+    return next(
+        row
+        for row in LINEAR_CROSS_ENTROPY
+        if arch.startswith(row.arch) and element_size == row.element_size
+    )

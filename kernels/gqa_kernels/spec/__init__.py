@@ -3,11 +3,11 @@
 Data and ordinary functions; what is peculiar to one op is an ordinary test of that op.
 """
 
-from gqa_kernels.spec import attention, cache, rows
+from gqa_kernels.spec import attention, cache, losses, rows
 from gqa_kernels.spec.cache import IN_PLACE_OPS
 from gqa_kernels.spec.case import Case, Cost, OpSpec
 from gqa_kernels.spec.structure import STRUCTURES
 
-OPS = (*rows.OPS, *attention.OPS, *cache.OPS)
+OPS = (*rows.OPS, *attention.OPS, *cache.OPS, *losses.OPS)
 
 __all__ = ["IN_PLACE_OPS", "OPS", "STRUCTURES", "Case", "Cost", "OpSpec"]

@@ -1,0 +1,176 @@
+"""From scores of the vocabulary to losses, of a whole vocabulary or of one that ranks share.
+
+A token's scores x over the vocabulary come as four numbers, from which losses, log-probabilities
+and entropies follow by arithmetic that autograd differentiates:
+
+    maximum c = max x, a constant          log_sum = log Σ exp(x − c)
+    score     = x[target] − c              mean    = Σ p · (x − c), with p = softmax(x)
+
+    −log p(target) = log_sum − score       entropy = log_sum − mean       lse = c + log_sum
+
+Differences to the maximum stay exact where scores are large. Where every rank of a group has a part
+of the vocabulary, these numbers are all that travels between the ranks, and the gradient of the
+hidden states: no weights, no logits. Shoeybi et al. 2019, arXiv:1909.08053.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class TokenScores(NamedTuple):
+    """As above, each in the shape of the targets; `score` is 0 for a target that is not among the
+    scores, `mean` is None unless it was asked for."""
+
+    maximum: Tensor
+    log_sum: Tensor
+    score: Tensor
+    mean: Tensor | None
+
+
+def token_losses(scores: TokenScores, z_loss: float) -> Tensor:
+    """−log p(target) + z_loss · lse²."""
+    losses = scores.log_sum - scores.score
+    return losses + z_loss * (scores.maximum + scores.log_sum).square() if z_loss else losses
+
+
+def without_unknown(x: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """x, but NaN, with a gradient of NaN, at targets outside of the vocabulary."""
+    unknown = (targets < 0) | (targets >= vocab_size)
+    return x * torch.ones_like(x).masked_fill(unknown, math.nan)
+
+
+def reduce(
+    losses: Tensor,
+    targets: Tensor,
+    ignore_index: int | None,
+    reduction: str,
+    num_predictions: Tensor | float | None,
+) -> Tensor:
+    """The losses, which are 0 where ignored, as `reduction` says."""
+    if reduction == "none":
+        return losses
+    return mean_of(losses.sum(), targets, ignore_index, reduction, num_predictions)
+
+
+def mean_of(
+    total: Tensor,
+    targets: Tensor,
+    ignore_index: int | None,
+    reduction: str,
+    num_predictions: Tensor | float | None,
+) -> Tensor:
+    """The sum of all losses, or that divided by the number of predictions."""
+    if reduction == "sum":
+        return total
+    if num_predictions is not None:
+        return total / num_predictions
+    if ignore_index is None:
+        return total / targets.numel() if targets.numel() else total * math.nan
+    return total / (targets != ignore_index).sum()
+
+
+class Part(NamedTuple):
+    """A rank's rows of the vocabulary's weight."""
+
+    weight: Tensor
+    first: int  # the id of the first row
+    vocab_size: int  # of the whole vocabulary
+    group: ProcessGroup
+
+
+def part_of(weight: Tensor, group: ProcessGroup | None) -> Part | None:
+    """The part that `weight` is, by `group` or as a DTensor that is sharded over the vocabulary;
+    None if it is the whole vocabulary.
+
+    Raises:
+        TypeError: `group` beside a DTensor.
+        NotImplementedError: a DTensor that is sharded in another way, on several dimensions of its
+            mesh, or without a row for each rank.
+    """
+    placements = getattr(weight, "placements", None)
+    if placements is None:
+        if group is None:
+            return None
+        size = dist.get_world_size(group)
+        return Part(weight, dist.get_rank(group) * weight.shape[0], size * weight.shape[0], group)
+    if group is not None:
+        raise TypeError("group: expected None for a weight that is a DTensor; got a group")
+    if all(placement.is_replicate() for placement in placements):
+        return None
+    if len(placements) != 1 or not placements[0].is_shard(0):
+        raise NotImplementedError(
+            "weight: expected a DTensor sharded over the vocabulary on a mesh of one dimension; "
+            f"got placements {tuple(placements)}"
+        )
+    mesh, vocab_size = weight.device_mesh, weight.shape[0]
+    rows = -(-vocab_size // mesh.size())
+    if rows * (mesh.size() - 1) >= vocab_size:
+        raise NotImplementedError(
+            f"weight: expected a row of the vocabulary for each of {mesh.size()} ranks; got "
+            f"{vocab_size} rows, dealt out by {rows}"
+        )
+    first = rows * mesh.get_local_rank()
+    return Part(weight.to_local(), first, vocab_size, mesh.get_group())
+
+
+class _Shared(torch.autograd.Function):
+    """What every rank has; its gradient is the sum of the ranks'."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of the ranks' values, of which every rank computes the same."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
+        total = x.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def shared(hidden: Tensor, part: Part) -> Tensor:
+    """Hidden states that each rank multiplies with its part of the vocabulary."""
+    if getattr(hidden, "placements", None) is not None:
+        hidden = hidden.full_tensor()
+    return _Shared.apply(hidden, part.group)
+
+
+def of_all_parts(scores: TokenScores, targets: Tensor, part: Part) -> TokenScores:
+    """The scores over the whole vocabulary from those over each rank's part.
+
+    Args:
+        targets: ids of the whole vocabulary.
+    """
+    group = part.group
+    maximum = scores.maximum.detach().clone()
+    dist.all_reduce(maximum, dist.ReduceOp.MAX, group)
+    shift = scores.maximum.detach() - maximum
+    weights = torch.exp(scores.log_sum + shift)
+    total = _Sum.apply(weights, group)
+    here = (targets >= part.first) & (targets < part.first + part.weight.shape[0])
+    score = _Sum.apply(torch.where(here, scores.score + shift, 0.0), group)
+    mean = None
+    if scores.mean is not None:
+        mean = _Sum.apply(weights * (scores.mean + shift), group) / total
+    return TokenScores(maximum, total.log(), score, mean)

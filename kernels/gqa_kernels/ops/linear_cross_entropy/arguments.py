@@ -1,0 +1,71 @@
+"""What the arguments may be."""
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from gqa_kernels.losses import REDUCTIONS
+from gqa_kernels.runtime import checks
+from gqa_kernels.runtime.checks import flag
+
+__all__ = ["check_reduction", "check_tensors", "flag", "ignore_index", "softcap", "temperature"]
+__all__ += ["z_loss"]
+
+
+def check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, *_: Any) -> None:
+    checks.tensor("hidden", hidden)
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(
+            f"hidden: expected a last dimension of 1 or more; got {list(hidden.shape)}"
+        )
+    shape = ("vocab_size", hidden.shape[-1])
+    checks.tensor("weight", weight, shape=shape, like=("hidden", hidden))
+    checks.same_dtype("weight", weight, "hidden", hidden)
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight: expected a vocabulary of 1 or more; got {list(weight.shape)}")
+    shape = tuple(hidden.shape[:-1])
+    checks.tensor("targets", targets, dtypes=checks.INTS, shape=shape, like=("hidden", hidden))
+
+
+def ignore_index(value: int | None) -> int | None:
+    return None if value is None else checks.whole("ignore_index", value)
+
+
+def check_reduction(reduction: str, num_predictions: Tensor | float | None) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}; got {reduction!r}")
+    if num_predictions is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f"num_predictions: expected None with {reduction!r}; got a number")
+    if isinstance(num_predictions, Tensor):
+        if num_predictions.dim():
+            raise ValueError(
+                f"num_predictions: expected a scalar; got shape {list(num_predictions.shape)}"
+            )
+    else:
+        checks.number("num_predictions", num_predictions)
+
+
+def softcap(value: float | None) -> float | None:
+    return None if value is None else _positive("softcap", value)
+
+
+def temperature(value: float) -> float:
+    return _positive("temperature", value)
+
+
+def z_loss(value: float) -> float:
+    number = checks.number("z_loss", value)
+    if not 0.0 <= number < math.inf:
+        raise ValueError(f"z_loss: expected a finite number of 0 or more; got {value!r}")
+    return number
+
+
+def _positive(name: str, value: float) -> float:
+    """A float32 whose reciprocal is one, too."""
+    number = checks.number(name, value)
+    if not 1e-37 <= number <= 1e37:
+        raise ValueError(f"{name}: expected a number from 1e-37 to 1e37; got {value!r}")
+    return number

@@ -1,0 +1,124 @@
+"""Softmax, loss and gradient of a chunk of logits: one program owns one row.
+
+x = unit · cap(logit)                          scores; cap(z) = tanh(cap_scale · z), or z
+c = max x,  s = log Σ exp(x − c),  t = x[target] − c,  μ = Σ p · (x − c)
+p = exp(x − c − s)
+dx = p · (ds + dμ · (1 + x − c − μ)) + dt · [v = target]
+dlogit = dx · slope · (1 − cap²)               slope · (1 − cap²) = dx / dlogit
+"""
+
+import triton
+import triton.language as tl
+
+from gqa_kernels.ops.linear_cross_entropy.products import named_rows, num_left
+from gqa_kernels.primitives.scores import cap, cap_derivative
+
+
+@triton.jit
+def _load(ptr, row, absent):
+    value = absent
+    if ptr is not None:
+        value = tl.load(ptr + row)
+    return value
+
+
+@triton.jit
+def softmax_kernel(
+    logits_ptr,
+    targets_ptr,
+    order_ptr,
+    count_ptr,
+    loss_ptr,
+    maximum_ptr,
+    log_sum_ptr,
+    score_ptr,
+    mean_ptr,
+    dlog_sum_ptr,
+    dscore_ptr,
+    dmean_ptr,
+    first,
+    num_rows,
+    logits_stride,
+    cap_scale,
+    unit,
+    slope,
+    z_loss,
+    VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KNOWN: tl.constexpr,
+    GRADIENT: tl.constexpr,
+):
+    """One row: what it is asked for, in vectors of all tokens, and the gradient in place of logits.
+
+    loss_ptr: −log p(target) + z_loss · lse² goes there, and the gradient is its own.
+    KNOWN: maximum, log_sum and mean are read, not computed.
+    """
+    chunk_row = tl.program_id(0)
+    if chunk_row >= num_left(count_ptr, first, num_rows):
+        return
+    row = named_rows(order_ptr, first, chunk_row, chunk_row < num_rows)
+    logits_ptr += chunk_row.to(tl.int64) * logits_stride
+    target = tl.load(targets_ptr + row)
+    known = (target >= 0) & (target < VOCAB)
+    if KNOWN:
+        maximum, log_sum = tl.load(maximum_ptr + row), tl.load(log_sum_ptr + row)
+        mean = _load(mean_ptr, row, 0.0)
+    else:
+        # Before the first reduction, so that no thread has put a gradient in its place.
+        logit = tl.load(logits_ptr + tl.where(known, target, 0)).to(tl.float32)
+        maximum, total, weighted = -float("inf"), 0.0, 0.0
+        for start in range(0, VOCAB, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            logits = tl.load(logits_ptr + columns, mask=columns < VOCAB, other=0.0).to(tl.float32)
+            x = tl.where(columns < VOCAB, unit * cap(logits, cap_scale), -float("inf"))
+            new_maximum = tl.maximum(maximum, tl.max(x))
+            scale = tl.exp(maximum - new_maximum)
+            powers = tl.exp(x - new_maximum)
+            if mean_ptr is not None:
+                # Σ exp(x − c) · (x − c) for another c.
+                moved = tl.where(total > 0.0, total * (maximum - new_maximum), 0.0)
+                terms = tl.where(columns < VOCAB, powers * (x - new_maximum), 0.0)
+                weighted = (weighted + moved) * scale + tl.sum(terms)
+            total = total * scale + tl.sum(powers)
+            maximum = new_maximum
+        log_sum, mean = tl.log(total), weighted / total
+        score = tl.where(known, unit * cap(logit, cap_scale) - maximum, 0.0)
+        if maximum_ptr is not None:
+            tl.store(maximum_ptr + row, maximum)
+            tl.store(log_sum_ptr + row, log_sum)
+            tl.store(score_ptr + row, score)
+        if mean_ptr is not None:
+            tl.store(mean_ptr + row, mean)
+        if loss_ptr is not None:
+            log_sum = tl.where(known, log_sum, float("nan"))
+            lse = maximum + log_sum
+            tl.store(loss_ptr + row, log_sum - score + z_loss * lse * lse)
+    if GRADIENT:
+        if loss_ptr is not None:
+            dlog_sum, dscore, dmean = 1.0 + 2.0 * z_loss * (maximum + log_sum), -1.0, 0.0
+        else:
+            dlog_sum = _load(dlog_sum_ptr, row, 0.0)
+            dscore = _load(dscore_ptr, row, 0.0)
+            dmean = _load(dmean_ptr, row, 0.0)
+        for start in range(0, VOCAB, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            mask = columns < VOCAB
+            logits = tl.load(logits_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+            capped = cap(logits, cap_scale)
+            x = unit * capped - maximum
+            dx = tl.exp(x - log_sum) * (dlog_sum + dmean * (1.0 + (x - mean)))
+            dx += tl.where(columns == target, dscore, 0.0)
+            dlogits = dx * slope
+            if cap_scale is not None:
+                dlogits *= cap_derivative(capped)
+            tl.store(logits_ptr + columns, dlogits.to(logits_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def scale_kernel(x_ptr, factor_ptr, y_ptr, num_elements, BLOCK: tl.constexpr):
+    """y = x · factor, rounded once; one program computes BLOCK elements."""
+    elements = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = elements < num_elements
+    x = tl.load(x_ptr + elements, mask=mask, other=0.0).to(tl.float32)
+    y = x * tl.load(factor_ptr)
+    tl.store(y_ptr + elements, y.to(y_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,131 @@
+"""Losses over the vocabulary, in plain PyTorch."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from gqa_kernels import losses
+from gqa_kernels.reference.rows import wide
+
+
+def _scores(hidden: Tensor, weight: Tensor, softcap: float | None, temperature: float) -> Tensor:
+    logits = wide(F.linear(hidden, weight))
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits / temperature if temperature != 1.0 else logits
+
+
+def _of_targets(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """Of each row the number at its target; NaN, and gradients of NaN, outside of the rows."""
+    known = targets.clamp(0, log_probs.shape[-1] - 1).long()
+    chosen = log_probs.gather(-1, known[..., None])[..., 0]
+    return losses.without_unknown(chosen, targets, log_probs.shape[-1])
+
+
+def _token_scores(x: Tensor, targets: Tensor, need_mean: bool) -> losses.TokenScores:
+    """Of scores over a part of the vocabulary, and targets counted from its first row."""
+    maximum = x.detach().amax(-1)
+    x = x - maximum[..., None]
+    known = targets.clamp(0, x.shape[-1] - 1).long()
+    score = x.gather(-1, known[..., None])[..., 0].masked_fill(known != targets, 0.0)
+    mean = (x.softmax(-1) * x).sum(-1) if need_mean else None
+    return losses.TokenScores(maximum, x.logsumexp(-1), score, mean)
+
+
+def _of_part(
+    hidden: Tensor,
+    targets: Tensor,
+    part: losses.Part,
+    softcap: float | None,
+    temperature: float,
+    need_mean: bool,
+) -> losses.TokenScores:
+    x = _scores(losses.shared(hidden, part), part.weight, softcap, temperature)
+    scores = _token_scores(x, targets - part.first, need_mean)
+    return losses.of_all_parts(scores, targets, part)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    num_predictions: Tensor | float | None = None,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    """The loss of x = hidden · weightᵀ: −log softmax(x)[target] + z_loss · lse(x)², in nats.
+
+    The scores x are rounded to `hidden.dtype`, as a projection rounds them, and their gradient with
+    them; all else is float32, or wider where hidden is wider.
+
+    Args:
+        hidden: `[..., hidden_size]`.
+        weight: `[vocab_size, hidden_size]`, in hidden's dtype; a DTensor sharded over the
+            vocabulary, or with `group` this rank's part of it.
+        targets: int `[...]`, ids. One outside of the vocabulary makes loss and gradients NaN.
+        ignore_index: the target of rows that are not read and have neither loss nor gradient; None
+            if there are none.
+        reduction: "mean" over the rows that are not ignored (NaN of none), "sum", or "none".
+        num_predictions: what "mean" divides by instead, a number or a scalar tensor: the number of
+            predictions of a whole batch, of which this is a part.
+        softcap: x ← softcap · tanh(x / softcap), as in Gemma 2.
+        z_loss: a factor; Chowdhery et al. 2022, arXiv:2204.02311, takes 1e-4.
+        group: the ranks that share the vocabulary, in order, with as many rows each. Each rank
+            gives the same hidden and targets and gets the same loss.
+    Returns:
+        a scalar, or with "none" `[...]`, 0 where ignored.
+    """
+    ignored = None if ignore_index is None else targets == ignore_index
+    ids = targets
+    if ignored is not None:
+        # Whatever an ignored row holds, NaN included; any id of the vocabulary will do there.
+        hidden, ids = hidden.masked_fill(ignored[..., None], 0.0), targets.masked_fill(ignored, 0)
+    part = losses.part_of(weight, group)
+    if part is None:
+        x = _scores(hidden, weight, softcap, 1.0)
+        token_losses = -_of_targets(x.log_softmax(-1), ids)
+        if z_loss:
+            token_losses = token_losses + z_loss * x.logsumexp(-1).square()
+    else:
+        scores = _of_part(hidden, ids, part, softcap, 1.0, need_mean=False)
+        token_losses = losses.token_losses(scores, z_loss)
+        token_losses = losses.without_unknown(token_losses, ids, part.vocab_size)
+    if ignored is not None:
+        token_losses = token_losses.masked_fill(ignored, 0.0)
+    return losses.reduce(token_losses, targets, ignore_index, reduction, num_predictions)
+
+
+def token_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    group: ProcessGroup | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """log p(target) in nats, where p = softmax(hidden · weightᵀ / temperature), and the entropy
+    −Σ p · log p.
+
+    Args:
+        hidden, weight, targets, group: as `linear_cross_entropy` takes them; a target outside of
+            the vocabulary gives NaN in its row. No target is ignored.
+        temperature: positive.
+        return_entropy: also return the entropy.
+    Returns:
+        `[...]` in float32, or wider where hidden is wider; with the entropy two of them.
+    """
+    part = losses.part_of(weight, group)
+    if part is not None:
+        scores = _of_part(hidden, targets, part, None, temperature, return_entropy)
+        chosen = scores.score - scores.log_sum
+        chosen = losses.without_unknown(chosen, targets, part.vocab_size)
+        return (chosen, scores.log_sum - scores.mean) if return_entropy else chosen
+    log_probs = _scores(hidden, weight, None, temperature).log_softmax(-1)
+    chosen = _of_targets(log_probs, targets)
+    return (chosen, -(log_probs.exp() * log_probs).sum(-1)) if return_entropy else chosen
