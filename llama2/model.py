@@ -9,7 +9,6 @@ from dataclasses import replace
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -171,6 +170,7 @@ class Llama2(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, ops) for _ in range(config.num_layers))
         self.norm = RMSNorm(config, ops)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.linear_cross_entropy = ops.linear_cross_entropy
         self.rope = RotaryTable(config)
         self._keep_whole()
         # The function, not the method: copies and pickles of a model carry it by name.
@@ -318,9 +318,24 @@ class Llama2(nn.Module):
         num_valid: Tensor | None = None,
         *,
         cu_seqlens: Tensor | None = None,
+        targets: Tensor | None = None,
+        reduction: str = "none",
     ) -> Tensor:
-        """Logits `[batch, seq_len, vocab_size]`; see `hidden_states`."""
-        return self.lm_head(self.hidden_states(tokens, cache, num_valid, cu_seqlens=cu_seqlens))
+        """Logits `[batch, seq_len, vocab_size]`; see `hidden_states`.
+
+        With targets, int `[batch, seq_len]`, ids or IGNORED, no logits but their cross-entropy as
+        `linear_cross_entropy` gives it: per token, or by another `reduction`.
+        """
+        hidden = self.hidden_states(tokens, cache, num_valid, cu_seqlens=cu_seqlens)
+        if targets is None:
+            return self.lm_head(hidden)
+        weight = self.lm_head.weight
+        if torch.is_autocast_enabled(hidden.device.type):  # of which the ops know nothing
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        return self.linear_cross_entropy(
+            hidden, weight, targets, ignore_index=IGNORED, reduction=reduction
+        )
 
     def loss(
         self,
@@ -353,7 +368,7 @@ class Llama2(nn.Module):
         targets = targets_of(tokens, num_valid, cu_seqlens)
         check_ids(tokens, self.config.vocab_size)
         # Causal attention keeps what pads a row on the right from all tokens before it.
-        total = self.token_losses(tokens[:, :-1], targets, cu_seqlens=cu_seqlens).sum()
+        total = self(tokens[:, :-1], cu_seqlens=cu_seqlens, targets=targets, reduction="sum")
         return total / ((targets != IGNORED).sum() if num_predictions is None else num_predictions)
 
     def token_losses(
@@ -366,10 +381,7 @@ class Llama2(nn.Module):
             tokens: int `[batch, seq_len]`; packed with `cu_seqlens`, as `hidden_states` takes them.
             targets: int64 `[batch, seq_len]`, ids or IGNORED.
         """
-        logits = self(tokens, cu_seqlens=cu_seqlens).flatten(0, 1)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="none")
-        return losses.view(targets.shape)
+        return self(tokens, cu_seqlens=cu_seqlens, targets=targets)
 
 
 def _after_loading(model: Llama2, _: object) -> None:
