@@ -33,6 +33,14 @@ Those that have a test where their subject is tested:
   test_attention_backward.py::test_offsets_beyond_32_bits,
   test_decode.py::test_offsets_beyond_32_bits
 - Sharded tensors are gathered, or refused: test_sharding.py::test_on_two_ranks
+- The gradient of a loss per token takes one upstream number for all:
+  test_ops.py::test_within_budget
+- A loss without logits overwrites in its backward pass what a second one needs:
+  test_linear_cross_entropy.py::test_two_consumers_and_a_kept_graph
+- It makes the logits after all where it is compiled:
+  test_library.py::test_compiled_gives_the_same_bits
+- It projects the tokens that it then ignores:
+  test_linear_cross_entropy.py::test_ignored_rows_are_not_read
 """
 
 import re
@@ -44,7 +52,14 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from gqa_kernels import add_rms_norm, apply_rope, get_backend, rms_norm, swiglu
+from gqa_kernels import (
+    add_rms_norm,
+    apply_rope,
+    get_backend,
+    linear_cross_entropy,
+    rms_norm,
+    swiglu,
+)
 
 pytest.importorskip("transformers")
 
@@ -244,3 +259,51 @@ def test_a_compiled_step_repeats_the_keys_for_every_query_head(route, tokens, de
     assert "gqa_kernels.decode_attention.default" in ops
     keys = {shape for shape in shapes if len(shape) == 4 and shape[-1] == 8}
     assert keys == {(2, 2, 32, 8), (2, 32, 2, 8)}
+
+
+# --- losses ----------------------------------------------------------------------------------
+
+
+def test_the_gradient_of_the_vocabulary_is_rounded_once(draw, device):
+    """Not after every chunk, which loses most of what many tokens add up to."""
+    hidden, weight = draw(640, 16, dtype=torch.bfloat16), 0.3 * draw(24, 16, dtype=torch.bfloat16)
+    targets = torch.arange(640, device=device) % 24
+    leaf = weight.clone().requires_grad_()
+    linear_cross_entropy(hidden, leaf, targets, reduction="sum").backward()
+    truth = weight.double().requires_grad_()
+    torch.nn.functional.cross_entropy(
+        hidden.double() @ truth.T, targets, reduction="sum"
+    ).backward()
+    chunks = torch.zeros_like(weight)
+    for part, of in zip(hidden.split(32), targets.split(32), strict=True):
+        alone = weight.clone().requires_grad_()
+        linear_cross_entropy(part, alone, of, reduction="sum").backward()
+        chunks += alone.grad
+    ours, theirs = ((x.double() - truth.grad).square().mean() for x in (leaf.grad, chunks))
+    assert 2.0 * ours < theirs
+
+
+def test_small_probabilities_have_gradients(device):
+    """None is left out for being small: a token of a rare id would never be learnt."""
+    hidden = torch.ones(8, 16, device=device)
+    weight = torch.zeros(24, 16, device=device)
+    weight[0] = 0.75  # exp 12 times as likely as any other
+    leaf = weight.clone().requires_grad_()
+    targets = torch.zeros(8, dtype=torch.int64, device=device)
+    linear_cross_entropy(hidden, leaf, targets, reduction="sum").backward()
+    probability = torch.softmax(weight.double().sum(-1), 0)[1:, None]
+    assert probability.max() < 2**-12
+    torch.testing.assert_close(leaf.grad[1:].double(), (8.0 * probability).expand(-1, 16))
+
+
+def test_a_scaled_loss_keeps_small_gradients_in_float16(draw, device):
+    """Of a mean over many tokens: divided by their number before the loss is scaled, they would
+    be 0 in float16."""
+    hidden, weight = draw(8, 16, dtype=torch.float16), draw(24, 16, dtype=torch.float16)
+    leaf = hidden.clone().requires_grad_()
+    targets = torch.arange(8, device=device)
+    loss = linear_cross_entropy(leaf, weight, targets, num_predictions=2.0**28)
+    (loss * 2.0**28).backward()
+    alone = hidden.clone().requires_grad_()
+    linear_cross_entropy(alone, weight, targets, reduction="sum").backward()
+    assert torch.equal(leaf.grad, alone.grad)

@@ -24,6 +24,7 @@ from small_llama import (
 )
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from gqa_kernels import get_backend
@@ -232,3 +233,46 @@ def test_training_reads_no_value_on_the_device(form, device):
             assert gradient.shape == model.get_parameter(name).shape
         with pytest.raises(DataDependentOutputException):
             loss.item()
+
+
+class _LargestTensor(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **kwargs or {})
+        for x in outputs if isinstance(outputs, (tuple, list)) else (outputs,):
+            if isinstance(x, Tensor):
+                self.numel = max(self.numel, x.numel())
+        return outputs
+
+
+def test_a_training_step_makes_no_logits(device):
+    """Nor anything else of their size."""
+    config = replace(small_config(), vocab_size=2000)
+    tokens = random_tokens(device, 2, 101) % config.vocab_size
+    sizes = {}
+    for name in ("eager", "triton"):
+        torch.manual_seed(0)
+        model = Llama2(config, get_backend(name)).to(device)
+        with _LargestTensor() as largest:
+            model.loss(tokens).backward()
+        sizes[name] = largest.numel
+    assert sizes["eager"] >= 200 * config.vocab_size
+    assert sizes["triton"] <= max(x.numel() for x in model.parameters())
+
+
+def test_the_loss_under_autocast_is_that_of_its_head(device):
+    """In autocast's dtype, as the projection that it stands for."""
+    model = Llama2(small_config(), get_backend("eager")).to(device)
+    tokens = random_tokens(device, 1, 9)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        hidden = model.hidden_states(tokens)
+        losses = model(tokens, targets=tokens)
+        with torch.autocast(device.type, enabled=False):
+            expected = TRITON.linear_cross_entropy(
+                hidden.bfloat16(), model.lm_head.weight.bfloat16(), tokens, reduction="none"
+            )
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, expected, rtol=2**-8, atol=2**-8)
