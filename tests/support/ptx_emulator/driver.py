@@ -174,7 +174,8 @@ class _Launcher:
                         described["block_size"], swizzle, value.padding,
                     )  # fmt: skip
                     param, _, _ = next(params)
-                    handle = (0xDE5C << 40) + 128 * len(launch.descriptors)
+                    # In 32 bits, which is how some versions take the address of a parameter.
+                    handle = 0xDE5C0000 + 128 * len(launch.descriptors)
                     launch.params[param] = np.uint64(handle)
                     launch.descriptors[handle] = tensor
                 for number in value.shape:
