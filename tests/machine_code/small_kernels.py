@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from ptx_emulator.driver import emulating
 from ptx_emulator.machine import EmulationError
+from ptx_emulator.mutations import apply, sites
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 ARCHS = ("sm_80", "sm_90")
@@ -217,6 +218,40 @@ def test_faults_of_wgmma_are_seen(arch):
         mutate=without(r"^\s*fence\.proxy\.async[\w:.]*;"),
     )  # fmt: skip
     assert any("proxy fence" in finding for finding in emulator.findings)
+
+
+@triton.jit
+def chain_kernel(x_ptr, y_ptr, out_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    x, y = tl.load(x_ptr + at), tl.load(y_ptr + at)
+    product = tl.dot(x, y)
+    tl.store(out_ptr + at, tl.dot((product * 0.5).to(x.dtype), y, product * 2))
+
+
+@pytest.mark.parametrize(
+    ("dropped", "seen"),
+    [(None, None), (0, "before any wgmma.fence"), (1, "write to an? .* without wgmma.fence")],
+)
+def test_a_missing_wgmma_fence_is_seen(arch, dropped, seen):
+    if arch != "sm_90":
+        pytest.skip("sm_90 alone has wgmma")
+
+    def mutate(name, text):
+        kind = "drop wgmma.fence"
+        return text if dropped is None else apply(text, kind, sites(text, kind)[dropped])
+
+    x, y = draw(64, 64, dtype=torch.float16), draw(64, 64, dtype=torch.float16, seed=1)
+    out = torch.empty(64, 64)
+    with emulating(arch, strict=False, mutate=mutate) as emulator:
+        chain_kernel[(1,)](x, y, out, 64)
+    product = x.float() @ y.float()
+    torch.testing.assert_close(
+        out, (product * 0.5).half().float() @ y.float() + product * 2, rtol=1e-3, atol=1e-2
+    )
+    if seen:
+        assert any(re.search(seen, finding) for finding in emulator.findings), emulator.findings
+    else:
+        assert not emulator.findings, emulator.findings[:3]
 
 
 @triton.jit

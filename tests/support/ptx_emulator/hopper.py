@@ -34,6 +34,10 @@ class Hopper:
         self.wgmma_open: dict[int, list] = {}  # by warpgroup
         self.wgmma_groups: dict[int, list] = {}
         self.wgmma_tables: dict = {}
+        # By warpgroup: the registers at its last wgmma.fence, and (by the identity of their arrays)
+        # the shapes of the wgmma that have written to registers since.
+        self.wgmma_fenced: dict[int, list] = {}
+        self.wgmma_written: dict[int, dict] = {}
         # Accumulators in flight, by the identity of their register's array: a register that is
         # moved meanwhile is the same array, and gets the result with it.
         self.wgmma_arrays: dict[int, np.ndarray] = {}
@@ -217,8 +221,29 @@ class Hopper:
 
     # --- wgmma ---
 
-    def fence_wgmma(self, m) -> None:
-        pass
+    def fence_wgmma(self, R, m) -> None:
+        for group in self._groups(m):
+            self.wgmma_fenced[group] = list(R)
+            self.wgmma_written[group] = {}
+
+    def _check_fence(self, line, R, accumulators, operands, n, group, m) -> None:
+        """A wgmma.fence is due between writes to a register (which put another array in its place)
+        and a wgmma of it, unless wgmma of one shape wrote to it as their accumulator."""
+        if group not in self.wgmma_fenced:
+            self.launch.report("wgmma before any wgmma.fence", line, f"warpgroup {group}")
+        fenced = self.wgmma_fenced.setdefault(group, list(R))
+        written = self.wgmma_written.setdefault(group, {})
+        mine = slice(group * 128, group * 128 + 128)
+        for index in (*accumulators, *operands):
+            array, before = R[index], fenced[index]
+            if id(array) in written:
+                ordered = index in accumulators and written[id(array)][1] == n
+            else:  # in part: threads of another warpgroup may have written to theirs
+                ordered = array is before or (m is not None and (array == before)[mine].all())
+            if not ordered:
+                kind = "an accumulator" if index in accumulators else "an operand"
+                self.launch.report(f"wgmma after write to {kind} without wgmma.fence", line, "")
+                return
 
     def _groups(self, m):
         if m is None:
@@ -276,7 +301,8 @@ class Hopper:
         self.wgmma_tables[key] = swizzled, words
         return swizzled, words
 
-    def wgmma(self, line, R, indices, a, b, scale, n, k, kinds, transposed, m) -> None:
+    def wgmma(self, line, R, indices, a, b, scale, n, k, kinds, transposed, m, operands=()) -> None:
+        """operands: the registers of A; a: what is in them, or a descriptor of shared memory."""
         kind = kinds[1]
         item = 2
         if kinds[0] != "f32" or kind not in ("f16", "bf16"):
@@ -286,6 +312,7 @@ class Hopper:
         for group in groups:
             first = group * 128
             used = []
+            self._check_fence(line, R, indices, operands, n, group, m)
             if isinstance(a, list):
                 # Four registers: as m16n8k16's A, for each of the four warps.
                 bits = np.stack([x[first : first + 128] for x in a]).view(np.uint16)
@@ -323,6 +350,8 @@ class Hopper:
         for group, (d, keep, words, warps) in products.items():
             mine = slice(group * 128, group * 128 + 128)
             keys = [(id(array), group) for array in fresh]
+            written = self.wgmma_written.setdefault(group, {})
+            written.update((id(array), (array, n)) for array in fresh)
             for row, (key, array) in enumerate(zip(keys, fresh, strict=True)):
                 if not keep:
                     value = d[row].copy()

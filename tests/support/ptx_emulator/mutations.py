@@ -33,6 +33,7 @@ KINDS = {
         lambda s: re.sub(r"(\d+);", lambda m: f"{int(m.group(1)) + 1};", s),
     ),
     "drop fence.proxy.async": (r"^\s*fence\.proxy\.async", lambda s: ""),
+    "drop wgmma.fence": (r"^\s*wgmma\.fence", lambda s: ""),
     "drop wgmma.wait_group": (r"^\s*wgmma\.wait_group", lambda s: ""),
     "drop mbarrier wait": (r"^\s*(mbarrier\.try_wait|@!complete)", lambda s: ""),
     "drop the mask of a load": (r"^\s*@!?%p\d+ ld\.global", lambda s: re.sub(r"@!?%p\d+ ", "", s)),

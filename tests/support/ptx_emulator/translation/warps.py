@@ -84,7 +84,7 @@ class Warps(Operands):
     def _wgmma(self, i):
         parts = i.parts
         if parts[1] == "fence":
-            self.lines.append("X.fence_wgmma(m)")
+            self.lines.append("X.fence_wgmma(R, m)")
         elif parts[1] == "commit_group":
             self.lines.append("X.commit_wgmma(m)")
         elif parts[1] == "wait_group":
@@ -94,6 +94,7 @@ class Warps(Operands):
             n, k = int(match.group(1)), int(match.group(2))
             d, a, b, scale, *rest = i.args
             flags = [x.value for x in rest]
+            operands = [x.index for x in a.items] if isinstance(a, Vector) else []
             if flags[:2] != [1, 1]:
                 raise NotImplementedError("negated operands")
             if isinstance(a, Vector):
@@ -105,5 +106,6 @@ class Warps(Operands):
             indices = [x.index for x in d.items]
             self.lines.append(
                 f"X.wgmma({i.line}, R, {indices}, {a_text}, {self.read(b, 'u8')}, "
-                f"X.full({self.read(scale, '?')}, b1), {n}, {k}, {parts[5:]!r}, {transposed}, m)"
+                f"X.full({self.read(scale, '?')}, b1), {n}, {k}, {parts[5:]!r}, {transposed}, m, "
+                f"{operands})"
             )
