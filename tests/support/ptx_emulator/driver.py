@@ -164,7 +164,8 @@ class _Launcher:
                     for number in (*value.shape, *value.strides):
                         put(number, "i64")
                     put(value.padding == "nan", "i1")
-                    put(value.round_f32_to_tf32, "i1")
+                    if hasattr(value, "round_f32_to_tf32"):  # since Triton 3.7
+                        put(value.round_f32_to_tf32, "i1")
                 else:
                     if described.get("fp4_padded"):
                         raise Unsupported("fp4")
