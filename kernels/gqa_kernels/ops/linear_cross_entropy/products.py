@@ -129,20 +129,19 @@ def weight_product_kernel(
     if ADD:
         total = tl.load(ptrs, mask=mask, other=0.0)
     part = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    steps = tl.arange(0, BLOCK_K)
+    dlogits_ptrs = dlogits_ptr + steps[None, :].to(tl.int64) * dlogits_stride + tokens[:, None]
     for start in range(0, limit, BLOCK_K):
-        rows = start + tl.arange(0, BLOCK_K)
+        rows = start + steps
         row_mask = rows < limit
         named = named_rows(order_ptr, first, rows, row_mask)
-        dlogits = tl.load(
-            dlogits_ptr + rows[None, :].to(tl.int64) * dlogits_stride + tokens[:, None],
-            mask=row_mask[None, :] & token_mask[:, None],
-            other=0.0,
-        )
+        dlogits = tl.load(dlogits_ptrs, mask=row_mask[None, :] & token_mask[:, None], other=0.0)
         hidden = tl.load(
             hidden_ptr + named[:, None] * hidden_stride + columns[None, :],
             mask=row_mask[:, None] & column_mask[None, :],
             other=0.0,
         )
         total, part = _add_product(dlogits, hidden, total, part, start // BLOCK_K)
+        dlogits_ptrs += BLOCK_K * dlogits_stride
     total += part
     tl.store(ptrs, total, mask=mask)
