@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-seeds test-matrix test-newest test-machine-code lint format bench peers compile-check-3.6 clean
+.PHONY: demo test test-seeds test-matrix test-newest test-machine-code test-mutants lint format bench peers compile-check-3.6 clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -53,6 +53,10 @@ test-newest: .venv-newest/.ready
 	.venv-transformers4/bin/python -m pip install --disable-pip-version-check -q \
 		-c constraints-transformers4.txt transformers
 	touch $@
+
+# Kernels broken on purpose, on the budgets and in the emulator: each has to be noticed.
+test-mutants: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 -m mutants tests
 
 # The kernels compiled for every target and their binaries read; then executed without a GPU: all
 # dtypes, longer cases, every order, and approximate instructions that err as much as they may. Last,

@@ -38,6 +38,7 @@ FAULTS = (
 )
 
 
+@pytest.mark.mutants
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.kind.replace(" ", "-"))
 def test_a_fault_is_seen(fault, tmp_path):
     results = tmp_path / "mutants.jsonl"

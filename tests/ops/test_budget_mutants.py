@@ -240,6 +240,7 @@ MUTANTS = (
 )
 
 
+@pytest.mark.mutants
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.what.replace(" ", "_"))
 def test_it_is_seen(mutant, tmp_path):
     package = tmp_path / "gqa_kernels"
