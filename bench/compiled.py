@@ -118,6 +118,13 @@ def _variants(spec: OpSpec) -> list[tuple[Case, torch.dtype]]:
                     )
                 ),
             ]
+        case "linear_cross_entropy":
+            return [
+                variant("GPT-2's vocabulary, a cap", vocab_size=50257, softcap=30.0),
+                variant("float32", torch.float32),
+            ]
+        case "token_log_probs":
+            return [variant("entropies", temperature=0.7, return_entropy=True)]
     return []
 
 

@@ -50,6 +50,7 @@ NARROW_ALLOWED = {
 }
 
 ATTENTION = ("attention.forward", "attention.dkdv", "attention.dq")
+PRODUCTS = tuple(f"linear_cross_entropy.products.{name}_product" for name in ("rows", "weight"))
 
 
 def python(*arguments: str) -> str:
@@ -84,7 +85,7 @@ def complaints(entry: dict) -> list[str]:
         if narrow := accesses - {"LDG.128", "STG.128"} - NARROW_ALLOWED[kernel]:
             found.append(f"accesses narrower than 16 bytes: {sorted(narrow)}")
     on_hopper = entry["arch"] == "sm_90" and entry["dtype"] != "float32"
-    if kernel in ATTENTION and on_hopper and not count(loop, "HGMMA"):
+    if kernel in ATTENTION + PRODUCTS and on_hopper and not count(loop, "HGMMA"):
         found.append("the main loop has no wgmma")
     if kernel == "attention.forward" and on_hopper:
         overlapped, exponentials = count(binary["under_wgmma"], "MUFU.EX2"), count(loop, "MUFU.EX2")
