@@ -56,6 +56,8 @@ def rows_product_kernel(
     c_stride,
     K: tl.constexpr,
     N: tl.constexpr,
+    A_WIDTH: tl.constexpr,
+    C_WIDTH: tl.constexpr,
     A_NAMED: tl.constexpr,
     C_NAMED: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -65,6 +67,8 @@ def rows_product_kernel(
     """C[r, n] = Σ_k A[r, k] · B[k, n] for the rows r of a chunk; one program computes one tile.
 
     A_NAMED, C_NAMED: A or C has the rows of all tokens; else it has those of the chunk.
+    A_WIDTH, C_WIDTH: K and N, but of logits that of their rows in memory, which end with zeros:
+    a mask that ends where 16 bytes end leaves accesses wide.
     Programs that follow one another share their columns of B.
     """
     num_blocks = tl.cdiv(num_rows, BLOCK_M)
@@ -83,16 +87,15 @@ def rows_product_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     part = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
-        k_mask = steps < K - k
-        a = tl.load(a_ptrs, mask=row_mask[:, None] & k_mask[None, :], other=0.0)
-        b = tl.load(b_ptrs, mask=column_mask[None, :] & k_mask[:, None], other=0.0)
+        a = tl.load(a_ptrs, mask=row_mask[:, None] & (steps < A_WIDTH - k)[None, :], other=0.0)
+        b = tl.load(b_ptrs, mask=column_mask[None, :] & (steps < K - k)[:, None], other=0.0)
         total, part = _add_product(a, b, total, part, k // BLOCK_K)
         a_ptrs += BLOCK_K
         b_ptrs += BLOCK_K * b_k_stride
     total += part
     c_rows = all_rows if C_NAMED else chunk_rows
     c_ptrs = c_ptr + c_rows[:, None] * c_stride + columns[None, :]
-    mask = row_mask[:, None] & column_mask[None, :]
+    mask = row_mask[:, None] & (columns < C_WIDTH)[None, :]
     tl.store(c_ptrs, total.to(c_ptr.dtype.element_ty), mask=mask)
 
 
@@ -108,6 +111,7 @@ def weight_product_kernel(
     dlogits_stride,
     hidden_stride,
     VOCAB: tl.constexpr,
+    WIDTH: tl.constexpr,
     HIDDEN: tl.constexpr,
     ADD: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -115,7 +119,10 @@ def weight_product_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """dweight[v, h] = Σ_r dlogits[r, v] · hidden[r, h] over the rows r of a chunk, in float32, or
-    added to what is there; one program computes one tile."""
+    added to what is there; one program computes one tile.
+
+    WIDTH: of dlogits' rows in memory, which end with zeros.
+    """
     num_blocks: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
     tokens = (tl.program_id(0) // num_blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = (tl.program_id(0) % num_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -135,7 +142,7 @@ def weight_product_kernel(
         rows = start + steps
         row_mask = rows < limit
         named = named_rows(order_ptr, first, rows, row_mask)
-        dlogits = tl.load(dlogits_ptrs, mask=row_mask[None, :] & token_mask[:, None], other=0.0)
+        dlogits = tl.load(dlogits_ptrs, mask=row_mask[None, :] & (tokens < WIDTH)[:, None], other=0.0)
         hidden = tl.load(
             hidden_ptr + named[:, None] * hidden_stride + columns[None, :],
             mask=row_mask[:, None] & column_mask[None, :],

@@ -44,6 +44,7 @@ def softmax_kernel(
     slope,
     z_loss,
     VOCAB: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     KNOWN: tl.constexpr,
     GRADIENT: tl.constexpr,
@@ -51,6 +52,7 @@ def softmax_kernel(
     """One row: what it is asked for, in vectors of all tokens, and the gradient in place of logits.
 
     loss_ptr: −log p(target) + z_loss · lse² goes there, and the gradient is its own.
+    WIDTH: of the row in memory; what is behind the vocabulary becomes 0.
     KNOWN: maximum, log_sum and mean are read, not computed.
     """
     chunk_row = tl.program_id(0)
@@ -69,7 +71,7 @@ def softmax_kernel(
         maximum, total, weighted = -float("inf"), 0.0, 0.0
         for start in range(0, VOCAB, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            logits = tl.load(logits_ptr + columns, mask=columns < VOCAB, other=0.0).to(tl.float32)
+            logits = tl.load(logits_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
             x = tl.where(columns < VOCAB, unit * cap(logits, cap_scale), -float("inf"))
             new_maximum = tl.maximum(maximum, tl.max(x))
             scale = tl.exp(maximum - new_maximum)
@@ -102,13 +104,13 @@ def softmax_kernel(
             dmean = _load(dmean_ptr, row, 0.0)
         for start in range(0, VOCAB, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            mask = columns < VOCAB
+            mask = columns < WIDTH
             logits = tl.load(logits_ptr + columns, mask=mask, other=0.0).to(tl.float32)
             capped = cap(logits, cap_scale)
             x = unit * capped - maximum
             dx = tl.exp(x - log_sum) * (dlog_sum + dmean * (1.0 + (x - mean)))
             dx += tl.where(columns == target, dscore, 0.0)
-            dlogits = dx * slope
+            dlogits = tl.where(columns < VOCAB, dx * slope, 0.0)
             if cap_scale is not None:
                 dlogits *= cap_derivative(capped)
             tl.store(logits_ptr + columns, dlogits.to(logits_ptr.dtype.element_ty), mask=mask)
