@@ -24,11 +24,15 @@ def _projection(case: Case, *context: Any) -> dict[str, Any]:
     }
 
 
+def _ignored_every(case: Case) -> int | None:
+    """Every how many tokens one is ignored; None if none is."""
+    return case.sizes.get("ignored_every", 3)
+
+
 def _loss_inputs(case: Case, *context: Any) -> dict[str, Any]:
-    """Every third token is ignored."""
-    inputs = _projection(case, *context)
-    if inputs["targets"].device.type != "meta":
-        inputs["targets"][2::3] = -100
+    inputs, every = _projection(case, *context), _ignored_every(case)
+    if every is not None and inputs["targets"].device.type != "meta":
+        inputs["targets"][every - 1 :: every] = -100
     options = {name: case.sizes[name] for name in ("reduction", "softcap", "z_loss")}
     return inputs | options
 
@@ -38,22 +42,36 @@ def _log_probs_inputs(case: Case, *context: Any) -> dict[str, Any]:
     return _projection(case, *context) | options
 
 
-def _cost(case: Case, dtype: torch.dtype) -> Cost:
+def _cost(case: Case, dtype: torch.dtype, num_ignored: int = 0) -> Cost:
     """Reads hidden states, weight and targets, writes a number per token; one matrix product."""
     tokens, width, vocab_size = (
         case.sizes[name] for name in ("num_tokens", "hidden_size", "vocab_size")
     )
-    read = (tokens + vocab_size) * width * dtype.itemsize + 8 * tokens
-    return Cost(read, 4 * tokens, 2 * tokens * width * vocab_size)
+    rows = tokens - num_ignored
+    read = (rows + vocab_size) * width * dtype.itemsize + 8 * tokens
+    return Cost(read, 4 * tokens, 2 * rows * width * vocab_size)
 
 
-def _backward_cost(case: Case, dtype: torch.dtype) -> Cost:
+def _backward_cost(case: Case, dtype: torch.dtype, num_ignored: int = 0) -> Cost:
     """Reads the same, writes both gradients; two matrix products, of logits that are at hand."""
-    read, _, flops = _cost(case, dtype)
+    read, _, flops = _cost(case, dtype, num_ignored)
     tokens, width, vocab_size = (
         case.sizes[name] for name in ("num_tokens", "hidden_size", "vocab_size")
     )
     return Cost(read, (tokens + vocab_size) * width * dtype.itemsize, 2 * flops)
+
+
+def _num_ignored(case: Case) -> int:
+    every = _ignored_every(case)
+    return 0 if every is None else case.sizes["num_tokens"] // every
+
+
+def _loss_cost(case: Case, dtype: torch.dtype) -> Cost:
+    return _cost(case, dtype, _num_ignored(case))
+
+
+def _loss_backward_cost(case: Case, dtype: torch.dtype) -> Cost:
+    return _backward_cost(case, dtype, _num_ignored(case))
 
 
 def _case(
@@ -93,10 +111,10 @@ OPS = (
             ),
         ),
         _loss_inputs,
-        _cost,
+        _loss_cost,
         _case(3, 8, 11, "tiny", **_LOSS).sizes,
         ("hidden", "weight"),
-        _backward_cost,
+        _loss_backward_cost,
     ),
     OpSpec(
         "token_log_probs",
