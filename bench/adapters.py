@@ -15,7 +15,9 @@ from timing import Call
 from torch import Tensor
 
 Adapter = Callable[[dict[str, Any]], Call]
-PASSES = ("fwd", "bwd")
+# Losses whose gradients are made in the forward pass, by some backends: their two passes are timed
+# as one call, a "step", instead of the backward pass alone.
+STEPS = frozenset({"linear_cross_entropy"})
 
 
 class Lacks(Exception):
@@ -66,7 +68,7 @@ class Backend:
         """Why this backend has no call for an op and pass, or None."""
         if op not in self.adapters:
             return f"{self.name} has no {op}"
-        if pass_ == "bwd" and op in self.forward_only:
+        if pass_ != "fwd" and op in self.forward_only:
             return self.forward_only[op]
         return None
 
@@ -87,10 +89,12 @@ def make_call(
     wrt: tuple[str, ...],
     cotangents: tuple[Tensor, ...],
 ) -> Call:
-    """The call that is checked and timed; it returns the outputs, or the gradients of `wrt`.
+    """The call that is checked and timed; it returns the outputs, or the gradients of `wrt`, or in
+    a step both.
 
     A backward call differentiates one forward pass again and again, so its forward pass is not
-    timed; it gets cotangents of its own, since some backends write to them.
+    timed; it gets cotangents of its own, since some backends write to them. A step is what a user
+    calls for a loss: forward and backward, whose cotangent is 1.
     """
     if op in backend.writes_inputs:
         inputs = {n: x.clone() if isinstance(x, Tensor) else x for n, x in inputs.items()}
@@ -98,8 +102,18 @@ def make_call(
         forward = backend.adapters[op](inputs)
         return lambda: outputs_of(forward())
     leaves = {n: x.detach().requires_grad_() if n in wrt else x for n, x in inputs.items()}
-    with torch.enable_grad():
-        outputs = outputs_of(backend.adapters[op](leaves)())
-    wanted = [leaves[name] for name in wrt]
+    forward, wanted = backend.adapters[op](leaves), [leaves[name] for name in wrt]
+
+    def recorded() -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            return outputs_of(forward())
+
+    def step() -> tuple[Tensor, ...]:
+        outputs = recorded()
+        return (*(x.detach() for x in outputs), *torch.autograd.grad(outputs, wanted))
+
+    if pass_ == "step":
+        return step
+    outputs = recorded()
     own = [c.to(o.dtype, copy=True) for c, o in zip(cotangents, outputs, strict=True)]
     return lambda: torch.autograd.grad(outputs, wanted, own, retain_graph=True)

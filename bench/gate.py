@@ -4,7 +4,8 @@ The budget is the package's own (`gqa_kernels.accuracy`), from one draw of eager
 the largest of hundreds of errors in bfloat16 depends neither on chance nor on the order of float32
 sums. Row ops are checked whole. Attention is checked where its reference fits: for the last
 sequence of the batch and its last key/value head, forward at the first, middle and last 64 queries,
-backward at all of them.
+backward at all of them. A loss is one number, which may be off by nothing, by chance: its budget
+is that of the losses of its tokens.
 """
 
 import functools
@@ -36,7 +37,8 @@ def check(
     Args:
         inputs: what the call was given, unchanged but for a cache that the op writes to.
         cotangents: of each output; ignored for a forward pass.
-        actual: the outputs, or the gradients of `workload.spec.wrt` in that order.
+        actual: the outputs, or the gradients of `workload.spec.wrt` in that order, or in a step
+            both.
     Raises:
         GateError: an error exceeds its budget; the message gives both.
     """
@@ -45,11 +47,10 @@ def check(
         ("flash_attention", "bwd"): _attention_backward,
         ("decode_attention", "fwd"): _decode,
         ("rope_append_kv", "fwd"): _append,
+        ("linear_cross_entropy", "fwd"): _loss,
+        ("linear_cross_entropy", "step"): _loss,
     }.get((workload.op, workload.pass_), _whole)
-    measured = [
-        compare(what, mine, eager, oracle)
-        for what, mine, eager, oracle in expected(workload, inputs, cotangents, actual)
-    ]
+    measured = [compare(*arguments) for arguments in expected(workload, inputs, cotangents, actual)]
     wrong = [m for m in measured if not m.ok]
     if wrong:
         raise GateError("; ".join(map(str, wrong)))
@@ -63,7 +64,7 @@ def spoil(workload: Workload, inputs: dict[str, Any]) -> None:
             cache.fill_(-128 if cache.dtype == torch.int8 else float("nan"))
 
 
-Comparison = list[tuple[str, Tensor, Tensor, Tensor]]
+Comparison = list[tuple[Any, ...]]  # (what, actual, eager, oracle), and further pairs of the latter
 
 
 def _both(function: Callable[..., Results], *arguments: Any) -> tuple[Results, Results]:
@@ -85,18 +86,34 @@ def gradients(outputs: Results, leaves: list[Tensor], cotangents: Results) -> Re
 def _whole(
     workload: Workload, inputs: dict[str, Any], cotangents: Results, actual: Results
 ) -> Comparison:
-    wrt = workload.spec.wrt if workload.pass_ == "bwd" else ()
+    wrt = () if workload.pass_ == "fwd" else workload.spec.wrt
     inputs = {name: x for name, x in inputs.items() if name != "return_lse"}  # asked of nobody
 
     def run(given: dict[str, Any]) -> Results:
         leaves = {n: x.detach().requires_grad_() if n in wrt else x for n, x in given.items()}
         with torch.set_grad_enabled(bool(wrt)):
             outputs = _tuple(workload.spec.reference(**leaves))
-        return gradients(outputs, [leaves[n] for n in wrt], cotangents) if wrt else outputs
+        if not wrt:
+            return outputs
+        found = gradients(outputs, [leaves[n] for n in wrt], cotangents)
+        return found if workload.pass_ == "bwd" else (*(x.detach() for x in outputs), *found)
 
     eager, oracle = run(inputs), run(widen(inputs))
-    names = [f"d {name}" for name in wrt] or [f"output {i}" for i in range(len(oracle))]
+    names = [f"output {i}" for i in range(len(oracle) - len(wrt))] + [f"d {name}" for name in wrt]
     return list(zip(names, actual, eager, oracle, strict=True))
+
+
+def _loss(
+    workload: Workload, inputs: dict[str, Any], cotangents: Results, actual: Results
+) -> Comparison:
+    """The error of a mean is at most the root mean square of those of its terms. Where a peer's
+    loss is not float32, eager's is rounded to the same."""
+    (what, loss, eager, oracle), *rest = _whole(workload, inputs, cotangents, actual)
+    by_token, counted = inputs | {"reduction": "none"}, inputs["targets"] != -100
+    terms = tuple(
+        workload.spec.reference(**given)[counted] for given in (by_token, widen(by_token))
+    )
+    return [(what, loss, eager.to(loss.dtype), oracle, terms), *rest]
 
 
 def _last_head(inputs: dict[str, Any]) -> tuple[slice, slice, slice]:

@@ -29,7 +29,10 @@ BENCH = Path(__file__).resolve().parent
 STOP_EARLY_S = 20  # for writing and for a last group
 GRACE_S = 15  # between asking a stage to stop and making it
 MIN_STAGE_S = 60  # to import PyTorch and say something
-_DRY = {"ours": "rms_norm-fwd", "peers": "swiglu-bwd or attention-fwd or decode_step"}
+_DRY = {
+    "ours": "rms_norm-fwd",
+    "peers": "swiglu-bwd or attention-fwd or entropy-step or decode_step",
+}
 
 
 @dataclass(frozen=True)

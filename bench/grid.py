@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from adapters import STEPS
 
 from gqa_kernels.spec import IN_PLACE_OPS, OPS, Case, Cost, OpSpec
 from gqa_kernels.spec.cache import decode_inputs
@@ -41,7 +42,7 @@ _7B, _13B, _34B, _70B = MODELS
 @dataclass(frozen=True)
 class Workload:
     spec: OpSpec
-    pass_: str  # "fwd" or "bwd"
+    pass_: str  # "fwd", "bwd" or "step", which is both in one call
     shape: str  # as in test ids: "7B-T8192"
     case: Case
     tier: str
@@ -56,8 +57,17 @@ class Workload:
 
     @property
     def cost(self) -> Cost:
-        cost = self.spec.cost if self.pass_ == "fwd" else self.spec.backward_cost
-        return cost(self.case, DTYPE)
+        forward = self.spec.cost(self.case, DTYPE)
+        if self.pass_ == "fwd":
+            return forward
+        backward = self.spec.backward_cost(self.case, DTYPE)
+        if self.pass_ == "bwd":
+            return backward
+        return Cost(
+            forward.read_bytes,  # once
+            forward.write_bytes + backward.write_bytes,
+            forward.flops + backward.flops,
+        )
 
     @property
     def input_bytes(self) -> int:
@@ -267,6 +277,25 @@ def _append() -> list[Workload]:
     return found
 
 
+def _losses() -> list[Workload]:
+    """8192 tokens; of "half", every second is ignored, as the tokens of prompts are."""
+    loss = {"reduction": "mean", "softcap": None, "z_loss": 0.0}
+    found = []
+    for name, vocab_size in (("7B", 32000), ("Llama3-8B", 128256)):
+        shape = f"{name}-T8192"
+        sizes = {"num_tokens": 8192, "hidden_size": 4096, "vocab_size": vocab_size}
+        for what, ignored_every, tier in (
+            ("", None, "core"),
+            ("-half", 2, "full" if name == "7B" else "core"),
+        ):
+            spec = _OPS["linear_cross_entropy"]
+            case = Case(sizes | loss | {"ignored_every": ignored_every}, name)
+            found += [Workload(spec, p, shape + what, case, tier) for p in _passes(spec)]
+        case = Case(sizes | {"temperature": 1.0, "return_entropy": False}, name)
+        found.append(Workload(_OPS["token_log_probs"], "fwd", shape, case, "core"))
+    return found
+
+
 def _others(swept: set[str]) -> list[Workload]:
     """Ops without a sweep of their own, at the table's shapes of real models."""
     return [
@@ -279,11 +308,13 @@ def _others(swept: set[str]) -> list[Workload]:
 
 
 def _passes(spec: OpSpec) -> tuple[str, ...]:
-    return ("fwd", "bwd") if spec.wrt else ("fwd",)
+    if not spec.wrt:
+        return ("fwd",)
+    return ("fwd", "step" if spec.name in STEPS else "bwd")
 
 
 def _grid() -> tuple[Workload, ...]:
-    found = _row_ops() + _attention() + _packed() + _decode() + _append()
+    found = _row_ops() + _attention() + _packed() + _decode() + _append() + _losses()
     found += _others({work.op for work in found})
     return tuple(sorted(found, key=lambda work: TIERS.index(work.tier)))
 

@@ -11,7 +11,7 @@ from typing import Any
 import installed_peers
 import torch
 import torch.nn.functional as F
-from adapters import Adapter, Backend, Lacks, plain_cache
+from adapters import STEPS, Adapter, Backend, Lacks, plain_cache
 from timing import Call
 
 from gqa_kernels import fused, reference
@@ -35,20 +35,26 @@ def of_module(ops: Any) -> dict[str, Adapter]:
 # --- torch.compile of the reference ----------------------------------------------------------
 
 
-def strict_compile(function: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
-    """`torch.compile` that raises where it would otherwise run eagerly."""
+def strict_compile(
+    function: Callable[..., Any], backend: str = "inductor", *, once: bool = False
+) -> Callable[..., Any]:
+    """`torch.compile` that raises where it would otherwise run eagerly.
+
+    Args:
+        once: a forward pass is differentiated at most once, so that the backward pass may reuse
+            its buffers.
+    """
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.suppress_errors = False
-    # A backward pass that frees its buffers cannot be run again.
-    torch._functorch.config.donated_buffer = False
+    torch._functorch.config.donated_buffer = once
     return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
 
 
 def _compiled_adapters() -> dict[str, Adapter]:
     def adapter(op: str) -> Adapter:
         def adapt(inputs: dict[str, Any]) -> Call:
-            compiled = _compiled(getattr(reference, op))
+            compiled = _compiled(getattr(reference, op), once=op in STEPS)
             given = {name: x for name, x in inputs.items() if name != "return_lse"}
             return functools.partial(compiled, **given)
 
@@ -68,8 +74,8 @@ def _once(key: Any, make: Callable[[], Any]) -> Any:
     return _cache[key]
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return _once(function, lambda: strict_compile(function))
+def _compiled(function: Callable[..., Any], *, once: bool = False) -> Callable[..., Any]:
+    return _once(function, lambda: strict_compile(function, once=once))
 
 
 def forget_compiled() -> None:
@@ -78,7 +84,7 @@ def forget_compiled() -> None:
     torch._dynamo.reset()
 
 
-# --- F.rms_norm ------------------------------------------------------------------------------
+# --- torch.nn.functional ---------------------------------------------------------------------
 
 
 def _torch_rms_norm(inputs: dict[str, Any]) -> Call:
@@ -100,6 +106,18 @@ def _torch_swiglu(inputs: dict[str, Any]) -> Call:
     """As Hugging Face's Llama has it: silu rounded to the dtype before the product."""
     gate, up = inputs["gate"], inputs["up"]
     return lambda: F.silu(gate) * up
+
+
+def _torch_linear_cross_entropy(inputs: dict[str, Any]) -> Call:
+    """In chunks, by its own choice of options. The loss is rounded to the dtype of the weight, and
+    on a GPU the sum of the weight's gradient with every chunk."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise Lacks("PyTorch before 2.13 has no F.linear_cross_entropy")
+    arguments = [inputs[name] for name in ("hidden", "weight", "targets")]
+    options = torch.nn.LinearCrossEntropyOptions()
+    return lambda: F.linear_cross_entropy(
+        *arguments, reduction=inputs["reduction"], options=options
+    )
 
 
 # --- SDPA ------------------------------------------------------------------------------------
@@ -216,6 +234,7 @@ BACKENDS = (
             "rms_norm": _torch_rms_norm,
             "add_rms_norm": _torch_add_rms_norm,
             "swiglu": _torch_swiglu,
+            "linear_cross_entropy": _torch_linear_cross_entropy,
         },
     ),
     Backend("compile", _compiled_adapters(), forward_only=_DECODE_FORWARD),
