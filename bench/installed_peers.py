@@ -1,10 +1,11 @@
 """Backends of other packages, imported when they are first used.
 
 liger-kernel, fa3-fwd (FlashAttention 3, forward), xformers (its Triton split-K decode kernel),
-flashinfer-python (its paged decode) and fla-core. Each adapter was written against the version that
-its comment names.
+flashinfer-python (its paged decode), fla-core and cut-cross-entropy. Each adapter was written
+against the version that its comment names.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -56,6 +57,19 @@ def _liger_rope(inputs: dict[str, Any]) -> Call:
         return q_out.transpose(1, 2), k_out.transpose(1, 2)
 
     return call
+
+
+def _liger_linear_cross_entropy(
+    inputs: dict[str, Any], accum_dtype: torch.dtype | None = None
+) -> Call:
+    """Gradients in the forward pass; unless `accum_dtype` is float32, as it is here and not by
+    default, the weight's is rounded to its dtype with every chunk."""
+    function = _liger().LigerFusedLinearCrossEntropyFunction
+    arguments = [inputs[name] for name in ("hidden", "weight", "targets")]
+    options = [inputs[name] for name in ("reduction", "softcap")]
+    # bias, weights of the classes, ignore_index; label smoothing; whether to return the z-loss
+    arguments += [None, None, -100, inputs["z_loss"], 0.0, *options, False, accum_dtype]
+    return lambda: function.apply(*arguments)[0]
 
 
 # --- fa3-fwd 0.0.3 ---------------------------------------------------------------------------
@@ -218,6 +232,31 @@ def _fla_rope(inputs: dict[str, Any]) -> Call:
     return lambda: (rotary(q, cos, sin, pairs), rotary(k, cos, sin, pairs))
 
 
+# --- cut-cross-entropy, of its repository in 2025; 25.1.1 of PyPI has no presets -----------------
+
+
+def _cce() -> Any:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy
+
+
+def _cce_presets() -> Any:
+    import cut_cross_entropy.cce_utils as presets
+
+    return presets
+
+
+def _cce_linear_cross_entropy(inputs: dict[str, Any], impl: str = "cce") -> Call:
+    """By default it leaves out blocks of the logits' gradient that are nearly 0 throughout (how many
+    depends on the probabilities, which are those of random numbers here) and adds gradients up in
+    their dtype. "cce_exact" leaves out nothing and adds up in float32."""
+    function = _cce()
+    arguments = [inputs[name] for name in ("hidden", "weight", "targets")]
+    options = {name: inputs[name] for name in ("reduction", "softcap")}
+    return lambda: function(*arguments, ignore_index=-100, impl=impl, **options)
+
+
 BACKENDS = (
     Backend(
         "liger",
@@ -226,10 +265,33 @@ BACKENDS = (
             "add_rms_norm": _liger_add_rms_norm,
             "swiglu": _liger_swiglu,
             "apply_rope": _liger_rope,
+            "linear_cross_entropy": _liger_linear_cross_entropy,
         },
         import_check=_liger,
         distribution="liger-kernel",
         writes_inputs=frozenset({"apply_rope"}),
+    ),
+    Backend(
+        "liger_float32",
+        {
+            "linear_cross_entropy": functools.partial(
+                _liger_linear_cross_entropy, accum_dtype=torch.float32
+            )
+        },
+        import_check=_liger,
+        distribution="liger-kernel",
+    ),
+    Backend(
+        "cce",
+        {"linear_cross_entropy": _cce_linear_cross_entropy},
+        import_check=_cce,
+        distribution="cut-cross-entropy",
+    ),
+    Backend(
+        "cce_exact",
+        {"linear_cross_entropy": functools.partial(_cce_linear_cross_entropy, impl="cce_exact")},
+        import_check=_cce_presets,
+        distribution="cut-cross-entropy",
     ),
     Backend(
         "fa3",
