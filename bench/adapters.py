@@ -41,6 +41,8 @@ class Backend:
         import_check: imports what the backend needs; None for what comes with PyTorch.
         distribution: whose version is reported.
         forward_only: ops without a backward pass, and why.
+        coarse: ops that round the sums over chunks of tokens with every chunk, and what else their
+            results lack; their budget is that of eager code which does so.
         writes_inputs: ops that overwrite their inputs, which then get copies of their own.
         ours: a failure is a failure of this package, not a line about a peer.
     """
@@ -50,6 +52,7 @@ class Backend:
     import_check: Callable[[], Any] | None = None
     distribution: str = "torch"
     forward_only: dict[str, str] = field(default_factory=dict)
+    coarse: dict[str, str] = field(default_factory=dict)
     writes_inputs: frozenset[str] = frozenset()
     ours: bool = False
 

@@ -62,8 +62,7 @@ def _liger_rope(inputs: dict[str, Any]) -> Call:
 def _liger_linear_cross_entropy(
     inputs: dict[str, Any], accum_dtype: torch.dtype | None = None
 ) -> Call:
-    """Gradients in the forward pass; unless `accum_dtype` is float32, as it is here and not by
-    default, the weight's is rounded to its dtype with every chunk."""
+    """Gradients in the forward pass; the weight's summed in `accum_dtype`, by default its own."""
     function = _liger().LigerFusedLinearCrossEntropyFunction
     arguments = [inputs[name] for name in ("hidden", "weight", "targets")]
     options = [inputs[name] for name in ("reduction", "softcap")]
@@ -248,9 +247,7 @@ def _cce_presets() -> Any:
 
 
 def _cce_linear_cross_entropy(inputs: dict[str, Any], impl: str = "cce") -> Call:
-    """By default it leaves out blocks of the logits' gradient that are nearly 0 throughout (how many
-    depends on the probabilities, which are those of random numbers here) and adds gradients up in
-    their dtype. "cce_exact" leaves out nothing and adds up in float32."""
+    """The preset "cce_exact" leaves out nothing and adds up in float32."""
     function = _cce()
     arguments = [inputs[name] for name in ("hidden", "weight", "targets")]
     options = {name: inputs[name] for name in ("reduction", "softcap")}
@@ -269,6 +266,7 @@ BACKENDS = (
         },
         import_check=_liger,
         distribution="liger-kernel",
+        coarse={"linear_cross_entropy": "rounds dweight to bfloat16 with every chunk of tokens"},
         writes_inputs=frozenset({"apply_rope"}),
     ),
     Backend(
@@ -286,6 +284,10 @@ BACKENDS = (
         {"linear_cross_entropy": _cce_linear_cross_entropy},
         import_check=_cce,
         distribution="cut-cross-entropy",
+        coarse={
+            "linear_cross_entropy": "adds gradients up in bfloat16, without blocks that are nearly "
+            "0; how many are depends on the probabilities, here of random logits"
+        },
     ),
     Backend(
         "cce_exact",

@@ -51,6 +51,9 @@ class ModelContest:
         names = {"hf": "transformers", "eager": "torch"}
         return version(names.get(backend, "gqa-kernels"))
 
+    def note(self, backend: str) -> str | None:
+        return None
+
     def rate(self, seconds: float) -> dict[str, float]:
         tokens = 1 if self.work.decodes else self.work.tokens
         return {"tokens_per_s": self.work.batch * tokens / seconds}

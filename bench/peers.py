@@ -109,8 +109,7 @@ def _torch_swiglu(inputs: dict[str, Any]) -> Call:
 
 
 def _torch_linear_cross_entropy(inputs: dict[str, Any]) -> Call:
-    """In chunks, by its own choice of options. The loss is rounded to the dtype of the weight, and
-    on a GPU the sum of the weight's gradient with every chunk."""
+    """In chunks, by its own choice of options; gradients in the forward pass."""
     if not hasattr(F, "linear_cross_entropy"):
         raise Lacks("PyTorch before 2.13 has no F.linear_cross_entropy")
     arguments = [inputs[name] for name in ("hidden", "weight", "targets")]
@@ -235,6 +234,9 @@ BACKENDS = (
             "add_rms_norm": _torch_add_rms_norm,
             "swiglu": _torch_swiglu,
             "linear_cross_entropy": _torch_linear_cross_entropy,
+        },
+        coarse={
+            "linear_cross_entropy": "rounds loss and dweight to bfloat16 with every chunk of tokens"
         },
     ),
     Backend("compile", _compiled_adapters(), forward_only=_DECODE_FORWARD),

@@ -107,7 +107,8 @@ def _header(content: dict[str, Any], rows: list[Row]) -> list[str]:
         str(table),
         "",
         "Times are device times in µs: medians, cold L2, inputs rotated. Floor: max(bytes / "
-        "bandwidth, flops / matrix rate) with the ceilings above, measured in this run.",
+        "bandwidth, flops / matrix rate) with the ceilings above, measured in this run. A step is "
+        "a forward and a backward pass, timed as one call.",
         "",
     ]
 
@@ -188,7 +189,7 @@ def _tables(rows: list[Row]) -> list[str]:
             table.add(shape, figure(some["floor_us"]), some["bound"], mine, share, *times, ratio)
         methods = ", ".join(sorted({row["method"] for _, g in found for row in g.values()}))
         lines += [f"## {op}, {pass_}", "", f"Timed by: {methods}.", "", str(table), ""]
-        lines += _rates(found)
+        lines += _rates(found) + _notes(found)
     return [*lines, "\\* the device waited for the host within the call.", ""]
 
 
@@ -201,6 +202,11 @@ def _rates(found: list[tuple[str, dict[str, Row]]]) -> list[str]:
     for shape, group in found:
         table.add(shape, *(figure(group.get(name, {}).get("tokens_per_s")) for name in names))
     return [str(table), ""]
+
+
+def _notes(found: list[tuple[str, dict[str, Row]]]) -> list[str]:
+    rows = [row for _, group in found for row in group.values() if row.get("note")]
+    return [*sorted({f"- {row['backend']} {row['note']}." for row in rows}), ""] if rows else []
 
 
 def _marks(row: Row) -> str:

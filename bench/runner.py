@@ -50,6 +50,10 @@ class Contest(Protocol):
     def prepare(self, backend: str, method: str) -> Prepared: ...
     def missing(self, backend: str) -> str | None: ...
     def version(self, backend: str) -> str | None: ...
+    def note(self, backend: str) -> str | None:
+        """In what the results differ from those of others, within their budget."""
+        ...
+
     def rate(self, seconds: float) -> dict[str, float]:
         """Further figures of a row, such as tokens per second."""
         ...
@@ -92,6 +96,9 @@ class OpContest:
 
     def version(self, backend: str) -> str | None:
         return peers.BY_NAME[backend].version
+
+    def note(self, backend: str) -> str | None:
+        return peers.BY_NAME[backend].coarse.get(self.op)
 
     def rate(self, seconds: float) -> dict[str, float]:
         return {}
@@ -139,7 +146,9 @@ class OpContest:
         prepared = check_first_call(
             backend,
             calls[0],
-            lambda actual: gate.check(workload, copies[0], cotangents, actual),
+            lambda actual: gate.check(
+                workload, copies[0], cotangents, actual, coarse=self.note(backend) is not None
+            ),
             self.device,
         )
         for call in calls:
@@ -249,6 +258,7 @@ class Runner:
             "dtype": contest.dtype,
             "backend": backend,
             "backend_version": contest.version(backend),
+            "note": contest.note(backend),
             "bytes": cost.read_bytes + cost.write_bytes,
             "flops": cost.flops,
             "floor_us": bound.seconds * 1e6,

@@ -288,9 +288,9 @@ def test_a_wrong_result_is_never_timed(monkeypatch, work):
     count += 0 if work.pass_ == "fwd" else len(work.spec.wrt)
     for wrong in range(count):
 
-        def spoiled(workload, inputs, cotangents, actual, wrong=wrong, check=gate.check):
+        def spoiled(workload, inputs, cotangents, actual, wrong=wrong, check=gate.check, **coarse):
             actual = tuple(x * 1.05 if i == wrong else x for i, x in enumerate(actual))
-            return check(workload, inputs, cotangents, actual)
+            return check(workload, inputs, cotangents, actual, **coarse)
 
         with monkeypatch.context() as patch:
             patch.setattr(gate, "check", spoiled)
@@ -496,7 +496,32 @@ def test_adapters_of_other_packages_pass_layouts_right(monkeypatch, name, op):
     except Lacks:
         assert (name, op) == ("fla", "apply_rope")
         return
-    gate.check(work, inputs, (torch.ones(()),), actual)
+    gate.check(work, inputs, (torch.ones(()),), actual, coarse=op in backend.coarse)
+
+
+def test_sums_that_are_rounded_with_every_chunk_have_a_budget_of_their_own():
+    tiny = TINY["linear_cross_entropy", "step"]
+    sizes = {"num_tokens": 1024, "hidden_size": 32, "vocab_size": 1024, "ignored_every": None}
+    work = dataclasses.replace(
+        tiny, case=dataclasses.replace(tiny.case, sizes=tiny.case.sizes | sizes)
+    )
+    inputs = work.spec.make_inputs(work.case, grid.DTYPE, CPU, torch.Generator().manual_seed(0))
+    ones, by_token = (torch.ones(()),), {"reduction": "none", "ignore_index": None}
+    loss, dhidden, dweight = make_call(
+        peers.BY_NAME["eager"], work.op, "step", inputs, work.spec.wrt, ()
+    )()
+    gate.check(work, inputs, ones, (loss, dhidden, dweight))
+    summed = gate._dweight_by_chunks(work, inputs)
+    rounded = gate._rounded_sums(reference.linear_cross_entropy(**inputs | by_token), grid.DTYPE)[0]
+    for coarse in ((rounded, dhidden, dweight), (loss, dhidden, summed)):
+        gate.check(work, inputs, ones, coarse, coarse=True)
+        with pytest.raises(gate.GateError):
+            gate.check(work, inputs, ones, coarse)
+    coarse = (loss, dhidden, summed)
+    for wrong in range(3):
+        spoiled = [x * 1.05 if i == wrong else x for i, x in enumerate(coarse)]
+        with pytest.raises(gate.GateError):
+            gate.check(work, inputs, ones, spoiled, coarse=True)
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -667,10 +692,10 @@ def test_a_sweep_proposes_the_fastest_right_candidate(monkeypatch, device):
     assert sweep.row(sweep.candidates[0]) in tune.describe(sweep, outcomes)
     right = gate.check
 
-    def wrong_for_one_warp(*arguments):
+    def wrong_for_one_warp(*arguments, **coarse):
         if configs.NORM_FORWARD[0].num_warps == 1:
             raise gate.GateError("wrong")
-        return right(*arguments)
+        return right(*arguments, **coarse)
 
     monkeypatch.setattr(gate, "check", wrong_for_one_warp)
     with torch.no_grad():
