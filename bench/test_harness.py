@@ -736,6 +736,10 @@ def test_dry_run_shows_no_time_as_a_kernels(dry_run):
         assert "SIMULATED TIMES, NOT A MEASUREMENT" in page
     ok = [row for row in record.read(out / "peers.json")["rows"] if row["status"] == "ok"]
     assert {row["backend"] for row in ok} >= {"triton", "eager", "torch", "sdpa_flash"}
+    assert {row["pass"] for row in ok} == {"fwd", "bwd", "step"}
+    noted = {row["backend"]: row["note"] for row in ok if row["note"]}
+    assert all(f"- {backend} {note}." in page for backend, note in noted.items())
+    assert bool(noted) == hasattr(torch.nn.functional, "linear_cross_entropy")
     # The samples went through pytest-benchmark as they were.
     raw = out / "peers_samples.json"
     if raw.exists():
