@@ -105,7 +105,9 @@ def make_call(
         forward = backend.adapters[op](inputs)
         return lambda: outputs_of(forward())
     leaves = {n: x.detach().requires_grad_() if n in wrt else x for n, x in inputs.items()}
-    forward, wanted = backend.adapters[op](leaves), [leaves[name] for name in wrt]
+    wanted = [leaves[name] for name in wrt]
+    with torch.enable_grad():  # an adapter may take views
+        forward = backend.adapters[op](leaves)
 
     def recorded() -> tuple[Tensor, ...]:
         with torch.enable_grad():

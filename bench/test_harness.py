@@ -356,6 +356,20 @@ def test_adapters_of_torch_pass_the_gate(work, name):
     assert row.status == "ok" or "PyTorch before" in row.reason, row.reason
 
 
+def test_an_adapter_may_take_views_of_what_is_differentiated():
+    def of_views(inputs):
+        x = inputs["x"].view_as(inputs["x"])
+        return lambda: reference.rms_norm(x, inputs["weight"])
+
+    work = TINY["rms_norm", "bwd"]
+    inputs = work.spec.make_inputs(work.case, grid.DTYPE, CPU, torch.Generator().manual_seed(0))
+    cotangents = (torch.ones_like(inputs["x"]),)
+    backend = Backend("views", {work.op: of_views})
+    with torch.no_grad():
+        actual = make_call(backend, work.op, "bwd", inputs, work.spec.wrt, cotangents)()
+    gate.check(work, inputs, cotangents, actual)
+
+
 class _Apply:
     """Stands in for an autograd Function of a peer."""
 
@@ -638,6 +652,7 @@ def test_report_lists_losses_first_and_every_backend(sample):
     assert report.geometric_mean([1.2, 1.2, 0.88]) == pytest.approx(1.0821, abs=1e-4)
     assert "1.08 (3)" in page and "51,200" in page
     assert "liger-kernel not usable (sample)" in page and "GateError" in page
+    assert "- torch rounds its sums (sample)." in page and "| 64,425 | mma | 80,000 " in page
 
 
 def test_a_difference_within_the_noise_is_no_loss(sample):
