@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from gqa_kernels.patching import forwards, stand_ins
+from gqa_kernels.patching import causal_lm, forwards, stand_ins
 from gqa_kernels.patching.stand_ins import has
 
 BEFORE = "_gqa_kernels_before"  # on a patched module: {attribute: (what was set, *what was there)}
@@ -53,7 +53,7 @@ def make_plan(model: nn.Module, ops: Collection[str]) -> Plan:
     for name, module in model.named_modules():
         for kind in _KINDS:
             if kind.op in ops and kind.holds(module):
-                _add(plan, kind.op, name, module, partial(check, kind.check))
+                _add(plan, kind.op, name, module, partial(check, kind.check), kind.bind)
         if _is_torch_norm(module) and "rms_norm" in ops and "torch_rms_norm" not in ops:
             plan.not_replaced.append(NotReplaced(name, "rms_norm", _ROUNDS_ONCE))
     if "rms_norm" in ops:
@@ -101,11 +101,12 @@ def _has_our_ops(module: nn.Module) -> bool:
 
 
 class _Kind(NamedTuple):
-    """Modules that an op may replace: how they look, and what decides."""
+    """Modules that an op may replace: how they look, what decides, and how a forward is bound."""
 
     op: str
     holds: Callable[[nn.Module], bool]
     check: Callable[[nn.Module], stand_ins.Binding]
+    bind: Callable[..., partial] = partial
 
 
 _KINDS = (
@@ -113,6 +114,7 @@ _KINDS = (
     _Kind("torch_rms_norm", _is_torch_norm, stand_ins.torch_norm),
     _Kind("swiglu", _is_mlp, stand_ins.mlp),
     _Kind("rope", _is_attention, stand_ins.attention),
+    _Kind("linear_cross_entropy", causal_lm.holds, causal_lm.check, causal_lm.bind),
 )
 
 
@@ -164,6 +166,7 @@ def _add(
     name: str,
     module: nn.Module,
     check: Callable[[nn.Module], stand_ins.Binding],
+    bind: Callable[..., partial] = partial,
 ) -> None:
     # Accelerate calls a module's own forward, under this name, from one that it sets.
     attribute = "_old_forward" if "_hf_hook" in vars(module) else "forward"
@@ -175,7 +178,7 @@ def _add(
         except stand_ins.Unlike as reason:
             plan.not_replaced.append(NotReplaced(name, op, str(reason)))
             return
-        forward = partial(function, module, *bound)
+        forward = bind(function, module, *bound)
         plan.changes.append(Change(module, attribute, forward))
     plan.replaced.append(Replaced(name, op))
 

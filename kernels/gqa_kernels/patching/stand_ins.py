@@ -27,7 +27,7 @@ from gqa_kernels.runtime import checks
 EAGER = get_backend("eager")
 Binding = tuple[Any, ...]
 
-_WIDTH = 8  # of a stand-in's hidden states
+WIDTH = 8  # of a stand-in's hidden states
 _RECORDER = "gqa_kernels_recorder"
 _recorder_lock = threading.Lock()  # the name is one for all threads
 
@@ -40,8 +40,8 @@ def norm(module: nn.Module) -> Binding:
     """An RMSNorm in one of three orders of rounding."""
     _check_arguments(module, 1)
     eager, triton = EAGER.rms_norm, get_backend("triton").rms_norm
-    with _bench() as generator:
-        x = _draw(64, 33, generator=generator)
+    with bench() as generator:
+        x = draw(64, 33, generator=generator)
         weight = torch.rand(33, generator=generator, dtype=torch.float32, device="cpu") + 0.5
         # A large eps, to see that it is used.
         twin = stand_in(module)
@@ -103,15 +103,15 @@ def mlp(module: nn.Module) -> Binding:
             raise Unlike(f"its {name} has a hook, which the kernel would not call")
         if next(getattr(module, name).parameters(), None) is not None:
             raise Unlike(f"its {name} has a parameter, which would get no gradient")
-    with _bench() as generator:
+    with bench() as generator:
         twin = stand_in(module)
         names = [name for name in ("gate_proj", "up_proj", "gate_up_proj") if has(module, name)]
         for name in names:
             rows = 10 if name == "gate_up_proj" else 5
-            twin.__dict__[name] = _Linear(rows, _WIDTH, generator)
-        twin.__dict__["down_proj"] = _Linear(_WIDTH, 5, generator)
+            twin.__dict__[name] = Linear(rows, WIDTH, generator)
+        twin.__dict__["down_proj"] = Linear(WIDTH, 5, generator)
         ours = forwards.packed_mlp if "gate_up_proj" in names else forwards.gated_mlp
-        x = 10.0 * _draw(2, 16, _WIDTH, generator=generator)  # large: shows any clamp
+        x = 10.0 * draw(2, 16, WIDTH, generator=generator)  # large: shows any clamp
         if not same(ours(twin, EAGER.swiglu, x), type(twin).forward(twin, x)):
             raise Unlike("its maths is not SwiGLU's: down(silu(gate) · up)")
     return ours, get_backend("triton").swiglu
@@ -126,7 +126,7 @@ def attention(module: nn.Module) -> Binding:
     style = "position" if "cache_position" in names else "plain"
     if cache_name(module) == "cache":
         style = "kwargs"
-    with _bench() as generator, _recording(sys.modules[home].ALL_ATTENTION_FUNCTIONS):
+    with bench() as generator, _recording(sys.modules[home].ALL_ATTENTION_FUNCTIONS):
         twin = _attention_twin(module, generator)
         theirs = [_run_attention(twin, partial(type(twin).forward, twin), b) for b in (1, 2)]
         passed = theirs[0]["attention"][-1].keys() - {"dropout", "scaling", "position_ids"}
@@ -176,22 +176,22 @@ def decoder_layer(module: nn.Module) -> Binding:
     """A pre-norm layer; its own forward with patched norms gives the same bits in two steps."""
     if not has(module.mlp, "down_proj"):  # one with experts may return more than a tensor
         raise Unlike("its mlp is of another kind")
-    with _bench() as generator:
+    with bench() as generator:
         twin = stand_in(module)
         for name in ("input_layernorm", "post_attention_layernorm"):
-            norm = _Linear(_WIDTH, 1, generator)
+            norm = Linear(WIDTH, 1, generator)
             norm.weight, norm.eps = norm.weight.flatten(), 0.5
             norm.forward = partial(forwards.rounded_norm, norm, EAGER.rms_norm)
             twin.__dict__[name] = norm
         calls = []
-        project = _Linear(_WIDTH, _WIDTH, generator)
+        project = Linear(WIDTH, WIDTH, generator)
 
         def self_attn(*args: Any, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
             calls.append((args, kwargs))
             return project(hidden_states), None
 
-        twin.__dict__.update(self_attn=self_attn, mlp=_Linear(_WIDTH, _WIDTH, generator))
-        x = _draw(2, 3, _WIDTH, generator=generator)
+        twin.__dict__.update(self_attn=self_attn, mlp=Linear(WIDTH, WIDTH, generator))
+        x = draw(2, 3, WIDTH, generator=generator)
         given = dict.fromkeys(("attention_mask", "position_ids", cache_name(twin)), x)
         given |= {"position_embeddings": (x, x), "use_cache": True, "cache_position": x}
         theirs = type(twin).forward(twin, x, **given)
@@ -201,7 +201,7 @@ def decoder_layer(module: nn.Module) -> Binding:
     return forwards.decoder_layer, get_backend("triton").add_rms_norm
 
 
-def _draw(*shape: int, generator: torch.Generator) -> Tensor:
+def draw(*shape: int, generator: torch.Generator) -> Tensor:
     """float32 whatever the default dtype: in 16 bits unlike maths would look alike."""
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
@@ -235,12 +235,12 @@ def same(ours: Any, theirs: Any) -> bool:
     return ours is theirs or ours == theirs
 
 
-class _Linear(nn.Module):
+class Linear(nn.Module):
     """A projection without nn.Linear's use of the global random state."""
 
     def __init__(self, rows: int, columns: int, generator: torch.Generator) -> None:
         super().__init__()
-        self.weight = _draw(rows, columns, generator=generator)
+        self.weight = draw(rows, columns, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight.T
@@ -289,11 +289,11 @@ def _attention_twin(module: nn.Module, generator: torch.Generator) -> nn.Module:
     rows = {"q_proj": num_q, "k_proj": num_kv, "v_proj": num_kv, "qkv_proj": num_q + 2 * num_kv}
     for name, heads in rows.items():
         if has(module, name):
-            vars(twin)[name] = _Linear(heads * head_dim, _WIDTH, generator)
+            vars(twin)[name] = Linear(heads * head_dim, WIDTH, generator)
     for name in ("q_norm", "k_norm"):
         if has(module, name):
-            vars(twin)[name] = _Linear(head_dim, head_dim, generator)
-    vars(twin)["o_proj"] = _Linear(_WIDTH, num_q * head_dim, generator)
+            vars(twin)[name] = Linear(head_dim, head_dim, generator)
+    vars(twin)["o_proj"] = Linear(WIDTH, num_q * head_dim, generator)
     vars(twin)["config"] = _Config(config)
     # In training, with a dropout, to see what becomes of it.
     vars(twin).update(training=True, attention_dropout=0.25)
@@ -305,9 +305,9 @@ def _run_attention(twin: nn.Module, forward: Callable[..., Any], batch: int) -> 
     generator = torch.Generator().manual_seed(1)
     cache, mask = _Cache(), torch.zeros(2, 1, 3, 3, dtype=torch.float32, device="cpu")
     positions = torch.arange(3, device="cpu")
-    angles = _draw(batch, 3, twin.head_dim // 2, generator=generator).repeat(1, 1, 2)
+    angles = draw(batch, 3, twin.head_dim // 2, generator=generator).repeat(1, 1, 2)
     returned = forward(
-        hidden_states=_draw(2, 3, _WIDTH, generator=generator),
+        hidden_states=draw(2, 3, WIDTH, generator=generator),
         position_embeddings=(angles.cos(), angles.sin()),
         attention_mask=mask,
         **{cache_name(twin): cache},
@@ -332,7 +332,7 @@ def has(module: nn.Module, *names: str) -> bool:
 
 
 @contextmanager
-def _bench() -> Iterator[torch.Generator]:
+def bench() -> Iterator[torch.Generator]:
     """Where stand-ins run: on the CPU, without gradients, autocast or the global random state."""
     with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
         yield torch.Generator().manual_seed(0)
