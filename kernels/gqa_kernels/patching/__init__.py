@@ -37,7 +37,7 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self._model_name}:"]
         for op, names in _grouped((entry.op, entry.module) for entry in self.replaced):
-            lines.append(f"  {op}: {names}")
+            lines.append(f"  {op}: {names or 'the model itself'}")
         for what, entries in (("not replaced", self.not_replaced), ("not fused", self.not_fused)):
             for (op, reason), names in _grouped(((e.op, e.reason), e.module) for e in entries):
                 lines.append(f"  {op} {what}{f' in {names}' if names else ''}: {reason}")
@@ -103,9 +103,9 @@ def patch(model: nn.Module, ops: Collection[str] = DEFAULT_OPS, *, strict: bool 
     plan = make_plan(model, [op for op in OPS if op in ops])
     report = Report(type(model).__name__, plan)
     # Who asks for a loss without logits may have no memory for logits.
-    missed = [op for _, op, _ in plan.not_replaced if strict or op == "linear_cross_entropy"]
-    if missed:
-        raise ValueError(f"model: expected every op to be replaced; got\n{report}")
+    if any(strict or op == "linear_cross_entropy" for _, op, _ in plan.not_replaced):
+        expected = "every op" if strict else "linear_cross_entropy"
+        raise ValueError(f"model: expected {expected} to be replaced; got\n{report}")
     for change in plan.changes:
         _set(*change)
     return report
