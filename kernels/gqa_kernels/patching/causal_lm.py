@@ -70,7 +70,7 @@ def forward(self, linear_cross_entropy, path: Path, *args: Any, **kwargs: Any) -
             given[name] = getattr(self.config, name)
     if given.get("output_router_logits"):
         raise NotImplementedError(
-            "output_router_logits: expected False, a loss without the experts' auxiliary one; got True"
+            "output_router_logits: expected False, no auxiliary loss of experts; got True"
         )
     outputs = getattr(self, path.base)(**given)
     hidden = outputs.last_hidden_state
@@ -248,7 +248,9 @@ def _calls(named: dict[str, Any]) -> list[dict[str, Any]]:
     shifted = {"input_ids": tokens, "labels": labels, "shift_labels": labels.flip(1)}
     calls = [{"input_ids": tokens, "labels": labels}, every, shifted | {"num_items_in_batch": 7}]
     for kept in (2, torch.tensor([0, 3])) if "logits_to_keep" in named else ():
-        calls.append(shifted | {"shift_labels": labels[:, 1:3].contiguous(), "logits_to_keep": kept})
+        calls.append(
+            shifted | {"shift_labels": labels[:, 1:3].contiguous(), "logits_to_keep": kept}
+        )
     return calls
 
 
