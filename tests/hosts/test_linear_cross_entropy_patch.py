@@ -16,6 +16,7 @@ from budget import SEED, assert_network
 from tiny_transformers import SIZES, VOCABULARY, cast, double, make, matrix
 from torch import nn
 from torch.profiler import profile
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 from gqa_kernels import patch, unpatch
@@ -129,7 +130,6 @@ def test_arguments_of_the_loss(device, call):
             lambda m: losses(m, loss_of),
             lambda m: double(m)(lambda wide: losses(wide, exact_loss)),
         )
-    # As DataParallel deals it out.
     call["num_items_in_batch"] = torch.tensor([7], device=device)
     assert model(**call).loss.shape == plain(**call).loss.shape == (1,)
     assert model(**call).loss == model(**calls[0]).loss
@@ -164,7 +164,8 @@ def test_logits_only_without_labels(device, tokens, call):
     assert list(output) == [name for name in expected if name != "logits"]
     for options in ({}, {"logits_to_keep": 2}, {"shift_labels": call["labels"]}):
         assert torch.equal(model(**inputs, **options).logits, plain(**inputs, **options).logits)
-    assert len(model(tokens, None, None, None, None, call["labels"], return_dict=False)) == 2
+    by_position = model(tokens, None, None, None, None, call["labels"], return_dict=False)
+    assert isinstance(by_position, tuple) and len(by_position) == 2
     generated = [m.generate(tokens, max_new_tokens=4, do_sample=False) for m in (model, plain)]
     assert torch.equal(*generated)
     assert model._supports_logits_to_keep()
@@ -295,6 +296,11 @@ def _hook(model):
     model.lm_head.register_forward_pre_hook(lambda *_: None)
 
 
+def _quantised(model):
+    weight = model.lm_head.weight.detach()
+    model.lm_head.weight = nn.Parameter(TwoTensor(weight, weight))
+
+
 def _own_forward(model):
     model.lm_head.forward = model.lm_head.forward
 
@@ -312,6 +318,7 @@ CHANGES = {
     _adapter: "lm_head: expected a torch.nn.Linear, of no other class; got .*LoRA",
     _hook: "lm_head: expected a torch.nn.Linear without hooks, .*; got one with hooks",
     _own_forward: "lm_head: expected a torch.nn.Linear without hooks, .*; got one with hooks",
+    _quantised: "lm_head: expected a torch.nn.Linear with a plain weight; got a TwoTensor",
     _loss_type: "loss_function: expected Transformers' ForCausalLMLoss; got ForMaskedLMLoss",
     _weighted: r"loss_function: expected Transformers' ForCausalLMLoss; got functools.partial",
 }

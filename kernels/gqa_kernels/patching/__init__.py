@@ -22,8 +22,8 @@ class Report:
     """What a call of `patch` found. As a context manager it undoes that call at the end.
 
     Attributes:
-        replaced: (module, op) in the model's order; "add_rms_norm" stands for a layer whose
-            residual add and norm are one pass.
+        replaced: (module, op) in the model's order, "" for the model itself; "add_rms_norm" stands
+            for a layer whose residual add and norm are one pass.
         not_replaced: (module, op, reason), or ("", op, reason) where no module was of the kind.
         not_fused: (module, "add_rms_norm", reason) of layers whose norm is replaced and whose
             residual add stays apart. `strict` does not mind.
@@ -73,12 +73,25 @@ def patch(model: nn.Module, ops: Collection[str] = DEFAULT_OPS, *, strict: bool 
                     its config; dropout in training raises, see `integrations.transformers`
         torch_rms_norm   torch.nn.RMSNorm, in Llama's order of roundings: in 16 bits the normalised
                     value is rounded before it is multiplied by the weight, not only after
+        linear_cross_entropy   the loss of a Transformers model with an lm_head, from hidden states
+                    and lm_head.weight: called with labels, the model makes no logits
+
+    The last two are done only if asked for: torch_rms_norm rounds otherwise than the model, and
+    where linear_cross_entropy computes the loss `outputs.logits` is None, which metrics and
+    trainers may read. A call without labels gives logits as before.
 
     A module is replaced if its class's forward, run on a small stand-in, computes what the op does;
     see `stand_ins`. Projections are called, never read. From then on a call runs the kernel or
     raises what the kernel raises: a model may be patched on the CPU and moved to a GPU, but does
     not run before. A layer whose norm has hooks, whose two terms differ in dtype as under autocast,
     or that Transformers is checkpointing, adds and normalises in two steps, with the same bits.
+
+    The loss is that of Transformers' ForCausalLMLoss, with ignore_index, num_items_in_batch and
+    shift_labels; logits may have Gemma 2's soft cap or a factor that is a power of two. The head
+    has to be a torch.nn.Linear of a plain weight without bias, hooks or adapter, the loss function
+    Transformers' own. A model that differs raises here, strict or not; one that comes to differ
+    raises when called with labels. So does output_router_logits, which adds to the loss. Under
+    autocast hidden states and weight are cast as a projection casts them.
 
     A module with an instance-level `forward` is left alone: whoever set it stands before the class.
     Patch before torch.compile; before or after FSDP2. Patching again adds to what is there.
@@ -94,7 +107,9 @@ def patch(model: nn.Module, ops: Collection[str] = DEFAULT_OPS, *, strict: bool 
         A report, to print, or to undo this call: `with patch(model): …`.
     Raises:
         TypeError: model is not a module.
-        ValueError: ops names an op that is not there; with `strict`, something is not replaced.
+        ValueError: ops names an op that is not there; with `strict`, something is not replaced;
+            without it, "linear_cross_entropy" was asked for and is not replaced. The message is
+            the report.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")

@@ -123,12 +123,16 @@ def _loss(
     )
     if count is None:
         return loss
-    # Not the op's num_predictions: here it may have a dimension, as DataParallel deals it out.
+    # Not the op's num_predictions: Transformers takes a number in any shape.
     return loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
 
 
 def _head_refused(head: nn.Module, *, between_calls: bool = False) -> str:
-    """Why a head's weight alone does not say what the head computes; empty if it does."""
+    """Why a head's weight alone does not say what the head computes; empty if it does.
+
+    Args:
+        between_calls: a shard of the weight is no reason, as FSDP gathers it during a call.
+    """
     expected = "lm_head: expected a torch.nn.Linear"
     if type(head) is not nn.Linear:
         return f"{expected}, of no other class; got {type(head).__module__}.{type(head).__name__}"
@@ -136,9 +140,8 @@ def _head_refused(head: nn.Module, *, between_calls: bool = False) -> str:
         return f"{expected} without a bias; got one with a bias"
     if "forward" in vars(head) or has_hooks(head):
         return f"{expected} without hooks, which would not be called; got one with hooks"
-    # FSDP gathers it during a call.
-    gathered = between_calls and hasattr(head.weight, "placements")
-    if is_traceable_wrapper_subclass(head.weight) and not gathered:
+    is_shard = hasattr(head.weight, "placements")
+    if is_traceable_wrapper_subclass(head.weight) and not (is_shard and between_calls):
         return f"{expected} with a plain weight; got a {type(head.weight).__name__}"
     return ""
 
@@ -197,13 +200,13 @@ def check(module: nn.Module) -> stand_ins.Binding:
         raise Unlike(reason)
     _, *parameters = inspect.signature(type(module).forward).parameters.values()
     named = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
-    if "labels" not in named:
-        raise Unlike("its forward takes no labels")
+    if "labels" not in named or inspect.Parameter.empty in named.values():
+        raise Unlike("its forward does not take labels and other arguments that have a default")
     with stand_ins.bench() as generator:
         twin = stand_ins.stand_in(module)
         hidden = 8.0 * stand_ins.draw(2, 5, stand_ins.WIDTH, generator=generator)
-        x = torch.zeros(1)
-        base = _Base(MoeModelOutputWithPast(hidden, x + 1, (x + 2,), (x + 3,), (x + 4,)))
+        cache, *others = stand_ins.draw(4, 1, generator=generator)
+        base = _Base(MoeModelOutputWithPast(hidden, cache, *((x,) for x in others)))
         head = nn.Linear(stand_ins.WIDTH, _VOCABULARY, bias=False, device="meta")
         weight = stand_ins.draw(_VOCABULARY, stand_ins.WIDTH, generator=generator)
         head.weight = nn.Parameter(weight)
@@ -238,16 +241,16 @@ def check(module: nn.Module) -> stand_ins.Binding:
 
 def _calls(named: dict[str, Any]) -> list[dict[str, Any]]:
     """Arguments of calls with labels, after which nothing of a forward should be unknown."""
-    tokens = torch.arange(10).view(2, 5)
+    tokens = torch.arange(10, device="cpu").view(2, 5)
     labels = tokens.masked_fill(tokens == 3, -100)
-    every = {name: torch.full((2, 5), place) for place, name in enumerate(named)}
+    every = {name: tokens + place for place, name in enumerate(named)}
     every |= dict.fromkeys(every.keys() & {"output_router_logits"}, False)
     every |= dict.fromkeys(every.keys() & {"use_cache"}, True)
     every |= {"input_ids": tokens, "labels": tokens, "logits_to_keep": 0}
-    every |= {"ignore_index": 1, "num_items_in_batch": torch.tensor(3), "unknown": tokens + 7}
+    every |= {"ignore_index": 1, "num_items_in_batch": tokens[0, 3], "unknown": -tokens}
     shifted = {"input_ids": tokens, "labels": labels, "shift_labels": labels.flip(1)}
     calls = [{"input_ids": tokens, "labels": labels}, every, shifted | {"num_items_in_batch": 7}]
-    for kept in (2, torch.tensor([0, 3])) if "logits_to_keep" in named else ():
+    for kept in (2, tokens[0, ::3]) if "logits_to_keep" in named else ():
         calls.append(
             shifted | {"shift_labels": labels[:, 1:3].contiguous(), "logits_to_keep": kept}
         )

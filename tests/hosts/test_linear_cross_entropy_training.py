@@ -1,4 +1,4 @@
-"""The loss that `patch` puts into a model, in Transformers' Trainer and TRL's SFTTrainer."""
+"""The loss that `patch` puts into a model, in Trainer, in TRL's SFTTrainer and under FSDP2."""
 
 import copy
 
@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
 
+import ranks
 import transformers
 from budget import SEED, assert_network
 from tiny_transformers import VOCABULARY, double, make
@@ -80,6 +80,7 @@ def exact_loss(outputs, labels, num_items_in_batch=None):
 
 @pytest.mark.parametrize("kind", ("Llama", "Gemma2"))
 def test_trainer(kind, tmp_path, rows):
+    pytest.importorskip("accelerate")
     plain = make(kind, num_hidden_layers=1, final_logit_softcapping=3.0)
     model = copy.deepcopy(plain)
     patch(model, OP)
@@ -130,3 +131,57 @@ def test_sft_trainer(packing, tmp_path, rows):
     model = copy.deepcopy(plain)
     patch(model, OP)
     torch.testing.assert_close(train(model), train(plain), rtol=0, atol=0)
+
+
+def fully_sharded(patch_first):
+    """Loss and gradients with FSDP2, which gathers the head's weight for the whole call."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = make(tie_word_embeddings=True).train()
+    tokens = torch.randint(3, VOCABULARY, (2, 7))
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    with patch(model, OP):
+        loss = model(tokens, labels=tokens).loss
+    expected = dict(
+        zip(
+            dict(model.named_parameters()),
+            torch.autograd.grad(loss, model.parameters()),
+            strict=True,
+        )
+    )
+    if patch_first:
+        patch(model, OP)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    if not patch_first:
+        patch(model, OP)
+    output = model(tokens, labels=tokens)
+    assert output.logits is None
+    torch.testing.assert_close(output.loss, loss, rtol=0, atol=0)
+    output.loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad.full_tensor(), expected[name])
+    with pytest.raises(NotImplementedError, match="plain weight; got a DTensor"):
+        model.reshard()
+        model.forward(tokens, labels=tokens)  # nothing gathers it here
+
+    model = make()
+    patch(model, OP)
+    fully_shard(model.lm_head, mesh=mesh)
+    with pytest.raises(NotImplementedError, match=r"of no other class; got .*FSDPLinear"):
+        model(tokens, labels=tokens)
+
+
+def patch_then_shard():
+    fully_sharded(True)
+
+
+def shard_then_patch():
+    fully_sharded(False)
+
+
+def test_fully_sharded():
+    cases = {"patch, then shard": patch_then_shard, "shard, then patch": shard_then_patch}
+    ranks.run(cases, 2)  # raises where a case fails
