@@ -266,6 +266,13 @@ def test_patching_twice_is_patching_once(device, tokens):
     assert snapshot(model) == before
 
 
+def test_attention_first_and_the_others_later(device):
+    model = build(device=device)
+    patch(model, ("attention",), strict=True)
+    patch(model, ROW_OPS, strict=True)
+    assert patch(model).replaced == patch(build(device=device)).replaced
+
+
 def test_the_report_undoes_its_call_at_the_end_of_a_block(device):
     model = build(device=device)
     before = snapshot(model)

@@ -96,7 +96,8 @@ def _is_attention(module: nn.Module) -> bool:
 
 def _has_our_ops(module: nn.Module) -> bool:
     """Modules that were built on a backend of this package: theirs to choose."""
-    names = [getattr(value, "__module__", None) for value in vars(module).values()]
+    own = vars(module).items()  # and what `patch` sets beside a config
+    names = [getattr(value, "__module__", None) for key, value in own if key != _REGISTRATION]
     return any(isinstance(name, str) and name.startswith("gqa_kernels.") for name in names)
 
 
