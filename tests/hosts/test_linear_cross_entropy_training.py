@@ -112,7 +112,7 @@ def tokenizer():
 
 @pytest.mark.parametrize("packing", (False, True), ids=("completions", "packing"))
 def test_sft_trainer(packing, tmp_path, rows):
-    """From 1.16 on TRL makes its own loss from hidden states, whatever the model would do."""
+    """TRL 1.16 makes its own loss from hidden states, whatever the model would do."""
     trl = pytest.importorskip("trl", minversion="1.16")
     datasets = pytest.importorskip("datasets")
     texts = [[f"w{i}" for i in row["input_ids"]] for row in rows]

@@ -81,10 +81,11 @@ def patch(model: nn.Module, ops: Collection[str] = DEFAULT_OPS, *, strict: bool 
     trainers may read. A call without labels gives logits as before.
 
     A module is replaced if its class's forward, run on a small stand-in, computes what the op does;
-    see `stand_ins`. Projections are called, never read. From then on a call runs the kernel or
-    raises what the kernel raises: a model may be patched on the CPU and moved to a GPU, but does
-    not run before. A layer whose norm has hooks, whose two terms differ in dtype as under autocast,
-    or that Transformers is checkpointing, adds and normalises in two steps, with the same bits.
+    see `stand_ins`. Projections are called, never read, but for the head of that loss. From then on
+    a call runs the kernel or raises what the kernel raises: a model may be patched on the CPU and
+    moved to a GPU, but does not run before. A layer whose norm has hooks, whose two terms differ in
+    dtype as under autocast, or that Transformers is checkpointing, adds and normalises in two
+    steps, with the same bits.
 
     The loss is that of Transformers' ForCausalLMLoss, with ignore_index, num_items_in_batch and
     shift_labels; logits may have Gemma 2's soft cap or a factor that is a power of two. The head

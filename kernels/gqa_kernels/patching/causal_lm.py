@@ -53,7 +53,13 @@ def bind(function: Any, module: nn.Module, *bound: Any) -> partial:
 
 
 def forward(self, linear_cross_entropy, path: Path, *args: Any, **kwargs: Any) -> Any:
-    """With labels the loss, and None in place of the logits; without them the class's own."""
+    """With labels the loss, and None in place of the logits; without them the class's own.
+
+    Raises:
+        NotImplementedError: the head, the loss function or output_router_logits is not what `check`
+            saw. Otherwise as the op.
+        TypeError: an argument by position and by name, or an ignore_index that is no int.
+    """
     given = _by_name(path, args, kwargs)
     labels = given.pop("labels", None)
     if labels is None:
