@@ -142,7 +142,9 @@ def weight_product_kernel(
         rows = start + steps
         row_mask = rows < limit
         named = named_rows(order_ptr, first, rows, row_mask)
-        dlogits = tl.load(dlogits_ptrs, mask=row_mask[None, :] & (tokens < WIDTH)[:, None], other=0.0)
+        dlogits = tl.load(
+            dlogits_ptrs, mask=row_mask[None, :] & (tokens < WIDTH)[:, None], other=0.0
+        )
         hidden = tl.load(
             hidden_ptr + named[:, None] * hidden_stride + columns[None, :],
             mask=row_mask[:, None] & column_mask[None, :],
