@@ -16,7 +16,8 @@ from gqa_kernels.positions import rope_table
 from gqa_kernels.runtime import arguments
 from llama2.cache.kv_cache import Cache, CacheStep, KVCache
 from llama2.config import ModelConfig
-from llama2.targets import IGNORED, check_ids, positions_of, targets_of
+from llama2.head import check_targets, head_loss
+from llama2.targets import check_ids, divisor, positions_of, targets_of
 
 
 class RotaryTable(nn.Module):
@@ -323,19 +324,16 @@ class Llama2(nn.Module):
     ) -> Tensor:
         """Logits `[batch, seq_len, vocab_size]`; see `hidden_states`.
 
-        With targets, int `[batch, seq_len]`, ids or IGNORED, no logits but their cross-entropy as
-        `linear_cross_entropy` gives it: per token, or by another `reduction`.
+        With targets, int `[batch, seq_len]`, ids or IGNORED, no logits but the `reduction` of
+        `linear_cross_entropy`. Raises ValueError for targets of another shape, or a reduction
+        without any; NotImplementedError for an `lm_head` that is more than its weight.
         """
+        check_targets(self.lm_head, tokens, targets, reduction)
         hidden = self.hidden_states(tokens, cache, num_valid, cu_seqlens=cu_seqlens)
         if targets is None:
             return self.lm_head(hidden)
-        weight = self.lm_head.weight
-        if torch.is_autocast_enabled(hidden.device.type):  # of which the ops know nothing
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-        return self.linear_cross_entropy(
-            hidden, weight, targets, ignore_index=IGNORED, reduction=reduction
-        )
+        op, weight = self.linear_cross_entropy, self.lm_head.weight
+        return head_loss(op, hidden, weight, targets, reduction)
 
     def loss(
         self,
@@ -367,9 +365,10 @@ class Llama2(nn.Module):
         """
         targets = targets_of(tokens, num_valid, cu_seqlens)
         check_ids(tokens, self.config.vocab_size)
+        count = divisor(targets, num_predictions)
         # Causal attention keeps what pads a row on the right from all tokens before it.
         total = self(tokens[:, :-1], cu_seqlens=cu_seqlens, targets=targets, reduction="sum")
-        return total / ((targets != IGNORED).sum() if num_predictions is None else num_predictions)
+        return total / count
 
     def token_losses(
         self, tokens: Tensor, targets: Tensor, *, cu_seqlens: Tensor | None = None

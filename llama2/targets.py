@@ -59,3 +59,13 @@ def count_predictions(
 ) -> Tensor:
     """How many tokens `Llama2.loss` of these arguments predicts, int64, on their device."""
     return (targets_of(tokens, num_valid, cu_seqlens) != IGNORED).sum()
+
+
+def divisor(targets: Tensor, num_predictions: Tensor | float | None) -> Tensor | float:
+    """What the sum of the losses is divided by."""
+    if num_predictions is None:
+        return (targets != IGNORED).sum()
+    if isinstance(num_predictions, Tensor) and num_predictions.dim():
+        got = list(num_predictions.shape)
+        raise ValueError(f"num_predictions: expected a scalar; got shape {got}")
+    return num_predictions

@@ -3,6 +3,8 @@
 Importing this package loads neither Triton nor a GPU driver; the first use of a kernel does.
 """
 
+import importlib
+
 from gqa_kernels.backends import get_backend
 
 __version__ = "0.1.0"
@@ -30,10 +32,10 @@ def __getattr__(name: str) -> object:
         from gqa_kernels.sdpa import scaled_dot_product_attention
 
         return scaled_dot_product_attention
-    if name in ("patch", "unpatch"):
-        from gqa_kernels import patching
-
-        return getattr(patching, name)
+    if name in ("patch", "unpatch", "patching"):
+        # Not "from gqa_kernels import patching", which would ask here again.
+        patching = importlib.import_module("gqa_kernels.patching")
+        return patching if name == "patching" else getattr(patching, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -70,6 +70,8 @@ def mean_of(
     if reduction == "sum":
         return total
     if num_predictions is not None:
+        if isinstance(num_predictions, Tensor):
+            num_predictions = num_predictions.to(total.dtype)
         return total / num_predictions
     if ignore_index is None:
         return total / targets.numel() if targets.numel() else total * math.nan
@@ -83,6 +85,7 @@ class Part(NamedTuple):
     first: int  # the id of the first row
     vocab_size: int  # of the whole vocabulary
     group: ProcessGroup
+    is_even: bool  # as many rows in every rank
 
 
 def part_of(weight: Tensor, group: ProcessGroup | None) -> Part | None:
@@ -98,8 +101,11 @@ def part_of(weight: Tensor, group: ProcessGroup | None) -> Part | None:
     if placements is None:
         if group is None:
             return None
-        size = dist.get_world_size(group)
-        return Part(weight, dist.get_rank(group) * weight.shape[0], size * weight.shape[0], group)
+        if not isinstance(group, ProcessGroup):
+            raise TypeError(f"group: expected a ProcessGroup; got {type(group).__name__}")
+        rows = weight.shape[0]
+        first, vocab_size = dist.get_rank(group) * rows, dist.get_world_size(group) * rows
+        return Part(weight, first, vocab_size, group, is_even=True)
     if group is not None:
         raise TypeError("group: expected None for a weight that is a DTensor; got a group")
     if all(placement.is_replicate() for placement in placements):
@@ -117,7 +123,7 @@ def part_of(weight: Tensor, group: ProcessGroup | None) -> Part | None:
             f"{vocab_size} rows, dealt out by {rows}"
         )
     first = rows * mesh.get_local_rank()
-    return Part(weight.to_local(), first, vocab_size, mesh.get_group())
+    return Part(weight.to_local(), first, vocab_size, mesh.get_group(), is_even=False)
 
 
 class _Shared(torch.autograd.Function):
@@ -130,9 +136,7 @@ class _Shared(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.contiguous().clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
+        return _Sum.apply(grad, ctx.group), None
 
 
 class _Sum(torch.autograd.Function):
@@ -140,19 +144,23 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
         total = x.contiguous().clone()
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+        return _Shared.apply(grad, ctx.group), None
+
+
+def whole(x: Tensor) -> Tensor:
+    """What every rank gives the same, as a plain tensor."""
+    return x if getattr(x, "placements", None) is None else x.full_tensor()
 
 
 def shared(hidden: Tensor, part: Part) -> Tensor:
     """Hidden states that each rank multiplies with its part of the vocabulary."""
-    if getattr(hidden, "placements", None) is not None:
-        hidden = hidden.full_tensor()
     return _Shared.apply(hidden, part.group)
 
 
@@ -161,11 +169,19 @@ def of_all_parts(scores: TokenScores, targets: Tensor, part: Part) -> TokenScore
 
     Args:
         targets: ids of the whole vocabulary.
+    Returns:
+        NaN where the ranks of a group have different numbers of rows, which no rank can see.
     """
     group = part.group
-    maximum = scores.maximum.detach().clone()
-    dist.all_reduce(maximum, dist.ReduceOp.MAX, group)
-    shift = scores.maximum.detach() - maximum
+    local = scores.maximum.detach()
+    num_rows = local.new_full((1,), part.weight.shape[0])
+    largest = torch.cat([local.flatten(), num_rows, -num_rows])
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+    maximum = largest[:-2].view(local.shape)
+    # A rank whose scores are all −inf adds nothing.
+    shift = (local - maximum).masked_fill(local == -torch.inf, -torch.inf)
+    if part.is_even:
+        shift = shift.where(largest[-2] == -largest[-1], torch.nan)
     weights = torch.exp(scores.log_sum + shift)
     total = _Sum.apply(weights, group)
     here = (targets >= part.first) & (targets < part.first + part.weight.shape[0])

@@ -77,8 +77,9 @@ def check_backend(function, eager, inputs: dict, by_group: bool) -> None:
         dweight = dweight.full_tensor()
     actual = named | {"d hidden": dhidden, "d weight": dweight}
     assert_results(actual, lambda given: accuracy.run(eager, given, ("hidden", "weight")), inputs)
-    vectors = 4 if inputs.get("return_entropy") else 3
-    assert sorted(sizes) == [15] * vectors + [hidden.numel()], sizes
+    # Beside the maxima, which tell whether the ranks have as many rows each.
+    vectors = 3 if inputs.get("return_entropy") else 2
+    assert sorted(sizes) == [15] * vectors + [17, hidden.numel()], sizes
 
 
 def an_unknown_target() -> None:
@@ -89,6 +90,59 @@ def an_unknown_target() -> None:
     inputs["targets"] = torch.tensor([2, 8, -1, 7, 0, 4])
     loss = gqa_kernels.linear_cross_entropy(**inputs | {"weight": spread(inputs["weight"])})
     assert loss.isnan().tolist() == [False, True, True, False, False, False] and loss[0] == 0.0
+
+
+def ranks_with_different_rows() -> None:
+    """A group's parts are as large each, or nothing is said to be right."""
+    from gqa_kernels import fused, reference
+
+    inputs = loss_inputs(6, vocab_size=11)
+    part = inputs["weight"].chunk(2)[dist.get_rank()]
+    for ops in (fused, reference):
+        loss = ops.linear_cross_entropy(**inputs | {"weight": part}, group=dist.group.WORLD)
+        assert loss.isnan()
+
+
+def a_rank_without_a_finite_score() -> None:
+    from gqa_kernels import fused, reference
+
+    inputs = loss_inputs(6, vocab_size=12)
+    inputs["targets"] = inputs["targets"].clamp(min=0) % 6
+    inputs["hidden"] = inputs["hidden"].abs()
+    inputs["weight"][6:] = -torch.inf
+    expected = reference.linear_cross_entropy(**inputs)
+    part = inputs["weight"].chunk(2)[dist.get_rank()]
+    for ops in (fused, reference):
+        loss = ops.linear_cross_entropy(**inputs | {"weight": part}, group=dist.group.WORLD)
+        torch.testing.assert_close(loss, expected)
+
+
+def a_second_derivative() -> None:
+    """Of eager code, to which an error of the kernels refers."""
+    from gqa_kernels import reference
+
+    inputs, found = loss_inputs(6, vocab_size=12, reduction="sum"), []
+    part = inputs["weight"].chunk(2)[dist.get_rank()]
+    for given in ({"weight": part, "group": dist.group.WORLD}, {}):
+        hidden = inputs["hidden"].double().requires_grad_()
+        weight = given.get("weight", inputs["weight"]).double()
+        loss = reference.linear_cross_entropy(
+            **inputs | given | {"hidden": hidden, "weight": weight}
+        )
+        (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), hidden)[0])
+    torch.testing.assert_close(*found)
+
+
+def whole_dtensors() -> None:
+    """Hidden states and targets as DTensors, beside a weight that is one."""
+    from gqa_kernels import fused, reference
+
+    inputs = loss_inputs(6, vocab_size=12)
+    expected = reference.linear_cross_entropy(**inputs)
+    for ops in (fused, reference):
+        given = {name: spread(x) for name, x in inputs.items()}
+        torch.testing.assert_close(ops.linear_cross_entropy(**given), expected)
 
 
 def refused() -> None:
@@ -123,6 +177,10 @@ ON_TWO_RANKS = {
         return_entropy=True,
     ),
     "an unknown target": an_unknown_target,
+    "ranks with different rows": ranks_with_different_rows,
+    "a rank without a finite score": a_rank_without_a_finite_score,
+    "a second derivative": a_second_derivative,
+    "whole DTensors": whole_dtensors,
     "refused": refused,
 }
 

@@ -116,7 +116,7 @@ def test_nothing_to_predict(ops, reduction, make):
         assert loss.isnan()
     else:
         assert torch.equal(loss, torch.zeros_like(loss))
-        assert not dhidden.any() and not dweight.any()
+    assert not dhidden.any() and not dweight.any()
 
 
 @FUNCTIONS
@@ -128,7 +128,8 @@ def test_no_rows(ops, reduction, ignore_index, make):
     loss, dhidden, dweight = differentiated(ops.linear_cross_entropy, inputs, **options)
     assert loss.shape == ((0,) if reduction == "none" else ())
     assert loss.isnan() if reduction == "mean" else not loss.any()
-    assert dhidden.shape == (0, 8) and (reduction == "mean" or not dweight.any())
+    assert dhidden.shape == (0, 8)
+    assert not dweight.any() or (ops is reference and ignore_index is None)  # 0 · NaN
     chosen, dhidden, dweight = differentiated(ops.token_log_probs, inputs)
     assert chosen.shape == (0,) and not dweight.any()
 
@@ -149,6 +150,33 @@ def test_ignored_rows_are_not_read(make):
         torch.testing.assert_close(loss, kept, rtol=1e-6, atol=0)
         assert torch.equal(dhidden, expected[1][~ignored])
         assert torch.equal(dweight, expected[2])
+
+
+def test_scores_of_minus_infinity(make):
+    """An overflow of float16 is enough. Such a score has no probability, and no gradient."""
+    hidden = torch.tensor([[1.0, 300.0]], dtype=torch.float16)
+    weight = torch.zeros(4200, 2, dtype=torch.float16)
+    weight[:4120, 1] = -300.0  # more than a block of the softmax, and the first
+    inputs = {"hidden": hidden, "weight": weight, "targets": torch.tensor([4150])}
+    for reduction in ("mean", "none"):
+        found = differentiated(fused.linear_cross_entropy, inputs, reduction=reduction)
+        expected = differentiated(reference.linear_cross_entropy, inputs, reduction=reduction)
+        for one, other in zip(found, expected, strict=True):
+            assert one.isfinite().all()
+            torch.testing.assert_close(one, other)
+    chosen, dhidden, _ = differentiated(fused.token_log_probs, inputs)
+    torch.testing.assert_close(chosen, torch.tensor([80.0]).log().neg())
+    assert dhidden.isfinite().all()
+
+
+@REDUCTIONS
+def test_a_second_derivative_is_refused(reduction, make):
+    inputs = make(5, 8, 11)
+    hidden = inputs["hidden"].detach().requires_grad_()
+    loss = fused.linear_cross_entropy(**inputs | {"hidden": hidden}, reduction=reduction)
+    (grad,) = torch.autograd.grad(loss.sum(), hidden, create_graph=True)
+    with pytest.raises(NotImplementedError, match="expected first derivatives only"):
+        (loss.sum() + grad.square().sum()).backward()
 
 
 @FUNCTIONS
@@ -306,6 +334,13 @@ def test_a_traced_call_is_differentiated(make):
             ValueError,
             r"num_predictions: expected a scalar.*\[2\]",
         ),
+        (
+            {"num_predictions": torch.tensor(True)},
+            TypeError,
+            "num_predictions: expected a number; got",
+        ),
+        ({"ignore_index": 2**32 - 100}, ValueError, "ignore_index: expected an int32; got 42949"),
+        ({"group": "tp"}, TypeError, "group: expected a ProcessGroup; got str"),
         ({"num_predictions": "3"}, TypeError, "num_predictions: expected a number; got str"),
         ({"softcap": 0.0}, ValueError, "softcap: expected a number from 1e-37 to 1e37; got 0.0"),
         ({"z_loss": -1.0}, ValueError, "z_loss: expected a finite number of 0 or more; got -1.0"),

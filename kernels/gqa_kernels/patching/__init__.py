@@ -115,7 +115,7 @@ def patch(model: nn.Module, ops: Collection[str] = DEFAULT_OPS, *, strict: bool 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
     if not isinstance(ops, Collection) or isinstance(ops, str) or not set(ops) <= set(OPS):
-        raise ValueError(f"ops: expected some of {', '.join(OPS)}; got {ops!r}")
+        raise ValueError(f"ops: expected a set of some of {', '.join(OPS)}; got {ops!r}")
     plan = make_plan(model, [op for op in OPS if op in ops])
     report = Report(type(model).__name__, plan)
     # Who asks for a loss without logits may have no memory for logits.

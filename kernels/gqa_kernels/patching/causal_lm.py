@@ -112,6 +112,11 @@ def _loss(
     targets = options.get("shift_labels")
     if targets is None:
         targets = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    if targets.numel() * hidden.shape[-1] != hidden.numel():
+        raise ValueError(
+            f"labels: expected one for each of {list(hidden.shape[:-1])} hidden states, of which "
+            f"logits_to_keep leaves out some; got {list(targets.shape)}"
+        )
     if path.scale != 1.0:
         hidden = hidden * path.scale
     kind = hidden.device.type

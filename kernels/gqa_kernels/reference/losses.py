@@ -26,7 +26,7 @@ def _of_targets(log_probs: Tensor, targets: Tensor) -> Tensor:
 def _token_scores(x: Tensor, targets: Tensor, need_mean: bool) -> losses.TokenScores:
     """Of scores over a part of the vocabulary, and targets counted from its first row."""
     maximum = x.detach().amax(-1)
-    x = x - maximum[..., None]
+    x = x - maximum.masked_fill(maximum == -torch.inf, 0.0)[..., None]
     known = targets.clamp(0, x.shape[-1] - 1).long()
     score = x.gather(-1, known[..., None])[..., 0].masked_fill(known != targets, 0.0)
     mean = (x.softmax(-1) * x).sum(-1) if need_mean else None
@@ -80,12 +80,14 @@ def linear_cross_entropy(
     Returns:
         a scalar, or with "none" `[...]`, 0 where ignored.
     """
+    part = losses.part_of(weight, group)
+    if part is not None:
+        hidden, targets = losses.whole(hidden), losses.whole(targets)
     ignored = None if ignore_index is None else targets == ignore_index
     ids = targets
     if ignored is not None:
         # Whatever an ignored row holds, NaN included; any id of the vocabulary will do there.
         hidden, ids = hidden.masked_fill(ignored[..., None], 0.0), targets.masked_fill(ignored, 0)
-    part = losses.part_of(weight, group)
     if part is None:
         x = _scores(hidden, weight, softcap, 1.0)
         token_losses = -_of_targets(x.log_softmax(-1), ids)
@@ -114,7 +116,7 @@ def token_log_probs(
 
     Args:
         hidden, weight, targets, group: as `linear_cross_entropy` takes them; a target outside of
-            the vocabulary gives NaN in its row. No target is ignored.
+            the vocabulary makes its row NaN, and gradients. No target is ignored.
         temperature: positive.
         return_entropy: also return the entropy.
     Returns:
@@ -122,6 +124,7 @@ def token_log_probs(
     """
     part = losses.part_of(weight, group)
     if part is not None:
+        hidden, targets = losses.whole(hidden), losses.whole(targets)
         scores = _of_part(hidden, targets, part, None, temperature, return_entropy)
         chosen = scores.score - scores.log_sum
         chosen = losses.without_unknown(chosen, targets, part.vocab_size)

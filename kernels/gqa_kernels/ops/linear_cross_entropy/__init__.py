@@ -20,25 +20,12 @@ from torch.distributed import ProcessGroup
 
 from gqa_kernels import losses
 from gqa_kernels.ops.linear_cross_entropy import arguments
-from gqa_kernels.ops.linear_cross_entropy.chunks import Problem, Scores, Vectors
+from gqa_kernels.ops.linear_cross_entropy.chunks import Problem, Scores, Vectors, gradients_like
 from gqa_kernels.ops.linear_cross_entropy.softmax import scale_kernel
 from gqa_kernels.runtime import configs, library, target
 
 # What a rank calls a row that no rank has a loss for.
 _IGNORED = -1
-
-
-def _gradients(
-    hidden: Tensor, weight: Tensor, ignore_index: int | None, need_dhidden: bool, need_dweight: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Memory for dhidden, 0 in rows that are ignored, and for dweight in float32."""
-    dhidden = dweight = None
-    if need_dhidden:
-        make = torch.empty if ignore_index is None else torch.zeros
-        dhidden = make(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-    if need_dweight:
-        dweight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-    return dhidden, dweight
 
 
 def _rows(x: Tensor | None, width: int) -> Tensor | None:
@@ -59,7 +46,7 @@ def _sum_launch(
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(sum, its gradients by hidden and by weight, the latter in float32)."""
-    dhidden, dweight = _gradients(hidden, weight, ignore_index, need_dhidden, need_dweight)
+    dhidden, dweight = gradients_like(hidden, weight, ignore_index, need_dhidden, need_dweight)
     problem = Problem(hidden, weight, targets, ignore_index)
     loss = torch.zeros(problem.num_rows, dtype=torch.float32, device=hidden.device)
     scores = Scores(softcap, 1.0, z_loss)
@@ -126,12 +113,14 @@ def _sum_setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
     # A traced call may not have known that it would be differentiated.
     needs_dhidden, needs_dweight = ctx.needs_input_grad[:2]
     ctx.is_ready = need_dhidden >= needs_dhidden and need_dweight >= needs_dweight
-    if ctx.is_ready:
-        ctx.save_for_backward(
-            dhidden if needs_dhidden else None, dweight if needs_dweight else None
-        )
-    else:
-        ctx.save_for_backward(hidden, weight, targets)
+    # What the gradients depend on is saved with them: a second derivative is refused by it.
+    ctx.save_for_backward(
+        hidden,
+        weight,
+        targets,
+        dhidden if ctx.is_ready and needs_dhidden else None,
+        dweight if ctx.is_ready and needs_dweight else None,
+    )
     ctx.mark_non_differentiable(*(x for x in (dhidden, dweight) if x is not None))
     ctx.set_materialize_grads(False)
 
@@ -143,10 +132,10 @@ def _sum_differentiate(
     if dsum is None:
         return nothing
     needs = ctx.needs_input_grad[:2]
-    if ctx.is_ready:
-        gradients = ctx.saved_tensors
-    else:
-        _, *gradients = _SUM(*ctx.saved_tensors, *ctx.options, *needs)
+    *inputs, dhidden, dweight = ctx.saved_tensors
+    gradients = [dhidden, dweight]
+    if not ctx.is_ready:
+        _, *gradients = _SUM(*inputs, *ctx.options, *needs)
     gradients = [x if need else None for x, need in zip(gradients, needs, strict=True)]
     results = _SUM_BACKWARD(dsum, *gradients, ctx.dtype)
     return (*(x if need else None for x, need in zip(results, needs, strict=True)), *nothing[2:])
@@ -216,7 +205,7 @@ def _tokens_backward(
     need_dhidden: bool,
     need_dweight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    dhidden, dweight = _gradients(hidden, weight, ignore_index, need_dhidden, need_dweight)
+    dhidden, dweight = gradients_like(hidden, weight, ignore_index, need_dhidden, need_dweight)
     given = (None, maximum, log_sum, None, mean, dlog_sum, dscore, dmean)
     vectors = Vectors(*(None if x is None else x.contiguous() for x in given))
     Problem(hidden, weight, targets, ignore_index).run(
@@ -302,6 +291,7 @@ def _token_scores(
     """Over the whole vocabulary; `options` are softcap, temperature and need_mean."""
     if part is None:
         return losses.TokenScores(*_TOKENS(hidden, weight, targets, ignore_index, *options))
+    arguments.check_tensors(hidden, part.weight, targets)
     local = targets - part.first
     num_rows = part.weight.shape[0]
     local = local.masked_fill((local < 0) | (local >= num_rows), num_rows)
@@ -339,7 +329,8 @@ def linear_cross_entropy(
             vocabulary, or with `group` this rank's part of it.
         targets: int32 or int64 `[...]`. What lies outside of the vocabulary, and is not
             `ignore_index`, makes the loss NaN.
-        ignore_index, reduction, num_predictions, softcap, z_loss, group: as there.
+        ignore_index, reduction, num_predictions, softcap, z_loss, group: as there. In float16 the
+            sum's gradient of a logit, 1 + 2 · z_loss · lse at most, is to be below 65504.
     Returns:
         float32, a scalar, or `[...]` with reduction "none".
     Raises:
@@ -348,9 +339,11 @@ def linear_cross_entropy(
         RuntimeError: hidden is not on a GPU that Triton drives.
     """
     ignore_index = arguments.ignore_index(ignore_index)
-    arguments.check_reduction(reduction, num_predictions)
+    num_predictions = arguments.num_predictions(reduction, num_predictions)
     softcap, z_loss = arguments.softcap(softcap), arguments.z_loss(z_loss)
     part = losses.part_of(weight, group)
+    if part is not None:
+        hidden, targets = losses.whole(hidden), losses.whole(targets)
     if part is None and reduction != "none":
         needs = library.keeps_for_gradient(hidden), library.keeps_for_gradient(weight)
         total, *_ = _SUM(hidden, weight, targets, ignore_index, softcap, z_loss, *needs)
@@ -382,7 +375,9 @@ def token_log_probs(
     `reference.token_log_probs`. Both have gradients; the backward pass makes the logits again.
 
     Args:
-        hidden, weight, targets, group: as `linear_cross_entropy` takes them.
+        hidden, weight, targets, group: as `linear_cross_entropy` takes them. No target is ignored:
+            one outside of the vocabulary makes its row NaN, and with it the gradient of the weight,
+            even where the row's upstream gradient is 0.
         temperature: positive.
         return_entropy: also return the entropy.
     Returns:
@@ -393,6 +388,8 @@ def token_log_probs(
     temperature = arguments.temperature(temperature)
     options = (None, temperature, arguments.flag("return_entropy", return_entropy))
     part = losses.part_of(weight, group)
+    if part is not None:
+        hidden, targets = losses.whole(hidden), losses.whole(targets)
     scores = _token_scores(hidden, weight, targets, None, options, part, None)
     vocab_size = weight.shape[0] if part is None else part.vocab_size
     chosen = losses.without_unknown(scores.score - scores.log_sum, targets, vocab_size)

@@ -3,13 +3,14 @@
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gqa_kernels.losses import REDUCTIONS
 from gqa_kernels.runtime import checks
 from gqa_kernels.runtime.checks import flag
 
-__all__ = ["check_reduction", "check_tensors", "flag", "ignore_index", "softcap", "temperature"]
+__all__ = ["check_tensors", "flag", "ignore_index", "num_predictions", "softcap", "temperature"]
 __all__ += ["z_loss"]
 
 
@@ -29,23 +30,29 @@ def check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, *_: Any) -> N
 
 
 def ignore_index(value: int | None) -> int | None:
-    return None if value is None else checks.whole("ignore_index", value)
+    if value is None:
+        return None
+    index = checks.whole("ignore_index", value)
+    if not -(2**31) <= index < 2**31:
+        raise ValueError(f"ignore_index: expected an int32; got {value!r}")
+    return index
 
 
-def check_reduction(reduction: str, num_predictions: Tensor | float | None) -> None:
+def num_predictions(reduction: str, value: Tensor | float | None) -> Tensor | float | None:
+    """What "mean" divides by, beside a reduction that is checked too."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}; got {reduction!r}")
-    if num_predictions is None:
-        return
+    if value is None:
+        return None
     if reduction != "mean":
         raise ValueError(f"num_predictions: expected None with {reduction!r}; got a number")
-    if isinstance(num_predictions, Tensor):
-        if num_predictions.dim():
-            raise ValueError(
-                f"num_predictions: expected a scalar; got shape {list(num_predictions.shape)}"
-            )
-    else:
-        checks.number("num_predictions", num_predictions)
+    if not isinstance(value, Tensor):
+        return checks.number("num_predictions", value)
+    if value.dim():
+        raise ValueError(f"num_predictions: expected a scalar; got shape {list(value.shape)}")
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"num_predictions: expected a number; got {value.dtype}")
+    return value
 
 
 def softcap(value: float | None) -> float | None:

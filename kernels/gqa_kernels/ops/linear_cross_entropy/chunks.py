@@ -202,3 +202,16 @@ class Problem:
             num_stages=config.num_stages,
             enable_fp_fusion=True,
         )
+
+
+def gradients_like(
+    hidden: Tensor, weight: Tensor, ignore_index: int | None, need_dhidden: bool, need_dweight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Memory for dhidden, 0 in rows that are ignored, and for dweight in float32."""
+    dhidden = dweight = None
+    if need_dhidden:
+        make = torch.empty if ignore_index is None else torch.zeros
+        dhidden = make(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    if need_dweight:
+        dweight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    return dhidden, dweight

@@ -74,12 +74,14 @@ def softmax_kernel(
             logits = tl.load(logits_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
             x = tl.where(columns < VOCAB, unit * cap(logits, cap_scale), -float("inf"))
             new_maximum = tl.maximum(maximum, tl.max(x))
-            scale = tl.exp(maximum - new_maximum)
-            powers = tl.exp(x - new_maximum)
+            # Where all so far are −inf there is nothing to subtract.
+            origin = tl.where(new_maximum == -float("inf"), 0.0, new_maximum)
+            scale = tl.exp(maximum - origin)
+            powers = tl.exp(x - origin)
             if mean_ptr is not None:
                 # Σ exp(x − c) · (x − c) for another c.
-                moved = tl.where(total > 0.0, total * (maximum - new_maximum), 0.0)
-                terms = tl.where(columns < VOCAB, powers * (x - new_maximum), 0.0)
+                moved = total * tl.where(total > 0.0, maximum - origin, 0.0)
+                terms = powers * tl.where(columns < VOCAB, x - origin, 0.0)
                 weighted = (weighted + moved) * scale + tl.sum(terms)
             total = total * scale + tl.sum(powers)
             maximum = new_maximum
@@ -97,18 +99,20 @@ def softmax_kernel(
             tl.store(loss_ptr + row, log_sum - score + z_loss * lse * lse)
     if GRADIENT:
         if loss_ptr is not None:
-            dlog_sum, dscore, dmean = 1.0 + 2.0 * z_loss * (maximum + log_sum), -1.0, 0.0
+            dlog_sum, dscore = 1.0 + 2.0 * z_loss * (maximum + log_sum), -1.0
         else:
             dlog_sum = _load(dlog_sum_ptr, row, 0.0)
             dscore = _load(dscore_ptr, row, 0.0)
-            dmean = _load(dmean_ptr, row, 0.0)
         for start in range(0, VOCAB, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             mask = columns < WIDTH
             logits = tl.load(logits_ptr + columns, mask=mask, other=0.0).to(tl.float32)
             capped = cap(logits, cap_scale)
             x = unit * capped - maximum
-            dx = tl.exp(x - log_sum) * (dlog_sum + dmean * (1.0 + (x - mean)))
+            upstream = dlog_sum
+            if dmean_ptr is not None:
+                upstream += tl.load(dmean_ptr + row) * (1.0 + (x - mean))
+            dx = tl.exp(x - log_sum) * upstream
             dx += tl.where(columns == target, dscore, 0.0)
             dlogits = tl.where(columns < VOCAB, dx * slope, 0.0)
             if cap_scale is not None:
@@ -118,9 +122,10 @@ def softmax_kernel(
 
 @triton.jit
 def scale_kernel(x_ptr, factor_ptr, y_ptr, num_elements, BLOCK: tl.constexpr):
-    """y = x · factor, rounded once; one program computes BLOCK elements."""
+    """y = x · factor, rounded once; one program computes BLOCK elements. What is 0, as gradients of
+    ignored rows are, stays 0 whatever the factor."""
     elements = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = elements < num_elements
     x = tl.load(x_ptr + elements, mask=mask, other=0.0).to(tl.float32)
-    y = x * tl.load(factor_ptr)
+    y = tl.where(x == 0.0, 0.0, x * tl.load(factor_ptr))
     tl.store(y_ptr + elements, y.to(y_ptr.dtype.element_ty), mask=mask)
