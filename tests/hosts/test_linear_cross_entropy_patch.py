@@ -152,7 +152,7 @@ def test_logits_to_keep(device, call):
             model(**call, shift_labels=shifted, logits_to_keep=which).loss,
             plain(**call, shift_labels=shifted, logits_to_keep=which).loss,
         )
-    with pytest.raises(ValueError, match="targets: expected shape"):
+    with pytest.raises(ValueError, match="labels: expected one for each"):
         model(**call, logits_to_keep=3)
 
 

@@ -591,7 +591,7 @@ def test_strict_leaves_the_model_as_it_was(device):
 
 @pytest.mark.parametrize("ops", [("rmsnorm",), "swiglu", ("swiglu", "mlp")])
 def test_unknown_ops(ops):
-    with pytest.raises(ValueError, match="ops: expected some of rms_norm, swiglu, rope, attention"):
+    with pytest.raises(ValueError, match="ops: expected a set of some of rms_norm, swiglu, rope, attention"):
         patch(nn.Linear(2, 2), ops)
 
 
@@ -917,7 +917,7 @@ def test_positions_that_do_not_fit_are_named(tokens, device):
 
 @pytest.mark.parametrize("ops", (None, 5, iter(["swiglu"]), ["gelu"], "swiglu"))
 def test_ops_that_are_none_are_named(ops):
-    with pytest.raises(ValueError, match="ops: expected some of"):
+    with pytest.raises(ValueError, match="ops: expected a set of some of"):
         patch(build(), ops)
     with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module"):
         unpatch(None)
