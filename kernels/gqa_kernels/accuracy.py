@@ -195,7 +195,7 @@ def _different_tokens(inputs: Any) -> int | None:
     fewest = None
     for x in _floating(inputs):
         if x.dim() > 1 and x.numel():
-            rows = x.reshape(-1, x.shape[-1])
+            rows = x.nan_to_num().reshape(-1, x.shape[-1])  # one NaN is like another
             different = len(rows.unique(dim=0))
             if 2 * different <= len(rows):
                 fewest = min(different, fewest or different)

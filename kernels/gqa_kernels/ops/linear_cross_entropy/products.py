@@ -41,7 +41,7 @@ def _add_product(a, b, total, part, step):
     return total, part
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("first", "num_rows"))
 def rows_product_kernel(
     a_ptr,
     b_ptr,
@@ -99,7 +99,7 @@ def rows_product_kernel(
     tl.store(c_ptrs, total.to(c_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("first", "num_rows"))
 def weight_product_kernel(
     dlogits_ptr,
     hidden_ptr,

@@ -19,6 +19,9 @@ class Conversions(Operands):
     def _setp(self, i):
         parts = i.parts
         compare, kind = parts[1], parts[-1]
+        if kind in ("f16x2", "bf16x2"):
+            self._setp_packed(i, compare, kind.removesuffix("x2"))
+            return
         if kind in ("f16", "bf16"):
             unpack = "o.f16_to_f32" if kind == "f16" else "o.bf16_to_f32"
             a, b = (f"{unpack}(X.full({self.read(x, 'u2')}, u2))" for x in i.args[1:3])
@@ -51,6 +54,20 @@ class Conversions(Operands):
             self.write_register(destination.second, f"~{name}", "?", mask)
             return
         self.simple(i, expression, "?")
+
+    def _setp_packed(self, i, compare, kind):
+        """Each half of a word compared: the lower half's result comes first."""
+        destination = i.args[0]
+        if compare not in COMPARISONS or compare == "ne" or len(i.args) > 3:
+            raise NotImplementedError(f"setp.{compare} of two halves")
+        unpack = "o.f16_to_f32" if kind == "f16" else "o.bf16_to_f32"
+        words = [self.temporary() for _ in i.args[1:3]]
+        for word, source in zip(words, i.args[1:3], strict=True):
+            self.lines.append(f"{word} = X.full({self.read(source, 'u4')}, u4)")
+        mask = self.mask(i)
+        for register, shift in ((destination.first, 0), (destination.second, 16)):
+            a, b = (f"{unpack}(({word} >> u4({shift})).astype(u2))" for word in words)
+            self.write_register(register, f"({a} {COMPARISONS[compare]} {b})", "?", mask)
 
     def _selp(self, i):
         dtype = NUMPY_OF[i.parts[-1]]
