@@ -19,7 +19,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -38,6 +37,16 @@ def token_losses(scores: TokenScores, z_loss: float) -> Tensor:
     """−log p(target) + z_loss · lse²."""
     losses = scores.log_sum - scores.score
     return losses + z_loss * (scores.maximum + scores.log_sum).square() if z_loss else losses
+
+
+def of_predictions(
+    losses: Tensor, targets: Tensor, ignored: Tensor | None, vocab_size: int
+) -> Tensor:
+    """The losses, but 0 where ignored and NaN at other targets outside of the vocabulary."""
+    if ignored is None:
+        return without_unknown(losses, targets, vocab_size)
+    losses = without_unknown(losses, targets.masked_fill(ignored, 0), vocab_size)
+    return losses.masked_fill(ignored, 0.0)
 
 
 def without_unknown(x: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
@@ -84,11 +93,11 @@ class Part(NamedTuple):
     weight: Tensor
     first: int  # the id of the first row
     vocab_size: int  # of the whole vocabulary
-    group: ProcessGroup
+    group: "dist.ProcessGroup"
     is_even: bool  # as many rows in every rank
 
 
-def part_of(weight: Tensor, group: ProcessGroup | None) -> Part | None:
+def part_of(weight: Tensor, group: "dist.ProcessGroup | None") -> Part | None:
     """The part that `weight` is, by `group` or as a DTensor that is sharded over the vocabulary;
     None if it is the whole vocabulary.
 
@@ -101,7 +110,7 @@ def part_of(weight: Tensor, group: ProcessGroup | None) -> Part | None:
     if placements is None:
         if group is None:
             return None
-        if not isinstance(group, ProcessGroup):
+        if not isinstance(group, dist.ProcessGroup):
             raise TypeError(f"group: expected a ProcessGroup; got {type(group).__name__}")
         rows = weight.shape[0]
         first, vocab_size = dist.get_rank(group) * rows, dist.get_world_size(group) * rows
@@ -130,7 +139,7 @@ class _Shared(torch.autograd.Function):
     """What every rank has; its gradient is the sum of the ranks'."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
+    def forward(ctx, x: Tensor, group: "dist.ProcessGroup") -> Tensor:
         ctx.group = group
         return x.view_as(x)
 
@@ -143,7 +152,7 @@ class _Sum(torch.autograd.Function):
     """The sum of the ranks' values, of which every rank computes the same."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
+    def forward(ctx, x: Tensor, group: "dist.ProcessGroup") -> Tensor:
         ctx.group = group
         total = x.contiguous().clone()
         dist.all_reduce(total, group=group)

@@ -591,9 +591,8 @@ def test_strict_leaves_the_model_as_it_was(device):
 
 @pytest.mark.parametrize("ops", [("rmsnorm",), "swiglu", ("swiglu", "mlp")])
 def test_unknown_ops(ops):
-    with pytest.raises(
-        ValueError, match="ops: expected a set of some of rms_norm, swiglu, rope"
-    ):
+    known = "rms_norm, swiglu, rope, attention"
+    with pytest.raises(ValueError, match=f"ops: expected a set of some of {known}"):
         patch(nn.Linear(2, 2), ops)
 
 

@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 from budget import assert_network
+from largest import LargestTensor
 from small_llama import (
     gradients,
     lively,
@@ -24,7 +25,6 @@ from small_llama import (
 )
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from gqa_kernels import get_backend
@@ -235,19 +235,6 @@ def test_training_reads_no_value_on_the_device(form, device):
             loss.item()
 
 
-class _LargestTensor(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        outputs = func(*args, **kwargs or {})
-        for x in outputs if isinstance(outputs, (tuple, list)) else (outputs,):
-            if isinstance(x, Tensor):
-                self.numel = max(self.numel, x.numel())
-        return outputs
-
-
 def test_a_training_step_makes_no_logits(device):
     """Nor anything else of their size."""
     config = replace(small_config(), vocab_size=2000)
@@ -256,7 +243,7 @@ def test_a_training_step_makes_no_logits(device):
     for name in ("eager", "triton"):
         torch.manual_seed(0)
         model = Llama2(config, get_backend(name)).to(device)
-        with _LargestTensor() as largest:
+        with LargestTensor() as largest:
             model.loss(tokens).backward()
         sizes[name] = largest.numel
     assert sizes["eager"] >= 200 * config.vocab_size

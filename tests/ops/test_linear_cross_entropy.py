@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budget import assert_call, assert_ok
-from torch.utils._python_dispatch import TorchDispatchMode
+from largest import LargestTensor
 
 from gqa_kernels import accuracy, fused, reference
 from gqa_kernels.ops.linear_cross_entropy import chunks
@@ -260,21 +260,6 @@ def test_shapes_strides_and_kinds_of_ids(make):
         assert torch.equal(one, other.view(one.shape))
 
 
-class _Largest(TorchDispatchMode):
-    """Notes the size of the largest tensor."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        outputs = func(*args, **kwargs or {})
-        for x in outputs if isinstance(outputs, (tuple, list)) else (outputs,):
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.numel())
-        return outputs
-
-
 def test_no_tensor_has_the_size_of_the_logits(make, monkeypatch):
     """In autograd and around the ops; inside them a chunk is the largest."""
     inputs, made = make(70, 24, 300), []
@@ -284,7 +269,7 @@ def test_no_tensor_has_the_size_of_the_logits(make, monkeypatch):
         lambda self, make=chunks.Problem.logits_of_a_chunk: made.append(make(self)) or made[-1],
     )
     for reduction in ("mean", "none"):
-        with _Largest() as largest:
+        with LargestTensor() as largest:
             differentiated(fused.linear_cross_entropy, inputs, reduction=reduction)
         assert largest.numel == 300 * 24  # the weight's gradient
     assert {x.shape for x in made} == {(32, 320)}

@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from gqa_kernels import losses
 from gqa_kernels.reference.rows import wide
@@ -16,19 +15,18 @@ def _scores(hidden: Tensor, weight: Tensor, softcap: float | None, temperature: 
     return logits / temperature if temperature != 1.0 else logits
 
 
-def _of_targets(log_probs: Tensor, targets: Tensor) -> Tensor:
-    """Of each row the number at its target; NaN, and gradients of NaN, outside of the rows."""
-    known = targets.clamp(0, log_probs.shape[-1] - 1).long()
-    chosen = log_probs.gather(-1, known[..., None])[..., 0]
-    return losses.without_unknown(chosen, targets, log_probs.shape[-1])
+def _at_targets(x: Tensor, targets: Tensor) -> Tensor:
+    """Of each row the number at its target, or at the id of the row that is nearest to it."""
+    nearest = targets.clamp(0, x.shape[-1] - 1).long()
+    return x.gather(-1, nearest[..., None])[..., 0]
 
 
 def _token_scores(x: Tensor, targets: Tensor, need_mean: bool) -> losses.TokenScores:
     """Of scores over a part of the vocabulary, and targets counted from its first row."""
     maximum = x.detach().amax(-1)
     x = x - maximum.masked_fill(maximum == -torch.inf, 0.0)[..., None]
-    known = targets.clamp(0, x.shape[-1] - 1).long()
-    score = x.gather(-1, known[..., None])[..., 0].masked_fill(known != targets, 0.0)
+    absent = (targets < 0) | (targets >= x.shape[-1])
+    score = _at_targets(x, targets).masked_fill(absent, 0.0)
     mean = (x.softmax(-1) * x).sum(-1) if need_mean else None
     return losses.TokenScores(maximum, x.logsumexp(-1), score, mean)
 
@@ -56,7 +54,7 @@ def linear_cross_entropy(
     num_predictions: Tensor | float | None = None,
     softcap: float | None = None,
     z_loss: float = 0.0,
-    group: ProcessGroup | None = None,
+    group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor:
     """The loss of x = hidden · weightᵀ: −log softmax(x)[target] + z_loss · lse(x)², in nats.
 
@@ -90,15 +88,14 @@ def linear_cross_entropy(
         hidden, ids = hidden.masked_fill(ignored[..., None], 0.0), targets.masked_fill(ignored, 0)
     if part is None:
         x = _scores(hidden, weight, softcap, 1.0)
-        token_losses = -_of_targets(x.log_softmax(-1), ids)
+        token_losses = -_at_targets(x.log_softmax(-1), ids)
         if z_loss:
             token_losses = token_losses + z_loss * x.logsumexp(-1).square()
     else:
         scores = _of_part(hidden, ids, part, softcap, 1.0, need_mean=False)
         token_losses = losses.token_losses(scores, z_loss)
-        token_losses = losses.without_unknown(token_losses, ids, part.vocab_size)
-    if ignored is not None:
-        token_losses = token_losses.masked_fill(ignored, 0.0)
+    vocab_size = weight.shape[0] if part is None else part.vocab_size
+    token_losses = losses.of_predictions(token_losses, targets, ignored, vocab_size)
     return losses.reduce(token_losses, targets, ignore_index, reduction, num_predictions)
 
 
@@ -109,7 +106,7 @@ def token_log_probs(
     *,
     temperature: float = 1.0,
     return_entropy: bool = False,
-    group: ProcessGroup | None = None,
+    group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log p(target) in nats, where p = softmax(hidden · weightᵀ / temperature), and the entropy
     −Σ p · log p.
@@ -126,9 +123,9 @@ def token_log_probs(
     if part is not None:
         hidden, targets = losses.whole(hidden), losses.whole(targets)
         scores = _of_part(hidden, targets, part, None, temperature, return_entropy)
-        chosen = scores.score - scores.log_sum
-        chosen = losses.without_unknown(chosen, targets, part.vocab_size)
+        log_probs = scores.score - scores.log_sum
+        chosen = losses.without_unknown(log_probs, targets, part.vocab_size)
         return (chosen, scores.log_sum - scores.mean) if return_entropy else chosen
     log_probs = _scores(hidden, weight, None, temperature).log_softmax(-1)
-    chosen = _of_targets(log_probs, targets)
+    chosen = losses.without_unknown(_at_targets(log_probs, targets), targets, weight.shape[0])
     return (chosen, -(log_probs.exp() * log_probs).sum(-1)) if return_entropy else chosen

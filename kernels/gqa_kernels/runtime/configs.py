@@ -194,6 +194,11 @@ class ProductConfig(NamedTuple):
     num_stages: int
     max_rows: int = 1 << 30  # of a chunk of logits
 
+    def launch(self) -> dict[str, int]:
+        """The numbers as arguments of a launch."""
+        blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
+        return blocks | {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 LINEAR_CROSS_ENTROPY = (
     # Chunks whose borders tests cross with few rows.

@@ -16,7 +16,6 @@ import torch
 import triton
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
-from torch.distributed import ProcessGroup
 
 from gqa_kernels import losses
 from gqa_kernels.ops.linear_cross_entropy import arguments
@@ -313,7 +312,7 @@ def linear_cross_entropy(
     num_predictions: Tensor | float | None = None,
     softcap: float | None = None,
     z_loss: float = 0.0,
-    group: ProcessGroup | None = None,
+    group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor:
     """The loss of hidden · weightᵀ, without the logits; see `reference.linear_cross_entropy`.
 
@@ -353,12 +352,7 @@ def linear_cross_entropy(
     scores = _token_scores(hidden, weight, targets, ignored, options, part, ignore_index)
     token_losses = losses.token_losses(scores, z_loss)
     vocab_size = weight.shape[0] if part is None else part.vocab_size
-    if ignored is None:
-        token_losses = losses.without_unknown(token_losses, targets, vocab_size)
-    else:
-        ids = targets.masked_fill(ignored, 0)
-        token_losses = losses.without_unknown(token_losses, ids, vocab_size)
-        token_losses = token_losses.masked_fill(ignored, 0.0)
+    token_losses = losses.of_predictions(token_losses, targets, ignored, vocab_size)
     return losses.reduce(token_losses, targets, ignore_index, reduction, num_predictions)
 
 
@@ -369,7 +363,7 @@ def token_log_probs(
     *,
     temperature: float = 1.0,
     return_entropy: bool = False,
-    group: ProcessGroup | None = None,
+    group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log p(target) of each token, and the entropy, without the logits; see
     `reference.token_log_probs`. Both have gradients; the backward pass makes the logits again.

@@ -134,11 +134,7 @@ class Problem:
             C_WIDTH=c.shape[1],
             A_NAMED=forward,
             C_NAMED=not forward,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **config.launch(),
             enable_fp_fusion=True,
         )
 
@@ -195,11 +191,7 @@ class Problem:
             WIDTH=dlogits.shape[1],
             HIDDEN=self.hidden_size,
             ADD=first > 0,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **config.launch(),
             enable_fp_fusion=True,
         )
 

@@ -52,7 +52,7 @@ def softmax_kernel(
     """One row: what it is asked for, in vectors of all tokens, and the gradient in place of logits.
 
     loss_ptr: −log p(target) + z_loss · lse² goes there, and the gradient is its own.
-    WIDTH: of the row in memory; what is behind the vocabulary becomes 0.
+    WIDTH: of the row in memory; what is behind the vocabulary is 0, and stays it.
     KNOWN: maximum, log_sum and mean are read, not computed.
     """
     chunk_row = tl.program_id(0)
