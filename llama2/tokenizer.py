@@ -5,10 +5,9 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
-_BEGIN_INSTRUCTION, _END_INSTRUCTION = "[INST]", "[/INST]"
-_BEGIN_SYSTEM, _END_SYSTEM = "<<SYS>>", "<</SYS>>"
+from llama2.chat_format import Message, check_messages, instruction, split_turns
+
 _OFTEN_CHANGED = " a  b\t\ufb01\u2460A\u030a\u3000\u212b\U000e0041 "  # by normalisers
-CHAT_TAGS = (_BEGIN_INSTRUCTION, _END_INSTRUCTION, _BEGIN_SYSTEM, _END_SYSTEM)
 
 
 class Tokenizer:
@@ -102,7 +101,9 @@ class Tokenizer:
         stream = StreamDecoder(self, continues=False)
         return "".join([*map(stream.push, tokens), stream.finish()])
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Message], *, system_in_every_turn: bool = False
+    ) -> list[int]:
         """Ids of a Llama 2 chat prompt, to which the model's answer is the continuation:
 
         `<s>[INST] <<SYS>>\\n{system}\\n<</SYS>>\\n\\n{user} [/INST] {answer} </s><s>[INST] …`
@@ -111,53 +112,25 @@ class Tokenizer:
             messages: `{"role": …, "content": …}`: an optional "system", then "user" and "assistant"
                 in turn, a "user" last. Contents are stripped; the first user's after the system's
                 has been put before it, between its tags and as it is.
+            system_in_every_turn: it is put before every user's content.
         Returns:
             One BOS and one EOS for each finished turn, one BOS for the last.
         Raises:
-            TypeError: a message has no role or a content that is no text.
-            ValueError: the roles are in another order, a content holds one of the format's tags,
-                which are plain text to the tokenizer: a content that holds one could speak for
-                another role; or the tokenizer has no BOS or EOS.
+            TypeError, ValueError: as `check_messages`; or the tokenizer has no BOS or EOS.
         Source: Touvron et al. 2023, arXiv:2307.09288, and the released chat models.
         """
+        self.check_ends()
+        check_messages(messages)
+        tokens = []
+        turns = split_turns(messages, system_in_every_turn=system_in_every_turn)
+        for prompt, answer in turns[:-1]:
+            tokens += self.encode(f"{instruction(prompt)} {answer} ", bos=True, eos=True)
+        return tokens + self.encode(instruction(turns[-1][0]), bos=True)
+
+    def check_ends(self) -> None:
+        """Raises ValueError for a tokenizer without BOS or EOS, which a chat needs."""
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError("messages: expected a tokenizer with BOS and EOS; got another")
-        contents = []
-        for index, message in enumerate(messages):
-            if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-                raise TypeError(
-                    f'messages[{index}]: expected {{"role": …, "content": …}}; got {message!r:.60}'
-                )
-            content = message["content"]
-            if not isinstance(content, str):
-                raise TypeError(
-                    f"messages[{index}]: expected a content of text; got {type(content).__name__}"
-                )
-            found = [tag for tag in CHAT_TAGS if tag in content]
-            if found:
-                raise ValueError(
-                    f"messages[{index}]: expected a content without {', '.join(CHAT_TAGS)}; "
-                    f"got {', '.join(found)}"
-                )
-            contents.append(content)
-        roles = [message["role"] for message in messages]
-        has_system = roles[:1] == ["system"]
-        turns = roles[has_system:]
-        if len(turns) % 2 == 0 or turns != (["user", "assistant"] * len(turns))[: len(turns)]:
-            raise ValueError(
-                "messages: expected an optional system, then user and assistant in turn, ending "
-                f"with user; got roles {', '.join(map(str, roles)) or 'none'}"
-            )
-        if has_system:
-            system, user, *rest = contents
-            contents = [f"{_BEGIN_SYSTEM}\n{system}\n{_END_SYSTEM}\n\n{user}", *rest]
-        contents = [content.strip() for content in contents]
-        tokens = []
-        for user, answer in zip(contents[0:-1:2], contents[1::2], strict=True):
-            turn = f"{_BEGIN_INSTRUCTION} {user} {_END_INSTRUCTION} {answer} "
-            tokens += self.encode(turn, bos=True, eos=True)
-        last = f"{_BEGIN_INSTRUCTION} {contents[-1]} {_END_INSTRUCTION}"
-        return tokens + self.encode(last, bos=True)
 
 
 def check_fits(tokenizer: Tokenizer, vocab_size: int, where: Path) -> None:

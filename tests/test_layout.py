@@ -42,7 +42,8 @@ KERNELS_ALLOWED = {
 MODEL_ALLOWED = {
     "__init__": {"cache", "config", "generate", "model", "serving"},
     "config": set(),
-    "tokenizer": set(),
+    "chat_format": set(),
+    "tokenizer": {"chat_format"},
     "placement": set(),
     "checkout": set(),
     "storage": set(),
@@ -62,6 +63,8 @@ MODEL_ALLOWED = {
     "evaluation": {"model"},
     "train": {"train", "checkpoint", "config", "evaluation", "model", "parallel", "storage"}
     | {"terminal", "tokenizer"},
+    "finetune": {"finetune", "chat_format", "model", "serving", "cache", "storage", "targets"}
+    | {"terminal", "tokenizer", "train"},
     "tradeoff": {"tradeoff", "accounting", "cache", "config", "decoding", "model", "storage"},
     "tradeoff.study": {
         "tradeoff.study",
@@ -75,8 +78,9 @@ MODEL_ALLOWED = {
         "tokenizer",
         "train",
     },
-    "commands": {"commands", "accounting", "cache", "checkout", "checkpoint", "config"}
-    | {"conversion", "convert_checkpoint", "evaluation", "generate", "model", "placement"}
+    "commands": {"commands", "accounting", "cache", "chat_format", "checkout", "checkpoint"}
+    | {"config", "conversion", "convert_checkpoint", "evaluation", "finetune", "generate"}
+    | {"model", "parallel", "placement", "targets", "terminal"}
     | {"serving", "storage", "tokenizer", "tradeoff", "train"},
     "cli": {"commands", "placement", "terminal"},
     "__main__": {"cli"},

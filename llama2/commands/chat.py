@@ -6,11 +6,12 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+from llama2.chat_format import without_tags
 from llama2.checkpoint import SHIPPED
 from llama2.commands.options import add_generation_options, load, make_generator, sampling
 from llama2.commands.text import require_utf8, stop_ids, stream_text
 from llama2.generate import Generator, check_settings
-from llama2.tokenizer import CHAT_TAGS, Tokenizer
+from llama2.tokenizer import Tokenizer
 
 _COMMANDS = "/reset forgets the conversation, /exit leaves"
 
@@ -90,18 +91,10 @@ def chat(
                 print(piece, end="", flush=True)
                 answer += piece
             print()
-            history = [*asked, {"role": "assistant", "content": _without_tags(answer)}]
-
-
-def _without_tags(answer: str) -> str:
-    """An answer as the conversation goes on with it: the format's tags would speak for others."""
-    kept = answer
-    while any(tag in kept for tag in CHAT_TAGS):  # a removal can put another one together
-        for tag in CHAT_TAGS:
-            kept = kept.replace(tag, "")
-    if kept != answer:
-        _note("the answer's tags of the chat format are left out of the conversation")
-    return kept
+            kept = without_tags(answer)
+            if kept != answer:
+                _note("the answer's tags of the chat format are left out of the conversation")
+            history = [*asked, {"role": "assistant", "content": kept}]
 
 
 def _ask() -> str:

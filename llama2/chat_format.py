@@ -1,0 +1,91 @@
+"""Llama 2's chat format as text: its tags, and what messages look like between them.
+
+Source: Touvron et al. 2023, arXiv:2307.09288, and the released chat models.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+_BEGIN_INSTRUCTION, _END_INSTRUCTION = "[INST]", "[/INST]"
+_BEGIN_SYSTEM, _END_SYSTEM = "<<SYS>>", "<</SYS>>"
+CHAT_TAGS = (_BEGIN_INSTRUCTION, _END_INSTRUCTION, _BEGIN_SYSTEM, _END_SYSTEM)
+
+Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": text}
+
+
+def check_messages(messages: Sequence[Message], *, last: str = "user") -> None:
+    """Raises unless messages are an optional system, then user and assistant in turn.
+
+    Args:
+        last: the role of the last: "user" where an answer is asked for, "assistant" where all are
+            given.
+    Raises:
+        TypeError: a message has no role or a content that is no text.
+        ValueError: the roles are in another order, or a content holds one of the format's tags,
+            which are plain text to a tokenizer: a content that holds one could speak for another
+            role.
+    """
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise TypeError(
+                f'messages[{index}]: expected {{"role": …, "content": …}}; got {message!r:.60}'
+            )
+        content = message["content"]
+        if not isinstance(content, str):
+            raise TypeError(
+                f"messages[{index}]: expected a content of text; got {type(content).__name__}"
+            )
+        found = [tag for tag in CHAT_TAGS if tag in content]
+        if found:
+            raise ValueError(
+                f"messages[{index}]: expected a content without {', '.join(CHAT_TAGS)}; "
+                f"got {', '.join(found)}"
+            )
+    roles = [message["role"] for message in messages]
+    turns = roles[roles[:1] == ["system"] :]
+    alternating = (["user", "assistant"] * len(turns))[: len(turns)]
+    if not turns or turns != alternating or turns[-1] != last:
+        raise ValueError(
+            "messages: expected an optional system, then user and assistant in turn, ending "
+            f"with {last}; got roles {', '.join(map(str, roles)) or 'none'}"
+        )
+
+
+def split_turns(
+    messages: Sequence[Message], *, system_in_every_turn: bool = False
+) -> list[tuple[str, str | None]]:
+    """(prompt, answer) of each turn of messages that `check_messages` accepts.
+
+    Contents are stripped. A prompt is the user's content, the first after the system's between its
+    tags and as it is: `<<SYS>>\\n{system}\\n<</SYS>>\\n\\n{user}`. The answer of a turn that has
+    none is None.
+
+    Args:
+        system_in_every_turn: the system's content is put before every prompt, as Ghost attention
+            does to sample answers.
+    """
+    system = ""
+    if messages[0]["role"] == "system":
+        system = f"{_BEGIN_SYSTEM}\n{messages[0]['content']}\n{_END_SYSTEM}\n\n"
+        messages = messages[1:]
+    contents = [message["content"] for message in messages]
+    prompts, answers = contents[0::2], [answer.strip() for answer in contents[1::2]]
+    prompts = [
+        (system + prompt if turn == 0 or system_in_every_turn else prompt).strip()
+        for turn, prompt in enumerate(prompts)
+    ]
+    return list(zip(prompts, [*answers, None][: len(prompts)], strict=True))
+
+
+def instruction(prompt: str) -> str:
+    """What the model is given of a turn: `[INST] {prompt} [/INST]`."""
+    return f"{_BEGIN_INSTRUCTION} {prompt} {_END_INSTRUCTION}"
+
+
+def without_tags(text: str) -> str:
+    """A text of a model as a conversation goes on with it: without the format's tags, which would
+    speak for others."""
+    while any(tag in text for tag in CHAT_TAGS):  # a removal can put another one together
+        for tag in CHAT_TAGS:
+            text = text.replace(tag, "")
+    return text

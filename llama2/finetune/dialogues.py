@@ -1,0 +1,156 @@
+"""Dialogues for fine-tuning: JSON lines, in the forms that Transformers and TRL read."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama2.chat_format import Message, check_messages
+
+_FORMS = '"messages", or "prompt" and "completion"'
+
+# What is told of a line that is no dialogue: the file, the line's number and why.
+Refuse = Callable[[Path, int, Exception], None]
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """A conversation of which answers are to be learnt.
+
+    Attributes:
+        messages: an optional "system", then "user" and "assistant" in turn, an "assistant" last.
+        trained: of each answer, whether its tokens bear a loss.
+        source: where it is from, as its line says; otherwise the file's name.
+        place: FILE:LINE.
+    """
+
+    messages: tuple[Message, ...]
+    trained: tuple[bool, ...]
+    source: str
+    place: str
+
+
+def read_dialogues(path: Path, refuse: Refuse) -> Iterator[Dialogue]:
+    """The dialogues of a file of JSON lines, or of all `*.jsonl` of a directory, one at a time.
+
+    A line is one of
+
+    - `{"messages": [{"role": ROLE, "content": TEXT}, …]}`, roles "system", "user" and "assistant";
+      an assistant's message with `"weight": 0` bears no loss;
+    - `{"prompt": TEXT, "completion": TEXT}`, one turn;
+    - `{"prompt": [messages], "completion": [messages]}`, of which only the completion's answers
+      bear a loss.
+
+    A `"source"` beside them names where the dialogue is from; other keys are left alone, blank
+    lines passed over.
+
+    Args:
+        refuse: is called for each line that is no dialogue; it may raise.
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise FileNotFoundError(
+            f"{path}: expected a file of JSON lines or a directory of *.jsonl; got none"
+        )
+    for file in files:
+        with file.open("rb") as lines:
+            for number, raw in enumerate(lines, 1):
+                if not raw.strip():
+                    continue
+                try:
+                    dialogue = parse_dialogue(raw, f"{file}:{number}", file.name)
+                except (TypeError, ValueError) as error:
+                    refuse(file, number, error)
+                    continue
+                yield dialogue
+
+
+def parse_dialogue(raw: bytes, place: str, source: str) -> Dialogue:
+    """The dialogue of a line; see `read_dialogues`.
+
+    Args:
+        source: of a line that names none.
+    Raises:
+        TypeError, ValueError: it is no dialogue; says why.
+    """
+    try:
+        value = json.loads(raw.decode())  # bytes would be read as UTF-16, too
+    except UnicodeDecodeError as error:
+        raise ValueError(f"line: expected UTF-8; {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"line: expected JSON; {error}") from error
+    if not isinstance(value, dict):
+        raise TypeError(f"line: expected a JSON object; got a {type(value).__name__}")
+    prompt, answers = _parts(value)
+    messages = [*prompt, *answers]
+    check_messages(messages, last="assistant")
+    for index, message in enumerate(messages):
+        _check_content(index, message)
+    trained = [_weight(index, message) for index, message in enumerate(messages)]
+    trained = [
+        weight and index >= len(prompt)
+        for index, (weight, message) in enumerate(zip(trained, messages, strict=True))
+        if message["role"] == "assistant"
+    ]
+    if not any(trained):
+        raise ValueError("messages: expected an answer that bears a loss; got none")
+    source = value.get("source", source)
+    if not isinstance(source, str) or not source:
+        raise TypeError(f"source: expected a text; got {source!r:.60}")
+    plain = tuple({"role": message["role"], "content": message["content"]} for message in messages)
+    return Dialogue(plain, tuple(trained), source, place)
+
+
+def _parts(value: dict[str, Any]) -> tuple[list[Message], list[Message]]:
+    """Messages that bear no loss, and those after them whose answers may."""
+    if ("messages" in value) == ("prompt" in value or "completion" in value):
+        raise ValueError(f"line: expected {_FORMS}; got the keys {sorted(value)!s:.80}")
+    if "messages" in value:
+        if not isinstance(value["messages"], list):
+            got = type(value["messages"]).__name__
+            raise TypeError(f"messages: expected a list; got a {got}")
+        return [], value["messages"]
+    prompt, completion = value.get("prompt"), value.get("completion")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        answer = {"role": "assistant", "content": completion}
+        return [{"role": "user", "content": prompt}], [answer]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return prompt, completion
+    raise TypeError(
+        'line: expected texts or lists of messages as "prompt" and "completion"; got '
+        f"{type(prompt).__name__} and {type(completion).__name__}"
+    )
+
+
+def _check_content(index: int, message: Message) -> None:
+    content = message["content"]
+    if not content.strip() and message["role"] != "system":
+        raise ValueError(
+            f"messages[{index}]: expected a content that is not empty; got {content!r}"
+        )
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:  # JSON can escape half a character
+        raise ValueError(f"messages[{index}]: expected whole characters; {error}") from error
+
+
+def _weight(index: int, message: Message) -> bool:
+    weight = message.get("weight", 1)
+    if weight not in (0, 1):
+        raise ValueError(f"messages[{index}]: expected a weight of 0 or 1; got {weight!r:.60}")
+    return bool(weight)
+
+
+def to_line(dialogue: Dialogue) -> str:
+    """The JSON line that `parse_dialogue` reads as this dialogue, but for its place."""
+    weights = iter(dialogue.trained)
+    messages = [
+        {**message, "weight": 0}
+        if message["role"] == "assistant" and not next(weights)
+        else message
+        for message in dialogue.messages
+    ]
+    return json.dumps({"messages": messages, "source": dialogue.source}, ensure_ascii=False) + "\n"

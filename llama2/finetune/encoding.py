@@ -1,0 +1,98 @@
+"""Dialogues as token ids, and which of them bear a loss: two formats.
+
+"chat" is that of the released chat models. "separator" is the one that the paper describes for
+supervised fine-tuning: prompts and answers one after another, a special token between them. The
+vocabulary of 32,000 has no such token. BOS stands for it: no text can contain it, every Llama
+vocabulary has it, and what it announced in pre-training, the beginning of a text, is what follows.
+
+Source: Touvron et al. 2023, arXiv:2307.09288, section 3.1.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llama2.chat_format import Message, check_messages, instruction, split_turns
+from llama2.finetune.dialogues import Dialogue
+from llama2.tokenizer import Tokenizer
+
+FORMATS = ("chat", "separator")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A dialogue as ids.
+
+    Attributes:
+        ids: int32 `[num_tokens]`.
+        is_trained: bool `[num_tokens]`: those that are predicted with a loss, an answer's tokens
+            and the EOS after it.
+    """
+
+    ids: np.ndarray
+    is_trained: np.ndarray
+
+
+def encode_dialogue(tokenizer: Tokenizer, dialogue: Dialogue, form: str = "chat") -> Encoded:
+    """The ids of a dialogue:
+
+    - "chat": `<s>[INST] {prompt} [/INST] {answer} </s>` for each turn;
+    - "separator": `<s>{prompt}<s>{answer}</s>` for each turn.
+
+    The prompt's ids are those that `encode_prompt` gives, so that training and generation see the
+    same; where a tokenizer joins the end of a prompt with the beginning of its answer, that piece
+    is the answer's.
+
+    Raises:
+        ValueError: the tokenizer has no BOS or EOS.
+    """
+    tokenizer.check_ends()
+    ids: list[int] = []
+    is_trained: list[bool] = []
+    turns = split_turns(dialogue.messages)
+    for (prompt, answer), trained in zip(turns, dialogue.trained, strict=True):
+        if form == "chat":
+            text = instruction(prompt)
+            before = tokenizer.encode(text, bos=True)
+            turn = tokenizer.encode(f"{text} {answer} ", bos=True, eos=True)
+        else:
+            before = _separated(tokenizer, prompt)
+            turn = before + tokenizer.encode(answer, bos=False, eos=True)
+        shared = _num_shared(before, turn)
+        ids += turn
+        is_trained += [False] * shared + [trained] * (len(turn) - shared)
+    return Encoded(np.array(ids, dtype=np.int32), np.array(is_trained, dtype=np.bool_))
+
+
+def encode_prompt(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    form: str = "chat",
+    *,
+    system_in_every_turn: bool = False,
+) -> list[int]:
+    """The ids to which the answer of the last user is the continuation; see `encode_dialogue`.
+
+    Raises:
+        TypeError, ValueError: as `Tokenizer.encode_chat`.
+    """
+    if form == "chat":
+        return tokenizer.encode_chat(messages, system_in_every_turn=system_in_every_turn)
+    tokenizer.check_ends()
+    check_messages(messages)
+    ids = []
+    for prompt, answer in split_turns(messages, system_in_every_turn=system_in_every_turn):
+        ids += _separated(tokenizer, prompt)
+        ids += [] if answer is None else tokenizer.encode(answer, bos=False, eos=True)
+    return ids
+
+
+def _separated(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    return [*tokenizer.encode(prompt, bos=True), tokenizer.bos_id]
+
+
+def _num_shared(one: list[int], other: list[int]) -> int:
+    """How many ids two lists have in common at their beginnings."""
+    pairs = zip(one, other, strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
