@@ -34,6 +34,7 @@ from llama2.tokenizer import Tokenizer
 from llama2.train import pretrain
 from llama2.train.data import RandomWindows, stdlib_documents, token_stream
 from llama2.train.execution import STATE
+from llama2.train.objectives import Rows
 from llama2.train.ownership import check_held, claimed, finish, run_id_of
 from llama2.train.pretrain import Batches, TrainConfig
 from llama2.train.sharded_state import load_sharded_state, save_sharded_state
@@ -63,7 +64,7 @@ class Sharded:
         self.mesh = mesh
         self.speaks = dist.get_rank() == 0
 
-    def own_rows(self, batch: Tensor) -> Tensor:
+    def own_rows(self, batch: Rows) -> Rows:
         if parallel.DATA not in self.mesh.mesh_dim_names:
             return batch
         data = self.mesh[parallel.DATA]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llama2.model import Llama2
+from llama2.train.objectives import Rows
 from llama2.train.state import Identity, load_state, save_state
 
 STATE = "state.pt"
@@ -26,7 +27,7 @@ class Execution(Protocol):
 
     speaks: bool  # whether this process writes the log and shows the progress
 
-    def own_rows(self, batch: Tensor) -> Tensor:
+    def own_rows(self, batch: Rows) -> Rows:
         """The rows of a step's batch that this process computes."""
         ...
 
@@ -61,7 +62,7 @@ class OneProcess:
 
     speaks = True
 
-    def own_rows(self, batch: Tensor) -> Tensor:
+    def own_rows(self, batch: Rows) -> Rows:
         return batch
 
     def mean(self, value: Tensor) -> Tensor:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from llama2.model import Llama2
 from llama2.train.execution import Execution, OneProcess
-from llama2.train.objectives import Objective, next_token
+from llama2.train.objectives import Objective, Rows, next_token
 from llama2.train.state import Identity, cut_log, read_log
 
 LOG = "log.jsonl"
@@ -88,8 +88,9 @@ class TrainConfig:
 class Batches(Protocol):
     """The data of a run."""
 
-    def batch(self, step: int) -> Tensor:
-        """int64 `[batch_size, seq_len + 1]`, a function of `step` alone."""
+    def batch(self, step: int) -> Rows:
+        """The rows of a step, a function of it alone: int64 `[batch_size, seq_len + 1]`, or what
+        else the objective takes."""
         ...
 
     def identity(self) -> dict[str, Any]:
@@ -135,17 +136,17 @@ def make_worker(model: Llama2, config: TrainConfig) -> Llama2:
 def train_step(
     model: Llama2,
     optimizer: torch.optim.Optimizer,
-    batch: Tensor,
+    batch: Rows,
     step: int,
     config: TrainConfig,
     worker: Llama2 | None = None,
     objective: Objective = next_token,
     execution: Execution = OneProcess(),  # noqa: B008  (it has no state)
 ) -> tuple[float, float]:
-    """One optimiser step on `batch` int64 `[batch_size, seq_len + 1]`, on the model's device.
+    """One optimiser step on `batch`, on the model's device.
 
     Args:
-        batch: whole in every process of `execution`.
+        batch: as `Batches` gives it; whole in every process of `execution`.
         worker: of `make_worker`, which takes the weights of `model` anew; None makes one.
     Returns:
         (loss, gradient norm before clipping): the loss is that of the batch.

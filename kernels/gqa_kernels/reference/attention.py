@@ -1,6 +1,7 @@
 """Attention in plain PyTorch."""
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -162,16 +163,19 @@ def flash_attention_varlen(
     bounds_kv = [min(x, k.shape[0]) for x in cu_seqlens_kv.tolist()]
     # The rows after the last sequence, as one more sequence without keys.
     bounds_q, bounds_kv = [*bounds_q, q.shape[0]], [*bounds_kv, bounds_kv[-1]]
+    lengths_q, lengths_kv = ([j - i for i, j in pairwise(x)] for x in (bounds_q, bounds_kv))
+    # The gradient of a split is one tensor; that of a slice is one as large for every sequence.
+    queries = q.split(lengths_q)
+    keys, values = (x[: bounds_kv[-1]].split(lengths_kv) for x in (k, v))
     outs, lses = [], []
-    for b in range(len(bounds_q) - 1):
-        queries, keys = slice(*bounds_q[b : b + 2]), slice(*bounds_kv[b : b + 2])
+    for b in range(len(queries)):
         slopes = alibi_slopes
         if slopes is not None and slopes.dim() == 2:
             slopes = slopes[min(b, slopes.shape[0] - 1)]
         out, lse = flash_attention(
-            q[None, queries],
-            k[None, keys],
-            v[None, keys],
+            queries[b][None],
+            keys[b][None],
+            values[b][None],
             causal=causal,
             softmax_scale=softmax_scale,
             window=window,

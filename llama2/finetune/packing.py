@@ -1,0 +1,204 @@
+"""Dialogues packed into rows of equal length, and the loss of their answers.
+
+Several dialogues share a row. None attends to another, and each has the positions that it has
+alone, so that its loss and gradients are those of the dialogue by itself.
+"""
+
+import zlib
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llama2.finetune.encoding import Encoded
+from llama2.model import Llama2
+from llama2.targets import IGNORED
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Deals out items to rows by best fit, longest first: each goes where the least room is left.
+
+    Args:
+        lengths: of the items, from 1 to `capacity`.
+    Returns:
+        the items' numbers, row by row.
+    Raises:
+        ValueError: an item fits in no row.
+    Reference: Johnson 1973, "Near-optimal bin packing algorithms" (best fit decreasing).
+    """
+    rows: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}  # the rows that have as much room left
+    rooms: list[int] = []  # its keys, least first
+    for item in sorted(range(len(lengths)), key=lambda item: -lengths[item]):
+        length = lengths[item]
+        if not 1 <= length <= capacity:
+            raise ValueError(f"lengths: expected from 1 to {capacity}; got {length}")
+        at = bisect_left(rooms, length)
+        if at == len(rooms):
+            row, room = len(rows), capacity
+            rows.append([])
+        else:
+            room = rooms[at]
+            row = by_room[room].pop()
+            if not by_room[room]:
+                del by_room[room], rooms[at]
+        rows[row].append(item)
+        if left := room - length:
+            if left not in by_room:
+                insort(rooms, left)
+            by_room.setdefault(left, []).append(row)
+    return rows
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """A batch of packed rows, or a part of one.
+
+    Attributes:
+        tokens: int64 `[rows, seq_len]`.
+        targets: int64 `[rows, seq_len]`: the next token where it bears a loss, otherwise IGNORED.
+        bounds: int32 `[rows, num_sequences + 1]`: where the dialogues of a row begin, from 0, and
+            end. What no dialogue fills is the last sequence, empty ones after it.
+        predictions_per_row: tokens that bear a loss in the whole batch, divided by its rows.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    bounds: Tensor
+    predictions_per_row: float
+
+    @property
+    def device(self) -> torch.device:
+        return self.tokens.device
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: slice) -> Self:
+        return self._with(lambda tensor: tensor[rows])
+
+    def split(self, size: int) -> list[Self]:
+        return [self[start : start + size] for start in range(0, len(self), size)]
+
+    def to(self, device: torch.device) -> Self:
+        return self._with(lambda tensor: tensor.to(device))
+
+    def _with(self, change: Any) -> Self:
+        names = ("tokens", "targets", "bounds")
+        return replace(self, **{name: change(getattr(self, name)) for name in names})
+
+    def cu_seqlens(self) -> Tensor:
+        """The bounds of all rows one after another, int32, from 0."""
+        rows = torch.arange(len(self), dtype=torch.int32, device=self.device)
+        ends = self.bounds[:, 1:] + rows[:, None] * self.tokens.shape[1]
+        return torch.cat([self.bounds[:1, 0], ends.flatten()])
+
+
+def answer_loss(model: Llama2, rows: PackedRows) -> Tensor:
+    """Σ −log p(target) / (predictions_per_row · rows), in nats.
+
+    The mean of it over equal parts of a batch, be they micro-batches or those of processes, is the
+    batch's mean over all its predictions, however many each part has. Tokens that are not predicted
+    cost no projection onto the vocabulary.
+    """
+    targets = rows.targets.reshape(1, -1)
+    tokens = rows.tokens.reshape(1, -1)
+    total = model(tokens, cu_seqlens=rows.cu_seqlens(), targets=targets, reduction="sum")
+    return total / (rows.predictions_per_row * len(rows))
+
+
+def pack_rows(dialogues: Sequence[Sequence[Encoded]], seq_len: int) -> PackedRows:
+    """The rows that hold these dialogues, one list to a row; a list may be empty.
+
+    Of a dialogue of n ids the first n − 1 are put in and the last n − 1 are predicted, as far as
+    they bear a loss.
+    """
+    rows = len(dialogues)
+    width = max(map(len, dialogues)) + 2
+    tokens = torch.zeros(rows, seq_len, dtype=torch.int64, device="cpu")
+    targets = torch.full((rows, seq_len), IGNORED, dtype=torch.int64, device="cpu")
+    bounds = torch.full((rows, width), seq_len, dtype=torch.int32, device="cpu")
+    for row, members in enumerate(dialogues):
+        start = bounds[row, 0] = 0
+        for number, dialogue in enumerate(members, 1):
+            end = start + len(dialogue.ids) - 1
+            ids = torch.from_numpy(dialogue.ids.astype(np.int64))
+            bears_loss = torch.from_numpy(dialogue.is_trained[1:])
+            tokens[row, start:end] = ids[:-1]
+            targets[row, start:end] = ids[1:].where(bears_loss, IGNORED)
+            bounds[row, number] = start = end
+    count = (targets != IGNORED).sum().item()
+    return PackedRows(tokens, targets, bounds, count / rows)
+
+
+class PackedDialogues:
+    """The batches of a run: every epoch all rows once, in an order of its own.
+
+    The dialogues are packed once. The last batch is filled up with empty rows, which weigh nothing.
+
+    Attributes:
+        num_rows: rows of an epoch.
+        num_predictions: tokens of an epoch that bear a loss.
+        waste: the share of the rows' places that no dialogue fills.
+
+    Args:
+        dialogues: of at most seq_len + 1 ids each.
+        epochs: how often all rows come; of a part of an epoch the first rows of its order come.
+        seed: of the orders.
+    Raises:
+        ValueError: there is no dialogue or one does not fit; `epochs` gives no row.
+    """
+
+    def __init__(
+        self,
+        dialogues: Sequence[Encoded],
+        *,
+        seq_len: int,
+        batch_size: int,
+        epochs: float,
+        seed: int,
+    ) -> None:
+        if not dialogues:
+            raise ValueError("dialogues: expected at least one; got none")
+        self._dialogues, self._rows = dialogues, pack([len(d.ids) - 1 for d in dialogues], seq_len)
+        self._seq_len, self._batch_size, self._seed = seq_len, batch_size, seed
+        self.num_rows = len(self._rows)
+        self.num_predictions = sum(int(d.is_trained[1:].sum()) for d in dialogues)
+        filled = sum(len(d.ids) - 1 for d in dialogues)
+        self.waste = 1 - filled / (self.num_rows * seq_len)
+        self._total = round(epochs * self.num_rows)
+        if self._total < 1:
+            raise ValueError(
+                f"epochs: expected at least one row of {self.num_rows}; got {epochs} epochs"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Batches of all epochs."""
+        return -(-self._total // self._batch_size)
+
+    def batch(self, step: int) -> PackedRows:
+        places = range(step * self._batch_size, (step + 1) * self._batch_size)
+        rows = [self._rows[self._row_at(place)] if place < self._total else [] for place in places]
+        return pack_rows([[self._dialogues[n] for n in row] for row in rows], self._seq_len)
+
+    def _row_at(self, place: int) -> int:
+        epoch, place = divmod(place, self.num_rows)
+        order = np.random.default_rng([self._seed, epoch]).permutation(self.num_rows)
+        return int(order[place])
+
+    def identity(self) -> dict[str, Any]:
+        digest = 0
+        for dialogue in self._dialogues:
+            for part in (dialogue.ids, dialogue.is_trained):
+                digest = zlib.crc32(np.ascontiguousarray(part), digest)
+        return {
+            "num_dialogues": len(self._dialogues),
+            "num_rows": self.num_rows,
+            "total_rows": self._total,
+            "crc32": digest,
+        }
