@@ -10,6 +10,10 @@ _BEGIN_INSTRUCTION, _END_INSTRUCTION = "[INST]", "[/INST]"
 _BEGIN_SYSTEM, _END_SYSTEM = "<<SYS>>", "<</SYS>>"
 CHAT_TAGS = (_BEGIN_INSTRUCTION, _END_INSTRUCTION, _BEGIN_SYSTEM, _END_SYSTEM)
 
+# How a dialogue is written: with these tags as the released chat models, or as the paper describes
+# fine-tuning, with a special token between prompt and answer; see finetune/encoding.py.
+FORMATS = ("chat", "separator")
+
 Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": text}
 
 
@@ -89,3 +93,47 @@ def without_tags(text: str) -> str:
         for tag in CHAT_TAGS:
             text = text.replace(tag, "")
     return text
+
+
+# The formats for Transformers' `apply_chat_template`, which gives the ids that we train on: the
+# space after BOS is the one that SentencePiece puts before a text.
+_TEMPLATE = """\
+{%- set system = '' -%}
+{%- set turns = messages -%}
+{%- if messages[0]['role'] == 'system' -%}
+{%- set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' -%}
+{%- set turns = messages[1:] -%}
+{%- endif -%}
+{%- for message in turns -%}
+{%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}
+{{- raise_exception('expected an optional system, then user and assistant in turn') -}}
+{%- endif -%}
+{%- if message['role'] == 'user' -%}
+{%- set text = (system if loop.first else '') + message['content'] -%}
+{{- bos_token + ' OPEN' + (text | trim) + 'CLOSE' -}}
+{%- else -%}
+{{- ' ' + (message['content'] | trim) + 'SPACE' + eos_token -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+
+def _template(opening: str, closing: str, space: str) -> str:
+    marks = (("' OPEN'", f"' {opening}'"), ("'CLOSE'", closing), ("'SPACE'", f"'{space}'"))
+    template = _TEMPLATE
+    for mark, text in marks:
+        template = template.replace(mark, text)
+    return template
+
+
+CHAT_TEMPLATES = {
+    "chat": _template("[INST] ", "' [/INST]'", " "),
+    "separator": _template("", "bos_token", ""),
+}
+
+
+def format_of(chat_template: object) -> str:
+    """The format that a checkpoint's chat template is written in; "chat" unless it is another of
+    ours."""
+    found = [name for name, template in CHAT_TEMPLATES.items() if template == chat_template]
+    return found[0] if found else "chat"

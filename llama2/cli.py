@@ -14,6 +14,7 @@ from llama2.commands import (
     generate,
     pretrain_options,
     serve_offline,
+    sft_options,
     tradeoff_options,
 )
 from llama2.placement import add_device_option
@@ -26,6 +27,7 @@ _EXAMPLES = """examples:
   llama2 chat --checkpoint DIR --temperature 0.6 --top-p 0.9
   llama2 serve-offline --prompts prompts.jsonl --out results.jsonl --max-batch 64
   llama2 pretrain --work build/run --out build/model --steps 2000 --warmup-steps 100 --text DIR
+  llama2 sft --work build/sft --out build/chat --init DIR --data dialogues.jsonl --bf16
   llama2 convert Llama-2-7b-hf Llama-2-7b-gqa8 --num-kv-heads 8
   llama2 tradeoff --preset none --out build/paper --shape 70B --gpu H100
 """
@@ -115,6 +117,12 @@ def _parser() -> argparse.ArgumentParser:
             "train a model from scratch or go on with one",
             pretrain_options.add_arguments,
             _on_request("pretrain", "models"),
+        ),
+        (
+            "sft",
+            "teach a model to answer, by dialogues",
+            sft_options.add_arguments,
+            _on_request("sft", "models"),
         ),
         (
             "convert",

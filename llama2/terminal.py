@@ -5,6 +5,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TextIO
 
 import torch
@@ -45,6 +46,11 @@ class _Notes:
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
+
+
+def complain_of_line(path: Path, number: int, error: Exception) -> None:
+    """Says on stderr what is wrong with a line of a file."""
+    print(f"{path}:{number}: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def discard(stream: TextIO) -> None:

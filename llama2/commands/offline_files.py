@@ -1,12 +1,12 @@
 """The files of `llama2 serve-offline`: lines of prompts, lines of results, complaints."""
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from llama2.serving import Result
+from llama2.terminal import complain_of_line
 from llama2.tokenizer import StreamDecoder, Tokenizer
 
 SETTINGS = {"max_new_tokens": int, "temperature": float, "top_p": float, "seed": int}
@@ -30,7 +30,7 @@ class Complaints:
 
     def add(self, number: int, error: Exception) -> None:
         self.count += 1
-        print(f"{self.path}:{number}: {' '.join(str(error).split())}", file=sys.stderr)
+        complain_of_line(self.path, number, error)
 
 
 def read_prompts(path: Path, complaints: Complaints) -> Iterator[Line]:

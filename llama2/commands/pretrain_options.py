@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from llama2.commands.options import shape_named
+from llama2.commands.training_options import add_folders, add_machine, add_recipe
 from llama2.config import PUBLISHED, ModelConfig
-from llama2.placement import add_options
 
 _SIZES = {
     "num_layers": "decoder layers",
@@ -20,19 +20,11 @@ _SIZES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--work", type=Path, required=True, metavar="DIR", help="state, log and tokenised texts")
-    add(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="the checkpoint at the end, in bfloat16 and Hugging Face's layout",
-    )
+    add_folders(parser, work=" and tokenised texts")
     _add_model(parser.add_argument_group("model"))
     _add_data(parser.add_argument_group("data"))
     _add_recipe(parser.add_argument_group("recipe"))
-    _add_machine(parser.add_argument_group("machine"))
+    add_machine(parser.add_argument_group("machine"))
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
@@ -79,30 +71,9 @@ def _add_recipe(group: argparse._ArgumentGroup) -> None:
     add("--steps", type=int, metavar="N", help="optimiser steps")
     add("--alpha", type=float, metavar="SHARE", help="uptraining: this share of --of-steps")
     add("--of-steps", type=int, metavar="N", help="steps of the pre-training that --alpha is of")
-    for name, kind, default, meaning in (
-        ("--batch-size", int, 16, "sequences per step"),
-        ("--micro-batch-size", int, None, "sequences per forward pass; default: all of a step"),
-        ("--seq-len", int, None, "tokens per sequence; default: the model's longest"),
-        ("--peak-lr", float, 3e-4, "highest learning rate"),
-        ("--warmup-steps", int, 2000, "steps to reach it"),
-        ("--weight-decay", float, 0.1, "of the matrices"),
-        ("--seed", int, 0, "of the weights and of the data's order"),
-        ("--save-every", int, 500, "steps between states"),
-    ):
-        shown = "" if default is None else "; default: %(default)s"
-        add(name, type=kind, default=default, metavar="X", help=meaning + shown)
-    add("--bf16", action="store_true", help="compute in bfloat16; weights stay float32")
-    add(
-        "--activation-checkpointing",
-        action="store_true",
-        help="compute layers twice instead of keeping their activations; the bits are the same",
+    add_recipe(
+        group, row="sequence", batch_size=16, peak_lr=3e-4, warmup_steps=2000, save_every=500
     )
-
-
-def _add_machine(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--threads", type=int, metavar="N", help="CPU threads; default: PyTorch's choice")
-    add_options(group)
 
 
 def _weighted(text: str) -> tuple[Path, float]:

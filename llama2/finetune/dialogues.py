@@ -22,13 +22,14 @@ class Dialogue:
         messages: an optional "system", then "user" and "assistant" in turn, an "assistant" last.
         trained: of each answer, whether its tokens bear a loss.
         source: where it is from, as its line says; otherwise the file's name.
-        place: FILE:LINE.
+        file, line: where it stands, lines from 1.
     """
 
     messages: tuple[Message, ...]
     trained: tuple[bool, ...]
     source: str
-    place: str
+    file: Path
+    line: int
 
 
 def read_dialogues(path: Path, refuse: Refuse) -> Iterator[Dialogue]:
@@ -61,18 +62,16 @@ def read_dialogues(path: Path, refuse: Refuse) -> Iterator[Dialogue]:
                 if not raw.strip():
                     continue
                 try:
-                    dialogue = parse_dialogue(raw, f"{file}:{number}", file.name)
+                    dialogue = parse_dialogue(raw, file, number)
                 except (TypeError, ValueError) as error:
                     refuse(file, number, error)
                     continue
                 yield dialogue
 
 
-def parse_dialogue(raw: bytes, place: str, source: str) -> Dialogue:
+def parse_dialogue(raw: bytes, file: Path, number: int) -> Dialogue:
     """The dialogue of a line; see `read_dialogues`.
 
-    Args:
-        source: of a line that names none.
     Raises:
         TypeError, ValueError: it is no dialogue; says why.
     """
@@ -97,11 +96,11 @@ def parse_dialogue(raw: bytes, place: str, source: str) -> Dialogue:
     ]
     if not any(trained):
         raise ValueError("messages: expected an answer that bears a loss; got none")
-    source = value.get("source", source)
+    source = value.get("source", file.name)
     if not isinstance(source, str) or not source:
         raise TypeError(f"source: expected a text; got {source!r:.60}")
     plain = tuple({"role": message["role"], "content": message["content"]} for message in messages)
-    return Dialogue(plain, tuple(trained), source, place)
+    return Dialogue(plain, tuple(trained), source, file, number)
 
 
 def _parts(value: dict[str, Any]) -> tuple[list[Message], list[Message]]:
@@ -145,7 +144,7 @@ def _weight(index: int, message: Message) -> bool:
 
 
 def to_line(dialogue: Dialogue) -> str:
-    """The JSON line that `parse_dialogue` reads as this dialogue, but for its place."""
+    """The JSON line that `parse_dialogue` reads as this dialogue, but for file and line."""
     weights = iter(dialogue.trained)
     messages = [
         {**message, "weight": 0}

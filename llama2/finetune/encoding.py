@@ -17,8 +17,6 @@ from llama2.chat_format import Message, check_messages, instruction, split_turns
 from llama2.finetune.dialogues import Dialogue
 from llama2.tokenizer import Tokenizer
 
-FORMATS = ("chat", "separator")
-
 
 @dataclass(frozen=True)
 class Encoded:

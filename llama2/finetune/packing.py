@@ -4,6 +4,7 @@ Several dialogues share a row. None attends to another, and each has the positio
 alone, so that its loss and gradients are those of the dialogue by itself.
 """
 
+import math
 import zlib
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -150,7 +151,7 @@ class PackedDialogues:
         epochs: how often all rows come; of a part of an epoch the first rows of its order come.
         seed: of the orders.
     Raises:
-        ValueError: there is no dialogue or one does not fit; `epochs` gives no row.
+        ValueError: there is no dialogue or one does not fit; `epochs` is not positive.
     """
 
     def __init__(
@@ -170,26 +171,23 @@ class PackedDialogues:
         self.num_predictions = sum(int(d.is_trained[1:].sum()) for d in dialogues)
         filled = sum(len(d.ids) - 1 for d in dialogues)
         self.waste = 1 - filled / (self.num_rows * seq_len)
-        self._total = round(epochs * self.num_rows)
-        if self._total < 1:
-            raise ValueError(
-                f"epochs: expected at least one row of {self.num_rows}; got {epochs} epochs"
-            )
+        if not 0 < epochs * self.num_rows < 2**31:
+            raise ValueError(f"epochs: expected a positive number; got {epochs}")
+        orders = [
+            np.random.default_rng([seed, epoch]).permutation(self.num_rows)
+            for epoch in range(math.ceil(epochs))
+        ]
+        self._order = np.concatenate(orders)[: math.ceil(epochs * self.num_rows)]
 
     @property
     def steps(self) -> int:
         """Batches of all epochs."""
-        return -(-self._total // self._batch_size)
+        return -(-len(self._order) // self._batch_size)
 
     def batch(self, step: int) -> PackedRows:
-        places = range(step * self._batch_size, (step + 1) * self._batch_size)
-        rows = [self._rows[self._row_at(place)] if place < self._total else [] for place in places]
-        return pack_rows([[self._dialogues[n] for n in row] for row in rows], self._seq_len)
-
-    def _row_at(self, place: int) -> int:
-        epoch, place = divmod(place, self.num_rows)
-        order = np.random.default_rng([self._seed, epoch]).permutation(self.num_rows)
-        return int(order[place])
+        rows = self._order[step * self._batch_size :][: self._batch_size]
+        members = [[self._dialogues[n] for n in self._rows[row]] for row in rows]
+        return pack_rows(members + [[]] * (self._batch_size - len(members)), self._seq_len)
 
     def identity(self) -> dict[str, Any]:
         digest = 0
@@ -199,6 +197,6 @@ class PackedDialogues:
         return {
             "num_dialogues": len(self._dialogues),
             "num_rows": self.num_rows,
-            "total_rows": self._total,
+            "rows_of_all_epochs": len(self._order),
             "crc32": digest,
         }

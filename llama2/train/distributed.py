@@ -60,6 +60,8 @@ class Sharded:
     """The `Execution` of a model that `parallelize` sharded over `mesh`; its states load on any
     number of processes."""
 
+    is_sharded = True
+
     def __init__(self, mesh: DeviceMesh) -> None:
         self.mesh = mesh
         self.speaks = dist.get_rank() == 0
@@ -138,14 +140,23 @@ def train(
         )
 
 
+def gathered(model: Llama2) -> Llama2 | None:
+    """The whole model of all processes, on the CPU of the first, None in the others; every process
+    calls it."""
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=whole)
+    if dist.get_rank() != 0:
+        return None
+    alone = Llama2(model.config, get_backend("eager"))
+    alone.load_state_dict(state)
+    return alone
+
+
 def export(model: Llama2, out: Path) -> None:
     """Writes the whole model of all processes, with the shipped tokenizer, for `llama2 generate`;
     every process calls it."""
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(model, options=whole)
-    if dist.get_rank() == 0:
-        alone = Llama2(model.config, get_backend("eager"))
-        alone.load_state_dict(state)
+    alone = gathered(model)
+    if alone is not None:
         save_hf(alone, out, dtype=torch.bfloat16)
         for name in ("tokenizer.model", "tokenizer_config.json"):
             with replacing(out / name) as partial:

@@ -26,6 +26,7 @@ class Execution(Protocol):
     """How a run is spread over processes, and how its state is kept."""
 
     speaks: bool  # whether this process writes the log and shows the progress
+    is_sharded: bool  # whether sharding settled the dtype and the recomputation of layers
 
     def own_rows(self, batch: Rows) -> Rows:
         """The rows of a step's batch that this process computes."""
@@ -61,6 +62,7 @@ class OneProcess:
     """The `Execution` of a run in this process alone; its state is `state.pt`."""
 
     speaks = True
+    is_sharded = False
 
     def own_rows(self, batch: Rows) -> Rows:
         return batch

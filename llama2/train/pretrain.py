@@ -239,7 +239,7 @@ def train(
     seconds_before = cut_log(log_path, first_step) if execution.speaks else 0.0
     started = time.perf_counter() - seconds_before
     model.train()
-    worker = make_worker(model, config)
+    worker = model if execution.is_sharded else make_worker(model, config)
     steps = range(first_step, config.steps)
     written = log_path if execution.speaks else Path(os.devnull)
     with (

@@ -1,0 +1,111 @@
+"""Where a command that trains is computed: in one process, or in those that torchrun started."""
+
+import argparse
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from llama2 import parallel
+from llama2.model import Llama2
+from llama2.placement import Placement, place
+from llama2.train.distributed import Sharded, gathered, make_mesh
+from llama2.train.execution import Execution, OneProcess, use_threads
+from llama2.train.pretrain import TrainConfig
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One process, or with a `mesh` all processes that it holds."""
+
+    placement: Placement
+    mesh: DeviceMesh | None = None
+
+    @cached_property
+    def execution(self) -> Execution:
+        return OneProcess() if self.mesh is None else Sharded(self.mesh)
+
+    @property
+    def size(self) -> int:
+        """Processes."""
+        return 1 if self.mesh is None else self.mesh.size()
+
+    @property
+    def num_parts(self) -> int:
+        """Processes, or groups of them, that compute different rows."""
+        names = () if self.mesh is None else self.mesh.mesh_dim_names
+        return self.mesh[parallel.DATA].size() if parallel.DATA in names else 1
+
+    def check(self, config: TrainConfig) -> None:
+        """Raises ValueError for a recipe that these processes cannot follow."""
+        if self.mesh is None:
+            return
+        rows, rest = divmod(config.batch_size, self.num_parts)
+        if rest:
+            raise ValueError(
+                f"batch_size: expected a multiple of the {self.num_parts} models; "
+                f"got {config.batch_size}"
+            )
+        if rows % (config.micro_batch_size or 1):
+            raise ValueError(
+                f"micro_batch_size: expected a divisor of the {rows} rows of each model; "
+                f"got {config.micro_batch_size}"
+            )
+        if config.bf16 and parallel.DATA not in self.mesh.mesh_dim_names:
+            raise ValueError("bf16: expected more than one model; got tensor parallelism alone")
+
+    def sharded(self, model: Llama2, config: TrainConfig) -> Llama2:
+        """The model as it is trained here; the same one in one process."""
+        if self.mesh is None:
+            return model
+        return parallel.parallelize(
+            model,
+            self.mesh,
+            param_dtype=torch.bfloat16 if config.bf16 else None,
+            recompute_layers=config.activation_checkpointing,
+        )
+
+    def whole(self, model: Llama2) -> Llama2 | None:
+        """The model that was trained, in the process that writes; None in all others."""
+        return model if self.mesh is None else gathered(model)
+
+    @contextlib.contextmanager
+    def writer_first(self) -> Iterator[None]:
+        """All processes do the same, the one that writes before the others, who find its files."""
+        if self.mesh is not None and not self.execution.speaks:
+            dist.barrier()
+        yield
+        if self.mesh is not None and self.execution.speaks:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def machine(args: argparse.Namespace) -> Iterator[Machine]:
+    """The machine that `add_machine` of training_options.py asks for.
+
+    Raises:
+        ValueError: as `place`, `use_threads` and `make_mesh`; or `--tp` without torchrun.
+    """
+    if args.threads is not None:
+        use_threads(args.threads)
+    if "RANK" not in os.environ:
+        if args.tp != 1:
+            raise ValueError(f"tp: expected torchrun to start the processes; got {args.tp} alone")
+        yield Machine(place(args.backend, args.device))
+        return
+    device = args.device
+    if device is None and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    placement = place(args.backend, device)
+    if placement.device.type == "cuda":
+        torch.cuda.set_device(placement.device)
+    dist.init_process_group("nccl" if placement.device.type == "cuda" else "gloo")
+    try:
+        yield Machine(placement, make_mesh(placement.device.type, args.tp))
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,192 @@
+"""The command `llama2 sft`: a model is taught to answer, by dialogues."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from llama2 import checkpoint
+from llama2.accounting import num_parameters
+from llama2.chat_format import CHAT_TEMPLATES
+from llama2.checkpoint import SHIPPED
+from llama2.commands.machine import Machine, machine
+from llama2.commands.training import (
+    TOKENIZER_CONFIG,
+    check_folders,
+    check_memory,
+    export,
+    final_loss,
+    note_warm_up,
+    owned,
+    tokenizer_files,
+    train,
+    train_config,
+)
+from llama2.config import ModelConfig
+from llama2.finetune.dialogues import read_dialogues
+from llama2.finetune.packing import PackedDialogues, answer_loss
+from llama2.finetune.sft import Dialogues, encode_within, held_out_loss
+from llama2.model import Llama2
+from llama2.storage import read_json
+from llama2.terminal import complain_of_line
+from llama2.tokenizer import Tokenizer, check_fits
+from llama2.train.corpora import TOKENIZER
+from llama2.train.pretrain import TrainConfig
+
+
+def run(args: argparse.Namespace) -> int:
+    """Tunes a model on dialogues, writes its checkpoint, and returns 0.
+
+    Raises:
+        OSError, ValueError, NotImplementedError: what a user can cause; the message says what.
+        ImportError: a package of the extra `models` is missing.
+        FloatingPointError: a loss or gradient is not finite.
+    """
+    args.init = SHIPPED if args.init is None else args.init
+    with machine(args) as computer:
+        shape = checkpoint.load_config(args.init)
+        inputs = [*args.data, *([args.held_out] if args.held_out else [])]
+        check_folders(args, inputs)
+        limits = train_config(args, shape, steps=1)  # what can be known before the data are read
+        computer.check(limits)
+        check_memory(shape, limits, computer)
+        with owned(args, computer) as run_id:
+            _tune(args, computer, shape, limits, run_id)
+    return 0
+
+
+def _tune(
+    args: argparse.Namespace,
+    computer: Machine,
+    shape: ModelConfig,
+    limits: TrainConfig,
+    run_id: str,
+) -> None:
+    tokenizer = Tokenizer(args.init / TOKENIZER)
+    check_fits(tokenizer, shape.vocab_size, args.init)
+    speaks = computer.execution.speaks
+    training, num_bad = _read(args, args.data, tokenizer, limits.seq_len, speaks)
+    held_out, bad = Dialogues(), 0
+    if args.held_out:
+        held_out, bad = _read(args, [args.held_out], tokenizer, limits.seq_len, speaks)
+    if num_bad + bad and not args.skip_bad_lines:
+        raise ValueError(
+            f"data: expected dialogues of at most {limits.seq_len + 1} tokens; got {num_bad + bad} "
+            "lines that are none. With --skip-bad-lines the others are taken"
+        )
+    sizes = {"seq_len": limits.seq_len, "batch_size": limits.batch_size}
+    data = PackedDialogues(training.encoded, **sizes, epochs=args.epochs, seed=limits.seed)
+    config = replace(limits, steps=data.steps)
+    if speaks:
+        note_warm_up(config)
+        print(
+            f"{len(training.encoded):,} dialogues in {data.num_rows:,} rows of {config.seq_len}, "
+            f"{data.waste:.1%} of their places empty; {config.steps:,} steps",
+            file=sys.stderr,
+        )
+        if args.backend == "auto" or computer.placement.interpreted:
+            computer.placement.announce()
+    options = {"dtype": torch.float32, "device": computer.placement.device}
+    model = checkpoint.load(args.init, computer.placement.ops, **options)
+    model = computer.sharded(model, config)
+    before = _loss(computer, model, held_out, config)
+    log = train(args, computer, model, data, config, answer_loss)
+    record = {
+        "run": run_id,
+        "parameters": num_parameters(shape),
+        "init": str(args.init),
+        "format": args.format,
+        "train_config": asdict(config),
+        "epochs": args.epochs,
+        "dialogues": len(training.encoded),
+        "bad_lines": num_bad + bad,
+        "rows": data.num_rows,
+        "waste": data.waste,
+        "answer_tokens": data.num_predictions,
+        "sources": training.record(),
+        "final_train_loss": final_loss(log),
+        "held_out": None,
+        "wall_seconds": log[-1]["seconds"],
+    }
+    if before is not None:
+        record["held_out"] = {
+            "dialogues": len(held_out.encoded),
+            "sources": held_out.record(),
+            "loss_before": before,
+            "loss": _loss(computer, model, held_out, config),
+        }
+    files = tokenizer_files(args.init / TOKENIZER)
+    files[TOKENIZER_CONFIG] = _with_template(files.get(TOKENIZER_CONFIG), args.format)
+    export(args, computer, model, record, files)
+    if speaks:
+        _report(record, args.out)
+
+
+def _read(
+    args: argparse.Namespace, paths: list[Path], tokenizer: Tokenizer, seq_len: int, speaks: bool
+) -> tuple[Dialogues, int]:
+    """The dialogues, and how many lines are none or too long, each of which is named on stderr."""
+    found, num_bad = Dialogues(), 0
+
+    def refuse(file: Path, number: int, error: Exception) -> None:
+        nonlocal num_bad
+        num_bad += 1
+        if speaks:
+            complain_of_line(file, number, error)
+
+    with tqdm(desc="reading", unit="dialogue", leave=False, disable=not speaks) as progress:
+        for path in paths:
+            for dialogue in read_dialogues(path, refuse):
+                try:
+                    encoded = encode_within(tokenizer, dialogue, args.format, seq_len)
+                except ValueError as error:
+                    refuse(dialogue.file, dialogue.line, error)
+                    continue
+                found.add(dialogue, encoded)
+                progress.update()
+    if not found.encoded:
+        raise ValueError(f"{paths[0]}: expected at least one dialogue; got none")
+    return found, num_bad
+
+
+def _loss(
+    computer: Machine, model: Llama2, held_out: Dialogues, config: TrainConfig
+) -> float | None:
+    if not held_out.encoded:
+        return None
+    return held_out_loss(
+        model,
+        held_out.encoded,
+        seq_len=config.seq_len,
+        batch_size=config.micro_batch_size or config.batch_size // computer.num_parts,
+        num_parts=computer.num_parts,
+        execution=computer.execution,
+    )
+
+
+def _with_template(file: Path | str | None, form: str) -> str:
+    """A tokenizer_config.json that says how a dialogue is written."""
+    settings = {} if file is None else read_json(Path(file))
+    return json.dumps({**settings, "chat_template": CHAT_TEMPLATES[form]}, indent=2) + "\n"
+
+
+def _report(record: dict[str, Any], out: Path) -> None:
+    print(
+        f"{out}: {record['dialogues']:,} dialogues, {record['epochs']:g} epochs, loss "
+        f"{record['final_train_loss']:.4f} over the last steps"
+    )
+    for source, counts in record["sources"].items():
+        print(
+            f"  {source}: {counts['dialogues']:,} dialogues, {counts['answer_tokens']:,} tokens of "
+            "answers"
+        )
+    if record["held_out"]:
+        print(
+            "  held out: {loss_before:.4f} nats per token of an answer before, {loss:.4f} after, "
+            "over {dialogues:,} dialogues".format(**record["held_out"])
+        )

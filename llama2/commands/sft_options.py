@@ -1,0 +1,56 @@
+"""The options of `llama2 sft`."""
+
+import argparse
+from pathlib import Path
+
+from llama2.chat_format import FORMATS
+from llama2.commands.training_options import add_folders, add_machine, add_recipe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_folders(parser, work="")
+    add = parser.add_argument
+    add(
+        "--init",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="the model to be tuned; default: the small base model that comes with this package",
+    )
+    _add_data(parser.add_argument_group("data"))
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument(
+        "--epochs",
+        type=float,
+        default=2.0,
+        metavar="X",
+        help="how often every dialogue comes; default: 2",
+    )
+    add_recipe(recipe, row="row", batch_size=64, peak_lr=2e-5, warmup_steps=0, save_every=100)
+    add_machine(parser.add_argument_group("machine"))
+
+
+def _add_data(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--data",
+        type=Path,
+        action="append",
+        required=True,
+        metavar="PATH",
+        help='JSON lines {"messages": [{"role": …, "content": …}, …]} or {"prompt": …, '
+        '"completion": …}: a file, or a directory of *.jsonl; repeatable',
+    )
+    add("--held-out", type=Path, metavar="PATH", help="dialogues for evaluation, likewise")
+    add(
+        "--format",
+        choices=FORMATS,
+        default="chat",
+        help="chat: [INST] prompt [/INST] answer, as the released models; separator: a special "
+        "token between prompt and answer, as the paper describes it; default: chat",
+    )
+    add(
+        "--skip-bad-lines",
+        action="store_true",
+        help="train without lines that are no dialogue or too long; by default they are named and "
+        "nothing is trained",
+    )

@@ -1,0 +1,219 @@
+"""What the commands that train share: the recipe, the run's folders, the checkpoint at its end."""
+
+import argparse
+import contextlib
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llama2 import checkpoint
+from llama2.accounting import num_parameters
+from llama2.checkpoint import meta
+from llama2.commands.machine import Machine
+from llama2.config import ModelConfig
+from llama2.model import Llama2
+from llama2.placement import free_bytes
+from llama2.storage import locked, replacing, write_text
+from llama2.train import pretrain
+from llama2.train.corpora import TOKENIZER
+from llama2.train.data import is_within
+from llama2.train.execution import STATE
+from llama2.train.objectives import Objective, next_token
+from llama2.train.ownership import check_held, claimed, finish, run_id_of
+from llama2.train.pretrain import Batches, TrainConfig
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+_LAST_STEPS = 100  # whose mean is called the final loss
+
+
+def train_config(args: argparse.Namespace, shape: ModelConfig, steps: int) -> TrainConfig:
+    """The recipe that `add_recipe` of training_options.py asks for."""
+    config = TrainConfig(
+        steps=steps,
+        batch_size=args.batch_size,
+        seq_len=shape.max_seq_len if args.seq_len is None else args.seq_len,
+        micro_batch_size=args.micro_batch_size,
+        peak_lr=args.peak_lr,
+        warmup_steps=args.warmup_steps,
+        weight_decay=args.weight_decay,
+        bf16=args.bf16,
+        seed=args.seed,
+        activation_checkpointing=args.activation_checkpointing,
+    )
+    if config.seq_len > shape.max_seq_len:
+        raise ValueError(
+            f"seq_len: expected at most the model's max_seq_len ({shape.max_seq_len}); "
+            f"got {config.seq_len}"
+        )
+    return config
+
+
+def note_warm_up(config: TrainConfig) -> None:
+    if config.warmup_steps >= config.steps:
+        print(
+            f"note: the warm-up of {config.warmup_steps} steps does not end in {config.steps}, so "
+            "the learning rate never falls",
+            file=sys.stderr,
+        )
+
+
+def check_memory(shape: ModelConfig, config: TrainConfig, machine: Machine) -> None:
+    """What cannot fit is refused before hours are spent on its data."""
+    free = free_bytes(machine.placement.device)
+    # In float32: weights, gradients and Adam's two moments. Each process begins with all weights.
+    state = max(16 // machine.size, 4) * num_parameters(shape)
+    if state > free:
+        raise ValueError(
+            f"shape: expected one whose training fits in the {free:,} bytes of free memory; got "
+            f"{num_parameters(shape):,} parameters, which take {state:,}"
+        )
+    # Of a forward pass at least its logits in float32; of a step all its ids.
+    rows = config.batch_size // machine.num_parts
+    micro = config.micro_batch_size or rows
+    logits = 4 * micro * config.seq_len * shape.vocab_size
+    at_once = "batch_size" if config.micro_batch_size is None else "micro_batch_size"
+    ids = 8 * config.batch_size * (config.seq_len + 1)
+    for name, size, needed, memory in (
+        (at_once, micro, logits, free),
+        ("batch_size", config.batch_size, ids, free_bytes(torch.device("cpu"))),
+    ):
+        if needed > memory:
+            raise ValueError(
+                f"{name}: expected sequences that fit in the {memory:,} bytes of free memory; got "
+                f"{size:,}, which take {needed:,} at least"
+            )
+
+
+def check_folders(args: argparse.Namespace, inputs: list[Path]) -> None:
+    """No input may change by the run itself, and no checkpoint may be lost."""
+    for name in ("work", "out"):
+        for path in inputs:
+            if is_within(getattr(args, name), path):
+                raise ValueError(
+                    f"{name}: expected a directory outside of the texts {path}, which it would "
+                    f"change; got {getattr(args, name)}"
+                )
+    if args.init is not None and is_within(args.init, args.out) and is_within(args.out, args.init):
+        raise ValueError(f"out: expected another directory than --init; got {args.out}")
+    if (args.out / meta.CONFIG_FILE).exists():
+        raise ValueError(f"out: expected no checkpoint of Meta's layout there; got {args.out}")
+
+
+@contextlib.contextmanager
+def owned(args: argparse.Namespace, machine: Machine) -> Iterator[str]:
+    """Keeps `--work` and `--out` for this run, whose id it gives; in one process of several."""
+    if not machine.execution.speaks:
+        yield ""
+        return
+    for folder in (args.work, args.out):  # what cannot be written is better known before the run
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked(args.work):
+        begun = (args.work / STATE).exists() or any(args.work.glob("step-*"))
+        run_id = run_id_of(args.work, args.init, begun=begun)
+        with claimed(args.out, run_id):
+            yield run_id
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C waits for the end of a step, whose state is then saved; a second one does not."""
+    asked = []
+
+    def interrupt(*_: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+        print("\nstopping after this step; Ctrl-C again does not wait", file=sys.stderr)
+
+    if threading.current_thread() is not threading.main_thread():  # no other gets signals
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def train(
+    args: argparse.Namespace,
+    machine: Machine,
+    model: Llama2,
+    data: Batches,
+    config: TrainConfig,
+    objective: Objective = next_token,
+) -> list[dict[str, float]]:
+    """`pretrain.train` of a sharded model; Ctrl-C saves the step where one process runs alone.
+
+    Returns the log, and leaves weights that bfloat16 can hold, as the checkpoint stores them.
+    """
+    # torchrun's processes get signals at different steps, and a step is all processes'.
+    alone = machine.mesh is None
+    try:
+        with _interrupts() if alone else contextlib.nullcontext(lambda: False) as asked_to_stop:
+            log = pretrain.train(
+                model,
+                data,
+                config,
+                args.work,
+                save_every=args.save_every,
+                objective=objective,
+                execution=machine.execution,
+                asked_to_stop=asked_to_stop,
+            )
+    except KeyboardInterrupt as stopped:
+        if str(stopped):
+            print(f"{stopped}; the same command goes on", file=sys.stderr)
+        raise
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    return log
+
+
+def final_loss(log: list[dict[str, float]]) -> float:
+    """Over the last steps."""
+    return fmean(step["loss"] for step in log[-_LAST_STEPS:])
+
+
+def tokenizer_files(tokenizer_file: Path | None) -> dict[str, Path]:
+    """What a checkpoint's tokenizer consists of, by the names of its files."""
+    if tokenizer_file is None:
+        return {}
+    config = tokenizer_file.with_name(TOKENIZER_CONFIG)
+    return {TOKENIZER: tokenizer_file} | ({TOKENIZER_CONFIG: config} if config.is_file() else {})
+
+
+def export(
+    args: argparse.Namespace,
+    machine: Machine,
+    model: Llama2,
+    record: dict[str, Any],
+    files: Mapping[str, Path | str],
+) -> None:
+    """Writes the checkpoint of the run, with `record`, whose "run" is its id.
+
+    Args:
+        files: by their names in the checkpoint, files to be copied and texts to be written.
+    """
+    whole = machine.whole(model)
+    if whole is not None:
+        check_held(args.out, record["run"])
+        checkpoint.save_hf(whole, args.out, dtype=torch.bfloat16)
+        for name, content in files.items():
+            if isinstance(content, str):
+                write_text(args.out / name, content)
+                continue
+            with replacing(args.out / name) as partial:
+                shutil.copyfile(content, partial)
+        finish(args.out, record)
+    if machine.mesh is not None:
+        dist.barrier()

@@ -1,0 +1,73 @@
+"""Options that the commands that train share."""
+
+import argparse
+from pathlib import Path
+
+from llama2.placement import add_options
+
+
+def add_folders(parser: argparse.ArgumentParser, work: str) -> None:
+    """`--work` and `--out`.
+
+    Args:
+        work: what else than state and log the first receives.
+    """
+    add = parser.add_argument
+    add("--work", type=Path, required=True, metavar="DIR", help=f"state, log{work}")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="the checkpoint at the end, in bfloat16 and Hugging Face's layout",
+    )
+
+
+def add_recipe(
+    group: argparse._ArgumentGroup,
+    *,
+    row: str,
+    batch_size: int,
+    peak_lr: float,
+    warmup_steps: int,
+    save_every: int,
+) -> None:
+    """What `train_config` reads, but for the number of steps; defaults are the command's.
+
+    Args:
+        row: what a row of a batch is called.
+    """
+    add = group.add_argument
+    for name, kind, default, meaning in (
+        ("--batch-size", int, batch_size, f"{row}s per step"),
+        ("--micro-batch-size", int, None, f"{row}s per forward pass; default: all of a step"),
+        ("--seq-len", int, None, f"tokens per {row}; default: the model's longest"),
+        ("--peak-lr", float, peak_lr, "highest learning rate"),
+        ("--warmup-steps", int, warmup_steps, "steps to reach it"),
+        ("--weight-decay", float, 0.1, "of the matrices"),
+        ("--seed", int, 0, "of the data's order, and of weights that are drawn"),
+        ("--save-every", int, save_every, "steps between states"),
+    ):
+        shown = "" if default is None else "; default: %(default)s"
+        add(name, type=kind, default=default, metavar="X", help=meaning + shown)
+    add("--bf16", action="store_true", help="compute in bfloat16; weights stay float32")
+    add(
+        "--activation-checkpointing",
+        action="store_true",
+        help="compute layers twice instead of keeping their activations; the bits are the same",
+    )
+
+
+def add_machine(group: argparse._ArgumentGroup) -> None:
+    """What `machine` reads."""
+    add = group.add_argument
+    add("--threads", type=int, metavar="N", help="CPU threads; default: PyTorch's choice")
+    add(
+        "--tp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="under torchrun, processes that share one model; default: 1. Each such group takes "
+        "its part of a batch",
+    )
+    add_options(group)
