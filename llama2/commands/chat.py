@@ -9,7 +9,8 @@ from typing import Any
 from llama2.chat_format import without_tags
 from llama2.checkpoint import SHIPPED
 from llama2.commands.options import add_generation_options, load, make_generator, sampling
-from llama2.commands.text import require_utf8, stop_ids, stream_text
+from llama2.commands.text import chat_format, require_utf8, stop_ids, stream_text
+from llama2.finetune.encoding import encode_prompt
 from llama2.generate import Generator, check_settings
 from llama2.tokenizer import Tokenizer
 
@@ -37,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     generator = make_generator(arguments, model, tokenizer)
     stops = stop_ids(tokenizer, arguments.checkpoint)
-    chat(generator, tokenizer, stops=stops, system=system, **sampling(arguments))
+    form = chat_format(arguments.checkpoint)
+    chat(generator, tokenizer, stops=stops, system=system, form=form, **sampling(arguments))
     return 0
 
 
@@ -47,6 +49,7 @@ def chat(
     *,
     stops: Iterable[int],
     system: str | None = None,
+    form: str = "chat",
     max_new_tokens: int,
     **settings: Any,
 ) -> None:
@@ -58,6 +61,7 @@ def chat(
     Args:
         stops: ids that end an answer.
         system: instructions that hold for the whole conversation.
+        form: of the conversation, see `encode_prompt`.
         max_new_tokens: of one answer, which is shorter where the context ends.
         settings: `generate`'s temperature, top_p and seed.
     Raises:
@@ -67,7 +71,7 @@ def chat(
     check_settings(max_new_tokens=max_new_tokens, **settings)  # before anything is asked
     max_seq_len = generator.model.config.max_seq_len
     opening = [] if system is None else [{"role": "system", "content": system}]
-    _tokens(max_seq_len, tokenizer, [*opening, {"role": "user", "content": ""}])
+    _tokens(max_seq_len, tokenizer, form, [*opening, {"role": "user", "content": ""}])
     # Line editing, where Python has it.
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401
@@ -80,7 +84,7 @@ def chat(
         elif line:
             try:
                 asked = [*history, {"role": "user", "content": require_utf8("the line", line)}]
-                tokens = _tokens(max_seq_len, tokenizer, asked)
+                tokens = _tokens(max_seq_len, tokenizer, form, asked)
             except ValueError as error:
                 _note(f"{error}; {_COMMANDS}")
                 continue
@@ -107,8 +111,10 @@ def _ask() -> str:
         return "/exit"
 
 
-def _tokens(max_seq_len: int, tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
-    tokens = tokenizer.encode_chat(messages)
+def _tokens(
+    max_seq_len: int, tokenizer: Tokenizer, form: str, messages: list[dict[str, str]]
+) -> list[int]:
+    tokens = encode_prompt(tokenizer, messages, form)
     if len(tokens) >= max_seq_len:
         raise ValueError(
             f"the context is full: the conversation takes {len(tokens)} tokens, of which the "

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from llama2.chat_format import format_of
 from llama2.checkpoint.files import CheckpointError, Settings
 from llama2.generate import Generator
 from llama2.tokenizer import StreamDecoder, Tokenizer
@@ -65,6 +66,17 @@ def stop_ids(tokenizer: Tokenizer, folder: Path | None = None) -> list[int]:
             raise CheckpointError(f"{file}: eos_token_id: expected ids; got {more!r:.60}")
         ids += more
     return sorted({token for token in ids if 0 <= token < tokenizer.vocab_size})
+
+
+def chat_format(folder: Path) -> str:
+    """The format of dialogues that a checkpoint was taught: "chat" unless its tokenizer_config.json
+    has another template of ours.
+
+    Raises:
+        CheckpointError: that file is malformed.
+    """
+    file = folder / "tokenizer_config.json"
+    return format_of(Settings.read(file).get("chat_template") if file.is_file() else None)
 
 
 def require_utf8(name: str, text: str) -> str:

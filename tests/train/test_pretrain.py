@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -16,16 +15,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from killed_runs import check_killed_runs
 
 from gqa_kernels.backends import get_backend
 from llama2.checkpoint import SHIPPED, load, load_config
-from llama2.commands import pretrain, pretrain_options
+from llama2.commands import pretrain, pretrain_options, training
 from llama2.config import PUBLISHED, ModelConfig
 from llama2.storage import locked
 from llama2.tokenizer import Tokenizer
 from llama2.train.data import Document
 from llama2.train.ownership import check_held, claimed
-from llama2.train.pretrain import train
 from llama2.train.shards import write_shards
 from llama2.train.state import read_log
 
@@ -372,93 +371,12 @@ def test_a_tokenizer_without_bos(folders, monkeypatch):
         pretrain.run(parse(*options, "--text", texts, *RECIPE))
 
 
-MAIN = """
-import argparse, sys
-from llama2.commands import pretrain, pretrain_options
-
-parser = argparse.ArgumentParser()
-pretrain_options.add_arguments(parser)
-sys.exit(pretrain.run(parser.parse_args()))
-"""
-# Forks instead of new interpreters, which would spend the time of the test on imports.
-KILLER = """
-import argparse, os, random, signal, sys, time
-import safetensors.torch, sentencepiece, torch._dynamo  # what a run would import
-from pathlib import Path
-from llama2.commands import pretrain, pretrain_options
-
-def parse(folder):
-    parser = argparse.ArgumentParser()
-    pretrain_options.add_arguments(parser)
-    folders = ["--work", f"{folder}/work", "--out", f"{folder}/out"]
-    return parser.parse_args([*folders, *sys.argv[4:]])
-
-def start(folder):
-    process = os.fork()
-    if not process:
-        try:
-            status = pretrain.run(parse(folder))
-        except BaseException as error:
-            print(repr(error), file=sys.stderr)
-            status = 1
-        os._exit(status)
-    return process
-
-draw, whole, cut = random.Random(int(sys.argv[1])), sys.argv[2], sys.argv[3]
-log = Path(cut, "work", "log.jsonl")
-
-def logged():
-    return log.read_bytes().count(b"\\n") if log.exists() else 0
-
-assert os.waitpid(start(whole), 0)[1] == 0
-for _ in range(20):
-    moment, process = logged() + draw.randrange(12), start(cut)
-    ended = 0
-    while not ended and logged() < moment:  # steps, not seconds: a machine may be busy
-        time.sleep(0.001)
-        ended, status = os.waitpid(process, os.WNOHANG)
-    if not ended:
-        time.sleep(draw.uniform(0, 0.02))
-        os.kill(process, signal.SIGKILL)
-        status = os.waitpid(process, 0)[1]
-    if os.WIFEXITED(status):
-        assert status == 0
-        break
-    print(logged())
-"""
-
-
 def test_killed_at_random_moments_the_command_gives_the_same_bits(folders, tmp_path):
     options, texts = folders
     shape = options[-1]
-    seed = random.SystemRandom().randrange(10**6)
     run = ("--text", texts, "--shape", shape, "--steps", 60, "--batch-size", 4, "--save-every", 4)
     run += ("--warmup-steps", 10, "--micro-batch-size", 2, "--threads", 1, "--backend", "eager")
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-
-    def python(script, *arguments):
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-c", script, *map(str, arguments)]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, f"seed {seed}: {result.stderr}"
-        return result.stdout
-
-    lines = python(KILLER, seed, whole, cut, *run).splitlines()
-    steps = [int(line) for line in lines if line.isdigit()]  # logged before a kill
-    assert max(steps) > 0, f"seed {seed}: none was killed while it trained"
-    python(MAIN, "--work", cut / "work", "--out", cut / "out", *run)
-
-    results = []
-    for folder in (whole, cut):
-        log = [{**line, "seconds": 0} for line in read_log(folder / "work" / "log.jsonl")]
-        weights = torch.load(folder / "work" / "state.pt")["model"]
-        files = {path.name for path in (folder / "work").iterdir()}
-        results.append((log, weights, (folder / "out" / "model.safetensors").read_bytes(), files))
-    (log, weights, stored, files), (other_log, other_weights, other_stored, other_files) = results
-    assert len(log) == 60 and other_log == log, f"seed {seed}"
-    assert weights.keys() == other_weights.keys()
-    assert all(other_weights[key].equal(value) for key, value in weights.items()), f"seed {seed}"
-    assert other_stored == stored and other_files == files, f"seed {seed}"
+    assert check_killed_runs("pretrain", run, tmp_path) == 60
 
 
 def test_a_directory_is_one_runs(folders, tmp_path, capsys):
@@ -523,7 +441,7 @@ def test_a_directory_that_was_cleared_meanwhile(found, folders, tmp_path, monkey
         claim.unlink()
         if found:
             claim.write_text(found, encoding="utf-8")
-        return train(*args, **settings)
+        return training.train(*args, **settings)
 
     with monkeypatch.context() as patch:
         patch.setattr(pretrain, "train", cleared)
