@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         config = train_config(args, shape, num_steps(args))
         note_warm_up(config)
         computer.check(config)
-        check_memory(shape, config, computer)
+        check_memory(shape, config, computer, predicts_all=True)
         _check_texts(args)
         with owned(args, computer) as run_id:
             _train(args, computer, shape, config, run_id)

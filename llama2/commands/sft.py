@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         check_folders(args, inputs)
         limits = train_config(args, shape, steps=1)  # what can be known before the data are read
         computer.check(limits)
-        check_memory(shape, limits, computer)
+        check_memory(shape, limits, computer, predicts_all=False)
         with owned(args, computer) as run_id:
             _tune(args, computer, shape, limits, run_id)
     return 0

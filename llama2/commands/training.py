@@ -65,8 +65,14 @@ def note_warm_up(config: TrainConfig) -> None:
         )
 
 
-def check_memory(shape: ModelConfig, config: TrainConfig, machine: Machine) -> None:
-    """What cannot fit is refused before hours are spent on its data."""
+def check_memory(
+    shape: ModelConfig, config: TrainConfig, machine: Machine, *, predicts_all: bool
+) -> None:
+    """What cannot fit is refused before hours are spent on its data.
+
+    Args:
+        predicts_all: every token of a row bears a loss.
+    """
     free = free_bytes(machine.placement.device)
     # In float32: weights, gradients and Adam's two moments. Each process begins with all weights.
     state = max(16 // machine.size, 4) * num_parameters(shape)
@@ -75,10 +81,12 @@ def check_memory(shape: ModelConfig, config: TrainConfig, machine: Machine) -> N
             f"shape: expected one whose training fits in the {free:,} bytes of free memory; got "
             f"{num_parameters(shape):,} parameters, which take {state:,}"
         )
-    # Of a forward pass at least its logits in float32; of a step all its ids.
+    # Of a forward pass at least its logits in float32, which the kernels never have whole; of a step
+    # all its ids.
     rows = config.batch_size // machine.num_parts
     micro = config.micro_batch_size or rows
-    logits = 4 * micro * config.seq_len * shape.vocab_size
+    has_logits = predicts_all and machine.placement.backend == "eager"
+    logits = 4 * micro * config.seq_len * shape.vocab_size if has_logits else 0
     at_once = "batch_size" if config.micro_batch_size is None else "micro_batch_size"
     ids = 8 * config.batch_size * (config.seq_len + 1)
     for name, size, needed, memory in (
