@@ -28,6 +28,8 @@ from llama2.evaluation.bits import bits_per_document
 from llama2.model import Llama2
 from llama2.placement import Placement
 from llama2.tokenizer import Tokenizer
+from llama2.train.card import card, write_card
+from llama2.train.care import described
 from llama2.train.corpora import corpora_of, tokenizer_file_of
 from llama2.train.data import Document, document_ids, is_within
 from llama2.train.pretrain import TrainConfig
@@ -63,8 +65,8 @@ def _train(
 ) -> None:
     tokenizer_file = tokenizer_file_of(args)
     with computer.writer_first():
-        sources, held_out = corpora_of(args, tokenizer_file, shape)
-    data = Mixture(sources, config, shape.vocab_size)
+        corpora = corpora_of(args, tokenizer_file, shape)
+    data = Mixture(corpora.sources, config, shape.vocab_size, corpora.digests)
     if args.backend == "auto" or computer.placement.interpreted:
         computer.placement.announce()
     model = computer.sharded(_initial_model(args, shape, computer.placement), config)
@@ -75,16 +77,18 @@ def _train(
         "init": None if args.init is None else str(args.init),
         "train_config": asdict(config),
         "tokens_seen": log[-1]["tokens"],
-        "sources": {
-            name: {"tokens": tokens, "epochs": epochs}
-            for name, (tokens, epochs) in data.shares(config.steps).items()
-        },
+        "sources": corpora.record(data.shares(config.steps)),
+        "care": corpora.care,
         "final_train_loss": final_loss(log),
-        "held_out": _evaluate(model, held_out, tokenizer_file, config) if held_out else None,
+        "held_out": _evaluate(model, corpora.held_out, tokenizer_file, config)
+        if corpora.held_out
+        else None,
         "wall_seconds": log[-1]["seconds"],
+        "command": vars(args).get("command_line"),
     }
     export(args, computer, model, record, tokenizer_files(tokenizer_file))
     if computer.execution.speaks:
+        write_card(args.out, card(args.out.resolve().name, "`llama2 pretrain`", record), run_id)
         _report(record, args.out)
 
 
@@ -133,7 +137,9 @@ def _report(record: dict[str, Any], out: Path) -> None:
         f"loss {record['final_train_loss']:.4f} over the last steps"
     )
     for name, share in record["sources"].items():
-        print(f"  {name}: {share['tokens']:,} tokens, {share['epochs']:.2f} epochs")
+        done = described(share) if "documents" in share else ""
+        line = f"  {name}: {share['tokens']:,} tokens, {share['epochs']:.2f} epochs"
+        print(f"{line}; {done}" if done else line)
     if record["held_out"]:
         print(
             "  held out: {bits_per_byte:.4f} bits per byte over {documents} documents of {bytes:,} "

@@ -4,6 +4,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from llama2.commands.care_options import add_care_options
 from llama2.commands.options import shape_named
 from llama2.commands.training_options import add_folders, add_machine, add_recipe
 from llama2.config import PUBLISHED, ModelConfig
@@ -64,6 +65,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         help="texts for evaluation; default: one in 20 files of each --text, or the last 5 %% of a "
         "single one",
     )
+    add_care_options(group)
 
 
 def _add_recipe(group: argparse._ArgumentGroup) -> None:

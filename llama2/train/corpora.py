@@ -3,13 +3,16 @@
 import argparse
 import hashlib
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from llama2.checkpoint import SHIPPED
 from llama2.config import ModelConfig
 from llama2.tokenizer import Tokenizer, check_fits
+from llama2.train.care import Care, CareCounts
 from llama2.train.data import (
     Document,
     add_documents,
@@ -35,46 +38,126 @@ def tokenizer_file_of(args: argparse.Namespace) -> Path | None:
     return None
 
 
+@dataclass
+class Corpora:
+    """The data of a run.
+
+    Attributes:
+        sources: token shards with their weights.
+        held_out: documents for evaluation, none of them for training.
+        care: of the texts: what was asked for, and of those held out what was done.
+        counts: what was done to each source of texts, by the path of its shards, or by its name
+            where nothing is left of it.
+        digests: of the texts of those shards, in order, where care was taken of them.
+    """
+
+    sources: list[tuple[Path, float]]
+    held_out: list[Document] = field(default_factory=list)
+    care: dict[str, Any] = field(default_factory=dict)
+    counts: dict[str, CareCounts] = field(default_factory=dict)
+    digests: list[str] | None = None
+
+    def record(self, shares: dict[str, tuple[int, float]]) -> dict[str, dict[str, Any]]:
+        """By source: the tokens and epochs that `Mixture.shares` gives, and of texts the counts."""
+        record: dict[str, dict[str, Any]] = {}
+        for name in dict.fromkeys((*shares, *self.counts)):
+            tokens, epochs = shares.get(name, (0, 0.0))
+            record[name] = {"tokens": tokens, "epochs": epochs}
+            if name in self.counts:
+                record[name] |= self.counts[name].to_json()
+        return record
+
+
 def corpora_of(
     args: argparse.Namespace, tokenizer_file: Path | None, shape: ModelConfig
-) -> tuple[list[tuple[Path, float]], list[Document]]:
-    """(token shards with their weights, documents held out and none of them for training).
+) -> Corpora:
+    """Token shards, those of texts made where they are not there, and documents held out.
+
+    Patterns exclude documents and whole sources, shards too; personal information and
+    near-duplicates are those of texts alone, as shards have no documents any more.
 
     Raises:
         OSError, ValueError: as `corpus_documents` and `write_shards`; or the tokenizer has more ids
-            than the model, or no BOS or EOS for texts.
+            than the model, or no BOS or EOS for texts; or nothing is left to train on.
+        ImportError: as `Care`.
     """
-    if tokenizer_file is None:
-        return args.data, []
+    care = Care(args.exclude, args.redact, args.drop_near_duplicates)
+    corpora = Corpora([])
+    for path, weight in args.data:
+        if care.excludes(path.resolve().name):
+            _nothing_is_left(path, corpora.counts, CareCounts())
+        else:
+            corpora.sources.append((path, weight))
+    if corpora.sources and (args.redact or args.drop_near_duplicates):
+        print("note: token shards are taken as they are; only texts are cleaned", file=sys.stderr)
+    if tokenizer_file is not None:
+        _add_texts(corpora, care, args, tokenizer_file, shape)
+    care.report_unused()
+    if not corpora.sources:
+        raise ValueError(
+            f"exclude: expected a source to train on; got {args.exclude}, which leave none"
+        )
+    corpora.care = care.described() | corpora.care
+    return corpora
+
+
+def _add_texts(
+    corpora: Corpora,
+    care: Care,
+    args: argparse.Namespace,
+    tokenizer_file: Path,
+    shape: ModelConfig,
+) -> None:
     tokenizer = Tokenizer(tokenizer_file)
     check_fits(tokenizer, shape.vocab_size, tokenizer_file)
     has_texts = args.text or args.held_out or not args.data
     if has_texts and min(tokenizer.bos_id, tokenizer.eos_id) < 0:
         raise ValueError(f"{tokenizer_file}: expected a tokenizer with BOS and EOS; got another")
-    sources, seen = list(args.data), set()
-    held_out = text_documents(args.held_out) if args.data and args.held_out else []
+    held_out: dict[str, list[Document]] = {}
+    if args.held_out and args.data and not args.text:  # otherwise they come with the first corpus
+        held_out[args.held_out.resolve().name] = text_documents(args.held_out)
+    digests = []
     for path, weight in args.text or ([] if args.data else [(None, 1.0)]):
-        documents = corpus_documents(path, args.held_out)
-        held_out += [document for document in documents if document.held_out]
-        training = [document for document in documents if not document.held_out]
-        seen.update(_digest(document) for document in training)
         name = "standard-library" if path is None else path.resolve().name
+        documents = corpus_documents(path, args.held_out)
+        held_out_name = args.held_out.resolve().name if args.held_out else name
+        found = [document for document in documents if document.held_out]
+        held_out.setdefault(held_out_name, []).extend(found)
+        training, counts = care.training(
+            name, [document for document in documents if not document.held_out]
+        )
+        if not training:
+            _nothing_is_left(path or Path(name), corpora.counts, counts)
+            continue
         folder = _tokenised(name, training, tokenizer, tokenizer_file, args.work / "tokens")
-        sources.append((folder, weight))
-    # Every corpus brings those of --held-out.
-    unique = [document for document in dict.fromkeys(held_out) if document.text]
-    unseen = [document for document in unique if _digest(document) not in seen]
-    if len(unseen) < len(unique):
+        corpora.counts[str(folder)] = counts
+        corpora.sources.append((folder, weight))
+        digests.append(folder.name.rpartition("-")[2])
+    corpora.digests = digests if care and digests else None
+    _hold_out(corpora, care, held_out)
+
+
+def _nothing_is_left(path: Path, all_counts: dict[str, CareCounts], counts: CareCounts) -> None:
+    all_counts[str(path)] = counts
+    print(f"{path}: nothing is left of it to train on", file=sys.stderr)
+
+
+def _hold_out(corpora: Corpora, care: Care, by_name: dict[str, list[Document]]) -> None:
+    """Adds the documents for evaluation that are not among those for training, each once."""
+    counts, seen = CareCounts(), {}
+    for name, documents in by_name.items():
+        unique = [document for document in dict.fromkeys(documents) if document.text]
+        unique = [document for document in unique if document not in seen]
+        seen |= dict.fromkeys(unique)
+        corpora.held_out += care.evaluation(name, unique, counts)
+    if counts.near_duplicates:
+        nearly = " or nearly so" if care.options["near_duplicates"] else ""
         print(
-            f"{len(unique) - len(unseen)} of {len(unique)} texts for evaluation are left out, as "
-            "they are also among those for training",
+            f"{counts.near_duplicates} of {counts.documents + counts.near_duplicates} texts for "
+            f"evaluation are left out, as they are also among those for training{nearly}",
             file=sys.stderr,
         )
-    return sources, unseen
-
-
-def _digest(document: Document) -> bytes:
-    return hashlib.sha256(document.text.encode()).digest()
+    corpora.care["held_out"] = counts.to_json()
 
 
 def _tokenised(

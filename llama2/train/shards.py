@@ -177,13 +177,19 @@ class Mixture:
         sources: paths, as `TokenSource` takes them, and weights, which need not add up to 1.
         config: gives batch_size, seq_len and the seed of the permutations.
         vocab_size: ids have to be below it.
+        texts: what tells the texts that the sources were made of from others, for the run's
+            identity: `TokenSource.crc32` does not see all of them.
     Raises:
         FileNotFoundError, ValueError: as `TokenSource`; a weight is not in [1e-100, 1e100], a
             shard is there twice, or there is no source.
     """
 
     def __init__(
-        self, sources: Sequence[tuple[Path, float]], config: TrainConfig, vocab_size: int
+        self,
+        sources: Sequence[tuple[Path, float]],
+        config: TrainConfig,
+        vocab_size: int,
+        texts: list[str] | None = None,
     ) -> None:
         if not sources:
             raise ValueError("sources: expected at least one; got none")
@@ -203,7 +209,7 @@ class Mixture:
             seen.add(file.resolve())
         total = math.fsum(weight for _, weight in sources)
         self._weights = [weight / total for _, weight in sources]
-        self._config = config
+        self._config, self._texts = config, texts
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  # of the present epoch, by source
 
     def counts(self, num_rows: int) -> list[int]:
@@ -260,4 +266,5 @@ class Mixture:
             "num_tokens": [source.num_tokens for source in self._sources],
             "crc32": [source.crc32() for source in self._sources],
             "weights": self._weights,
+            "texts": self._texts,
         }

@@ -1,0 +1,171 @@
+"""The care that Llama 2's paper takes of its data: sources left out, personal information removed,
+no document twice; and how many that were.
+
+Reference: Touvron et al. 2023, arXiv:2307.09288, section 2.1.
+"""
+
+import fnmatch
+import hashlib
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from typing import Any
+
+from tqdm import tqdm
+
+from llama2.train.data import Document
+from llama2.train.near_duplicates import NearDuplicates, near_duplicates
+from llama2.train.redaction import Redactor
+
+__all__ = ["Care", "CareCounts", "NearDuplicates", "Redactor", "is_excluded", "near_duplicates"]
+
+_LIBRARIES = {"redact": ("phonenumbers", "publicsuffixlist"), "near_duplicates": ("datasketch",)}
+
+
+@dataclass
+class CareCounts:
+    """What was done to the documents of a source.
+
+    Attributes:
+        documents: that stay.
+        excluded: left out by a pattern.
+        redacted: placeholders in the documents that stay, by kind.
+        near_duplicates: left out as they are nearly an earlier document.
+    """
+
+    documents: int = 0
+    excluded: int = 0
+    redacted: Counter[str] = field(default_factory=Counter)
+    near_duplicates: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"redacted": dict(sorted(self.redacted.items()))}
+
+
+def described(counts: dict[str, Any]) -> str:
+    """What `CareCounts.to_json` says was left out or replaced, for people; may be empty."""
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in counts["redacted"].items())
+    parts = (
+        f"{counts['excluded']:,} documents excluded" if counts["excluded"] else "",
+        f"redacted: {kinds}" if kinds else "",
+        f"{counts['near_duplicates']:,} near-duplicates dropped"
+        if counts["near_duplicates"]
+        else "",
+    )
+    return "; ".join(filter(None, parts))
+
+
+def is_excluded(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Whether one of the names of a document, such as its path in its corpus and the corpus's name,
+    is what one of the shell patterns describes.
+
+    `*` matches any characters, "/" too: `*.md` is for every depth, `private/*` for all below. Case
+    matters.
+    """
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+class Care:
+    """Takes care of documents, one corpus after another, and counts.
+
+    Args:
+        exclude: patterns of `is_excluded`.
+        redact: the region of a `Redactor`, or None for no redaction.
+        threshold: of `NearDuplicates`, or None to keep them; a corpus is compared with those
+            before it, too.
+    Raises:
+        ImportError, ValueError: as `Redactor` and `NearDuplicates`.
+    """
+
+    def __init__(
+        self,
+        exclude: Sequence[str] = (),
+        redact: str | None = None,
+        threshold: float | None = None,
+    ) -> None:
+        self.options = {"exclude": list(exclude), "redact": redact, "near_duplicates": threshold}
+        self._redactor = None if redact is None else Redactor(redact)
+        self._kept = None if threshold is None else NearDuplicates(threshold)
+        self._used: set[str] = set()
+        self._trained_on: set[bytes] = set()
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to do."""
+        return any(value not in ([], None) for value in self.options.values())
+
+    def described(self) -> dict[str, Any]:
+        """The options, and the versions of the libraries that the result depends on."""
+        libraries = (
+            library
+            for option, names in _LIBRARIES.items()
+            if self.options[option] is not None
+            for library in names
+        )
+        return self.options | {"libraries": {library: version(library) for library in libraries}}
+
+    def excludes(self, *names: str) -> bool:
+        """As `is_excluded`; notes which patterns are of use."""
+        matching = [pattern for pattern in self.options["exclude"] if is_excluded(names, [pattern])]
+        self._used.update(matching)
+        return bool(matching)
+
+    def report_unused(self) -> None:
+        """Says on stderr which patterns matched nothing; one may be misspelt."""
+        for pattern in self.options["exclude"]:
+            if pattern not in self._used:
+                print(f"exclude: no document or source matches {pattern!r}", file=sys.stderr)
+
+    def training(
+        self, name: str, documents: Sequence[Document]
+    ) -> tuple[list[Document], CareCounts]:
+        """The documents that stay of a corpus for training, redacted."""
+        counts, kept = CareCounts(), []
+        for document, redacted in self._cleaned(name, documents, counts):
+            if self._kept is not None and self._kept.is_near(document.text, keep=True):
+                counts.near_duplicates += 1
+                continue
+            counts.redacted += redacted
+            kept.append(document)
+            self._trained_on.add(_digest(document))
+        counts.documents = len(kept)
+        return kept, counts
+
+    def evaluation(
+        self, name: str, documents: Sequence[Document], counts: CareCounts
+    ) -> list[Document]:
+        """The documents that stay of those held out, redacted, once all for training are known.
+
+        Left out, and added to `near_duplicates`, are those that are also for training, letter by
+        letter or, with a threshold, nearly. They are not compared with each other.
+        """
+        kept = []
+        for document, redacted in self._cleaned(name, documents, counts):
+            is_near = self._kept is not None and self._kept.is_near(document.text, keep=False)
+            if is_near or _digest(document) in self._trained_on:
+                counts.near_duplicates += 1
+                continue
+            counts.redacted += redacted
+            kept.append(document)
+        counts.documents += len(kept)
+        return kept
+
+    def _cleaned(
+        self, name: str, documents: Sequence[Document], counts: CareCounts
+    ) -> Iterator[tuple[Document, Counter[str]]]:
+        """The documents that no pattern excludes, and what was redacted in each."""
+        slow = self._redactor is not None or self._kept is not None
+        settings = {"unit": "document", "leave": False, "disable": not slow}
+        for document in tqdm(documents, desc=f"cleaning {name}", **settings):
+            if self.excludes(document.path, name):
+                counts.excluded += 1
+            elif self._redactor is None:
+                yield document, Counter()
+            else:
+                text, redacted = self._redactor.redact(document.text)
+                yield replace(document, text=text), redacted
+
+
+def _digest(document: Document) -> bytes:
+    return hashlib.sha256(document.text.encode()).digest()
