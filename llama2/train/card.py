@@ -81,7 +81,7 @@ def card(name: str, made_by: str, record: dict[str, Any]) -> str:
 
 
 def _row(source: str, counts: dict[str, Any]) -> str:
-    cells = [_quoted(source), f"{counts['tokens']:,}", f"{counts['epochs']:.2f}"]
+    cells = [_quoted(Path(source).name), f"{counts['tokens']:,}", f"{counts['epochs']:.2f}"]
     if "documents" in counts:
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in counts["redacted"].items())
         numbers = [f"{counts[key]:,}" for key in ("documents", "excluded", "near_duplicates")]

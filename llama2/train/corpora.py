@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,7 +85,7 @@ def corpora_of(
     care = Care(args.exclude, args.redact, args.drop_near_duplicates)
     corpora = Corpora([])
     for path, weight in args.data:
-        if care.excludes(path.resolve().name):
+        if care.excludes(_name_of(path)):
             _nothing_is_left(path, corpora.counts, CareCounts())
         else:
             corpora.sources.append((path, weight))
@@ -115,12 +116,12 @@ def _add_texts(
         raise ValueError(f"{tokenizer_file}: expected a tokenizer with BOS and EOS; got another")
     held_out: dict[str, list[Document]] = {}
     if args.held_out and args.data and not args.text:  # otherwise they come with the first corpus
-        held_out[args.held_out.resolve().name] = text_documents(args.held_out)
+        held_out[_name_of(args.held_out)] = text_documents(args.held_out)
     digests = []
     for path, weight in args.text or ([] if args.data else [(None, 1.0)]):
-        name = "standard-library" if path is None else path.resolve().name
+        name = "standard-library" if path is None else _name_of(path)
         documents = corpus_documents(path, args.held_out)
-        held_out_name = args.held_out.resolve().name if args.held_out else name
+        held_out_name = _name_of(args.held_out) if args.held_out else name
         found = [document for document in documents if document.held_out]
         held_out.setdefault(held_out_name, []).extend(found)
         training, counts = care.training(
@@ -135,6 +136,10 @@ def _add_texts(
         digests.append(folder.name.rpartition("-")[2])
     corpora.digests = digests if care and digests else None
     _hold_out(corpora, care, held_out)
+
+
+def _name_of(path: Path) -> str:
+    return Path(os.path.realpath(path)).name  # where a link leads to itself, opening it names it
 
 
 def _nothing_is_left(path: Path, all_counts: dict[str, CareCounts], counts: CareCounts) -> None:
