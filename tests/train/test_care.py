@@ -12,6 +12,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from llama2.commands import pretrain, pretrain_options
 from llama2.tokenizer import Tokenizer
@@ -219,15 +220,15 @@ def test_a_run_with_care(sources, tmp_path, capsys):
     line = f"  {found['web'][0]}: {12 * 32} tokens, {epochs:.2f} epochs; redacted: PHONE_NUMBER 1; "
     assert f"{line}1 near-duplicates dropped\n" in printed
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert (
-        f"| `{os.path.basename(found['web'][0])}` | 384 | {epochs:.2f} | 2 | 0 | PHONE_NUMBER 1 | 1 |"
-        in card
-    )
+    web_name = os.path.basename(found["web"][0])
+    assert f"| `{web_name}` | 384 | {epochs:.2f} | 2 | 0 | PHONE_NUMBER 1 | 1 |" in card
     assert "| `secret` | 0 | 0.00 | 0 | 2 | 0 | 0 |" in card
     assert f"{record['held_out']['bits_per_byte']:.4f} bits per byte over 1 documents" in card
     for part in ("`*.md`, `secret`", args.command_line, "US", "0.8", record["run"]):
         assert part in card
 
+    stream = torch.load(work / "state.pt", weights_only=True)["stream"]
+    assert stream["texts"] == [found[name][0].rpartition("-")[2] for name in ("mail", "web")]
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     assert pretrain.run(args) == 0  # nothing is left to do
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
