@@ -156,7 +156,7 @@ class Care:
     ) -> Iterator[tuple[Document, Counter[str]]]:
         """The documents that no pattern excludes, and what was redacted in each."""
         slow = self._redactor is not None or self._kept is not None
-        settings = {"unit": "document", "leave": False, "disable": not slow}
+        settings = {"unit": "document", "leave": False, "disable": not (slow and documents)}
         for document in tqdm(documents, desc=f"cleaning {name}", **settings):
             if self.excludes(document.path, name):
                 counts.excluded += 1
