@@ -30,11 +30,12 @@ from llama2.commands.training import (
 from llama2.config import ModelConfig
 from llama2.finetune.dialogues import read_dialogues
 from llama2.finetune.packing import PackedDialogues, answer_loss
-from llama2.finetune.sft import Dialogues, encode_within, held_out_loss
+from llama2.finetune.sft import Dialogues, cleaned, encode_within, held_out_loss
 from llama2.model import Llama2
 from llama2.storage import read_json
 from llama2.terminal import complain_of_line
 from llama2.tokenizer import Tokenizer, check_fits
+from llama2.train.care import Care, described
 from llama2.train.corpora import TOKENIZER
 from llama2.train.pretrain import TrainConfig
 
@@ -70,10 +71,14 @@ def _tune(
     tokenizer = Tokenizer(args.init / TOKENIZER)
     check_fits(tokenizer, shape.vocab_size, args.init)
     speaks = computer.execution.speaks
-    training, num_bad = _read(args, args.data, tokenizer, limits.seq_len, speaks)
+    care = Care(args.exclude, args.redact, args.drop_near_duplicates)
+    settings = {"form": args.format, "seq_len": limits.seq_len, "speaks": speaks}
+    training, num_bad = _read(args.data, tokenizer, care, **settings)
     held_out, bad = Dialogues(), 0
     if args.held_out:
-        held_out, bad = _read(args, [args.held_out], tokenizer, limits.seq_len, speaks)
+        held_out, bad = _read([args.held_out], tokenizer, care, **settings, held_out=True)
+    if speaks:
+        care.report_unused()
     if num_bad + bad and not args.skip_bad_lines:
         raise ValueError(
             f"data: expected dialogues of at most {limits.seq_len + 1} tokens; got {num_bad + bad} "
@@ -109,6 +114,7 @@ def _tune(
         "waste": data.waste,
         "answer_tokens": data.num_predictions,
         "sources": training.record(),
+        "care": care.described(),
         "final_train_loss": final_loss(log),
         "held_out": None,
         "wall_seconds": log[-1]["seconds"],
@@ -128,7 +134,14 @@ def _tune(
 
 
 def _read(
-    args: argparse.Namespace, paths: list[Path], tokenizer: Tokenizer, seq_len: int, speaks: bool
+    paths: list[Path],
+    tokenizer: Tokenizer,
+    care: Care,
+    *,
+    form: str,
+    seq_len: int,
+    speaks: bool,
+    held_out: bool = False,
 ) -> tuple[Dialogues, int]:
     """The dialogues, and how many lines are none or too long, each of which is named on stderr."""
     found, num_bad = Dialogues(), 0
@@ -142,13 +155,15 @@ def _read(
     with tqdm(desc="reading", unit="dialogue", leave=False, disable=not speaks) as progress:
         for path in paths:
             for dialogue in read_dialogues(path, refuse):
+                progress.update()
+                counts = found.counts[dialogue.source]
+                kept = cleaned(care, dialogue, counts, held_out=held_out)
+                if kept is None:
+                    continue
                 try:
-                    encoded = encode_within(tokenizer, dialogue, args.format, seq_len)
+                    found.add(kept, encode_within(tokenizer, kept, form, seq_len))
                 except ValueError as error:
                     refuse(dialogue.file, dialogue.line, error)
-                    continue
-                found.add(dialogue, encoded)
-                progress.update()
     if not found.encoded:
         raise ValueError(f"{paths[0]}: expected at least one dialogue; got none")
     return found, num_bad
@@ -181,10 +196,8 @@ def _report(record: dict[str, Any], out: Path) -> None:
         f"{record['final_train_loss']:.4f} over the last steps"
     )
     for source, counts in record["sources"].items():
-        print(
-            f"  {source}: {counts['dialogues']:,} dialogues, {counts['answer_tokens']:,} tokens of "
-            "answers"
-        )
+        line = f"  {source}: {counts['documents']:,} dialogues, {counts['answer_tokens']:,} tokens"
+        print("; ".join(filter(None, (f"{line} of answers", described(counts)))))
     if record["held_out"]:
         print(
             "  held out: {loss_before:.4f} nats per token of an answer before, {loss:.4f} after, "

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from llama2.chat_format import FORMATS
+from llama2.commands.care_options import add_care_options
 from llama2.commands.training_options import add_folders, add_machine, add_recipe
 
 
@@ -54,3 +55,4 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         help="train without lines that are no dialogue or too long; by default they are named and "
         "nothing is trained",
     )
+    add_care_options(group)

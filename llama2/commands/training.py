@@ -81,8 +81,8 @@ def check_memory(
             f"shape: expected one whose training fits in the {free:,} bytes of free memory; got "
             f"{num_parameters(shape):,} parameters, which take {state:,}"
         )
-    # Of a forward pass at least its logits in float32, which the kernels never have whole; of a step
-    # all its ids.
+    # Of a forward pass at least its logits in float32, which the kernels never have whole; of a
+    # step all its ids.
     rows = config.batch_size // machine.num_parts
     micro = config.micro_batch_size or rows
     has_logits = predicts_all and machine.placement.backend == "eager"

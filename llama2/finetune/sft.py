@@ -3,9 +3,9 @@
 Source: Touvron et al. 2023, arXiv:2307.09288, section 3.1.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from llama2.finetune.encoding import Encoded, encode_dialogue
 from llama2.finetune.packing import answer_loss, pack, pack_rows
 from llama2.model import Llama2
 from llama2.tokenizer import Tokenizer
+from llama2.train.care import Care, CareCounts
 from llama2.train.execution import Execution
 
 
@@ -24,24 +25,48 @@ class Dialogues:
     """Encoded dialogues, and what is told of them by source.
 
     Attributes:
-        num_dialogues, num_predictions: by source; predictions are tokens that bear a loss.
+        num_predictions: tokens that bear a loss, by source.
+        counts: what was done to the dialogues of a source.
     """
 
     encoded: list[Encoded] = field(default_factory=list)
-    num_dialogues: Counter[str] = field(default_factory=Counter)
     num_predictions: Counter[str] = field(default_factory=Counter)
+    counts: defaultdict[str, CareCounts] = field(default_factory=lambda: defaultdict(CareCounts))
 
     def add(self, dialogue: Dialogue, encoded: Encoded) -> None:
         self.encoded.append(encoded)
-        self.num_dialogues[dialogue.source] += 1
+        self.counts[dialogue.source].documents += 1
         self.num_predictions[dialogue.source] += int(encoded.is_trained.sum())
 
     def record(self) -> dict[str, Any]:
-        """What JSON can hold: dialogues and tokens of answers, by source."""
+        """What JSON can hold: tokens of answers, and what `CareCounts` counts, by source."""
         return {
-            source: {"dialogues": count, "answer_tokens": self.num_predictions[source]}
-            for source, count in sorted(self.num_dialogues.items())
+            source: {"answer_tokens": self.num_predictions[source]} | counts.to_json()
+            for source, counts in sorted(self.counts.items())
         }
+
+
+def cleaned(
+    care: Care, dialogue: Dialogue, counts: CareCounts, *, held_out: bool = False
+) -> Dialogue | None:
+    """A dialogue with every content redacted; None for one to be left out.
+
+    Patterns are compared with its source and the name of its file; of near-duplicates and of what
+    is both for training and held out, all contents together count.
+    """
+    if care.excludes(dialogue.source, dialogue.file.name):
+        counts.excluded += 1
+        return None
+    messages, redacted = [], Counter()
+    for message in dialogue.messages:
+        content, found = care.redact(message["content"])
+        messages.append({**message, "content": content})
+        redacted += found
+    if care.repeats("\n".join(message["content"] for message in messages), held_out=held_out):
+        counts.near_duplicates += 1
+        return None
+    counts.redacted += redacted
+    return replace(dialogue, messages=tuple(messages))
 
 
 def encode_within(tokenizer: Tokenizer, dialogue: Dialogue, form: str, seq_len: int) -> Encoded:

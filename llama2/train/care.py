@@ -117,18 +117,32 @@ class Care:
             if pattern not in self._used:
                 print(f"exclude: no document or source matches {pattern!r}", file=sys.stderr)
 
+    def redact(self, text: str) -> tuple[str, Counter[str]]:
+        """As `Redactor`; the text itself where none was asked for."""
+        return (text, Counter()) if self._redactor is None else self._redactor.redact(text)
+
+    def repeats(self, text: str, *, held_out: bool = False) -> bool:
+        """Whether a text is one too many: nearly one before it, with a threshold; where it is held
+        out, nearly or letter by letter one for training. What stays of those is remembered."""
+        is_near = self._kept is not None and self._kept.is_near(text, keep=not held_out)
+        digest = hashlib.sha256(text.encode()).digest()
+        if held_out:
+            return is_near or digest in self._trained_on
+        if not is_near:
+            self._trained_on.add(digest)
+        return is_near
+
     def training(
         self, name: str, documents: Sequence[Document]
     ) -> tuple[list[Document], CareCounts]:
         """The documents that stay of a corpus for training, redacted."""
         counts, kept = CareCounts(), []
         for document, redacted in self._cleaned(name, documents, counts):
-            if self._kept is not None and self._kept.is_near(document.text, keep=True):
+            if self.repeats(document.text):
                 counts.near_duplicates += 1
                 continue
             counts.redacted += redacted
             kept.append(document)
-            self._trained_on.add(_digest(document))
         counts.documents = len(kept)
         return kept, counts
 
@@ -142,8 +156,7 @@ class Care:
         """
         kept = []
         for document, redacted in self._cleaned(name, documents, counts):
-            is_near = self._kept is not None and self._kept.is_near(document.text, keep=False)
-            if is_near or _digest(document) in self._trained_on:
+            if self.repeats(document.text, held_out=True):
                 counts.near_duplicates += 1
                 continue
             counts.redacted += redacted
@@ -160,12 +173,6 @@ class Care:
         for document in tqdm(documents, desc=f"cleaning {name}", **settings):
             if self.excludes(document.path, name):
                 counts.excluded += 1
-            elif self._redactor is None:
-                yield document, Counter()
             else:
-                text, redacted = self._redactor.redact(document.text)
+                text, redacted = self.redact(document.text)
                 yield replace(document, text=text), redacted
-
-
-def _digest(document: Document) -> bytes:
-    return hashlib.sha256(document.text.encode()).digest()

@@ -64,7 +64,10 @@ def folder(tmp_path):
         shutil.copyfile(SHIPPED / name, base / name)
     lines = [dialogue(*(WORDS[(n + m) % 7] for m in range(n % 3 + 1))) for n in range(40)]
     write(tmp_path / "train.jsonl", lines)
-    write(tmp_path / "held.jsonl", [dialogue(word, source="held") for word in WORDS])
+    write(
+        tmp_path / "held.jsonl",
+        [dialogue(word, "red", "one", "cat", source="held") for word in WORDS],
+    )
     return tmp_path
 
 
@@ -83,8 +86,8 @@ def test_dialogues_become_a_checkpoint(folder, capsys):
     assert len(log) == record["train_config"]["steps"] > 3
     assert log[-1]["loss"] < log[0]["loss"] and "% of their places empty" in shown.err
     assert record["held_out"]["loss"] < record["held_out"]["loss_before"]
-    assert record["sources"]["train.jsonl"]["dialogues"] == record["dialogues"] == 40
-    assert record["held_out"]["sources"]["held"]["dialogues"] == 7
+    assert record["sources"]["train.jsonl"]["documents"] == record["dialogues"] == 40
+    assert record["held_out"]["sources"]["held"]["documents"] == 7
     assert record["format"] == "chat" and "nats per token of an answer" in shown.out
     settings = json.loads((folder / "out" / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert settings["chat_template"] == CHAT_TEMPLATES["chat"] and settings["bos_token"] == "<s>"
@@ -163,6 +166,33 @@ def test_what_a_user_can_cause(folder, changed, more, message):
     write(folder / "empty.jsonl", ["\n"])
     with pytest.raises((OSError, ValueError), match=message):
         sft.run(parse(*options(folder, **changed), *RECIPE, *more))
+
+
+def test_care_is_taken_of_dialogues(folder, capsys):
+    """Of each message by itself, so that the roles stay; counts are told by source."""
+    long = "one two red blue cat dog tree one two"
+    lines = [
+        dialogue("red", source="private"),
+        {"prompt": "Write to a@gmail.com.", "completion": "b@web.de", "source": "mail"},
+        {"prompt": long, "completion": "red", "source": "twice"},
+        {"prompt": long + " red", "completion": "red", "source": "twice"},
+    ]
+    write(folder / "train.jsonl", lines)
+    write(folder / "held.jsonl", [lines[1], dialogue("cat")])
+    run = (*options(folder, held_out="held.jsonl"), *RECIPE)
+    care = ("--exclude", "priv*", "--exclude", "none", "--redact", "--drop-near-duplicates", 0.7)
+    assert sft.run(parse(*run, *care)) == 0
+    record = json.loads((folder / "out" / "training.json").read_text(encoding="utf-8"))
+    kept = {name: counts["documents"] for name, counts in record["sources"].items()}
+    assert kept == {"private": 0, "mail": 1, "twice": 1}
+    assert record["sources"]["private"]["excluded"] == 1
+    assert record["sources"]["mail"]["redacted"] == {"EMAIL_ADDRESS": 2}
+    assert record["sources"]["twice"]["near_duplicates"] == 1
+    assert record["held_out"]["dialogues"] == 1  # the other is among those for training
+    assert record["care"]["exclude"] == ["priv*", "none"]
+    shown = capsys.readouterr()
+    assert "exclude: no document or source matches 'none'" in shown.err
+    assert "mail: 1 dialogues" in shown.out and "redacted: EMAIL_ADDRESS 2" in shown.out
 
 
 def test_other_dialogues_are_another_run(folder):
