@@ -52,6 +52,14 @@ class Result:
     tokens: list[int]
     error: str | None = None
 
+    @property
+    def finish_reason(self) -> str:
+        """ "stop" after a stop token, "length" after max_new_tokens, "error"."""
+        if self.error is not None:
+            return "error"
+        stopped = bool(self.tokens) and self.tokens[-1] in self.request.stop_ids
+        return "stop" if stopped else "length"
+
 
 @dataclass
 class _Running:
@@ -70,6 +78,18 @@ class _Running:
     def is_done(self) -> bool:
         stopped = bool(self.new) and self.new[-1] in self.request.stop_ids
         return stopped or self.error is not None or len(self.new) >= self.request.max_new_tokens
+
+
+def seed_of(seed: int | None, *place: int) -> int | None:
+    """A seed for one of many requests: requests at different places draw apart, and alike in a run
+    that is resumed. None stays None.
+
+    Args:
+        place: whole numbers of at least 0.
+    """
+    if seed is None:
+        return None
+    return int(np.random.SeedSequence((seed, *place)).generate_state(1, np.uint64)[0])
 
 
 def check_request(model: Llama2, cache: PagedKVCache, request: Request) -> None:

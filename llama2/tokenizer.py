@@ -92,13 +92,15 @@ class Tokenizer:
         tens of megabytes."""
         return len(text.encode()) // self._most_bytes if self._most_bytes else 0
 
-    def decode(self, tokens: Iterable[int]) -> str:
+    def decode(self, tokens: Iterable[int], *, continues: bool = False) -> str:
         """Text of whole ids: control tokens give nothing, malformed UTF-8 gives U+FFFD.
 
+        Args:
+            continues: as of `StreamDecoder`.
         Raises:
             ValueError: an id is outside [0, vocab_size).
         """
-        stream = StreamDecoder(self, continues=False)
+        stream = StreamDecoder(self, continues=continues)
         return "".join([*map(stream.push, tokens), stream.finish()])
 
     def encode_chat(

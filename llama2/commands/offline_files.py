@@ -1,13 +1,15 @@
-"""The files of `llama2 serve-offline`: lines of prompts, lines of results, complaints."""
+"""The files of `llama2 serve-offline`: lines of prompts, lines of results."""
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from llama2.commands import json_lines
+from llama2.commands.json_lines import Complaints
 from llama2.serving import Result
-from llama2.terminal import complain_of_line
-from llama2.tokenizer import StreamDecoder, Tokenizer
+from llama2.tokenizer import Tokenizer
 
 SETTINGS = {"max_new_tokens": int, "temperature": float, "top_p": float, "seed": int}
 _RESULT_KEYS = {"id", "text", "num_new_tokens", "finish_reason"}
@@ -20,17 +22,6 @@ class Line:
     id: str | int
     prompt: str
     settings: dict[str, float | int]  # those that it has of SETTINGS
-
-
-class Complaints:
-    """Says on stderr what is wrong with a line, and counts."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.count = path, 0
-
-    def add(self, number: int, error: Exception) -> None:
-        self.count += 1
-        complain_of_line(self.path, number, error)
 
 
 def read_prompts(path: Path, complaints: Complaints) -> Iterator[Line]:
@@ -46,7 +37,7 @@ def read_prompts(path: Path, complaints: Complaints) -> Iterator[Line]:
                         f"id: expected another than line {first[line.id]}'s; got {line.id!r}"
                     )
             except ValueError as error:
-                complaints.add(number, error)
+                complaints.add(path, number, error)
                 continue
             first[line.id] = number
             yield line
@@ -88,25 +79,14 @@ def resume(path: Path) -> tuple[dict[str | int, bool], int]:
     Raises:
         ValueError: the file holds something else than results.
     """
-    if not path.exists():
-        return {}, 0
-    failed, end = {}, 0
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            if not raw.endswith(b"\n") and _is_begun(raw):
-                break
-            try:
-                record = json.loads(raw)
-                is_ours = record.keys() - {"error"} == _RESULT_KEYS and raw.endswith(b"\n")
-                failed[record["id"]] = "error" in record
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                is_ours = False
-            if not is_ours:
-                raise ValueError(
-                    f"--out: expected results of this command; got something else in line "
-                    f"{number} of {path}"
-                )
-            end += len(raw)
+    failed = {}
+
+    def take(record: Any) -> None:
+        if record.keys() - {"error"} != _RESULT_KEYS:
+            raise ValueError
+        failed[record["id"]] = "error" in record
+
+    end = json_lines.resume(path, take, _is_begun)
     return failed, end
 
 
@@ -129,17 +109,11 @@ def _is_begun(raw: bytes) -> bool:
 
 
 def result_line(line: Line, result: Result, tokenizer: Tokenizer) -> str:
-    decoder = StreamDecoder(tokenizer)
-    reason = "length"
-    if result.error is not None:
-        reason = "error"
-    elif result.tokens and result.tokens[-1] in result.request.stop_ids:
-        reason = "stop"
     record = {
         "id": line.id,
-        "text": "".join([*map(decoder.push, result.tokens), decoder.finish()]),
+        "text": tokenizer.decode(result.tokens, continues=True),
         "num_new_tokens": len(result.tokens),
-        "finish_reason": reason,
+        "finish_reason": result.finish_reason,
     }
     if result.error is not None:
         record["error"] = result.error

@@ -2,33 +2,21 @@
 
 import argparse
 import contextlib
-import fcntl
 import io
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
-
-from llama2.accounting import kv_bytes_per_token
-from llama2.cache.kv_cache import CACHE_DTYPES
 from llama2.cache.paged_kv_cache import PagedKVCache
 from llama2.checkpoint.files import require
-from llama2.commands.offline_files import (
-    SETTINGS,
-    Complaints,
-    Line,
-    read_prompts,
-    result_line,
-    resume,
-)
+from llama2.commands.caches import add_cache_options, make_cache
+from llama2.commands.json_lines import Complaints, lock_output
+from llama2.commands.offline_files import SETTINGS, Line, read_prompts, result_line, resume
 from llama2.commands.options import add_generation_options, load
 from llama2.commands.text import encode_prompt, stop_ids
 from llama2.model import Llama2
-from llama2.placement import free_bytes
-from llama2.serving import Request, check_request, serve
+from llama2.serving import Request, check_request, seed_of, serve
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,15 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '"length" or "error"}, with an "error" that says why, as they finish; ids that are there '
         "already are not done again. - is stdout, where nothing is resumed, as in a pipe",
     )
-    add("--max-batch", type=int, default=16, metavar="N", help="prompts at once; default: 16")
-    add("--page-size", type=int, default=16, metavar="N", help="tokens of a page; default: 16")
-    add(
-        "--num-pages",
-        type=int,
-        metavar="N",
-        help="of the key/value cache; default: as many as --max-batch of the prompts at hand can "
-        "fill, and fit in half of the free memory. With fewer, prompts wait for each other",
-    )
+    add_cache_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -77,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     prompts, out = arguments.prompts, arguments.out
     if out.exists() and prompts.samefile(out):
         raise ValueError(f"--out: expected another file than --prompts; got {out}")
-    complaints = Complaints(prompts)
+    complaints = Complaints()
     lines = list(read_prompts(prompts, complaints))
     num_done, done = 0, {}
     if _is_stream(out):
@@ -131,7 +111,7 @@ def _go_on(
 ) -> tuple[int, dict[str | int, bool]]:
     """Adds what is missing to the file. Returns how many it did, and what was there."""
     with arguments.out.open("a", encoding="utf-8") as file:
-        _lock(file)
+        lock_output(file)
         done, end = resume(arguments.out)  # another run may have ended just now
         todo = [line for line in lines if line.id not in done]
         num_done = _continue(todo, lines, file, arguments, complaints, end=end)
@@ -158,8 +138,12 @@ def _continue(
             encoded[line.number] = encode_prompt(tokenizer, line.prompt, model.config.max_seq_len)
         except ValueError as error:
             refused[line.number] = ValueError(f"prompt: {error}")
-    fitting = [line for line in lines if line.number in encoded]
-    cache = _make_cache(arguments, model, fitting, encoded)
+    lengths = [
+        len(encoded[line.number]) + line.settings.get("max_new_tokens", arguments.max_new_tokens)
+        for line in lines
+        if line.number in encoded
+    ]
+    cache = make_cache(arguments, model, lengths)
     _check_options(arguments, model, cache)
     if end is not None:
         file.truncate(end)
@@ -174,7 +158,11 @@ def _continue(
                 check_request(model, cache, request)
             except ValueError as error:
                 progress.clear()
-                complaints.add(line.number, ValueError(str(error).replace("prompts[0]", "prompt")))
+                complaints.add(
+                    arguments.prompts,
+                    line.number,
+                    ValueError(str(error).replace("prompts[0]", "prompt")),
+                )
                 progress.update()
                 continue
             served.append(line)
@@ -186,66 +174,11 @@ def _continue(
             line = served[result.index]
             if result.error is not None:
                 progress.clear()
-                complaints.add(line.number, ValueError(result.error))
+                complaints.add(arguments.prompts, line.number, ValueError(result.error))
             file.write(result_line(line, result, tokenizer))
             file.flush()
             progress.update()
     return len(served)
-
-
-def _lock(file: TextIO) -> None:
-    """For as long as the file is open: two runs would both do what is missing."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(
-            f"--out: expected a file that no other run writes to; got {file.name}"
-        ) from error
-
-
-def _make_cache(
-    arguments: argparse.Namespace,
-    model: Llama2,
-    lines: list[Line],
-    encoded: dict[int, list[int]],
-) -> PagedKVCache:
-    weight, config = model.lm_head.weight, model.cache_config
-    dtype = CACHE_DTYPES[arguments.kv_cache_dtype] or weight.dtype
-    num_pages, page_size = arguments.num_pages, max(arguments.page_size, 1)
-    page_bytes = kv_bytes_per_token(config, dtype.itemsize) * page_size
-    free = free_bytes(weight.device)
-    if num_pages is None:
-        longest = sorted(
-            min(
-                len(encoded[line.number])
-                + line.settings.get("max_new_tokens", arguments.max_new_tokens),
-                config.max_seq_len,
-            )
-            for line in lines
-        )
-        wanted = [math.ceil(max(length, 1) / page_size) for length in longest]
-        wanted = wanted[-max(arguments.max_batch, 1) :]
-        fitting = int(free / 2 / page_bytes)
-        if fitting < 1:
-            raise ValueError(
-                f"--num-pages: expected memory for a page of {page_bytes:,} bytes; got none. A "
-                "smaller --page-size or --kv-cache-dtype fp8 takes less"
-            )
-        num_pages = min(max(sum(wanted), 1), fitting)
-    elif num_pages * page_bytes > free:
-        raise ValueError(
-            f"--num-pages: expected at most {free // page_bytes:,} pages of {page_bytes:,} bytes, "
-            f"the free memory's; got {num_pages:,}"
-        )
-    return PagedKVCache(
-        config,
-        num_pages=num_pages,
-        page_size=arguments.page_size,
-        # A prompt at work has a page, so that more rows would stay empty.
-        max_batch=min(arguments.max_batch, max(len(lines), 1), max(num_pages, 1)),
-        dtype=dtype,
-        device=weight.device,
-    )
 
 
 def _check_options(arguments: argparse.Namespace, model: Llama2, cache: PagedKVCache) -> None:
@@ -258,9 +191,6 @@ def _request(
     line: Line, prompt: list[int], stops: list[int], arguments: argparse.Namespace
 ) -> Request:
     settings: dict[str, Any] = {name: getattr(arguments, name) for name in SETTINGS}
-    if settings["seed"] is not None:
-        # Apart for lines with one prompt, and the same in a run that is resumed.
-        sequence = np.random.SeedSequence((settings["seed"], line.number))
-        settings["seed"] = int(sequence.generate_state(1, np.uint64)[0])
+    settings["seed"] = seed_of(settings["seed"], line.number)
     settings |= line.settings
     return Request(prompt, stop_ids=stops, **settings)

@@ -225,13 +225,13 @@ def test_what_another_run_did_meanwhile_is_kept(serve_offline, files, monkeypatc
     serve_offline()
     whole = files[1].read_text(encoding="utf-8")
     files[1].unlink()
-    lock = serve_command._lock
+    lock = serve_command.lock_output
 
     def too_late(file):
         files[1].write_text(whole, encoding="utf-8")  # and that run has ended
         lock(file)
 
-    monkeypatch.setattr(serve_command, "_lock", too_late)
+    monkeypatch.setattr(serve_command, "lock_output", too_late)
     status, _, err = serve_offline()
     assert (status, files[1].read_text(encoding="utf-8")) == (0, whole)
     assert err.endswith(f"0 prompts done, {len(LINES)} were done before, 0 lines are bad\n")

@@ -1,0 +1,65 @@
+"""The cache of a command that serves many prompts at once: its options, and its size."""
+
+import argparse
+import math
+from collections.abc import Sequence
+
+from llama2.accounting import kv_bytes_per_token
+from llama2.cache.kv_cache import CACHE_DTYPES
+from llama2.cache.paged_kv_cache import PagedKVCache
+from llama2.model import Llama2
+from llama2.placement import free_bytes
+
+
+def add_cache_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `make_cache`, but for --kv-cache-dtype, which is one of generation's."""
+    add = parser.add_argument
+    add("--max-batch", type=int, default=16, metavar="N", help="prompts at once; default: 16")
+    add("--page-size", type=int, default=16, metavar="N", help="tokens of a page; default: 16")
+    add(
+        "--num-pages",
+        type=int,
+        metavar="N",
+        help="of the key/value cache; default: as many as --max-batch of the prompts at hand can "
+        "fill, and fit in half of the free memory. With fewer, prompts wait for each other",
+    )
+
+
+def make_cache(
+    arguments: argparse.Namespace, model: Llama2, lengths: Sequence[int]
+) -> PagedKVCache:
+    """An empty cache for sequences of at most these numbers of tokens, their new ones included.
+
+    Raises:
+        ValueError: an option that is wrong, or asks for more than the free memory.
+    """
+    weight, config = model.lm_head.weight, model.cache_config
+    dtype = CACHE_DTYPES[arguments.kv_cache_dtype] or weight.dtype
+    num_pages, page_size = arguments.num_pages, max(arguments.page_size, 1)
+    page_bytes = kv_bytes_per_token(config, dtype.itemsize) * page_size
+    free = free_bytes(weight.device)
+    if num_pages is None:
+        longest = sorted(min(length, config.max_seq_len) for length in lengths)
+        wanted = [math.ceil(max(length, 1) / page_size) for length in longest]
+        wanted = wanted[-max(arguments.max_batch, 1) :]
+        fitting = int(free / 2 / page_bytes)
+        if fitting < 1:
+            raise ValueError(
+                f"--num-pages: expected memory for a page of {page_bytes:,} bytes; got none. A "
+                "smaller --page-size or --kv-cache-dtype fp8 takes less"
+            )
+        num_pages = min(max(sum(wanted), 1), fitting)
+    elif num_pages * page_bytes > free:
+        raise ValueError(
+            f"--num-pages: expected at most {free // page_bytes:,} pages of {page_bytes:,} bytes, "
+            f"the free memory's; got {num_pages:,}"
+        )
+    return PagedKVCache(
+        config,
+        num_pages=num_pages,
+        page_size=arguments.page_size,
+        # A prompt at work has a page, so that more rows would stay empty.
+        max_batch=min(arguments.max_batch, max(len(lengths), 1), max(num_pages, 1)),
+        dtype=dtype,
+        device=weight.device,
+    )
