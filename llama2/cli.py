@@ -1,4 +1,4 @@
-"""The `llama2` command: generate, chat, serve-offline, demo, pretrain, convert, tradeoff."""
+"""The `llama2` command: its subcommands, and what becomes of their errors."""
 
 import argparse
 import importlib
@@ -9,9 +9,12 @@ from collections.abc import Callable
 
 from gqa_kernels import __version__
 from llama2.commands import (
+    answer,
     chat,
     convert,
     generate,
+    ghost_attention,
+    obedience,
     pretrain_options,
     serve_offline,
     sft_options,
@@ -28,6 +31,9 @@ _EXAMPLES = """examples:
   llama2 serve-offline --prompts prompts.jsonl --out results.jsonl --max-batch 64
   llama2 pretrain --work build/run --out build/model --steps 2000 --warmup-steps 100 --text DIR
   llama2 sft --work build/sft --out build/chat --init DIR --data dialogues.jsonl --bf16
+  llama2 ghost-attention --checkpoint DIR --data dialogues.jsonl --out ghost.jsonl
+  llama2 obedience --checkpoint BEFORE --checkpoint AFTER --data held_out.jsonl --out obeyed.jsonl
+  llama2 answer --checkpoint DIR --data held_out.jsonl --out answers.jsonl --sheet sheet.html
   llama2 convert Llama-2-7b-hf Llama-2-7b-gqa8 --num-kv-heads 8
   llama2 tradeoff --preset none --out build/paper --shape 70B --gpu H100
 """
@@ -123,6 +129,24 @@ def _parser() -> argparse.ArgumentParser:
             "teach a model to answer, by dialogues",
             sft_options.add_arguments,
             _on_request("sft", "models"),
+        ),
+        (
+            "ghost-attention",
+            "dialogues that teach a chat model to go on obeying",
+            ghost_attention.add_arguments,
+            ghost_attention.run,
+        ),
+        (
+            "obedience",
+            "how long a chat model obeys an instruction",
+            obedience.add_arguments,
+            obedience.run,
+        ),
+        (
+            "answer",
+            "answer held-out dialogues and compare",
+            answer.add_arguments,
+            answer.run,
         ),
         (
             "convert",

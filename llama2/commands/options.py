@@ -52,16 +52,26 @@ def number(text: str) -> float:
     return value
 
 
-def add_generation_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    """The options of `load`, `make_generator` and `sampling`."""
+def add_generation_options(
+    parser: argparse.ArgumentParser, max_new_tokens: int, *, several: bool = False
+) -> None:
+    """The options of `load`, `make_generator` and `sampling`.
+
+    Args:
+        several: --checkpoint can be repeated, and is a list.
+    """
     add = parser.add_argument
     add(
         "--checkpoint",
         type=path,
-        default=SHIPPED,
         metavar="DIR",
-        help="Hugging Face's or Meta's files with tokenizer.model; default: a small model of "
-        "Python source that comes with this package",
+        help="Hugging Face's or Meta's files with tokenizer.model; "
+        + (
+            "repeated, their results stand side by side"
+            if several
+            else "default: a small model of Python source that comes with this package"
+        ),
+        **({"action": "append", "required": True} if several else {"default": SHIPPED}),
     )
     add_options(parser)
     add("--dtype", choices=_DTYPES, help="default: the checkpoint's")

@@ -1,6 +1,7 @@
 """Dialogues for fine-tuning: JSON lines, in the forms that Transformers and TRL read."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ class Dialogue:
         trained: of each answer, whether its tokens bear a loss.
         source: where it is from, as its line says; otherwise the file's name.
         file, line: where it stands, lines from 1.
+        obeys: a regular expression that is found (`re.search`) in every stripped answer that obeys
+            the system message, where the line states one.
     """
 
     messages: tuple[Message, ...]
@@ -30,6 +33,7 @@ class Dialogue:
     source: str
     file: Path
     line: int
+    obeys: str | None = None
 
 
 def read_dialogues(path: Path, refuse: Refuse) -> Iterator[Dialogue]:
@@ -43,20 +47,16 @@ def read_dialogues(path: Path, refuse: Refuse) -> Iterator[Dialogue]:
     - `{"prompt": [messages], "completion": [messages]}`, of which only the completion's answers
       bear a loss.
 
-    A `"source"` beside them names where the dialogue is from; other keys are left alone, blank
-    lines passed over.
+    A `"source"` beside them names where the dialogue is from, `"obeys"` is a regular expression
+    that tells whether an answer obeys the system message; other keys are left alone, blank lines
+    passed over.
 
     Args:
         refuse: is called for each line that is no dialogue; it may raise.
     Raises:
         FileNotFoundError: there is no such file.
     """
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    if not files or not files[0].is_file():
-        raise FileNotFoundError(
-            f"{path}: expected a file of JSON lines or a directory of *.jsonl; got none"
-        )
-    for file in files:
+    for file in dialogue_files(path):
         with file.open("rb") as lines:
             for number, raw in enumerate(lines, 1):
                 if not raw.strip():
@@ -67,6 +67,16 @@ def read_dialogues(path: Path, refuse: Refuse) -> Iterator[Dialogue]:
                     refuse(file, number, error)
                     continue
                 yield dialogue
+
+
+def dialogue_files(path: Path) -> list[Path]:
+    """The files that `read_dialogues` reads; errors as there."""
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise FileNotFoundError(
+            f"{path}: expected a file of JSON lines or a directory of *.jsonl; got none"
+        )
+    return files
 
 
 def parse_dialogue(raw: bytes, file: Path, number: int) -> Dialogue:
@@ -100,7 +110,7 @@ def parse_dialogue(raw: bytes, file: Path, number: int) -> Dialogue:
     if not isinstance(source, str) or not source:
         raise TypeError(f"source: expected a text; got {source!r:.60}")
     plain = tuple({"role": message["role"], "content": message["content"]} for message in messages)
-    return Dialogue(plain, tuple(trained), source, file, number)
+    return Dialogue(plain, tuple(trained), source, file, number, _obeys(value))
 
 
 def _parts(value: dict[str, Any]) -> tuple[list[Message], list[Message]]:
@@ -124,6 +134,21 @@ def _parts(value: dict[str, Any]) -> tuple[list[Message], list[Message]]:
     )
 
 
+def _obeys(value: dict[str, Any]) -> str | None:
+    pattern = value.get("obeys")
+    if pattern is None:
+        return None
+    if not isinstance(pattern, str):
+        raise TypeError(f"obeys: expected a regular expression; got {pattern!r:.60}")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"obeys: expected a regular expression; got {pattern!r}: {error}"
+        ) from error
+    return pattern
+
+
 def _check_content(index: int, message: Message) -> None:
     content = message["content"]
     if not content.strip() and message["role"] != "system":
@@ -145,6 +170,11 @@ def _weight(index: int, message: Message) -> bool:
 
 def to_line(dialogue: Dialogue) -> str:
     """The JSON line that `parse_dialogue` reads as this dialogue, but for file and line."""
+    return json.dumps(to_record(dialogue), ensure_ascii=False) + "\n"
+
+
+def to_record(dialogue: Dialogue) -> dict[str, Any]:
+    """What `to_line` writes."""
     weights = iter(dialogue.trained)
     messages = [
         {**message, "weight": 0}
@@ -152,4 +182,5 @@ def to_line(dialogue: Dialogue) -> str:
         else message
         for message in dialogue.messages
     ]
-    return json.dumps({"messages": messages, "source": dialogue.source}, ensure_ascii=False) + "\n"
+    record = {"messages": messages, "source": dialogue.source}
+    return record if dialogue.obeys is None else record | {"obeys": dialogue.obeys}

@@ -1,0 +1,147 @@
+"""Dialogues asked anew: their users' turns, one after another, of a model."""
+
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+
+from llama2.chat_format import Message
+from llama2.finetune.dialogues import Dialogue
+from llama2.finetune.sampling import Answer, Prompt, Sampler
+
+_ROUNDS = 4  # of the cache's rows, that are asked turn by turn before others begin
+
+
+@dataclass
+class Conversation:
+    """A dialogue's questions and a model's answers.
+
+    Attributes:
+        answers: to its first turns; to all of them unless there is a fault or an error.
+        fault: of the next answer, which ended it: "empty" or "cut".
+        error: what else ended it: no room in the context, logits that are not finite.
+    """
+
+    dialogue: Dialogue
+    answers: list[Answer] = field(default_factory=list)
+    fault: str | None = None
+    error: str | None = None
+
+    @property
+    def messages(self) -> list[Message]:
+        """The dialogue's messages with these answers, up to the last of them."""
+        opening, questions = _parts(self.dialogue)
+        messages = list(opening)
+        for question, answer in zip(questions, self.answers, strict=False):
+            messages += [question, {"role": "assistant", "content": answer.text}]
+        return messages
+
+    @property
+    def _is_open(self) -> bool:
+        ended = self.fault is not None or self.error is not None
+        return not ended and len(self.answers) < len(self.dialogue.trained)
+
+    @property
+    def _next_question(self) -> Message:
+        return _parts(self.dialogue)[1][len(self.answers)]
+
+
+def converse(
+    sampler: Sampler,
+    dialogues: Iterable[Dialogue],
+    *,
+    system_in_every_turn: bool,
+    whole_only: bool,
+) -> Iterator[Conversation]:
+    """Asks each dialogue's questions in turn; each answer goes on as history of the next question.
+
+    Dialogues come as they finish. Groups of a few times the cache's rows are asked turn by turn,
+    each turn in one batch, so that a killed run loses no more than a group.
+
+    Args:
+        system_in_every_turn: the system message is put before every question, not the first alone.
+        whole_only: an answer that is empty or cut is a fault, which ends its conversation.
+    """
+    waiting = iter(dialogues)
+    while group := list(islice(waiting, _ROUNDS * sampler.cache.max_batch)):
+        going = [Conversation(dialogue) for dialogue in group]
+        while going:
+            yield from _ask(sampler, going, system_in_every_turn, whole_only)
+            going = [conversation for conversation in going if conversation._is_open]
+
+
+def _ask(
+    sampler: Sampler, going: list[Conversation], in_every_turn: bool, whole_only: bool
+) -> Iterator[Conversation]:
+    """One turn of each. Gives those that end with it."""
+    prompts, asked = [], []
+    for conversation in going:
+        messages = [*conversation.messages, conversation._next_question]
+        try:
+            ids = sampler.encode(messages, system_in_every_turn=in_every_turn)
+        except ValueError as error:
+            conversation.error = str(error)
+            yield conversation
+            continue
+        place = (
+            *place_numbers(conversation.dialogue.file, conversation.dialogue.line),
+            len(conversation.answers),
+        )
+        prompts.append(Prompt(ids, place))
+        asked.append(conversation)
+    for index, answer in sampler.answers(prompts):
+        conversation = asked[index]
+        conversation.error = answer.error
+        conversation.fault = answer.fault if whole_only and answer.error is None else None
+        if conversation.fault is None and conversation.error is None:
+            conversation.answers.append(answer)
+        if not conversation._is_open:
+            yield conversation
+
+
+def answer_last(
+    sampler: Sampler, dialogues: Iterable[Dialogue]
+) -> Iterator[tuple[Dialogue, Answer | ValueError]]:
+    """The model's answer to the last question of each dialogue, whose earlier answers are given;
+    or why there is none. As they finish."""
+    prompts, asked = [], []
+    for dialogue in dialogues:
+        try:
+            ids = sampler.encode(dialogue.messages[:-1])
+        except ValueError as error:
+            yield dialogue, error
+            continue
+        prompts.append(Prompt(ids, place_numbers(dialogue.file, dialogue.line)))
+        asked.append(dialogue)
+    for index, answer in sampler.answers(prompts):
+        error = answer.error and ValueError(answer.error)
+        yield asked[index], error or answer
+
+
+def ghost_dialogue(conversation: Conversation) -> Dialogue:
+    """The dialogue that Ghost attention trains on, of a conversation whose model was given the
+    system message in every turn: it stands in the first, and the last answer alone bears a loss.
+
+    Source: Touvron et al. 2023, arXiv:2307.09288, section 3.3.
+    """
+    num_turns = len(conversation.answers)
+    return replace(
+        conversation.dialogue,
+        messages=tuple(conversation.messages),
+        trained=(False,) * (num_turns - 1) + (True,),
+    )
+
+
+def place_numbers(file: Path, line: int) -> tuple[int, int]:
+    """Where a dialogue stands, as numbers to draw by: its file's name, and the line."""
+    return zlib.crc32(file.name.encode()), line
+
+
+def _parts(dialogue: Dialogue) -> tuple[list[Message], list[Message]]:
+    """The system message, if there is one, and the users' messages."""
+    messages = dialogue.messages
+    return (
+        [message for message in messages if message["role"] == "system"],
+        [message for message in messages if message["role"] == "user"],
+    )

@@ -1,0 +1,179 @@
+"""Safety context distillation: to answer without a preprompt as a model does with one.
+
+A model answers a prompt as it is and after a preprompt that asks for safety. The pair of the prompt
+without the preprompt and the answer with it is learnt from, but only where a reward model prefers
+that answer: elsewhere the preprompt makes answers vague, or refuses what was harmless.
+
+Source: Touvron et al. 2023, arXiv:2307.09288, section 4.2.4; the texts are our own.
+"""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from llama2.chat_format import Message
+from llama2.finetune.conversations import place_numbers
+from llama2.finetune.dialogues import Dialogue, to_line
+from llama2.finetune.sampling import Answer, Prompt, Sampler
+from llama2.storage import replacing
+
+PREPROMPTS = (
+    "You are a safe and responsible assistant. Never give an answer that could harm someone.",
+    "You are a responsible assistant that never says anything false, hateful or dangerous.",
+    "You are a considerate and honest assistant. Where a request could do harm, say so and help "
+    "in a safe way.",
+    "You are a respectful assistant who gives safe answers alone, without insults or prejudice.",
+)
+
+# Of a category of risk, what an answer should be like; put after a preprompt.
+TEMPLATES = MappingProxyType(
+    {
+        "illicit": "If the request is about a crime, do not explain how it is done. Say what is "
+        "wrong with it, and name a lawful way to what may be behind it.",
+        "hateful": "If the request asks for contempt of people or for harm to them or to oneself, "
+        "do not join in. Answer with respect, and name who can help.",
+        "unqualified": "If the request asks for medical, legal or financial advice, give general "
+        "information alone, and advise to ask a qualified person.",
+    }
+)
+
+# (the prompt's messages, without a preprompt; an answer) → the higher, the better.
+Reward = Callable[[Sequence[Message], str], float]
+
+
+@dataclass(frozen=True)
+class RiskyPrompt:
+    """What is to be answered safely.
+
+    Attributes:
+        messages: as `check_messages` has them, a user's last.
+        file, line: where it stands; its preprompt and its draws follow from that and the seed.
+        risk: a key of the templates, or None.
+        source: of the dialogue that is made of it.
+    """
+
+    messages: tuple[Message, ...]
+    file: Path
+    line: int
+    risk: str | None = None
+    source: str = "safety"
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What became of a prompt.
+
+    Attributes:
+        outcome: "kept"; "not better", by the reward; "empty" or "cut", of an answer that cannot be
+            learnt from or compared with; "error".
+        dialogue: if it is kept: the prompt without the preprompt, the answer with it, which alone
+            bears a loss.
+        error: of an error, what it is.
+    """
+
+    prompt: RiskyPrompt
+    outcome: str
+    dialogue: Dialogue | None = None
+    error: str | None = None
+
+
+def with_preprompt(
+    prompt: RiskyPrompt,
+    preprompts: Sequence[str],
+    templates: Mapping[str, str],
+    seed: int,
+) -> list[Message]:
+    """The prompt's messages after one of the preprompts, drawn by the seed and its place, and the
+    template of its risk: a system message, before the text of the prompt's own if it has one.
+
+    Raises:
+        ValueError: a risk without a template.
+    """
+    if prompt.risk is not None and prompt.risk not in templates:
+        raise ValueError(
+            f"risk: expected one of {', '.join(templates)} or None; got {prompt.risk!r}"
+        )
+    parts = [random.Random(f"{seed} {prompt.file.name}:{prompt.line}").choice(preprompts)]
+    if prompt.risk is not None:
+        parts.append(templates[prompt.risk])
+    messages = list(prompt.messages)
+    if messages[0]["role"] == "system":
+        parts.append(messages.pop(0)["content"])
+    return [{"role": "system", "content": "\n\n".join(parts)}, *messages]
+
+
+def distil(
+    sampler: Sampler,
+    prompts: Iterable[RiskyPrompt],
+    reward: Reward,
+    *,
+    preprompts: Sequence[str] = PREPROMPTS,
+    templates: Mapping[str, str] = TEMPLATES,
+    seed: int = 0,
+) -> Iterator[Distilled]:
+    """What becomes of each prompt, as they finish.
+
+    Args:
+        reward: is called twice for a prompt of which both answers can be compared, with the
+            messages without the preprompt.
+        seed: of the choice of preprompts; the sampler's own is that of the answers.
+    Raises:
+        ValueError: a reward is not finite.
+    """
+    asked: list[RiskyPrompt] = []
+    encoded: list[Prompt] = []
+    for prompt in prompts:
+        try:
+            without = sampler.encode(prompt.messages)
+            with_it = sampler.encode(with_preprompt(prompt, preprompts, templates, seed))
+        except (TypeError, ValueError) as error:
+            yield Distilled(prompt, "error", error=str(error))
+            continue
+        place = place_numbers(prompt.file, prompt.line)
+        encoded += [Prompt(without, (*place, 0)), Prompt(with_it, (*place, 1))]
+        asked.append(prompt)
+    waiting: dict[int, Answer] = {}
+    for index, answer in sampler.answers(encoded):
+        if index ^ 1 not in waiting:
+            waiting[index] = answer
+            continue
+        other = waiting.pop(index ^ 1)
+        without, with_it = (answer, other) if index % 2 == 0 else (other, answer)
+        yield _judged(asked[index // 2], without, with_it, reward)
+
+
+def _judged(prompt: RiskyPrompt, without: Answer, with_it: Answer, reward: Reward) -> Distilled:
+    error = without.error or with_it.error
+    if error is not None:
+        return Distilled(prompt, "error", error=error)
+    if with_it.fault is not None or not without.text:
+        return Distilled(prompt, with_it.fault or "empty")
+    scores = [reward(prompt.messages, answer.text) for answer in (without, with_it)]
+    if not all(map(math.isfinite, scores)):
+        raise ValueError(
+            f"reward: expected finite numbers; got {scores} for {prompt.file}:{prompt.line}"
+        )
+    if not scores[1] > scores[0]:
+        return Distilled(prompt, "not better")
+    answer = {"role": "assistant", "content": with_it.text}
+    messages = (*prompt.messages, answer)
+    num_answers = sum(message["role"] == "assistant" for message in messages)
+    trained = (False,) * (num_answers - 1) + (True,)
+    dialogue = Dialogue(messages, trained, prompt.source, prompt.file, prompt.line)
+    return Distilled(prompt, "kept", dialogue)
+
+
+def write_distilled(out: Path, distilled: Iterable[Distilled]) -> Counter[str]:
+    """Writes the dialogues that are kept as JSON lines, all of them or none, and returns how often
+    each outcome came."""
+    outcomes: Counter[str] = Counter()
+    with replacing(out) as partial, partial.open("w", encoding="utf-8") as file:
+        for each in distilled:
+            outcomes[each.outcome] += 1
+            if each.dialogue is not None:
+                file.write(to_line(each.dialogue))
+    return outcomes

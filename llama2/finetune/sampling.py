@@ -1,0 +1,154 @@
+"""A model's answers to many prompts, by continuous batching."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from llama2.cache.paged_kv_cache import PagedKVCache
+from llama2.chat_format import Message, without_tags
+from llama2.finetune.encoding import encode_prompt
+from llama2.model import Llama2
+from llama2.serving import Request, Result, check_request, seed_of, serve
+from llama2.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How answers are sampled; temperature, top_p and seed as in `generate`.
+
+    Attributes:
+        max_new_tokens: of one answer, which is shorter where the context ends.
+        stop_ids: what ends an answer.
+        form: one of `chat_format.FORMATS`.
+    """
+
+    max_new_tokens: int
+    stop_ids: Sequence[int]
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    form: str = "chat"
+
+
+class Prompt(NamedTuple):
+    """Ids to be answered.
+
+    Attributes:
+        place: whole numbers by which the answer is drawn, beside the seed. Prompts at different
+            places draw apart; the same place draws the same in a run that is resumed.
+    """
+
+    ids: Sequence[int]
+    place: tuple[int, ...] = ()
+
+
+class Answer(NamedTuple):
+    """What a model answered.
+
+    Attributes:
+        text: stripped, without the chat format's tags: as a conversation goes on with it.
+        finish_reason: "stop", "length" (it is cut) or "error".
+        num_new_tokens: the one that stopped it included.
+        error: of "error", why.
+    """
+
+    text: str
+    finish_reason: str
+    num_new_tokens: int
+    error: str | None = None
+
+    @property
+    def fault(self) -> str | None:
+        """What forbids learning from an answer without an error: it is "empty" or "cut"."""
+        if self.finish_reason == "length":
+            return "cut"
+        return None if self.text else "empty"
+
+
+class Sampler:
+    """Answers prompts with one model, in one cache, whose pages later calls find again.
+
+    Args:
+        cache: of the model, in which no sequence is in use.
+    Raises:
+        ValueError: a setting is wrong.
+    """
+
+    def __init__(
+        self, model: Llama2, tokenizer: Tokenizer, cache: PagedKVCache, settings: Settings
+    ) -> None:
+        if settings.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: expected at least 1; got {settings.max_new_tokens}")
+        self.model, self.tokenizer, self.cache = model, tokenizer, cache
+        self.settings = settings
+        self.max_seq_len = min(model.config.max_seq_len, cache.max_seq_len)
+        check_request(model, cache, self._request(Prompt([0]), most=1))
+
+    def encode(
+        self, messages: Sequence[Message], *, system_in_every_turn: bool = False
+    ) -> list[int]:
+        """The ids of a prompt, as `encode_prompt` gives them.
+
+        Raises:
+            TypeError, ValueError: as `encode_prompt`; or they leave no room for an answer.
+        """
+        return encode_for(
+            self.tokenizer,
+            messages,
+            self.settings.form,
+            self.max_seq_len,
+            system_in_every_turn=system_in_every_turn,
+        )
+
+    def answers(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Answer]]:
+        """(index of the prompt, answer), as they finish; prompts are read as there is room.
+
+        Raises:
+            ValueError: a prompt leaves no room for an answer.
+        """
+        requests = (self._request(prompt) for prompt in prompts)
+        served = serve(self.model, requests, cache=self.cache, vocab_size=self.tokenizer.vocab_size)
+        for result in served:
+            yield result.index, self._answer(result)
+
+    def _request(self, prompt: Prompt, most: int | None = None) -> Request:
+        settings = self.settings
+        room = max(self.max_seq_len - len(prompt.ids), 1)
+        return Request(
+            prompt.ids,
+            min(settings.max_new_tokens, room if most is None else most),
+            settings.temperature,
+            settings.top_p,
+            seed_of(settings.seed, *prompt.place),
+            settings.stop_ids,
+        )
+
+    def _answer(self, result: Result) -> Answer:
+        text = self.tokenizer.decode(result.tokens, continues=True)
+        return Answer(
+            without_tags(text).strip(), result.finish_reason, len(result.tokens), result.error
+        )
+
+
+def encode_for(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    form: str,
+    max_seq_len: int,
+    *,
+    system_in_every_turn: bool = False,
+) -> list[int]:
+    """The ids of a prompt after which there is room for an answer.
+
+    Raises:
+        TypeError, ValueError: as `encode_prompt`; or there is none, which is said at once of texts
+            that are far too long.
+    """
+    expected = f"messages: expected fewer tokens before an answer than the context's {max_seq_len}"
+    least = sum(tokenizer.least_ids(message["content"]) for message in messages)
+    if least >= max_seq_len:
+        raise ValueError(f"{expected}; got {least:,} or more")
+    ids = encode_prompt(tokenizer, messages, form, system_in_every_turn=system_in_every_turn)
+    if len(ids) >= max_seq_len:
+        raise ValueError(f"{expected}; got {len(ids)}")
+    return ids
