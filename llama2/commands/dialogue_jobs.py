@@ -103,10 +103,13 @@ class Results:
     def __init__(self, file: TextIO, done: dict[Key, dict[str, Any]], end: int) -> None:
         self.done = done
         self._file, self._end = file, end
+        self._is_begun = False
 
     def begin(self) -> None:
         """Cuts a half-written last line: only once nothing about the options can be wrong."""
-        self._file.truncate(self._end)
+        if not self._is_begun:
+            self._file.truncate(self._end)
+            self._is_begun = True
 
     def write(self, key: Key, record: dict[str, Any]) -> None:
         beginning = {"place": key.place}

@@ -11,6 +11,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -137,13 +138,14 @@ def distil(
         encoded += [Prompt(without, (*place, 0)), Prompt(with_it, (*place, 1))]
         asked.append(prompt)
     waiting: dict[int, Answer] = {}
-    for index, answer in sampler.answers(encoded):
-        if index ^ 1 not in waiting:
-            waiting[index] = answer
-            continue
-        other = waiting.pop(index ^ 1)
-        without, with_it = (answer, other) if index % 2 == 0 else (other, answer)
-        yield _judged(asked[index // 2], without, with_it, reward)
+    with closing(sampler.answers(encoded)) as answers:  # a reward that raises leaves no rows
+        for index, answer in answers:
+            if index ^ 1 not in waiting:
+                waiting[index] = answer
+                continue
+            other = waiting.pop(index ^ 1)
+            without, with_it = (answer, other) if index % 2 == 0 else (other, answer)
+            yield _judged(asked[index // 2], without, with_it, reward)
 
 
 def _judged(prompt: RiskyPrompt, without: Answer, with_it: Answer, reward: Reward) -> Distilled:

@@ -1,6 +1,7 @@
 """A model's answers to many prompts, by continuous batching."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -82,7 +83,8 @@ class Sampler:
         self.model, self.tokenizer, self.cache = model, tokenizer, cache
         self.settings = settings
         self.max_seq_len = min(model.config.max_seq_len, cache.max_seq_len)
-        check_request(model, cache, self._request(Prompt([0]), most=1))
+        drawn = (settings.temperature, settings.top_p, settings.seed)
+        check_request(model, cache, Request([0], 1, *drawn, settings.stop_ids))
 
     def encode(
         self, messages: Sequence[Message], *, system_in_every_turn: bool = False
@@ -100,7 +102,7 @@ class Sampler:
             system_in_every_turn=system_in_every_turn,
         )
 
-    def answers(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Answer]]:
+    def answers(self, prompts: Iterable[Prompt]) -> Generator[tuple[int, Answer], None, None]:
         """(index of the prompt, answer), as they finish; prompts are read as there is room.
 
         Raises:
@@ -108,15 +110,16 @@ class Sampler:
         """
         requests = (self._request(prompt) for prompt in prompts)
         served = serve(self.model, requests, cache=self.cache, vocab_size=self.tokenizer.vocab_size)
-        for result in served:
-            yield result.index, self._answer(result)
+        with closing(served):
+            for result in served:
+                yield result.index, self._answer(result)
 
-    def _request(self, prompt: Prompt, most: int | None = None) -> Request:
+    def _request(self, prompt: Prompt) -> Request:
         settings = self.settings
-        room = max(self.max_seq_len - len(prompt.ids), 1)
+        room = max(self.max_seq_len - len(prompt.ids), 1)  # without any, serve says so
         return Request(
             prompt.ids,
-            min(settings.max_new_tokens, room if most is None else most),
+            min(settings.max_new_tokens, room),
             settings.temperature,
             settings.top_p,
             seed_of(settings.seed, *prompt.place),

@@ -1,0 +1,48 @@
+"""A stand-in for `serve` in what asks a chat model: the answers are a function's."""
+
+from collections.abc import Callable
+
+from llama2 import checkpoint
+from llama2.serving import Result, check_request
+from llama2.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer(checkpoint.SHIPPED / "tokenizer.model")
+
+
+class Answering:
+    """Answers each request by a text of the prompt's, cut at max_new_tokens.
+
+    Args:
+        answer: of the prompt's text, without control tokens.
+    Attributes:
+        prompts: the texts of all requests so far.
+        kill_after: so many answers, a KeyboardInterrupt comes.
+    """
+
+    def __init__(self, answer: Callable[[str], str]) -> None:
+        self.answer = answer
+        self.prompts: list[str] = []
+        self.kill_after: int | None = None
+
+    def serve(self, model, requests, *, cache, vocab_size):
+        assert vocab_size == TOKENIZER.vocab_size
+        for index, request in enumerate(requests):
+            if self.kill_after is not None and len(self.prompts) >= self.kill_after:
+                raise KeyboardInterrupt
+            check_request(model, cache, request)
+            self.prompts.append(TOKENIZER.decode(request.prompt))
+            ids = TOKENIZER.encode(self.answer(self.prompts[-1]), bos=False, eos=True)
+            yield Result(index, request, ids[: request.max_new_tokens])
+
+
+def turns_of(text: str) -> list[str]:
+    """The questions in the text of a prompt in the chat format, a system message among them."""
+    return [part.split("[/INST]")[0].strip() for part in text.split("[INST]")[1:]]
+
+
+def dialogue(*contents: str, system: str | None = None, **beside) -> dict:
+    """A line's record: a user's content, an answer, and so on."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for index, content in enumerate(contents):
+        messages.append({"role": ("user", "assistant")[index % 2], "content": content})
+    return {"messages": messages, **beside}
