@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `run`."""
     add_job_options(
         parser,
+        data="dialogues whose last answer is the expected one",
         out="the prompts with the model's answers and the expected ones",
-        max_new_tokens=256,
     )
     add = parser.add_argument
     add("--summary", type=path, metavar="FILE", help="the table's numbers, as JSON")

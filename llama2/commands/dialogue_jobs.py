@@ -20,23 +20,24 @@ _BEGIN = b'{"place": "'  # of every line of results
 
 
 def add_job_options(
-    parser: argparse.ArgumentParser, *, out: str, max_new_tokens: int, several: bool = False
+    parser: argparse.ArgumentParser, *, data: str, out: str, several: bool = False
 ) -> None:
     """The options of the functions below.
 
     Args:
+        data: what dialogues the command takes.
         out: what a line of --out is.
         several: checkpoints, as of `add_generation_options`.
     """
-    add_generation_options(parser, max_new_tokens, several=several)
+    add_generation_options(parser, max_new_tokens=256, several=several)
     add = parser.add_argument
     add(
         "--data",
         type=path,
         required=True,
         metavar="PATH",
-        help='JSON lines of dialogues, {"messages": [{"role": …, "content": …}, …]}, or a '
-        "directory of *.jsonl",
+        help=f'JSON lines {{"messages": [{{"role": …, "content": …}}, …]}} or a directory of '
+        f"*.jsonl: {data}",
     )
     add(
         "--out",

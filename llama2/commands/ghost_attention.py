@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `run`."""
     add_job_options(
         parser,
+        data="dialogues whose system message all answers are to obey",
         out="the dialogues with the model's answers, of which the last alone bears a loss",
-        max_new_tokens=256,
     )
     parser.add_argument(
         "--instructions",

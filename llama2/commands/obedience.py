@@ -33,8 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `run`."""
     add_job_options(
         parser,
+        data='dialogues with a system message and, beside the messages, "obeys": REGEX, which is '
+        "found in every answer that obeys it",
         out="the dialogues with the models' answers, and which of these obeyed",
-        max_new_tokens=256,
         several=True,
     )
     parser.add_argument("--summary", type=path, metavar="FILE", help="the table's numbers, as JSON")

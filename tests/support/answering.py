@@ -17,14 +17,20 @@ class Answering:
     Attributes:
         prompts: the texts of all requests so far.
         kill_after: so many answers, a KeyboardInterrupt comes.
+        backwards: whether the last request finishes first.
     """
 
     def __init__(self, answer: Callable[[str], str]) -> None:
         self.answer = answer
         self.prompts: list[str] = []
         self.kill_after: int | None = None
+        self.backwards = False
 
     def serve(self, model, requests, *, cache, vocab_size):
+        results = self._results(model, requests, cache, vocab_size)
+        yield from reversed(list(results)) if self.backwards else results
+
+    def _results(self, model, requests, cache, vocab_size):
         assert vocab_size == TOKENIZER.vocab_size
         for index, request in enumerate(requests):
             if self.kill_after is not None and len(self.prompts) >= self.kill_after:

@@ -100,7 +100,9 @@ SHOUTED = {
 }
 
 
-def test_what_a_line_becomes(ghost, stand_in):
+@pytest.mark.parametrize("backwards", [False, True])
+def test_what_a_line_becomes(backwards, ghost, stand_in):
+    stand_in.backwards = backwards
     status, records, err = ghost()
     assert status == 0
     assert err == (
@@ -171,9 +173,15 @@ def test_a_killed_run_is_gone_on_with(kill_after, ghost, stand_in):
 
 
 def test_what_was_done_is_written_before_the_end(ghost, stand_in):
-    """Of a group those that have fewest turns, and every group before the last."""
+    """Of a group those that have fewest turns."""
     stand_in.kill_after = 3  # the first turn of all
     assert set(ghost()[1]) == {"data.jsonl:3"}
+
+
+def test_a_killed_run_loses_no_more_than_a_group(ghost, files, stand_in):
+    write(files[0], [dialogue("a?", "x", "b?", "x", system="Shout")] * 10)
+    stand_in.kill_after = 2 * 4 + 1
+    assert len(ghost("--max-batch", "1")[1]) == 4
 
 
 def test_a_cut_file_is_gone_on_with_at_any_byte(ghost, files, stand_in):

@@ -47,8 +47,9 @@ def length(messages, text: str) -> float:
     return float(len(text))
 
 
-def test_the_better_answer_is_kept_with_the_prompt_alone(sampler, stand_in, tmp_path):
-    scored = []
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_better_answer_is_kept_with_the_prompt_alone(backwards, sampler, stand_in, tmp_path):
+    stand_in.backwards, scored = backwards, []
 
     def reward(messages, text):
         scored.append((messages, text))
