@@ -165,7 +165,11 @@ def _read(
                 except ValueError as error:
                     refuse(dialogue.file, dialogue.line, error)
     if not found.encoded:
-        raise ValueError(f"{paths[0]}: expected at least one dialogue; got none")
+        left_out = sum(counts.excluded + counts.near_duplicates for counts in found.counts.values())
+        raise ValueError(
+            f"{paths[0]}: expected at least one dialogue; got none beside {num_bad} bad lines and "
+            f"{left_out} that are excluded or repeat others"
+        )
     return found, num_bad
 
 

@@ -66,7 +66,7 @@ def folder(tmp_path):
     write(tmp_path / "train.jsonl", lines)
     write(
         tmp_path / "held.jsonl",
-        [dialogue(word, "red", "one", "cat", source="held") for word in WORDS],
+        [dialogue(word * 2, source="held") for word in WORDS],
     )
     return tmp_path
 
