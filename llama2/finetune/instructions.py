@@ -1,0 +1,253 @@
+"""Writes dialogues to fine-tune a small chat model on, and others to ask it:
+
+    python -m llama2.finetune.instructions --out build/instructions
+
+- train.jsonl: single requests, some of them under an instruction of the form "Begin every answer
+  with …", which a system message or the request itself carries; dialogues of several turns, without
+  a system message. So a model of it obeys in the turn that has the instruction and tends to forget
+  it later, which is what Ghost attention mends.
+- held_out.jsonl: the same, of operands that train.jsonl does not have in that family. The last
+  answer of each dialogue is the one to be asked for.
+- ghost.jsonl, ghost_held_out.jsonl: dialogues of several turns under a system message that all
+  answers obey, of operands of train.jsonl and of others: to build Ghost attention's data and to
+  measure it.
+
+A line is `{"messages": [{"role": …, "content": …}, …], "source": …}`, the source a family's name,
+"system", "instructed" or "turns". Everything follows from the seed.
+
+Source: the kinds of data of Touvron et al. 2023, arXiv:2307.09288, sections 3.1 and 3.3, in
+miniature.
+"""
+
+import argparse
+import json
+import sys
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+from llama2.finetune.instruction_families import FAMILIES, Task, word
+from llama2.storage import write_text
+from llama2.terminal import answered
+
+_HELD_OUT_SHARE = 8  # one in so many of a family's operands
+# Not asked under an instruction: what they say has a form of its own.
+_UNBOUND = ("refusal", "greeting", "identity")
+Dialogue = dict[str, Any]
+Messages = list[dict[str, str]]
+
+
+class Instruction(NamedTuple):
+    """A form that answers shall have.
+
+    Attributes:
+        pattern: its text, with or without a place for a word.
+        form: what it makes of (answer, word).
+        obeyed: whether (answer, word) has that form.
+    """
+
+    pattern: str
+    form: Callable[[str, str], str]
+    obeyed: Callable[[str, str], bool]
+
+    def word_of(self, text: str) -> str | None:
+        """The word of an instruction of this pattern, "" if that has none; None for another."""
+        before, place, after = self.pattern.partition("{}")
+        if not place:
+            return "" if text == self.pattern else None
+        matches = text.startswith(before) and text.endswith(after)
+        return text[len(before) : len(text) - len(after)] if matches else None
+
+
+INSTRUCTIONS = (
+    Instruction(
+        "Answer in capital letters.", lambda answer, _: answer.upper(), lambda a, _: a.isupper()
+    ),
+    Instruction(
+        "End every answer with !", lambda answer, _: f"{answer}!", lambda a, _: a.endswith("!")
+    ),
+    Instruction(
+        "Put every answer in brackets.",
+        lambda answer, _: f"({answer})",
+        lambda answer, _: answer.startswith("(") and answer.endswith(")"),
+    ),
+    Instruction(
+        "Say please after every answer.",
+        lambda answer, _: f"{answer} please",
+        lambda answer, _: answer.endswith(" please"),
+    ),
+    Instruction(
+        "Begin every answer with Sir,",
+        lambda answer, _: f"Sir, {answer}",
+        lambda answer, _: answer.startswith("Sir, "),
+    ),
+    Instruction(
+        "Begin every answer with the word {}.",
+        lambda answer, begin: f"{begin} {answer}",
+        lambda answer, begin: answer.startswith(f"{begin} "),
+    ),
+    Instruction(
+        "End every answer with the word {}.",
+        lambda answer, end: f"{answer} {end}",
+        lambda answer, end: answer.endswith(f" {end}"),
+    ),
+)
+
+
+def _instruction_of(text: str) -> tuple[Instruction, str]:
+    for instruction in INSTRUCTIONS:
+        if (asked := instruction.word_of(text)) is not None:
+            return instruction, asked
+    raise ValueError(f"instruction: expected the text of one of INSTRUCTIONS; got {text!r:.60}")
+
+
+def obeys(instruction: str, answer: str) -> bool:
+    """Whether an answer, right or wrong, has the form that the instruction asks for.
+
+    Raises:
+        ValueError: an instruction that this script does not write.
+    """
+    form, asked = _instruction_of(instruction)
+    return form.obeyed(answer, asked)
+
+
+def obedient(instruction: str, answer: str) -> str:
+    """The plain answer in the form that the instruction asks for; errors as `obeys`."""
+    form, asked = _instruction_of(instruction)
+    return form.form(answer, asked)
+
+
+def is_held_out(family: str, operands: tuple[Any, ...]) -> bool:
+    """The side of the split, a hash of what is asked."""
+    return zlib.crc32(repr((family, operands)).encode()) % _HELD_OUT_SHARE == 0
+
+
+class _Writer:
+    """Draws dialogues of one side of the split.
+
+    Args:
+        evenly: every family as often as the others, not by its weight.
+    """
+
+    def __init__(self, rng: Random, *, held_out: bool, evenly: bool) -> None:
+        self._rng, self._held_out = rng, held_out
+        self._names = list(FAMILIES)
+        self._weights = [1.0 if evenly else family.weight for family in FAMILIES.values()]
+
+    def _task(self) -> tuple[str, Task]:
+        while True:
+            (name,) = self._rng.choices(self._names, self._weights)
+            task = FAMILIES[name].draw(self._rng)
+            if is_held_out(name, task.operands) == self._held_out:
+                return name, task
+
+    def _instruction(self) -> str:
+        pattern = self._rng.choice(INSTRUCTIONS).pattern
+        while True:
+            asked = word(self._rng)
+            if is_held_out("instruction", (asked,)) == self._held_out:
+                return pattern.format(asked)
+
+    def _bound_task(self, instruction: str) -> Task:
+        """One whose answer the instruction changes."""
+        while True:
+            name, task = self._task()
+            plain = task.answer
+            formed = obedient(instruction, plain)
+            if name not in _UNBOUND and formed != plain and not obeys(instruction, plain):
+                return task._replace(answer=formed)
+
+    def _instructed(self) -> Task:
+        """A task whose request brings an instruction, before it or after it."""
+        instruction = self._instruction()
+        task = self._bound_task(instruction)
+        parts = [instruction, task.request]
+        if self._rng.random() < 0.5:
+            parts.reverse()
+        return task._replace(request=" ".join(parts))
+
+    def single(self) -> Dialogue:
+        name, task = self._task()
+        return _dialogue([task], name)
+
+    def instructed(self) -> Dialogue:
+        return _dialogue([self._instructed()], "instructed")
+
+    def system(self, turns: int = 1) -> Dialogue:
+        instruction = self._instruction()
+        tasks = [self._bound_task(instruction) for _ in range(turns)]
+        return _dialogue(tasks, "system", system=instruction)
+
+    def turns(self) -> Dialogue:
+        tasks: list[Task] = []
+        for _ in range(self._rng.randint(2, 4)):
+            chance = self._rng.random()
+            if tasks and chance < 0.2:
+                request = self._rng.choice(("Say that again.", "Repeat your answer.", "Again."))
+                tasks.append(Task((), request, tasks[-1].answer))
+            elif chance < 0.4:
+                tasks.append(self._instructed())
+            else:
+                tasks.append(self._task()[1])
+        return _dialogue(tasks, "turns")
+
+    def ghost(self) -> Dialogue:
+        return self.system(self._rng.randint(2, 4))
+
+    def mixed(self) -> Dialogue:
+        kinds = (self.single, self.instructed, self.system, self.turns)
+        return self._rng.choices(kinds, (60, 10, 15, 15))[0]()
+
+
+def _dialogue(tasks: Sequence[Task], source: str, *, system: str | None = None) -> Dialogue:
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for task in tasks:
+        messages.append({"role": "user", "content": task.request})
+        messages.append({"role": "assistant", "content": task.answer})
+    return {"messages": messages, "source": source}
+
+
+def dialogues(seed: int, count: int) -> dict[str, list[Dialogue]]:
+    """The dialogues of each file by its name, `count` of them in train.jsonl and a tenth as many in
+    each of the others.
+
+    Raises:
+        ValueError: a count below 10.
+    """
+    if count < 10:
+        raise ValueError(f"count: expected at least 10; got {count}")
+    files = {}
+    for name, held_out in (("train", False), ("held_out", True)):
+        writer = _Writer(Random(f"{name} {seed}"), held_out=held_out, evenly=held_out)
+        files[name] = [writer.mixed() for _ in range(count // 10 if held_out else count)]
+    for name, held_out in (("ghost", False), ("ghost_held_out", True)):
+        writer = _Writer(Random(f"{name} {seed}"), held_out=held_out, evenly=True)
+        files[name] = [writer.ghost() for _ in range(count // 10)]
+    return {f"{name}.jsonl": lines for name, lines in files.items()}
+
+
+def _run(args: argparse.Namespace) -> None:
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, lines in dialogues(args.seed, args.count).items():
+        write_text(args.out / name, "".join(f"{json.dumps(line)}\n" for line in lines))
+        print(f"{args.out / name}: {len(lines)} dialogues")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes the files; returns 0, or 2 after a sentence on stderr about what the user gave."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llama2.finetune.instructions",
+        description="Write dialogues to fine-tune a small chat model on, and others to ask it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, help="directory of the files")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
+    parser.add_argument("--count", type=int, default=30_000, help="dialogues to train on")
+    args = parser.parse_args(arguments)
+    return answered("llama2.finetune.instructions", lambda: _run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
