@@ -55,7 +55,8 @@ OPPOSITES = _pairs_of("""
 hot cold, big small, up down, day night, fast slow, open closed, full empty, happy sad, wet dry,
 hard soft, light dark, young old, left right, long short, high low, loud quiet, rich poor, good bad,
 early late, clean dirty, strong weak, thick thin, near far, first last, yes no, true false,
-love hate, win lose, buy sell, push pull, black white, inside outside, begin end, easy difficult, sweet sour
+love hate, win lose, buy sell, push pull, black white, inside outside, begin end,
+easy difficult, sweet sour
 """)
 PLURALS = _pairs_of("""
 child children, foot feet, tooth teeth, mouse mice, goose geese, knife knives, leaf leaves,
@@ -68,8 +69,9 @@ gold yellow, milk white, mud brown, ash grey, night black, salt white, straw yel
 """)
 KINDS = _pairs_of("""
 dog animal, cat animal, horse animal, lion animal, apple fruit, pear fruit, lemon fruit,
-grape fruit, red colour, blue colour, green colour, piano instrument, drum instrument, violin instrument,
-monday day, friday day, sunday day, may month, june month, april month, hammer tool, saw tool
+grape fruit, red colour, blue colour, green colour, piano instrument, drum instrument,
+violin instrument, monday day, friday day, sunday day, may month, june month,
+april month, hammer tool, saw tool
 """)
 DAYS = _words_of("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 MONTHS = _words_of("""
