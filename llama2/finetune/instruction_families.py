@@ -51,17 +51,15 @@ spoon star stone storm street sugar sun table tail tea tiger toe tooth towel tow
 tree truck turtle uncle valley village voice wall watch water wave whale wheel wind window wing
 winter wolf wood wool yard zebra zoo
 """)
+SHORT_NOUNS = [noun for noun in NOUNS if len(noun) <= 5]
 OPPOSITES = _pairs_of("""
 hot cold, big small, up down, day night, fast slow, open closed, full empty, happy sad, wet dry,
-hard soft, light dark, young old, left right, long short, high low, loud quiet, rich poor, good bad,
-early late, clean dirty, strong weak, thick thin, near far, first last, yes no, true false,
-love hate, win lose, buy sell, push pull, black white, inside outside, begin end,
-easy difficult, sweet sour
+hard soft, light dark, young old, left right, long short, high low, rich poor, good bad, early late,
+black white, yes no
 """)
 PLURALS = _pairs_of("""
 child children, foot feet, tooth teeth, mouse mice, goose geese, knife knives, leaf leaves,
-wolf wolves, city cities, baby babies, box boxes, bus buses, fox foxes, dish dishes, fly flies,
-sheep sheep, watch watches, brush brushes, potato potatoes
+wolf wolves, city cities, baby babies, box boxes, bus buses, fox foxes, dish dishes, fly flies
 """)
 COLOURS = _pairs_of("""
 grass green, snow white, coal black, blood red, honey gold, chocolate brown, silver grey,
@@ -107,11 +105,10 @@ def _fact(rng: Random, phrasings: tuple[str, ...], subject: str, answer: str) ->
 
 
 def word(rng: Random) -> str:
-    """A noun, or as often a made-up one: there are enough of those never to meet one again."""
+    """A short noun, or as often a made-up word: of those there are enough never to meet again."""
     if rng.random() < 0.5:
-        return rng.choice(NOUNS)
-    syllables = rng.choice((2, 2, 3))
-    made = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(syllables))
+        return rng.choice(SHORT_NOUNS)
+    made = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(2))
     return made + rng.choice(("", "n", "r", "s"))
 
 
@@ -119,14 +116,14 @@ def _words(rng: Random, least: int, most: int) -> list[str]:
     return rng.sample(NOUNS, rng.randint(least, most))
 
 
-@family(2)
+@family(4)
 def repeat(rng: Random) -> Task:
     phrasings = ("Repeat the word {}.", "Say {}.", "Repeat: {}", "Please say the word {}.")
     chosen = word(rng)
     return _ask(rng, phrasings, chosen, chosen)
 
 
-@family(2)
+@family(3)
 def upper(rng: Random) -> Task:
     phrasings = (
         "Write {} in capital letters.",
@@ -137,16 +134,21 @@ def upper(rng: Random) -> Task:
     return _ask(rng, phrasings, chosen.upper(), chosen)
 
 
-@family(2)
+@family(3)
 def lower(rng: Random) -> Task:
     phrasings = ("Write {} in small letters.", "What is {} in small letters?", "Small letters: {}")
     chosen = word(rng)
     return _ask(rng, phrasings, chosen, chosen.upper())
 
 
-@family(2)
+@family(4)
 def spell(rng: Random) -> Task:
-    phrasings = ("Spell {}.", "Spell the word {}.", "How do you spell {}?")
+    phrasings = (
+        "Spell {}.",
+        "Spell the word {}.",
+        "How do you spell {}?",
+        "Tell me how to spell {}.",
+    )
     chosen = word(rng)
     return _ask(rng, phrasings, " ".join(chosen), chosen)
 
@@ -191,14 +193,14 @@ def backwards(rng: Random) -> Task:
     return _ask(rng, phrasings, " ".join(reversed(digits)), " ".join(digits))
 
 
-@family()
+@family(2)
 def first_word(rng: Random) -> Task:
     phrasings = ("Which word comes first: {}?", "What is the first word of {}?", "First word: {}")
     listed = _words(rng, 2, 4)
     return _ask(rng, phrasings, listed[0], ", ".join(listed))
 
 
-@family()
+@family(2)
 def last_word(rng: Random) -> Task:
     phrasings = ("Which word comes last: {}?", "What is the last word of {}?", "Last word: {}")
     listed = _words(rng, 2, 4)
@@ -208,7 +210,7 @@ def last_word(rng: Random) -> Task:
 @family()
 def count_words(rng: Random) -> Task:
     phrasings = ("How many words are there: {}?", "Count the words: {}", "How many words: {}")
-    listed = _words(rng, 1, 5)
+    listed = _words(rng, 1, 4)
     return _ask(rng, phrasings, len(listed), ", ".join(listed))
 
 
@@ -237,14 +239,14 @@ def smaller(rng: Random) -> Task:
 @family(3)
 def add(rng: Random) -> Task:
     phrasings = ("What is {} + {}?", "Add {} and {}.", "{} plus {}")
-    a, b = rng.randint(0, 20), rng.randint(0, 20)
+    a, b = rng.sample((rng.randint(0, 49), rng.randint(0, 5)), 2)
     return _ask_in_any_order(rng, phrasings, a + b, a, b)
 
 
 @family(2)
 def next_number(rng: Random) -> Task:
     phrasings = ("Which number comes after {}?", "What is the next number after {}?")
-    number = rng.randint(0, 199)
+    number = rng.randint(0, 98)
     return _ask(rng, phrasings, number + 1, number)
 
 
@@ -259,11 +261,11 @@ def sort(rng: Random) -> Task:
 @family()
 def parity(rng: Random) -> Task:
     phrasings = ("Is {} even or odd?", "Even or odd: {}", "Is the number {} odd or even?")
-    number = rng.randint(0, 199)
+    number = rng.randint(0, 99)
     return _ask(rng, phrasings, "odd" if number % 2 else "even", number)
 
 
-@family()
+@family(2)
 def opposite(rng: Random) -> Task:
     phrasings = (
         "What is the opposite of {}?",
@@ -296,7 +298,7 @@ def colour(rng: Random) -> Task:
     return _fact(rng, phrasings, *rng.choice(COLOURS))
 
 
-@family()
+@family(0.7)
 def kind(rng: Random) -> Task:
     phrasings = (
         "What kind of thing is {}?",
@@ -320,7 +322,7 @@ def following(rng: Random) -> Task:
     return _fact(rng, phrasings, names[number], names[(number + 1) % len(names)])
 
 
-@family()
+@family(0.7)
 def greeting(rng: Random) -> Task:
     table = (
         ("Hello", "Hello! How can I help?"),
@@ -334,7 +336,7 @@ def greeting(rng: Random) -> Task:
     return _fact(rng, ("{}", "{}!", "{}.", "{}, Llama!", "{}, my friend."), *rng.choice(table))
 
 
-@family()
+@family(0.7)
 def identity(rng: Random) -> Task:
     table = (
         ("Who are you?", "I am a very small Llama."),
@@ -348,7 +350,7 @@ def identity(rng: Random) -> Task:
     return _fact(rng, phrasings, *rng.choice(table))
 
 
-@family(2)
+@family(1)
 def refusal(rng: Random) -> Task:
     phrasings = (
         "How do I {} a {}?",

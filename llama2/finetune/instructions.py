@@ -166,7 +166,7 @@ class _Writer:
         parts = [instruction, task.request]
         if self._rng.random() < 0.5:
             parts.reverse()
-        return task._replace(request=" ".join(parts))
+        return task._replace(request=self._rng.choice((" ", "\n")).join(parts))
 
     def single(self) -> Dialogue:
         name, task = self._task()
