@@ -35,8 +35,9 @@ from llama2.terminal import answered
 _HELD_OUT_SHARE = 8  # one in so many of a family's operands
 # Not asked under an instruction: what they say has a form of its own.
 _UNBOUND = ("refusal", "greeting", "identity")
+# With the system message in every turn, as Ghost attention samples, so many fit in 256 tokens.
+_GHOST_CHARACTERS = 220
 Dialogue = dict[str, Any]
-Messages = list[dict[str, str]]
 
 
 class Instruction(NamedTuple):
@@ -194,7 +195,12 @@ class _Writer:
         return _dialogue(tasks, "turns")
 
     def ghost(self) -> Dialogue:
-        return self.system(self._rng.randint(2, 4))
+        turns = self._rng.randint(2, 4)
+        while True:
+            dialogue = self.system(turns)
+            contents = [message["content"] for message in dialogue["messages"]]
+            if sum(map(len, contents)) + (turns - 1) * len(contents[0]) <= _GHOST_CHARACTERS:
+                return dialogue
 
     def mixed(self) -> Dialogue:
         kinds = (self.single, self.instructed, self.system, self.turns)

@@ -105,6 +105,19 @@ def test_every_line_fits_the_shipped_model(files):
             assert len(prompt) + len(answer) <= longest
 
 
+def test_ghost_attention_has_room(files):
+    """The instruction is put before each question to sample the answers."""
+    tokenizer = Tokenizer(SHIPPED / "tokenizer.model")
+    longest = load_config(SHIPPED).max_seq_len
+    for line in [*files["ghost.jsonl"], *files["ghost_held_out.jsonl"]]:
+        system, *rest = line["messages"]
+        total = 0
+        for question, answer in zip(rest[::2], rest[1::2], strict=True):
+            total += len(tokenizer.encode_chat([system, question]))
+            total += len(tokenizer.encode(f"{answer['content']} ", bos=False, eos=True))
+        assert total <= longest
+
+
 def test_held_out_is_what_was_never_asked(files):
     asked = {}
     for file in FILES[:2]:
