@@ -13,7 +13,8 @@
   measure it.
 
 A line is `{"messages": [{"role": …, "content": …}, …], "source": …}`, the source a family's name,
-"system", "instructed" or "turns". Everything follows from the seed.
+"system", "instructed" or "turns"; with a system message it has "obeys", too, the regular expression
+by which `llama2 obedience` measures. Everything follows from the seed.
 
 Source: the kinds of data of Touvron et al. 2023, arXiv:2307.09288, sections 3.1 and 3.3, in
 miniature.
@@ -21,9 +22,10 @@ miniature.
 
 import argparse
 import json
+import re
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -45,55 +47,33 @@ class Instruction(NamedTuple):
 
     Attributes:
         pattern: its text, with or without a place for a word.
-        form: what it makes of (answer, word).
-        obeyed: whether (answer, word) has that form.
+        form: an obedient answer, with places for the plain one and the word.
+        obeyed: a regular expression that is found in obedient answers, with a place for the word.
     """
 
     pattern: str
-    form: Callable[[str, str], str]
-    obeyed: Callable[[str, str], bool]
+    form: str
+    obeyed: str
 
     def word_of(self, text: str) -> str | None:
         """The word of an instruction of this pattern, "" if that has none; None for another."""
-        before, place, after = self.pattern.partition("{}")
+        before, place, after = self.pattern.partition("{word}")
         if not place:
             return "" if text == self.pattern else None
         matches = text.startswith(before) and text.endswith(after)
         return text[len(before) : len(text) - len(after)] if matches else None
 
 
+_CAPITALS = "Answer in capital letters."
+
 INSTRUCTIONS = (
-    Instruction(
-        "Answer in capital letters.", lambda answer, _: answer.upper(), lambda a, _: a.isupper()
-    ),
-    Instruction(
-        "End every answer with !", lambda answer, _: f"{answer}!", lambda a, _: a.endswith("!")
-    ),
-    Instruction(
-        "Put every answer in brackets.",
-        lambda answer, _: f"({answer})",
-        lambda answer, _: answer.startswith("(") and answer.endswith(")"),
-    ),
-    Instruction(
-        "Say please after every answer.",
-        lambda answer, _: f"{answer} please",
-        lambda answer, _: answer.endswith(" please"),
-    ),
-    Instruction(
-        "Begin every answer with Sir,",
-        lambda answer, _: f"Sir, {answer}",
-        lambda answer, _: answer.startswith("Sir, "),
-    ),
-    Instruction(
-        "Begin every answer with the word {}.",
-        lambda answer, begin: f"{begin} {answer}",
-        lambda answer, begin: answer.startswith(f"{begin} "),
-    ),
-    Instruction(
-        "End every answer with the word {}.",
-        lambda answer, end: f"{answer} {end}",
-        lambda answer, end: answer.endswith(f" {end}"),
-    ),
+    Instruction(_CAPITALS, "{answer}", r"^[^a-z]*[A-Z][^a-z]*$"),
+    Instruction("End every answer with !", "{answer}!", r"!$"),
+    Instruction("Put every answer in brackets.", "({answer})", r"^\(.*\)$"),
+    Instruction("Say please after every answer.", "{answer} please", r" please$"),
+    Instruction("Begin every answer with Sir,", "Sir, {answer}", r"^Sir, "),
+    Instruction("Begin every answer with the word {word}.", "{word} {answer}", r"^{word} "),
+    Instruction("End every answer with the word {word}.", "{answer} {word}", r" {word}$"),
 )
 
 
@@ -104,20 +84,27 @@ def _instruction_of(text: str) -> tuple[Instruction, str]:
     raise ValueError(f"instruction: expected the text of one of INSTRUCTIONS; got {text!r:.60}")
 
 
-def obeys(instruction: str, answer: str) -> bool:
-    """Whether an answer, right or wrong, has the form that the instruction asks for.
+def obeyed_by(instruction: str) -> str:
+    """A regular expression that is found in the answers, right or wrong, that have the form which
+    the instruction asks for.
 
     Raises:
         ValueError: an instruction that this script does not write.
     """
     form, asked = _instruction_of(instruction)
-    return form.obeyed(answer, asked)
+    return form.obeyed.replace("{word}", re.escape(asked))
+
+
+def obeys(instruction: str, answer: str) -> bool:
+    """Whether an answer obeys; errors as `obeyed_by`."""
+    return re.search(obeyed_by(instruction), answer) is not None
 
 
 def obedient(instruction: str, answer: str) -> str:
-    """The plain answer in the form that the instruction asks for; errors as `obeys`."""
+    """The plain answer in the form that the instruction asks for; errors as `obeyed_by`."""
     form, asked = _instruction_of(instruction)
-    return form.form(answer, asked)
+    plain = answer.upper() if form.pattern == _CAPITALS else answer
+    return form.form.format(answer=plain, word=asked)
 
 
 def is_held_out(family: str, operands: tuple[Any, ...]) -> bool:
@@ -149,7 +136,7 @@ class _Writer:
         while True:
             asked = word(self._rng)
             if is_held_out("instruction", (asked,)) == self._held_out:
-                return pattern.format(asked)
+                return pattern.format(word=asked)
 
     def _bound_task(self, instruction: str) -> Task:
         """One whose answer the instruction changes."""
@@ -212,7 +199,8 @@ def _dialogue(tasks: Sequence[Task], source: str, *, system: str | None = None) 
     for task in tasks:
         messages.append({"role": "user", "content": task.request})
         messages.append({"role": "assistant", "content": task.answer})
-    return {"messages": messages, "source": source}
+    dialogue = {"messages": messages, "source": source}
+    return dialogue if system is None else dialogue | {"obeys": obeyed_by(system)}
 
 
 def dialogues(seed: int, count: int) -> dict[str, list[Dialogue]]:

@@ -156,7 +156,7 @@ def test_both_sides_of_the_split_have_tasks():
 @pytest.mark.parametrize("pattern", [instruction.pattern for instruction in INSTRUCTIONS])
 def test_obedience(pattern):
     """A right answer under an instruction has the form that is asked for, a plain one has not."""
-    instruction = pattern.format("lamp")
+    instruction = pattern.format(word="lamp")
     for plain in ("garden", "Goodbye.", "b e d"):
         assert not obeys(instruction, plain)
         assert obeys(instruction, obedient(instruction, plain))
@@ -169,8 +169,10 @@ def test_answers_under_an_instruction_obey_it(files):
     for line in [line for lines in files.values() for line in lines]:
         for instruction in contents(line, "system"):
             seen.add(instruction)
-            assert all(obeys(instruction, answer) for answer in contents(line, "assistant"))
-    for pattern in (instruction.pattern.partition("{}")[0] for instruction in INSTRUCTIONS):
+            answers = contents(line, "assistant")
+            assert all(obeys(instruction, answer) for answer in answers)
+            assert all(re.search(line["obeys"], answer) for answer in answers)
+    for pattern in (instruction.pattern.partition("{word}")[0] for instruction in INSTRUCTIONS):
         assert any(instruction.startswith(pattern) for instruction in seen)
 
 
