@@ -86,6 +86,22 @@ def instruction(prompt: str) -> str:
     return f"{_BEGIN_INSTRUCTION} {prompt} {_END_INSTRUCTION}"
 
 
+def answered(prompt: str, answer: str) -> str:
+    """A finished turn: `[INST] {prompt} [/INST] {answer} `."""
+    return f"{instruction(prompt)} {answer} "
+
+
+def chat_turns(messages: Sequence[Message], *, system_in_every_turn: bool = False) -> list[str]:
+    """The texts of a chat between BOS and EOS, the last without the answer that is asked for.
+
+    Raises:
+        TypeError, ValueError: as `check_messages`.
+    """
+    check_messages(messages)
+    *finished, (asked, _) = split_turns(messages, system_in_every_turn=system_in_every_turn)
+    return [*(answered(prompt, answer) for prompt, answer in finished), instruction(asked)]
+
+
 def without_tags(text: str) -> str:
     """A text of a model as a conversation goes on with it: without the format's tags, which would
     speak for others."""

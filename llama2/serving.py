@@ -4,7 +4,7 @@ Yu et al. 2022 (Orca, OSDI). Pages and preemption as in Kwon et al. 2023, arXiv:
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,6 +25,9 @@ class Request:
     """A prompt of token ids to be continued; all else as in `generate`.
 
     What is drawn depends on the seed alone; None takes a new one.
+
+    Attributes:
+        stop: called after each new token with all of them; the request ends where it says True.
     """
 
     prompt: Sequence[int]
@@ -33,6 +36,7 @@ class Request:
     top_p: float = 1.0
     seed: int | None = None
     stop_ids: Iterable[int] = ()
+    stop: Callable[[Sequence[int]], bool] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_ids", as_stop_ids(self.stop_ids))
@@ -68,6 +72,7 @@ class _Running:
     uniform: np.ndarray  # float32 [max_new_tokens], what `sample` draws by
     new: list[int] = field(default_factory=list)
     row: int = -1
+    stopped: bool = False
     error: str | None = None
 
     @property
@@ -76,8 +81,13 @@ class _Running:
 
     @property
     def is_done(self) -> bool:
-        stopped = bool(self.new) and self.new[-1] in self.request.stop_ids
-        return stopped or self.error is not None or len(self.new) >= self.request.max_new_tokens
+        full = len(self.new) >= self.request.max_new_tokens
+        return self.stopped or self.error is not None or full
+
+    def add(self, token: int) -> None:
+        self.new.append(token)
+        stop, stop_ids = self.request.stop, self.request.stop_ids
+        self.stopped = token in stop_ids or (stop is not None and stop(self.new))
 
 
 def seed_of(seed: int | None, *place: int) -> int | None:
@@ -264,7 +274,7 @@ class _Server:
                     f"{len(running.new)} in {self.decoder.states.dtype}"
                 )
             else:
-                running.new.append(token)
+                running.add(token)
 
     def _retire(self) -> None:
         for running in [running for running in self.running if running.is_done]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from llama2.chat_format import Message, check_messages, instruction, split_turns
+from llama2.chat_format import Message, chat_turns
 
 _OFTEN_CHANGED = " a  b\t\ufb01\u2460A\u030a\u3000\u212b\U000e0041 "  # by normalisers
 
@@ -122,12 +122,9 @@ class Tokenizer:
         Source: Touvron et al. 2023, arXiv:2307.09288, and the released chat models.
         """
         self.check_ends()
-        check_messages(messages)
-        tokens = []
-        turns = split_turns(messages, system_in_every_turn=system_in_every_turn)
-        for prompt, answer in turns[:-1]:
-            tokens += self.encode(f"{instruction(prompt)} {answer} ", bos=True, eos=True)
-        return tokens + self.encode(instruction(turns[-1][0]), bos=True)
+        *finished, last = chat_turns(messages, system_in_every_turn=system_in_every_turn)
+        tokens = [token for turn in finished for token in self.encode(turn, bos=True, eos=True)]
+        return tokens + self.encode(last, bos=True)
 
     def check_ends(self) -> None:
         """Raises ValueError for a tokenizer without BOS or EOS, which a chat needs."""

@@ -60,7 +60,13 @@ MODEL_ALLOWED = {
     "decoding": {"decoding", "cache", "model"},
     "generate": {"cache", "config", "decoding", "model"},
     "serving": {"cache", "decoding", "generate", "model"},
+    "stops": {"checkpoint", "tokenizer"},
     "evaluation": {"model"},
+    "evaluation.lm_eval": {"evaluation.harness"},
+    "evaluation.scoring": {"head", "model"},
+    "evaluation.harness": {"evaluation.scoring", "accounting", "cache", "chat_format", "checkpoint"}
+    | {"decoding"}
+    | {"placement", "serving", "stops", "tokenizer"},
     "train": {"train", "checkpoint", "config", "evaluation", "model", "parallel", "storage"}
     | {"terminal", "tokenizer"},
     "finetune": {"finetune", "chat_format", "model", "serving", "cache", "storage", "targets"}
@@ -81,7 +87,7 @@ MODEL_ALLOWED = {
     "commands": {"commands", "accounting", "cache", "chat_format", "checkout", "checkpoint"}
     | {"config", "conversion", "convert_checkpoint", "evaluation", "finetune", "generate"}
     | {"model", "parallel", "placement", "targets", "terminal"}
-    | {"serving", "storage", "tokenizer", "tradeoff", "train"},
+    | {"serving", "stops", "storage", "tokenizer", "tradeoff", "train"},
     "cli": {"commands", "placement", "terminal"},
     "__main__": {"cli"},
 }

@@ -9,9 +9,10 @@ from typing import Any
 from llama2.chat_format import without_tags
 from llama2.checkpoint import SHIPPED
 from llama2.commands.options import add_generation_options, load, make_generator, sampling
-from llama2.commands.text import chat_format, require_utf8, stop_ids, stream_text
+from llama2.commands.text import chat_format, require_utf8, stream_text
 from llama2.finetune.encoding import encode_prompt
 from llama2.generate import Generator, check_settings
+from llama2.stops import stop_ids
 from llama2.tokenizer import Tokenizer
 
 _COMMANDS = "/reset forgets the conversation, /exit leaves"

@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from llama2 import checkpoint
 from llama2.checkpoint import SHIPPED
-from llama2.commands.text import stop_ids
 from llama2.generate import Generator, stream
 from llama2.model import Llama2
 from llama2.placement import Placement, place
+from llama2.stops import stop_ids
 from llama2.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -12,9 +12,10 @@ from llama2.chat_format import FORMATS, Message
 from llama2.commands.caches import add_cache_options, make_cache
 from llama2.commands.json_lines import Complaints, lock_output, resume
 from llama2.commands.options import add_generation_options, load, path
-from llama2.commands.text import chat_format, stop_ids
+from llama2.commands.text import chat_format
 from llama2.finetune.dialogues import Dialogue, dialogue_files, read_dialogues
 from llama2.finetune.sampling import Sampler, Settings, encode_for
+from llama2.stops import stop_ids
 
 _BEGIN = b'{"place": "'  # of every line of results
 

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 from llama2.commands.options import add_generation_options, load, make_generator, sampling
-from llama2.commands.text import encode_prompt, require_utf8, stop_ids, stream_text
+from llama2.commands.text import encode_prompt, require_utf8, stream_text
 from llama2.generate import check_tokens
+from llama2.stops import stop_ids
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ from llama2.placement import add_options, place
 from llama2.tokenizer import Tokenizer, check_fits
 
 _LARGEST = 2**63 - 1
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def path(text: str) -> Path:
@@ -74,7 +74,7 @@ def add_generation_options(
         **({"action": "append", "required": True} if several else {"default": SHIPPED}),
     )
     add_options(parser)
-    add("--dtype", choices=_DTYPES, help="default: the checkpoint's")
+    add("--dtype", choices=DTYPES, help="default: the checkpoint's")
     add(
         "--kv-cache-dtype",
         choices=CACHE_DTYPES,
@@ -112,7 +112,7 @@ def load(arguments: argparse.Namespace) -> tuple[Llama2, Tokenizer]:
     tokenizer = Tokenizer(arguments.checkpoint / "tokenizer.model")  # before gigabytes of weights
     if arguments.backend == "auto" or placement.interpreted:
         placement.announce()
-    dtype = arguments.dtype and _DTYPES[arguments.dtype]
+    dtype = arguments.dtype and DTYPES[arguments.dtype]
     model = checkpoint.load(
         arguments.checkpoint, placement.ops, dtype=dtype, device=placement.device
     )

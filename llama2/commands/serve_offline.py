@@ -14,9 +14,10 @@ from llama2.commands.caches import add_cache_options, make_cache
 from llama2.commands.json_lines import Complaints, lock_output
 from llama2.commands.offline_files import SETTINGS, Line, read_prompts, result_line, resume
 from llama2.commands.options import add_generation_options, load
-from llama2.commands.text import encode_prompt, stop_ids
+from llama2.commands.text import encode_prompt
 from llama2.model import Llama2
 from llama2.serving import Request, check_request, seed_of, serve
+from llama2.stops import stop_ids
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llama2.chat_format import format_of
-from llama2.checkpoint.files import CheckpointError, Settings
+from llama2.checkpoint.files import Settings
 from llama2.generate import Generator
 from llama2.tokenizer import StreamDecoder, Tokenizer
 
@@ -49,23 +49,6 @@ def encode_prompt(tokenizer: Tokenizer, text: str, max_seq_len: int) -> list[int
             f"expected at most max_seq_len ({max_seq_len}) tokens; got {least:,} or more"
         )
     return tokenizer.encode(text)
-
-
-def stop_ids(tokenizer: Tokenizer, folder: Path | None = None) -> list[int]:
-    """EOS; BOS, which would begin another document; and what a checkpoint's generation_config.json
-    says ends a text.
-
-    Raises:
-        CheckpointError: that file is malformed.
-    """
-    ids = [tokenizer.eos_id, tokenizer.bos_id]
-    if folder is not None and (file := folder / "generation_config.json").is_file():
-        more = Settings.read(file).get("eos_token_id", [])
-        more = more if isinstance(more, list) else [more]
-        if not all(type(token) is int for token in more):
-            raise CheckpointError(f"{file}: eos_token_id: expected ids; got {more!r:.60}")
-        ids += more
-    return sorted({token for token in ids if 0 <= token < tokenizer.vocab_size})
 
 
 def chat_format(folder: Path) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llama2.chat_format import Message, check_messages, instruction, split_turns
+from llama2.chat_format import Message, answered, check_messages, instruction, split_turns
 from llama2.finetune.dialogues import Dialogue
 from llama2.tokenizer import Tokenizer
 
@@ -51,9 +51,8 @@ def encode_dialogue(tokenizer: Tokenizer, dialogue: Dialogue, form: str = "chat"
     turns = split_turns(dialogue.messages)
     for (prompt, answer), trained in zip(turns, dialogue.trained, strict=True):
         if form == "chat":
-            text = instruction(prompt)
-            before = tokenizer.encode(text, bos=True)
-            turn = tokenizer.encode(f"{text} {answer} ", bos=True, eos=True)
+            before = tokenizer.encode(instruction(prompt), bos=True)
+            turn = tokenizer.encode(answered(prompt, answer), bos=True, eos=True)
         else:
             before = _separated(tokenizer, prompt)
             turn = before + tokenizer.encode(answer, bos=False, eos=True)

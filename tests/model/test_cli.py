@@ -11,9 +11,10 @@ import torch
 
 from gqa_kernels import get_backend
 from llama2 import checkpoint, cli
-from llama2.commands.text import stop_ids, stream_text
+from llama2.commands.text import stream_text
 from llama2.generate import Generator, generate
 from llama2.placement import place
+from llama2.stops import stop_ids
 from llama2.tokenizer import Tokenizer
 
 PROMPT = "def read(self, size=-1):\n"

@@ -9,8 +9,8 @@ import pytest
 from gqa_kernels import get_backend
 from llama2 import checkpoint, cli
 from llama2.commands import serve_offline as serve_command
-from llama2.commands.text import stop_ids
 from llama2.generate import generate
+from llama2.stops import stop_ids
 from llama2.tokenizer import Tokenizer
 
 PROMPTS = ["def read(self, size=-1):\n", "import", "", "class A:\n    é", "import os\n"]

@@ -15,7 +15,7 @@ from llama2 import checkpoint, cli
 from llama2.accounting import kv_bytes_per_token
 from llama2.checkpoint import SHIPPED, CheckpointError
 from llama2.checkpoint.hf import save_hf
-from llama2.commands.text import stop_ids
+from llama2.stops import stop_ids
 from llama2.storage import finish_staged, staged
 from llama2.tokenizer import Tokenizer
 

@@ -1,0 +1,18 @@
+"""lm-eval's own command line, which has no hook for other packages' models, with ours known to it:
+
+python -m llama2.evaluation.lm_eval --model llama2 --model_args checkpoint=DIR --tasks …
+"""
+
+import sys
+
+try:
+    from lm_eval.__main__ import cli_evaluate
+
+    import llama2.evaluation.harness  # noqa: F401  registers
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"llama2.evaluation.lm_eval needs {error.name}: pip install gqa-kernels[evaluation]"
+    ) from error
+
+if __name__ == "__main__":
+    sys.exit(cli_evaluate())
