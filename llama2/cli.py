@@ -12,6 +12,7 @@ from llama2.commands import (
     answer,
     chat,
     convert,
+    evaluate_options,
     generate,
     ghost_attention,
     obedience,
@@ -29,6 +30,7 @@ _EXAMPLES = """examples:
   llama2 generate --prompt "def main():" --max-new-tokens 64
   llama2 chat --checkpoint DIR --temperature 0.6 --top-p 0.9
   llama2 serve-offline --prompts prompts.jsonl --out results.jsonl --max-batch 64
+  llama2 evaluate --checkpoint DIR --tasks hellaswag,arc_easy --out results.json
   llama2 pretrain --work build/run --out build/model --steps 2000 --warmup-steps 100 --text DIR
   llama2 sft --work build/sft --out build/chat --init DIR --data dialogues.jsonl --bf16
   llama2 ghost-attention --checkpoint DIR --data dialogues.jsonl --out ghost.jsonl
@@ -111,6 +113,12 @@ def _parser() -> argparse.ArgumentParser:
             "continue a file of prompts",
             serve_offline.add_arguments,
             serve_offline.run,
+        ),
+        (
+            "evaluate",
+            "measure a model by tasks of lm-eval",
+            evaluate_options.add_arguments,
+            _on_request("evaluate", "evaluation"),
         ),
         (
             "demo",

@@ -101,6 +101,8 @@ class Llama2LM(TemplateLM):
     ) -> "Llama2LM":
         """What --model_args says goes before what --batch_size and --device say."""
         more = {k: v for k, v in (additional_config or {}).items() if v is not None}
+        if more.get("device") == "cuda:0" and not torch.cuda.is_available():
+            del more["device"]  # which lm-eval says where a user says nothing
         return cls(**{**more, **arg_dict})
 
     @classmethod

@@ -1,0 +1,117 @@
+"""The command `llama2 evaluate`: tasks of lm-eval, asked of a checkpoint."""
+
+import argparse
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import handle_non_serializable, make_table
+
+from llama2.checkout import commit_of
+from llama2.evaluation.harness import Llama2LM
+from llama2.storage import reading, write_text
+
+_PACKAGES = ("gqa-kernels", "lm-eval", "torch", "datasets")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Asks the tasks' questions, prints the table of results, writes them to a file and returns 0.
+
+    Raises:
+        OSError, ValueError, NotImplementedError, ImportError, FloatingPointError: about an option,
+            a task, its data or the model.
+    """
+    _check_sizes(arguments)
+    _check_out(arguments.out)
+    manager, names = _tasks(arguments.task_path, arguments.tasks)
+    lm = Llama2LM(
+        arguments.checkpoint,
+        backend=arguments.backend,
+        device=arguments.device,
+        dtype=arguments.dtype or "auto",
+        batch_size=arguments.batch_size,
+        max_length=arguments.max_length,
+    )
+    results = lm_eval.simple_evaluate(
+        model=lm,
+        tasks=names,
+        num_fewshot=arguments.num_fewshot,
+        batch_size=arguments.batch_size,
+        device=str(lm.device),
+        use_cache=arguments.cache and str(_answers(arguments.cache, lm)),
+        limit=arguments.limit,
+        log_samples=False,
+        system_instruction=arguments.system_instruction,
+        apply_chat_template=arguments.apply_chat_template,
+        fewshot_as_multiturn=arguments.apply_chat_template,
+        task_manager=manager,
+    )
+    record = _record(arguments, results)
+    text = json.dumps(record, indent=2, ensure_ascii=False, default=handle_non_serializable)
+    write_text(arguments.out, text + "\n")
+    print(make_table(results))
+    if results.get("groups"):
+        print(make_table(results, "groups"))
+    return 0
+
+
+def _check_sizes(arguments: argparse.Namespace) -> None:
+    for name, least in (("limit", 1), ("num_fewshot", 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')}: expected {least} or more; got {value}")
+
+
+def _check_out(out: Path) -> None:
+    """What cannot be written is better known before the work than after it."""
+    if out.is_dir():
+        raise IsADirectoryError(f"--out: expected a file; got a directory, {out}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _tasks(folders: list[Path], patterns: list[str]) -> tuple[TaskManager, list[str]]:
+    """What knows the tasks, and the names that the patterns match. lm-eval's own tasks, which are
+    thousands of files, are read only if a pattern matches none in the folders.
+
+    Raises:
+        ValueError: a pattern matches no task; a folder or a file in it cannot be read.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            raise NotADirectoryError(f"--task-path: expected a folder of tasks; got {folder}")
+    for include_defaults in (False, True):
+        with reading(Path(*folders[:1]), "expected YAML tasks of lm-eval;"):
+            manager = TaskManager(
+                include_path=[str(folder) for folder in folders], include_defaults=include_defaults
+            )
+        matches = {pattern: manager.match_tasks([pattern]) for pattern in patterns}
+        unknown = [pattern for pattern, found in matches.items() if not found]
+        if not unknown:
+            break
+    else:
+        where = ", ".join(["lm-eval's", *map(str, folders)])
+        raise ValueError(
+            f"--tasks: expected names of tasks, {where}; got {', '.join(map(repr, unknown))}"
+        )
+    return manager, list(dict.fromkeys(name for found in matches.values() for name in found))
+
+
+def _answers(folder: Path, lm: Llama2LM) -> Path:
+    """Where answers are kept: lm-eval tells questions apart, but not who answered them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / lm.digest()
+
+
+def _record(arguments: argparse.Namespace, results: dict[str, Any]) -> dict[str, Any]:
+    """lm-eval's results, among them the tasks' versions and settings, and what made them."""
+    made_with = {
+        "checkpoint": str(arguments.checkpoint.resolve()),
+        "command": arguments.command_line,
+        "packages": {name: version(name) for name in _PACKAGES},
+        "commit": commit_of(Path(__file__)),
+    }
+    # git_hash is the commit of whatever folder the command was run in.
+    return made_with | {name: value for name, value in results.items() if name != "git_hash"}
