@@ -25,6 +25,7 @@ from lm_eval.utils import (
 )
 from tqdm import tqdm
 
+from gqa_kernels import __version__
 from llama2.accounting import kv_bytes_per_token
 from llama2.cache.paged_kv_cache import PagedKVCache
 from llama2.chat_format import chat_turns
@@ -112,6 +113,10 @@ class Llama2LM(TemplateLM):
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
     def eot_token_id(self) -> int:
         return self.tokenizer.eos_id
 
@@ -126,7 +131,8 @@ class Llama2LM(TemplateLM):
 
     def digest(self) -> str:
         """Of the weights and of all else that an answer depends on, hexadecimal."""
-        settings = (self.model.config, self.model.lm_head.weight.dtype, self.backend_name)
+        dtype = self.model.lm_head.weight.dtype
+        settings = (__version__, self.model.config, dtype, self.backend_name)
         parts = (
             repr(settings).encode(),
             (self.folder / "tokenizer.model").read_bytes(),

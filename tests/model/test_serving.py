@@ -315,6 +315,28 @@ def test_stop_ids_of_any_kind(model):
     assert request.stop_ids == {stop}
 
 
+def test_a_function_stops_a_request_and_sees_each_token_once(model):
+    """Also one that is preempted in between."""
+    prompts = [[1, 5], [7, 7, 9], [2]]
+    whole = [alone(model, Request(prompt, 20)) for prompt in prompts]
+    seen = [[] for _ in prompts]
+
+    def stopping(number):
+        def stop(tokens):
+            seen[number].append(list(tokens))
+            return len(tokens) == 9 + number
+
+        return stop
+
+    requests = [Request(prompt, 20, stop=stopping(i)) for i, prompt in enumerate(prompts)]
+    cache = make_cache(model, num_pages=6, max_batch=3)
+    for result in serve(model, requests, cache=cache):
+        assert result.tokens == whole[result.index][: 9 + result.index]
+    for number, calls in enumerate(seen):
+        assert calls == [whole[number][:count] for count in range(1, 10 + number)]
+    assert_empty(cache)
+
+
 def test_a_cache_of_another_number_of_layers(model):
     config = replace(model.cache_config, num_layers=1)
     cache = PagedKVCache(config, num_pages=9, max_batch=1, dtype=torch.float32, device="cpu")
