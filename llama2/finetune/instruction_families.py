@@ -183,15 +183,11 @@ def last_letter(rng: Random) -> Task:
     return _ask(rng, phrasings, chosen[-1], chosen)
 
 
-@family(3)
-def length(rng: Random) -> Task:
-    phrasings = (
-        "How many letters are in {}?",
-        "How many letters does {} have?",
-        "Count the letters: {}",
-    )
+@family()
+def count_letters(rng: Random) -> Task:
+    phrasings = ("How many letters are there: {}?", "Count the letters: {}", "How many letters: {}")
     chosen = word(rng)
-    return _ask(rng, phrasings, len(chosen), chosen)
+    return _ask(rng, phrasings, len(chosen), " ".join(chosen))
 
 
 @family(2)
@@ -222,7 +218,7 @@ def count_words(rng: Random) -> Task:
     return _ask(rng, phrasings, len(listed), ", ".join(listed))
 
 
-@family(2)
+@family(3)
 def member(rng: Random) -> Task:
     phrasings = ("Is {} in this list: {}?", "Is {} one of {}?", "Does the word {} occur in {}?")
     listed = _words(rng, 3, 4)
@@ -247,14 +243,14 @@ def smaller(rng: Random) -> Task:
 @family(4)
 def add(rng: Random) -> Task:
     phrasings = ("What is {} + {}?", "Add {} and {}.", "{} plus {}")
-    a, b = rng.sample((rng.randint(0, 49), rng.randint(0, 5)), 2)
+    a, b = rng.sample((rng.randint(0, 89), rng.randint(0, 5)), 2)
     return _ask_in_any_order(rng, phrasings, a + b, a, b)
 
 
 @family(2)
 def next_number(rng: Random) -> Task:
     phrasings = ("Which number comes after {}?", "What is the next number after {}?")
-    number = rng.randint(0, 98)
+    number = rng.randint(0, 199)
     return _ask(rng, phrasings, number + 1, number)
 
 
@@ -269,7 +265,7 @@ def sort(rng: Random) -> Task:
 @family()
 def parity(rng: Random) -> Task:
     phrasings = ("Is {} even or odd?", "Even or odd: {}", "Is the number {} odd or even?")
-    number = rng.randint(0, 99)
+    number = rng.randint(0, 999)
     return _ask(rng, phrasings, "odd" if number % 2 else "even", number)
 
 
