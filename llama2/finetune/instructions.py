@@ -6,8 +6,9 @@
   with …", which a system message or the request itself carries; dialogues of several turns, without
   a system message. So a model of it obeys in the turn that has the instruction and tends to forget
   it later, which is what Ghost attention mends.
-- held_out.jsonl: the same, of operands that train.jsonl does not have in that family. The last
-  answer of each dialogue is the one to be asked for.
+- held_out.jsonl: the same, of operands that train.jsonl does not have in that family; of facts,
+  which have to be known, of phrasings in which train.jsonl does not ask for them. The last answer
+  of each dialogue is the one to be asked for.
 - ghost.jsonl, ghost_held_out.jsonl: dialogues of several turns under a system message that all
   answers obey, of operands of train.jsonl and of others: to build Ghost attention's data and to
   measure it.
@@ -238,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="directory of the files")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
-    parser.add_argument("--count", type=int, default=30_000, help="dialogues to train on")
+    parser.add_argument("--count", type=int, default=80_000, help="dialogues to train on")
     args = parser.parse_args(arguments)
     return answered("llama2.finetune.instructions", lambda: _run(args))
 
