@@ -52,13 +52,6 @@ tree truck turtle uncle valley village voice wall watch water wave whale wheel w
 winter wolf wood wool yard zebra zoo
 """)
 SHORT_NOUNS = [noun for noun in NOUNS if len(noun) <= 5]
-ONSETS = _words_of("""
-b bl br c ch cl cr d dr f fl fr g gl gr h j k l m n p pl pr qu r s sh sk sl sn sp st sw t th tr v w
-y z
-""")
-VOWELS = _words_of("a a a e e e i i i o o o u u u ai ea ee oa oo ou")
-CODAS = _words_of("b ck d g k l ll m n nd ng nk nt p r rd rk rn s sh sk ss st t th x")
-ENDINGS = _words_of("a e en er et le o ow y")
 OPPOSITES = _pairs_of("""
 hot cold, big small, up down, day night, fast slow, open closed, full empty, happy sad, wet dry,
 hard soft, light dark, young old, left right, long short, high low, rich poor, good bad, early late,
@@ -112,12 +105,11 @@ def _fact(rng: Random, phrasings: tuple[str, ...], subject: str, answer: str) ->
 
 
 def word(rng: Random) -> str:
-    """A short noun, or as often a made-up word: of those there are enough never to meet again, and
-    they are put together of what English words are, so that the tokenizer splits them alike."""
+    """A short noun, or as often a made-up word: of those there are enough never to meet again."""
     if rng.random() < 0.5:
         return rng.choice(SHORT_NOUNS)
-    made = rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS)
-    return made + (rng.choice(ENDINGS) if len(made) < 5 and rng.random() < 0.4 else "")
+    made = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(2))
+    return made + rng.choice(("", "n", "r", "s"))
 
 
 def _words(rng: Random, least: int, most: int) -> list[str]:
@@ -243,14 +235,14 @@ def smaller(rng: Random) -> Task:
 @family(4)
 def add(rng: Random) -> Task:
     phrasings = ("What is {} + {}?", "Add {} and {}.", "{} plus {}")
-    a, b = rng.sample((rng.randint(0, 89), rng.randint(0, 5)), 2)
+    a, b = rng.sample((rng.randint(0, 49), rng.randint(0, 5)), 2)
     return _ask_in_any_order(rng, phrasings, a + b, a, b)
 
 
 @family(2)
 def next_number(rng: Random) -> Task:
     phrasings = ("Which number comes after {}?", "What is the next number after {}?")
-    number = rng.randint(0, 199)
+    number = rng.randint(0, 98)
     return _ask(rng, phrasings, number + 1, number)
 
 

@@ -192,7 +192,7 @@ class _Writer:
 
     def mixed(self) -> Dialogue:
         kinds = (self.single, self.instructed, self.system, self.turns)
-        return self._rng.choices(kinds, (50, 12, 20, 18))[0]()
+        return self._rng.choices(kinds, (60, 10, 15, 15))[0]()
 
 
 def _dialogue(tasks: Sequence[Task], source: str, *, system: str | None = None) -> Dialogue:
