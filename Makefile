@@ -4,11 +4,44 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-seeds test-matrix test-newest test-machine-code test-mutants lint format bench peers compile-check-3.6 clean
+.PHONY: demo chat-model test test-seeds test-matrix test-newest test-machine-code test-mutants lint format bench peers compile-check-3.6 clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
 	$(BIN)/llama2 demo
+
+# The chat model that this package ships, from the base model that it ships: about an hour. What was
+# done is not done again; it begins anew without build/chat.
+CHAT := build/chat
+TASKS := $(CHAT)/instructions
+HELD_OUT := $(CHAT)/held_out
+ASKED := --dtype float32 --max-new-tokens 32
+TUNED := --batch-size 4 --warmup-steps 50 --threads 1
+
+chat-model: $(READY)
+	mkdir -p $(CHAT)/results
+	$(BIN)/python -m llama2.finetune.instructions --out $(TASKS)
+	$(BIN)/python -m llama2.finetune.instructions --out $(HELD_OUT) --seed 1 --count 20000
+	$(BIN)/llama2 sft --work $(CHAT)/sft-run --out $(CHAT)/sft --data $(TASKS)/train.jsonl \
+		--held-out $(HELD_OUT)/held_out.jsonl --epochs 1 --peak-lr 2e-3 $(TUNED)
+	head -n 2000 $(TASKS)/ghost.jsonl > $(CHAT)/asked.jsonl
+	$(BIN)/llama2 ghost-attention --checkpoint $(CHAT)/sft --data $(CHAT)/asked.jsonl \
+		--out $(CHAT)/ghost.jsonl $(ASKED)
+	head -n 8000 $(TASKS)/train.jsonl > $(CHAT)/kept.jsonl
+	$(BIN)/llama2 sft --work $(CHAT)/ghost-run --out $(CHAT)/chat --init $(CHAT)/sft \
+		--data $(CHAT)/ghost.jsonl --data $(CHAT)/kept.jsonl \
+		--held-out $(HELD_OUT)/held_out.jsonl --epochs 1 --peak-lr 5e-4 $(TUNED)
+	for stage in base sft chat; do \
+		checkpoint=$(CHAT)/$$stage; \
+		if [ $$stage = base ]; then checkpoint=llama2/checkpoints/stdlib; fi; \
+		$(BIN)/llama2 answer --checkpoint $$checkpoint --data $(HELD_OUT)/held_out.jsonl $(ASKED) \
+			--out $(CHAT)/answers_$$stage.jsonl --summary $(CHAT)/results/answers_$$stage.json || exit 1; \
+	done
+	head -n 500 $(HELD_OUT)/ghost_held_out.jsonl > $(CHAT)/obeyed_held_out.jsonl
+	$(BIN)/llama2 obedience --checkpoint $(CHAT)/sft --checkpoint $(CHAT)/chat \
+		--data $(CHAT)/obeyed_held_out.jsonl --out $(CHAT)/obeyed.jsonl \
+		--summary $(CHAT)/results/obedience.json $(ASKED)
+	$(BIN)/python -m llama2.finetune.chat_card --checkpoint $(CHAT)/chat --results $(CHAT)/results
 
 # One thread per test process: the processes share the cores, and the interpreter has one thread.
 test: $(READY)

@@ -18,10 +18,19 @@ from llama2.config import ModelConfig
 from llama2.model import Llama2
 from llama2.storage import is_unfinished
 
-__all__ = ["SHIPPED", "CheckpointError", "load", "load_config", "save_hf", "save_meta"]
+__all__ = [
+    "SHIPPED",
+    "SHIPPED_CHAT",
+    "CheckpointError",
+    "load",
+    "load_config",
+    "save_hf",
+    "save_meta",
+]
 
-# The small model that comes with this package.
+# The small models that come with this package: of Python source, and one that was taught to answer.
 SHIPPED = Path(__file__).parents[1] / "checkpoints" / "stdlib"
+SHIPPED_CHAT = SHIPPED.with_name("chat")
 _QUIET_BYTES = 2**30  # read in about a second: no progress bar
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from llama2.chat_format import without_tags
-from llama2.checkpoint import SHIPPED
+from llama2.checkpoint import SHIPPED, SHIPPED_CHAT
 from llama2.commands.options import add_generation_options, load, make_generator, sampling
 from llama2.commands.text import chat_format, require_utf8, stream_text
 from llama2.finetune.encoding import encode_prompt
@@ -15,12 +15,17 @@ from llama2.generate import Generator, check_settings
 from llama2.stops import stop_ids
 from llama2.tokenizer import Tokenizer
 
+_NOTES = {
+    SHIPPED: "the shipped model continues Python source; it was never taught to answer",
+    SHIPPED_CHAT: "the shipped chat model knows small tasks alone, such as 'What is the opposite of "
+    "hot?' or 'Sort 9 2 8 from small to large.'; its README.md names them all",
+}
 _COMMANDS = "/reset forgets the conversation, /exit leaves"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `run`."""
-    add_generation_options(parser, max_new_tokens=512)
+    add_generation_options(parser, max_new_tokens=512, chat=True)
     parser.add_argument("--system", metavar="TEXT", help="instructions for the conversation")
 
 
@@ -32,11 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     system = arguments.system and require_utf8("--system", arguments.system)
     model, tokenizer = load(arguments)
-    if arguments.checkpoint == SHIPPED:
-        print(
-            "note: the shipped model continues Python source; it was never taught to answer",
-            file=sys.stderr,
-        )
+    if arguments.checkpoint in _NOTES:
+        print(f"note: {_NOTES[arguments.checkpoint]}", file=sys.stderr)
     generator = make_generator(arguments, model, tokenizer)
     stops = stop_ids(tokenizer, arguments.checkpoint)
     form = chat_format(arguments.checkpoint)

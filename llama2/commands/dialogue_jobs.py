@@ -30,7 +30,7 @@ def add_job_options(
         out: what a line of --out is.
         several: checkpoints, as of `add_generation_options`.
     """
-    add_generation_options(parser, max_new_tokens=256, several=several)
+    add_generation_options(parser, max_new_tokens=256, chat=True, several=several)
     add = parser.add_argument
     add(
         "--data",

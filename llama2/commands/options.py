@@ -8,7 +8,7 @@ import torch
 
 from llama2 import checkpoint
 from llama2.cache.kv_cache import CACHE_DTYPES
-from llama2.checkpoint import SHIPPED
+from llama2.checkpoint import SHIPPED, SHIPPED_CHAT
 from llama2.checkpoint.files import Settings
 from llama2.checkpoint.hf import CONFIG_FILE, read_config
 from llama2.config import PUBLISHED, ModelConfig
@@ -53,14 +53,20 @@ def number(text: str) -> float:
 
 
 def add_generation_options(
-    parser: argparse.ArgumentParser, max_new_tokens: int, *, several: bool = False
+    parser: argparse.ArgumentParser,
+    max_new_tokens: int,
+    *,
+    chat: bool = False,
+    several: bool = False,
 ) -> None:
     """The options of `load`, `make_generator` and `sampling`.
 
     Args:
+        chat: the default checkpoint is the shipped chat model.
         several: --checkpoint can be repeated, and is a list.
     """
     add = parser.add_argument
+    kind = "chat model" if chat else "model of Python source"
     add(
         "--checkpoint",
         type=path,
@@ -69,9 +75,13 @@ def add_generation_options(
         + (
             "repeated, their results stand side by side"
             if several
-            else "default: a small model of Python source that comes with this package"
+            else f"default: a small {kind} that comes with this package"
         ),
-        **({"action": "append", "required": True} if several else {"default": SHIPPED}),
+        **(
+            {"action": "append", "required": True}
+            if several
+            else {"default": SHIPPED_CHAT if chat else SHIPPED}
+        ),
     )
     add_options(parser)
     add("--dtype", choices=DTYPES, help="default: the checkpoint's")
