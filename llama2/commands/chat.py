@@ -17,8 +17,8 @@ from llama2.tokenizer import Tokenizer
 
 _NOTES = {
     SHIPPED: "the shipped model continues Python source; it was never taught to answer",
-    SHIPPED_CHAT: "the shipped chat model knows small tasks alone, such as 'What is the opposite of "
-    "hot?' or 'Sort 9 2 8 from small to large.'; its README.md names them all",
+    SHIPPED_CHAT: "the shipped chat model knows small tasks alone, such as 'What is the "
+    "opposite of hot?' or 'Sort 9 2 8 from small to large.'; its README.md names them all",
 }
 _COMMANDS = "/reset forgets the conversation, /exit leaves"
 
