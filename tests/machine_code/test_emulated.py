@@ -36,7 +36,12 @@ def checked(folder, *options):
 
 
 @pytest.mark.parametrize(
-    ("arch", "dtype"), (("sm_90", "float32"), ("sm_90", "bfloat16"), ("sm_80", "bfloat16"))
+    ("arch", "dtype"),
+    (
+        pytest.param("sm_90", "float32", marks=pytest.mark.machine_code),
+        ("sm_90", "bfloat16"),
+        ("sm_80", "bfloat16"),
+    ),
 )
 def test_small_cases(arch, dtype, tmp_path):
     records = checked(tmp_path, "--arch", arch, "--dtype", dtype)
