@@ -51,7 +51,7 @@ def check_messages(messages: Sequence[Message], *, last: str = "user") -> None:
     if not turns or turns != alternating or turns[-1] != last:
         raise ValueError(
             "messages: expected an optional system, then user and assistant in turn, ending "
-            f"with {last}; got roles {', '.join(map(str, roles)) or 'none'}"
+            f"with {last}; got roles {', '.join(map(str, roles)) or 'none':.80}"
         )
 
 

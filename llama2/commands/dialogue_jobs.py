@@ -13,7 +13,7 @@ from llama2.commands.caches import add_cache_options, make_cache
 from llama2.commands.json_lines import Complaints, lock_output, resume
 from llama2.commands.options import add_generation_options, load, path
 from llama2.commands.text import chat_format
-from llama2.finetune.dialogues import Dialogue, dialogue_files, read_dialogues
+from llama2.finetune.dialogues import Dialogue, dialogue_files, printable_name, read_dialogues
 from llama2.finetune.sampling import Sampler, Settings, encode_for
 from llama2.stops import stop_ids
 
@@ -91,7 +91,7 @@ class Key(NamedTuple):
 
 
 def key_of(dialogue: Dialogue, checkpoint: Path | None = None) -> Key:
-    place = f"{dialogue.file.name}:{dialogue.line}"
+    place = f"{printable_name(dialogue.file)}:{dialogue.line}"
     return Key(place, None if checkpoint is None else str(checkpoint))
 
 

@@ -135,7 +135,7 @@ def ghost_dialogue(conversation: Conversation) -> Dialogue:
 
 def place_numbers(file: Path, line: int) -> tuple[int, int]:
     """Where a dialogue stands, as numbers to draw by: its file's name, and the line."""
-    return zlib.crc32(file.name.encode()), line
+    return zlib.crc32(file.name.encode(errors="surrogateescape")), line
 
 
 def _parts(dialogue: Dialogue) -> tuple[list[Message], list[Message]]:

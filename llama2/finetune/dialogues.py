@@ -49,7 +49,8 @@ def read_dialogues(path: Path, refuse: Refuse) -> Iterator[Dialogue]:
 
     A `"source"` beside them names where the dialogue is from, `"obeys"` is a regular expression
     that tells whether an answer obeys the system message; other keys are left alone, blank lines
-    passed over.
+    passed over. A key whose value is null counts as absent: tables whose rows have different keys
+    are written so.
 
     Args:
         refuse: is called for each line that is no dialogue; it may raise.
@@ -93,6 +94,7 @@ def parse_dialogue(raw: bytes, file: Path, number: int) -> Dialogue:
         raise ValueError(f"line: expected JSON; {error}") from error
     if not isinstance(value, dict):
         raise TypeError(f"line: expected a JSON object; got a {type(value).__name__}")
+    value = {key: each for key, each in value.items() if each is not None}
     prompt, answers = _parts(value)
     messages = [*prompt, *answers]
     check_messages(messages, last="assistant")
@@ -106,11 +108,17 @@ def parse_dialogue(raw: bytes, file: Path, number: int) -> Dialogue:
     ]
     if not any(trained):
         raise ValueError("messages: expected an answer that bears a loss; got none")
-    source = value.get("source", file.name)
+    source = value.get("source", printable_name(file))
     if not isinstance(source, str) or not source:
         raise TypeError(f"source: expected a text; got {source!r:.60}")
+    _check_whole("source", source)
     plain = tuple({"role": message["role"], "content": message["content"]} for message in messages)
     return Dialogue(plain, tuple(trained), source, file, number, _obeys(value))
+
+
+def printable_name(file: Path) -> str:
+    """The name of a file, as UTF-8 can hold it: in a file system it may be any bytes."""
+    return file.name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _parts(value: dict[str, Any]) -> tuple[list[Message], list[Message]]:
@@ -140,11 +148,12 @@ def _obeys(value: dict[str, Any]) -> str | None:
         return None
     if not isinstance(pattern, str):
         raise TypeError(f"obeys: expected a regular expression; got {pattern!r:.60}")
+    _check_whole("obeys", pattern)
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(
-            f"obeys: expected a regular expression; got {pattern!r}: {error}"
+            f"obeys: expected a regular expression; got {pattern!r:.60}: {error}"
         ) from error
     return pattern
 
@@ -155,14 +164,20 @@ def _check_content(index: int, message: Message) -> None:
         raise ValueError(
             f"messages[{index}]: expected a content that is not empty; got {content!r}"
         )
+    _check_whole(f"messages[{index}]", content)
+
+
+def _check_whole(name: str, text: str) -> None:
     try:
-        content.encode()
+        text.encode()
     except UnicodeEncodeError as error:  # JSON can escape half a character
-        raise ValueError(f"messages[{index}]: expected whole characters; {error}") from error
+        raise ValueError(f"{name}: expected whole characters; {error}") from error
 
 
 def _weight(index: int, message: Message) -> bool:
-    weight = message.get("weight", 1)
+    weight = message.get("weight")
+    if weight is None:
+        return True
     if weight not in (0, 1):
         raise ValueError(f"messages[{index}]: expected a weight of 0 or 1; got {weight!r:.60}")
     return bool(weight)

@@ -18,7 +18,7 @@ from types import MappingProxyType
 
 from llama2.chat_format import Message
 from llama2.finetune.conversations import place_numbers
-from llama2.finetune.dialogues import Dialogue, to_line
+from llama2.finetune.dialogues import Dialogue, printable_name, to_line
 from llama2.finetune.sampling import Answer, Prompt, Sampler
 from llama2.storage import replacing
 
@@ -98,7 +98,9 @@ def with_preprompt(
         raise ValueError(
             f"risk: expected one of {', '.join(templates)} or None; got {prompt.risk!r}"
         )
-    parts = [random.Random(f"{seed} {prompt.file.name}:{prompt.line}").choice(preprompts)]
+    parts = [
+        random.Random(f"{seed} {printable_name(prompt.file)}:{prompt.line}").choice(preprompts)
+    ]
     if prompt.risk is not None:
         parts.append(templates[prompt.risk])
     messages = list(prompt.messages)

@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import os
 
 import pytest
 from answering import TOKENIZER, Answering, dialogue, turns_of
@@ -141,6 +142,16 @@ def test_bad_lines_are_named_and_the_others_done(answer, stand_in, files):
     assert second.startswith(f"{files[0]}:2: messages: expected an optional system")
     assert third.startswith(f"{files[0]}:3: messages: expected fewer tokens before an answer")
     assert summary == "4 answers done, 0 were done before, 3 lines are bad"
+
+
+def test_a_file_may_have_any_name(answer, stand_in, files, tmp_path):
+    """Bytes that are no UTF-8 among them, in what is sampled by place, too."""
+    data = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
+    files[0].rename(data)
+    status, records, table, err = answer("--data", str(data), "--seed", "1", "--temperature", "1")
+    assert (status, len(records)) == (0, 4), err
+    assert "caf\\xe9.jsonl:4" in records and "caf\\xe9.jsonl" in table
+    assert "4 were done before" in answer("--data", str(data))[3]
 
 
 def test_answers_are_those_of_generate(answer, files, device):

@@ -155,6 +155,12 @@ GOOD = line(("u", "q"), ("a", "r"))
         (line(("u", "q"), ("0", "r")), "expected an answer that bears a loss"),
         (GOOD.replace('"r"', '"r", "weight": 0.5'), r"messages\[1\]: expected a weight of 0 or 1"),
         (line(("u", "q"), ("a", "r"), source=3), "source: expected a text; got 3"),
+        (line(("u", "q"), ("a", "r"), source="\ud800"), "source: expected whole characters"),
+        (line(("u", "q"), ("a", "r"), obeys="\ud800"), "obeys: expected whole characters"),
+        (line(("u", "q"), ("a", "r"), obeys="a{%s}" % ("9" * 30)), "obeys: expected a regular"),
+        (line(("u", "q"), ("a", "r"), obeys="(" * 5000 + ")" * 5000), "obeys: expected a regular"),
+        (line(*[("u", "q")] * 10**4), "got roles user, user.{,80}$"),
+        ('{"messages": null}', r"got the keys \[\]"),
         ('{"prompt": "q"}', 'as "prompt" and "completion"; got str and NoneType'),
         ('{"prompt": "q", "completion": [1]}', "got str and list"),
     ],
@@ -186,6 +192,18 @@ def test_prompt_and_completion(tmp_path):
     answer = [{"role": "assistant", "content": "r"}]
     listed = parse(json.dumps({"prompt": turns, "completion": answer}), tmp_path)
     assert listed.trained == (False, True) and listed.source == "f.jsonl"
+
+
+def test_null_counts_as_absent(tmp_path):
+    """As tables are written whose rows have different keys."""
+    keys = {"prompt": None, "completion": None, "source": None, "obeys": None}
+    asked, answer = json.loads(GOOD)["messages"]
+    found = parse(
+        json.dumps({"messages": [asked | {"weight": None}, answer | {"weight": None}], **keys}),
+        tmp_path,
+    )
+    assert found == parse(GOOD, tmp_path)
+    assert parse('{"messages": null, "prompt": "q", "completion": "r"}', tmp_path) == found
 
 
 def test_a_line_is_read_as_it_was_written(tmp_path):
