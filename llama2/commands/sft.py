@@ -28,9 +28,10 @@ from llama2.commands.training import (
     train_config,
 )
 from llama2.config import ModelConfig
-from llama2.finetune.dialogues import read_dialogues
+from llama2.finetune.dialogues import Dialogue, read_dialogues
+from llama2.finetune.encoding import Encoded
 from llama2.finetune.packing import PackedDialogues, answer_loss
-from llama2.finetune.sft import Dialogues, cleaned, encode_within, held_out_loss
+from llama2.finetune.sft import Dialogues, encode_within, held_out_loss, taken
 from llama2.model import Llama2
 from llama2.storage import read_json
 from llama2.terminal import complain_of_line
@@ -70,6 +71,8 @@ def _tune(
 ) -> None:
     tokenizer = Tokenizer(args.init / TOKENIZER)
     check_fits(tokenizer, shape.vocab_size, args.init)
+    files = tokenizer_files(args.init / TOKENIZER)
+    files[TOKENIZER_CONFIG] = _with_template(files.get(TOKENIZER_CONFIG), args.format)
     speaks = computer.execution.speaks
     care = Care(args.exclude, args.redact, args.drop_near_duplicates)
     settings = {"form": args.format, "seq_len": limits.seq_len, "speaks": speaks}
@@ -126,8 +129,6 @@ def _tune(
             "loss_before": before,
             "loss": _loss(computer, model, held_out, config),
         }
-    files = tokenizer_files(args.init / TOKENIZER)
-    files[TOKENIZER_CONFIG] = _with_template(files.get(TOKENIZER_CONFIG), args.format)
     export(args, computer, model, record, files)
     if speaks:
         _report(record, args.out)
@@ -152,18 +153,21 @@ def _read(
         if speaks:
             complain_of_line(file, number, error)
 
+    def encode(dialogue: Dialogue) -> Encoded:
+        return encode_within(tokenizer, dialogue, form, seq_len)
+
     with tqdm(desc="reading", unit="dialogue", leave=False, disable=not speaks) as progress:
         for path in paths:
             for dialogue in read_dialogues(path, refuse):
                 progress.update()
                 counts = found.counts[dialogue.source]
-                kept = cleaned(care, dialogue, counts, held_out=held_out)
-                if kept is None:
-                    continue
                 try:
-                    found.add(kept, encode_within(tokenizer, kept, form, seq_len))
+                    encoded = taken(care, dialogue, counts, encode, held_out=held_out)
                 except ValueError as error:
                     refuse(dialogue.file, dialogue.line, error)
+                    continue
+                if encoded is not None:
+                    found.add(dialogue, encoded)
     if not found.encoded:
         left_out = sum(counts.excluded + counts.near_duplicates for counts in found.counts.values())
         raise ValueError(
@@ -191,6 +195,8 @@ def _loss(
 def _with_template(file: Path | str | None, form: str) -> str:
     """A tokenizer_config.json that says how a dialogue is written."""
     settings = {} if file is None else read_json(Path(file))
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file}: expected a JSON object; got {settings!r:.60}")
     return json.dumps({**settings, "chat_template": CHAT_TEMPLATES[form]}, indent=2) + "\n"
 
 

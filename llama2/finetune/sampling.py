@@ -148,7 +148,7 @@ def encode_for(
             that are far too long.
     """
     expected = f"messages: expected fewer tokens before an answer than the context's {max_seq_len}"
-    least = sum(tokenizer.least_ids(message["content"]) for message in messages)
+    least = sum(tokenizer.least_ids(message["content"].strip()) for message in messages)
     if least >= max_seq_len:
         raise ValueError(f"{expected}; got {least:,} or more")
     ids = encode_prompt(tokenizer, messages, form, system_in_every_turn=system_in_every_turn)

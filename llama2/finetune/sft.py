@@ -4,7 +4,7 @@ Source: Touvron et al. 2023, arXiv:2307.09288, section 3.1.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -46,13 +46,22 @@ class Dialogues:
         }
 
 
-def cleaned(
-    care: Care, dialogue: Dialogue, counts: CareCounts, *, held_out: bool = False
-) -> Dialogue | None:
-    """A dialogue with every content redacted; None for one to be left out.
+def taken(
+    care: Care,
+    dialogue: Dialogue,
+    counts: CareCounts,
+    encode: Callable[[Dialogue], Encoded],
+    *,
+    held_out: bool = False,
+) -> Encoded | None:
+    """A dialogue with every content redacted, encoded; None for one to be left out.
 
     Patterns are compared with its source and the name of its file; of near-duplicates and of what
-    is both for training and held out, all contents together count.
+    is both for training and held out, all contents together count. What `encode` refuses is
+    neither counted nor remembered, so that another that is like it can stay.
+
+    Raises:
+        ValueError: as `encode`.
     """
     if care.excludes(dialogue.source, dialogue.file.name):
         counts.excluded += 1
@@ -62,11 +71,12 @@ def cleaned(
         content, found = care.redact(message["content"])
         messages.append({**message, "content": content})
         redacted += found
+    encoded = encode(replace(dialogue, messages=tuple(messages)))
     if care.repeats("\n".join(message["content"] for message in messages), held_out=held_out):
         counts.near_duplicates += 1
         return None
     counts.redacted += redacted
-    return replace(dialogue, messages=tuple(messages))
+    return encoded
 
 
 def encode_within(tokenizer: Tokenizer, dialogue: Dialogue, form: str, seq_len: int) -> Encoded:
@@ -75,7 +85,7 @@ def encode_within(tokenizer: Tokenizer, dialogue: Dialogue, form: str, seq_len: 
     Raises:
         ValueError: it takes more than seq_len + 1 tokens; nothing is cut.
     """
-    least = sum(tokenizer.least_ids(message["content"]) for message in dialogue.messages)
+    least = sum(tokenizer.least_ids(message["content"].strip()) for message in dialogue.messages)
     encoded = None if least > seq_len + 1 else encode_dialogue(tokenizer, dialogue, form)
     if encoded is None or len(encoded.ids) > seq_len + 1:
         got = f"{least} or more" if encoded is None else len(encoded.ids)

@@ -195,6 +195,35 @@ def test_care_is_taken_of_dialogues(folder, capsys):
     assert "mail: 1 dialogues" in shown.out and "redacted: EMAIL_ADDRESS 2" in shown.out
 
 
+def test_a_dialogue_that_is_too_long_is_no_near_duplicates_first(folder):
+    """Otherwise neither would be trained on."""
+    words = "a b c d e f g h i j"
+    lines = [
+        {"prompt": words, "completion": f"k b@web.de {'x' * 200}"},
+        {"prompt": words, "completion": "k"},
+    ]
+    write(folder / "train.jsonl", lines)
+    care = ("--redact", "--drop-near-duplicates", 0.5, "--skip-bad-lines")
+    assert sft.run(parse(*options(folder), *RECIPE, *care)) == 0
+    record = json.loads((folder / "out" / "training.json").read_text(encoding="utf-8"))
+    assert (record["dialogues"], record["bad_lines"]) == (1, 1)
+    counts = record["sources"]["train.jsonl"]
+    assert counts["documents"] == 1 and counts["near_duplicates"] == 0 == len(counts["redacted"])
+
+
+def test_space_around_a_text_takes_no_room(folder):
+    space = " " * 10**5
+    write(folder / "train.jsonl", [{"prompt": f"q{space}", "completion": f"{space}\nr"}])
+    assert sft.run(parse(*options(folder), *RECIPE)) == 0
+
+
+def test_a_damaged_tokenizer_config_is_named_before_the_training(folder):
+    (folder / "base" / "tokenizer_config.json").write_text("[1]", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: expected a JSON object; got "):
+        sft.run(parse(*options(folder), *RECIPE))
+    assert not (folder / "work" / "log.jsonl").exists()
+
+
 def test_other_dialogues_are_another_run(folder):
     run = (*options(folder), *RECIPE)
     assert sft.run(parse(*run)) == 0
