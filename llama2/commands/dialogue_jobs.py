@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,15 +66,17 @@ def read_data(arguments: argparse.Namespace, complaints: Complaints) -> list[Dia
     """
     data, out = arguments.data, arguments.out
     is_read = any(out.exists() and file.samefile(out) for file in dialogue_files(data))
+    # Path.resolve raises RuntimeError where a link leads to itself; opening it names the file.
+    place = os.path.realpath(out)
     if is_read or (
-        data.is_dir() and out.suffix == ".jsonl" and out.resolve().parent.samefile(data)
+        data.is_dir() and out.suffix == ".jsonl" and os.path.samefile(os.path.dirname(place), data)
     ):
         raise ValueError(f"--out: expected another file than --data's; got {out}")
     if out.exists() and not out.is_file():
         raise ValueError(f"--out: expected a file that can be read again; got {out}")
     for name in ("summary", "sheet"):
         other = getattr(arguments, name, None)
-        if other is not None and other.resolve() in {out.resolve(), data.resolve()}:
+        if other is not None and os.path.realpath(other) in {place, os.path.realpath(data)}:
             raise ValueError(f"--{name}: expected another file than --out and --data; got {other}")
     return list(read_dialogues(data, complaints.add))
 

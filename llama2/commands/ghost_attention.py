@@ -23,7 +23,7 @@ from llama2.commands.dialogue_jobs import (
 from llama2.commands.json_lines import Complaints
 from llama2.commands.options import path
 from llama2.finetune.conversations import converse, ghost_dialogue
-from llama2.finetune.dialogues import Dialogue, to_record
+from llama2.finetune.dialogues import Dialogue, to_record, utf8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -131,7 +131,7 @@ def read_instructions(file: Path, complaints: Complaints) -> list[str]:
     with file.open("rb") as lines:
         for number, raw in enumerate(lines, 1):
             try:
-                text = raw.decode().strip()
+                text = utf8(raw, number).strip()
                 check_messages(
                     [{"role": "system", "content": text}, {"role": "user", "content": ""}]
                 )

@@ -87,7 +87,7 @@ def parse_dialogue(raw: bytes, file: Path, number: int) -> Dialogue:
         TypeError, ValueError: it is no dialogue; says why.
     """
     try:
-        value = json.loads(raw.decode())  # bytes would be read as UTF-16, too
+        value = json.loads(utf8(raw, number))  # bytes would be read as UTF-16, too
     except UnicodeDecodeError as error:
         raise ValueError(f"line: expected UTF-8; {error}") from error
     except (ValueError, RecursionError) as error:
@@ -119,6 +119,11 @@ def parse_dialogue(raw: bytes, file: Path, number: int) -> Dialogue:
 def printable_name(file: Path) -> str:
     """The name of a file, as UTF-8 can hold it: in a file system it may be any bytes."""
     return file.name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def utf8(raw: bytes, number: int) -> str:
+    """The text of a line, without the mark that editors put at the beginning of a file."""
+    return raw.decode("utf-8-sig" if number == 1 else "utf-8")
 
 
 def _parts(value: dict[str, Any]) -> tuple[list[Message], list[Message]]:

@@ -9,6 +9,7 @@ import zlib
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any, Self
 
 import numpy as np
@@ -172,21 +173,31 @@ class PackedDialogues:
         filled = sum(len(d.ids) - 1 for d in dialogues)
         self.waste = 1 - filled / (self.num_rows * seq_len)
         if not 0 < epochs * self.num_rows < 2**31:
-            raise ValueError(f"epochs: expected a positive number; got {epochs}")
-        orders = [
-            np.random.default_rng([seed, epoch]).permutation(self.num_rows)
-            for epoch in range(math.ceil(epochs))
-        ]
-        self._order = np.concatenate(orders)[: math.ceil(epochs * self.num_rows)]
+            raise ValueError(
+                f"epochs: expected a positive number, and less than 2^31 rows of all; got {epochs} "
+                f"of {self.num_rows}"
+            )
+        # As it is written in decimal: 1.1 epochs of 10 rows are 11, not 12.
+        self._num_rows_of_all = math.ceil(Fraction(str(epochs)) * self.num_rows)
+        self._order = (-1, np.empty(0, dtype=np.int64))  # of the present epoch
 
     @property
     def steps(self) -> int:
         """Batches of all epochs."""
-        return -(-len(self._order) // self._batch_size)
+        return -(-self._num_rows_of_all // self._batch_size)
+
+    def _row(self, place: int) -> int:
+        """The row at a place of the run."""
+        epoch, within = divmod(place, self.num_rows)
+        if self._order[0] != epoch:
+            order = np.random.default_rng([self._seed, epoch]).permutation(self.num_rows)
+            self._order = (epoch, order)
+        return int(self._order[1][within])
 
     def batch(self, step: int) -> PackedRows:
-        rows = self._order[step * self._batch_size :][: self._batch_size]
-        members = [[self._dialogues[n] for n in self._rows[row]] for row in rows]
+        start = step * self._batch_size
+        places = range(start, min(start + self._batch_size, self._num_rows_of_all))
+        members = [[self._dialogues[n] for n in self._rows[self._row(place)]] for place in places]
         return pack_rows(members + [[]] * (self._batch_size - len(members)), self._seq_len)
 
     def identity(self) -> dict[str, Any]:
@@ -197,6 +208,6 @@ class PackedDialogues:
         return {
             "num_dialogues": len(self._dialogues),
             "num_rows": self.num_rows,
-            "rows_of_all_epochs": len(self._order),
+            "rows_of_all_epochs": self._num_rows_of_all,
             "crc32": digest,
         }

@@ -84,7 +84,7 @@ class Sharded:
         if (folder / STATE).exists():
             raise ValueError(
                 f"{folder}: expected the state of a run on several processes; got {STATE}, of one "
-                "in one process (llama2 pretrain)"
+                "in one process, without torchrun"
             )
         return load_sharded_state(folder, model, optimizer, identity)
 

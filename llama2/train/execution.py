@@ -79,7 +79,7 @@ class OneProcess:
         if found := sorted(folder.glob("step-*")):
             raise ValueError(
                 f"{folder}: expected the state of a run in one process; got {found[0].name}, of "
-                "one on several (llama2.train.distributed)"
+                "one on several, under torchrun"
             )
         path = folder / STATE
         return load_state(path, model, optimizer, identity) if path.exists() else 0

@@ -180,6 +180,15 @@ def test_a_users_error_is_one_line(options, message, answer, files, stand_in):
     assert err.count("\n") == 1 and message in err
 
 
+def test_a_link_that_leads_to_itself_is_named(answer, stand_in, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(link)
+    for name in ("--data", "--out"):
+        status, _, _, err = answer(name, str(link))
+        assert status == 2 and err.count("\n") == 1 and str(link) in err
+    assert answer("--sheet", str(link))[0] == 0 and link.is_file()  # replaced, as any file
+
+
 # --- the sheet ----------------------------------------------------------------------------------
 
 

@@ -206,6 +206,14 @@ def test_null_counts_as_absent(tmp_path):
     assert parse('{"messages": null, "prompt": "q", "completion": "r"}', tmp_path) == found
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    marked = b"\xef\xbb\xbf" + GOOD.encode()
+    (tmp_path / "f.jsonl").write_bytes(marked + b"\n" + marked)
+    refused = []
+    found = list(read_dialogues(tmp_path, lambda file, n, error: refused.append(n)))
+    assert [d.line for d in found] == [1] and refused == [2]  # elsewhere it is a character
+
+
 def test_a_line_is_read_as_it_was_written(tmp_path):
     for turns in (
         [("s", "é"), ("u", "q"), ("0", "r"), ("u", "q"), ("a", "r")],

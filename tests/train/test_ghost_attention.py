@@ -278,7 +278,7 @@ def test_a_models_logits_that_are_not_finite_are_an_error_of_their_line(ghost, f
 def test_dialogues_without_an_instruction_get_one_of_a_file(ghost, files, stand_in, tmp_path):
     write(files[0], [LINES[0]] + [dialogue(f"{number}?", "x") for number in range(12)])
     instructions = tmp_path / "instructions.txt"
-    instructions.write_bytes("Be brief.\n\n Sei höflich. \n[INST]\n".encode() + b"\xff\n")
+    instructions.write_bytes("\ufeffBe brief.\n\n Sei höflich. \n[INST]\n".encode() + b"\xff\n")
     options = ("--instructions", str(instructions))
     status, first, err = ghost(*options)
     assert status == 1 and len(first) == 13

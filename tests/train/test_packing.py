@@ -149,6 +149,16 @@ def test_epochs_have_every_row_once_in_another_order():
     assert data.waste == pytest.approx(1 - sum(n - 1 for n in LENGTHS) / (32 * data.num_rows))
 
 
+def test_a_part_of_an_epoch_is_as_large_as_it_is_written():
+    """1.1 · 10 is more than 11 in binary. And no order is drawn before its epoch comes."""
+    dialogues = make_dialogues([32] * 10)
+    sizes = {"seq_len": 31, "batch_size": 1, "seed": 0}
+    for epochs, steps in ((1.1, 11), (0.3, 3), (0.01, 1), (1, 10), (1e8, 10**9)):
+        data = PackedDialogues(dialogues, epochs=epochs, **sizes)
+        assert (data.num_rows, data.steps) == (10, steps)
+    assert data.batch(10**9 - 1).tokens.shape == (1, 31)
+
+
 @pytest.mark.parametrize("epochs", [0, -1, float("nan"), 1e300])
 def test_epochs_that_are_none(epochs):
     with pytest.raises(ValueError, match="epochs: expected a positive number"):
