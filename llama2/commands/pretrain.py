@@ -19,7 +19,7 @@ from llama2.commands.training import (
     final_loss,
     note_warm_up,
     owned,
-    tokenizer_files,
+    text_files,
     train,
     train_config,
 )
@@ -64,6 +64,7 @@ def _train(
     run_id: str,
 ) -> None:
     tokenizer_file = tokenizer_file_of(args)
+    files = text_files(tokenizer_file, args.init)
     with computer.writer_first():
         corpora = corpora_of(args, tokenizer_file, shape)
     data = Mixture(corpora.sources, config, shape.vocab_size, corpora.digests)
@@ -86,7 +87,7 @@ def _train(
         "wall_seconds": log[-1]["seconds"],
         "command": vars(args).get("command_line"),
     }
-    export(args, computer, model, record, tokenizer_files(tokenizer_file))
+    export(args, computer, model, record, files)
     if computer.execution.speaks:
         write_card(args.out, card(args.out.resolve().name, "`llama2 pretrain`", record), run_id)
         _report(record, args.out)

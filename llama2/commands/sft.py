@@ -23,7 +23,7 @@ from llama2.commands.training import (
     final_loss,
     note_warm_up,
     owned,
-    tokenizer_files,
+    text_files,
     train,
     train_config,
 )
@@ -71,7 +71,7 @@ def _tune(
 ) -> None:
     tokenizer = Tokenizer(args.init / TOKENIZER)
     check_fits(tokenizer, shape.vocab_size, args.init)
-    files = tokenizer_files(args.init / TOKENIZER)
+    files = text_files(args.init / TOKENIZER, args.init)
     files[TOKENIZER_CONFIG] = _with_template(files.get(TOKENIZER_CONFIG), args.format)
     speaks = computer.execution.speaks
     care = Care(args.exclude, args.redact, args.drop_near_duplicates)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import shutil
 import signal
 import sys
@@ -17,11 +18,13 @@ import torch.distributed as dist
 from llama2 import checkpoint
 from llama2.accounting import num_parameters
 from llama2.checkpoint import meta
+from llama2.checkpoint.files import Settings
 from llama2.commands.machine import Machine
 from llama2.config import ModelConfig
 from llama2.model import Llama2
 from llama2.placement import free_bytes
 from llama2.storage import locked, replacing, write_text
+from llama2.tokenizer import Tokenizer
 from llama2.train import pretrain
 from llama2.train.corpora import TOKENIZER
 from llama2.train.data import is_within
@@ -31,6 +34,7 @@ from llama2.train.ownership import check_held, claimed, finish, run_id_of
 from llama2.train.pretrain import Batches, TrainConfig
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
+GENERATION_CONFIG = "generation_config.json"
 _LAST_STEPS = 100  # whose mean is called the final loss
 
 
@@ -192,12 +196,28 @@ def final_loss(log: list[dict[str, float]]) -> float:
     return fmean(step["loss"] for step in log[-_LAST_STEPS:])
 
 
-def tokenizer_files(tokenizer_file: Path | None) -> dict[str, Path]:
-    """What a checkpoint's tokenizer consists of, by the names of its files."""
+def text_files(tokenizer_file: Path | None, init: Path | None) -> dict[str, Path | str]:
+    """What a checkpoint says of texts, by the names of its files: its tokenizer, and what ends a
+    text, without which Transformers' `generate` goes on after an answer's end.
+
+    Args:
+        init: the checkpoint that a run begins with; what its generation_config.json says is kept.
+    Raises:
+        ValueError: one of them is malformed.
+    """
     if tokenizer_file is None:
         return {}
     config = tokenizer_file.with_name(TOKENIZER_CONFIG)
-    return {TOKENIZER: tokenizer_file} | ({TOKENIZER_CONFIG: config} if config.is_file() else {})
+    files: dict[str, Path | str] = {TOKENIZER: tokenizer_file}
+    if config.is_file():
+        files[TOKENIZER_CONFIG] = config
+    tokenizer = Tokenizer(tokenizer_file)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    ends = {name: id for name, id in ids.items() if id >= 0}
+    if init is not None and (init / GENERATION_CONFIG).is_file():
+        ends |= Settings.read(init / GENERATION_CONFIG)
+    files[GENERATION_CONFIG] = json.dumps(ends, indent=2) + "\n"
+    return files
 
 
 def export(

@@ -173,10 +173,8 @@ class PackedDialogues:
         filled = sum(len(d.ids) - 1 for d in dialogues)
         self.waste = 1 - filled / (self.num_rows * seq_len)
         if not 0 < epochs * self.num_rows < 2**31:
-            raise ValueError(
-                f"epochs: expected a positive number, and less than 2^31 rows of all; got {epochs} "
-                f"of {self.num_rows}"
-            )
+            most = f", at most {2**31 / self.num_rows:,.0f}" if epochs > 0 else ""
+            raise ValueError(f"epochs: expected a positive number{most}; got {epochs}")
         # As it is written in decimal: 1.1 epochs of 10 rows are 11, not 12.
         self._num_rows_of_all = math.ceil(Fraction(str(epochs)) * self.num_rows)
         self._order = (-1, np.empty(0, dtype=np.int64))  # of the present epoch

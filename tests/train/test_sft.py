@@ -91,6 +91,8 @@ def test_dialogues_become_a_checkpoint(folder, capsys):
     assert record["format"] == "chat" and "nats per token of an answer" in shown.out
     settings = json.loads((folder / "out" / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert settings["chat_template"] == CHAT_TEMPLATES["chat"] and settings["bos_token"] == "<s>"
+    ends = json.loads((folder / "out" / "generation_config.json").read_text(encoding="utf-8"))
+    assert ends == {"bos_token_id": 1, "eos_token_id": 2}
     tuned = load(folder / "out", get_backend("eager"), dtype=torch.float32)
     base = load(folder / "base", get_backend("eager"), dtype=torch.float32)
     assert not tuned.lm_head.weight.equal(base.lm_head.weight)
@@ -222,6 +224,26 @@ def test_a_damaged_tokenizer_config_is_named_before_the_training(folder):
     with pytest.raises(ValueError, match=r"tokenizer_config\.json: expected a JSON object; got "):
         sft.run(parse(*options(folder), *RECIPE))
     assert not (folder / "work" / "log.jsonl").exists()
+
+
+def test_transformers_gives_the_answer_and_ends_it(folder):
+    """Loaded as it is, by its own template; and what --init says of generation is kept."""
+    transformers = pytest.importorskip("transformers", reason="Transformers is not installed")
+    write(folder / "train.jsonl", [dialogue("red")])
+    said = {"eos_token_id": [2, 1], "temperature": 0.5, "do_sample": True}
+    (folder / "base" / "generation_config.json").write_text(json.dumps(said), encoding="utf-8")
+    recipe = (*RECIPE, "--epochs", 60, "--batch-size", 1)
+    assert sft.run(parse(*options(folder), *recipe)) == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32)
+    asked = [{"role": "user", "content": "Say red."}]
+    prompt = tokenizer.apply_chat_template(asked, return_tensors="pt", return_dict=True)
+    found = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0]
+    ours = Tokenizer(folder / "out" / "tokenizer.model")
+    answer = ours.encode("[INST] Say red. [/INST] red ", eos=True)
+    assert found.tolist() == answer
+    kept = json.loads((folder / "out" / "generation_config.json").read_text(encoding="utf-8"))
+    assert kept == {"bos_token_id": 1} | said
 
 
 def test_other_dialogues_are_another_run(folder):
