@@ -76,12 +76,13 @@ def card(name: str, made_by: str, record: dict[str, Any]) -> str:
         f"- {_held_out(record)}",
     ]
     if record["command"]:
-        lines += ["", "## Command", "", *(f"    {line}" for line in record["command"].split("\n"))]
+        lines += ["", "## Command", "", *(f"    {line}" for line in record["command"].splitlines())]
     return "\n".join(lines) + "\n"
 
 
 def _row(source: str, counts: dict[str, Any]) -> str:
-    cells = [_quoted(Path(source).name), f"{counts['tokens']:,}", f"{counts['epochs']:.2f}"]
+    name = _quoted(Path(source).name).replace("|", "\\|")  # a table's, even within code
+    cells = [name, f"{counts['tokens']:,}", f"{counts['epochs']:.2f}"]
     if "documents" in counts:
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in counts["redacted"].items())
         numbers = [f"{counts[key]:,}" for key in ("documents", "excluded", "near_duplicates")]
@@ -127,8 +128,8 @@ def _held_out(record: dict[str, Any]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """As code in a cell of a table, whatever its characters."""
-    text = " ".join(text.split()).replace("|", "\\|")
+    """As code, whatever its characters."""
+    text = " ".join(text.split())
     ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     space = " " if len(ticks) > 1 else ""
     return f"{ticks}{space}{text}{space}{ticks}"

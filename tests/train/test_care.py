@@ -16,7 +16,7 @@ import torch
 
 from llama2.commands import pretrain, pretrain_options
 from llama2.tokenizer import Tokenizer
-from llama2.train.card import write_card
+from llama2.train.card import card, write_card
 from llama2.train.care import (
     Care,
     CareCounts,
@@ -312,3 +312,24 @@ def test_a_card_of_ones_own_stays(tmp_path, capsys):
     file.mkdir()
     write_card(tmp_path, "fourth", "abc")
     assert file.is_dir()
+
+
+def test_nothing_ends_the_code_of_a_card():
+    """A bar ends a cell of a table even within code, and any line end a line of the command."""
+    counts = {"tokens": 1, "epochs": 1.0}
+    record = {"parameters": 1, "tokens_seen": 1, "final_train_loss": 1.0, "held_out": None}
+    care = {"exclude": ["a|b"], "redact": None, "near_duplicates": None, "libraries": {}}
+    written = card(
+        "*model*",
+        "us",
+        {
+            **record,
+            "init": "a|b",
+            "sources": {"x/a|b": counts},
+            "care": care,
+            "command": "llama2 'a\r# b\n# c\u2028# d'",
+        },
+    )
+    assert written.startswith("# \\*model\\*\n") and "| `a\\|b` | 1 |" in written
+    assert "weights of `a|b` on" in written and "sources: `a|b`" in written
+    assert written.count("\n    # ") == 3 and "\r" not in written
