@@ -61,12 +61,13 @@ MODEL_ALLOWED = {
     "generate": {"cache", "config", "decoding", "model"},
     "serving": {"cache", "decoding", "generate", "model"},
     "stops": {"checkpoint", "tokenizer"},
+    "taught_format": {"chat_format", "checkpoint"},
     "evaluation": {"model"},
     "evaluation.lm_eval": {"evaluation.harness"},
     "evaluation.scoring": {"head", "model"},
     "evaluation.harness": {"evaluation.scoring", "accounting", "cache", "chat_format", "checkpoint"}
     | {"decoding"}
-    | {"placement", "serving", "stops", "tokenizer"},
+    | {"placement", "serving", "stops", "taught_format", "tokenizer"},
     "train": {"train", "checkpoint", "config", "evaluation", "model", "parallel", "storage"}
     | {"terminal", "tokenizer"},
     "finetune": {"finetune", "chat_format", "model", "serving", "cache", "storage", "targets"}
@@ -87,7 +88,7 @@ MODEL_ALLOWED = {
     "commands": {"commands", "accounting", "cache", "chat_format", "checkout", "checkpoint"}
     | {"config", "conversion", "convert_checkpoint", "evaluation", "finetune", "generate"}
     | {"model", "parallel", "placement", "targets", "terminal"}
-    | {"serving", "stops", "storage", "tokenizer", "tradeoff", "train"},
+    | {"serving", "stops", "storage", "taught_format", "tokenizer", "tradeoff", "train"},
     "cli": {"commands", "placement", "terminal"},
     "__main__": {"cli"},
 }

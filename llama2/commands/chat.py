@@ -9,10 +9,11 @@ from typing import Any
 from llama2.chat_format import without_tags
 from llama2.checkpoint import SHIPPED, SHIPPED_CHAT
 from llama2.commands.options import add_generation_options, load, make_generator, sampling
-from llama2.commands.text import chat_format, require_utf8, stream_text
+from llama2.commands.text import require_utf8, stream_text
 from llama2.finetune.encoding import encode_prompt
 from llama2.generate import Generator, check_settings
 from llama2.stops import stop_ids
+from llama2.taught_format import taught_format
 from llama2.tokenizer import Tokenizer
 
 _NOTES = {
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"note: {_NOTES[arguments.checkpoint]}", file=sys.stderr)
     generator = make_generator(arguments, model, tokenizer)
     stops = stop_ids(tokenizer, arguments.checkpoint)
-    form = chat_format(arguments.checkpoint)
+    form = taught_format(arguments.checkpoint)
     chat(generator, tokenizer, stops=stops, system=system, form=form, **sampling(arguments))
     return 0
 

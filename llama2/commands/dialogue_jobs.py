@@ -13,10 +13,10 @@ from llama2.chat_format import FORMATS, Message
 from llama2.commands.caches import add_cache_options, make_cache
 from llama2.commands.json_lines import Complaints, lock_output, resume
 from llama2.commands.options import add_generation_options, load, path
-from llama2.commands.text import chat_format
 from llama2.finetune.dialogues import Dialogue, dialogue_files, printable_name, read_dialogues
 from llama2.finetune.sampling import Sampler, Settings, encode_for
 from llama2.stops import stop_ids
+from llama2.taught_format import taught_format
 
 _BEGIN = b'{"place": "'  # of every line of results
 
@@ -187,7 +187,7 @@ def make_sampler(
             option about sampling is wrong.
     """
     model, tokenizer = load(arguments)
-    form = arguments.format or chat_format(arguments.checkpoint)
+    form = arguments.format or taught_format(arguments.checkpoint)
     lengths = []
     for dialogue in dialogues:
         most, messages = model.config.max_seq_len, dialogue.messages[:-1]

@@ -1,11 +1,8 @@
 """Text in and text out: generation through a tokenizer."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from llama2.chat_format import format_of
-from llama2.checkpoint.files import Settings
 from llama2.generate import Generator
 from llama2.tokenizer import StreamDecoder, Tokenizer
 
@@ -49,17 +46,6 @@ def encode_prompt(tokenizer: Tokenizer, text: str, max_seq_len: int) -> list[int
             f"expected at most max_seq_len ({max_seq_len}) tokens; got {least:,} or more"
         )
     return tokenizer.encode(text)
-
-
-def chat_format(folder: Path) -> str:
-    """The format of dialogues that a checkpoint was taught: "chat" unless its tokenizer_config.json
-    has another template of ours.
-
-    Raises:
-        CheckpointError: that file is malformed.
-    """
-    file = folder / "tokenizer_config.json"
-    return format_of(Settings.read(file).get("chat_template") if file.is_file() else None)
 
 
 def require_utf8(name: str, text: str) -> str:

@@ -35,6 +35,7 @@ from llama2.evaluation.scoring import Score, Window, scores
 from llama2.placement import free_bytes, place
 from llama2.serving import Request, serve
 from llama2.stops import StopStrings, stop_ids
+from llama2.taught_format import taught_format
 from llama2.tokenizer import Tokenizer, check_fits
 
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
@@ -155,8 +156,13 @@ class Llama2LM(TemplateLM):
         """The only one there is.
 
         Raises:
-            ValueError: another one is asked for by name.
+            ValueError: another one is asked for by name, or the checkpoint was taught another.
         """
+        if chat_template and (form := taught_format(self.folder)) != "chat":
+            raise ValueError(
+                "chat_template: expected a checkpoint that was taught Llama 2's chat format; "
+                f"got {self.folder} of the format {form}"
+            )
         if isinstance(chat_template, str):
             raise ValueError(
                 "chat_template: expected no name, as there is only Llama 2's; "

@@ -19,6 +19,7 @@ from lm_eval.models.huggingface import HFLM
 
 from gqa_kernels import get_backend
 from llama2 import Llama2, checkpoint
+from llama2.chat_format import CHAT_TEMPLATES
 from llama2.evaluation import harness, scoring
 from llama2.evaluation.harness import Llama2LM
 
@@ -274,6 +275,21 @@ def test_a_chat_has_the_ids_of_encode_chat(ours):
         ours.chat_template("other")
     with pytest.raises(ValueError, match=r"messages\[0\]: expected a content without"):
         ours.apply_chat_template([{"role": "user", "content": "[INST]"}])
+
+
+def test_a_chat_is_not_asked_in_a_format_that_the_checkpoint_was_not_taught(
+    ours, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(ours, "folder", tmp_path)
+    for form, template in CHAT_TEMPLATES.items():
+        settings = json.dumps({"chat_template": template})
+        (tmp_path / "tokenizer_config.json").write_text(settings, encoding="utf-8")
+        assert ours.chat_template(False) is None
+        if form == "chat":
+            assert ours.chat_template(True)
+        else:
+            with pytest.raises(ValueError, match=f"of the format {form}"):
+                ours.chat_template(True)
 
 
 def test_a_leading_bos_is_not_doubled(ours):

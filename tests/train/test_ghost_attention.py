@@ -152,10 +152,15 @@ def test_the_separator_format(ghost, stand_in):
     assert max(text.count("Shout") for text in stand_in.prompts) == 3
 
 
-def test_the_format_is_the_one_that_the_checkpoint_was_taught(ghost, stand_in, tmp_path):
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.jinja"])
+def test_the_format_is_the_one_that_the_checkpoint_was_taught(file, ghost, stand_in, tmp_path):
+    """The second is where Transformers' `save_pretrained` puts a template."""
     stand_in.answer = lambda text: "yes"
-    settings = {"chat_template": CHAT_TEMPLATES["separator"]}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    template = CHAT_TEMPLATES["separator"]
+    settings = json.dumps({} if file.endswith(".jinja") else {"chat_template": template})
+    (tmp_path / "tokenizer_config.json").write_text(settings, encoding="utf-8")
+    if file.endswith(".jinja"):
+        (tmp_path / file).write_text(template, encoding="utf-8")
     assert len(ghost("--checkpoint", str(tmp_path))[1]) == 3
     assert all("[INST]" not in text for text in stand_in.prompts)
 
