@@ -113,8 +113,9 @@ def check_folders(args: argparse.Namespace, inputs: list[Path]) -> None:
                     f"{name}: expected a directory outside of the texts {path}, which it would "
                     f"change; got {getattr(args, name)}"
                 )
-    if args.init is not None and is_within(args.init, args.out) and is_within(args.out, args.init):
-        raise ValueError(f"out: expected another directory than --init; got {args.out}")
+        path = getattr(args, name)
+        if args.init is not None and is_within(args.init, path) and is_within(path, args.init):
+            raise ValueError(f"{name}: expected another directory than --init; got {path}")
     if (args.out / meta.CONFIG_FILE).exists():
         raise ValueError(f"out: expected no checkpoint of Meta's layout there; got {args.out}")
 

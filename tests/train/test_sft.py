@@ -153,6 +153,7 @@ def test_bad_lines_are_named_and_nothing_is_lost(folder, capsys):
         ({"data": "none.jsonl"}, (), r"none\.jsonl: expected a file of JSON lines"),
         ({"data": "empty.jsonl"}, (), r"empty\.jsonl: expected at least one dialogue; got none"),
         ({"out": "base"}, (), "out: expected another directory than --init"),
+        ({"work": "base"}, (), "work: expected another directory than --init"),
         ({"init": "nowhere"}, (), "nowhere"),
         ({}, ("--epochs", 0), "epochs: expected a positive number; got 0"),
         (
