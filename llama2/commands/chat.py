@@ -96,8 +96,9 @@ def chat(
             settings["max_new_tokens"] = min(max_new_tokens, room)
             answer = ""
             for piece in stream_text(generator, tokenizer, tokens, stops=stops, **settings):
-                print(piece, end="", flush=True)
-                answer += piece
+                shown = piece if answer else piece.lstrip()  # a space follows "[/INST]"
+                print(shown, end="", flush=True)
+                answer += shown
             print()
             kept = without_tags(answer)
             if kept != answer:
