@@ -57,7 +57,10 @@ class Machine:
                 f"got {config.micro_batch_size}"
             )
         if config.bf16 and parallel.DATA not in self.mesh.mesh_dim_names:
-            raise ValueError("bf16: expected more than one model; got tensor parallelism alone")
+            raise ValueError(
+                "bf16: expected more processes than share one model; got "
+                f"{self.mesh.size()}, which all share one"
+            )
 
     def sharded(self, model: Llama2, config: TrainConfig) -> Llama2:
         """The model as it is trained here; the same one in one process."""

@@ -50,7 +50,12 @@ def add_recipe(
     ):
         shown = "" if default is None else "; default: %(default)s"
         add(name, type=kind, default=default, metavar="X", help=meaning + shown)
-    add("--bf16", action="store_true", help="compute in bfloat16; weights stay float32")
+    add(
+        "--bf16",
+        action="store_true",
+        help="compute in bfloat16; weights stay float32. With --tp it needs more processes than "
+        "share one model",
+    )
     add(
         "--activation-checkpointing",
         action="store_true",
