@@ -75,7 +75,8 @@ def check_identity(path: Path, found: dict[str, Any], identity: Identity) -> Non
             if found[kind].get(name) != value:
                 raise ValueError(
                     f"{path}: expected the state of a run with {kind} {name}={value!r}; "
-                    f"got {found[kind].get(name)!r}"
+                    f"got {found[kind].get(name)!r}. Its own data and options go on with it; "
+                    "others need another folder"
                 )
 
 
