@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="DIR",
-        help="a folder of YAML tasks of your own; repeatable",
+        help="a folder of YAML tasks of your own; repeatable. Relative paths of data in them begin "
+        "in the working directory",
     )
     add(
         "--num-fewshot", type=integer, metavar="N", help="examples in a prompt; default: the task's"
