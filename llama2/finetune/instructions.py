@@ -235,11 +235,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m llama2.finetune.instructions",
         description="Write dialogues to fine-tune a small chat model on, and others to ask it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, help="directory of the files")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
-    parser.add_argument("--count", type=int, default=80_000, help="dialogues to train on")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of all that is drawn; default: %(default)s"
+    )
+    parser.add_argument(
+        "--count",
+        type=int,
+        default=80_000,
+        help="dialogues in train.jsonl, and a tenth as many in each of the other three files; "
+        "default: %(default)s",
+    )
     args = parser.parse_args(arguments)
     return answered("llama2.finetune.instructions", lambda: _run(args))
 
