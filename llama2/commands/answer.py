@@ -63,13 +63,13 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if arguments.sample < 1:
         raise ValueError(f"--sample: expected at least 1; got {arguments.sample}")
-    complaints = Complaints()
+    complaints, checkpoint = Complaints(), arguments.checkpoint
     dialogues = read_data(arguments, complaints)
-    with results(arguments.out, dialogues, _KEYS) as out:
-        todo = [dialogue for dialogue in dialogues if key_of(dialogue) not in out.done]
+    with results(arguments.out, dialogues, _KEYS, checkpoint=checkpoint) as out:
+        todo = [dialogue for dialogue in dialogues if key_of(dialogue, checkpoint) not in out.done]
         if todo:
             _answer(arguments, todo, out, complaints)
-        keys = [key_of(dialogue) for dialogue in dialogues]
+        keys = [key_of(dialogue, checkpoint) for dialogue in dialogues]
         records = [out.done[key] for key in keys if key in out.done]
     counted = count(records)
     print(table(counted), end="")
@@ -113,7 +113,7 @@ def _answer(
                     "num_new_tokens": answer.num_new_tokens,
                     "finish_reason": answer.finish_reason,
                 }
-                out.write(key_of(dialogue), record)
+                out.write(key_of(dialogue, arguments.checkpoint), record)
             progress.update()
 
 

@@ -86,16 +86,19 @@ class Key(NamedTuple):
 
     Attributes:
         place: FILE:LINE, without the file's directory.
-        checkpoint: where a file holds results of several; otherwise None.
+        checkpoint: as --checkpoint names it.
     """
 
     place: str
-    checkpoint: str | None = None
+    checkpoint: str
 
 
-def key_of(dialogue: Dialogue, checkpoint: Path | None = None) -> Key:
-    place = f"{printable_name(dialogue.file)}:{dialogue.line}"
-    return Key(place, None if checkpoint is None else str(checkpoint))
+def place_of(dialogue: Dialogue) -> str:
+    return f"{printable_name(dialogue.file)}:{dialogue.line}"
+
+
+def key_of(dialogue: Dialogue, checkpoint: Path) -> Key:
+    return Key(place_of(dialogue), str(checkpoint))
 
 
 class Results:
@@ -117,39 +120,48 @@ class Results:
             self._is_begun = True
 
     def write(self, key: Key, record: dict[str, Any]) -> None:
-        beginning = {"place": key.place}
-        if key.checkpoint is not None:
-            beginning["checkpoint"] = key.checkpoint
-        record = beginning | record
+        record = key._asdict() | record
         self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self._file.flush()
         self.done[key] = record
 
 
 @contextmanager
-def results(out: Path, dialogues: Iterable[Dialogue], keys: Iterable[str]) -> Iterator[Results]:
+def results(
+    out: Path,
+    dialogues: Iterable[Dialogue],
+    keys: Iterable[str],
+    *,
+    checkpoint: Path | None = None,
+) -> Iterator[Results]:
     """The file --out, held so that no other run writes to it.
 
     Args:
         dialogues: those that are to be in it.
         keys: what a record has, beside others; "messages" among them.
+        checkpoint: whose results alone it may hold; None means of any.
     Raises:
         ValueError: another run holds it; it has something else than such records, or one of another
-            question than the dialogue's at its place.
+            question than the dialogue's at its place, or of another checkpoint.
     """
-    asked = {key_of(dialogue).place: _questions(dialogue.messages) for dialogue in dialogues}
+    asked = {place_of(dialogue): _questions(dialogue.messages) for dialogue in dialogues}
     done: dict[Key, dict[str, Any]] = {}
 
     def take(record: Any) -> None:
-        if not {"place", *keys} <= record.keys() or not isinstance(record["place"], str):
+        if not {*Key._fields, *keys} <= record.keys() or not isinstance(record["place"], str):
             raise ValueError
-        done[Key(record["place"], record.get("checkpoint"))] = record
+        done[Key(record["place"], record["checkpoint"])] = record
         _questions(record["messages"])
 
     with out.open("a", encoding="utf-8") as file:
         lock_output(file)
         end = resume(out, take, _is_begun)
         for key, record in done.items():
+            if checkpoint is not None and key.checkpoint != str(checkpoint):
+                raise ValueError(
+                    f"--out: expected results of {checkpoint}; got those of {key.checkpoint} in "
+                    f"{out}: another checkpoint needs another file"
+                )
             found = _questions(record["messages"])
             if key.place in asked and found != asked[key.place][: len(found)]:
                 raise ValueError(

@@ -17,6 +17,7 @@ from llama2.commands.dialogue_jobs import (
     add_job_options,
     key_of,
     make_sampler,
+    place_of,
     read_data,
     results,
 )
@@ -55,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         OSError, ValueError, NotImplementedError, ImportError: about a file, an option or the model.
     """
-    complaints = Complaints()
+    complaints, checkpoint = Complaints(), arguments.checkpoint
     read = read_data(arguments, complaints)
     instructions = []
     if arguments.instructions is not None:
@@ -66,11 +67,11 @@ def run(arguments: argparse.Namespace) -> int:
         if dialogue.messages[0]["role"] == "system"
     ]
     num_left_out = 0
-    with results(arguments.out, dialogues, ("messages", "source")) as out:
-        todo = [dialogue for dialogue in dialogues if key_of(dialogue) not in out.done]
+    with results(arguments.out, dialogues, ("messages", "source"), checkpoint=checkpoint) as out:
+        todo = [dialogue for dialogue in dialogues if key_of(dialogue, checkpoint) not in out.done]
         if todo:
             num_left_out = _sample(arguments, todo, out, complaints)
-        num_there = sum(key_of(dialogue) in out.done for dialogue in dialogues)
+        num_there = sum(key_of(dialogue, checkpoint) in out.done for dialogue in dialogues)
     before = len(dialogues) - len(todo)
     print(
         f"{num_there - before} dialogues done, {before} were done before, {num_left_out} are left "
@@ -104,7 +105,9 @@ def _sample(
                 )
                 num_left_out += 1
             else:
-                out.write(key_of(dialogue), to_record(ghost_dialogue(conversation)))
+                out.write(
+                    key_of(dialogue, arguments.checkpoint), to_record(ghost_dialogue(conversation))
+                )
             progress.update()
     return num_left_out
 
@@ -116,7 +119,7 @@ def under_instruction(
     the seed and the dialogue's place."""
     if dialogue.messages[0]["role"] == "system" or not instructions:
         return dialogue
-    rng = random.Random(f"{seed or 0} {key_of(dialogue).place}")
+    rng = random.Random(f"{seed or 0} {place_of(dialogue)}")
     system = {"role": "system", "content": rng.choice(instructions)}
     return replace(dialogue, messages=(system, *dialogue.messages))
 

@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
             f'--data: expected dialogues with a system message and "obeys"; got none in '
             f"{arguments.data}"
         )
-    with results(arguments.out, dialogues, ("checkpoint", "messages", "obeyed")) as out:
+    with results(arguments.out, dialogues, ("messages", "obeyed")) as out:
         for checkpoint in checkpoints:
             todo = [each for each in dialogues if key_of(each, checkpoint) not in out.done]
             if todo:

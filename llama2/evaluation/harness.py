@@ -96,6 +96,7 @@ class Llama2LM(TemplateLM):
         check_fits(self.tokenizer, self.model.config.vocab_size, self.folder)
         self.backend_name, self._device = placement.backend, placement.device
         self.max_length = self.model.config.max_seq_len
+        self.format = taught_format(self.folder)
 
     @classmethod
     def create_from_arg_obj(
@@ -158,17 +159,21 @@ class Llama2LM(TemplateLM):
         Raises:
             ValueError: another one is asked for by name, or the checkpoint was taught another.
         """
-        if chat_template and (form := taught_format(self.folder)) != "chat":
-            raise ValueError(
-                "chat_template: expected a checkpoint that was taught Llama 2's chat format; "
-                f"got {self.folder} of the format {form}"
-            )
+        if chat_template:
+            self._check_format()
         if isinstance(chat_template, str):
             raise ValueError(
                 "chat_template: expected no name, as there is only Llama 2's; "
                 f"got {chat_template!r}"
             )
         return _CHAT_FORMAT if chat_template else None
+
+    def _check_format(self) -> None:
+        if self.format != "chat":
+            raise ValueError(
+                "chat_template: expected a checkpoint that was taught Llama 2's chat format; "
+                f"got {self.folder} of the format {self.format}"
+            )
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -178,8 +183,10 @@ class Llama2LM(TemplateLM):
         Args:
             add_generation_prompt: False means that the last message is the answer's beginning.
         Raises:
-            TypeError, ValueError: as `Tokenizer.encode_chat`.
+            TypeError, ValueError: as `Tokenizer.encode_chat`; the checkpoint was taught another
+                format.
         """
+        self._check_format()  # lm-eval does not always ask for the template's name first
         answer = ""
         if not add_generation_prompt:
             *chat_history, begun = chat_history

@@ -277,19 +277,18 @@ def test_a_chat_has_the_ids_of_encode_chat(ours):
         ours.apply_chat_template([{"role": "user", "content": "[INST]"}])
 
 
-def test_a_chat_is_not_asked_in_a_format_that_the_checkpoint_was_not_taught(
-    ours, monkeypatch, tmp_path
-):
-    monkeypatch.setattr(ours, "folder", tmp_path)
-    for form, template in CHAT_TEMPLATES.items():
-        settings = json.dumps({"chat_template": template})
-        (tmp_path / "tokenizer_config.json").write_text(settings, encoding="utf-8")
+def test_a_chat_is_not_asked_in_a_format_that_the_checkpoint_was_not_taught(ours, monkeypatch):
+    """Whether or not lm-eval asks for the template's name first, as `simple_evaluate` does not."""
+    question = [{"role": "user", "content": "Why?"}]
+    for form in CHAT_TEMPLATES:
+        monkeypatch.setattr(ours, "format", form)
         assert ours.chat_template(False) is None
         if form == "chat":
-            assert ours.chat_template(True)
-        else:
+            assert ours.chat_template(True) and ours.apply_chat_template(question)
+            continue
+        for ask in (lambda: ours.chat_template(True), lambda: ours.apply_chat_template(question)):
             with pytest.raises(ValueError, match=f"of the format {form}"):
-                ours.chat_template(True)
+                ask()
 
 
 def test_a_leading_bos_is_not_doubled(ours):

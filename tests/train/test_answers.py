@@ -25,7 +25,7 @@ LINES = [
 @pytest.fixture
 def stand_in(monkeypatch, device):
     """Answers in place of the shipped model: the last question in capitals."""
-    model = checkpoint.load(checkpoint.SHIPPED, get_backend("eager"), device=device)
+    model = checkpoint.load(checkpoint.SHIPPED_CHAT, get_backend("eager"), device=device)
     stub = Answering(lambda text: turns_of(text)[-1].upper())
     stub.loaded = []
 
@@ -77,6 +77,7 @@ def test_answers_beside_the_datas_own(answer, stand_in, files, tmp_path):
     assert err == "4 answers done, 0 were done before, 0 lines are bad\n"
     assert records["data.jsonl:3"] == {
         "place": "data.jsonl:3",
+        "checkpoint": str(checkpoint.SHIPPED_CHAT),
         "source": "turns",
         "messages": [
             {"role": "system", "content": "Shout"},
@@ -90,7 +91,7 @@ def test_answers_beside_the_datas_own(answer, stand_in, files, tmp_path):
         "finish_reason": "stop",
     }
     assert json.loads(summary.read_text(encoding="utf-8")) == {
-        "checkpoint": str(checkpoint.SHIPPED),
+        "checkpoint": str(checkpoint.SHIPPED_CHAT),
         "data": str(files[0]),
         "all": {"answers": 4, "exact": 3},
         "sources": {
@@ -154,10 +155,18 @@ def test_a_file_may_have_any_name(answer, stand_in, files, tmp_path):
     assert "4 were done before" in answer("--data", str(data))[3]
 
 
+def test_another_checkpoint_needs_another_file(answer, stand_in, files, tmp_path):
+    assert answer()[0] == 0
+    before = files[1].read_bytes()
+    status, _, table, err = answer("--checkpoint", str(tmp_path))
+    assert (status, table) == (2, "") and "another checkpoint needs another file" in err
+    assert files[1].read_bytes() == before
+
+
 def test_answers_are_those_of_generate(answer, files, device):
     status, records, _, err = answer("--max-new-tokens", "6", "--max-batch", "2")
     assert (status, len(records)) == (0, 4), err
-    model = checkpoint.load(checkpoint.SHIPPED, get_backend("eager"), device=device)
+    model = checkpoint.load(checkpoint.SHIPPED_CHAT, get_backend("eager"), device=device)
     for record in records.values():
         prompt = TOKENIZER.encode_chat(record["messages"])
         (new,) = generate(model, [prompt], max_new_tokens=6, stop_ids=[1, 2])

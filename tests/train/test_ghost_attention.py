@@ -32,7 +32,7 @@ def echo(text: str) -> str:
 @pytest.fixture
 def stand_in(monkeypatch, device):
     """Answers in place of the shipped model, which is loaded once; knows which was asked for."""
-    model = checkpoint.load(checkpoint.SHIPPED, get_backend("eager"), device=device)
+    model = checkpoint.load(checkpoint.SHIPPED_CHAT, get_backend("eager"), device=device)
     stub = Answering(echo)
     stub.loaded = []
 
@@ -86,6 +86,7 @@ def ghost(files, device, capfd):
 
 SHOUTED = {
     "place": "data.jsonl:1",
+    "checkpoint": str(checkpoint.SHIPPED_CHAT),
     "messages": [
         {"role": "system", "content": "Shout"},
         {"role": "user", "content": "a?"},
@@ -113,6 +114,7 @@ def test_what_a_line_becomes(backwards, ghost, stand_in):
     assert records["data.jsonl:1"] == SHOUTED
     assert records["data.jsonl:3"] == {
         "place": "data.jsonl:3",
+        "checkpoint": str(checkpoint.SHIPPED_CHAT),
         "messages": [
             {"role": "system", "content": "Hush"},
             {"role": "user", "content": "d?"},
@@ -378,7 +380,7 @@ def test_answers_are_those_of_generate(ghost, files, device, monkeypatch):
     status, records, err = ghost()
     assert (status, len(records)) == (0, 1), err
     messages = records["data.jsonl:1"]["messages"]
-    model = checkpoint.load(checkpoint.SHIPPED, get_backend("eager"), device=device)
+    model = checkpoint.load(checkpoint.SHIPPED_CHAT, get_backend("eager"), device=device)
     for turn in (1, 2):
         asked = [
             {"role": message["role"], "content": message["content"]}
