@@ -126,25 +126,19 @@ _TEMPLATE = """\
 {%- endif -%}
 {%- if message['role'] == 'user' -%}
 {%- set text = (system if loop.first else '') + message['content'] -%}
-{{- bos_token + ' OPEN' + (text | trim) + 'CLOSE' -}}
+{{- bos_token + PROMPT -}}
 {%- else -%}
-{{- ' ' + (message['content'] | trim) + 'SPACE' + eos_token -}}
+{{- ' ' + (message['content'] | trim) + END -}}
 {%- endif -%}
 {%- endfor -%}
 """
 
-
-def _template(opening: str, closing: str, space: str) -> str:
-    marks = (("' OPEN'", f"' {opening}'"), ("'CLOSE'", closing), ("'SPACE'", f"'{space}'"))
-    template = _TEMPLATE
-    for mark, text in marks:
-        template = template.replace(mark, text)
-    return template
-
-
 CHAT_TEMPLATES = {
-    "chat": _template("[INST] ", "' [/INST]'", " "),
-    "separator": _template("", "bos_token", ""),
+    form: _TEMPLATE.replace("PROMPT", prompt).replace("END", end)
+    for form, prompt, end in (
+        ("chat", "' [INST] ' + (text | trim) + ' [/INST]'", "' ' + eos_token"),
+        ("separator", "' ' + (text | trim) + bos_token", "eos_token"),
+    )
 }
 
 

@@ -35,22 +35,12 @@ class Machine:
         """Processes."""
         return 1 if self.mesh is None else self.mesh.size()
 
-    @property
-    def num_parts(self) -> int:
-        """Processes, or groups of them, that compute different rows."""
-        names = () if self.mesh is None else self.mesh.mesh_dim_names
-        return self.mesh[parallel.DATA].size() if parallel.DATA in names else 1
-
     def check(self, config: TrainConfig) -> None:
         """Raises ValueError for a recipe that these processes cannot follow."""
         if self.mesh is None:
             return
-        rows, rest = divmod(config.batch_size, self.num_parts)
-        if rest:
-            raise ValueError(
-                f"batch_size: expected a multiple of the {self.num_parts} models; "
-                f"got {config.batch_size}"
-            )
+        self.execution.check_rows(config.batch_size)
+        rows = config.batch_size // self.execution.num_parts
         if rows % (config.micro_batch_size or 1):
             raise ValueError(
                 f"micro_batch_size: expected a divisor of the {rows} rows of each model; "

@@ -182,14 +182,10 @@ def _loss(
 ) -> float | None:
     if not held_out.encoded:
         return None
-    return held_out_loss(
-        model,
-        held_out.encoded,
-        seq_len=config.seq_len,
-        batch_size=config.micro_batch_size or config.batch_size // computer.num_parts,
-        num_parts=computer.num_parts,
-        execution=computer.execution,
-    )
+    execution = computer.execution
+    rows = config.micro_batch_size or config.batch_size // execution.num_parts
+    sizes = {"seq_len": config.seq_len, "batch_size": rows}
+    return held_out_loss(model, held_out.encoded, **sizes, execution=execution)
 
 
 def _with_template(file: Path | str | None, form: str) -> str:

@@ -87,7 +87,7 @@ def check_memory(
         )
     # Of a forward pass at least its logits in float32, which the kernels never have whole; of a
     # step all its ids.
-    rows = config.batch_size // machine.num_parts
+    rows = config.batch_size // machine.execution.num_parts
     micro = config.micro_batch_size or rows
     has_logits = predicts_all and machine.placement.backend == "eager"
     logits = 4 * micro * config.seq_len * shape.vocab_size if has_logits else 0

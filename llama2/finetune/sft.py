@@ -100,14 +100,14 @@ def held_out_loss(
     *,
     seq_len: int,
     batch_size: int,
-    num_parts: int,
     execution: Execution,
 ) -> float:
     """Mean −log p in nats over all tokens that bear a loss; every process calls it.
 
     Args:
-        batch_size: rows of a forward pass in each of the `num_parts` parts of a batch.
+        batch_size: rows of a forward pass in each of the execution's parts of a batch.
     """
+    num_parts = execution.num_parts
     rows = pack([len(dialogue.ids) - 1 for dialogue in dialogues], seq_len)
     size = min(batch_size, -(-len(rows) // num_parts)) * num_parts
     was_training = model.training

@@ -65,12 +65,20 @@ class Sharded:
     def __init__(self, mesh: DeviceMesh) -> None:
         self.mesh = mesh
         self.speaks = dist.get_rank() == 0
+        self.num_parts, self._part = 1, 0
+        if parallel.DATA in mesh.mesh_dim_names:
+            data = mesh[parallel.DATA]
+            self.num_parts, self._part = data.size(), data.get_local_rank()
+
+    def check_rows(self, batch_size: int) -> None:
+        """Raises ValueError for a batch that the models do not divide."""
+        if batch_size % self.num_parts:
+            raise ValueError(
+                f"batch_size: expected a multiple of the {self.num_parts} models; got {batch_size}"
+            )
 
     def own_rows(self, batch: Rows) -> Rows:
-        if parallel.DATA not in self.mesh.mesh_dim_names:
-            return batch
-        data = self.mesh[parallel.DATA]
-        return batch[data.get_local_rank() :: data.size()]
+        return batch[self._part :: self.num_parts]
 
     def mean(self, value: Tensor) -> Tensor:
         return parallel.mean(value, self.mesh)
@@ -117,16 +125,12 @@ def train(
             not divide.
         FloatingPointError: as `pretrain.train`.
     """
-    num_parts = mesh[parallel.DATA].size() if parallel.DATA in mesh.mesh_dim_names else 1
-    if config.batch_size % num_parts:
-        raise ValueError(
-            f"batch_size: expected a multiple of the {num_parts} models; got {config.batch_size}"
-        )
+    execution = Sharded(mesh)
+    execution.check_rows(config.batch_size)
     unused_options = {"micro_batch_size": None, "bf16": False, "activation_checkpointing": False}
     for name, unused in unused_options.items():
         if getattr(config, name) != unused:
             raise ValueError(f"{name}: expected {unused}; got {getattr(config, name)}")
-    execution = Sharded(mesh)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder) if execution.speaks else contextlib.nullcontext():
         return pretrain.train(

@@ -26,6 +26,7 @@ class Execution(Protocol):
     """How a run is spread over processes, and how its state is kept."""
 
     speaks: bool  # whether this process writes the log and shows the progress
+    num_parts: int  # into which the rows of a batch are dealt out
     is_sharded: bool  # whether sharding settled the dtype and the recomputation of layers
 
     def own_rows(self, batch: Rows) -> Rows:
@@ -62,6 +63,7 @@ class OneProcess:
     """The `Execution` of a run in this process alone; its state is `state.pt`."""
 
     speaks = True
+    num_parts = 1
     is_sharded = False
 
     def own_rows(self, batch: Rows) -> Rows:

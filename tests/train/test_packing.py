@@ -235,11 +235,9 @@ def two_ranks():
         assert loss == pytest.approx(expected, rel=1e-6) and found == pytest.approx(norm, rel=1e-5)
     dialogues = make_dialogues()
     sizes = {"seq_len": 32, "batch_size": 2}
-    alone = held_out_loss(
-        make_model(torch.float32), dialogues, **sizes, num_parts=1, execution=OneProcess()
-    )
+    alone = held_out_loss(make_model(torch.float32), dialogues, **sizes, execution=OneProcess())
     model = parallel.parallelize(make_model(torch.float32), mesh)
-    both = held_out_loss(model, dialogues, **sizes, num_parts=2, execution=Sharded(mesh))
+    both = held_out_loss(model, dialogues, **sizes, execution=Sharded(mesh))
     assert both == pytest.approx(alone, rel=1e-6)
 
 
@@ -251,7 +249,7 @@ def test_ranks_do_not_change_a_step():
 def test_held_out_loss_is_a_mean_over_tokens(batch_size):
     model, dialogues = make_model(), make_dialogues()
     found = held_out_loss(
-        model, dialogues, seq_len=32, batch_size=batch_size, num_parts=1, execution=OneProcess()
+        model, dialogues, seq_len=32, batch_size=batch_size, execution=OneProcess()
     )
     with torch.no_grad():
         expected = sum(alone(model, dialogue) for dialogue in dialogues) / num_trained(dialogues)
