@@ -1,7 +1,29 @@
-"""The git checkout that a file is in: which commit made a result."""
+"""What made a result: the command, the packages, the machine, and the commit of the checkout."""
 
+import argparse
+import platform
 import subprocess
+from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def made_with(arguments: argparse.Namespace, packages: Iterable[str] = ()) -> dict[str, Any]:
+    """What a result's file says of its making.
+
+    Args:
+        packages: beside gqa-kernels and torch.
+    """
+    return {
+        "command": vars(arguments).get("command_line"),
+        "packages": {name: version(name) for name in ("gqa-kernels", "torch", *packages)},
+        "machine": platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "commit": commit_of(Path(__file__)),
+    }
 
 
 def commit_of(file: Path) -> str | None:

@@ -50,6 +50,7 @@ MODEL_ALLOWED = {
     "terminal": set(),
     "accounting": {"config"},
     "cache": {"cache", "config"},
+    "cache_size": {"accounting", "config", "placement"},
     "targets": set(),
     "head": {"targets"},
     "model": {"cache", "config", "head", "targets"},
@@ -65,7 +66,7 @@ MODEL_ALLOWED = {
     "evaluation": {"model"},
     "evaluation.lm_eval": {"evaluation.harness"},
     "evaluation.scoring": {"head", "model"},
-    "evaluation.harness": {"evaluation.scoring", "accounting", "cache", "chat_format", "checkpoint"}
+    "evaluation.harness": {"evaluation.scoring", "cache", "cache_size", "chat_format", "checkpoint"}
     | {"decoding"}
     | {"placement", "serving", "stops", "taught_format", "tokenizer"},
     "train": {"train", "checkpoint", "config", "evaluation", "model", "parallel", "storage"}
@@ -85,7 +86,8 @@ MODEL_ALLOWED = {
         "tokenizer",
         "train",
     },
-    "commands": {"commands", "accounting", "cache", "chat_format", "checkout", "checkpoint"}
+    "commands": {"commands", "accounting", "cache", "cache_size", "chat_format", "checkout"}
+    | {"checkpoint"}
     | {"config", "conversion", "convert_checkpoint", "evaluation", "finetune", "generate"}
     | {"model", "parallel", "placement", "targets", "terminal"}
     | {"serving", "stops", "storage", "taught_format", "tokenizer", "tradeoff", "train"},

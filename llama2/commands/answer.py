@@ -1,7 +1,6 @@
 """The command `llama2 answer`: a model's answers beside those of held-out dialogues."""
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -14,6 +13,7 @@ from llama2.commands.dialogue_jobs import (
     make_sampler,
     read_data,
     results,
+    write_summary,
 )
 from llama2.commands.json_lines import Complaints
 from llama2.commands.options import integer, path
@@ -73,10 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         records = [out.done[key] for key in keys if key in out.done]
     counted = count(records)
     print(table(counted), end="")
-    if arguments.summary is not None:
-        names = ("checkpoint", "data")
-        summary = {name: str(getattr(arguments, name)) for name in names} | counted
-        write_text(arguments.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_summary(arguments, {"checkpoint": str(checkpoint)} | counted)
     if arguments.sheet is not None:
         reviewed = [
             Reviewed(each["place"], each["messages"], each["answer"], each["expected"])

@@ -1,12 +1,11 @@
 """The cache of a command that serves many prompts at once: its options, and its size."""
 
 import argparse
-import math
 from collections.abc import Sequence
 
-from llama2.accounting import kv_bytes_per_token
 from llama2.cache.kv_cache import CACHE_DTYPES
 from llama2.cache.paged_kv_cache import PagedKVCache
+from llama2.cache_size import fitting_pages, page_bytes
 from llama2.model import Llama2
 from llama2.placement import free_bytes
 
@@ -36,22 +35,24 @@ def make_cache(
     weight, config = model.lm_head.weight, model.cache_config
     dtype = CACHE_DTYPES[arguments.kv_cache_dtype] or weight.dtype
     num_pages, page_size = arguments.num_pages, max(arguments.page_size, 1)
-    page_bytes = kv_bytes_per_token(config, dtype.itemsize) * page_size
-    free = free_bytes(weight.device)
+    size = page_bytes(config, dtype, page_size)
     if num_pages is None:
-        longest = sorted(min(length, config.max_seq_len) for length in lengths)
-        wanted = [math.ceil(max(length, 1) / page_size) for length in longest]
-        wanted = wanted[-max(arguments.max_batch, 1) :]
-        fitting = int(free / 2 / page_bytes)
-        if fitting < 1:
+        num_pages = fitting_pages(
+            config,
+            lengths,
+            max_batch=max(arguments.max_batch, 1),
+            page_size=page_size,
+            dtype=dtype,
+            device=weight.device,
+        )
+        if num_pages < 1:
             raise ValueError(
-                f"--num-pages: expected memory for a page of {page_bytes:,} bytes; got none. A "
+                f"--num-pages: expected memory for a page of {size:,} bytes; got none. A "
                 "smaller --page-size or --kv-cache-dtype fp8 takes less"
             )
-        num_pages = min(max(sum(wanted), 1), fitting)
-    elif num_pages * page_bytes > free:
+    elif num_pages * size > (free := free_bytes(weight.device)):
         raise ValueError(
-            f"--num-pages: expected at most {free // page_bytes:,} pages of {page_bytes:,} bytes, "
+            f"--num-pages: expected at most {free // size:,} pages of {size:,} bytes, "
             f"the free memory's; got {num_pages:,}"
         )
     return PagedKVCache(

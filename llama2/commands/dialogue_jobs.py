@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from llama2.chat_format import FORMATS, Message
+from llama2.checkout import made_with
 from llama2.commands.caches import add_cache_options, make_cache
 from llama2.commands.json_lines import Complaints, lock_output, resume
 from llama2.commands.options import add_generation_options, load, path
 from llama2.finetune.dialogues import Dialogue, dialogue_files, printable_name, read_dialogues
 from llama2.finetune.sampling import Sampler, Settings, encode_for
 from llama2.stops import stop_ids
+from llama2.storage import write_text
 from llama2.taught_format import taught_format
 
 _BEGIN = b'{"place": "'  # of every line of results
@@ -225,6 +227,13 @@ def make_sampler(
         form,
     )
     return Sampler(model, tokenizer, make_cache(arguments, model, lengths), settings)
+
+
+def write_summary(arguments: argparse.Namespace, counted: dict[str, Any]) -> None:
+    """Writes what was counted to --summary, if that is given, with what made it."""
+    if arguments.summary is not None:
+        summary = {"data": str(arguments.data)} | counted | {"made_with": made_with(arguments)}
+        write_text(arguments.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 
 
 def with_checkpoint(arguments: argparse.Namespace, checkpoint: Path) -> argparse.Namespace:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,11 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
 
-from llama2.checkout import commit_of
+from llama2.checkout import made_with
 from llama2.evaluation.harness import Llama2LM
 from llama2.storage import reading, write_text
 
-_PACKAGES = ("gqa-kernels", "lm-eval", "torch", "datasets")
+_PACKAGES = ("lm-eval", "datasets")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -107,11 +106,6 @@ def _answers(folder: Path, lm: Llama2LM) -> Path:
 
 def _record(arguments: argparse.Namespace, results: dict[str, Any]) -> dict[str, Any]:
     """lm-eval's results, among them the tasks' versions and settings, and what made them."""
-    made_with = {
-        "checkpoint": str(arguments.checkpoint.resolve()),
-        "command": arguments.command_line,
-        "packages": {name: version(name) for name in _PACKAGES},
-        "commit": commit_of(Path(__file__)),
-    }
+    about = {"checkpoint": str(arguments.checkpoint.resolve())} | made_with(arguments, _PACKAGES)
     # git_hash is the commit of whatever folder the command was run in.
-    return made_with | {name: value for name, value in results.items() if name != "git_hash"}
+    return about | {name: value for name, value in results.items() if name != "git_hash"}

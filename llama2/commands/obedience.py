@@ -5,7 +5,6 @@ attention, with a regular expression in place of a reader.
 """
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -21,12 +20,12 @@ from llama2.commands.dialogue_jobs import (
     read_data,
     results,
     with_checkpoint,
+    write_summary,
 )
 from llama2.commands.json_lines import Complaints
 from llama2.commands.options import path
 from llama2.finetune.conversations import converse
 from llama2.finetune.dialogues import Dialogue
-from llama2.storage import write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,9 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
                 _ask(with_checkpoint(arguments, checkpoint), todo, out, complaints)
         counted = [count(out, dialogues, checkpoint) for checkpoint in checkpoints]
     print(table(counted), end="")
-    if arguments.summary is not None:
-        summary = {"data": str(arguments.data), "checkpoints": counted}
-        write_text(arguments.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_summary(arguments, {"checkpoints": counted})
     print(
         f'{len(read) - len(dialogues)} dialogues have no system message or no "obeys", '
         f"{complaints.count} lines are bad",

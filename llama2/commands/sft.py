@@ -13,6 +13,7 @@ from tqdm import tqdm
 from llama2 import checkpoint
 from llama2.accounting import num_parameters
 from llama2.chat_format import CHAT_TEMPLATES
+from llama2.checkout import made_with
 from llama2.checkpoint import SHIPPED
 from llama2.commands.machine import Machine, machine
 from llama2.commands.training import (
@@ -121,6 +122,7 @@ def _tune(
         "final_train_loss": final_loss(log),
         "held_out": None,
         "wall_seconds": log[-1]["seconds"],
+        "made_with": made_with(args),
     }
     if before is not None:
         record["held_out"] = {

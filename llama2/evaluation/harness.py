@@ -26,13 +26,13 @@ from lm_eval.utils import (
 from tqdm import tqdm
 
 from gqa_kernels import __version__
-from llama2.accounting import kv_bytes_per_token
 from llama2.cache.paged_kv_cache import PagedKVCache
+from llama2.cache_size import fitting_pages
 from llama2.chat_format import chat_turns
 from llama2.checkpoint import load, load_config
 from llama2.decoding.weights import fingerprint
 from llama2.evaluation.scoring import Score, Window, scores
-from llama2.placement import free_bytes, place
+from llama2.placement import place
 from llama2.serving import Request, serve
 from llama2.stops import StopStrings, stop_ids
 from llama2.taught_format import taught_format
@@ -323,13 +323,17 @@ class Llama2LM(TemplateLM):
 
     def _cache(self, requests: Sequence[Request]) -> PagedKVCache:
         config, dtype = self.model.cache_config, self.model.lm_head.weight.dtype
-        longest = sorted(len(request.prompt) + request.max_new_tokens for request in requests)
-        wanted = sum(-(-length // _PAGE_SIZE) for length in longest[-self.batch_size :])
-        page_bytes = kv_bytes_per_token(config, dtype.itemsize) * _PAGE_SIZE
-        fitting = int(free_bytes(self._device) / 2 / page_bytes)
+        pages = fitting_pages(
+            config,
+            [len(request.prompt) + request.max_new_tokens for request in requests],
+            max_batch=self.batch_size,
+            page_size=_PAGE_SIZE,
+            dtype=dtype,
+            device=self._device,
+        )
         return PagedKVCache(
             config,
-            num_pages=max(min(wanted, fitting), 1),
+            num_pages=max(pages, 1),
             page_size=_PAGE_SIZE,
             max_batch=min(self.batch_size, max(len(requests), 1)),
             dtype=dtype,

@@ -82,7 +82,8 @@ def test_results_go_to_stdout_and_pipes(offline, tmp_path, capsys):
 def test_a_prompt_that_is_too_long_for_the_memory_stops_no_other(tmp_path, monkeypatch, capsys):
     model = checkpoint.load(SHIPPED, EAGER)
     page = kv_bytes_per_token(model.config) * 16
-    monkeypatch.setattr("llama2.commands.caches.free_bytes", lambda device: 5 * page)
+    for module in ("cache_size", "commands.caches"):
+        monkeypatch.setattr(f"llama2.{module}.free_bytes", lambda device: 5 * page)
     prompts, out = tmp_path / "prompts", tmp_path / "out"
     long = json.dumps({"prompt": "x = 1\n" * 20})
     prompts.write_text(f'{{"prompt": "a"}}\n{long}\n{{"prompt": "b"}}\n', encoding="utf-8")
