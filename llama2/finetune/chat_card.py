@@ -51,6 +51,9 @@ Share of answers that obey an instruction which stands in the first message alon
 held-out dialogues with the model's own answers as history.
 
 {obedience}
+
+The figures are those of `bench/results/chat`, which says by which commands they were measured, with
+torch {torch} on {device}, at commit {commit}.
 """
 
 
@@ -75,7 +78,11 @@ def card(results: dict[str, Any], parameters: int) -> str:
     for one, other in zip(before, after, strict=True):
         shares = [f"{each['obeyed'] / each['asked']:.0%}" for each in (one, other)]
         turns.append((str(one["turn"]), str(one["asked"]), *shares))
+    made_with = answers["chat"]["made_with"]
     return CARD.format(
+        torch=made_with["packages"]["torch"],
+        device=made_with["gpu"] or f"a CPU ({made_with['machine']})",
+        commit=made_with["commit"],
         parameters=f"{parameters:,}",
         answers=answers["base"]["all"]["answers"],
         accuracy=_table(rows),

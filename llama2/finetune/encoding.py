@@ -2,8 +2,8 @@
 
 "chat" is that of the released chat models. "separator" is the one that the paper describes for
 supervised fine-tuning: prompts and answers one after another, a special token between them. The
-vocabulary of 32,000 has no such token. BOS stands for it: no text can contain it, every Llama
-vocabulary has it, and what it announced in pre-training, the beginning of a text, is what follows.
+vocabulary of 32,000 has no such token, so BOS is used: no text is ever encoded to it, every Llama
+vocabulary has it, and a model knows from pre-training that a new text begins after it.
 
 Source: Touvron et al. 2023, arXiv:2307.09288, section 3.1.
 """

@@ -14,8 +14,14 @@ def counts(answers, exact):
 
 
 def test_a_card_has_a_row_for_each_family_and_turn():
+    packages = {"torch": "2.13"}
+    made_with = {"packages": packages, "machine": "x86_64", "gpu": None, "commit": "abc"}
     results = {
-        f"answers_{stage}": {"all": counts(8, exact), "sources": {"sort": counts(4, exact)}}
+        f"answers_{stage}": {
+            "all": counts(8, exact),
+            "sources": {"sort": counts(4, exact)},
+            "made_with": made_with,
+        }
         for stage, exact in (("base", 0), ("sft", 3), ("chat", 4))
     }
     turns = [
@@ -25,6 +31,7 @@ def test_a_card_has_a_row_for_each_family_and_turn():
     text = card(results, 1234)
     assert "| sort | 4 | 0% | 75% | 100% |" in text and "| **all** | 8 | 0% | 38% | 50% |" in text
     assert "| 1 | 2 | 50% | 100% |\n| 2 | 1 | 0% | 0% |" in text and "1,234 parameters" in text
+    assert "with\ntorch 2.13 on a CPU (x86_64), at commit abc." in text
 
 
 def test_the_shipped_card_is_that_of_the_results():
