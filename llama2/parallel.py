@@ -30,6 +30,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.checkpoint import checkpoint
 
+from llama2.decoder import AnyDecoder, Decoder
 from llama2.model import Llama2
 from llama2.targets import count_predictions
 
@@ -37,13 +38,13 @@ DATA, TENSOR = "dp", "tp"  # what the dimensions of a mesh are called
 
 
 def parallelize(
-    model: Llama2,
+    model: AnyDecoder,
     mesh: DeviceMesh,
     *,
     param_dtype: torch.dtype | None = None,
     recompute_layers: bool = False,
     reshard_after_forward: bool = True,
-) -> Llama2:
+) -> AnyDecoder:
     """Shards `model` in place over `mesh` and returns it.
 
     On "tp", all ranks take the same tokens and get the same logits; `generate` works. On "dp", each
@@ -96,7 +97,7 @@ def parallelize(
 
 
 @torch.no_grad()
-def _check_same_weights(model: Llama2, mesh: DeviceMesh) -> None:
+def _check_same_weights(model: Decoder, mesh: DeviceMesh) -> None:
     """Nothing copies weights between ranks: shards of different models would make one of none."""
     total = sum(parameter.sum(dtype=torch.float64) for parameter in model.parameters())
     bounds = torch.stack([total, -total])
@@ -109,8 +110,9 @@ def _check_same_weights(model: Llama2, mesh: DeviceMesh) -> None:
         )
 
 
-def _shard_tensors(model: Llama2, mesh: DeviceMesh) -> None:
-    """Norms stay plain parameters, the same in every rank, as are their gradients."""
+def _shard_tensors(model: Decoder, mesh: DeviceMesh) -> None:
+    """Norms and the head of a `ScalarModel` stay plain parameters, the same in every rank, as are
+    their gradients."""
     size = mesh.size()
     for name in ("num_q_heads", "num_kv_heads", "intermediate_size"):
         value = getattr(model.config, name)
@@ -135,7 +137,8 @@ def _shard_tensors(model: Llama2, mesh: DeviceMesh) -> None:
     }
     plan = {f"layers.*.{name}": style for name, style in projections.items()}
     plan["embed_tokens"] = RowwiseParallel(input_layouts=whole)
-    plan["lm_head"] = ColwiseParallel(output_layouts=whole)
+    if isinstance(model, Llama2):
+        plan["lm_head"] = ColwiseParallel(output_layouts=whole)
     # Every rank has the weights: no copies from the first.
     parallelize_module(model, mesh, plan, src_data_rank=None)
     if model.config.tie_word_embeddings:  # sharding made two parameters of one

@@ -53,11 +53,13 @@ MODEL_ALLOWED = {
     "cache_size": {"accounting", "config", "placement"},
     "targets": set(),
     "head": {"targets"},
-    "model": {"cache", "config", "head", "targets"},
-    "parallel": {"model", "targets"},
-    "checkpoint": {"checkpoint", "config", "model", "storage"},
+    "decoder": {"cache", "config", "targets"},
+    "model": {"cache", "config", "decoder", "head", "targets"},
+    "scalar_model": {"config", "decoder"},
+    "parallel": {"decoder", "model", "targets"},
+    "checkpoint": {"checkpoint", "config", "decoder", "model", "scalar_model", "storage"},
     "conversion": {"model"},
-    "convert_checkpoint": {"checkpoint", "config", "conversion", "model", "storage"},
+    "convert_checkpoint": {"checkpoint", "config", "conversion", "decoder", "model", "storage"},
     "decoding": {"decoding", "cache", "model"},
     "generate": {"cache", "config", "decoding", "model"},
     "serving": {"cache", "decoding", "generate", "model"},
@@ -69,10 +71,12 @@ MODEL_ALLOWED = {
     "evaluation.harness": {"evaluation.scoring", "cache", "cache_size", "chat_format", "checkpoint"}
     | {"decoding"}
     | {"placement", "serving", "stops", "taught_format", "tokenizer"},
-    "train": {"train", "checkpoint", "config", "evaluation", "model", "parallel", "storage"}
-    | {"terminal", "tokenizer"},
+    "train": {"train", "checkpoint", "config", "decoder", "evaluation", "model", "parallel"}
+    | {"scalar_model", "storage", "terminal", "tokenizer"},
     "finetune": {"finetune", "chat_format", "model", "serving", "cache", "storage", "targets"}
     | {"terminal", "tokenizer", "train"},
+    "rlhf": {"rlhf", "cache", "chat_format", "checkpoint", "decoder", "finetune", "model"}
+    | {"scalar_model", "serving", "storage", "taught_format", "tokenizer", "train"},
     "tradeoff": {"tradeoff", "accounting", "cache", "config", "decoding", "model", "storage"},
     "tradeoff.study": {
         "tradeoff.study",
@@ -88,8 +92,9 @@ MODEL_ALLOWED = {
     },
     "commands": {"commands", "accounting", "cache", "cache_size", "chat_format", "checkout"}
     | {"checkpoint"}
-    | {"config", "conversion", "convert_checkpoint", "evaluation", "finetune", "generate"}
-    | {"model", "parallel", "placement", "targets", "terminal"}
+    | {"config", "conversion", "convert_checkpoint", "decoder", "evaluation", "finetune"}
+    | {"generate", "model", "parallel", "placement", "rlhf", "scalar_model", "targets"}
+    | {"terminal"}
     | {"serving", "stops", "storage", "taught_format", "tokenizer", "tradeoff", "train"},
     "cli": {"commands", "placement", "terminal"},
     "__main__": {"cli"},

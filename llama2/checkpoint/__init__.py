@@ -1,8 +1,10 @@
-"""Checkpoints: `load` reads Hugging Face's and Meta's directories, `save_hf` and `save_meta` write.
+"""Checkpoints: `load` reads Hugging Face's and Meta's directories, `save_hf` and `save_meta` write;
+`load_scalar` reads Hugging Face's of a reward model.
 
 Which of the two a directory is shows in its configuration: config.json or params.json.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -15,15 +17,19 @@ from llama2.checkpoint.files import FLOATS, Checkpoint, CheckpointError, require
 from llama2.checkpoint.hf import save_hf
 from llama2.checkpoint.meta import save_meta
 from llama2.config import ModelConfig
+from llama2.decoder import AnyDecoder, Decoder
 from llama2.model import Llama2
+from llama2.scalar_model import ScalarModel
 from llama2.storage import is_unfinished
 
 __all__ = [
     "SHIPPED",
     "SHIPPED_CHAT",
     "CheckpointError",
+    "is_scalar",
     "load",
     "load_config",
+    "load_scalar",
     "save_hf",
     "save_meta",
 ]
@@ -76,11 +82,52 @@ def load(
         ValueError: `dtype` is no type of weights, or `max_seq_len` is not positive.
         ImportError: a package of the extra `models` is missing.
     """
+    _check_dtype(dtype)
+    return _filled(*open_checkpoint(path, ops, max_seq_len=max_seq_len), dtype, device)
+
+
+def is_scalar(path: str | Path) -> bool:
+    """Whether a checkpoint directory is one of `load_scalar`.
+
+    Raises:
+        CheckpointError: as `load_config`.
+    """
+    folder = Path(path)
+    return _format(folder) is hf and hf.read_architecture(folder) == hf.SCALAR
+
+
+def load_scalar(
+    path: str | Path,
+    ops: ModuleType,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> ScalarModel:
+    """The model of a directory of `LlamaForSequenceClassification` with one label: a reward model.
+
+    Arguments and errors: as `load`; NotImplementedError for a directory of another architecture.
+    """
+    _check_dtype(dtype)
+    folder = Path(path)
+    if _format(folder) is meta:
+        raise NotImplementedError(
+            f"{folder}: expected Hugging Face's files of {hf.SCALAR}; got Meta's"
+        )
+    checkpoint = hf.read_checkpoint(folder, hf.SCALAR)
+    return _filled(checkpoint, _built(folder, checkpoint, ScalarModel, ops), dtype, device)
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
     if dtype is not None and dtype not in FLOATS.values():
         raise ValueError(
             f"dtype: expected one of {', '.join(map(str, FLOATS.values()))}; got {dtype}"
         )
-    checkpoint, model = open_checkpoint(path, ops, max_seq_len=max_seq_len)
+
+
+def _filled(
+    checkpoint: Checkpoint, model: AnyDecoder, dtype: torch.dtype | None, device: torch.device | str
+) -> AnyDecoder:
+    """A model without memory, given some and the stored tensors."""
     model.to(_common_dtype(checkpoint) if dtype is None else dtype).to_empty(device=device)
     _copy(checkpoint, model)
     return model.eval()
@@ -99,16 +146,28 @@ def open_checkpoint(
     config = checkpoint.config
     if max_seq_len is not None:
         config = replace(config, max_seq_len=max_seq_len)
+    checkpoint = replace(checkpoint, config=config)
+    return checkpoint, _built(folder, checkpoint, Llama2, ops)
+
+
+def _built(
+    folder: Path,
+    checkpoint: Checkpoint,
+    kind: Callable[[ModelConfig, ModuleType], AnyDecoder],
+    ops: ModuleType,
+) -> AnyDecoder:
+    """The model of a checkpoint, without memory, once all its tensors are checked."""
+    config = checkpoint.config
     if config.num_layers > len(checkpoint.tensors):  # before as many layers are built
         raise CheckpointError(
             f"{folder}: expected tensors of the {config.num_layers} layers that its configuration "
             f"names; got {len(checkpoint.tensors)} tensors"
         )
     with torch.device("meta"):
-        model = Llama2(config, ops)
+        model = kind(config, ops)
     parameters = {checkpoint.key_of(name): value for name, value in model.named_parameters()}
     _check(folder, checkpoint, parameters)
-    return checkpoint, model
+    return model
 
 
 def _format(folder: Path) -> ModuleType:
@@ -175,7 +234,7 @@ def _common_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 @torch.no_grad()
-def _copy(checkpoint: Checkpoint, model: Llama2) -> None:
+def _copy(checkpoint: Checkpoint, model: Decoder) -> None:
     total = sum(stored.num_bytes for stored in checkpoint.tensors.values())
     bar = require("tqdm").tqdm(
         desc="loading",

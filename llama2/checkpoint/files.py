@@ -49,7 +49,7 @@ class Checkpoint:
     """What a format's reader finds in a directory: the stored tensors by their keys in the files.
 
     `dtype` is the one that the configuration declares; `key_of` gives the key of a parameter of
-    `Llama2` by its name.
+    a `Decoder` by its name.
     """
 
     config: ModelConfig

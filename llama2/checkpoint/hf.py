@@ -1,7 +1,8 @@
 """Hugging Face's directories: config.json and model.safetensors or pytorch_model.bin, or shards.
 
-Source of the format: transformers' LlamaConfig and LlamaForCausalLM, versions 4 and 5. Parameters
-are `Llama2`'s with a leading `model.`; q and k rotate in half-split pairs.
+Source of the format: transformers' LlamaConfig, LlamaForCausalLM and, of a `ScalarModel`,
+LlamaForSequenceClassification with one label, versions 4 and 5. Parameters are a `Decoder`'s with a
+leading `model.`, and those of a head; q and k rotate in half-split pairs.
 """
 
 import json
@@ -28,25 +29,48 @@ from llama2.checkpoint.weight_shards import (
     write_shards,
 )
 from llama2.config import MAX_SEQ_LEN, ModelConfig
-from llama2.model import Llama2
+from llama2.decoder import Decoder
+from llama2.scalar_model import ScalarModel
 from llama2.storage import staged
 
 CONFIG_FILE = "config.json"
 LAST_FILES = (INDEX_FILE, CONFIG_FILE)
+LANGUAGE, SCALAR = "LlamaForCausalLM", "LlamaForSequenceClassification"
+_HEADS = ("lm_head.weight", "score.weight")
+# One number for a text, at its last token: the last that is no pad. Id 0 is that of unknown pieces,
+# which no text ends with.
+_ONE_LABEL = {
+    "architectures": [SCALAR],
+    "id2label": {"0": "LABEL_0"},
+    "label2id": {"LABEL_0": 0},
+    "pad_token_id": 0,
+}
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
 
 
-def read_config(path: Path) -> ModelConfig:
+def read_config(path: Path, architecture: str = LANGUAGE) -> ModelConfig:
     """The config.json of a directory, with LlamaConfig's defaults for optional keys.
 
+    Args:
+        architecture: what it is to be of, where it says so.
     Raises:
         CheckpointError: a key is missing or malformed.
         NotImplementedError: a key asks for other maths than Llama 2's.
     """
-    return _config(Settings.read(path / CONFIG_FILE))
+    return _config(Settings.read(path / CONFIG_FILE), architecture)
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_architecture(path: Path) -> str:
+    """What the config.json of a directory says that it is of; LANGUAGE where it says nothing.
+
+    Raises:
+        CheckpointError: it is malformed.
+    """
+    found = Settings.read(path / CONFIG_FILE).get("architectures", [LANGUAGE])
+    return found[0] if isinstance(found, list) and len(found) == 1 else str(found)
+
+
+def read_checkpoint(path: Path, architecture: str = LANGUAGE) -> Checkpoint:
     """The configuration and the stored tensors of a directory.
 
     Raises:
@@ -54,7 +78,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             index are malformed.
     """
     settings = Settings.read(path / CONFIG_FILE)
-    config = _config(settings)
+    config = _config(settings, architecture)
     tensors = {
         key: stored
         for key, stored in _open_weights(path).items()
@@ -67,11 +91,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def key_of(name: str) -> str:
-    return name if name == "lm_head.weight" else f"model.{name}"
+    return name if name in _HEADS else f"model.{name}"
 
 
-def _config(settings: Settings) -> ModelConfig:
-    _refuse_other_maths(settings)
+def _config(settings: Settings, architecture: str) -> ModelConfig:
+    _refuse_other_maths(settings, architecture)
     hidden_size = settings.size("hidden_size")
     num_q_heads = settings.size("num_attention_heads")
     if "head_dim" not in settings and hidden_size % num_q_heads:
@@ -94,9 +118,9 @@ def _config(settings: Settings) -> ModelConfig:
     )
 
 
-def _refuse_other_maths(settings: Settings) -> None:
+def _refuse_other_maths(settings: Settings, architecture: str) -> None:
     expected = {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": [architecture],
         "model_type": "llama",
         "hidden_act": "silu",
         "attention_bias": False,
@@ -197,13 +221,14 @@ def _drop_tied_head(tensors: dict[str, StoredTensor]) -> None:
 
 
 def save_hf(
-    model: Llama2,
+    model: Decoder,
     path: str | Path,
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a directory that `transformers.LlamaForCausalLM.from_pretrained` and `load` read.
+    """Writes a directory that `transformers.LlamaForCausalLM.from_pretrained` and `load` read, or
+    of a `ScalarModel` `LlamaForSequenceClassification.from_pretrained` and `load_scalar`.
 
     Files appear under their names only once all are complete; an earlier checkpoint's safetensors
     in `path` are replaced. Interleaved q and k are permuted to Hugging Face's half-split pairs.
@@ -229,11 +254,12 @@ def save_hf(
     )
     with staged(Path(path), WEIGHT_FILES, last=LAST_FILES) as folder:
         write_shards(folder, shards, exported)
-        write_config(folder, config_json(model.config, dtype))
+        settings = config_json(model.config, dtype)
+        write_config(folder, settings | (_ONE_LABEL if isinstance(model, ScalarModel) else {}))
 
 
 def half_split(weight: Tensor, name: str, config: ModelConfig) -> Tensor:
-    """A parameter of `Llama2` as Hugging Face stores it, contiguous."""
+    """A parameter of a `Decoder` as Hugging Face stores it, contiguous."""
     if config.rope_interleaved and name.endswith(("q_proj.weight", "k_proj.weight")):
         # rows of a head: (pair, member of the pair) → (member, pair)
         pairs = weight.unflatten(0, (-1, config.head_dim // 2, 2))
@@ -247,7 +273,7 @@ def write_config(folder: Path, settings: dict[str, Any]) -> None:
 
 def config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     return {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": [LANGUAGE],
         "model_type": "llama",
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,

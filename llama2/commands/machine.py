@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from llama2 import parallel
-from llama2.model import Llama2
+from llama2.decoder import AnyDecoder
 from llama2.placement import Placement, place
 from llama2.train.distributed import Sharded, gathered, make_mesh
 from llama2.train.execution import Execution, OneProcess, use_threads
@@ -52,7 +52,7 @@ class Machine:
                 f"{self.mesh.size()}, which all share one"
             )
 
-    def sharded(self, model: Llama2, config: TrainConfig) -> Llama2:
+    def sharded(self, model: AnyDecoder, config: TrainConfig) -> AnyDecoder:
         """The model as it is trained here; the same one in one process."""
         if self.mesh is None:
             return model
@@ -63,7 +63,7 @@ class Machine:
             recompute_layers=config.activation_checkpointing,
         )
 
-    def whole(self, model: Llama2) -> Llama2 | None:
+    def whole(self, model: AnyDecoder) -> AnyDecoder | None:
         """The model that was trained, in the process that writes; None in all others."""
         return model if self.mesh is None else gathered(model)
 

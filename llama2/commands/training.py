@@ -21,7 +21,7 @@ from llama2.checkpoint import meta
 from llama2.checkpoint.files import Settings
 from llama2.commands.machine import Machine
 from llama2.config import ModelConfig
-from llama2.model import Llama2
+from llama2.decoder import Decoder
 from llama2.placement import free_bytes
 from llama2.storage import locked, replacing, write_text
 from llama2.tokenizer import Tokenizer
@@ -159,7 +159,7 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
 def train(
     args: argparse.Namespace,
     machine: Machine,
-    model: Llama2,
+    model: Decoder,
     data: Batches,
     config: TrainConfig,
     objective: Objective = next_token,
@@ -224,7 +224,7 @@ def text_files(tokenizer_file: Path | None, init: Path | None) -> dict[str, Path
 def export(
     args: argparse.Namespace,
     machine: Machine,
-    model: Llama2,
+    model: Decoder,
     record: dict[str, Any],
     files: Mapping[str, Path | str],
 ) -> None:

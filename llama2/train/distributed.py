@@ -27,7 +27,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from gqa_kernels.backends import get_backend
 from llama2 import parallel
 from llama2.checkpoint import SHIPPED, save_hf
+from llama2.decoder import AnyDecoder, Decoder
 from llama2.model import Llama2
+from llama2.scalar_model import ScalarModel
 from llama2.storage import locked, replacing
 from llama2.terminal import answered
 from llama2.tokenizer import Tokenizer
@@ -87,7 +89,7 @@ class Sharded:
         return parallel.clip_grad_norm_(parameters, max_norm)
 
     def load(
-        self, folder: Path, model: Llama2, optimizer: torch.optim.Optimizer, identity: Identity
+        self, folder: Path, model: Decoder, optimizer: torch.optim.Optimizer, identity: Identity
     ) -> int:
         if (folder / STATE).exists():
             raise ValueError(
@@ -99,7 +101,7 @@ class Sharded:
     def save(
         self,
         folder: Path,
-        model: Llama2,
+        model: Decoder,
         optimizer: torch.optim.Optimizer,
         step: int,
         identity: Identity,
@@ -144,14 +146,16 @@ def train(
         )
 
 
-def gathered(model: Llama2) -> Llama2 | None:
+def gathered(model: AnyDecoder) -> AnyDecoder | None:
     """The whole model of all processes, on the CPU of the first, None in the others; every process
     calls it."""
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=whole)
     if dist.get_rank() != 0:
         return None
-    alone = Llama2(model.config, get_backend("eager"))
+    # Sharding makes a class of its own of the model's.
+    kind = ScalarModel if isinstance(model, ScalarModel) else Llama2
+    alone = kind(model.config, get_backend("eager"))
     alone.load_state_dict(state)
     return alone
 

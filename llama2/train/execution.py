@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from llama2.model import Llama2
+from llama2.decoder import Decoder
 from llama2.train.objectives import Rows
 from llama2.train.state import Identity, load_state, save_state
 
@@ -42,7 +42,7 @@ class Execution(Protocol):
         ...
 
     def load(
-        self, folder: Path, model: Llama2, optimizer: torch.optim.Optimizer, identity: Identity
+        self, folder: Path, model: Decoder, optimizer: torch.optim.Optimizer, identity: Identity
     ) -> int:
         """Restores the state in `folder` and returns the steps done; 0 where there is none."""
         ...
@@ -50,7 +50,7 @@ class Execution(Protocol):
     def save(
         self,
         folder: Path,
-        model: Llama2,
+        model: Decoder,
         optimizer: torch.optim.Optimizer,
         step: int,
         identity: Identity,
@@ -76,7 +76,7 @@ class OneProcess:
         return nn.utils.clip_grad_norm_(parameters, max_norm)
 
     def load(
-        self, folder: Path, model: Llama2, optimizer: torch.optim.Optimizer, identity: Identity
+        self, folder: Path, model: Decoder, optimizer: torch.optim.Optimizer, identity: Identity
     ) -> int:
         if found := sorted(folder.glob("step-*")):
             raise ValueError(
@@ -89,7 +89,7 @@ class OneProcess:
     def save(
         self,
         folder: Path,
-        model: Llama2,
+        model: Decoder,
         optimizer: torch.optim.Optimizer,
         step: int,
         identity: Identity,

@@ -24,9 +24,9 @@ class Rows(Protocol):
     def to(self, device: torch.device) -> Self: ...
 
 
-# The loss of one micro-batch of rows, a scalar: a mean over rows, of which that over the
+# The loss by a model of one micro-batch of rows, a scalar: a mean over rows, of which that over the
 # micro-batches and processes of a step is the step's loss.
-Objective = Callable[[Llama2, Any], Tensor]
+Objective = Callable[[Any, Any], Tensor]
 
 
 def next_token(model: Llama2, tokens: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from llama2.model import Llama2
+from llama2.decoder import Decoder
 from llama2.train.execution import Execution, OneProcess
 from llama2.train.objectives import Objective, Rows, next_token
 from llama2.train.state import Identity, cut_log, read_log
@@ -40,7 +40,7 @@ class TrainConfig:
         bf16: run a copy of the model in bfloat16 throughout; weights, the sum of gradients over
             micro-batches and optimiser stay float32.
         seed: of the order of the data.
-        activation_checkpointing: as the attribute of `Llama2`. It changes no bit, so that a resumed
+        activation_checkpointing: as the attribute of `Decoder`. It changes no bit, so a resumed
             run may choose anew.
 
     Raises:
@@ -123,7 +123,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, config.peak_lr, betas=betas, eps=config.adam_eps, fused=True)
 
 
-def make_worker(model: Llama2, config: TrainConfig) -> Llama2:
+def make_worker(model: Decoder, config: TrainConfig) -> Decoder:
     """The model that computes the gradients of a step: `model`, or with bf16 a copy in bfloat16.
 
     Autocast is no substitute: it would hand the ops float32 residuals with bfloat16 updates.
@@ -134,12 +134,12 @@ def make_worker(model: Llama2, config: TrainConfig) -> Llama2:
 
 
 def train_step(
-    model: Llama2,
+    model: Decoder,
     optimizer: torch.optim.Optimizer,
     batch: Rows,
     step: int,
     config: TrainConfig,
-    worker: Llama2 | None = None,
+    worker: Decoder | None = None,
     objective: Objective = next_token,
     execution: Execution = OneProcess(),  # noqa: B008  (it has no state)
 ) -> tuple[float, float]:
@@ -181,7 +181,7 @@ def train_step(
     return total.item(), norm.item()
 
 
-def _hand_over_gradients(worker: Llama2, model: Llama2) -> None:
+def _hand_over_gradients(worker: Decoder, model: Decoder) -> None:
     """Adds the worker's gradients to the model's, in float32, and leaves it none."""
     for copied, weight in zip(worker.parameters(), model.parameters(), strict=True):
         gradient = copied.grad.float()
@@ -189,7 +189,7 @@ def _hand_over_gradients(worker: Llama2, model: Llama2) -> None:
         copied.grad = None
 
 
-def run_identity(model: Llama2, data: Batches, config: TrainConfig) -> Identity:
+def run_identity(model: Decoder, data: Batches, config: TrainConfig) -> Identity:
     """The shapes, the recipe and the data of a run."""
     recipe = asdict(config)
     del recipe["activation_checkpointing"]  # changes no bit
@@ -201,7 +201,7 @@ def run_identity(model: Llama2, data: Batches, config: TrainConfig) -> Identity:
 
 
 def train(
-    model: Llama2,
+    model: Decoder,
     data: Batches,
     config: TrainConfig,
     folder: Path,

@@ -407,7 +407,7 @@ def test_activation_checkpointing_changes_no_bit(bf16, micro_batch_size, tied, m
 def test_nothing_is_checkpointed_without_gradients_or_with_a_cache(monkeypatch):
     model, tokens = make_model(), torch.arange(6)[None]
     model.activation_checkpointing = True
-    monkeypatch.setattr("llama2.model.checkpoint", None)
+    monkeypatch.setattr("llama2.decoder.checkpoint", None)
     with torch.no_grad():
         expected = model(tokens)
     cache = KVCache(MODEL, 1, 8, dtype=torch.float32, device="cpu")

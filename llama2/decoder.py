@@ -1,0 +1,320 @@
+"""The network below its head: token ids to states. It knows kernels only as `ops`: a module of
+functions.
+
+Parameters carry Hugging Face's names without the leading `model.`, so that checkpoints map
+one to one. Reference: Touvron et al. 2023, arXiv:2307.09288.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
+from typing import Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gqa_kernels.positions import rope_table
+from gqa_kernels.runtime import arguments
+from llama2.cache.kv_cache import Cache, CacheStep, KVCache
+from llama2.config import ModelConfig
+from llama2.targets import positions_of
+
+
+class RotaryTable(nn.Module):
+    """Holds cos and sin, which follow the model's device but stay float32 when it is cast."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        cos, sin = self._table(torch.get_default_device())
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def _table(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        config = self.config
+        return rope_table(config.head_dim, config.max_seq_len, config.rope_theta, device=device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryTable":
+        try:
+            super()._apply(fn, recurse)
+            self.move(self.cos.device)
+        except NotImplementedError:  # from the meta device nothing can be copied
+            self.move(fn(torch.empty(0, dtype=torch.float32, device="cpu")).device)
+        return self
+
+    def move(self, device: torch.device) -> None:
+        """Computes the table on a device."""
+        self.cos, self.sin = self._table(device)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, config: ModelConfig, ops: ModuleType) -> None:
+        super().__init__()
+        settings = {"dtype": torch.get_default_dtype(), "device": torch.get_default_device()}
+        self.weight = nn.Parameter(torch.ones(config.hidden_size, **settings))
+        self.eps = config.norm_eps
+        # The functions, not the module: copies and pickles of a model carry them by name.
+        self.rms_norm, self.add_rms_norm = ops.rms_norm, ops.add_rms_norm
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(normalised, residual) of x + residual; the first norm of the network has no residual."""
+        if residual is None:
+            return self.rms_norm(x, self.weight, self.eps), x
+        return self.add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, ops: ModuleType) -> None:
+        super().__init__()
+        self.num_q_heads, self.num_kv_heads = config.num_q_heads, config.num_kv_heads
+        self.head_dim = config.head_dim
+        self.rope_interleaved = config.rope_interleaved
+        self.apply_rope, self.rope_append_kv = ops.apply_rope, ops.rope_append_kv
+        self.flash_attention, self.decode_attention = ops.flash_attention, ops.decode_attention
+        self.flash_attention_varlen = ops.flash_attention_varlen
+        q_size = config.num_q_heads * config.head_dim
+        kv_size = config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: RotaryTable,
+        positions: Tensor | None,
+        step: CacheStep | None,
+        cu_seqlens: Tensor | None,
+    ) -> Tensor:
+        # [batch, seq_len, num_heads, head_dim]
+        q = self.q_proj(x).unflatten(-1, (self.num_q_heads, self.head_dim))
+        k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        angles, pairs = (rope.cos, rope.sin, positions), {"interleaved": self.rope_interleaved}
+        if step is None:
+            q, k = self.apply_rope(q, k, *angles, **pairs)
+        else:
+            stored = step.stored  # of this layer
+            cached = stored.keys, stored.values
+            scales = {"k_scale": stored.k_scale, "v_scale": stored.v_scale}
+            q, k = self.rope_append_kv(q, k, v, *cached, *angles, step.slots, **scales, **pairs)
+        if cu_seqlens is not None:
+            packed = (q.squeeze(0), k.squeeze(0), v.squeeze(0), cu_seqlens, cu_seqlens)
+            out = self.flash_attention_varlen(*packed, causal=True).unsqueeze(0)
+        elif step is None or step.seq_lens is None:  # sequences start here: all keys are k
+            out = self.flash_attention(q, k, v, causal=True)
+        elif step.context is not None:
+            k, v = stored.gather(step.context, q.dtype)
+            out = self.flash_attention(q, k.unsqueeze(0), v.unsqueeze(0), causal=True)
+        else:
+            pages = {"block_table": step.block_table}
+            out = self.decode_attention(q, *cached, step.seq_lens, **pages, **scales)
+        return self.o_proj(out.flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelConfig, ops: ModuleType) -> None:
+        super().__init__()
+        self.swiglu = ops.swiglu
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, ops: ModuleType) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config, ops)
+        self.self_attn = Attention(config, ops)
+        self.post_attention_layernorm = RMSNorm(config, ops)
+        self.mlp = FeedForward(config, ops)
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        rope: RotaryTable,
+        positions: Tensor | None,
+        step: CacheStep | None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(output, residual): their sum is the layer's output, added by the norm that follows."""
+        x, residual = self.input_layernorm(x, residual)
+        x = self.self_attn(x, rope, positions, step, cu_seqlens)
+        x, residual = self.post_attention_layernorm(x, residual)
+        return self.mlp(x), residual
+
+
+class Decoder(nn.Module):
+    """A Llama 2 decoder below its head, whose ops are `get_backend("eager")` or
+    `get_backend("triton")`.
+
+    A model is a subclass, which adds its head and then calls `reset_parameters`: weights are drawn
+    from N(0, 0.02²), the two projections that write to the residual stream from
+    N(0, 0.02² / (2 · num_layers)).
+
+    Attributes:
+        config: read at construction. One that takes its place later changes nothing in the network;
+            its max_seq_len may be smaller.
+        activation_checkpointing: keep of each layer its input only and run it again for its
+            gradients, which have the same bits: less memory for a third more arithmetic.
+    """
+
+    activation_checkpointing = False
+
+    def __init__(self, config: ModelConfig, ops: ModuleType) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, ops) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config, ops)
+        self.rope = RotaryTable(config)
+        # The function, not the method: copies and pickles of a model carry it by name.
+        self.register_load_state_dict_post_hook(_after_loading)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._keep_whole()
+        return self
+
+    def _keep_whole(self) -> None:
+        """The rotary table has values where the weights have."""
+        weight = self.embed_tokens.weight
+        if self.rope.cos.is_meta and not weight.is_meta:
+            self.rope.move(weight.device)
+
+    def _after_loading(self) -> None:
+        """`load_state_dict` puts other parameters into the model, if its `assign` is true."""
+        self._keep_whole()
+
+    @property
+    def cache_config(self) -> ModelConfig:
+        """The configuration of a cache for this model: its own, with the layers that it has now and
+        the heads that this process has of it."""
+        attention = self.layers[0].self_attn
+        heads = {"num_q_heads": attention.num_q_heads, "num_kv_heads": attention.num_kv_heads}
+        return replace(self.config, num_layers=len(self.layers), **heads)
+
+    def _check_table(self) -> None:
+        rows = self.rope.cos.shape[0]
+        if self.config.max_seq_len > rows:
+            raise ValueError(
+                f"config: expected a max_seq_len of at most {rows}, where the rotary table ends "
+                f"that was made at construction; got {self.config.max_seq_len}"
+            )
+        device = self.embed_tokens.weight.device
+        if self.rope.cos.is_meta and device.type != "meta":
+            raise ValueError(
+                f"rope: expected its table on {device}, as the weights; got it on meta. "
+                "`model.rope.move(device)` computes it there"
+            )
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws all weights anew; those of norms are one."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                depth = 2 * self.config.num_layers if writes_residual else 1
+                parameter.normal_(std=0.02 * depth**-0.5)
+
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        cache: Cache | None = None,
+        num_valid: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Final normalised states `[batch, seq_len, hidden_size]` of int tokens `[batch, seq_len]`.
+
+        With a cache, the tokens continue its sequences: any number into an empty cache, at most 16
+        per sequence later. Rows of a first call may be right-padded; `num_valid` int `[batch]` then
+        counts each row's tokens, and the states of the padding are meaningless. A cache is a
+        `KVCache`, or a batch that a `PagedKVCache` made, which says what the tokens are. Where it
+        is quantised, tokens that begin a sequence attend to each other's exact keys and values,
+        all others to what the cache holds, of themselves too.
+
+        Packed sequences are tokens `[1, total]`, one sequence after another, with their bounds in
+        `cu_seqlens`, int32 or int64 `[num_sequences + 1]`, from 0 and never decreasing: sequence b
+        is the tokens cu_seqlens[b] … cu_seqlens[b + 1] − 1. Each gets the states that it gets
+        alone; it may be empty. Bounds beyond the tokens end there; the states of tokens after the
+        last sequence are finite and meaningless. `total` may exceed `max_seq_len`, a sequence may
+        not: bounds are read on the device, where no error can be raised, and the states of a
+        sequence that is longer are NaN.
+
+        Raises:
+            ValueError: the tokens do not fit in `max_seq_len` or in the cache, or their shape or
+                that of `num_valid` or `cu_seqlens` is another; `num_valid` without an empty cache;
+                `cu_seqlens` with a cache; a cache of another number of heads or layers; a rotary
+                table on the meta device, or too short for the `config` that the model has now.
+            TypeError: the cache is of another dtype than the model's, float8_e4m3fn and int8, or
+                `cu_seqlens` of another than int32 and int64.
+            NotImplementedError: more than 16 tokens per sequence into a cache that is not empty.
+        """
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens: expected [batch, seq_len]; got {list(tokens.shape)}")
+        self._check_table()
+        batch, seq_len = tokens.shape
+        if num_valid is not None and not (isinstance(cache, KVCache) and cache.num_written == 0):
+            raise ValueError(
+                "num_valid: expected only with an empty cache; got it without a KVCache"
+            )
+        if num_valid is not None:
+            arguments.tensor("num_valid", num_valid, shape=(batch,), dtypes=arguments.INTS)
+        if cu_seqlens is not None:
+            if cache is not None:
+                raise ValueError("cu_seqlens: expected no cache with packed sequences; got one")
+            positions, step = positions_of(tokens, cu_seqlens), None
+        elif cache is None:
+            if seq_len > self.config.max_seq_len:
+                raise ValueError(
+                    f"tokens: expected at most max_seq_len ({self.config.max_seq_len}) per "
+                    f"sequence; got {seq_len}"
+                )
+            positions, step = None, None
+        else:
+            stored = cache.stored
+            if stored.k_scale is None and stored.keys.dtype != self.embed_tokens.weight.dtype:
+                raise TypeError(
+                    f"cache: expected the model's dtype {self.embed_tokens.weight.dtype}, "
+                    f"float8_e4m3fn or int8; got {stored.keys.dtype}"
+                )
+            num_kv_heads = self.layers[0].self_attn.num_kv_heads
+            if stored.keys.shape[3] != num_kv_heads:  # a single head would be written to all
+                raise ValueError(
+                    f"cache: expected {num_kv_heads} key/value heads, those of cache_config; "
+                    f"got {stored.keys.shape[3]}"
+                )
+            if stored.keys.shape[0] != len(self.layers):
+                raise ValueError(
+                    f"cache: expected {len(self.layers)} layers; got {stored.keys.shape[0]}"
+                )
+            step = cache.reserve(batch, seq_len)
+            positions = step.positions
+        x, residual = self.embed_tokens(tokens), None
+        recompute = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
+        for index, layer in enumerate(self.layers):
+            of_layer = None if step is None else step.of_layer(index)
+            inputs = (x, residual, self.rope, positions, of_layer, cu_seqlens)
+            if recompute:
+                x, residual = checkpoint(layer, *inputs, use_reentrant=False)
+            else:
+                x, residual = layer(*inputs)
+        if cache is not None:
+            cache.advance(seq_len, num_valid)
+        return self.norm(x, residual)[0]
+
+
+def _after_loading(model: Decoder, _: object) -> None:
+    model._after_loading()
+
+
+AnyDecoder = TypeVar("AnyDecoder", bound=Decoder)

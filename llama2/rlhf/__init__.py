@@ -1,0 +1,1 @@
+"""Learning from preferences: reward models, rejection sampling, PPO."""
