@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llama2.chat_format import Message, check_messages
 
@@ -13,6 +13,8 @@ _FORMS = '"messages", or "prompt" and "completion"'
 
 # What is told of a line that is no dialogue: the file, the line's number and why.
 Refuse = Callable[[Path, int, Exception], None]
+
+_Record = TypeVar("_Record")
 
 
 @dataclass(frozen=True)
@@ -57,17 +59,31 @@ def read_dialogues(path: Path, refuse: Refuse) -> Iterator[Dialogue]:
     Raises:
         FileNotFoundError: there is no such file.
     """
+    return read_lines(path, refuse, parse_dialogue)
+
+
+def read_lines(
+    path: Path, refuse: Refuse, parse: Callable[[bytes, Path, int], _Record]
+) -> Iterator[_Record]:
+    """What `parse(line, file, number)` makes of each line of a file, or of all `*.jsonl` of a
+    directory; blank lines are passed over.
+
+    Args:
+        refuse: is called for each line of which `parse` raises a TypeError or ValueError.
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
     for file in dialogue_files(path):
         with file.open("rb") as lines:
             for number, raw in enumerate(lines, 1):
                 if not raw.strip():
                     continue
                 try:
-                    dialogue = parse_dialogue(raw, file, number)
+                    record = parse(raw, file, number)
                 except (TypeError, ValueError) as error:
                     refuse(file, number, error)
                     continue
-                yield dialogue
+                yield record
 
 
 def dialogue_files(path: Path) -> list[Path]:
@@ -86,20 +102,12 @@ def parse_dialogue(raw: bytes, file: Path, number: int) -> Dialogue:
     Raises:
         TypeError, ValueError: it is no dialogue; says why.
     """
-    try:
-        value = json.loads(utf8(raw, number))  # bytes would be read as UTF-16, too
-    except UnicodeDecodeError as error:
-        raise ValueError(f"line: expected UTF-8; {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"line: expected JSON; {error}") from error
-    if not isinstance(value, dict):
-        raise TypeError(f"line: expected a JSON object; got a {type(value).__name__}")
-    value = {key: each for key, each in value.items() if each is not None}
+    value = parse_object(raw, number)
     prompt, answers = _parts(value)
     messages = [*prompt, *answers]
     check_messages(messages, last="assistant")
     for index, message in enumerate(messages):
-        _check_content(index, message)
+        check_content(index, message)
     trained = [_weight(index, message) for index, message in enumerate(messages)]
     trained = [
         weight and index >= len(prompt)
@@ -108,12 +116,38 @@ def parse_dialogue(raw: bytes, file: Path, number: int) -> Dialogue:
     ]
     if not any(trained):
         raise ValueError("messages: expected an answer that bears a loss; got none")
+    plain = tuple({"role": message["role"], "content": message["content"]} for message in messages)
+    return Dialogue(plain, tuple(trained), source_of(value, file), file, number, _obeys(value))
+
+
+def parse_object(raw: bytes, number: int) -> dict[str, Any]:
+    """The JSON object of a line, without the keys whose value is null.
+
+    Raises:
+        TypeError, ValueError: it is none; says why.
+    """
+    try:
+        value = json.loads(utf8(raw, number))  # bytes would be read as UTF-16, too
+    except UnicodeDecodeError as error:
+        raise ValueError(f"line: expected UTF-8; {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"line: expected JSON; {error}") from error
+    if not isinstance(value, dict):
+        raise TypeError(f"line: expected a JSON object; got a {type(value).__name__}")
+    return {key: each for key, each in value.items() if each is not None}
+
+
+def source_of(value: dict[str, Any], file: Path) -> str:
+    """Where a line is from: its "source", otherwise the file's name.
+
+    Raises:
+        TypeError, ValueError: the source is no text.
+    """
     source = value.get("source", printable_name(file))
     if not isinstance(source, str) or not source:
         raise TypeError(f"source: expected a text; got {source!r:.60}")
     _check_whole("source", source)
-    plain = tuple({"role": message["role"], "content": message["content"]} for message in messages)
-    return Dialogue(plain, tuple(trained), source, file, number, _obeys(value))
+    return source
 
 
 def printable_name(file: Path) -> str:
@@ -163,7 +197,9 @@ def _obeys(value: dict[str, Any]) -> str | None:
     return pattern
 
 
-def _check_content(index: int, message: Message) -> None:
+def check_content(index: int, message: Message) -> None:
+    """Raises ValueError for a message that says nothing, but for a system's, or holds half a
+    character."""
     content = message["content"]
     if not content.strip() and message["role"] != "system":
         raise ValueError(
