@@ -12,14 +12,15 @@ _NOT_OURS = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
 class Complaints:
-    """Says on stderr what is wrong with a line, and counts."""
+    """Says on stderr what is wrong with a line, unless it is silent, and counts."""
 
-    def __init__(self) -> None:
-        self.count = 0
+    def __init__(self, *, speaks: bool = True) -> None:
+        self.count, self._speaks = 0, speaks
 
     def add(self, path: Path, number: int, error: Exception) -> None:
         self.count += 1
-        complain_of_line(path, number, error)
+        if self._speaks:
+            complain_of_line(path, number, error)
 
 
 def resume(path: Path, take: Callable[[Any], None], is_begun: Callable[[bytes], bool]) -> int:

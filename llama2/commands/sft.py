@@ -1,8 +1,6 @@
 """The command `llama2 sft`: a model is taught to answer, by dialogues."""
 
 import argparse
-import json
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,21 +10,20 @@ from tqdm import tqdm
 
 from llama2 import checkpoint
 from llama2.accounting import num_parameters
-from llama2.chat_format import CHAT_TEMPLATES
 from llama2.checkout import made_with
 from llama2.checkpoint import SHIPPED
-from llama2.commands.machine import Machine, machine
+from llama2.commands.json_lines import Complaints
+from llama2.commands.machine import Machine
 from llama2.commands.training import (
     TOKENIZER_CONFIG,
-    check_folders,
-    check_memory,
+    announce,
+    check_lines,
     export,
     final_loss,
-    note_warm_up,
-    owned,
     text_files,
     train,
-    train_config,
+    tune,
+    with_template,
 )
 from llama2.config import ModelConfig
 from llama2.finetune.dialogues import Dialogue, read_dialogues
@@ -34,8 +31,6 @@ from llama2.finetune.encoding import Encoded
 from llama2.finetune.packing import PackedDialogues, answer_loss
 from llama2.finetune.sft import Dialogues, encode_within, held_out_loss, taken
 from llama2.model import Llama2
-from llama2.storage import read_json
-from llama2.terminal import complain_of_line
 from llama2.tokenizer import Tokenizer, check_fits
 from llama2.train.care import Care, described
 from llama2.train.corpora import TOKENIZER
@@ -51,16 +46,7 @@ def run(args: argparse.Namespace) -> int:
         FloatingPointError: a loss or gradient is not finite.
     """
     args.init = SHIPPED if args.init is None else args.init
-    with machine(args) as computer:
-        shape = checkpoint.load_config(args.init)
-        inputs = [*args.data, *([args.held_out] if args.held_out else [])]
-        check_folders(args, inputs)
-        limits = train_config(args, shape, steps=1)  # what can be known before the data are read
-        computer.check(limits)
-        check_memory(shape, limits, computer, predicts_all=False)
-        with owned(args, computer) as run_id:
-            _tune(args, computer, shape, limits, run_id)
-    return 0
+    return tune(args, _tune)
 
 
 def _tune(
@@ -73,7 +59,7 @@ def _tune(
     tokenizer = Tokenizer(args.init / TOKENIZER)
     check_fits(tokenizer, shape.vocab_size, args.init)
     files = text_files(args.init / TOKENIZER, args.init)
-    files[TOKENIZER_CONFIG] = _with_template(files.get(TOKENIZER_CONFIG), args.format)
+    files[TOKENIZER_CONFIG] = with_template(files.get(TOKENIZER_CONFIG), args.format)
     speaks = computer.execution.speaks
     care = Care(args.exclude, args.redact, args.drop_near_duplicates)
     settings = {"form": args.format, "seq_len": limits.seq_len, "speaks": speaks}
@@ -83,23 +69,15 @@ def _tune(
         held_out, bad = _read([args.held_out], tokenizer, care, **settings, held_out=True)
     if speaks:
         care.report_unused()
-    if num_bad + bad and not args.skip_bad_lines:
-        raise ValueError(
-            f"data: expected dialogues of at most {limits.seq_len + 1} tokens; got {num_bad + bad} "
-            "lines that are none. With --skip-bad-lines the others are taken"
-        )
+    check_lines(args, num_bad + bad, f"dialogues of at most {limits.seq_len + 1} tokens")
     sizes = {"seq_len": limits.seq_len, "batch_size": limits.batch_size}
     data = PackedDialogues(training.encoded, **sizes, epochs=args.epochs, seed=limits.seed)
     config = replace(limits, steps=data.steps)
-    if speaks:
-        note_warm_up(config)
-        print(
-            f"{len(training.encoded):,} dialogues in {data.num_rows:,} rows of {config.seq_len}, "
-            f"{data.waste:.1%} of their places empty; {config.steps:,} steps",
-            file=sys.stderr,
-        )
-        if args.backend == "auto" or computer.placement.interpreted:
-            computer.placement.announce()
+    summary = (
+        f"{len(training.encoded):,} dialogues in {data.num_rows:,} rows of {config.seq_len}, "
+        f"{data.waste:.1%} of their places empty"
+    )
+    announce(args, computer, config, summary)
     options = {"dtype": torch.float32, "device": computer.placement.device}
     model = checkpoint.load(args.init, computer.placement.ops, **options)
     model = computer.sharded(model, config)
@@ -147,36 +125,30 @@ def _read(
     held_out: bool = False,
 ) -> tuple[Dialogues, int]:
     """The dialogues, and how many lines are none or too long, each of which is named on stderr."""
-    found, num_bad = Dialogues(), 0
-
-    def refuse(file: Path, number: int, error: Exception) -> None:
-        nonlocal num_bad
-        num_bad += 1
-        if speaks:
-            complain_of_line(file, number, error)
+    found, complaints = Dialogues(), Complaints(speaks=speaks)
 
     def encode(dialogue: Dialogue) -> Encoded:
         return encode_within(tokenizer, dialogue, form, seq_len)
 
     with tqdm(desc="reading", unit="dialogue", leave=False, disable=not speaks) as progress:
         for path in paths:
-            for dialogue in read_dialogues(path, refuse):
+            for dialogue in read_dialogues(path, complaints.add):
                 progress.update()
                 counts = found.counts[dialogue.source]
                 try:
                     encoded = taken(care, dialogue, counts, encode, held_out=held_out)
                 except ValueError as error:
-                    refuse(dialogue.file, dialogue.line, error)
+                    complaints.add(dialogue.file, dialogue.line, error)
                     continue
                 if encoded is not None:
                     found.add(dialogue, encoded)
     if not found.encoded:
         left_out = sum(counts.excluded + counts.near_duplicates for counts in found.counts.values())
         raise ValueError(
-            f"{paths[0]}: expected at least one dialogue; got none beside {num_bad} bad lines and "
-            f"{left_out} that are excluded or repeat others"
+            f"{paths[0]}: expected at least one dialogue; got none beside {complaints.count} bad "
+            f"lines and {left_out} that are excluded or repeat others"
         )
-    return found, num_bad
+    return found, complaints.count
 
 
 def _loss(
@@ -188,14 +160,6 @@ def _loss(
     rows = config.micro_batch_size or config.batch_size // execution.num_parts
     sizes = {"seq_len": config.seq_len, "batch_size": rows}
     return held_out_loss(model, held_out.encoded, **sizes, execution=execution)
-
-
-def _with_template(file: Path | str | None, form: str) -> str:
-    """A tokenizer_config.json that says how a dialogue is written."""
-    settings = {} if file is None else read_json(Path(file))
-    if not isinstance(settings, dict):
-        raise ValueError(f"{file}: expected a JSON object; got {settings!r:.60}")
-    return json.dumps({**settings, "chat_template": CHAT_TEMPLATES[form]}, indent=2) + "\n"
 
 
 def _report(record: dict[str, Any], out: Path) -> None:

@@ -17,13 +17,14 @@ import torch.distributed as dist
 
 from llama2 import checkpoint
 from llama2.accounting import num_parameters
+from llama2.chat_format import CHAT_TEMPLATES
 from llama2.checkpoint import meta
 from llama2.checkpoint.files import Settings
-from llama2.commands.machine import Machine
+from llama2.commands.machine import Machine, machine
 from llama2.config import ModelConfig
 from llama2.decoder import Decoder
 from llama2.placement import free_bytes
-from llama2.storage import locked, replacing, write_text
+from llama2.storage import locked, read_json, replacing, write_text
 from llama2.tokenizer import Tokenizer
 from llama2.train import pretrain
 from llama2.train.corpora import TOKENIZER
@@ -40,13 +41,16 @@ _LAST_STEPS = 100  # whose mean is called the final loss
 
 def train_config(args: argparse.Namespace, shape: ModelConfig, steps: int) -> TrainConfig:
     """The recipe that `add_recipe` of training_options.py asks for."""
+    warmup_steps = args.warmup_steps
+    if warmup_steps is None:  # as the paper's reward models; its section 3.2.2
+        warmup_steps = max(5, 3 * steps // 100)
     config = TrainConfig(
         steps=steps,
         batch_size=args.batch_size,
         seq_len=shape.max_seq_len if args.seq_len is None else args.seq_len,
         micro_batch_size=args.micro_batch_size,
         peak_lr=args.peak_lr,
-        warmup_steps=args.warmup_steps,
+        warmup_steps=warmup_steps,
         weight_decay=args.weight_decay,
         bf16=args.bf16,
         seed=args.seed,
@@ -135,6 +139,47 @@ def owned(args: argparse.Namespace, machine: Machine) -> Iterator[str]:
             yield run_id
 
 
+# What `tune` calls, with the shape of --init, the recipe of one step, and the run's id.
+Tune = Callable[[argparse.Namespace, Machine, ModelConfig, TrainConfig, str], None]
+
+
+def tune(args: argparse.Namespace, body: Tune) -> int:
+    """Calls `body` once all is checked that can be known before the data are read; returns 0.
+
+    Args:
+        args: with `data` and `held_out`, of a run that goes on with --init.
+    Raises:
+        OSError, ValueError, NotImplementedError: what a user can cause; the message says what.
+    """
+    with machine(args) as computer:
+        shape = checkpoint.load_config(args.init)
+        check_folders(args, [*args.data, *([args.held_out] if args.held_out else [])])
+        limits = train_config(args, shape, steps=1)
+        computer.check(limits)
+        check_memory(shape, limits, computer, predicts_all=False)
+        with owned(args, computer) as run_id:
+            body(args, computer, shape, limits, run_id)
+    return 0
+
+
+def check_lines(args: argparse.Namespace, num_bad: int, expected: str) -> None:
+    """Raises ValueError where lines are bad, unless --skip-bad-lines takes the others."""
+    if num_bad and not args.skip_bad_lines:
+        raise ValueError(
+            f"data: expected {expected}; got {num_bad} lines that are none. With --skip-bad-lines "
+            "the others are taken"
+        )
+
+
+def announce(args: argparse.Namespace, machine: Machine, config: TrainConfig, summary: str) -> None:
+    """Says on stderr what is about to be trained, and where."""
+    if machine.execution.speaks:
+        note_warm_up(config)
+        print(f"{summary}; {config.steps:,} steps", file=sys.stderr)
+        if args.backend == "auto" or machine.placement.interpreted:
+            machine.placement.announce()
+
+
 @contextlib.contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
     """Ctrl-C waits for the end of a step, whose state is then saved; a second one does not."""
@@ -219,6 +264,14 @@ def text_files(tokenizer_file: Path | None, init: Path | None) -> dict[str, Path
         ends |= Settings.read(init / GENERATION_CONFIG)
     files[GENERATION_CONFIG] = json.dumps(ends, indent=2) + "\n"
     return files
+
+
+def with_template(file: Path | str | None, form: str) -> str:
+    """A tokenizer_config.json that says how a dialogue is written."""
+    settings = {} if file is None else read_json(Path(file))
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file}: expected a JSON object; got {settings!r:.60}")
+    return json.dumps({**settings, "chat_template": CHAT_TEMPLATES[form]}, indent=2) + "\n"
 
 
 def export(

@@ -4,12 +4,10 @@ Several dialogues share a row. None attends to another, and each has the positio
 alone, so that its loss and gradients are those of the dialogue by itself.
 """
 
-import math
 import zlib
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import Any, Self
 
 import numpy as np
@@ -19,6 +17,7 @@ from torch import Tensor
 from llama2.finetune.encoding import Encoded
 from llama2.model import Llama2
 from llama2.targets import IGNORED
+from llama2.train.epochs import Epochs
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -144,6 +143,7 @@ class PackedDialogues:
 
     Attributes:
         num_rows: rows of an epoch.
+        steps: batches of all epochs.
         num_predictions: tokens of an epoch that bear a loss.
         waste: the share of the rows' places that no dialogue fills.
 
@@ -167,35 +167,16 @@ class PackedDialogues:
         if not dialogues:
             raise ValueError("dialogues: expected at least one; got none")
         self._dialogues, self._rows = dialogues, pack([len(d.ids) - 1 for d in dialogues], seq_len)
-        self._seq_len, self._batch_size, self._seed = seq_len, batch_size, seed
-        self.num_rows = len(self._rows)
+        self._seq_len, self._batch_size = seq_len, batch_size
+        self._epochs = Epochs(len(self._rows), batch_size=batch_size, epochs=epochs, seed=seed)
+        self.num_rows, self.steps = self._epochs.num_rows, self._epochs.steps
         self.num_predictions = sum(int(d.is_trained[1:].sum()) for d in dialogues)
         filled = sum(len(d.ids) - 1 for d in dialogues)
         self.waste = 1 - filled / (self.num_rows * seq_len)
-        if not 0 < epochs * self.num_rows < 2**31:
-            most = f", at most {2**31 / self.num_rows:,.0f}" if epochs > 0 else ""
-            raise ValueError(f"epochs: expected a positive number{most}; got {epochs}")
-        # As it is written in decimal: 1.1 epochs of 10 rows are 11, not 12.
-        self._num_rows_of_all = math.ceil(Fraction(str(epochs)) * self.num_rows)
-        self._order = (-1, np.empty(0, dtype=np.int64))  # of the present epoch
-
-    @property
-    def steps(self) -> int:
-        """Batches of all epochs."""
-        return -(-self._num_rows_of_all // self._batch_size)
-
-    def _row(self, place: int) -> int:
-        """The row at a place of the run."""
-        epoch, within = divmod(place, self.num_rows)
-        if self._order[0] != epoch:
-            order = np.random.default_rng([self._seed, epoch]).permutation(self.num_rows)
-            self._order = (epoch, order)
-        return int(self._order[1][within])
 
     def batch(self, step: int) -> PackedRows:
-        start = step * self._batch_size
-        places = range(start, min(start + self._batch_size, self._num_rows_of_all))
-        members = [[self._dialogues[n] for n in self._rows[self._row(place)]] for place in places]
+        rows = self._epochs.rows(step)
+        members = [[self._dialogues[n] for n in self._rows[row]] for row in rows]
         return pack_rows(members + [[]] * (self._batch_size - len(members)), self._seq_len)
 
     def identity(self) -> dict[str, Any]:
@@ -206,6 +187,6 @@ class PackedDialogues:
         return {
             "num_dialogues": len(self._dialogues),
             "num_rows": self.num_rows,
-            "rows_of_all_epochs": self._num_rows_of_all,
+            "rows_of_all_epochs": self._epochs.num_rows_of_all,
             "crc32": digest,
         }
