@@ -8,6 +8,7 @@ import json
 import math
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -113,11 +114,17 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with two groups: matrices, which decay, and all else, which does not."""
-    parameters = list(model.parameters())
+    """AdamW whose matrices decay, and all else does not.
+
+    A group's parameters lie on one mesh, or are whole: the fused step takes no others together.
+    """
+    members = defaultdict(list)
+    for parameter in model.parameters():
+        mesh = getattr(parameter, "device_mesh", None)
+        members[parameter.dim() >= 2, mesh].append(parameter)
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0}
+        for (decays, _), parameters in members.items()
     ]
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, config.peak_lr, betas=betas, eps=config.adam_eps, fused=True)
