@@ -17,6 +17,7 @@ from llama2.commands import (
     ghost_attention,
     obedience,
     pretrain_options,
+    reward_options,
     serve_offline,
     sft_options,
     tradeoff_options,
@@ -33,6 +34,7 @@ _EXAMPLES = """examples:
   llama2 evaluate --checkpoint DIR --tasks hellaswag,arc_easy --out results.json
   llama2 pretrain --work build/run --out build/model --steps 2000 --warmup-steps 100 --text DIR
   llama2 sft --work build/sft --out build/chat --init DIR --data dialogues.jsonl --bf16
+  llama2 reward --work build/rm --out build/reward --data comparisons.jsonl --batch-size 64
   llama2 ghost-attention --checkpoint DIR --data dialogues.jsonl --out ghost.jsonl
   llama2 obedience --checkpoint BEFORE --checkpoint AFTER --data held_out.jsonl --out obeyed.jsonl
   llama2 answer --checkpoint DIR --data held_out.jsonl --out answers.jsonl --sheet sheet.html
@@ -137,6 +139,12 @@ def _parser() -> argparse.ArgumentParser:
             "teach a model to answer, by dialogues",
             sft_options.add_arguments,
             _on_request("sft", "models"),
+        ),
+        (
+            "reward",
+            "teach a model which of two answers is preferred",
+            reward_options.add_arguments,
+            _on_request("reward", "models"),
         ),
         (
             "ghost-attention",

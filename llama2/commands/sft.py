@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         FloatingPointError: a loss or gradient is not finite.
     """
     args.init = SHIPPED if args.init is None else args.init
-    return tune(args, _tune)
+    return tune(args, checkpoint.load_config(args.init), _tune)
 
 
 def _tune(

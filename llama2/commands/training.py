@@ -143,16 +143,16 @@ def owned(args: argparse.Namespace, machine: Machine) -> Iterator[str]:
 Tune = Callable[[argparse.Namespace, Machine, ModelConfig, TrainConfig, str], None]
 
 
-def tune(args: argparse.Namespace, body: Tune) -> int:
+def tune(args: argparse.Namespace, shape: ModelConfig, body: Tune) -> int:
     """Calls `body` once all is checked that can be known before the data are read; returns 0.
 
     Args:
         args: with `data` and `held_out`, of a run that goes on with --init.
+        shape: of --init.
     Raises:
         OSError, ValueError, NotImplementedError: what a user can cause; the message says what.
     """
     with machine(args) as computer:
-        shape = checkpoint.load_config(args.init)
         check_folders(args, [*args.data, *([args.held_out] if args.held_out else [])])
         limits = train_config(args, shape, steps=1)
         computer.check(limits)

@@ -27,23 +27,29 @@ def add_recipe(
     group: argparse._ArgumentGroup,
     *,
     row: str,
+    text: str | None = None,
     batch_size: int,
     peak_lr: float,
-    warmup_steps: int,
+    warmup_steps: int | None,
     save_every: int,
 ) -> None:
     """What `train_config` reads, but for the number of steps; defaults are the command's.
 
     Args:
         row: what a row of a batch is called.
+        text: what has `--seq-len` tokens at most, where it is not the row.
+        warmup_steps: None means a share of all steps.
     """
     add = group.add_argument
+    steps_to_peak = "steps to reach it"
+    if warmup_steps is None:
+        steps_to_peak += "; default: 3 %% of all, at least 5"
     for name, kind, default, meaning in (
         ("--batch-size", int, batch_size, f"{row}s per step"),
         ("--micro-batch-size", int, None, f"{row}s per forward pass; default: all of a step"),
-        ("--seq-len", int, None, f"tokens per {row}; default: the model's longest"),
+        ("--seq-len", int, None, f"tokens per {text or row}; default: the model's longest"),
         ("--peak-lr", float, peak_lr, "highest learning rate"),
-        ("--warmup-steps", int, warmup_steps, "steps to reach it"),
+        ("--warmup-steps", int, warmup_steps, steps_to_peak),
         ("--weight-decay", float, 0.1, "of the matrices"),
         ("--seed", int, 0, "of the data's order, and of weights that are drawn"),
         ("--save-every", int, save_every, "steps between states"),

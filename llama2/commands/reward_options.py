@@ -1,0 +1,57 @@
+"""The options of `llama2 reward`."""
+
+import argparse
+from pathlib import Path
+
+from llama2.commands.training_options import add_folders, add_machine, add_recipe
+from llama2.rlhf.comparisons import MARGINS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_folders(parser, work="")
+    add = parser.add_argument
+    add(
+        "--init",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="a chat model, which gets a new head, or a reward model to go on with; default: the "
+        "small chat model that comes with this package",
+    )
+    _add_data(parser.add_argument_group("data"))
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument(
+        "--epochs",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="how often every comparison comes; default: 1",
+    )
+    recipe.add_argument(
+        "--margins",
+        choices=MARGINS,
+        help="what the loss asks the scores of a pair to differ by, by its rating: small 1, 2/3, "
+        "1/3, 0; large 3, 2, 1, 0; default: small if every line has a rating, otherwise none",
+    )
+    sizes = {"text": "prompt and answer", "batch_size": 512}
+    add_recipe(recipe, row="pair", **sizes, peak_lr=1e-5, warmup_steps=None, save_every=100)
+    add_machine(parser.add_argument_group("machine"))
+
+
+def _add_data(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--data",
+        type=Path,
+        action="append",
+        required=True,
+        metavar="PATH",
+        help='JSON lines {"prompt": …, "chosen": …, "rejected": …, "rating": …}: a file, or a '
+        "directory of *.jsonl; repeatable",
+    )
+    add("--held-out", type=Path, metavar="PATH", help="comparisons for evaluation, likewise")
+    add(
+        "--skip-bad-lines",
+        action="store_true",
+        help="train without lines that are no comparison, too long, or without the rating that "
+        "--margins asks for; by default they are named and nothing is trained",
+    )
