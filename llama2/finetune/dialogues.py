@@ -2,19 +2,19 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from llama2.chat_format import Message, check_messages
 
+T = TypeVar("T")
+
 _FORMS = '"messages", or "prompt" and "completion"'
 
 # What is told of a line that is no dialogue: the file, the line's number and why.
 Refuse = Callable[[Path, int, Exception], None]
-
-_Record = TypeVar("_Record")
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,15 @@ def read_dialogues(path: Path, refuse: Refuse) -> Iterator[Dialogue]:
     Raises:
         FileNotFoundError: there is no such file.
     """
-    return read_lines(path, refuse, parse_dialogue)
+    return read_lines(path, parse_dialogue, refuse)
 
 
-def read_lines(
-    path: Path, refuse: Refuse, parse: Callable[[bytes, Path, int], _Record]
-) -> Iterator[_Record]:
-    """What `parse(line, file, number)` makes of each line of a file, or of all `*.jsonl` of a
-    directory; blank lines are passed over.
+def read_lines(path: Path, parse: Callable[[bytes, Path, int], T], refuse: Refuse) -> Iterator[T]:
+    """What the lines of a file of JSON lines, or of all `*.jsonl` of a directory, hold, one at a
+    time; blank lines are passed over.
 
     Args:
+        parse: of a line's bytes, its file and its number from 1.
         refuse: is called for each line of which `parse` raises a TypeError or ValueError.
     Raises:
         FileNotFoundError: there is no such file.
@@ -79,11 +78,11 @@ def read_lines(
                 if not raw.strip():
                     continue
                 try:
-                    record = parse(raw, file, number)
+                    parsed = parse(raw, file, number)
                 except (TypeError, ValueError) as error:
                     refuse(file, number, error)
                     continue
-                yield record
+                yield parsed
 
 
 def dialogue_files(path: Path) -> list[Path]:
@@ -103,11 +102,9 @@ def parse_dialogue(raw: bytes, file: Path, number: int) -> Dialogue:
         TypeError, ValueError: it is no dialogue; says why.
     """
     value = parse_object(raw, number)
-    prompt, answers = _parts(value)
+    prompt, answers = parts_of(value)
     messages = [*prompt, *answers]
-    check_messages(messages, last="assistant")
-    for index, message in enumerate(messages):
-        check_content(index, message)
+    plain = plain_messages(messages, last="assistant")
     trained = [_weight(index, message) for index, message in enumerate(messages)]
     trained = [
         weight and index >= len(prompt)
@@ -116,7 +113,6 @@ def parse_dialogue(raw: bytes, file: Path, number: int) -> Dialogue:
     ]
     if not any(trained):
         raise ValueError("messages: expected an answer that bears a loss; got none")
-    plain = tuple({"role": message["role"], "content": message["content"]} for message in messages)
     return Dialogue(plain, tuple(trained), source_of(value, file), file, number, _obeys(value))
 
 
@@ -137,11 +133,26 @@ def parse_object(raw: bytes, number: int) -> dict[str, Any]:
     return {key: each for key, each in value.items() if each is not None}
 
 
+def plain_messages(messages: Sequence[Message], *, last: str) -> tuple[Message, ...]:
+    """Messages with a role and a content and no other key.
+
+    Args:
+        last: the role of the last.
+    Raises:
+        TypeError, ValueError: as `check_messages`; or a content, but for the system's, is blank, or
+            has half a character.
+    """
+    check_messages(messages, last=last)
+    for index, message in enumerate(messages):
+        _check_content(index, message)
+    return tuple({"role": message["role"], "content": message["content"]} for message in messages)
+
+
 def source_of(value: dict[str, Any], file: Path) -> str:
-    """Where a line is from: its "source", otherwise the file's name.
+    """The "source" of a line's object; the file's name where it has none.
 
     Raises:
-        TypeError, ValueError: the source is no text.
+        TypeError, ValueError: it is no text, or an empty one.
     """
     source = value.get("source", printable_name(file))
     if not isinstance(source, str) or not source:
@@ -160,8 +171,13 @@ def utf8(raw: bytes, number: int) -> str:
     return raw.decode("utf-8-sig" if number == 1 else "utf-8")
 
 
-def _parts(value: dict[str, Any]) -> tuple[list[Message], list[Message]]:
-    """Messages that bear no loss, and those after them whose answers may."""
+def parts_of(value: dict[str, Any]) -> tuple[list[Message], list[Message]]:
+    """Of a line's object, messages that bear no loss, and those after them whose answers may.
+
+    Raises:
+        TypeError, ValueError: it has not the keys of a dialogue, or other values than lists and
+            texts there. What the lists hold is not looked at.
+    """
     if ("messages" in value) == ("prompt" in value or "completion" in value):
         raise ValueError(f"line: expected {_FORMS}; got the keys {sorted(value)!s:.80}")
     if "messages" in value:
@@ -197,9 +213,7 @@ def _obeys(value: dict[str, Any]) -> str | None:
     return pattern
 
 
-def check_content(index: int, message: Message) -> None:
-    """Raises ValueError for a message that says nothing, but for a system's, or holds half a
-    character."""
+def _check_content(index: int, message: Message) -> None:
     content = message["content"]
     if not content.strip() and message["role"] != "system":
         raise ValueError(

@@ -9,8 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama2.chat_format import Message, check_messages
-from llama2.finetune.dialogues import Refuse, check_content, parse_object, read_lines, source_of
+from llama2.chat_format import Message
+from llama2.finetune.dialogues import (
+    Refuse,
+    parse_object,
+    plain_messages,
+    read_lines,
+    source_of,
+)
 
 # By how much the chosen answer is better, as the paper's annotators say it.
 RATINGS = ("significantly better", "better", "slightly better", "negligibly better or unsure")
@@ -58,7 +64,7 @@ def read_comparisons(path: Path, refuse: Refuse) -> Iterator[Comparison]:
     Raises:
         FileNotFoundError: there is no such file.
     """
-    return read_lines(path, refuse, parse_comparison)
+    return read_lines(path, parse_comparison, refuse)
 
 
 def parse_comparison(raw: bytes, file: Path, number: int) -> Comparison:
@@ -85,15 +91,10 @@ def parse_comparison(raw: bytes, file: Path, number: int) -> Comparison:
         }
     for name, messages in dialogues.items():
         try:
-            check_messages(messages, last="assistant")
-            for index, message in enumerate(messages):
-                check_content(index, message)
+            dialogues[name] = plain_messages(messages, last="assistant")
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from error
-    chosen, rejected = (
-        [{"role": message["role"], "content": message["content"]} for message in messages]
-        for messages in dialogues.values()
-    )
+    chosen, rejected = dialogues.values()
     if chosen[:-1] != rejected[:-1]:
         raise ValueError(
             "rejected: expected the messages of chosen, but for the last; got others, and no prompt"
@@ -101,9 +102,7 @@ def parse_comparison(raw: bytes, file: Path, number: int) -> Comparison:
     answers = chosen[-1]["content"], rejected[-1]["content"]
     if answers[0].strip() == answers[1].strip():
         raise ValueError(f"rejected: expected another answer than chosen; got {answers[1]!r:.60}")
-    return Comparison(
-        tuple(chosen[:-1]), *answers, _rating(value), source_of(value, file), file, number
-    )
+    return Comparison(chosen[:-1], *answers, _rating(value), source_of(value, file), file, number)
 
 
 def _listed(name: str, content: Any, role: str) -> list[Message]:
