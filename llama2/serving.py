@@ -143,8 +143,10 @@ def serve(
     results come as they finish.
 
     A step gives each running request one token, and requests that have just been admitted their
-    first. Requests are taken in order, when a row and pages are free. When pages run out, the
-    request that was admitted last gives its pages back and goes on later, from the tokens it has.
+    first. Requests are taken in order, when a row and pages are free. Those with one and the same
+    prompt that start in one step share it: it goes through the model once. Others share full pages
+    with earlier ones that begin alike. When pages run out, the request that was admitted last gives
+    its pages back and goes on later, from the tokens it has.
     Greedy tokens are those of `generate`, up to the roundings of another batch; draws are those of
     `generate` for the request alone, with the request's seed.
 
@@ -189,11 +191,11 @@ class _Server:
         try:
             while True:
                 self._make_room()
-                decoding = list(self.running)
-                admitted = self._admit(incoming)
                 if self.running:
-                    with in_own_dtype(self.model):
-                        self._run(decoding, admitted)
+                    self._decode()
+                self._admit(incoming)
+                if self.running:
+                    self._draw()
                 self._retire()
                 none_left = not self.running and not self.done
                 for finished in self.done:
@@ -229,13 +231,20 @@ class _Server:
         self.cache.free(youngest.row)
         self.waiting.appendleft(youngest)
 
-    def _admit(self, incoming: Iterator[_Running]) -> list[_Running]:
+    def _decode(self) -> None:
+        """The last token of every running request goes through the model."""
+        with in_own_dtype(self.model):
+            self.decoder.decode(self.cache.decode([request.row for request in self.running]))
+
+    def _admit(self, incoming: Iterator[_Running]) -> None:
         """Starts requests in order until one does not fit.
 
-        Each running request keeps a free page to grow into: otherwise one that was preempted would
-        come back at once, to be preempted again.
+        One whose tokens are those of another that starts in the same step is a fork of it, which
+        takes no page yet. Each running request keeps a free page to grow into: forks copy their
+        last page to it, if that is not full, and a request that was preempted would otherwise come
+        back at once, to be preempted again.
         """
-        admitted = []
+        started: dict[tuple[int, ...], int] = {}  # rows by tokens
         while len(self.running) < self.max_batch:
             if not self.waiting:
                 request = next(incoming, None)
@@ -246,27 +255,35 @@ class _Server:
             if request.is_done:  # it asks for no token
                 self.done.append(self.waiting.popleft())
                 break  # to hand it over before more are read
-            pages = self.cache.pages_to_admit(request.tokens) + len(self.running)
-            if self.running and pages > self.cache.num_free_pages:
+            tokens = tuple(request.tokens)
+            leader = started.get(tokens)
+            pages = self.cache.pages_to_admit(tokens) if leader is None else 0
+            if self.running and pages + len(self.running) > self.cache.num_free_pages:
                 break
-            request.row = self.cache.admit(request.tokens)
+            request.row = self.cache.admit(tokens) if leader is None else self.cache.fork(leader)
             self.running.append(self.waiting.popleft())
-            admitted.append(request)
-        return admitted
+            if leader is None:
+                self._prefill(request.row)
+                started[tokens] = request.row
+            else:
+                self.decoder.states[request.row] = self.decoder.states[leader]
 
-    def _run(self, decoding: list[_Running], admitted: list[_Running]) -> None:
-        """Gives every running request a token."""
-        if decoding:
-            self.decoder.decode(self.cache.decode([request.row for request in decoding]))
-        for request in admitted:
-            batch = self.cache.prefill(request.row)
+    def _prefill(self, row: int) -> None:
+        """All pending tokens of a row go through the model."""
+        with in_own_dtype(self.model):
+            batch = self.cache.prefill(row)
             states = self.model.hidden_states(batch.tokens, batch)
-            self.decoder.states[request.row] = states[0, -1]
+            self.decoder.states[row] = states[0, -1]
+
+    def _draw(self) -> None:
+        """Gives every running request a token."""
         uniform = [running.uniform[len(running.new)] for running in self.running]
         temperature = [in_float32(running.request.temperature) for running in self.running]
         top_p = [running.request.top_p for running in self.running]
         rows = [running.row for running in self.running]
-        tokens = self.decoder.draw(rows, np.array([uniform, temperature, top_p], dtype=np.float32))
+        settings = np.array([uniform, temperature, top_p], dtype=np.float32)
+        with in_own_dtype(self.model):
+            tokens = self.decoder.draw(rows, settings)
         for running, token in zip(self.running, tokens, strict=True):
             if token < 0:
                 running.error = (

@@ -182,10 +182,10 @@ def test_served_beside_what_is_preempted(model, device, monkeypatch):
     requests = [Request([10 * i, 1, 2], new) for i, new in enumerate((8, 3, 6))]
     states: dict[int, list[Tensor]] = {}
     preempted: dict[int, int] = {}
-    run, preempt = _Server._run, _Server._preempt
+    draw, preempt = _Server._draw, _Server._preempt
 
-    def recorded(server, decoding, admitted):
-        run(server, decoding, admitted)
+    def recorded(server):
+        draw(server)
         for running in server.running:
             states.setdefault(running.index, []).append(server.decoder.states[running.row].clone())
 
@@ -193,7 +193,7 @@ def test_served_beside_what_is_preempted(model, device, monkeypatch):
         preempted.setdefault(server.running[-1].index, len(server.running[-1].new))
         preempt(server)
 
-    monkeypatch.setattr(_Server, "_run", recorded)
+    monkeypatch.setattr(_Server, "_draw", recorded)
     monkeypatch.setattr(_Server, "_preempt", counted)
     sizes = {"page_size": 4, "max_batch": 3}
     wanted = []
@@ -208,6 +208,31 @@ def test_served_beside_what_is_preempted(model, device, monkeypatch):
     for index, single in enumerate(wanted):
         until = preempted.get(index, len(single))
         assert same_bits(torch.stack(states[index])[:until], single[:until])
+
+
+@pytest.mark.parametrize("length", [3, 4])
+def test_served_as_a_fork(length, model, device, monkeypatch):
+    """Requests of one prompt, whose last page of 4 tokens they share in part or whole."""
+    requests = [Request([*range(length)], 4, 1.5, seed=seed) for seed in range(3)]
+    states: dict[int, list[Tensor]] = {}
+    draw = _Server._draw
+
+    def recorded(server):
+        draw(server)
+        for running in server.running:
+            states.setdefault(running.index, []).append(server.decoder.states[running.row].clone())
+
+    monkeypatch.setattr(_Server, "_draw", recorded)
+    sizes = {"page_size": 4, "max_batch": 3, "num_pages": 9}
+    wanted = []
+    for request in requests:
+        states.clear()
+        list(serve(model, [request], cache=make_paged(torch.float32, device, **sizes)))
+        wanted.append(torch.stack(states[0]))
+    states.clear()
+    list(serve(model, requests, cache=make_paged(torch.float32, device, **sizes)))
+    for index, single in enumerate(wanted):
+        assert same_bits(torch.stack(states[index]), single)
 
 
 # --- One sequence, cut into calls -------------------------------------------------------------

@@ -361,3 +361,120 @@ def test_triton_serves_eagers_tokens(model):
     triton = twin(model, get_backend("triton"))
     results = list(serve(triton, requests, cache=make_cache(model, num_pages=11, max_batch=2)))
     assert_as_alone(model, requests, results)
+
+
+# --- requests of one prompt -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def prefilled(model):
+    """How many tokens went through the model outside of steps of the batch, call by call."""
+    lengths = []
+
+    def note(_, inputs, __):
+        if inputs[0].shape[0] == 1:
+            lengths.append(inputs[0].shape[1])
+
+    model.embed_tokens.register_forward_hook(note)
+    return lengths
+
+
+def samples(prompt: list[int], count: int, new: int = 9, **settings) -> list[Request]:
+    settings = {"temperature": 1.3, "top_p": 0.9} | settings
+    return [Request(prompt, new, seed=seed, **settings) for seed in range(count)]
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 16, 19])  # in pages of 4
+def test_a_prompt_of_many_requests_goes_through_the_model_once(length, model, prefilled):
+    requests, cache = samples([*range(20, 20 + length)], 6), make_cache(model, max_batch=6)
+    results = list(serve(model, requests, cache=cache))
+    assert prefilled == [length]
+    assert_empty(cache)
+    assert_as_alone(model, requests, results)
+    assert len({tuple(result.tokens) for result in results}) == 6
+
+
+def test_prompts_that_take_turns_are_each_computed_once(model, prefilled):
+    prompts = [[*range(10)], [*range(50, 57)]]
+    requests = [Request(prompts[seed % 2], 5, 1.0, seed=seed) for seed in range(8)]
+    results = list(serve(model, requests, cache=make_cache(model, max_batch=8)))
+    assert prefilled == [10, 7]
+    assert_as_alone(model, requests, results)
+
+
+def test_other_prompts_of_the_step_share_full_pages(model, prefilled):
+    requests = [Request([*range(9), last], 4) for last in (70, 71)]
+    results = list(serve(model, requests, cache=make_cache(model)))
+    assert prefilled == [10, 2]
+    assert_as_alone(model, requests, results)
+
+
+def test_later_requests_of_a_prompt_share_full_pages(model, prefilled):
+    """Two rows for six requests: one begins when another ends, the last two at once."""
+    requests = [
+        replace(each, max_new_tokens=new)
+        for each, new in zip(samples([*range(14)], 6), (3, 5, 7, 5, 4, 4), strict=True)
+    ]
+    results = list(serve(model, requests, cache=make_cache(model, max_batch=2)))
+    assert prefilled == [14, 2, 2, 2]
+    assert_as_alone(model, requests, results)
+
+
+def test_forks_keep_room_to_grow(model, prefilled, preemptions):
+    """Each copies the page that they share in part: as many start as there are pages for that."""
+    requests = samples([*range(6)], 5, new=3)  # to 8 tokens: 2 pages, of which the first is shared
+    cache = make_cache(model, num_pages=5, max_batch=5)
+    results = list(serve(model, requests, cache=cache))
+    assert not preemptions
+    assert prefilled == [6, 2], "four of them on 1 + 4 pages, then the fifth"
+    assert_empty(cache)
+    assert_as_alone(model, requests, results)
+
+
+@pytest.mark.parametrize("num_pages", [8, 9, 11, 14])
+def test_forks_that_are_preempted_go_on_as_alone(num_pages, model, preemptions):
+    """Greedy ones too, which come back with equal tokens."""
+    requests = [*samples([*range(9)], 5, new=20), *samples([*range(9)], 3, 20, temperature=0.0)]
+    cache = make_cache(model, num_pages=num_pages, max_batch=8)
+    results = list(serve(model, requests, cache=cache))
+    assert 0 < len(preemptions) < 25, "one that gives way must not come back at once"
+    assert_empty(cache)
+    assert_as_alone(model, requests, results)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_requests_of_few_prompts_in_any_order(seed, model):
+    """Of all lengths, on caches of all sizes; closed at any moment, the cache is empty."""
+    rng = random.Random(seed)
+    prompts = [rng.choices(range(97), k=rng.randrange(1, 20)) for _ in range(3)]
+    prompts.append([*prompts[0], *prompts[1]])
+    requests = [
+        Request(
+            rng.choice(prompts), rng.randrange(20), rng.choice([0.0, 1.0]), seed=rng.randrange(3)
+        )
+        for _ in range(24)
+    ]
+    sizes = {"num_pages": rng.randrange(15, 40), "max_batch": rng.randrange(1, 9)}
+    cache = make_cache(model, **sizes)
+    results = serve(model, requests, cache=cache)
+    for _ in range(rng.randrange(24)):
+        next(results)
+    results.close()
+    assert_empty(cache)
+    results = list(serve(model, requests, cache=cache))
+    assert_empty(cache)
+    assert_as_alone(model, requests, results)
+
+
+def test_forks_of_a_prompt_without_finite_logits_each_say_so(model, prefilled):
+    with torch.no_grad():
+        model.embed_tokens.weight[5] = float("nan")
+    cache = make_cache(model, max_batch=6)
+    good = samples([1, 2, 3], 2)
+    results = list(serve(model, [*samples([1, 5], 3), *good], cache=cache))
+    assert_empty(cache)
+    assert prefilled == [2, 3]
+    assert {result.index for result in results if result.error is not None} == {0, 1, 2}
+    for result in results:
+        if result.error is None:
+            assert result.tokens == alone(model, result.request)
