@@ -4,36 +4,52 @@ import argparse
 import copy
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO, TypeVar
 
 from llama2.chat_format import FORMATS, Message
 from llama2.checkout import made_with
 from llama2.commands.caches import add_cache_options, make_cache
 from llama2.commands.json_lines import Complaints, lock_output, resume
 from llama2.commands.options import add_generation_options, load, path
-from llama2.finetune.dialogues import Dialogue, dialogue_files, printable_name, read_dialogues
+from llama2.finetune.dialogues import (
+    Dialogue,
+    Refuse,
+    dialogue_files,
+    printable_name,
+    read_dialogues,
+)
 from llama2.finetune.sampling import Sampler, Settings, encode_for
+from llama2.model import Llama2
+from llama2.rlhf.prompts import TaggedPrompt
 from llama2.stops import stop_ids
 from llama2.storage import write_text
 from llama2.taught_format import taught_format
+from llama2.tokenizer import Tokenizer
+
+Asked = TypeVar("Asked", Dialogue, TaggedPrompt)
 
 _BEGIN = b'{"place": "'  # of every line of results
 
 
 def add_job_options(
-    parser: argparse.ArgumentParser, *, data: str, out: str, several: bool = False
+    parser: argparse.ArgumentParser,
+    *,
+    data: str,
+    out: str,
+    several: bool = False,
+    sampled: bool = False,
 ) -> None:
     """The options of the functions below.
 
     Args:
         data: what dialogues the command takes.
         out: what a line of --out is.
-        several: checkpoints, as of `add_generation_options`.
+        several, sampled: as of `add_generation_options`.
     """
-    add_generation_options(parser, max_new_tokens=256, chat=True, several=several)
+    add_generation_options(parser, max_new_tokens=256, chat=True, several=several, sampled=sampled)
     add = parser.add_argument
     add(
         "--data",
@@ -59,28 +75,51 @@ def add_job_options(
     add_cache_options(parser)
 
 
-def read_data(arguments: argparse.Namespace, complaints: Complaints) -> list[Dialogue]:
-    """The dialogues of --data; each other line is a complaint.
+def read_data(
+    arguments: argparse.Namespace,
+    complaints: Complaints,
+    read: Callable[[Path, Refuse], Iterable[Asked]] = read_dialogues,
+) -> list[Asked]:
+    """The dialogues of --data, or what else `read` makes of its lines; each other line is a
+    complaint.
 
     Raises:
         ValueError: --out is one of the files, or would be the next time, or is no file.
         OSError: there is no such file.
     """
-    data, out = arguments.data, arguments.out
-    is_read = any(out.exists() and file.samefile(out) for file in dialogue_files(data))
+    data = arguments.data
+    for name in ("out", "all_samples"):
+        written = getattr(arguments, name, None)
+        if written is not None:
+            check_apart(_option(name), written, "--data", data)
     # Path.resolve raises RuntimeError where a link leads to itself; opening it names the file.
-    place = os.path.realpath(out)
-    if is_read or (
-        data.is_dir() and out.suffix == ".jsonl" and os.path.samefile(os.path.dirname(place), data)
-    ):
-        raise ValueError(f"--out: expected another file than --data's; got {out}")
-    if out.exists() and not out.is_file():
-        raise ValueError(f"--out: expected a file that can be read again; got {out}")
-    for name in ("summary", "sheet"):
+    places = {os.path.realpath(arguments.out), os.path.realpath(data)}
+    for name in ("summary", "sheet", "all_samples"):
         other = getattr(arguments, name, None)
-        if other is not None and os.path.realpath(other) in {place, os.path.realpath(data)}:
-            raise ValueError(f"--{name}: expected another file than --out and --data; got {other}")
-    return list(read_dialogues(data, complaints.add))
+        if other is not None and os.path.realpath(other) in places:
+            raise ValueError(
+                f"{_option(name)}: expected another file than --out and --data; got {other}"
+            )
+    return list(read(data, complaints.add))
+
+
+def check_apart(option: str, out: Path, source_option: str, source: Path) -> None:
+    """Raises a ValueError unless results can be written to `out`, a file that can be read again
+    and is none of those that `source` names, not the next time either.
+
+    Args:
+        source: a file of JSON lines or a directory of *.jsonl.
+    """
+    is_read = any(out.exists() and file.samefile(out) for file in dialogue_files(source))
+    folder = os.path.dirname(os.path.realpath(out))
+    if is_read or (source.is_dir() and out.suffix == ".jsonl" and os.path.samefile(folder, source)):
+        raise ValueError(f"{option}: expected another file than {source_option}'s; got {out}")
+    if out.exists() and not out.is_file():
+        raise ValueError(f"{option}: expected a file that can be read again; got {out}")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 class Key(NamedTuple):
@@ -95,12 +134,12 @@ class Key(NamedTuple):
     checkpoint: str
 
 
-def place_of(dialogue: Dialogue) -> str:
-    return f"{printable_name(dialogue.file)}:{dialogue.line}"
+def place_of(asked: Dialogue | TaggedPrompt) -> str:
+    return f"{printable_name(asked.file)}:{asked.line}"
 
 
-def key_of(dialogue: Dialogue, checkpoint: Path) -> Key:
-    return Key(place_of(dialogue), str(checkpoint))
+def key_of(asked: Dialogue | TaggedPrompt, checkpoint: Path) -> Key:
+    return Key(place_of(asked), str(checkpoint))
 
 
 class Results:
@@ -131,22 +170,24 @@ class Results:
 @contextmanager
 def results(
     out: Path,
-    dialogues: Iterable[Dialogue],
+    asked: Iterable[Dialogue | TaggedPrompt],
     keys: Iterable[str],
     *,
-    checkpoint: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    option: str = "--out",
 ) -> Iterator[Results]:
-    """The file --out, held so that no other run writes to it.
+    """A file of results, held so that no other run writes to it.
 
     Args:
-        dialogues: those that are to be in it.
+        asked: what is to be in it.
         keys: what a record has, beside others; "messages" among them.
-        checkpoint: whose results alone it may hold; None means of any.
+        settings: what every record has to say, such as the "checkpoint", under some of these keys.
+        option: that names the file.
     Raises:
         ValueError: another run holds it; it has something else than such records, or one of another
-            question than the dialogue's at its place, or of another checkpoint.
+            question than the one asked at its place, or of other settings.
     """
-    asked = {place_of(dialogue): _questions(dialogue.messages) for dialogue in dialogues}
+    questions = {place_of(each): _questions(each.messages) for each in asked}
     done: dict[Key, dict[str, Any]] = {}
 
     def take(record: Any) -> None:
@@ -156,21 +197,36 @@ def results(
         _questions(record["messages"])
 
     with out.open("a", encoding="utf-8") as file:
-        lock_output(file)
-        end = resume(out, take, _is_begun)
+        lock_output(file, option=option)
+        end = resume(out, take, _is_begun, option=option)
         for key, record in done.items():
-            if checkpoint is not None and key.checkpoint != str(checkpoint):
+            difference = next(_differences(settings or {}, record), None)
+            if difference is not None:
+                name, wanted, found = difference
                 raise ValueError(
-                    f"--out: expected results of {checkpoint}; got those of {key.checkpoint} in "
-                    f"{out}: another checkpoint needs another file"
+                    f"{option}: expected results of {name} {wanted}; got those of {found} in "
+                    f"{out}: another {name} needs another file"
                 )
             found = _questions(record["messages"])
-            if key.place in asked and found != asked[key.place][: len(found)]:
+            if key.place in questions and found != questions[key.place][: len(found)]:
                 raise ValueError(
-                    f"--out: expected results of these dialogues; got one of another dialogue at "
-                    f"{key.place} in {out}"
+                    f"{option}: expected results of these dialogues; got one of another dialogue "
+                    f"at {key.place} in {out}"
                 )
         yield Results(file, done, end)
+
+
+def _differences(
+    settings: Mapping[str, Any], record: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    """(name, what is wanted, what a record says) of settings, nested ones too, that it says
+    otherwise."""
+    for name, wanted in settings.items():
+        found = record.get(name)
+        if isinstance(wanted, Mapping) and isinstance(found, Mapping):
+            yield from _differences(wanted, found)
+        elif found != wanted:
+            yield name, wanted, found
 
 
 def _questions(messages: Sequence[Message]) -> list[tuple[str, str]]:
@@ -197,27 +253,45 @@ def make_sampler(
     Args:
         whole: all answers of a dialogue are asked for, not its last alone.
     Raises:
-        OSError, ValueError, NotImplementedError, ImportError: as `load` and `make_cache`; or an
-            option about sampling is wrong.
+        OSError, ValueError, NotImplementedError, ImportError: as `load` and `sampler_for`.
     """
-    model, tokenizer = load(arguments)
-    form = arguments.format or taught_format(arguments.checkpoint)
+    asked = [
+        (dialogue.messages[:-1], len(dialogue.trained) if whole else 1) for dialogue in dialogues
+    ]
+    return sampler_for(
+        arguments, *load(arguments), asked, system_in_every_turn=system_in_every_turn
+    )
+
+
+def sampler_for(
+    arguments: argparse.Namespace,
+    model: Llama2,
+    tokenizer: Tokenizer,
+    asked: Iterable[tuple[Sequence[Message], int]],
+    *,
+    num_samples: int = 1,
+    system_in_every_turn: bool = False,
+) -> Sampler:
+    """A model with a cache for what it will be asked.
+
+    Args:
+        asked: of each sequence, the messages before its last answer and the number of answers that
+            the model gives in it.
+        num_samples: how often each is asked.
+    Raises:
+        ValueError, NotImplementedError: as `make_cache`; or an option about sampling is wrong.
+    """
+    form, most = form_of(arguments), model.config.max_seq_len
     lengths = []
-    for dialogue in dialogues:
-        most, messages = model.config.max_seq_len, dialogue.messages[:-1]
+    for messages, num_answers in asked:
         try:
             ids = encode_for(
-                tokenizer,
-                messages,
-                form,
-                most,
-                system_in_every_turn=system_in_every_turn,
+                tokenizer, messages, form, most, system_in_every_turn=system_in_every_turn
             )
         except ValueError:  # said when it is asked
-            lengths.append(most)
+            lengths += [most] * num_samples
             continue
-        num_answers = len(dialogue.trained) if whole else 1
-        lengths.append(len(ids) + num_answers * arguments.max_new_tokens)
+        lengths += [len(ids) + num_answers * arguments.max_new_tokens] * num_samples
     settings = Settings(
         arguments.max_new_tokens,
         stop_ids(tokenizer, arguments.checkpoint),
@@ -227,6 +301,11 @@ def make_sampler(
         form,
     )
     return Sampler(model, tokenizer, make_cache(arguments, model, lengths), settings)
+
+
+def form_of(arguments: argparse.Namespace) -> str:
+    """--format, or what it stands for where it is not given."""
+    return arguments.format or taught_format(arguments.checkpoint)
 
 
 def write_summary(arguments: argparse.Namespace, counted: dict[str, Any]) -> None:

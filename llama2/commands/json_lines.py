@@ -23,7 +23,13 @@ class Complaints:
             complain_of_line(path, number, error)
 
 
-def resume(path: Path, take: Callable[[Any], None], is_begun: Callable[[bytes], bool]) -> int:
+def resume(
+    path: Path,
+    take: Callable[[Any], None],
+    is_begun: Callable[[bytes], bool],
+    *,
+    option: str = "--out",
+) -> int:
     """Hands over the records of a file of results and returns where a half-written last line
     begins: the size of all that are whole.
 
@@ -31,6 +37,7 @@ def resume(path: Path, take: Callable[[Any], None], is_begun: Callable[[bytes], 
         take: is called with each record; it raises a ValueError, TypeError, KeyError or
             AttributeError for one that the command did not write.
         is_begun: whether a last line without an end can be the beginning of such a record.
+        option: that names the file.
     Raises:
         ValueError: the file holds something else than results.
     """
@@ -47,14 +54,14 @@ def resume(path: Path, take: Callable[[Any], None], is_begun: Callable[[bytes], 
                 take(json.loads(raw))
             except _NOT_OURS as error:
                 raise ValueError(
-                    f"--out: expected results of this command; got something else in line "
+                    f"{option}: expected results of this command; got something else in line "
                     f"{number} of {path}"
                 ) from error
             end += len(raw)
     return end
 
 
-def lock_output(file: TextIO) -> None:
+def lock_output(file: TextIO, *, option: str = "--out") -> None:
     """For as long as the file is open: two runs would both do what is missing.
 
     Raises:
@@ -64,5 +71,5 @@ def lock_output(file: TextIO) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ValueError(
-            f"--out: expected a file that no other run writes to; got {file.name}"
+            f"{option}: expected a file that no other run writes to; got {file.name}"
         ) from error

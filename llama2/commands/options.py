@@ -58,12 +58,14 @@ def add_generation_options(
     *,
     chat: bool = False,
     several: bool = False,
+    sampled: bool = False,
 ) -> None:
     """The options of `load`, `make_generator` and `sampling`.
 
     Args:
         chat: the default checkpoint is the shipped chat model.
         several: --checkpoint can be repeated, and is a list.
+        sampled: the default temperature is 1, not 0, and the default seed 0, not a new one.
     """
     add = parser.add_argument
     kind = "chat model" if chat else "model of Python source"
@@ -102,12 +104,18 @@ def add_generation_options(
     add(
         "--temperature",
         type=float,
-        default=0.0,
+        default=1.0 if sampled else 0.0,
         metavar="T",
-        help="default: 0, the likeliest token",
+        help="default: " + ("1" if sampled else "0, the likeliest token"),
     )
     add("--top-p", type=float, default=1.0, metavar="P", help="default: 1, no cut")
-    add("--seed", type=integer, metavar="N", help="default: another one every time")
+    add(
+        "--seed",
+        type=integer,
+        default=0 if sampled else None,
+        metavar="N",
+        help="default: " + ("0" if sampled else "another one every time"),
+    )
 
 
 def load(arguments: argparse.Namespace) -> tuple[Llama2, Tokenizer]:
