@@ -17,6 +17,7 @@ from llama2.commands import (
     ghost_attention,
     obedience,
     pretrain_options,
+    rejection_sample,
     reward_options,
     serve_offline,
     sft_options,
@@ -38,6 +39,7 @@ _EXAMPLES = """examples:
   llama2 ghost-attention --checkpoint DIR --data dialogues.jsonl --out ghost.jsonl
   llama2 obedience --checkpoint BEFORE --checkpoint AFTER --data held_out.jsonl --out obeyed.jsonl
   llama2 answer --checkpoint DIR --data held_out.jsonl --out answers.jsonl --sheet sheet.html
+  llama2 rejection-sample --checkpoint DIR --reward DIR --data p.jsonl --samples 16 --out r.jsonl
   llama2 convert Llama-2-7b-hf Llama-2-7b-gqa8 --num-kv-heads 8
   llama2 tradeoff --preset none --out build/paper --shape 70B --gpu H100
 """
@@ -163,6 +165,12 @@ def _parser() -> argparse.ArgumentParser:
             "answer held-out dialogues and compare",
             answer.add_arguments,
             answer.run,
+        ),
+        (
+            "rejection-sample",
+            "the best of several answers by a reward model",
+            rejection_sample.add_arguments,
+            rejection_sample.run,
         ),
         (
             "convert",

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from llama2 import checkpoint
-from llama2.serving import Result, check_request
+from llama2.serving import Request, Result, check_request
 from llama2.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(checkpoint.SHIPPED / "tokenizer.model")
@@ -16,6 +16,7 @@ class Answering:
         answer: of the prompt's text, without control tokens.
     Attributes:
         prompts: the texts of all requests so far.
+        request: the one that is being answered.
         kill_after: so many answers, a KeyboardInterrupt comes.
         backwards: whether the last request finishes first.
     """
@@ -23,6 +24,7 @@ class Answering:
     def __init__(self, answer: Callable[[str], str]) -> None:
         self.answer = answer
         self.prompts: list[str] = []
+        self.request: Request | None = None
         self.kill_after: int | None = None
         self.backwards = False
 
@@ -36,6 +38,7 @@ class Answering:
             if self.kill_after is not None and len(self.prompts) >= self.kill_after:
                 raise KeyboardInterrupt
             check_request(model, cache, request)
+            self.request = request
             self.prompts.append(TOKENIZER.decode(request.prompt))
             ids = TOKENIZER.encode(self.answer(self.prompts[-1]), bos=False, eos=True)
             yield Result(index, request, ids[: request.max_new_tokens])
