@@ -129,12 +129,15 @@ def _variants(spec: OpSpec) -> list[tuple[Case, torch.dtype]]:
 
 
 def representative(spec: OpSpec, arch: str, fewer: bool = False) -> list[tuple[Case, torch.dtype]]:
-    """sm_90: the op table's real shapes and the variants. Elsewhere, or if `fewer` are asked for,
-    the last shape of each op and its bfloat16 variants, attention only causal, which takes the most
-    registers, and of all that shapes scores the soft cap, which takes the most."""
+    """sm_90: the op table's real shapes and the variants. Elsewhere the last shape of each op and
+    its bfloat16 variants, attention only causal, which takes the most registers, and of all that
+    shapes scores the soft cap, which takes the most. If `fewer` are asked for, the last shape, of
+    attention the last causal one."""
     real = [(case, torch.bfloat16) for case in spec.cases if not case.test]
+    if fewer:
+        return [(case, dtype) for case, dtype in real if case.sizes.get("causal", True)][-1:]
     variants = _variants(spec)
-    if arch == "sm_90" and not fewer:
+    if arch == "sm_90":
         return real + variants
     return real[-1:] + [
         (case, dtype)
@@ -263,9 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--write", type=Path, metavar="PATH", help="write the table to a file")
     parser.add_argument("--json", action="store_true", help="print every launch instead")
     parser.add_argument("--count", action="store_true", help="count the binaries of 20 calls")
-    parser.add_argument(
-        "--fewer", action="store_true", help="sm_90: no more cases than for the other targets"
-    )
+    parser.add_argument("--fewer", action="store_true", help="the last shape of each op alone")
     options = parser.parse_args(arguments)
     if interpreter.is_enabled():
         parser.error("TRITON_INTERPRET: expected unset; the interpreter compiles nothing")
