@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from llama2 import checkpoint
 from llama2.accounting import num_parameters
@@ -213,28 +214,41 @@ def train(
 
     Returns the log, and leaves weights that bfloat16 can hold, as the checkpoint stores them.
     """
+    with interruptible(machine) as asked_to_stop:
+        log = pretrain.train(
+            model,
+            data,
+            config,
+            args.work,
+            save_every=args.save_every,
+            objective=objective,
+            execution=machine.execution,
+            asked_to_stop=asked_to_stop,
+        )
+    round_to_bfloat16(model)
+    return log
+
+
+@contextlib.contextmanager
+def interruptible(machine: Machine) -> Iterator[Callable[[], bool]]:
+    """Around a run that stops and saves when it is asked to: by Ctrl-C, where one process runs
+    alone. Says on stderr what was saved."""
     # torchrun's processes get signals at different steps, and a step is all processes'.
     alone = machine.mesh is None
     try:
         with _interrupts() if alone else contextlib.nullcontext(lambda: False) as asked_to_stop:
-            log = pretrain.train(
-                model,
-                data,
-                config,
-                args.work,
-                save_every=args.save_every,
-                objective=objective,
-                execution=machine.execution,
-                asked_to_stop=asked_to_stop,
-            )
+            yield asked_to_stop
     except KeyboardInterrupt as stopped:
         if str(stopped):
             print(f"{stopped}; the same command goes on", file=sys.stderr)
         raise
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.bfloat16())
-    return log
+
+
+@torch.no_grad()
+def round_to_bfloat16(model: nn.Module) -> None:
+    """Leaves weights that bfloat16 can hold, as a checkpoint stores them."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.bfloat16())
 
 
 def final_loss(log: list[dict[str, float]]) -> float:

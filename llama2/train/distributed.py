@@ -13,16 +13,19 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from gqa_kernels.backends import get_backend
 from llama2 import parallel
@@ -81,6 +84,13 @@ class Sharded:
 
     def own_rows(self, batch: Rows) -> Rows:
         return batch[self._part :: self.num_parts]
+
+    def collected(self, own: Sequence[Any]) -> list[Any]:
+        has_parts = parallel.DATA in self.mesh.mesh_dim_names
+        return _dealt_back(own, self.mesh.get_group(parallel.DATA)) if has_parts else list(own)
+
+    def spread(self, items: Sequence[Any], work: Callable[[Sequence[Any]], list[Any]]) -> list[Any]:
+        return _dealt_back(work(items[dist.get_rank() :: dist.get_world_size()]), None)
 
     def mean(self, value: Tensor) -> Tensor:
         return parallel.mean(value, self.mesh)
@@ -158,6 +168,30 @@ def gathered(model: AnyDecoder) -> AnyDecoder | None:
     alone = kind(model.config, get_backend("eager"))
     alone.load_state_dict(state)
     return alone
+
+
+def _dealt_back(own: Sequence[Any], group: dist.ProcessGroup | None) -> list[Any]:
+    """Items that were dealt out over a group, or over all processes, in their order."""
+    size = dist.get_world_size(group)
+    shares: list[Any] = [None] * size
+    dist.all_gather_object(shares, list(own), group=group)
+    items: list[Any] = [None] * sum(map(len, shares))
+    for number, share in enumerate(shares):
+        items[number::size] = share
+    return items
+
+
+def replica(model: Llama2, ops: ModuleType, dtype: torch.dtype) -> Llama2:
+    """The whole model of all processes, in each of them, on its device, to be used without the
+    others; every process calls it. One tensor at a time is whole in the dtype it is trained in."""
+    with torch.device("meta"):
+        alone = Llama2(model.config, ops)
+    weights = {}
+    for name, weight in model.state_dict().items():
+        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        weights[name] = whole.to(dtype, copy=True)
+    alone.load_state_dict(weights, assign=True)
+    return alone.requires_grad_(False)
 
 
 def export(model: Llama2, out: Path) -> None:

@@ -1,8 +1,8 @@
 """Where a run is computed: in one process, or spread over several (`distributed.py`)."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,16 @@ class Execution(Protocol):
 
     def own_rows(self, batch: Rows) -> Rows:
         """The rows of a step's batch that this process computes."""
+        ...
+
+    def collected(self, own: Sequence[Any]) -> list[Any]:
+        """What all processes made of their `own_rows`, an object a row, in the order of the batch;
+        whole in every process."""
+        ...
+
+    def spread(self, items: Sequence[Any], work: Callable[[Sequence[Any]], list[Any]]) -> list[Any]:
+        """`work(items)`, an object an item in their order, of which every process does a share
+        without the others; whole in every process."""
         ...
 
     def mean(self, value: Tensor) -> Tensor:
@@ -68,6 +78,12 @@ class OneProcess:
 
     def own_rows(self, batch: Rows) -> Rows:
         return batch
+
+    def collected(self, own: Sequence[Any]) -> list[Any]:
+        return list(own)
+
+    def spread(self, items: Sequence[Any], work: Callable[[Sequence[Any]], list[Any]]) -> list[Any]:
+        return work(items)
 
     def mean(self, value: Tensor) -> Tensor:
         return value

@@ -4,10 +4,7 @@ Reference: Touvron et al. 2023, arXiv:2307.09288, section 2.2.
 """
 
 import copy
-import json
 import math
-import os
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,14 +13,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from llama2.decoder import Decoder
 from llama2.train.execution import Execution, OneProcess
+from llama2.train.loop import run_steps
 from llama2.train.objectives import Objective, Rows, next_token
-from llama2.train.state import Identity, cut_log, read_log
-
-LOG = "log.jsonl"
+from llama2.train.state import Identity
 
 
 @dataclass(frozen=True)
@@ -140,6 +135,14 @@ def make_worker(model: Decoder, config: TrainConfig) -> Decoder:
     return worker
 
 
+@torch.no_grad()
+def take_weights(worker: nn.Module, model: nn.Module) -> None:
+    """Gives a worker of `make_worker` the present weights of its model."""
+    if worker is not model:
+        for copied, weight in zip(worker.parameters(), model.parameters(), strict=True):
+            copied.copy_(weight)
+
+
 def train_step(
     model: Decoder,
     optimizer: torch.optim.Optimizer,
@@ -162,10 +165,7 @@ def train_step(
     """
     optimizer.zero_grad(set_to_none=True)
     worker = make_worker(model, config) if worker is None else worker
-    if worker is not model:
-        with torch.no_grad():
-            for copied, weight in zip(worker.parameters(), model.parameters(), strict=True):
-                copied.copy_(weight)
+    take_weights(worker, model)
     rows = execution.own_rows(batch)
     micro_batches = rows.split(config.micro_batch_size or len(rows))
     total = torch.zeros((), dtype=torch.float32, device=batch.device)
@@ -235,50 +235,31 @@ def train(
             is not positive; or as the batches of `data`.
         FloatingPointError: a loss or gradient is not finite; such a step is never saved.
     """
-    if save_every < 1:
-        raise ValueError(f"save_every: expected at least 1; got {save_every}")
-    folder.mkdir(parents=True, exist_ok=True)
-    log_path = folder / LOG
     device = model.rope.cos.device  # of parameters that are sharded, too
     optimizer = make_optimizer(model, config)
-    identity = run_identity(model, data, config)
-    first_step = execution.load(folder, model, optimizer, identity)
-    seconds_before = cut_log(log_path, first_step) if execution.speaks else 0.0
-    started = time.perf_counter() - seconds_before
     model.train()
     worker = model if execution.is_sharded else make_worker(model, config)
-    steps = range(first_step, config.steps)
-    written = log_path if execution.speaks else Path(os.devnull)
-    with (
-        written.open("a", buffering=1) as log,
-        tqdm(
-            steps,
-            initial=first_step,
-            total=config.steps,
-            unit="step",
-            disable=not execution.speaks,
-        ) as progress,
-    ):
-        for step in progress:
-            batch = data.batch(step).to(device)
-            loss, grad_norm = train_step(
-                model, optimizer, batch, step, config, worker, objective, execution
-            )
-            record = {
-                "step": step,
-                "loss": loss,
-                "lr": learning_rate(step, config),
-                "grad_norm": grad_norm,
-                "tokens": (step + 1) * config.batch_size * config.seq_len,
-                "seconds": round(time.perf_counter() - started, 3),
-            }
-            log.write(json.dumps(record) + "\n")
-            progress.set_postfix(loss=f"{loss:.3f}")
-            stops = asked_to_stop() and step + 1 < config.steps
-            if (step + 1) % save_every == 0 or step + 1 == config.steps or stops:
-                if execution.speaks:  # no state without the records that come before it
-                    os.fsync(log.fileno())
-                execution.save(folder, model, optimizer, step + 1, identity)
-            if stops:
-                raise KeyboardInterrupt(f"saved after step {step + 1} of {config.steps}")
-    return read_log(log_path)
+
+    def do_step(step: int) -> dict[str, float]:
+        batch = data.batch(step).to(device)
+        loss, grad_norm = train_step(
+            model, optimizer, batch, step, config, worker, objective, execution
+        )
+        return {
+            "loss": loss,
+            "lr": learning_rate(step, config),
+            "grad_norm": grad_norm,
+            "tokens": (step + 1) * config.batch_size * config.seq_len,
+        }
+
+    return run_steps(
+        folder,
+        model,
+        optimizer,
+        run_identity(model, data, config),
+        config.steps,
+        do_step,
+        save_every=save_every,
+        execution=execution,
+        asked_to_stop=asked_to_stop,
+    )

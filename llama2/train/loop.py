@@ -1,0 +1,83 @@
+"""Steps that are logged and saved, so that a killed run goes on with the same bits."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from llama2.train.execution import Execution
+from llama2.train.state import Identity, cut_log, read_log
+
+LOG = "log.jsonl"
+
+
+def run_steps(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    identity: Identity,
+    num_steps: int,
+    do_step: Callable[[int], dict[str, Any]],
+    *,
+    save_every: int,
+    execution: Execution,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+    unit: str = "step",
+    shown: str = "loss",
+) -> list[dict[str, Any]]:
+    """Does the steps that are left of a run and returns the records of its log, one per step.
+
+    `folder` receives a state, every `save_every` steps and at the end, and `log.jsonl`, a line per
+    step: "step", what `do_step` returns, and "seconds" (so far). If it holds a state, the run
+    resumes from it, whenever it was killed.
+
+    Args:
+        model, optimizer: all that the steps change.
+        identity: what a run has to share with the state that it resumes from.
+        do_step: a step by its number, a function of that, the model and the optimizer alone. What
+            it raises ends the run; nothing of that step is saved.
+        execution: the processes; every one of them calls this.
+        asked_to_stop: is asked after each step; if it says so, the step is saved and the run ends.
+        unit, shown: what the progress calls a step, and which number of the record it shows.
+    Raises:
+        KeyboardInterrupt: it was asked to stop, and is saved.
+        ValueError: the state in `folder` is of another run or its log is incomplete; `save_every`
+            is not positive.
+    """
+    if save_every < 1:
+        raise ValueError(f"save_every: expected at least 1; got {save_every}")
+    folder.mkdir(parents=True, exist_ok=True)
+    log_path = folder / LOG
+    first_step = execution.load(folder, model, optimizer, identity)
+    seconds_before = cut_log(log_path, first_step) if execution.speaks else 0.0
+    started = time.perf_counter() - seconds_before
+    written = log_path if execution.speaks else Path(os.devnull)
+    with (
+        written.open("a", buffering=1) as log,
+        tqdm(
+            range(first_step, num_steps),
+            initial=first_step,
+            total=num_steps,
+            unit=unit,
+            disable=not execution.speaks,
+        ) as progress,
+    ):
+        for step in progress:
+            record = {"step": step, **do_step(step)}
+            record["seconds"] = round(time.perf_counter() - started, 3)
+            log.write(json.dumps(record) + "\n")
+            progress.set_postfix({shown: f"{record[shown]:.3f}"})
+            stops = asked_to_stop() and step + 1 < num_steps
+            if (step + 1) % save_every == 0 or step + 1 == num_steps or stops:
+                if execution.speaks:  # no state without the records that come before it
+                    os.fsync(log.fileno())
+                execution.save(folder, model, optimizer, step + 1, identity)
+            if stops:
+                raise KeyboardInterrupt(f"saved after {unit} {step + 1} of {num_steps}")
+    return read_log(log_path)
