@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llama2.cache.kv_cache import Cache
 from llama2.config import ModelConfig
 from llama2.decoder import Decoder
-from llama2.head import check_targets, head_loss
+from llama2.head import check_head, check_targets, head_log_probs, head_loss
 from llama2.targets import check_ids, divisor, targets_of
 
 
@@ -23,6 +23,7 @@ class Llama2(Decoder):
         super().__init__(config, ops)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.linear_cross_entropy = ops.linear_cross_entropy
+        self.token_log_probs = ops.token_log_probs
         self._keep_whole()
         self.reset_parameters()
 
@@ -113,3 +114,29 @@ class Llama2(Decoder):
             targets: int64 `[batch, seq_len]`, ids or IGNORED.
         """
         return self(tokens, cu_seqlens=cu_seqlens, targets=targets)
+
+    def log_probs_at(
+        self,
+        tokens: Tensor,
+        places: Tensor,
+        targets: Tensor,
+        *,
+        cu_seqlens: Tensor,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """(log p(target), entropy of p) in nats at some of the tokens, `[num_places]` each in
+        float32 or wider, both with gradients, where p = softmax(logits / temperature). The other
+        tokens cost no projection onto the vocabulary.
+
+        Args:
+            tokens: int `[1, total]`, packed with `cu_seqlens`, as `hidden_states` takes them.
+            places: int64 `[num_places]` in [0, total), each at most once.
+            targets: int64 `[num_places]`, ids.
+            temperature: positive.
+        Raises:
+            NotImplementedError: an `lm_head` that is more than its weight.
+        """
+        check_head(self.lm_head)
+        hidden = self.hidden_states(tokens, cu_seqlens=cu_seqlens)[0].index_select(0, places)
+        op, weight = self.token_log_probs, self.lm_head.weight
+        return head_log_probs(op, hidden, weight, targets, temperature)

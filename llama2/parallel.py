@@ -19,7 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -93,6 +97,8 @@ def parallelize(
         for layer in model.layers:
             shard(layer)
         shard(model)
+        if isinstance(model, Llama2):  # a second way into the model, which gathers weights too
+            register_fsdp_forward_method(model, "log_probs_at")
     return model
 
 
