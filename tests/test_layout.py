@@ -75,8 +75,8 @@ MODEL_ALLOWED = {
     | {"scalar_model", "storage", "terminal", "tokenizer"},
     "finetune": {"finetune", "chat_format", "model", "serving", "cache", "storage", "targets"}
     | {"terminal", "tokenizer", "train"},
-    "rlhf": {"rlhf", "cache", "chat_format", "checkpoint", "decoder", "finetune", "model"}
-    | {"scalar_model", "serving", "storage", "taught_format", "tokenizer", "train"},
+    "rlhf": {"rlhf", "cache", "cache_size", "chat_format", "checkpoint", "decoder", "finetune"}
+    | {"model", "scalar_model", "serving", "storage", "taught_format", "tokenizer", "train"},
     "tradeoff": {"tradeoff", "accounting", "cache", "config", "decoding", "model", "storage"},
     "tradeoff.study": {
         "tradeoff.study",
