@@ -16,6 +16,7 @@ from llama2.commands import (
     generate,
     ghost_attention,
     obedience,
+    ppo_options,
     pretrain_options,
     rejection_sample,
     reward_options,
@@ -36,6 +37,7 @@ _EXAMPLES = """examples:
   llama2 pretrain --work build/run --out build/model --steps 2000 --warmup-steps 100 --text DIR
   llama2 sft --work build/sft --out build/chat --init DIR --data dialogues.jsonl --bf16
   llama2 reward --work build/rm --out build/reward --data comparisons.jsonl --batch-size 64
+  llama2 ppo --work build/ppo --out build/aligned --init DIR --reward RM --data prompts.jsonl
   llama2 ghost-attention --checkpoint DIR --data dialogues.jsonl --out ghost.jsonl
   llama2 obedience --checkpoint BEFORE --checkpoint AFTER --data held_out.jsonl --out obeyed.jsonl
   llama2 answer --checkpoint DIR --data held_out.jsonl --out answers.jsonl --sheet sheet.html
@@ -147,6 +149,12 @@ def _parser() -> argparse.ArgumentParser:
             "teach a model which of two answers is preferred",
             reward_options.add_arguments,
             _on_request("reward", "models"),
+        ),
+        (
+            "ppo",
+            "teach a chat model what reward models reward",
+            ppo_options.add_arguments,
+            _on_request("ppo", "models"),
         ),
         (
             "ghost-attention",

@@ -75,16 +75,22 @@ def note_warm_up(config: TrainConfig) -> None:
 
 
 def check_memory(
-    shape: ModelConfig, config: TrainConfig, machine: Machine, *, predicts_all: bool
+    shape: ModelConfig,
+    config: TrainConfig,
+    machine: Machine,
+    *,
+    predicts_all: bool,
+    beside: int = 0,
 ) -> None:
     """What cannot fit is refused before hours are spent on its data.
 
     Args:
         predicts_all: every token of a row bears a loss.
+        beside: bytes that other models take in each process.
     """
     free = free_bytes(machine.placement.device)
     # In float32: weights, gradients and Adam's two moments. Each process begins with all weights.
-    state = max(16 // machine.size, 4) * num_parameters(shape)
+    state = max(16 // machine.size, 4) * num_parameters(shape) + beside
     if state > free:
         raise ValueError(
             f"shape: expected one whose training fits in the {free:,} bytes of free memory; got "

@@ -56,6 +56,12 @@ def add_recipe(
     ):
         shown = "" if default is None else "; default: %(default)s"
         add(name, type=kind, default=default, metavar="X", help=meaning + shown)
+    add_precision(group)
+
+
+def add_precision(group: argparse._ArgumentGroup) -> None:
+    """Of a training step: `--bf16` and `--activation-checkpointing`."""
+    add = group.add_argument
     add(
         "--bf16",
         action="store_true",

@@ -86,7 +86,8 @@ def check_killed_runs(command: str, options: tuple, folder: Path) -> int:
 
     results = []
     for place in (whole, cut):
-        log = [{**line, "seconds": 0} for line in read_log(place / "work" / "log.jsonl")]
+        log = read_log(place / "work" / "log.jsonl")
+        log = [{key: line[key] for key in line if "seconds" not in key} for line in log]
         weights = torch.load(place / "work" / "state.pt", weights_only=True)["model"]
         files = {path.name for path in (place / "work").iterdir()}
         results.append((log, weights, (place / "out" / "model.safetensors").read_bytes(), files))
