@@ -61,4 +61,4 @@ class ScalarModel(Decoder):
         hidden = self.hidden_states(tokens, cu_seqlens=cu_seqlens)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.to(wide), self.score.weight.to(wide)).squeeze(-1)
+            return hidden.to(wide) @ self.score.weight[0].to(wide)
