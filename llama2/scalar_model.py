@@ -6,7 +6,6 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from llama2.config import ModelConfig
 from llama2.decoder import Decoder
