@@ -142,8 +142,8 @@ class PolicyLoss:
         with torch.no_grad():
             deviation = (ratio - 1).abs()
             clipped = (deviation > self._clip_range).to(ratio.dtype).sum()
-            # k3 of KL(π_old ‖ π), which is never negative
-            divergence = (ratio - 1 - log_ratio).sum()
+            # k3 of KL(π_old ‖ π), which is never negative; ratio − 1 would have few digits near 0
+            divergence = (log_ratio.expm1() - log_ratio).sum()
             self._noted.append(torch.stack([deviation.max(), clipped, divergence]))
         return losses.sum() / (self._per_row * len(rows))
 

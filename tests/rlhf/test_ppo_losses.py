@@ -161,3 +161,19 @@ def test_what_the_policys_loss_saw():
         }
     )
     assert 0 < objective.seen()["clipped"] < len(ratio)
+
+
+def test_a_small_divergence_is_no_rounding():
+    """x²/2 of log-ratios that are less than float32 tells apart from 1."""
+    model = policy().float()
+    with torch.no_grad():
+        now = answer_log_probs(model, ROLLOUTS, 1.0, CPU)[0].double().numpy()
+    steps = np.where(np.arange(len(now)) % 2, 3e-8, -2e-6)
+    parts = np.split(now - steps, np.cumsum([len(row.answer) for row in ROLLOUTS])[:-1])
+    rows = [Experience(rollout, old, 0 * old) for rollout, old in zip(ROLLOUTS, parts, strict=True)]
+    objective = PolicyLoss(tokens_per_row(rows), 0.2, 1.0)
+    objective(model, Ragged(rows))
+    # What the loss sees of the steps is rounded to float32.
+    seen = np.float32(now) - np.float32(now - steps)
+    assert objective.seen()["divergence"] == pytest.approx((seen**2 / 2).sum(), rel=1e-2)
+    assert objective.seen()["divergence"] > 0
