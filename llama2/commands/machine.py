@@ -35,11 +35,15 @@ class Machine:
         """Processes."""
         return 1 if self.mesh is None else self.mesh.size()
 
-    def check(self, config: TrainConfig) -> None:
-        """Raises ValueError for a recipe that these processes cannot follow."""
+    def check(self, config: TrainConfig, batch: str = "batch_size") -> None:
+        """Raises ValueError for a recipe that these processes cannot follow.
+
+        Args:
+            batch: what the command calls the rows of a step.
+        """
         if self.mesh is None:
             return
-        self.execution.check_rows(config.batch_size)
+        self.execution.check_rows(config.batch_size, batch)
         rows = config.batch_size // self.execution.num_parts
         if rows % (config.micro_batch_size or 1):
             raise ValueError(

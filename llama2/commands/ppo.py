@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         config = _config(args, shape)
         check_folders(args, args.data)
         step = config.step_config(shape.max_seq_len)
-        computer.check(step)
+        computer.check(step, batch="mini_batch_size")
         check_memory(
             shape, step, computer, predicts_all=False, beside=_others(args, shape, computer)
         )

@@ -87,7 +87,7 @@ def _tune(
     announce(args, computer, config, f"{len(pairs):,} comparisons, margins: {margins}")
     model = computer.sharded(_initial_model(args, computer), config)
     before = _evaluated(computer, model, held_out, config)
-    log = train(args, computer, model, data, config, ranking_loss)
+    log = train(args, computer, model, data, config, ranking_loss, counts_tokens=False)
     record = {
         "run": run_id,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -125,8 +125,11 @@ def check_folders(args: argparse.Namespace, inputs: list[Path]) -> None:
                     f"change; got {getattr(args, name)}"
                 )
         path = getattr(args, name)
-        if args.init is not None and is_within(args.init, path) and is_within(path, args.init):
-            raise ValueError(f"{name}: expected another directory than --init; got {path}")
+        for option in ("init", "reward", "safety_reward"):
+            model = getattr(args, option, None)
+            if model is not None and is_within(model, path) and is_within(path, model):
+                option = option.replace("_", "-")
+                raise ValueError(f"{name}: expected another directory than --{option}; got {path}")
     if (args.out / meta.CONFIG_FILE).exists():
         raise ValueError(f"out: expected no checkpoint of Meta's layout there; got {args.out}")
 
@@ -215,6 +218,8 @@ def train(
     data: Batches,
     config: TrainConfig,
     objective: Objective = next_token,
+    *,
+    counts_tokens: bool = True,
 ) -> list[dict[str, float]]:
     """`pretrain.train` of a sharded model; Ctrl-C saves the step where one process runs alone.
 
@@ -228,6 +233,7 @@ def train(
             args.work,
             save_every=args.save_every,
             objective=objective,
+            counts_tokens=counts_tokens,
             execution=machine.execution,
             asked_to_stop=asked_to_stop,
         )
@@ -305,9 +311,12 @@ def export(
 
     Args:
         files: by their names in the checkpoint, files to be copied and texts to be written.
+    Raises:
+        FloatingPointError: a weight is not finite: the last step, whose loss was, went too far.
     """
     whole = machine.whole(model)
     if whole is not None:
+        _check_finite(whole)
         check_held(args.out, record["run"])
         checkpoint.save_hf(whole, args.out, dtype=torch.bfloat16)
         for name, content in files.items():
@@ -319,3 +328,12 @@ def export(
         finish(args.out, record)
     if machine.mesh is not None:
         dist.barrier()
+
+
+def _check_finite(model: Decoder) -> None:
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise FloatingPointError(
+                f"{name}: expected finite weights after the last step; got NaN or infinity. No "
+                "checkpoint was written; a lower learning rate needs a new run"
+            )

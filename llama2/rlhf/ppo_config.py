@@ -39,7 +39,7 @@ class PPOConfig:
     kl_weight: float = 0.01
     discount: float = 1.0
     trace_decay: float = 0.95
-    max_new_tokens: int = 512
+    max_new_tokens: int = 256
     temperature: float = 1.0
     group_size: int = 0
     bf16: bool = False
@@ -60,7 +60,18 @@ class PPOConfig:
                 raise ValueError(
                     f"{name}: expected a divisor of batch_size ({self.batch_size}); got {divisor}"
                 )
-        for name in ("temperature", "clip_range", "max_grad_norm"):
+        micro = self.micro_batch_size
+        if micro is not None and (micro < 1 or self.mini_batch_size % micro):
+            raise ValueError(
+                "micro_batch_size: expected a divisor of mini_batch_size "
+                f"({self.mini_batch_size}); got {micro}"
+            )
+        if self.iterations * self.batch_size >= 2**31:
+            raise ValueError(
+                f"iterations: expected fewer than 2^31 answers in all; got {self.iterations} "
+                f"of {self.batch_size}"
+            )
+        for name in ("lr", "temperature", "clip_range", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a positive number; got {getattr(self, name)}")
         if not 0 <= self.kl_weight < math.inf:

@@ -193,8 +193,14 @@ def evaluate(
         `accuracy`, their share; `mean_difference` of the scores; `loss`, the mean of
         −log σ(r_chosen − r_rejected) in nats; and in `by_rating` the same of the pairs of each
         rating that occurs, None called "unrated".
+    Raises:
+        FloatingPointError: a score is not finite.
     """
     found = differences(model, pairs, batch_size=batch_size, execution=execution).cpu()
+    if count := int((~found.isfinite()).sum()):
+        raise FloatingPointError(
+            f"held_out: expected finite scores; got {count:,} of {len(pairs):,} pairs without"
+        )
     places = defaultdict(list)
     for place, pair in enumerate(pairs):
         places[pair.rating].append(place)

@@ -75,11 +75,11 @@ class Sharded:
             data = mesh[parallel.DATA]
             self.num_parts, self._part = data.size(), data.get_local_rank()
 
-    def check_rows(self, batch_size: int) -> None:
-        """Raises ValueError for a batch that the models do not divide."""
+    def check_rows(self, batch_size: int, name: str = "batch_size") -> None:
+        """Raises ValueError for a batch that the models do not divide, which it calls `name`."""
         if batch_size % self.num_parts:
             raise ValueError(
-                f"batch_size: expected a multiple of the {self.num_parts} models; got {batch_size}"
+                f"{name}: expected a multiple of the {self.num_parts} models; got {batch_size}"
             )
 
     def own_rows(self, batch: Rows) -> Rows:

@@ -47,14 +47,19 @@ def run_steps(
         unit, shown: what the progress calls a step, and which number of the record it shows.
     Raises:
         KeyboardInterrupt: it was asked to stop, and is saved.
-        ValueError: the state in `folder` is of another run or its log is incomplete; `save_every`
-            is not positive.
+        ValueError: the state in `folder` is of another run, or has done more steps than that, or
+            its log is incomplete; `save_every` is not positive.
     """
     if save_every < 1:
         raise ValueError(f"save_every: expected at least 1; got {save_every}")
     folder.mkdir(parents=True, exist_ok=True)
     log_path = folder / LOG
     first_step = execution.load(folder, model, optimizer, identity)
+    if first_step > num_steps:
+        raise ValueError(
+            f"{unit}s: expected at least the {first_step} that the run in {folder} has done; got "
+            f"{num_steps}"
+        )
     seconds_before = cut_log(log_path, first_step) if execution.speaks else 0.0
     started = time.perf_counter() - seconds_before
     written = log_path if execution.speaks else Path(os.devnull)

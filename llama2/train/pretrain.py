@@ -180,7 +180,8 @@ def train_step(
     if not (total + norm).isfinite():
         raise FloatingPointError(
             f"step {step}: expected a finite loss and gradient norm; got {total.item()} and "
-            f"{norm.item()}. The last saved state is untouched; a lower peak_lr needs a new run"
+            f"{norm.item()}. The last saved state is untouched; a lower learning rate needs a new "
+            "run"
         )
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
@@ -215,6 +216,7 @@ def train(
     *,
     save_every: int = 500,
     objective: Objective = next_token,
+    counts_tokens: bool = True,
     execution: Execution = OneProcess(),  # noqa: B008  (it has no state)
     asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, float]]:
@@ -227,6 +229,7 @@ def train(
 
     Args:
         objective: what each step minimises, of its rows.
+        counts_tokens: False of rows that have lengths of their own: the log has no "tokens".
         execution: the processes; every one of them calls this.
         asked_to_stop: is asked after each step; if it says so, the step is saved and the run ends.
     Raises:
@@ -245,12 +248,10 @@ def train(
         loss, grad_norm = train_step(
             model, optimizer, batch, step, config, worker, objective, execution
         )
-        return {
-            "loss": loss,
-            "lr": learning_rate(step, config),
-            "grad_norm": grad_norm,
-            "tokens": (step + 1) * config.batch_size * config.seq_len,
-        }
+        record = {"loss": loss, "lr": learning_rate(step, config), "grad_norm": grad_norm}
+        if counts_tokens:
+            record["tokens"] = (step + 1) * config.batch_size * config.seq_len
+        return record
 
     return run_steps(
         folder,

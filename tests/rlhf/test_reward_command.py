@@ -87,6 +87,7 @@ def test_comparisons_become_a_reward_model(folder, capsys):
     assert len(log) == record["train_config"]["steps"] == 40
     assert record["train_config"]["warmup_steps"] == 5 and log[4]["lr"] == 1e-2
     assert log[-1]["lr"] == pytest.approx(1e-3)
+    assert log[-1].keys() == {"step", "loss", "lr", "grad_norm", "seconds"}
     assert record["comparisons"] == 40 and record["margins"] == "small"
     assert record["ratings"] == dict.fromkeys(RATINGS, 10)
     assert record["sources"] == {"train.jsonl": 40} and record["format"] == "chat"
@@ -103,6 +104,15 @@ def test_comparisons_become_a_reward_model(folder, capsys):
     }
     assert taught_format(folder / "out") == "chat"
     assert reward.run(parse(*run)) == 0  # nothing is left to do
+
+
+def test_a_last_step_that_goes_too_far_leaves_no_reward_model(folder):
+    """Its loss is finite, the scores of held-out pairs are not."""
+    run = (*options(folder, held_out="held.jsonl"), *RECIPE, "--batch-size", 40)
+    run += ("--warmup-steps", 0, "--peak-lr", 1e39)
+    with pytest.raises(FloatingPointError, match=r"held_out: expected finite scores; got .* of 12"):
+        reward.run(parse(*run))
+    assert not (folder / "out" / "training.json").exists()
 
 
 def test_a_reward_model_is_gone_on_with(folder):
