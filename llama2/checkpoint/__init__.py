@@ -4,6 +4,7 @@
 Which of the two a directory is shows in its configuration: config.json or params.json.
 """
 
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,12 +33,14 @@ __all__ = [
     "load_scalar",
     "save_hf",
     "save_meta",
+    "weights_crc32",
 ]
 
 # The small models that come with this package: of Python source, and one that was taught to answer.
 SHIPPED = Path(__file__).parents[1] / "checkpoints" / "stdlib"
 SHIPPED_CHAT = SHIPPED.with_name("chat")
 _QUIET_BYTES = 2**30  # read in about a second: no progress bar
+_CHUNK = 2**24  # bytes read at once where no tensor is made of them
 
 
 def load_config(path: str | Path) -> ModelConfig:
@@ -115,6 +118,23 @@ def load_scalar(
         )
     checkpoint = hf.read_checkpoint(folder, hf.SCALAR)
     return _filled(checkpoint, _built(folder, checkpoint, ScalarModel, ops), dtype, device)
+
+
+def weights_crc32(path: str | Path) -> str:
+    """CRC-32 of the files of weights in a checkpoint directory, 8 hexadecimal digits: what tells
+    whether it holds what it held before, wherever it lies. All bytes are read.
+
+    Raises:
+        CheckpointError: it is no checkpoint directory.
+    """
+    folder, digest = Path(path), 0
+    _format(folder)
+    files = (file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pth"))
+    for file in sorted(files):
+        with file.open("rb") as opened:
+            while part := opened.read(_CHUNK):
+                digest = zlib.crc32(part, digest)
+    return f"{digest:08x}"
 
 
 def _check_dtype(dtype: torch.dtype | None) -> None:

@@ -31,6 +31,7 @@ from llama2.tokenizer import Tokenizer
 
 Asked = TypeVar("Asked", Dialogue, TaggedPrompt)
 
+WRITTEN = ("out", "all_samples", "summary", "sheet")  # options that name files to be written
 _BEGIN = b'{"place": "'  # of every line of results
 
 
@@ -84,21 +85,21 @@ def read_data(
     complaint.
 
     Raises:
-        ValueError: --out is one of the files, or would be the next time, or is no file.
+        ValueError: --out, or what else is written, is one of the files, or would be the next time,
+            or is no file; or two of what is written are one file.
         OSError: there is no such file.
     """
-    data = arguments.data
-    for name in ("out", "all_samples"):
+    data, places = arguments.data, {}
+    for name in WRITTEN:
         written = getattr(arguments, name, None)
-        if written is not None:
-            check_apart(_option(name), written, "--data", data)
-    # Path.resolve raises RuntimeError where a link leads to itself; opening it names the file.
-    places = {os.path.realpath(arguments.out), os.path.realpath(data)}
-    for name in ("summary", "sheet", "all_samples"):
-        other = getattr(arguments, name, None)
-        if other is not None and os.path.realpath(other) in places:
+        if written is None:
+            continue
+        check_apart(option_of(name), written, "--data", data)
+        # Path.resolve raises RuntimeError where a link leads to itself; opening it names the file.
+        other = places.setdefault(os.path.realpath(written), option_of(name))
+        if other != option_of(name):
             raise ValueError(
-                f"{_option(name)}: expected another file than --out and --data; got {other}"
+                f"{option_of(name)}: expected another file than {other}'s; got {written}"
             )
     return list(read(data, complaints.add))
 
@@ -118,7 +119,7 @@ def check_apart(option: str, out: Path, source_option: str, source: Path) -> Non
         raise ValueError(f"{option}: expected a file that can be read again; got {out}")
 
 
-def _option(name: str) -> str:
+def option_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 

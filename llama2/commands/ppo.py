@@ -110,7 +110,7 @@ def _tune(
             config,
             args.work,
             save_every=args.save_every,
-            inputs=rewards,
+            inputs=_weights_of(args),
             execution=computer.execution,
             asked_to_stop=asked_to_stop,
         )
@@ -239,6 +239,15 @@ def _actors(
         critic = load_reward_model(args.reward, ops, policy=args.init, **trained)
         critic = computer.sharded(critic, step)
     return Actors(policy, critic, reference, judge)
+
+
+def _weights_of(args: argparse.Namespace) -> dict[str, str | None]:
+    """What tells whether the models that a run loads again when it goes on are the same."""
+    return {
+        f"{name}_crc32": None if path is None else checkpoint.weights_crc32(path)
+        for name in ("init", "reward", "safety_reward")
+        for path in (getattr(args, name),)
+    }
 
 
 def _report(record: dict[str, Any], out: Path) -> None:

@@ -11,13 +11,17 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from llama2.checkpoint import weights_crc32
 from llama2.checkpoint.files import require
 from llama2.commands.dialogue_jobs import (
+    WRITTEN,
+    Key,
     Results,
     add_job_options,
     check_apart,
     form_of,
     key_of,
+    option_of,
     place_of,
     read_data,
     results,
@@ -124,6 +128,7 @@ def run(arguments: argparse.Namespace) -> int:
                 arguments.all_samples, prompts, _ALL, settings=settings, option="--all-samples"
             )
             written.append(files.enter_context(every))
+        _check_tags(arguments, prompts, keys, out)
         num_before = sum(key in out.done for key in keys)
         todo = [
             prompt
@@ -158,8 +163,26 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"--format: expected the reward model's, {taught}; got {form_of(arguments)}"
         )
-    for earlier in arguments.earlier:
-        check_apart("--out", arguments.out, "--earlier", earlier)
+    for name in WRITTEN:
+        written = getattr(arguments, name, None)
+        for earlier in arguments.earlier if written is not None else ():
+            check_apart(option_of(name), written, "--earlier", earlier)
+
+
+def _check_tags(
+    arguments: argparse.Namespace,
+    prompts: Sequence[TaggedPrompt],
+    keys: Sequence[Key],
+    out: Results,
+) -> None:
+    """Raises a ValueError if a prompt was judged with another tag than it has now."""
+    for prompt, key in zip(prompts, keys, strict=True):
+        found = out.done.get(key, {}).get("safety", prompt.is_safety)
+        if found != prompt.is_safety:
+            raise ValueError(
+                f"--out: expected results of prompts with these tags; got one with safety {found} "
+                f"at {key.place} in {arguments.out}: other tags need another file"
+            )
 
 
 def _read_earlier(
@@ -181,6 +204,11 @@ def _round(arguments: argparse.Namespace) -> dict[str, Any]:
         "reward_model": str(arguments.reward),
         "safety_reward_model": None if safety is None else str(safety),
         "earlier": [str(file) for file in arguments.earlier],
+        "crc32": {
+            "checkpoint": weights_crc32(arguments.checkpoint),
+            "reward_model": weights_crc32(arguments.reward),
+            "safety_reward_model": None if safety is None else weights_crc32(safety),
+        },
     }
 
 

@@ -127,6 +127,10 @@ def test_a_prompt_has_to_leave_room_for_the_whole_answer(folder, capsys):
         ({"safety_reward": None}, (), "data: expected prompts .*; got 1 lines"),
         ({"data": "none.jsonl"}, (), r"none\.jsonl: expected a file of JSON lines"),
         ({"out": "chat"}, (), "out: expected another directory than --init"),
+        ({"work": "helpful"}, (), "work: expected another directory than --reward; got "),
+        ({"out": "safe"}, (), "out: expected another directory than --safety-reward; got "),
+        ({}, ("--lr", "nan"), "lr: expected a positive number; got nan"),
+        ({}, ("--iterations", 10**9), "iterations: expected fewer than .*; got 1000000000 of 8"),
         ({}, ("--max-new-tokens", 64), r"max_new_tokens: expected less than .* \(64\); got 64"),
         ({}, ("--mini-batch-size", 3), r"mini_batch_size: expected a divisor of batch_size \(8\)"),
         ({}, ("--group-size", 3), "group_size: expected a divisor"),
@@ -134,7 +138,7 @@ def test_a_prompt_has_to_leave_room_for_the_whole_answer(folder, capsys):
         ({}, ("--temperature", 0), "temperature: expected a positive number; got 0"),
         ({}, ("--kl-weight", -1), "kl_weight: expected at least 0; got -1"),
         ({}, ("--trace-decay", 2), "trace_decay: expected from 0 to 1; got 2"),
-        ({}, ("--micro-batch-size", 3), "micro_batch_size: expected a divisor"),
+        ({}, ("--micro-batch-size", 8), r"micro_.*: .* divisor of mini_batch_size \(4\); got 8"),
         ({}, ("--max-batch", 0), "max_batch: expected at least 1; got 0"),
         ({}, ("--tp", 2), "tp: expected torchrun to start the processes; got 2 alone"),
     ],
@@ -148,11 +152,44 @@ def test_what_a_user_can_cause(folder, changed, more, message):
 
 def test_other_prompts_and_rewards_are_another_run(folder):
     assert ppo.run(parse(*options(folder), *RECIPE)) == 0
-    with pytest.raises(ValueError, match="expected the state of a run with inputs reward="):
+    with pytest.raises(ValueError, match="state of a run with inputs reward_crc32="):
         ppo.run(parse(*options(folder, reward="safe"), *RECIPE))
     write(folder / "prompts.jsonl", [{"prompt": "Say red."}])
     with pytest.raises(ValueError, match="expected the state of a run with prompts num_prompts=1"):
         ppo.run(parse(*options(folder), *RECIPE))
+
+
+@pytest.mark.parametrize("name", ["init", "reward", "safety_reward"])
+def test_other_weights_in_the_same_directory_are_another_run(name, folder):
+    assert ppo.run(parse(*options(folder), *RECIPE)) == 0
+    path, kept = folder / {"init": "chat", "reward": "helpful"}.get(name, "safe"), folder / "kept"
+    shutil.copytree(path, kept)
+    file, torn = path / "model.safetensors", folder / "torn"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1  # the last bit of a weight's exponent or sign
+    torn.write_bytes(content)
+    torn.replace(file)  # not in place: what is mapped into memory stays
+    with pytest.raises(ValueError, match=f"state of a run with inputs {name}_crc32="):
+        ppo.run(parse(*options(folder), *RECIPE, "--iterations", 3))
+    if name != "init":  # elsewhere, the same weights are the same
+        assert ppo.run(parse(*options(folder, **{name: "kept"}), *RECIPE)) == 0
+
+
+def test_a_run_does_not_say_that_it_had_fewer_iterations(folder):
+    assert ppo.run(parse(*options(folder), *RECIPE)) == 0
+    before = (folder / "out" / "training.json").read_bytes()
+    with pytest.raises(ValueError, match=r"iterations: expected at least the 2 that .*; got 1"):
+        ppo.run(parse(*options(folder), *RECIPE, "--iterations", 1))
+    assert (folder / "out" / "training.json").read_bytes() == before
+
+
+def test_a_last_step_that_goes_too_far_is_not_exported(folder):
+    """Nothing is computed after it that would not be finite."""
+    run = (*options(folder), *RECIPE, "--iterations", 1, "--batch-size", 4, "--lr", 1e39)
+    for _ in range(2):
+        with pytest.raises(FloatingPointError, match="expected finite weights after the last step"):
+            ppo.run(parse(*run))
+        assert not list((folder / "out").glob("*.json"))
 
 
 def test_killed_at_random_moments_the_command_gives_the_same_bits(folder):

@@ -53,7 +53,19 @@ def model(device):
 
 
 @pytest.fixture
-def judge(monkeypatch):
+def weights(monkeypatch):
+    """What stands for the CRC-32 of checkpoints that are not there, by their names."""
+    found = {}
+
+    def crc32(path):
+        return found.get(path.name, "00000000")
+
+    monkeypatch.setattr(rejection_sample, "weights_crc32", crc32)
+    return found
+
+
+@pytest.fixture
+def judge(monkeypatch, weights):
     """The reward models of the command are functions: `judge.helpful`, `judge.safety`."""
     judge = Judge(TOKENIZER, "chat", 512, length)
     monkeypatch.setattr(rejection_sample, "_judge", lambda *_: judge)
@@ -219,6 +231,11 @@ def test_the_best_of_each_prompt_is_written(rejection, stand_in, files, tmp_path
             "reward_model": "RM",
             "safety_reward_model": None,
             "earlier": [],
+            "crc32": {
+                "checkpoint": "00000000",
+                "reward_model": "00000000",
+                "safety_reward_model": None,
+            },
         },
     }
     found = json.loads(summary.read_text(encoding="utf-8"))
@@ -531,9 +548,10 @@ def test_another_option_needs_another_file(options, name, rejection, stand_in, f
     [
         (["--samples", "0"], "--samples: expected at least 1; got 0"),
         (["--temperature", "0"], "--temperature: expected more than 0 for answers that differ"),
-        (["--all-samples", "{out}"], "--all-samples: expected another file than --out and --data"),
+        (["--all-samples", "{out}"], "--all-samples: expected another file than --out's; got "),
         (["--all-samples", "{data}"], "--all-samples: expected another file than --data's"),
-        (["--summary", "{out}"], "--summary: expected another file than --out and --data; got "),
+        (["--summary", "{out}"], "--summary: expected another file than --out's; got "),
+        (["--summary", "{data}"], "--summary: expected another file than --data's; got "),
         (["--format", "separator"], "--format: expected the reward model's, chat; got separator"),
         (["--out", "{data}"], "--out: expected another file than --data's; got "),
         (["--earlier", "{out}"], "--out: expected another file than --earlier's; got "),
@@ -548,6 +566,50 @@ def test_a_users_error_is_one_line(options, message, rejection, files, stand_in)
     status, records, table, err = rejection(*options)
     assert (status, records, table) == (2, {}, "")
     assert err.count("\n") == 1 and message in err
+
+
+@pytest.mark.parametrize("option", ["--all-samples", "--summary"])
+def test_nothing_that_is_read_is_written_to(option, rejection, stand_in, tmp_path):
+    data, earlier = tmp_path / "prompts", tmp_path / "earlier"
+    for folder in (data, earlier):
+        folder.mkdir()
+        write(folder / "a.jsonl", [dialogue("one", "given")])
+    kept = (data / "a.jsonl").read_bytes()
+    options = ("--data", str(data), "--earlier", str(earlier))
+    for folder, name in ((data, "--data"), (earlier, "--earlier")):
+        for file in ("a.jsonl", "new.jsonl"):
+            status, _, _, err = rejection(*options, option, str(folder / file))
+            assert status == 2 and f"{option}: expected another file than {name}'s; got " in err
+        assert [file.name for file in folder.iterdir()] == ["a.jsonl"]
+        assert (folder / "a.jsonl").read_bytes() == kept
+    both = str(tmp_path / "both.jsonl")
+    err = rejection("--all-samples", both, "--summary", both)[3]
+    assert "--summary: expected another file than --all-samples's; got " in err
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "reward_model", "safety_reward_model"])
+def test_other_weights_in_the_same_directory_need_another_file(
+    name, rejection, stand_in, weights, files
+):
+    places = {"checkpoint": "HERE", "reward_model": "RM", "safety_reward_model": "SAFE"}
+    options = ("--checkpoint", "HERE", "--safety-reward", "SAFE")
+    assert rejection(*options)[0] == 0
+    kept = files[1].read_bytes()
+    weights[places[name]] = "12345678"
+    status, _, _, err = rejection(*options)
+    assert status == 2 and f"--out: expected results of {name} 12345678; got those of 0000" in err
+    assert files[1].read_bytes() == kept
+
+
+def test_another_tag_needs_another_file(rejection, stand_in, files):
+    assert rejection()[0] == 0
+    kept = files[1].read_bytes()
+    write(files[0], [LINES[0] | {"safety": True}, *LINES[1:]])
+    status, _, _, err = rejection()
+    assert status == 2 and err.count("\n") == 1 and files[1].read_bytes() == kept
+    assert (
+        "--out: expected results of prompts with these tags; got one with safety False at " in err
+    )
 
 
 def test_a_run_that_is_killed_outright_is_gone_on_with(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import zlib
 from functools import partial
 
 import pytest
@@ -143,6 +144,23 @@ def test_checkpoints_come_back_with_the_same_bits(tmp_path):
     assert not loaded.training
     with pytest.raises(NotImplementedError, match="architectures: expected"):
         checkpoint.load(tmp_path, EAGER)
+
+
+def test_weights_are_told_apart_wherever_they_lie(tmp_path):
+    model, bits = make_model(torch.bfloat16), {}
+    for name in ("one", "same", "other"):
+        if name == "other":
+            model.score.weight.data[0, 0] += 1
+        save_hf(model, tmp_path / name, max_shard_bytes=30_000)
+        bits[name] = checkpoint.weights_crc32(tmp_path / name)
+    assert bits["one"] == bits["same"] != bits["other"]
+    shards = sorted((tmp_path / "one").glob("*.safetensors"))
+    content = b"".join(shard.read_bytes() for shard in shards)
+    assert len(shards) > 1 and bits["one"] == f"{zlib.crc32(content):08x}"
+    (tmp_path / "one" / "notes.txt").write_text("none of the weights", encoding="utf-8")
+    assert checkpoint.weights_crc32(tmp_path / "one") == bits["one"]
+    with pytest.raises(ValueError, match="expected a directory with either config"):
+        checkpoint.weights_crc32(tmp_path / "none")
 
 
 def test_a_model_of_another_kind_or_shape_is_no_reward_model(tmp_path):

@@ -179,8 +179,8 @@ def test_answers_are_those_of_generate(answer, files, device):
     ("options", "message"),
     [
         (["--sample", "0"], "--sample: expected at least 1; got 0"),
-        (["--sheet", "{out}"], "--sheet: expected another file than --out and --data; got "),
-        (["--summary", "{data}"], "--summary: expected another file than --out and --data; got "),
+        (["--sheet", "{out}"], "--sheet: expected another file than --out's; got "),
+        (["--summary", "{data}"], "--summary: expected another file than --data's; got "),
     ],
     ids=str,
 )
