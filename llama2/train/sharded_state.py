@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
@@ -26,6 +27,8 @@ from llama2.train.state import Identity, check_identity
 
 _STATE = re.compile(r"step-(\d+)")
 _IDENTITY = "identity.json"
+# The optimizer's by parameters: its groups are those of the mesh that the state is written from.
+_BY_PARAMETER = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def save_sharded_state(
@@ -52,7 +55,7 @@ def save_sharded_state(
         shutil.rmtree(partial, ignore_errors=True)  # a killed run's
         folder.mkdir(parents=True, exist_ok=True)
     _wait()
-    weights, moments = get_state_dict(model, optimizer)
+    weights, moments = get_state_dict(model, optimizer, options=_BY_PARAMETER)
     state = {"model": weights, "optimizer": moments}
     dcp.save(state, checkpoint_id=partial)
     _wait()
@@ -96,7 +99,7 @@ def load_sharded_state(
     if optimizer is None:
         state = {"model": get_model_state_dict(model)}
     else:
-        weights, moments = get_state_dict(model, optimizer)
+        weights, moments = get_state_dict(model, optimizer, options=_BY_PARAMETER)
         state = {"model": weights, "optimizer": moments}
     dcp.load(state, checkpoint_id=states[step])
     if optimizer is None:
@@ -107,6 +110,7 @@ def load_sharded_state(
             optimizer,
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
+            options=_BY_PARAMETER,
         )
     return step
 

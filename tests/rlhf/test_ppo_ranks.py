@@ -10,7 +10,7 @@ import tiny_ppo
 import torch
 import torch.distributed as dist
 from small_llama import EAGER, twin
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from llama2 import parallel
@@ -68,6 +68,10 @@ def train(folder, mesh=None, **changes):
     return log, [x.full_tensor() if isinstance(x, DTensor) else x for x in weights]
 
 
+def mesh_of(name: str) -> DeviceMesh:
+    return init_device_mesh("cpu", (2,), mesh_dim_names=(name,))
+
+
 @contextlib.contextmanager
 def counted_gathers():
     """Calls of what gathers the whole weights."""
@@ -79,12 +83,12 @@ def counted_gathers():
         rollouts.replica = gather
 
 
-def is_that_of_one_process(name: str, folder: Path, group_size: int) -> None:
-    """Killed after the first iteration, and gone on with from its state."""
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=(name,))
+def is_that_of_one_process(first: str, then: str, folder: Path, group_size: int) -> None:
+    """Killed after the first iteration, and gone on with from its state, on another mesh too."""
+    state = folder / f"{first} {then}"
     with counted_gathers() as gathers:
-        train(folder / name, mesh, iterations=1, group_size=group_size)
-        log, weights = train(folder / name, mesh, group_size=group_size)
+        train(state, mesh_of(first), iterations=1, group_size=group_size)
+        log, weights = train(state, mesh_of(then), group_size=group_size)
     assert len(gathers) == 2 and [line["gathers"] for line in log] == [1, 1]
     expected = read_log(folder / "one" / "log.jsonl")
     for line, other in zip(log, expected, strict=True):
@@ -111,12 +115,13 @@ def items_come_back_in_their_order() -> None:
 
 def test_two_processes_do_what_one_does(tmp_path):
     cases = {"order": items_come_back_in_their_order}
-    for group_size, names in ((0, ("dp", "tp")), (4, ("dp",))):
+    meshes = (("dp", "tp"), ("tp", "dp"), ("tp", "tp"))
+    for group_size, pairs in ((0, meshes), (4, (("dp", "dp"),))):
         folder = tmp_path / str(group_size)
         log, weights = train(folder / "one", group_size=group_size)
         assert len(log) == 2 and log[1]["kl"] > 0
         torch.save(weights, folder / "one.pt")
-        for name in names:
-            same = partial(is_that_of_one_process, name, folder, group_size)
-            cases[f"{name} {group_size}"] = same
+        for pair in pairs:
+            same = partial(is_that_of_one_process, *pair, folder, group_size)
+            cases[f"{pair} {group_size}"] = same
     ranks.run(cases, 2)
