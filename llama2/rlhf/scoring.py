@@ -83,6 +83,9 @@ def load_reward_model(
             "another architecture"
         )
     found, expected = hf.read_config(path, hf.SCALAR), load_config(policy)
+    for folder in (path, policy):
+        if not (folder / _TOKENIZER).is_file():
+            raise ValueError(f"{folder}: expected a {_TOKENIZER}; got none")
     if (path / _TOKENIZER).read_bytes() != (policy / _TOKENIZER).read_bytes():
         raise ValueError(f"{path}: expected the {_TOKENIZER} of {policy}; got another")
     for name, ours, theirs in (

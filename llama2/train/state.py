@@ -66,10 +66,11 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def check_identity(path: Path, found: dict[str, Any], identity: Identity) -> None:
     """Raises a ValueError that names the first difference between two runs, if there is one."""
-    if not isinstance(found, dict) or not all(
-        isinstance(found.get(kind), dict) for kind in identity
-    ):
-        raise ValueError(f"{path}: expected what identifies a run; got {found!r:.60}")
+    values = found if isinstance(found, dict) else {}
+    if missing := [kind for kind in identity if not isinstance(values.get(kind), dict)]:
+        raise ValueError(
+            f"{path}: expected what identifies a run, {', '.join(identity)}; got no {missing[0]}"
+        )
     for kind, expected in identity.items():
         for name, value in expected.items():
             if found[kind].get(name) != value:

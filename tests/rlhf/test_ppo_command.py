@@ -11,7 +11,7 @@ from killed_runs import check_killed_runs
 from gqa_kernels.backends import get_backend
 from llama2.chat_format import CHAT_TEMPLATES
 from llama2.checkpoint import SHIPPED, load, save_hf
-from llama2.commands import ppo, ppo_options
+from llama2.commands import ppo, ppo_options, reward, reward_options
 from llama2.config import ModelConfig
 from llama2.model import Llama2
 from llama2.scalar_model import ScalarModel
@@ -173,6 +173,18 @@ def test_other_weights_in_the_same_directory_are_another_run(name, folder):
         ppo.run(parse(*options(folder), *RECIPE, "--iterations", 3))
     if name != "init":  # elsewhere, the same weights are the same
         assert ppo.run(parse(*options(folder, **{name: "kept"}), *RECIPE)) == 0
+
+
+def test_the_state_of_another_command_is_named(folder):
+    assert ppo.run(parse(*options(folder), *RECIPE)) == 0
+    parser = argparse.ArgumentParser()
+    reward_options.add_arguments(parser)
+    line = {"prompt": "Say red.", "chosen": "red", "rejected": "blue"}
+    data = write(folder / "comparisons.jsonl", [line])
+    run = ("--work", folder / "work", "--out", folder / "rm", "--init", folder / "chat")
+    run += ("--data", data, "--backend", "eager")
+    with pytest.raises(ValueError, match=r"model_config, train_config, .*; got no train_config"):
+        reward.run(parser.parse_args([str(part) for part in run]))
 
 
 def test_a_run_does_not_say_that_it_had_fewer_iterations(folder):

@@ -231,6 +231,12 @@ def test_a_reward_model_of_other_texts_is_refused(reward_folder, name, change, m
         load_reward_model(reward_folder, EAGER, policy=SHIPPED_CHAT)
 
 
+def test_a_reward_model_without_a_tokenizer_is_named(reward_folder):
+    (reward_folder / "tokenizer.model").unlink()
+    with pytest.raises(ValueError, match=r"expected a tokenizer\.model; got none"):
+        load_reward_model(reward_folder, EAGER, policy=SHIPPED_CHAT)
+
+
 # --- on several processes ---
 
 
