@@ -6,8 +6,9 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from llama2.chat_format import FORMATS, Message
 from llama2.checkout import made_with
@@ -150,7 +151,7 @@ class Results:
         done: the records that are there.
     """
 
-    def __init__(self, file: TextIO, done: dict[Key, dict[str, Any]], end: int) -> None:
+    def __init__(self, file: FileIO, done: dict[Key, dict[str, Any]], end: int) -> None:
         self.done = done
         self._file, self._end = file, end
         self._is_begun = False
@@ -163,8 +164,12 @@ class Results:
 
     def write(self, key: Key, record: dict[str, Any]) -> None:
         record = key._asdict() | record
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._file.flush()
+        line = memoryview((json.dumps(record, ensure_ascii=False) + "\n").encode())
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:  # which names no file
+            raise OSError(f"{self._file.name}: expected to write a result; {error}") from error
         self.done[key] = record
 
 
@@ -197,7 +202,8 @@ def results(
         done[Key(record["place"], record["checkpoint"])] = record
         _questions(record["messages"])
 
-    with out.open("a", encoding="utf-8") as file:
+    # Unbuffered: what could not be written is not tried once more when the file is closed.
+    with out.open("ab", buffering=0) as file:
         lock_output(file, option=option)
         end = resume(out, take, _is_begun, option=option)
         for key, record in done.items():

@@ -4,7 +4,7 @@ import fcntl
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from llama2.terminal import complain_of_line
 
@@ -61,7 +61,7 @@ def resume(
     return end
 
 
-def lock_output(file: TextIO, *, option: str = "--out") -> None:
+def lock_output(file: IO[Any], *, option: str = "--out") -> None:
     """For as long as the file is open: two runs would both do what is missing.
 
     Raises:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import signal
 import time
@@ -610,6 +611,19 @@ def test_another_tag_needs_another_file(rejection, stand_in, files):
     assert (
         "--out: expected results of prompts with these tags; got one with safety False at " in err
     )
+
+
+def test_a_result_that_cannot_be_written_is_named(rejection, stand_in, files, capfd):
+    """By a limit on the size of files, which writes meet as they meet a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(ValueError):  # of the half line, which the fixture reads
+            rejection()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"llama2: {files[1]}: expected to write a result; " in capfd.readouterr().err
+    assert rejection()[0] == 0 and len(by_place(files[1])) == len(LINES)
 
 
 def test_a_run_that_is_killed_outright_is_gone_on_with(
