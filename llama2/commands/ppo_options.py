@@ -3,13 +3,18 @@
 import argparse
 from pathlib import Path
 
-from llama2.commands.training_options import add_folders, add_machine, add_precision
+from llama2.commands.training_options import add_folders, add_lines, add_machine, add_precision
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_folders(parser, work="")
     _add_models(parser.add_argument_group("models"))
-    _add_data(parser.add_argument_group("data"))
+    add_lines(
+        parser.add_argument_group("data"),
+        form='{"messages": [{"role": …, "content": …}, …]}, the last from the user, or '
+        '{"prompt": …}; "safety": true tags one as about safety',
+        bad="are no prompt or leave no room for an answer",
+    )
     _add_recipe(parser.add_argument_group("recipe"))
     add_machine(parser.add_argument_group("machine"))
 
@@ -27,26 +32,6 @@ def _add_models(group: argparse._ArgumentGroup) -> None:
         ),
     ):
         add(name, type=Path, required=required, metavar="CHECKPOINT", help=meaning)
-
-
-def _add_data(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "--data",
-        type=Path,
-        action="append",
-        required=True,
-        metavar="PATH",
-        help='JSON lines {"messages": [{"role": …, "content": …}, …]}, the last from the user, or '
-        '{"prompt": …}; "safety": true tags one as about safety: a file, or a directory of '
-        "*.jsonl; repeatable",
-    )
-    add(
-        "--skip-bad-lines",
-        action="store_true",
-        help="train without lines that are no prompt or leave no room for an answer; by default "
-        "they are named and nothing is trained",
-    )
 
 
 def _add_recipe(group: argparse._ArgumentGroup) -> None:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from llama2.commands.training_options import add_folders, add_machine, add_recipe
+from llama2.commands.training_options import add_folders, add_lines, add_machine, add_recipe
 from llama2.rlhf.comparisons import MARGINS
 
 
@@ -17,7 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a chat model, which gets a new head, or a reward model to go on with; default: the "
         "small chat model that comes with this package",
     )
-    _add_data(parser.add_argument_group("data"))
+    add_lines(
+        parser.add_argument_group("data"),
+        form='{"prompt": …, "chosen": …, "rejected": …, "rating": …}',
+        bad="are no comparison, too long, or without the rating that --margins asks for",
+        held_out="comparisons",
+    )
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument(
         "--epochs",
@@ -35,23 +40,3 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sizes = {"text": "prompt and answer", "batch_size": 512}
     add_recipe(recipe, row="pair", **sizes, peak_lr=1e-5, warmup_steps=None, save_every=100)
     add_machine(parser.add_argument_group("machine"))
-
-
-def _add_data(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "--data",
-        type=Path,
-        action="append",
-        required=True,
-        metavar="PATH",
-        help='JSON lines {"prompt": …, "chosen": …, "rejected": …, "rating": …}: a file, or a '
-        "directory of *.jsonl; repeatable",
-    )
-    add("--held-out", type=Path, metavar="PATH", help="comparisons for evaluation, likewise")
-    add(
-        "--skip-bad-lines",
-        action="store_true",
-        help="train without lines that are no comparison, too long, or without the rating that "
-        "--margins asks for; by default they are named and nothing is trained",
-    )

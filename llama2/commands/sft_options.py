@@ -5,7 +5,7 @@ from pathlib import Path
 
 from llama2.chat_format import FORMATS
 from llama2.commands.care_options import add_care_options
-from llama2.commands.training_options import add_folders, add_machine, add_recipe
+from llama2.commands.training_options import add_folders, add_lines, add_machine, add_recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,28 +31,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "--data",
-        type=Path,
-        action="append",
-        required=True,
-        metavar="PATH",
-        help='JSON lines {"messages": [{"role": …, "content": …}, …]} or {"prompt": …, '
-        '"completion": …}: a file, or a directory of *.jsonl; repeatable',
+    add_lines(
+        group,
+        form='{"messages": [{"role": …, "content": …}, …]} or {"prompt": …, "completion": …}',
+        bad="are no dialogue or too long",
+        held_out="dialogues",
     )
-    add("--held-out", type=Path, metavar="PATH", help="dialogues for evaluation, likewise")
-    add(
+    group.add_argument(
         "--format",
         choices=FORMATS,
         default="chat",
         help="chat: [INST] prompt [/INST] answer, as the released models; separator: a special "
         "token between prompt and answer, as the paper describes it; default: chat",
-    )
-    add(
-        "--skip-bad-lines",
-        action="store_true",
-        help="train without lines that are no dialogue or too long; by default they are named and "
-        "nothing is trained",
     )
     add_care_options(group)

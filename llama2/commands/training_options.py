@@ -23,6 +23,34 @@ def add_folders(parser: argparse.ArgumentParser, work: str) -> None:
     )
 
 
+def add_lines(
+    group: argparse._ArgumentGroup, *, form: str, bad: str, held_out: str | None = None
+) -> None:
+    """`--data`, `--skip-bad-lines` and, if there can be any, `--held-out`.
+
+    Args:
+        form: a line of the data.
+        bad: what is wrong with lines that are left out.
+        held_out: what evaluation takes.
+    """
+    add = group.add_argument
+    add(
+        "--data",
+        type=Path,
+        action="append",
+        required=True,
+        metavar="PATH",
+        help=f"JSON lines {form}: a file, or a directory of *.jsonl; repeatable",
+    )
+    if held_out is not None:
+        add("--held-out", type=Path, metavar="PATH", help=f"{held_out} for evaluation, likewise")
+    add(
+        "--skip-bad-lines",
+        action="store_true",
+        help=f"train without lines that {bad}; by default they are named and nothing is trained",
+    )
+
+
 def add_recipe(
     group: argparse._ArgumentGroup,
     *,
