@@ -2,10 +2,13 @@
 
 import fcntl
 import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from llama2.checkpoint.files import require
+from llama2.finetune.dialogues import Refuse
 from llama2.terminal import complain_of_line
 
 _NOT_OURS = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
@@ -73,3 +76,46 @@ def lock_output(file: IO[Any], *, option: str = "--out") -> None:
         raise ValueError(
             f"{option}: expected a file that no other run writes to; got {file.name}"
         ) from error
+
+
+def read_and_make(
+    paths: Sequence[Path],
+    read: Callable[[Path, Refuse], Iterable[Any]],
+    make: Callable[[Any], Any],
+    *,
+    kind: str,
+    speaks: bool,
+) -> tuple[list[Any], Counter[str], int]:
+    """What `make` makes of the records of files, how many there are by their source, and how many
+    lines are bad, each of which is named on stderr.
+
+    Args:
+        read: the records of a file, with their `source`, `file` and `line`.
+        make: raises a ValueError for a record that cannot be taken.
+        kind: what a record is called.
+        speaks: whether this process shows anything.
+    Raises:
+        ValueError: no record is left.
+    """
+    made, sources, complaints = [], Counter(), Complaints(speaks=speaks)
+    with require("tqdm").tqdm(desc="reading", unit=kind, leave=False, disable=not speaks) as bar:
+
+        def refuse(file: Path, line: int, error: Exception) -> None:
+            bar.clear()
+            complaints.add(file, line, error)
+
+        for path in paths:
+            for record in read(path, refuse):
+                bar.update()
+                try:
+                    made.append(make(record))
+                except ValueError as error:
+                    refuse(record.file, record.line, error)
+                    continue
+                sources[record.source] += 1
+    if not made:
+        raise ValueError(
+            f"{paths[0]}: expected at least one {kind}; got none beside {complaints.count} bad "
+            "lines"
+        )
+    return made, sources, complaints.count

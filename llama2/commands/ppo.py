@@ -8,13 +8,12 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from llama2 import checkpoint
 from llama2.accounting import num_parameters
 from llama2.checkout import made_with
 from llama2.checkpoint import hf
-from llama2.commands.json_lines import Complaints
+from llama2.commands.json_lines import read_and_make
 from llama2.commands.machine import Machine, machine
 from llama2.commands.training import (
     TOKENIZER_CONFIG,
@@ -162,7 +161,6 @@ def _read(
 ) -> tuple[list[Question], Counter[str], int]:
     """The prompts, their number by source, and how many lines are bad, each named on stderr."""
     room = shape.max_seq_len - args.max_new_tokens
-    found, sources, complaints = [], Counter(), Complaints(speaks=speaks)
 
     def encode(prompt: TaggedPrompt) -> Question:
         ids = encode_for(tokenizer, prompt.messages, form, shape.max_seq_len)
@@ -175,23 +173,9 @@ def _read(
             raise ValueError("safety: expected --safety-reward for a prompt tagged so; got none")
         return Question(ids, prompt.is_safety)
 
-    with tqdm(desc="reading", unit="prompt", leave=False, disable=not speaks) as progress:
-        for path in args.data:
-            for prompt in read_prompts(path, complaints.add):
-                progress.update()
-                try:
-                    found.append(encode(prompt))
-                except ValueError as error:
-                    complaints.add(prompt.file, prompt.line, error)
-                    continue
-                sources[prompt.source] += 1
-    if not found:
-        raise ValueError(
-            f"{args.data[0]}: expected at least one prompt; got none beside {complaints.count} bad "
-            "lines"
-        )
-    check_lines(args, complaints.count, f"prompts of at most {room} tokens")
-    return found, sources, complaints.count
+    read = read_and_make(args.data, read_prompts, encode, kind="prompt", speaks=speaks)
+    check_lines(args, read[2], f"prompts of at most {room} tokens")
+    return read
 
 
 def _compute_dtype(args: argparse.Namespace) -> torch.dtype:

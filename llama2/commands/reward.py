@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from llama2 import checkpoint
 from llama2.checkout import made_with
 from llama2.checkpoint import SHIPPED_CHAT, hf
-from llama2.commands.json_lines import Complaints
+from llama2.commands.json_lines import read_and_make
 from llama2.commands.machine import Machine
 from llama2.commands.training import (
     GENERATION_CONFIG,
@@ -29,7 +28,7 @@ from llama2.commands.training import (
     with_template,
 )
 from llama2.config import ModelConfig
-from llama2.rlhf.comparisons import margin_of, read_comparisons
+from llama2.rlhf.comparisons import Comparison, margin_of, read_comparisons
 from llama2.rlhf.reward import (
     Pair,
     PairBatches,
@@ -123,24 +122,12 @@ def _read(
     margins: str = "none",
 ) -> tuple[list[Pair], Counter[str], int]:
     """The pairs, their number by source, and how many lines are bad, each named on stderr."""
-    pairs, sources, complaints = [], Counter(), Complaints(speaks=speaks)
-    with tqdm(desc="reading", unit="comparison", leave=False, disable=not speaks) as progress:
-        for path in paths:
-            for comparison in read_comparisons(path, complaints.add):
-                progress.update()
-                try:
-                    margin_of(comparison.rating, margins)
-                    pairs.append(encode_pair(tokenizer, comparison, form, seq_len))
-                except ValueError as error:
-                    complaints.add(comparison.file, comparison.line, error)
-                    continue
-                sources[comparison.source] += 1
-    if not pairs:
-        raise ValueError(
-            f"{paths[0]}: expected at least one comparison; got none beside {complaints.count} "
-            "bad lines"
-        )
-    return pairs, sources, complaints.count
+
+    def encode(comparison: Comparison) -> Pair:
+        margin_of(comparison.rating, margins)
+        return encode_pair(tokenizer, comparison, form, seq_len)
+
+    return read_and_make(paths, read_comparisons, encode, kind="comparison", speaks=speaks)
 
 
 def _initial_model(args: argparse.Namespace, computer: Machine) -> ScalarModel:
