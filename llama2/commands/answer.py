@@ -65,7 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--sample: expected at least 1; got {arguments.sample}")
     complaints, checkpoint = Complaints(), arguments.checkpoint
     dialogues = read_data(arguments, complaints)
-    with results(arguments.out, dialogues, _KEYS, settings={"checkpoint": str(checkpoint)}) as out:
+    settings = {"checkpoint": str(checkpoint)}
+    with results(arguments.out, dialogues, _KEYS, [checkpoint], settings=settings) as out:
         todo = [dialogue for dialogue in dialogues if key_of(dialogue, checkpoint) not in out.done]
         if todo:
             _answer(arguments, todo, out, complaints)

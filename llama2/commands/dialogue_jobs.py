@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from llama2.chat_format import FORMATS, Message
 from llama2.checkout import made_with
+from llama2.checkpoint import weights_crc32
 from llama2.commands.caches import add_cache_options, make_cache
 from llama2.commands.json_lines import Complaints, lock_output, resume
 from llama2.commands.options import add_generation_options, load, path
@@ -33,6 +34,7 @@ from llama2.tokenizer import Tokenizer
 Asked = TypeVar("Asked", Dialogue, TaggedPrompt)
 
 WRITTEN = ("out", "all_samples", "summary", "sheet")  # options that name files to be written
+_WEIGHTS = "weights_crc32"  # of a result
 _BEGIN = b'{"place": "'  # of every line of results
 
 
@@ -151,9 +153,11 @@ class Results:
         done: the records that are there.
     """
 
-    def __init__(self, file: FileIO, done: dict[Key, dict[str, Any]], end: int) -> None:
+    def __init__(
+        self, file: FileIO, done: dict[Key, dict[str, Any]], end: int, weights: Mapping[str, str]
+    ) -> None:
         self.done = done
-        self._file, self._end = file, end
+        self._file, self._end, self._weights = file, end, weights
         self._is_begun = False
 
     def begin(self) -> None:
@@ -163,7 +167,7 @@ class Results:
             self._is_begun = True
 
     def write(self, key: Key, record: dict[str, Any]) -> None:
-        record = key._asdict() | record
+        record = key._asdict() | {_WEIGHTS: self._weights[key.checkpoint]} | record
         line = memoryview((json.dumps(record, ensure_ascii=False) + "\n").encode())
         try:
             while line:
@@ -178,6 +182,7 @@ def results(
     out: Path,
     asked: Iterable[Dialogue | TaggedPrompt],
     keys: Iterable[str],
+    checkpoints: Iterable[Path],
     *,
     settings: Mapping[str, Any] | None = None,
     option: str = "--out",
@@ -187,12 +192,14 @@ def results(
     Args:
         asked: what is to be in it.
         keys: what a record has, beside others; "messages" among them.
+        checkpoints: the models that are asked. Records say which weights those have.
         settings: what every record has to say, such as the "checkpoint", under some of these keys.
         option: that names the file.
     Raises:
         ValueError: another run holds it; it has something else than such records, or one of another
-            question than the one asked at its place, or of other settings.
+            question than the one asked at its place, of other settings, or of other weights.
     """
+    weights = {str(checkpoint): weights_crc32(checkpoint) for checkpoint in checkpoints}
     questions = {place_of(each): _questions(each.messages) for each in asked}
     done: dict[Key, dict[str, Any]] = {}
 
@@ -207,7 +214,10 @@ def results(
         lock_output(file, option=option)
         end = resume(out, take, _is_begun, option=option)
         for key, record in done.items():
-            difference = next(_differences(settings or {}, record), None)
+            wanted = dict(settings or {})
+            if key.checkpoint in weights:
+                wanted[_WEIGHTS] = weights[key.checkpoint]
+            difference = next(_differences(wanted, record), None)
             if difference is not None:
                 name, wanted, found = difference
                 raise ValueError(
@@ -220,7 +230,7 @@ def results(
                     f"{option}: expected results of these dialogues; got one of another dialogue "
                     f"at {key.place} in {out}"
                 )
-        yield Results(file, done, end)
+        yield Results(file, done, end, weights)
 
 
 def _differences(

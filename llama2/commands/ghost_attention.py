@@ -67,9 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
         if dialogue.messages[0]["role"] == "system"
     ]
     num_left_out = 0
-    with results(
-        arguments.out, dialogues, ("messages", "source"), settings={"checkpoint": str(checkpoint)}
-    ) as out:
+    keys, settings = ("messages", "source"), {"checkpoint": str(checkpoint)}
+    with results(arguments.out, dialogues, keys, [checkpoint], settings=settings) as out:
         todo = [dialogue for dialogue in dialogues if key_of(dialogue, checkpoint) not in out.done]
         if todo:
             num_left_out = _sample(arguments, todo, out, complaints)

@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
             f'--data: expected dialogues with a system message and "obeys"; got none in '
             f"{arguments.data}"
         )
-    with results(arguments.out, dialogues, ("messages", "obeyed")) as out:
+    with results(arguments.out, dialogues, ("messages", "obeyed"), checkpoints) as out:
         for checkpoint in checkpoints:
             todo = [each for each in dialogues if key_of(each, checkpoint) not in out.done]
             if todo:

@@ -121,11 +121,15 @@ def run(arguments: argparse.Namespace) -> int:
     keys = [key_of(prompt, checkpoint) for prompt in prompts]
     left_out: list[Judged] = []
     with contextlib.ExitStack() as files:
-        out = files.enter_context(results(arguments.out, prompts, _BEST, settings=settings))
+        out = files.enter_context(
+            results(arguments.out, prompts, _BEST, [checkpoint], settings=settings)
+        )
         written = [out]
         if arguments.all_samples is not None:
             every = results(
-                arguments.all_samples, prompts, _ALL, settings=settings, option="--all-samples"
+                *(arguments.all_samples, prompts, _ALL, [checkpoint]),
+                settings=settings,
+                option="--all-samples",
             )
             written.append(files.enter_context(every))
         _check_tags(arguments, prompts, keys, out)
@@ -205,7 +209,6 @@ def _round(arguments: argparse.Namespace) -> dict[str, Any]:
         "safety_reward_model": None if safety is None else str(safety),
         "earlier": [str(file) for file in arguments.earlier],
         "crc32": {
-            "checkpoint": weights_crc32(arguments.checkpoint),
             "reward_model": weights_crc32(arguments.reward),
             "safety_reward_model": None if safety is None else weights_crc32(safety),
         },

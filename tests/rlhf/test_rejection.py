@@ -7,13 +7,15 @@ import random
 import resource
 import shutil
 import signal
+import threading
 import time
 from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
-from answering import TOKENIZER, Answering, dialogue, turns_of
+from answering import TOKENIZER, Answering, dialogue, replace_weights, turns_of
+from tqdm import tqdm
 
 from gqa_kernels import get_backend
 from llama2 import checkpoint, cli
@@ -55,14 +57,7 @@ def model(device):
 
 @pytest.fixture
 def weights(monkeypatch):
-    """What stands for the CRC-32 of checkpoints that are not there, by their names."""
-    found = {}
-
-    def crc32(path):
-        return found.get(path.name, "00000000")
-
-    monkeypatch.setattr(rejection_sample, "weights_crc32", crc32)
-    return found
+    return replace_weights(monkeypatch, rejection_sample, dialogue_jobs)
 
 
 @pytest.fixture
@@ -206,6 +201,7 @@ def test_the_best_of_each_prompt_is_written(rejection, stand_in, files, tmp_path
     assert records["data.jsonl:2"] == {
         "place": "data.jsonl:2",
         "checkpoint": str(checkpoint.SHIPPED_CHAT),
+        "weights_crc32": "00000000",
         "messages": [
             {"role": "system", "content": "Shout"},
             {"role": "user", "content": "zero"},
@@ -233,7 +229,6 @@ def test_the_best_of_each_prompt_is_written(rejection, stand_in, files, tmp_path
             "safety_reward_model": None,
             "earlier": [],
             "crc32": {
-                "checkpoint": "00000000",
                 "reward_model": "00000000",
                 "safety_reward_model": None,
             },
@@ -588,11 +583,11 @@ def test_nothing_that_is_read_is_written_to(option, rejection, stand_in, tmp_pat
     assert "--summary: expected another file than --all-samples's; got " in err
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "reward_model", "safety_reward_model"])
+@pytest.mark.parametrize("name", ["weights_crc32", "reward_model", "safety_reward_model"])
 def test_other_weights_in_the_same_directory_need_another_file(
     name, rejection, stand_in, weights, files
 ):
-    places = {"checkpoint": "HERE", "reward_model": "RM", "safety_reward_model": "SAFE"}
+    places = {"weights_crc32": "HERE", "reward_model": "RM", "safety_reward_model": "SAFE"}
     options = ("--checkpoint", "HERE", "--safety-reward", "SAFE")
     assert rejection(*options)[0] == 0
     kept = files[1].read_bytes()
@@ -650,6 +645,8 @@ def test_a_run_that_is_killed_outright_is_gone_on_with(
         moment, child = size() + rng.randrange(1, 1500), os.fork()
         if not child:
             try:
+                # Its own lock is one of all processes: a child that is killed would keep it.
+                tqdm.set_lock(threading.RLock())
                 rejection(*options)
             finally:
                 os._exit(0)

@@ -5,7 +5,7 @@ import json
 import os
 
 import pytest
-from answering import TOKENIZER, Answering, dialogue, turns_of
+from answering import TOKENIZER, Answering, dialogue, replace_weights, turns_of
 
 from gqa_kernels import get_backend
 from llama2 import checkpoint, cli
@@ -35,6 +35,7 @@ def stand_in(monkeypatch, device):
 
     monkeypatch.setattr(sampling, "serve", stub.serve)
     monkeypatch.setattr(dialogue_jobs, "load", load)
+    stub.weights = replace_weights(monkeypatch, dialogue_jobs)
     return stub
 
 
@@ -78,6 +79,7 @@ def test_answers_beside_the_datas_own(answer, stand_in, files, tmp_path):
     assert records["data.jsonl:3"] == {
         "place": "data.jsonl:3",
         "checkpoint": str(checkpoint.SHIPPED_CHAT),
+        "weights_crc32": "00000000",
         "source": "turns",
         "messages": [
             {"role": "system", "content": "Shout"},
@@ -162,6 +164,15 @@ def test_another_checkpoint_needs_another_file(answer, stand_in, files, tmp_path
     before = files[1].read_bytes()
     status, _, table, err = answer("--checkpoint", str(tmp_path))
     assert (status, table) == (2, "") and "another checkpoint needs another file" in err
+    assert files[1].read_bytes() == before
+
+
+def test_other_weights_in_the_same_directory_need_another_file(answer, stand_in, files):
+    assert answer()[0] == 0
+    before = files[1].read_bytes()
+    stand_in.weights["chat"] = "12345678"
+    status, _, table, err = answer()
+    assert (status, table) == (2, "") and "another weights_crc32 needs another file" in err
     assert files[1].read_bytes() == before
 
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from answering import TOKENIZER, Answering, dialogue, turns_of
+from answering import TOKENIZER, Answering, dialogue, replace_weights, turns_of
 
 from gqa_kernels import get_backend
 from llama2 import checkpoint, cli
@@ -42,6 +42,7 @@ def stand_in(monkeypatch, device):
 
     monkeypatch.setattr(sampling, "serve", stub.serve)
     monkeypatch.setattr(dialogue_jobs, "load", load)
+    replace_weights(monkeypatch, dialogue_jobs)
     return stub
 
 
@@ -87,6 +88,7 @@ def ghost(files, device, capfd):
 SHOUTED = {
     "place": "data.jsonl:1",
     "checkpoint": str(checkpoint.SHIPPED_CHAT),
+    "weights_crc32": "00000000",
     "messages": [
         {"role": "system", "content": "Shout"},
         {"role": "user", "content": "a?"},
@@ -115,6 +117,7 @@ def test_what_a_line_becomes(backwards, ghost, stand_in):
     assert records["data.jsonl:3"] == {
         "place": "data.jsonl:3",
         "checkpoint": str(checkpoint.SHIPPED_CHAT),
+        "weights_crc32": "00000000",
         "messages": [
             {"role": "system", "content": "Hush"},
             {"role": "user", "content": "d?"},
