@@ -75,9 +75,11 @@ MODEL_ALLOWED = {
     | {"scalar_model", "storage", "terminal", "tokenizer"},
     "finetune": {"finetune", "chat_format", "model", "serving", "cache", "storage", "targets"}
     | {"terminal", "tokenizer", "train"},
+    "reporting": {"reporting"},
     "rlhf": {"rlhf", "cache", "cache_size", "chat_format", "checkpoint", "decoder", "finetune"}
     | {"model", "scalar_model", "serving", "storage", "taught_format", "tokenizer", "train"},
-    "tradeoff": {"tradeoff", "accounting", "cache", "config", "decoding", "model", "storage"},
+    "tradeoff": {"tradeoff", "accounting", "cache", "config", "decoding", "model", "reporting"}
+    | {"storage"},
     "tradeoff.study": {
         "tradeoff.study",
         "accounting",
@@ -86,11 +88,20 @@ MODEL_ALLOWED = {
         "evaluation",
         "model",
         "placement",
+        "reporting",
         "storage",
         "tokenizer",
         "train",
     },
-    "commands": {"commands", "accounting", "cache", "cache_size", "chat_format", "checkout"}
+    "commands": {
+        "commands",
+        "accounting",
+        "align",
+        "cache",
+        "cache_size",
+        "chat_format",
+        "checkout",
+    }
     | {"checkpoint"}
     | {"config", "conversion", "convert_checkpoint", "decoder", "evaluation", "finetune"}
     | {"generate", "model", "parallel", "placement", "rlhf", "scalar_model", "targets"}

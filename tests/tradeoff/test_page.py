@@ -17,22 +17,22 @@ from tradeoff_sample import synthetic_result
 
 from llama2.config import PUBLISHED
 from llama2.conversion import METHODS
+from llama2.reporting import drawing
+from llama2.reporting.document import MISSING, Sentence, Table, to_html, to_markdown
+from llama2.reporting.statistics import t_critical
 from llama2.tradeoff.recommend import recommend
 from llama2.tradeoff.report import (
     deployment_tables,
     detail_tables,
-    drawing,
     findings,
     plots,
     tables,
 )
 from llama2.tradeoff.report.deployment_tables import Question
-from llama2.tradeoff.report.document import MISSING, Sentence, Table, to_html, to_markdown
 from llama2.tradeoff.report.page import _blocks, write_page
 from llama2.tradeoff.report.wording import METHOD_NOTES
 from llama2.tradeoff.roofline import GPUS, Deployment
 from llama2.tradeoff.study import comparisons, runs
-from llama2.tradeoff.study.statistics import t_critical
 
 CONFIG, GPU = PUBLISHED["7B"], GPUS["H100"]
 SETTINGS = {"config": CONFIG, "gpu": GPU, "context": 4096, "batch": 16}

@@ -1,12 +1,3 @@
 """The page of a study: tables, plots, words."""
 
-import os
-
-# Plots are drawn without a backend. One that a reader's environment names and matplotlib does not
-# know would end its import.
-_asked = os.environ.pop("MPLBACKEND", None)
-try:
-    import matplotlib  # noqa: F401
-finally:
-    if _asked is not None:
-        os.environ["MPLBACKEND"] = _asked
+import llama2.reporting.headless  # noqa: F401

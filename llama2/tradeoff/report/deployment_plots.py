@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from llama2.reporting.drawing import head_colours, legend, panels, plain_log
 from llama2.tradeoff.report.deployment_tables import SHOWN_BATCHES, Question
-from llama2.tradeoff.report.drawing import head_colours, legend, panels, plain_log
 from llama2.tradeoff.report.wording import heads_name
 from llama2.tradeoff.roofline import GIB
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from llama2 import accounting
 from llama2.config import PUBLISHED, ModelConfig
+from llama2.reporting.document import MISSING, Column, Table
 from llama2.tradeoff.published import PublishedTable
-from llama2.tradeoff.report.document import MISSING, Column, Table
 from llama2.tradeoff.report.wording import heads_name, parameters_name
 from llama2.tradeoff.roofline import Deployment, Gpu
 

@@ -3,12 +3,12 @@
 from statistics import fmean
 from typing import Any
 
-from llama2.tradeoff.report.document import MISSING, Column, Table
+from llama2.reporting.document import MISSING, Column, Table
+from llama2.reporting.statistics import share_estimate
 from llama2.tradeoff.report.wording import MATCHING_NAMES, alpha_columns, heads_name, percent
 from llama2.tradeoff.study import runs
 from llama2.tradeoff.study.comparisons import compare
 from llama2.tradeoff.study.runs import Runs
-from llama2.tradeoff.study.statistics import share_estimate
 
 
 def recall_table(results: dict[str, Any], task: str) -> Table:

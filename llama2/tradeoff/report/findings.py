@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from llama2.accounting import num_parameters
 from llama2.config import ModelConfig
-from llama2.tradeoff.report.document import Sentence
+from llama2.reporting.document import Sentence
+from llama2.reporting.statistics import noise_floor, paired_difference
 from llama2.tradeoff.report.wording import (
     MATCHING_NAMES,
     heads_name,
@@ -18,7 +19,6 @@ from llama2.tradeoff.report.wording import (
 )
 from llama2.tradeoff.study import comparisons, runs
 from llama2.tradeoff.study.comparisons import NOT_TOLD_APART, Comparison
-from llama2.tradeoff.study.statistics import noise_floor, paired_difference
 
 
 class Named(NamedTuple):

@@ -5,12 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llama2.config import ModelConfig
-from llama2.storage import write_text
-from llama2.tradeoff import published
-from llama2.tradeoff.recommend import Recommendation
-from llama2.tradeoff.report import deployment_tables, findings, sections
-from llama2.tradeoff.report.deployment_tables import Question
-from llama2.tradeoff.report.document import (
+from llama2.reporting.document import (
     Block,
     Code,
     Figure,
@@ -21,6 +16,11 @@ from llama2.tradeoff.report.document import (
     to_html,
     to_markdown,
 )
+from llama2.storage import write_text
+from llama2.tradeoff import published
+from llama2.tradeoff.recommend import Recommendation
+from llama2.tradeoff.report import deployment_tables, findings, sections
+from llama2.tradeoff.report.deployment_tables import Question
 from llama2.tradeoff.report.folder import TITLE, check_folder
 from llama2.tradeoff.report.wording import heads_name
 from llama2.tradeoff.roofline import Gpu

@@ -11,13 +11,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from llama2 import accounting
+from llama2.reporting.drawing import legend, panels, plain_log, series
+from llama2.reporting.statistics import noise_floor, share_estimate
 from llama2.tradeoff.report.deployment_tables import Question, shares
-from llama2.tradeoff.report.drawing import legend, panels, plain_log, series
 from llama2.tradeoff.report.wording import MATCHING_NAMES, heads_name, percent
 from llama2.tradeoff.roofline import Deployment
 from llama2.tradeoff.study import comparisons, runs
 from llama2.tradeoff.study.comparisons import Comparison
-from llama2.tradeoff.study.statistics import noise_floor, share_estimate
 
 Speeds = dict[str, dict[int, float]]  # by matching and number of heads, over MHA's
 

@@ -5,17 +5,17 @@ from typing import Any
 
 from matplotlib.figure import Figure as Drawing
 
+from llama2.reporting import drawing
+from llama2.reporting.document import Block, Figure, Heading, Items, Paragraph, Sentence, Tag
 from llama2.tradeoff.report import (
     deployment_plots,
     deployment_tables,
     detail_tables,
-    drawing,
     findings,
     plots,
     tables,
 )
 from llama2.tradeoff.report.deployment_tables import Question
-from llama2.tradeoff.report.document import Block, Figure, Heading, Items, Paragraph, Sentence, Tag
 from llama2.tradeoff.study import runs
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from llama2.accounting import kv_bytes_per_token
 from llama2.config import ModelConfig
-from llama2.tradeoff.report.document import MISSING, Column, Table
+from llama2.reporting.document import MISSING, Column, Table
+from llama2.reporting.statistics import gap_closed
 from llama2.tradeoff.report.wording import (
     MATCHING_NAMES,
     METHOD_NOTES,
@@ -24,7 +25,6 @@ from llama2.tradeoff.study.comparisons import (
     from_scratch,
 )
 from llama2.tradeoff.study.runs import Runs
-from llama2.tradeoff.study.statistics import gap_closed
 
 _PLAIN = "mean"  # Ainslie et al.'s pooling, which other methods are held against
 

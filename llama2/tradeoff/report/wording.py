@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
-from llama2.tradeoff.report.document import MISSING, Column
-from llama2.tradeoff.study.statistics import Estimate
+from llama2.reporting.document import MISSING, Column
+from llama2.reporting.statistics import Estimate
 
 MATCHING_NAMES = {
     "same_ffn": "same FFN",

@@ -5,14 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from llama2.tradeoff.study import runs
-from llama2.tradeoff.study.runs import Runs
-from llama2.tradeoff.study.statistics import (
+from llama2.reporting.statistics import (
     Estimate,
     FileDifference,
     file_bootstrap,
     paired_difference,
 )
+from llama2.tradeoff.study import runs
+from llama2.tradeoff.study.runs import Runs
 
 NOT_TOLD_APART = "not told apart"
 

@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 import numpy as np
 import pytest
 
-from llama2.tradeoff.study.statistics import (
+from llama2.reporting.statistics import (
     Estimate,
     file_bootstrap,
     gap_closed,
