@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 
 from llama2.cache.kv_cache import CACHE_DTYPES
 from llama2.cache.paged_kv_cache import PagedKVCache
@@ -55,8 +56,10 @@ def make_cache(
             f"--num-pages: expected at most {free // size:,} pages of {size:,} bytes, "
             f"the free memory's; got {num_pages:,}"
         )
+    # A step reads as many pages of every row as a sequence can have.
+    longest = min(max(lengths, default=1), config.max_seq_len)
     return PagedKVCache(
-        config,
+        replace(config, max_seq_len=longest),
         num_pages=num_pages,
         page_size=arguments.page_size,
         # A prompt at work has a page, so that more rows would stay empty.

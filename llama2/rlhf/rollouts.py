@@ -16,7 +16,7 @@ tokenizer lacks, those are never drawn, though the model may give them a little 
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -172,12 +172,15 @@ class Sampler:
         lengths = [length + self.max_new_tokens for length in prompts]
         sizes = {"max_batch": rows, "page_size": _PAGE_SIZE}
         num_pages = fitting_pages(config, lengths, **sizes, **where)
-        needed = -(-min(max(lengths), config.max_seq_len) // _PAGE_SIZE)
+        longest = min(max(lengths), config.max_seq_len)
+        needed = -(-longest // _PAGE_SIZE)
         if num_pages < needed:
             raise ValueError(
                 f"max_new_tokens: expected answers whose keys and values fit in memory, {needed} "
                 f"pages of {_PAGE_SIZE} tokens; got room for {num_pages}"
             )
+        # A step reads as many pages of every row as a sequence can have.
+        config = replace(config, max_seq_len=longest)
         return PagedKVCache(config, num_pages=num_pages, **sizes, **where)
 
 
