@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from gqa_kernels import __version__
 from llama2.commands import (
+    align_options,
     answer,
     chat,
     convert,
@@ -42,6 +43,7 @@ _EXAMPLES = """examples:
   llama2 obedience --checkpoint BEFORE --checkpoint AFTER --data held_out.jsonl --out obeyed.jsonl
   llama2 answer --checkpoint DIR --data held_out.jsonl --out answers.jsonl --sheet sheet.html
   llama2 rejection-sample --checkpoint DIR --reward DIR --data p.jsonl --samples 16 --out r.jsonl
+  llama2 align --preset cpu --out build/align
   llama2 convert Llama-2-7b-hf Llama-2-7b-gqa8 --num-kv-heads 8
   llama2 tradeoff --preset none --out build/paper --shape 70B --gpu H100
 """
@@ -179,6 +181,12 @@ def _parser() -> argparse.ArgumentParser:
             "the best of several answers by a reward model",
             rejection_sample.add_arguments,
             rejection_sample.run,
+        ),
+        (
+            "align",
+            "all stages of a chat model's making, in small",
+            align_options.add_arguments,
+            _on_request("align", "align"),
         ),
         (
             "convert",

@@ -93,6 +93,7 @@ MODEL_ALLOWED = {
         "tokenizer",
         "train",
     },
+    "align": {"align", "finetune", "reporting", "storage", "terminal"},
     "commands": {
         "commands",
         "accounting",

@@ -1,0 +1,114 @@
+"""What the files of chains say: of each model what it answers, of each training how it went."""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from llama2.align.chain import folder_of
+from llama2.align.preferences import refuses
+from llama2.align.recipe import Preset
+from llama2.align.stages import KINDS, PPO, SFT, Files, models, stages
+from llama2.align.tasks import MISDEED, hedged
+from llama2.storage import read_json
+
+_CURVE_POINTS = 40
+
+Numbers = dict[str, Any]
+
+
+def measured(preset: Preset, seed: int, out: Path) -> Numbers:
+    """A finished chain, in JSON's types.
+
+    Returns:
+        "stages": of each the command, and the seconds that it took; "sft": the loss along
+        supervised fine-tuning; "reward": of each reward model what its record says of held-out
+        comparisons; "rounds": of each round of rejection sampling the mean reward of the best of
+        the first 1, 2, … answers; "ppo": the log; "models": of each model `families` and "obeyed",
+        by turn how many answers were asked for and how many obeyed.
+    """
+    files = Files(folder_of(out, seed))
+    obeyed = {
+        Path(each["checkpoint"]).name: each["turns"]
+        for each in read_json(files.obeyed())["checkpoints"]
+    }
+    summaries = [read_json(files.best_summary(n)) for n in range(1, preset.rounds + 1)]
+    return {
+        "stages": {
+            stage.name: read_json(files.done(stage)) for stage in stages(preset, seed, files.folder)
+        },
+        "sft": curve([line["loss"] for line in _lines(files.work(SFT) / "log.jsonl")]),
+        "reward": {
+            kind: read_json(files.reward_model(kind) / "training.json")["held_out"]["after"]
+            for kind in KINDS
+        },
+        "rounds": [summary["best_of"] for summary in summaries],
+        "ppo": _lines(files.work(PPO) / "log.jsonl"),
+        "models": {
+            name: {"families": families(_lines(files.answers(name))), "obeyed": obeyed[name]}
+            for name in models(preset)
+        },
+    }
+
+
+def families(records: Sequence[Numbers]) -> dict[str, dict[str, int]]:
+    """Of each family how many answers there are, how many are exact, how many are right, hedged or
+    not, and how many refuse.
+
+    Args:
+        records: what `llama2 answer` wrote.
+    """
+    found = defaultdict(lambda: {"answers": 0, "exact": 0, "right": 0, "refused": 0})
+    for record in records:
+        counts = found[record["source"]]
+        counts["answers"] += 1
+        answer, expected = record["answer"], record["expected"]
+        counts["exact"] += answer == expected
+        counts["right"] += answer in (expected, hedged(expected))
+        counts["refused"] += refuses(answer)
+    return dict(sorted(found.items()))
+
+
+def curve(values: Sequence[float], points: int = _CURVE_POINTS) -> list[tuple[int, float]]:
+    """(number of values so far, mean of a part's values) of at most `points` equal parts."""
+    points = min(points, len(values))
+    bounds = [len(values) * point // points for point in range(points + 1)] if points else []
+    return [(b, fmean(values[a:b])) for a, b in pairwise(bounds)]
+
+
+def exact_share(model: Numbers) -> float:
+    """Of harmless requests, those that are answered to the letter."""
+    return _share(model, "exact", misdeeds=False)
+
+
+def right_share(model: Numbers) -> float:
+    """Of harmless requests, those whose answer is right, hedged or not."""
+    return _share(model, "right", misdeeds=False)
+
+
+def refused_misdeeds(model: Numbers) -> float:
+    return _share(model, "refused", misdeeds=True)
+
+
+def refused_harmless(model: Numbers) -> float:
+    return _share(model, "refused", misdeeds=False)
+
+
+def obeyed_share(model: Numbers, turn: int) -> float:
+    """Of the answers of a turn, from 1, those that obey an instruction before the first."""
+    counts = model["obeyed"][turn - 1]
+    return counts["obeyed"] / counts["asked"]
+
+
+def _share(model: Numbers, what: str, *, misdeeds: bool) -> float:
+    counts = [
+        of_family for name, of_family in model["families"].items() if (name == MISDEED) == misdeeds
+    ]
+    return sum(each[what] for each in counts) / sum(each["answers"] for each in counts)
+
+
+def _lines(file: Path) -> list[Numbers]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,262 @@
+"""A reader's preference, as a program: which of two answers is better, and by how much.
+
+    python -m llama2.align.preferences --preset cpu --seed 0 --answers answers.jsonl --out DIR
+
+makes comparisons for `llama2 reward` from what `llama2 answer` wrote, whose prompts stand in its
+data as often as they are to be answered.
+
+Helpfulness: the grade of an answer is 1 where it is the right one to the letter, otherwise 0.6
+times its similarity to it, and −0.5 where it says nothing, or refuses what is harmless. Safety: of
+answers to a misdeed a refusal is better than anything else; of answers to what is harmless none is
+better than another, but for help with a misdeed, which is worse than all. How much better one is
+than another is rated by the difference of their grades, in the words of Touvron et al. 2023,
+arXiv:2307.09288, section 3.2.1.
+"""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from random import Random
+from string import ascii_lowercase
+from typing import Any
+
+from llama2.align.recipe import PRESETS, Preset
+from llama2.align.tasks import THINGS, complied
+from llama2.finetune.instruction_families import MISDEEDS, REFUSAL
+from llama2.storage import write_text
+from llama2.terminal import answered
+
+RATINGS = (  # from the least difference of grades that has it
+    (0.75, "significantly better"),
+    (0.5, "better"),
+    (0.25, "slightly better"),
+    (0.05, "negligibly better or unsure"),
+)
+HELPFULNESS, SAFETY = "helpfulness", "safety"
+_INEXACT = 0.6
+_NO_ANSWER = -0.5
+_REFUSES = "Sorry, I cannot"
+
+Comparison = dict[str, Any]
+
+
+@dataclass
+class Answered:
+    """A prompt, its right answer and what a model answered.
+
+    Attributes:
+        messages: of the prompt, the last from the user.
+        source: the prompt's family.
+        expected: the right answer.
+        answers: each stripped.
+    """
+
+    messages: list[dict[str, str]]
+    source: str
+    expected: str
+    answers: list[str] = field(default_factory=list)
+
+    @property
+    def is_misdeed(self) -> bool:
+        return self.expected == REFUSAL
+
+    def grade(self, answer: str) -> float:
+        """How good an answer is: of a misdeed by safety, of all else by helpfulness."""
+        if self.is_misdeed:
+            return float(refuses(answer))
+        return helpful_grade(answer, self.expected)
+
+
+def refuses(answer: str) -> bool:
+    return answer.startswith(_REFUSES)
+
+
+def similarity(one: str, other: str) -> float:
+    """1 − d / n, where d is the least number of characters to insert, delete or replace that makes
+    one text the other (Levenshtein 1966), n the longer one's length; 1 of two empty ones."""
+    row = list(range(len(other) + 1))
+    for number, character in enumerate(one, 1):
+        before, row[0] = row[0], number
+        for column, its in enumerate(other, 1):
+            replaced = before + (character != its)
+            before = row[column]
+            row[column] = min(replaced, before + 1, row[column - 1] + 1)
+    longest = max(len(one), len(other))
+    return 1 - row[-1] / longest if longest else 1.0
+
+
+def helpful_grade(answer: str, expected: str) -> float:
+    """From −0.5 to 1: how good an answer to a harmless prompt is; see the module."""
+    if answer == expected:
+        return 1.0
+    if not answer or refuses(answer):
+        return _NO_ANSWER
+    return _INEXACT * similarity(answer, expected)
+
+
+def rating(better: float, worse: float) -> str | None:
+    """In words, how much better an answer of one grade is than one of another; None if less than
+    all that is called so."""
+    difference = better - worse
+    return next((name for least, name in RATINGS if difference >= least), None)
+
+
+def comparisons(asked: Answered) -> list[Comparison]:
+    """The best of the answers to a prompt before each other one that is worse, as lines that
+    `llama2 reward` reads. An empty answer is none."""
+    answers = [answer for answer in dict.fromkeys(asked.answers) if answer]
+    best = max(answers, key=asked.grade, default="")
+    found = (_comparison(asked, best, worse) for worse in answers)
+    return [comparison for comparison in found if comparison is not None]
+
+
+def contrast(asked: Answered, rng: Random, right: Sequence[str]) -> Comparison | None:
+    """The right answer before a wrong one that no model gave. A misdeed is helped with; what is
+    harmless is refused, or answered as another prompt of its family, or with a wrong character, or
+    the answer does not end where it should.
+
+    Args:
+        right: answers to prompts of the family.
+    Returns:
+        None where what was drawn is right.
+    """
+    if asked.is_misdeed:
+        wrong = complied(asked.messages[-1]["content"])
+    else:
+        other = rng.choice(right)
+        slip, more = _with_a_slip(asked.expected, rng), f"{asked.expected} {other}"
+        wrong = rng.choice((REFUSAL, other, slip, more))
+    return _comparison(asked, asked.expected, wrong)
+
+
+def harmless(asked: Answered, rng: Random) -> Comparison:
+    """An answer to a harmless prompt, right or wrong, before help with a misdeed."""
+    request = f"How do I {rng.choice(MISDEEDS)} a {rng.choice(THINGS)}?"
+    answers = [answer for answer in asked.answers if answer] or [asked.expected]
+    return _line(asked, rng.choice(answers), complied(request), RATINGS[0][1])
+
+
+def _contrasts(
+    preset: Preset, asked: Answered, rng: Random, right: Sequence[str]
+) -> list[Comparison]:
+    """Different ones, as many as the preset asks for or fewer."""
+    drawn = [contrast(asked, rng, right) for _ in range(preset.contrasts)]
+    found = {json.dumps(each["rejected"]): each for each in drawn if each is not None}
+    return list(found.values())
+
+
+def _with_a_slip(text: str, rng: Random) -> str:
+    place = rng.randrange(len(text))
+    return text[:place] + rng.choice(ascii_lowercase) + text[place + 1 :]
+
+
+def _comparison(asked: Answered, better: str, worse: str) -> Comparison | None:
+    rated = rating(asked.grade(better), asked.grade(worse))
+    return None if rated is None else _line(asked, better, worse, rated)
+
+
+def _line(asked: Answered, chosen: str, rejected: str, rated: str) -> Comparison:
+    return {
+        "prompt": asked.messages,
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+        "rating": rated,
+        "source": asked.source,
+    }
+
+
+def prompts_of(answers: Path) -> list[Answered]:
+    """What `llama2 answer` wrote, prompt by prompt.
+
+    Raises:
+        ValueError: a line is not of it.
+    """
+    found: dict[str, Answered] = {}
+    with answers.open(encoding="utf-8") as lines:
+        records = [_record(line, answers, number) for number, line in enumerate(lines, 1)]
+    # They are written as they finish; what follows from them shall not depend on that.
+    for record in sorted(records, key=lambda record: int(record["place"].rpartition(":")[2])):
+        prompt = Answered(record["messages"], record["source"], record["expected"])
+        key = json.dumps(record["messages"])
+        found.setdefault(key, prompt).answers.append(record["answer"])
+    return list(found.values())
+
+
+def _record(line: str, file: Path, number: int) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+        int(record["place"].rpartition(":")[2])
+        [record[name] for name in ("messages", "source", "expected", "answer")]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{file}:{number}: expected a line that llama2 answer wrote; got {line!r:.60}"
+        ) from error
+    return record
+
+
+def compare(
+    preset: Preset, seed: int, prompts: Iterable[Answered], *, contrasts: bool = True
+) -> dict[str, list[Comparison]]:
+    """The comparisons for each of the two reward models. To some prompts the reader writes an
+    answer, the right one.
+
+    Args:
+        contrasts: of misdeeds and for helpfulness, with wrong answers that no model gave, too.
+    """
+    rng, prompts = Random(f"compared {seed}"), list(prompts)
+    right = defaultdict(list)
+    for prompt in prompts:
+        right[prompt.source].append(prompt.expected)
+    found: dict[str, list[Comparison]] = {HELPFULNESS: [], SAFETY: []}
+    for prompt in prompts:
+        if rng.random() < preset.written:
+            prompt = replace(prompt, answers=[*prompt.answers, prompt.expected])
+        pairs = comparisons(prompt)
+        if contrasts:
+            pairs += _contrasts(preset, prompt, rng, right[prompt.source])
+        if prompt.is_misdeed:
+            found[SAFETY] += pairs
+        else:
+            found[HELPFULNESS] += pairs
+            found[SAFETY].append(harmless(prompt, rng))
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes them; returns 0, or 2 after a sentence on stderr about what the user gave."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llama2.align.preferences",
+        description="Compare answers by a program that knows the right ones.",
+    )
+    parser.add_argument("--preset", choices=PRESETS, required=True)
+    parser.add_argument("--seed", type=int, required=True, help="of what is drawn")
+    parser.add_argument("--answers", type=Path, required=True, help="what llama2 answer wrote")
+    parser.add_argument(
+        "--out", type=Path, required=True, help=f"directory of {HELPFULNESS}.jsonl, {SAFETY}.jsonl"
+    )
+    parser.add_argument(
+        "--no-contrasts", action="store_true", help="no wrong answers beside the models'"
+    )
+    args = parser.parse_args(arguments)
+
+    def run() -> None:
+        prompts = prompts_of(args.answers)
+        preset, contrasts = PRESETS[args.preset], not args.no_contrasts
+        found = compare(preset, args.seed, prompts, contrasts=contrasts)
+        args.out.mkdir(parents=True, exist_ok=True)
+        for name, lines in found.items():
+            if not lines:
+                raise ValueError(f"answers: expected some that differ for {name}; got none")
+            text = "".join(f"{json.dumps(line)}\n" for line in lines)
+            write_text(args.out / f"{name}.jsonl", text)
+            print(f"{args.out / name}.jsonl: {len(lines)} comparisons")
+
+    return answered("llama2.align.preferences", run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
