@@ -647,6 +647,7 @@ def test_a_run_that_is_killed_outright_is_gone_on_with(
             try:
                 # Its own lock is one of all processes: a child that is killed would keep it.
                 tqdm.set_lock(threading.RLock())
+                torch.set_num_threads(1)  # a fork has no other threads to wait for
                 rejection(*options)
             finally:
                 os._exit(0)
