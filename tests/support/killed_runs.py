@@ -12,12 +12,16 @@ from llama2.train.state import read_log
 
 # Forks instead of new interpreters, which would spend the time of the test on imports.
 _KILLER = """
-import argparse, importlib, os, random, signal, sys, time
+import argparse, importlib, os, random, signal, sys, threading, time
 import safetensors.torch, sentencepiece, torch._dynamo  # what a run would import
 from pathlib import Path
+from tqdm import tqdm
 
 command = importlib.import_module(f"llama2.commands.{sys.argv[1]}")
 options = importlib.import_module(f"llama2.commands.{sys.argv[1]}_options")
+
+# tqdm's own lock is one of all processes: a child that is killed would keep it.
+tqdm.set_lock(threading.RLock())
 
 def parse(folder):
     parser = argparse.ArgumentParser()
