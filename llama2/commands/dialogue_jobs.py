@@ -221,8 +221,8 @@ def results(
             if difference is not None:
                 name, wanted, found = difference
                 raise ValueError(
-                    f"{option}: expected results of {name} {wanted}; got those of {found} in "
-                    f"{out}: another {name} needs another file"
+                    f"{option}: expected results with {name} {wanted}; {out} has results with "
+                    f"{name} {found}. Name another file, or ask as when this one was begun"
                 )
             found = _questions(record["messages"])
             if key.place in questions and found != questions[key.place][: len(found)]:

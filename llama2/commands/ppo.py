@@ -146,8 +146,8 @@ def _config(args: argparse.Namespace, shape: ModelConfig) -> PPOConfig:
         raise ValueError(f"max_batch: expected at least 1; got {args.max_batch}")
     if config.max_new_tokens >= shape.max_seq_len:
         raise ValueError(
-            f"max_new_tokens: expected less than the model's max_seq_len ({shape.max_seq_len}); "
-            f"got {config.max_new_tokens}"
+            f"max_new_tokens: expected less than the model's max_seq_len ({shape.max_seq_len}), so "
+            f"that a prompt has room; got {config.max_new_tokens}"
         )
     return config
 
@@ -237,6 +237,7 @@ def _weights_of(args: argparse.Namespace) -> dict[str, str | None]:
 def _report(record: dict[str, Any], out: Path) -> None:
     print(
         f"{out}: {record['ppo_config']['iterations']:,} iterations over {record['prompts']:,} "
-        f"prompts; reward {record['first_reward']:.4f} at first, {record['final_reward']:.4f} over "
-        f"the last iterations, {record['final_kl']:.4f} nats of an answer from {record['init']}"
+        f"prompts; mean reward {record['first_reward']:.4f} in the first iteration, "
+        f"{record['final_reward']:.4f} over the last ones; divergence from {record['init']} "
+        f"{record['final_kl']:.4f} nats per answer"
     )

@@ -83,7 +83,11 @@ def _tune(
     pairs = with_margins(pairs, margins)
     data = PairBatches(pairs, batch_size=limits.batch_size, epochs=args.epochs, seed=limits.seed)
     config = train_config(args, shape, data.steps)
-    announce(args, computer, config, f"{len(pairs):,} comparisons, margins: {margins}")
+    unrated = sum(pair.rating is None for pair in pairs)
+    told = f"margins: {margins}"
+    if args.margins is None and 0 < unrated < len(pairs):
+        told += f" ({unrated:,} without a rating)"
+    announce(args, computer, config, f"{len(pairs):,} comparisons, {told}")
     model = computer.sharded(_initial_model(args, computer), config)
     before = _evaluated(computer, model, held_out, config)
     log = train(args, computer, model, data, config, ranking_loss, counts_tokens=False)

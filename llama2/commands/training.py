@@ -176,8 +176,8 @@ def check_lines(args: argparse.Namespace, num_bad: int, expected: str) -> None:
     """Raises ValueError where lines are bad, unless --skip-bad-lines takes the others."""
     if num_bad and not args.skip_bad_lines:
         raise ValueError(
-            f"data: expected {expected}; got {num_bad} lines that are none. With --skip-bad-lines "
-            "the others are taken"
+            f"data: expected {expected} in every line; see the bad lines above ({num_bad:,}). "
+            "--skip-bad-lines leaves them out"
         )
 
 

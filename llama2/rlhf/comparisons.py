@@ -80,7 +80,7 @@ def parse_comparison(raw: bytes, file: Path, number: int) -> Comparison:
             f"{sorted(value)!s:.80}"
         )
     if "prompt" in value:
-        prompt = _listed("prompt", value["prompt"], "user")
+        prompt = _prompt(value["prompt"])
         dialogues = {
             name: [*prompt, *_answer(name, value[name])] for name in ("chosen", "rejected")
         }
@@ -103,6 +103,14 @@ def parse_comparison(raw: bytes, file: Path, number: int) -> Comparison:
     if answers[0].strip() == answers[1].strip():
         raise ValueError(f"rejected: expected another answer than chosen; got {answers[1]!r:.60}")
     return Comparison(chosen[:-1], *answers, _rating(value), source_of(value, file), file, number)
+
+
+def _prompt(content: Any) -> list[Message]:
+    messages = _listed("prompt", content, "user")
+    try:
+        return list(plain_messages(messages, last="user"))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"prompt: {error}") from error
 
 
 def _listed(name: str, content: Any, role: str) -> list[Message]:

@@ -163,7 +163,7 @@ def test_another_checkpoint_needs_another_file(answer, stand_in, files, tmp_path
     assert answer()[0] == 0
     before = files[1].read_bytes()
     status, _, table, err = answer("--checkpoint", str(tmp_path))
-    assert (status, table) == (2, "") and "another checkpoint needs another file" in err
+    assert (status, table) == (2, "") and " has results with checkpoint " in err
     assert files[1].read_bytes() == before
 
 
@@ -172,7 +172,7 @@ def test_other_weights_in_the_same_directory_need_another_file(answer, stand_in,
     before = files[1].read_bytes()
     stand_in.weights["chat"] = "12345678"
     status, _, table, err = answer()
-    assert (status, table) == (2, "") and "another weights_crc32 needs another file" in err
+    assert (status, table) == (2, "") and " has results with weights_crc32 " in err
     assert files[1].read_bytes() == before
 
 
