@@ -97,6 +97,8 @@ def _run(preset: Preset, seed: int, out: Path) -> None:
     try:
         for _ in run_chain(preset, seed, folder):
             pass
+    except KeyboardInterrupt:  # the command has said what it saved
+        sys.exit(130)
     except ChainError as error:
         print(error, file=sys.stderr, flush=True)
         sys.exit(1)

@@ -65,7 +65,12 @@ def _run_all(preset: Preset, seeds: Sequence[int], out: Path) -> list[int]:
         def progress(count: int) -> None:
             bar.update(count - bar.n)
 
-        return run_chains(preset, seeds, out, progress)
+        try:
+            return run_chains(preset, seeds, out, progress)
+        except KeyboardInterrupt:
+            bar.close()
+            print("interrupted; the same command goes on", file=sys.stderr)
+            raise
 
 
 def _write(

@@ -137,8 +137,9 @@ def test_chains_end_with_their_parent(tmp_path, how):
             assert time.monotonic() < limit and parent.poll() is None
             time.sleep(0.1)
         parent.send_signal(how)
-        parent.stderr.read()
+        told = parent.stderr.read().decode()
     while any(map(_is_alive, children)):
         assert time.monotonic() < limit
         time.sleep(0.1)
     assert parent.returncode == (-9 if how == signal.SIGKILL else 130)
+    assert ("interrupted; the same command goes on" in told) == (how == signal.SIGINT)
