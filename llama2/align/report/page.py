@@ -107,6 +107,15 @@ def _first_screen(results: Mapping[str, Any], chains: Chains) -> Iterator[Block]
             Sentence("Numbers without a tag are settings and names."),
         ]
     )
+    yield Paragraph(
+        [
+            Sentence(
+                "Models are named after the stage that made them: “sft” is the fine-tuned model, "
+                "“round-1” and so on were trained further on the best answers of the rounds of "
+                "rejection sampling up to then, and “ppo” is the last of these after PPO."
+            )
+        ]
+    )
 
 
 def _models(chains: Chains) -> list[str]:
@@ -161,7 +170,7 @@ def _differences(chains: Chains) -> Table:
             ]
             for measure in measures(chains)
         ],
-        "“Better” and “worse” stand only where the interval leaves 0 out.",
+        "A difference is called “better” or “worse” only where its interval excludes 0.",
     )
 
 

@@ -88,7 +88,10 @@ def ppo(chains: Chains) -> Figure:
         along.plot(iterations, rewards, label=f"seed {seed}", **style)
         against.plot(distances, rewards, label=f"seed {seed}", **style | {"linestyle": ""})
     along.set(xlabel="iteration", ylabel="mean reward (measured)")
-    against.set(xlabel="nats of an answer from the first policy", ylabel="mean reward (measured)")
+    along.xaxis.set_major_locator(MaxNLocator(integer=True))
+    against.set(
+        xlabel="divergence from the first policy, nats per answer", ylabel="mean reward (measured)"
+    )
     legend(figure, against)
     return figure
 
@@ -185,7 +188,7 @@ OF_MODELS: Mapping[str, Drawing] = {
     ),
 }
 OF_TRAINING: Mapping[str, Drawing] = {
-    "sft_loss": (sft_loss, "Loss along supervised fine-tuning, means of parts of the steps."),
+    "sft_loss": (sft_loss, "Loss in supervised fine-tuning; a point is the mean of some steps."),
     "reward_accuracy": (
         reward_accuracy,
         "Reward models on held-out comparisons, by how much better the chosen answer is.",
@@ -197,8 +200,9 @@ OF_TRAINING: Mapping[str, Drawing] = {
     ),
     "ppo": (
         ppo,
-        "PPO: mean reward of tenths of the iterations, along them and against the divergence from "
-        "the policy that it began with. Prompts are others in every iteration.",
+        "PPO: mean reward over the iterations, left, and against the divergence from the policy "
+        "that PPO began with, right. A point is the mean of a tenth of the iterations, which draw "
+        "different prompts.",
     ),
 }
 
