@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=PRESETS,
         default="cpu",
-        help="cpu: a quarter of an hour on two cores; smoke: a minute, in which every stage runs "
+        help="cpu: less than 20 minutes on two cores; smoke: a minute, in which every stage runs "
         "and nothing is learnt; default: %(default)s",
     )
     add(

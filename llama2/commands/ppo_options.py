@@ -22,13 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_models(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     for name, required, meaning in (
-        ("--init", True, "the chat model to be trained, which is the reference too"),
-        ("--reward", True, "the reward model of helpfulness, with which the critic begins, too"),
+        ("--init", True, "the chat model to train; the divergence is measured from it"),
+        ("--reward", True, "the reward model of helpfulness; the critic begins as a copy"),
         (
             "--safety-reward",
             False,
-            "the reward model of safety, which counts for prompts tagged as such and where it says "
-            "less than 0.15",
+            "the reward model of safety, whose reward counts for prompts tagged as such and for "
+            "answers to which it gives a probability below 0.15",
         ),
     ):
         add(name, type=Path, required=required, metavar="CHECKPOINT", help=meaning)
@@ -43,10 +43,10 @@ def _add_recipe(group: argparse._ArgumentGroup) -> None:
             "--iterations",
             int,
             200,
-            "of drawing a batch and learning it; the paper: 200 to 400",
+            "each draws a batch of answers and learns from it; the paper: 200 to 400",
         ),
         ("--batch-size", int, 512, "answers per iteration"),
-        ("--mini-batch-size", int, 64, "answers per gradient step, of which each is used once"),
+        ("--mini-batch-size", int, 64, "answers per gradient step; each is used once"),
         ("--micro-batch-size", int, None, "answers per forward pass; default: all of a step"),
         ("--lr", float, 1e-6, "constant learning rate, of policy and critic"),
         ("--weight-decay", float, 0.1, "of the matrices"),
@@ -56,8 +56,8 @@ def _add_recipe(group: argparse._ArgumentGroup) -> None:
             "--kl-weight",
             float,
             None,
-            "price of a nat of divergence from --init; default: 0.01, as in the paper, and 0.005 "
-            "from 30B parameters on",
+            "β, what a nat of divergence from --init takes off the reward; default: 0.01, as in "
+            "the paper, and 0.005 from 30B parameters on",
         ),
         ("--discount", float, 1.0, "γ of the advantages"),
         ("--trace-decay", float, 0.95, "λ of the advantages"),
@@ -65,8 +65,8 @@ def _add_recipe(group: argparse._ArgumentGroup) -> None:
             "--group-size",
             int,
             0,
-            "answers to each prompt, which are compared with each other: without a critic; 0: one "
-            "answer, and a critic",
+            "answers to each prompt, which are compared with each other instead of with a critic; "
+            "0: one answer, and a critic",
         ),
         ("--max-new-tokens", int, 256, "of an answer"),
         ("--temperature", float, 1.0, "at which answers are drawn and trained"),

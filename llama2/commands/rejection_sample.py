@@ -56,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `run`."""
     add_job_options(
         parser,
-        data='prompts, the last message from the user, or {"prompt": TEXT}; of dialogues the last '
-        'answer is dropped; "safety": true beside them tags those that provoke unsafe answers',
+        data="prompts, whose last message is from the user (an answer after it is dropped), or "
+        '{"prompt": TEXT}; "safety": true tags a prompt that provokes unsafe answers',
         out="each prompt with its best answer, as sft reads it",
         sampled=True,
     )
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=path,
         metavar="DIR",
         help="a reward model of safety: its reward counts for prompts that are tagged so, and for "
-        "answers that it gives a probability below 0.15",
+        "answers to which it gives a probability below 0.15",
     )
     add(
         "--earlier",
