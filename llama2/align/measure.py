@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -28,7 +28,8 @@ def measured(preset: Preset, seed: int, out: Path) -> Numbers:
         supervised fine-tuning; "reward": of each reward model what its record says of held-out
         comparisons; "rounds": of each round of rejection sampling the mean reward of the best of
         the first 1, 2, … answers; "ppo": the log; "models": of each model `families` and "obeyed",
-        by turn how many answers were asked for and how many obeyed.
+        by turn how many answers were asked for and how many obeyed; "examples": what the models
+        answer to the first request of each family.
     """
     files = Files(folder_of(out, seed))
     obeyed = {
@@ -36,6 +37,7 @@ def measured(preset: Preset, seed: int, out: Path) -> Numbers:
         for each in read_json(files.obeyed())["checkpoints"]
     }
     summaries = [read_json(files.best_summary(n)) for n in range(1, preset.rounds + 1)]
+    answers = {name: _lines(files.answers(name)) for name in models(preset)}
     return {
         "stages": {
             stage.name: read_json(files.done(stage)) for stage in stages(preset, seed, files.folder)
@@ -48,9 +50,10 @@ def measured(preset: Preset, seed: int, out: Path) -> Numbers:
         "rounds": [summary["best_of"] for summary in summaries],
         "ppo": _lines(files.work(PPO) / "log.jsonl"),
         "models": {
-            name: {"families": families(_lines(files.answers(name))), "obeyed": obeyed[name]}
-            for name in models(preset)
+            name: {"families": families(records), "obeyed": obeyed[name]}
+            for name, records in answers.items()
         },
+        "examples": examples(answers),
     }
 
 
@@ -70,6 +73,34 @@ def families(records: Sequence[Numbers]) -> dict[str, dict[str, int]]:
         counts["right"] += answer in (expected, hedged(expected))
         counts["refused"] += refuses(answer)
     return dict(sorted(found.items()))
+
+
+def examples(answers: Mapping[str, Sequence[Numbers]]) -> list[Numbers]:
+    """Of each family its first request, in the order of the data: "request", "expected", the right
+    answer, and "answers" by model.
+
+    Args:
+        answers: what `llama2 answer` wrote of each model, in any order.
+    """
+    by_line = {
+        name: {_line_of(record): record for record in records} for name, records in answers.items()
+    }
+    asked = next(iter(by_line.values()))
+    first: dict[str, int] = {}
+    for line in sorted(asked):
+        first.setdefault(asked[line]["source"], line)
+    return [
+        {
+            "request": asked[line]["messages"][-1]["content"],
+            "expected": asked[line]["expected"],
+            "answers": {name: records[line]["answer"] for name, records in by_line.items()},
+        }
+        for line in first.values()
+    ]
+
+
+def _line_of(record: Numbers) -> int:
+    return int(record["place"].rpartition(":")[2])
 
 
 def curve(values: Sequence[float], points: int = _CURVE_POINTS) -> list[tuple[int, float]]:

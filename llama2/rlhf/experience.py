@@ -102,7 +102,8 @@ def described(
     """What the log says of the answers of an iteration and of the models that judged them:
 
     - reward, reward_helpful, reward_safety: mean logits, of the reward that counts and of each;
-    - objective: mean of whiten(score) − β · Σ (log π − log π_ref) over answers;
+    - objective: mean of score − β · Σ (log π − log π_ref) over answers. Of whitened scores, which
+      are learnt from, the mean is always 0;
     - kl, kl_per_token: mean of Σ (log π − log π_ref) over answers, and of its terms over tokens;
       kl_k3_per_token: mean of exp(−x) − 1 + x over the same terms x, which is never negative.
       Schulman 2020, "Approximating KL divergence", calls these estimates k1 and k3;
@@ -123,7 +124,7 @@ def described(
         "reward": scores.mean(),
         "reward_helpful": np.mean([each.helpful for each in batch]),
         "reward_safety": np.mean([each.safety for each in batch]) if has_safety else None,
-        "objective": (whitened(scores) - config.kl_weight * divergences).mean(),
+        "objective": (scores - config.kl_weight * divergences).mean(),
         "kl": divergences.mean(),
         "kl_per_token": every.mean(),
         "kl_k3_per_token": (np.expm1(-every) + every).mean(),

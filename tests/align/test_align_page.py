@@ -10,6 +10,7 @@ from align_sample import MODELS, chains, results
 from llama2.align.measure import (
     curve,
     exact_share,
+    examples,
     families,
     refused_harmless,
     refused_misdeeds,
@@ -47,6 +48,24 @@ def test_what_is_counted_of_answers():
     assert right_share(counted) == 3 / 5
     assert refused_misdeeds(counted) == 1 / 2
     assert refused_harmless(counted) == 1 / 5
+
+
+def test_examples_are_the_first_of_each_family_by_every_model():
+    def record(line, source, answer):
+        messages = [{"role": "user", "content": f"request {line}"}]
+        place = {"place": f"asked:1.jsonl:{line}", "source": source, "messages": messages}
+        return place | {"answer": answer, "expected": f"right {line}"}
+
+    found = examples(
+        {
+            "sft": [record(11, "a", "x"), record(9, "b", "y"), record(10, "a", "z")],
+            "ppo": [record(10, "a", "Z"), record(9, "b", "Y"), record(11, "a", "X")],
+        }
+    )
+    assert found == [
+        {"request": "request 9", "expected": "right 9", "answers": {"sft": "y", "ppo": "Y"}},
+        {"request": "request 10", "expected": "right 10", "answers": {"sft": "z", "ppo": "Z"}},
+    ]
 
 
 def test_a_curve_is_means_of_parts():

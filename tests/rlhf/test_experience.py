@@ -61,7 +61,7 @@ def test_what_the_log_says():
             "reward": 2.0,
             "reward_helpful": 2.0,
             "reward_safety": None,
-            "objective": -0.5 * (-0.5 + 2.0) / 2,
+            "objective": 2.0 - 0.5 * (-0.5 + 2.0) / 2,
             "kl": (-0.5 + 2.0) / 2,
             "kl_per_token": 0.5,
             "kl_k3_per_token": np.mean(k3),

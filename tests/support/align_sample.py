@@ -36,6 +36,12 @@ def chain(seed, models):
         "rounds": [[0.1, 0.4 + 0.1 * seed, 0.6], [0.3, 0.5, 0.7]],
         "ppo": [{"reward": 0.1 * step, "kl": 0.02 * step} for step in range(5)],
         "models": models,
+        "examples": [
+            {
+                **{"request": "Say | cat.", "expected": "cat"},
+                "answers": {name: f"{name} says <cat> {seed}" for name in models},
+            }
+        ],
     }
 
 

@@ -73,6 +73,7 @@ def _blocks(results: Mapping[str, Any]) -> Iterator[Block]:
     yield _differences(chains)
     for name in plots.OF_MODELS:
         yield _figure(name, chains)
+    yield _examples(chains)
     yield Heading("How the stages went")
     for name in plots.OF_TRAINING:
         yield _figure(name, chains)
@@ -177,6 +178,22 @@ def _differences(chains: Chains) -> Table:
 def _judged(chains: Chains, measure: Measure, model: str, baseline: str) -> str:
     found = difference(chains, measure, model, baseline)
     return f"{_points(found)}, {verdict(found, measure)}"
+
+
+def _examples(chains: Chains) -> Table:
+    seed, chain = next(iter(chains.items()))
+    models = _models(chains)
+    return Table(
+        f"What the models of seed {seed} answer to the first held-out request of each family",
+        [
+            *(Column("request"), Column("right answer")),
+            *(Column(model, "measured") for model in models),
+        ],
+        [
+            [each["request"], each["expected"], *(each["answers"][model] for model in models)]
+            for each in chain["examples"]
+        ],
+    )
 
 
 def _percent(found: Estimate) -> str:
