@@ -255,8 +255,8 @@ def _limits() -> Iterator[Block]:
                 "Preferences come from a program: they are consistent, and no reader's.",
                 "A seed draws the tasks, all samples and the order of the data; the base model is "
                 "the same for all. An interval over seeds speaks of other such seeds.",
-                "The presets' settings were chosen by such measurements, of some of the same seeds: "
-                "other seeds may do worse.",
+                "The presets' settings were chosen by such measurements, of some of the same "
+                "seeds: other seeds may do worse.",
                 "“Not told apart” does not mean “equal”.",
             )
         ]
