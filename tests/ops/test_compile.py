@@ -121,6 +121,7 @@ def test_binaries(options):
     assert not [complaint for entry in entries for complaint in complaints(entry)]
 
 
+@pytest.mark.machine_code
 def test_one_binary_serves_every_number_of_tokens():
     counted = json.loads(python(str(BENCH / "compiled.py"), "--count", "--arch", "sm_90"))["sm_90"]
     # A kernel may serve both passes, with a binary for each.
@@ -128,6 +129,7 @@ def test_one_binary_serves_every_number_of_tokens():
     assert not more and max(of_one for of_one, _ in counted.values()) <= 2
 
 
+@pytest.mark.machine_code
 def test_decode_has_enough_bytes_in_flight():
     """On sm_90, by Little's law: contiguous, paged and quantised caches."""
     found = json.loads(
