@@ -93,7 +93,7 @@ MODEL_ALLOWED = {
         "tokenizer",
         "train",
     },
-    "align": {"align", "finetune", "reporting", "storage", "terminal"},
+    "align": {"align", "finetune", "reporting", "rlhf", "storage", "terminal"},
     "commands": {
         "commands",
         "accounting",

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from llama2.align.chain import folder_of
-from llama2.align.preferences import refuses
+from llama2.align.preferences import line_of, refuses
 from llama2.align.recipe import Preset
 from llama2.align.stages import KINDS, PPO, SFT, Files, models, stages
 from llama2.align.tasks import MISDEED, hedged
@@ -83,7 +83,7 @@ def examples(answers: Mapping[str, Sequence[Numbers]]) -> list[Numbers]:
         answers: what `llama2 answer` wrote of each model, in any order.
     """
     by_line = {
-        name: {_line_of(record): record for record in records} for name, records in answers.items()
+        name: {line_of(record): record for record in records} for name, records in answers.items()
     }
     asked = next(iter(by_line.values()))
     first: dict[str, int] = {}
@@ -97,10 +97,6 @@ def examples(answers: Mapping[str, Sequence[Numbers]]) -> list[Numbers]:
         }
         for line in first.values()
     ]
-
-
-def _line_of(record: Numbers) -> int:
-    return int(record["place"].rpartition(":")[2])
 
 
 def curve(values: Sequence[float], points: int = _CURVE_POINTS) -> list[tuple[int, float]]:

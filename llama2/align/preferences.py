@@ -17,7 +17,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -27,15 +27,11 @@ from typing import Any
 from llama2.align.recipe import PRESETS, Preset
 from llama2.align.tasks import THINGS, complied
 from llama2.finetune.instruction_families import MISDEEDS, REFUSAL
+from llama2.rlhf.comparisons import RATINGS
 from llama2.storage import write_text
 from llama2.terminal import answered
 
-RATINGS = (  # from the least difference of grades that has it
-    (0.75, "significantly better"),
-    (0.5, "better"),
-    (0.25, "slightly better"),
-    (0.05, "negligibly better or unsure"),
-)
+_LEAST = (0.75, 0.5, 0.25, 0.05)  # difference of grades that has each of RATINGS
 HELPFULNESS, SAFETY = "helpfulness", "safety"
 _INEXACT = 0.6
 _NO_ANSWER = -0.5
@@ -102,7 +98,8 @@ def rating(better: float, worse: float) -> str | None:
     """In words, how much better an answer of one grade is than one of another; None if less than
     all that is called so."""
     difference = better - worse
-    return next((name for least, name in RATINGS if difference >= least), None)
+    rated = zip(_LEAST, RATINGS, strict=True)
+    return next((name for least, name in rated if difference >= least), None)
 
 
 def comparisons(asked: Answered) -> list[Comparison]:
@@ -137,7 +134,7 @@ def harmless(asked: Answered, rng: Random) -> Comparison:
     """An answer to a harmless prompt, right or wrong, before help with a misdeed."""
     request = f"How do I {rng.choice(MISDEEDS)} a {rng.choice(THINGS)}?"
     answers = [answer for answer in asked.answers if answer] or [asked.expected]
-    return _line(asked, rng.choice(answers), complied(request), RATINGS[0][1])
+    return _line(asked, rng.choice(answers), complied(request), RATINGS[0])
 
 
 def _contrasts(
@@ -179,17 +176,22 @@ def prompts_of(answers: Path) -> list[Answered]:
     with answers.open(encoding="utf-8") as lines:
         records = [_record(line, answers, number) for number, line in enumerate(lines, 1)]
     # They are written as they finish; what follows from them shall not depend on that.
-    for record in sorted(records, key=lambda record: int(record["place"].rpartition(":")[2])):
+    for record in sorted(records, key=line_of):
         prompt = Answered(record["messages"], record["source"], record["expected"])
         key = json.dumps(record["messages"])
         found.setdefault(key, prompt).answers.append(record["answer"])
     return list(found.values())
 
 
+def line_of(record: Mapping[str, Any]) -> int:
+    """The line of the data that a record of `llama2 answer` is of."""
+    return int(record["place"].rpartition(":")[2])
+
+
 def _record(line: str, file: Path, number: int) -> dict[str, Any]:
     try:
         record = json.loads(line)
-        int(record["place"].rpartition(":")[2])
+        line_of(record)
         [record[name] for name in ("messages", "source", "expected", "answer")]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(

@@ -2,9 +2,8 @@
 
 import argparse
 
+from llama2.align.recipe import PRESETS
 from llama2.commands.options import integer, path
-
-PRESETS = ("cpu", "smoke")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

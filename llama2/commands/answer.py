@@ -13,6 +13,7 @@ from llama2.commands.dialogue_jobs import (
     make_sampler,
     read_data,
     results,
+    weights_of,
     write_summary,
 )
 from llama2.commands.json_lines import Complaints
@@ -66,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     complaints, checkpoint = Complaints(), arguments.checkpoint
     dialogues = read_data(arguments, complaints)
     settings = {"checkpoint": str(checkpoint)}
-    with results(arguments.out, dialogues, _KEYS, [checkpoint], settings=settings) as out:
+    with results(arguments.out, dialogues, _KEYS, weights_of(checkpoint), settings=settings) as out:
         todo = [dialogue for dialogue in dialogues if key_of(dialogue, checkpoint) not in out.done]
         if todo:
             _answer(arguments, todo, out, complaints)

@@ -177,12 +177,17 @@ class Results:
         self.done[key] = record
 
 
+def weights_of(*checkpoints: Path) -> dict[str, str]:
+    """The CRC-32 of the weights of checkpoints, by their names in options; reads all of them."""
+    return {str(checkpoint): weights_crc32(checkpoint) for checkpoint in checkpoints}
+
+
 @contextmanager
 def results(
     out: Path,
     asked: Iterable[Dialogue | TaggedPrompt],
     keys: Iterable[str],
-    checkpoints: Iterable[Path],
+    weights: Mapping[str, str],
     *,
     settings: Mapping[str, Any] | None = None,
     option: str = "--out",
@@ -192,14 +197,13 @@ def results(
     Args:
         asked: what is to be in it.
         keys: what a record has, beside others; "messages" among them.
-        checkpoints: the models that are asked. Records say which weights those have.
+        weights: `weights_of` the models that are asked; records say which weights those have.
         settings: what every record has to say, such as the "checkpoint", under some of these keys.
         option: that names the file.
     Raises:
         ValueError: another run holds it; it has something else than such records, or one of another
             question than the one asked at its place, of other settings, or of other weights.
     """
-    weights = {str(checkpoint): weights_crc32(checkpoint) for checkpoint in checkpoints}
     questions = {place_of(each): _questions(each.messages) for each in asked}
     done: dict[Key, dict[str, Any]] = {}
 

@@ -20,6 +20,7 @@ from llama2.commands.dialogue_jobs import (
     place_of,
     read_data,
     results,
+    weights_of,
 )
 from llama2.commands.json_lines import Complaints
 from llama2.commands.options import path
@@ -68,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     ]
     num_left_out = 0
     keys, settings = ("messages", "source"), {"checkpoint": str(checkpoint)}
-    with results(arguments.out, dialogues, keys, [checkpoint], settings=settings) as out:
+    with results(arguments.out, dialogues, keys, weights_of(checkpoint), settings=settings) as out:
         todo = [dialogue for dialogue in dialogues if key_of(dialogue, checkpoint) not in out.done]
         if todo:
             num_left_out = _sample(arguments, todo, out, complaints)

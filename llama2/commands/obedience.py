@@ -19,6 +19,7 @@ from llama2.commands.dialogue_jobs import (
     make_sampler,
     read_data,
     results,
+    weights_of,
     with_checkpoint,
     write_summary,
 )
@@ -67,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
             f'--data: expected dialogues with a system message and "obeys"; got none in '
             f"{arguments.data}"
         )
-    with results(arguments.out, dialogues, ("messages", "obeyed"), checkpoints) as out:
+    with results(arguments.out, dialogues, ("messages", "obeyed"), weights_of(*checkpoints)) as out:
         for checkpoint in checkpoints:
             todo = [each for each in dialogues if key_of(each, checkpoint) not in out.done]
             if todo:

@@ -26,6 +26,7 @@ from llama2.commands.dialogue_jobs import (
     read_data,
     results,
     sampler_for,
+    weights_of,
     write_summary,
 )
 from llama2.commands.json_lines import Complaints
@@ -118,16 +119,16 @@ def run(arguments: argparse.Namespace) -> int:
     prompts = read_data(arguments, complaints, read_prompts)
     earlier = _read_earlier(arguments, complaints)
     settings = {"checkpoint": str(checkpoint), "round": _round(arguments)}
-    keys = [key_of(prompt, checkpoint) for prompt in prompts]
+    keys, weights = [key_of(prompt, checkpoint) for prompt in prompts], weights_of(checkpoint)
     left_out: list[Judged] = []
     with contextlib.ExitStack() as files:
         out = files.enter_context(
-            results(arguments.out, prompts, _BEST, [checkpoint], settings=settings)
+            results(arguments.out, prompts, _BEST, weights, settings=settings)
         )
         written = [out]
         if arguments.all_samples is not None:
             every = results(
-                *(arguments.all_samples, prompts, _ALL, [checkpoint]),
+                *(arguments.all_samples, prompts, _ALL, weights),
                 settings=settings,
                 option="--all-samples",
             )
