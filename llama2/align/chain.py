@@ -8,10 +8,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
+
+import torch
 
 from llama2.align.recipe import Preset
 from llama2.align.stages import Files, Stage, stages
@@ -55,8 +58,9 @@ def run_chains(
     context = get_context("spawn")  # not forked: threads of PyTorch that hold a lock would hold it
     processes = {seed: context.Process(target=_run, args=(preset, seed, out)) for seed in todo}
     try:
-        for process in processes.values():
-            process.start()
+        with _rare_progress():
+            for process in processes.values():
+                process.start()
         while going := [each for each in processes.values() if each.is_alive()]:
             progress(sum(num_done(preset, out, seed) for seed in seeds))
             wait([each.sentinel for each in going], timeout=_POLL)
@@ -64,6 +68,21 @@ def run_chains(
     finally:
         _end(list(processes.values()))
     return [seed for seed, process in processes.items() if process.exitcode != 0]
+
+
+@contextmanager
+def _rare_progress() -> Iterator[None]:
+    """Processes that are started write their progress, which goes to files, every 30 seconds: tqdm
+    reads the variable when it is imported, which comes before anything that they are to do."""
+    name = "TQDM_MININTERVAL"
+    before = os.environ.get(name)
+    os.environ[name] = "30"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def _num_stages(preset: Preset, out: Path, seed: int) -> int:
@@ -87,7 +106,6 @@ def _run(preset: Preset, seed: int, out: Path) -> None:
     """What the process of a chain does."""
     os.setpgrp()  # a terminal's Ctrl-C goes to the first process alone, which passes it on
     _end_with_parent()
-    os.environ["TQDM_MININTERVAL"] = "30"  # seconds; tqdm reads it when it is imported
     folder = folder_of(out, seed)
     folder.mkdir(parents=True, exist_ok=True)
     with log_of(out, seed).open("ab", buffering=0) as log:
@@ -124,8 +142,6 @@ def run_chain(preset: Preset, seed: int, folder: Path) -> Iterator[Stage]:
     Raises:
         ChainError: a command ended with another status than 0, or a stage was done by another one.
     """
-    import torch  # here, as is all that imports tqdm: see `_run`
-
     torch.set_num_threads(1)
     files = Files(folder)
     for stage in stages(preset, seed, folder):
