@@ -174,6 +174,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, ops) for _ in range(config.num_layers))
         self.norm = RMSNorm(config, ops)
         self.rope = RotaryTable(config)
+        # Not of the network: training takes it from here.
+        self.adamw_update = ops.adamw_update
         # The function, not the method: copies and pickles of a model carry it by name.
         self.register_load_state_dict_post_hook(_after_loading)
 

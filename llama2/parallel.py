@@ -17,7 +17,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
@@ -31,7 +31,7 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 from torch.utils.checkpoint import checkpoint
 
 from llama2.decoder import AnyDecoder, Decoder
@@ -182,19 +182,16 @@ def mean(value: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 @torch.no_grad()
-def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """`torch.nn.utils.clip_grad_norm_` where gradients are sharded, over one mesh or several.
-
-    Returns:
-        the norm of the whole gradient before clipping, a scalar, the same in every rank.
-    """
-    by_mesh = defaultdict(list)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            by_mesh[getattr(parameter.grad, "device_mesh", None)].append(parameter)
-    norms = [get_total_norm([p.grad for p in group]) for group in by_mesh.values()]
+def grad_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """The norm of gradients that are sharded, over one mesh or several: a scalar, the same in every
+    rank."""
+    norms = [get_total_norm(group) for group in _by_mesh(gradients).values()]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    total = torch.linalg.vector_norm(torch.stack(norms))
-    for group in by_mesh.values():
-        clip_grads_with_norm_(group, max_norm, total)
-    return total
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _by_mesh(tensors: Iterable[Tensor]) -> dict[DeviceMesh | None, list[Tensor]]:
+    groups = defaultdict(list)
+    for x in tensors:
+        groups[getattr(x, "device_mesh", None)].append(x)
+    return groups

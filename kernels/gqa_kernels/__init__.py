@@ -20,6 +20,7 @@ OPS = (
     "decode_attention",
     "linear_cross_entropy",
     "token_log_probs",
+    "adamw_update",
 )
 
 __all__ = ["get_backend", "patch", "scaled_dot_product_attention", "unpatch", *OPS]

@@ -1,5 +1,6 @@
 """The ops in Triton, as a namespace: the same names and signatures as `reference`."""
 
+from gqa_kernels.ops.adamw import adamw_update
 from gqa_kernels.ops.attention import flash_attention, flash_attention_varlen
 from gqa_kernels.ops.cache.append import rope_append_kv
 from gqa_kernels.ops.cache.decode import decode_attention
@@ -9,6 +10,7 @@ from gqa_kernels.ops.norm import add_rms_norm, rms_norm
 from gqa_kernels.ops.rope import apply_rope
 
 __all__ = [
+    "adamw_update",
     "add_rms_norm",
     "apply_rope",
     "decode_attention",

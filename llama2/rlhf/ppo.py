@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from llama2.decoder import Decoder
 from llama2.model import Llama2
 from llama2.rlhf.experience import Measured, check_finite, described, experiences
 from llama2.rlhf.ppo_config import PPOConfig
@@ -48,7 +50,7 @@ from llama2.rlhf.rollouts import Judge, Questions, Sampler, by_parts
 from llama2.scalar_model import ScalarModel
 from llama2.train.execution import Execution, OneProcess
 from llama2.train.loop import run_steps
-from llama2.train.pretrain import make_optimizer, make_worker, take_weights, train_step
+from llama2.train.pretrain import make_optimizer, make_worker, train_step
 
 
 @dataclass(frozen=True)
@@ -155,17 +157,21 @@ class _Loop:
         # other as it is: AdamW passes over parameters without a gradient.
         self.trained = nn.ModuleDict(models)
         self.optimizer = make_optimizer(self.trained, self.step_config)
-        self.workers = {
-            name: model if execution.is_sharded else make_worker(model, self.step_config)
-            for name, model in models.items()
-        }
         self.seconds: dict[str, float] = {}
+
+    @cached_property
+    def workers(self) -> dict[str, Decoder]:
+        """What computes: of the weights that a run resumes from, which are loaded by the first
+        iteration."""
+        sharded = self.execution.is_sharded
+        return {
+            name: model if sharded else make_worker(model, self.step_config)
+            for name, model in self.trained.items()
+        }
 
     def iteration(self, number: int) -> dict[str, Any]:
         """The record of an iteration, done from drawing to the last gradient step."""
         gathers = self.sampler.gathers
-        for name, worker in self.workers.items():
-            take_weights(worker, self.trained[name])
         with self._timed("rollout"):
             batch = self.questions.batch(number)
             rollouts = self.sampler(self.workers["policy"], batch, number)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -95,8 +95,8 @@ class Sharded:
     def mean(self, value: Tensor) -> Tensor:
         return parallel.mean(value, self.mesh)
 
-    def clip_grad_norm_(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-        return parallel.clip_grad_norm_(parameters, max_norm)
+    def grad_norm(self, gradients: Iterable[Tensor]) -> Tensor:
+        return parallel.grad_norm(gradients)
 
     def load(
         self, folder: Path, model: Decoder, optimizer: torch.optim.Optimizer, identity: Identity

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llama2.decoder import Decoder
+from llama2.train import update
 from llama2.train.objectives import Rows
 from llama2.train.state import Identity, load_state, save_state
 
@@ -47,8 +48,8 @@ class Execution(Protocol):
         """Of the processes' values."""
         ...
 
-    def clip_grad_norm_(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-        """Clips, and returns the norm of the whole gradient before."""
+    def grad_norm(self, gradients: Iterable[Tensor]) -> Tensor:
+        """The norm of the whole gradient, a scalar in float32 or wider."""
         ...
 
     def load(
@@ -88,8 +89,8 @@ class OneProcess:
     def mean(self, value: Tensor) -> Tensor:
         return value
 
-    def clip_grad_norm_(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-        return nn.utils.clip_grad_norm_(parameters, max_norm)
+    def grad_norm(self, gradients: Iterable[Tensor]) -> Tensor:
+        return update.grad_norm(gradients)
 
     def load(
         self, folder: Path, model: Decoder, optimizer: torch.optim.Optimizer, identity: Identity

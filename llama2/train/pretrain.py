@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llama2.decoder import Decoder
+from llama2.train import update
 from llama2.train.execution import Execution, OneProcess
 from llama2.train.loop import run_steps
 from llama2.train.objectives import Objective, Rows, next_token
@@ -111,7 +112,9 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW whose matrices decay, and all else does not.
 
-    A group's parameters lie on one mesh, or are whole: the fused step takes no others together.
+    A group's parameters lie on one mesh, or are whole: the fused step takes no others together. It
+    is fused but where a worker of `make_worker` has copies of the weights, which
+    `update.step_with_copies` takes along.
     """
     members = defaultdict(list)
     for parameter in model.parameters():
@@ -122,7 +125,10 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         for (decays, _), parameters in members.items()
     ]
     betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, config.peak_lr, betas=betas, eps=config.adam_eps, fused=True)
+    has_copies = config.bf16 and all(mesh is None for _, mesh in members)
+    return torch.optim.AdamW(
+        groups, config.peak_lr, betas=betas, eps=config.adam_eps, fused=not has_copies
+    )
 
 
 def make_worker(model: Decoder, config: TrainConfig) -> Decoder:
@@ -133,14 +139,6 @@ def make_worker(model: Decoder, config: TrainConfig) -> Decoder:
     worker = copy.deepcopy(model).bfloat16() if config.bf16 else model
     worker.activation_checkpointing = config.activation_checkpointing
     return worker
-
-
-@torch.no_grad()
-def take_weights(worker: nn.Module, model: nn.Module) -> None:
-    """Gives a worker of `make_worker` the present weights of its model."""
-    if worker is not model:
-        for copied, weight in zip(worker.parameters(), model.parameters(), strict=True):
-            copied.copy_(weight)
 
 
 def train_step(
@@ -157,7 +155,8 @@ def train_step(
 
     Args:
         batch: as `Batches` gives it; whole in every process of `execution`.
-        worker: of `make_worker`, which takes the weights of `model` anew; None makes one.
+        worker: of `make_worker`, with the weights that `model` has; the step leaves both the new
+            ones. None makes one.
     Returns:
         (loss, gradient norm before clipping): the loss is that of the batch.
     Raises:
@@ -165,7 +164,7 @@ def train_step(
     """
     optimizer.zero_grad(set_to_none=True)
     worker = make_worker(model, config) if worker is None else worker
-    take_weights(worker, model)
+    worker.zero_grad(set_to_none=True)
     rows = execution.own_rows(batch)
     micro_batches = rows.split(config.micro_batch_size or len(rows))
     total = torch.zeros((), dtype=torch.float32, device=batch.device)
@@ -173,10 +172,11 @@ def train_step(
         loss = objective(worker, micro_batch) / len(micro_batches)
         loss.backward()
         total = total + loss.detach()
-        if worker is not model:
+        if worker is not model and len(micro_batches) > 1:
             _hand_over_gradients(worker, model)
     total = execution.mean(total)
-    norm = execution.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    gradients = _gradients(worker, model)
+    norm = execution.grad_norm(gradients.values())
     if not (total + norm).isfinite():
         raise FloatingPointError(
             f"step {step}: expected a finite loss and gradient norm; got {total.item()} and "
@@ -185,16 +185,31 @@ def train_step(
         )
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
-    optimizer.step()
+    grad_scale = update.clipping_scale(norm, config.max_grad_norm)
+    if worker is model:
+        update.step_fused(optimizer, grad_scale)
+    else:
+        copies = dict(zip(model.parameters(), worker.parameters(), strict=True))
+        update.step_with_copies(optimizer, gradients, copies, grad_scale, model.adamw_update)
     return total.item(), norm.item()
+
+
+def _gradients(worker: Decoder, model: Decoder) -> dict[nn.Parameter, Tensor]:
+    """The gradient of each weight of `model` that has one: its own, or as the worker left it."""
+    pairs = zip(model.parameters(), worker.parameters(), strict=True)
+    found = {
+        weight: copied.grad if weight.grad is None else weight.grad for weight, copied in pairs
+    }
+    return {weight: gradient for weight, gradient in found.items() if gradient is not None}
 
 
 def _hand_over_gradients(worker: Decoder, model: Decoder) -> None:
     """Adds the worker's gradients to the model's, in float32, and leaves it none."""
     for copied, weight in zip(worker.parameters(), model.parameters(), strict=True):
-        gradient = copied.grad.float()
-        weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
-        copied.grad = None
+        if copied.grad is not None:
+            added = weight.grad is not None
+            weight.grad = weight.grad.add_(copied.grad) if added else copied.grad.float()
+            copied.grad = None
 
 
 def run_identity(model: Decoder, data: Batches, config: TrainConfig) -> Identity:
@@ -241,9 +256,12 @@ def train(
     device = model.rope.cos.device  # of parameters that are sharded, too
     optimizer = make_optimizer(model, config)
     model.train()
-    worker = model if execution.is_sharded else make_worker(model, config)
+    worker = None
 
     def do_step(step: int) -> dict[str, float]:
+        nonlocal worker
+        if worker is None:  # of the weights that the run resumes from, which are loaded by now
+            worker = model if execution.is_sharded else make_worker(model, config)
         batch = data.batch(step).to(device)
         loss, grad_norm = train_step(
             model, optimizer, batch, step, config, worker, objective, execution

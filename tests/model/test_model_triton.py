@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from gqa_kernels import get_backend
 from llama2 import KVCache, Llama2
 from llama2.generate import generate
-from llama2.train.pretrain import TrainConfig, make_optimizer, train_step
+from llama2.train.pretrain import TrainConfig, make_optimizer, make_worker, train_step
 
 TRITON = get_backend("triton")
 
@@ -163,13 +163,12 @@ def test_triton_train_step_within_budget_of_eager(bf16, device):
     def step(model: Llama2, recipe: TrainConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(gradients, weights) after one step of a copy."""
         model = copy.deepcopy(model)
-        optimizer = make_optimizer(model, recipe)
-        train_step(model, optimizer, tokens, 0, recipe)
-        parameters = dict(model.named_parameters())
-        return (
-            {name: weight.grad for name, weight in parameters.items()},
-            {name: weight.detach() for name, weight in parameters.items()},
-        )
+        optimizer, worker = make_optimizer(model, recipe), make_worker(model, recipe)
+        train_step(model, optimizer, tokens, 0, recipe, worker)
+        weights = {name: weight.detach() for name, weight in model.named_parameters()}
+        for name, weight in worker.named_parameters():  # as new as the model's
+            assert weight.equal(weights[name].to(weight.dtype)), name
+        return {name: weight.grad for name, weight in worker.named_parameters()}, weights
 
     recipe = replace(RECIPE, bf16=bf16, max_grad_norm=math.inf)
 
@@ -183,7 +182,8 @@ def test_triton_train_step_within_budget_of_eager(bf16, device):
 
     ours = step(twin(eager, TRITON), recipe)
     for name in ours[0]:
-        assert ours[0][name].dtype == ours[1][name].dtype == torch.float32
+        assert ours[0][name].dtype == (torch.bfloat16 if bf16 else torch.float32)
+        assert ours[1][name].dtype == torch.float32
         assert ours[1][name].isfinite().all(), name
     for i in range(1 if bf16 else 2):
         assert_network(

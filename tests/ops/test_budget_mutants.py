@@ -237,6 +237,15 @@ MUTANTS = (
         ("odd width, entropy",),
         ALL,
     ),
+    Mutant(
+        "the second moment is not corrected for its start at zero",
+        "ops/adamw.py",
+        "tl.sqrt(exp_avg_sq) / second_correction + eps",
+        "tl.sqrt(exp_avg_sq) + eps",
+        "adamw_update",
+        ("whole blocks",),
+        ALL,
+    ),
 )
 
 

@@ -38,13 +38,14 @@ SPILLS_ALLOWED = (
     ("decode_attention", "float32", "head_dim=128"),
 )
 
-# Accesses of a row kernel that are not 16 bytes wide: one rstd per row; the float32 angles, half
-# as many as features; the sums of columns, one per thread.
+# Accesses of a row kernel that are not 16 bytes wide: one rstd per row; the scale of a gradient;
+# the float32 angles, half as many as features; the sums of columns, one per thread.
 NARROW_ALLOWED = {
     "norm.forward": {"STG.32"},
     "norm.backward": {"LDG.32"},
     "norm.sum_partials": {"STG.U16"},
     "glu.forward": set(),
+    "adamw.step": {"LDG.32"},
     "glu.backward": set(),
     "rope.rotate": {"LDG.64"},
     # The positions, slots and scales of a program, the angles, and half heads of quantised values.

@@ -8,6 +8,7 @@ Layout: `[batch, seq_len, num_heads, head_dim]`. Query head h reads key/value he
 where group_size = num_q_heads / num_kv_heads.
 """
 
+from gqa_kernels.reference.adamw import adamw_update
 from gqa_kernels.reference.attention import flash_attention, flash_attention_varlen
 from gqa_kernels.reference.cache import (
     MAX_NEW_TOKENS,
@@ -20,6 +21,7 @@ from gqa_kernels.reference.rows import add_rms_norm, apply_rope, rms_norm, swigl
 
 __all__ = [
     "MAX_NEW_TOKENS",
+    "adamw_update",
     "add_rms_norm",
     "apply_rope",
     "decode_attention",

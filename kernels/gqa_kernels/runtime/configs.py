@@ -41,6 +41,10 @@ NORM_MAX_WIDTH = NORM_FORWARD[-1].max_width
 SWIGLU_BLOCK = 1024  # compiled, sm_90
 SWIGLU_NUM_WARPS = 4
 
+# Two loads of 16 bytes per thread of each tensor in float32, one of each in 16 bits.
+ADAMW_BLOCK = 1024  # compiled, sm_90
+ADAMW_NUM_WARPS = 4
+
 
 class AttentionConfig(NamedTuple):
     arch: str  # a prefix; "" covers every architecture

@@ -71,8 +71,9 @@ class Op:
     Args:
         launch: computes the op from arguments that were checked. The annotations of its positional
             parameters are the schema; it takes every argument as the caller gave it, and its
-            outputs are new tensors, none of them a part of an argument. Of several outputs, those
-            that the arguments do not ask for are None. Keyword-only parameters are no part of the
+            outputs are new tensors, none of them a part of an argument; None of an op that only
+            writes to its arguments. Of several outputs, those that the arguments do not ask for are
+            None. Keyword-only parameters are no part of the
             op: by them a call without a graph can do without outputs.
         fake: for the same arguments, the same outputs without values: sizes, strides, dtypes.
         check: raises unless the arguments are what `launch` takes. It reads metadata only and runs
@@ -148,7 +149,7 @@ def _schema(launch: Callable[..., Any]) -> inspect.Signature:
     signature = inspect.signature(launch)
     parameters = [p for p in signature.parameters.values() if p.kind is not p.KEYWORD_ONLY]
     result = signature.return_annotation
-    if result is not Tensor:
+    if result is not Tensor and result is not None:
         result = tuple[(Tensor,) * len(get_args(result))]
     return signature.replace(parameters=parameters, return_annotation=result)
 
@@ -162,7 +163,7 @@ def _registered(
         if check is not None:
             check(*args)
         outputs = function(*args)
-        if isinstance(outputs, Tensor):
+        if outputs is None or isinstance(outputs, Tensor):
             return outputs
         some = next(x for x in args if isinstance(x, Tensor))
         return tuple(some.new_empty(0) if x is None else x for x in outputs)
@@ -171,13 +172,14 @@ def _registered(
     return registered
 
 
-def refuse_gradient(doing: str) -> Callable[..., NoReturn]:
-    """What an op on a cache, which has no gradient, says where autograd records."""
+def refuse_gradient(doing: str, name: str = "q") -> Callable[..., NoReturn]:
+    """What an op in place, or on a cache, which has no gradient, says of its argument `name` where
+    autograd records."""
 
     def refuse(*_: Any, **__: Any) -> NoReturn:
         raise NotImplementedError(
-            f"q: expected inputs without a gradient ({doing} under torch.no_grad()); got one that "
-            "requires grad"
+            f"{name}: expected inputs without a gradient ({doing} under torch.no_grad()); got one "
+            "that requires grad"
         )
 
     return refuse

@@ -3,11 +3,12 @@
 Data and ordinary functions; what is peculiar to one op is an ordinary test of that op.
 """
 
-from gqa_kernels.spec import attention, cache, losses, rows
-from gqa_kernels.spec.cache import IN_PLACE_OPS
+from gqa_kernels.spec import attention, cache, losses, optimizer, rows
 from gqa_kernels.spec.case import Case, Cost, OpSpec
 from gqa_kernels.spec.structure import STRUCTURES
 
 OPS = (*rows.OPS, *attention.OPS, *cache.OPS, *losses.OPS)
+# Ops that write to their arguments: not for what calls an op twice on the same inputs.
+IN_PLACE_OPS = (*cache.IN_PLACE_OPS, *optimizer.IN_PLACE_OPS)
 
 __all__ = ["IN_PLACE_OPS", "OPS", "STRUCTURES", "Case", "Cost", "OpSpec"]

@@ -259,7 +259,6 @@ OPS = (
     ),
 )
 
-# Ops that write to their arguments: not for what calls an op twice on the same inputs.
 IN_PLACE_OPS = (
     OpSpec(
         "rope_append_kv",

@@ -1,0 +1,79 @@
+"""The end of a training step: gradients that are clipped, and weights that take them.
+
+Clipping is a factor that the optimiser reads, not a pass over the gradients. A worker in 16 bits is
+written with the weights: its gradients are read as they are, and nothing is copied back and forth.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+# Keeps a norm of zero from dividing by zero, as torch.nn.utils.clip_grad_norm_ does.
+_SMALLEST_NORM = 1e-6
+
+
+def grad_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """The norm of all gradients together, a scalar in float32 or wider, whatever their dtype."""
+    norms = [
+        torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
+        for x in gradients
+    ]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def clipping_scale(norm: Tensor, max_norm: float) -> Tensor:
+    """What gradients of this norm are divided by, so that their norm is at most `max_norm`; a
+    float32, which is what AdamW's fused step takes."""
+    return ((norm + _SMALLEST_NORM) / max_norm).clamp(min=1.0).float()
+
+
+def step_fused(optimizer: torch.optim.AdamW, grad_scale: Tensor) -> None:
+    """A step of PyTorch's fused AdamW on the gradients divided by `grad_scale`."""
+    optimizer.grad_scale = grad_scale  # where torch.amp.GradScaler hands it over
+    try:
+        optimizer.step()
+    finally:
+        optimizer.grad_scale = None
+
+
+@torch.no_grad()
+def step_with_copies(
+    optimizer: torch.optim.AdamW,
+    gradients: Mapping[nn.Parameter, Tensor],
+    copies: Mapping[nn.Parameter, Tensor],
+    grad_scale: Tensor,
+    adamw_update: Callable[..., None],
+) -> None:
+    """A step of `optimizer`, with its state, on weights in float32 that have copies in another
+    dtype, which it leaves rounded from the new weights.
+
+    Args:
+        optimizer: not fused, so that it counts steps on the CPU.
+        gradients: by weight, in any dtype; a weight without one stays as it is.
+        copies: of every weight that has a gradient.
+        adamw_update: a backend's.
+    """
+    for group in optimizer.param_groups:
+        beta1, beta2 = group["betas"]
+        recipe = {name: group[name] for name in ("lr", "eps", "weight_decay")}
+        recipe |= {"beta1": beta1, "beta2": beta2}
+        for weight in group["params"]:
+            if weight not in gradients:
+                continue
+            state = optimizer.state[weight]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+                state["exp_avg"] = torch.zeros_like(weight)
+                state["exp_avg_sq"] = torch.zeros_like(weight)
+            state["step"] += 1
+            moments = (state["exp_avg"], state["exp_avg_sq"])
+            adamw_update(
+                weight,
+                gradients[weight],
+                *moments,
+                copies[weight],
+                grad_scale,
+                step=int(state["step"]),
+                **recipe,
+            )
