@@ -18,6 +18,8 @@ Adapter = Callable[[dict[str, Any]], Call]
 # Losses whose gradients are made in the forward pass, by some backends: their two passes are timed
 # as one call, a "step", instead of the backward pass alone.
 STEPS = frozenset({"linear_cross_entropy"})
+# Ops that return nothing, and what they write: of copies of their inputs, which are the results.
+UPDATES = {"adamw_update": ("weight", "exp_avg", "exp_avg_sq", "copy")}
 
 
 class Lacks(Exception):
@@ -99,6 +101,10 @@ def make_call(
     timed; it gets cotangents of its own, since some backends write to them. A step is what a user
     calls for a loss: forward and backward, whose cotangent is 1.
     """
+    if op in UPDATES:
+        inputs = inputs | {name: inputs[name].clone() for name in UPDATES[op]}
+        update, written = backend.adapters[op](inputs), tuple(inputs[n] for n in UPDATES[op])
+        return lambda: (update(), written)[1]
     if op in backend.writes_inputs:
         inputs = {n: x.clone() if isinstance(x, Tensor) else x for n, x in inputs.items()}
     if pass_ == "fwd":

@@ -119,6 +119,23 @@ def _torch_linear_cross_entropy(inputs: dict[str, Any]) -> Call:
     )
 
 
+def _torch_adamw_update(inputs: dict[str, Any]) -> Call:
+    """The fused step, which takes gradients in the dtype of the weights alone and writes no copy:
+    both casts are passes of their own."""
+    names = ("lr", "beta1", "beta2", "eps", "weight_decay")
+    recipe = {name: inputs[name] for name in names} | {"amsgrad": False, "maximize": False}
+    step = torch.tensor(float(inputs["step"]), device=inputs["weight"].device)
+    state = [[inputs[name]] for name in ("exp_avg", "exp_avg_sq")]
+
+    def call() -> None:
+        gradient = inputs["gradient"].float()
+        scale = {"grad_scale": inputs["grad_scale"]}
+        torch._fused_adamw_([inputs["weight"]], [gradient], *state, [], [step], **recipe, **scale)
+        inputs["copy"].copy_(inputs["weight"])
+
+    return call
+
+
 # --- SDPA ------------------------------------------------------------------------------------
 
 _SDPA = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", None)
@@ -234,6 +251,7 @@ BACKENDS = (
             "add_rms_norm": _torch_add_rms_norm,
             "swiglu": _torch_swiglu,
             "linear_cross_entropy": _torch_linear_cross_entropy,
+            "adamw_update": _torch_adamw_update,
         },
         coarse={
             "linear_cross_entropy": "rounds loss and dweight to bfloat16 with every chunk of tokens"

@@ -1,9 +1,10 @@
-"""The ops that are neither attention nor on a cache, forward and backward."""
+"""The ops that are neither attention nor on a cache, forward and backward, and the optimiser's."""
 
 from gqa_kernels.spec import OPS as TABLE
-from gqa_kernels.spec import attention, cache
+from gqa_kernels.spec import attention, cache, optimizer
 
-OPS = tuple(spec.name for spec in TABLE if spec not in (*attention.OPS, *cache.OPS))
+ROWS = tuple(spec for spec in TABLE if spec not in (*attention.OPS, *cache.OPS))
+OPS = tuple(spec.name for spec in (*ROWS, *optimizer.IN_PLACE_OPS))
 
 
 def test_time(workload, backend, timed):
