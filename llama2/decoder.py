@@ -5,7 +5,7 @@ Parameters carry Hugging Face's names without the leading `model.`, so that chec
 one to one. Reference: Touvron et al. 2023, arXiv:2307.09288.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import Self, TypeVar
@@ -18,6 +18,7 @@ from gqa_kernels.positions import rope_table
 from gqa_kernels.runtime import arguments
 from llama2.cache.kv_cache import Cache, CacheStep, KVCache
 from llama2.config import ModelConfig
+from llama2.joint_projection import JointProjection
 from llama2.targets import positions_of
 
 
@@ -79,6 +80,10 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        self._joint = JointProjection()
+
+    def fuse_projections(self) -> None:
+        self._joint.fuse(self.q_proj, self.k_proj, self.v_proj)
 
     def forward(
         self,
@@ -89,9 +94,11 @@ class Attention(nn.Module):
         cu_seqlens: Tensor | None,
     ) -> Tensor:
         # [batch, seq_len, num_heads, head_dim]
-        q = self.q_proj(x).unflatten(-1, (self.num_q_heads, self.head_dim))
-        k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = _projected(x, projections, self._joint, step)
+        q = q.unflatten(-1, (self.num_q_heads, self.head_dim))
+        k = k.unflatten(-1, (self.num_kv_heads, self.head_dim))
+        v = v.unflatten(-1, (self.num_kv_heads, self.head_dim))
         angles, pairs = (rope.cos, rope.sin, positions), {"interleaved": self.rope_interleaved}
         if step is None:
             q, k = self.apply_rope(q, k, *angles, **pairs)
@@ -121,9 +128,27 @@ class FeedForward(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self._joint = JointProjection()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.swiglu(self.gate_proj(x), self.up_proj(x)))
+    def fuse_projections(self) -> None:
+        self._joint.fuse(self.gate_proj, self.up_proj)
+
+    def forward(self, x: Tensor, step: CacheStep | None = None) -> Tensor:
+        projections = self.gate_proj, self.up_proj
+        return self.down_proj(self.swiglu(*_projected(x, projections, self._joint, step)))
+
+
+def _projected(
+    x: Tensor,
+    projections: Sequence[nn.Module],
+    joint: JointProjection,
+    step: CacheStep | None,
+) -> Sequence[Tensor]:
+    """By one product in a step on a cache, which no gradient follows. Without a cache the bits are
+    the same with gradients and without."""
+    if step is None or torch.is_grad_enabled():
+        return [projection(x) for projection in projections]
+    return joint(x, *projections)
 
 
 class DecoderLayer(nn.Module):
@@ -147,7 +172,7 @@ class DecoderLayer(nn.Module):
         x, residual = self.input_layernorm(x, residual)
         x = self.self_attn(x, rope, positions, step, cu_seqlens)
         x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x), residual
+        return self.mlp(x, step), residual
 
 
 class Decoder(nn.Module):
@@ -201,6 +226,15 @@ class Decoder(nn.Module):
         attention = self.layers[0].self_attn
         heads = {"num_q_heads": attention.num_q_heads, "num_kv_heads": attention.num_kv_heads}
         return replace(self.config, num_layers=len(self.layers), **heads)
+
+    def fuse_projections(self) -> None:
+        """Has q, k and v, and gate and up, computed by one product each in steps on a cache: their
+        weights are moved next to each other in memory, and stay the same parameters.
+        `Generator` and `serve` call it. Parameters that are moved later are projected one by one,
+        until it is called again."""
+        for layer in self.layers:
+            layer.self_attn.fuse_projections()
+            layer.mlp.fuse_projections()
 
     def _check_table(self) -> None:
         rows = self.rope.cos.shape[0]

@@ -208,6 +208,7 @@ class Generator:
             rows = rounded_batch(rows)
             units = -(-capacity // _CAPACITY_UNIT)
             capacity = min(units * _CAPACITY_UNIT, model.config.max_seq_len)
+        model.fuse_projections()  # first: it may move parameters
         captures = can_capture(model, self._capture)
         made_for = [captures, model.cache_config, *addresses(model)]
         if self._made_for != made_for:

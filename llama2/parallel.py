@@ -139,7 +139,7 @@ def _shard_tensors(model: Decoder, mesh: DeviceMesh) -> None:
             input_layouts=(whole, None, None, None, None),
             desired_input_layouts=(whole, None, None, None, None),
         ),
-        "mlp": PrepareModuleInput(input_layouts=(whole,), desired_input_layouts=(whole,)),
+        "mlp": PrepareModuleInput(input_layouts=(whole, None), desired_input_layouts=(whole, None)),
     }
     plan = {f"layers.*.{name}": style for name, style in projections.items()}
     plan["embed_tokens"] = RowwiseParallel(input_layouts=whole)

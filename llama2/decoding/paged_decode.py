@@ -24,6 +24,7 @@ class PagedDecode:
     def __init__(
         self, model: Llama2, cache: PagedKVCache, vocab_size: int, *, capture: bool
     ) -> None:
+        model.fuse_projections()
         self.stored, self._model, self._vocab_size = cache.stored, model, vocab_size
         weight, rows = model.lm_head.weight, cache.max_batch
         settings = {"dtype": weight.dtype, "device": weight.device}

@@ -1,0 +1,85 @@
+"""Several projections of one input as one product: q, k and v of attention, gate and up of the
+feed-forward network.
+
+A decode step is a row of launches, each of which reads its weights once: one product in place of
+three reads the same bytes with two launches less. The weights stay the parameters of their own
+modules, under their own names; `fuse` lays them one after another in one memory.
+
+Only steps on a cache without gradients are computed so. In training it would not pay: the gradients
+of the parts would have to be put together in one tensor first, which moves more than the sums of
+the input's gradients that it saves.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.nn.modules import module
+
+
+class JointProjection:
+    """The product of an input with several matrices, for modules that are given at each call. What
+    was fused is forgotten by a copy and a pickle, whose weights lie elsewhere."""
+
+    def __init__(self) -> None:
+        self._weight: Tensor | None = None  # [sum of the widths, in_features]
+        self._parts: tuple[Tensor, ...] = ()  # of it: where each module's weight is to lie
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_weight": None, "_parts": ()}
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def fuse(self, *linears: nn.Module) -> None:
+        """Lays the weights one after another in one memory, if they do not lie so already. Their
+        values, parameters and gradients stay. What is no plain `nn.Linear` without a bias, or
+        differs in dtype or device, is left as it is, as are weights that processes share."""
+        if self._is_fused(linears):
+            return
+        self._weight, self._parts = None, ()
+        if not all(map(_is_plain, linears)):
+            return
+        weights = [linear.weight for linear in linears]
+        if len({(x.dtype, x.device, x.shape[1], x.is_inference()) for x in weights}) > 1:
+            return
+        if any(x.is_meta or x.is_inference() or (x.is_cpu and x.is_shared()) for x in weights):
+            return
+        self._weight = torch.cat([x.detach() for x in weights])
+        self._parts = self._weight.split([len(x) for x in weights])
+        for weight, part in zip(weights, self._parts, strict=True):
+            weight.data = part
+
+    def __call__(self, x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
+        """The output of each module: views of one product where `fuse` laid the weights together
+        and nothing but the products would see a difference."""
+        if not self._is_fused(linears):
+            return [linear(x) for linear in linears]
+        widths = [len(part) for part in self._parts]
+        return F.linear(x, self._weight).split(widths, dim=-1)
+
+    def _is_fused(self, linears: Sequence[nn.Module]) -> bool:
+        if is_compiling() or len(self._parts) != len(linears):
+            return False
+        return all(
+            _is_plain(linear)
+            and linear.weight.dtype == part.dtype
+            and linear.weight.is_set_to(part)
+            for linear, part in zip(linears, self._parts, strict=True)
+        )
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether a module's call is F.linear(x, weight) and nothing else."""
+    return (
+        type(linear) is nn.Linear
+        and type(linear.weight) is nn.Parameter
+        and linear.bias is None
+        and "forward" not in vars(linear)
+        and not linear._forward_pre_hooks
+        and not linear._forward_hooks
+        and not module._global_forward_pre_hooks
+        and not module._global_forward_hooks
+    )

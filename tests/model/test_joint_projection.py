@@ -1,0 +1,186 @@
+"""q, k and v, and gate and up, as one product each in steps on a cache."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gqa_kernels import get_backend
+from llama2 import Generator, KVCache, Llama2, ModelConfig
+
+CONFIG = ModelConfig(97, 48, 80, 2, 6, 2, 8, max_seq_len=32)
+TOKENS = torch.tensor([[1, 5, 9, 33], [1, 7, 8, 90]])
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+
+
+def make_model(dtype=torch.float64):
+    torch.manual_seed(0)
+    return Llama2(CONFIG, get_backend("eager")).to(dtype)
+
+
+class CountProducts(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += op in PRODUCTS
+        return op(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def cached_logits(model):
+    weight = model.lm_head.weight
+    cache = KVCache(model.cache_config, 2, 8, dtype=weight.dtype, device=weight.device)
+    return torch.cat([model(TOKENS[:, :3], cache), model(TOKENS[:, 3:], cache)], dim=1)
+
+
+def num_products(model):
+    with CountProducts() as counted:
+        cached_logits(model)
+    return counted.count
+
+
+JOINT, APART = 2 * (2 * 4 + 1), 2 * (2 * 7 + 1)  # two steps of two layers and a head
+
+
+def assert_same_logits(model, other):
+    torch.testing.assert_close(cached_logits(model), cached_logits(other), rtol=1e-12, atol=1e-12)
+
+
+def test_two_products_in_place_of_five():
+    model = make_model()
+    assert num_products(model) == APART
+    model.fuse_projections()
+    assert num_products(model) == JOINT
+    assert_same_logits(model, make_model())
+
+
+def test_parameters_stay(tmp_path):
+    model, plain = make_model(), make_model()
+    before = dict(model.named_parameters())
+    model.fuse_projections()
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys() and all(after[name] is before[name] for name in after)
+    expected = plain.state_dict()
+    assert all(weight.equal(expected[name]) for name, weight in model.state_dict().items())
+    places = [weight.data_ptr() for weight in after.values()]
+    model.fuse_projections()  # moves nothing a second time
+    assert [weight.data_ptr() for weight in after.values()] == places
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    loaded = load_file(tmp_path / "weights.safetensors")
+    pickled = torch.load(tmp_path / "weights.pt", weights_only=True)
+    for name, weight in expected.items():
+        assert loaded[name].equal(weight) and pickled[name].equal(weight)
+
+
+def test_gradients_take_the_products_apart():
+    model, plain = make_model(), make_model()
+    model.fuse_projections()
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, plain)]
+    for each, optimizer in zip((model, plain), optimizers, strict=True):
+        each.loss(TOKENS).backward()
+        optimizer.step()
+    for weight, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        assert weight.grad.equal(expected.grad) and weight.equal(expected)
+    assert num_products(model) == JOINT  # of the new weights
+    assert_same_logits(model, plain)
+
+
+def moved(model):
+    return model.to(torch.float32).to(torch.float64)
+
+
+def sliced(model):
+    """A head less of every kind, in the memory that stays."""
+    for attention in (layer.self_attn for layer in model.layers):
+        attention.num_q_heads, attention.num_kv_heads = 3, 1
+        for name, rows in (("q_proj", 24), ("k_proj", 8), ("v_proj", 8)):
+            linear = getattr(attention, name)
+            linear.weight = nn.Parameter(linear.weight[:rows])
+        attention.o_proj.weight = nn.Parameter(attention.o_proj.weight[:, :24])
+    return model
+
+
+class Twice(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def replaced(model):
+    """As adapters do."""
+    for layer in model.layers:
+        for owner, name in ((layer.self_attn, "v_proj"), (layer.mlp, "up_proj")):
+            weight = getattr(owner, name).weight
+            other = Twice(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+            other.weight = weight
+            setattr(owner, name, other)
+    return model
+
+
+def hooked(model):
+    for layer in model.layers:
+        layer.self_attn.k_proj.register_forward_hook(lambda module, inputs, out: out + 1)
+        layer.mlp.gate_proj.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
+    return model
+
+
+def overwritten(model):
+    for layer in model.layers:
+        layer.self_attn.q_proj.weight = nn.Parameter(layer.self_attn.q_proj.weight * 2)
+        layer.mlp.up_proj.forward = lambda x, weight=layer.mlp.up_proj.weight: x @ weight.T * 3
+    return model
+
+
+def copied(model):
+    return copy.deepcopy(model)
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("change", (moved, sliced, replaced, hooked, overwritten, copied, pickled))
+@pytest.mark.parametrize("again", (False, True))
+def test_what_was_fused_is_never_stale(change, again):
+    model, plain = make_model(), change(make_model())
+    model.fuse_projections()
+    model = change(model)
+    assert num_products(model) > JOINT
+    if again:
+        model.fuse_projections()
+    assert_same_logits(model, plain)
+    if again and change in (moved, sliced, copied, pickled):
+        assert num_products(model) == JOINT
+
+
+def test_a_compiled_model_takes_them_apart():
+    model = make_model()
+    model.fuse_projections()
+    compiled = torch.compile(model, backend="aot_eager")
+    assert_same_logits(compiled, model)
+
+
+def test_memory_that_processes_share_stays():
+    model = make_model()
+    model.share_memory()
+    model.fuse_projections()
+    assert all(weight.is_shared() for weight in model.parameters())
+    assert num_products(model) == APART
+
+
+def test_a_generator_fuses_and_training_goes_on():
+    model, plain = make_model(torch.float32), make_model(torch.float32)
+    settings = {"max_new_tokens": 5}
+    tokens = Generator(model).generate(TOKENS.tolist(), **settings)
+    assert num_products(model) == JOINT
+    model.loss(TOKENS).backward()
+    plain.loss(TOKENS).backward()
+    for weight, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        assert not weight.is_inference() and weight.grad.equal(expected.grad)
+    assert Generator(plain).generate(TOKENS.tolist(), **settings) == tokens
