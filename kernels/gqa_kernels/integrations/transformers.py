@@ -291,10 +291,7 @@ def attention_forward(
         rows = (x.squeeze(0) for x in (q, k, v))
         out = flash_attention_varlen(*rows, *bounds, causal=bool(is_causal), **scores).unsqueeze(0)
     elif softcap is sinks is window is None and _decodes(q, k, v, causal):
-        if key_ranges is None:
-            seq_lens = torch.full(q.shape[:1], k.shape[1], dtype=torch.int32, device=q.device)
-        else:
-            seq_lens = key_ranges[:, 0, 1]
+        seq_lens = None if key_ranges is None else key_ranges[:, 0, 1]  # None: all keys
         out = decode_attention(q, k, v, seq_lens, softmax_scale=scaling, **limits)
     else:
         out = flash_attention(q, k, v, causal=causal, **scores, **limits)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from gqa_kernels.patching import notes
+
 # How attention functions call a setting, and how attention modules and configs do.
 SETTINGS = {"sliding_window": "sliding_window", "softcap": "attn_logit_softcapping"}
 
@@ -30,7 +32,8 @@ def _only(*args: Tensor, **kwargs: Tensor) -> Tensor:
 def rounded_norm(self, rms_norm, *args: Tensor, **kwargs: Tensor) -> Tensor:
     """Llama's order of roundings: the op itself."""
     x = _only(*args, **kwargs)
-    return rms_norm(x, self.weight, norm_eps(self))
+    y = notes.take(x, self)
+    return rms_norm(x, self.weight, norm_eps(self)) if y is None else y
 
 
 def wide_norm(self, rms_norm, *args: Tensor, **kwargs: Tensor) -> Tensor:
@@ -120,16 +123,29 @@ def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _rotate(apply_rope, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Transformers hands cos and sin `[batch or 1, seq_len, head_dim]`, each angle twice and
     rounded to the activations' dtype; the op reads rows of float32."""
-    half, (batch, seq_len) = cos.shape[-1] // 2, q.shape[:2]
+    batch, seq_len = q.shape[:2]
     if cos.shape[0] not in (1, batch) or cos.shape[1] not in (1, seq_len):
         raise ValueError(
             f"position_ids: expected [{batch} or 1, {seq_len}]; got {list(cos.shape[:2])}"
         )
-    tables = [x[..., :half].float().expand(-1, seq_len, -1).reshape(-1, half) for x in (cos, sin)]
+    tables = [_table(x, seq_len) for x in (cos, sin)]
     positions = None
     if cos.shape[0] > 1:  # a row for each token; otherwise one for each position
         positions = torch.arange(batch * seq_len, device=q.device).view(batch, seq_len)
     return apply_rope(q, k, *tables, positions)
+
+
+def _table(angles: Tensor, seq_len: int) -> Tensor:
+    """cos or sin as rows of float32, made once for all layers that are handed the same tensor; not
+    while a graph is captured, whose replays would never make it again."""
+    shared = not (angles.is_cuda and torch.cuda.is_current_stream_capturing())
+    table = notes.read(angles, seq_len) if shared else None
+    if table is None:
+        half = angles.shape[-1] // 2
+        table = angles[..., :half].float().expand(-1, seq_len, -1).reshape(-1, half)
+        if shared:
+            notes.write(angles, seq_len, table)
+    return table
 
 
 def _attention_function(home: str, implementation: str) -> Any:
@@ -149,6 +165,7 @@ def _setting(self, attribute: str) -> Any:
 def decoder_layer(
     self,
     add_rms_norm,
+    following: nn.Module | None,
     hidden_states: Tensor,
     *args: Any,
     attention_mask: Tensor | None = None,
@@ -157,7 +174,13 @@ def decoder_layer(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """A pre-norm layer with its first residual add and second norm in one pass."""
+    """A pre-norm layer with its first residual add and second norm in one pass, and its second
+    residual add and the norm after it in another.
+
+    Args:
+        following: the norm that takes the layer's output, if it is known: the next layer's or the
+            model's last. It finds its result noted on that output.
+    """
     kwargs |= {
         "attention_mask": attention_mask,
         "position_ids": position_ids,
@@ -174,7 +197,27 @@ def decoder_layer(
     else:
         residual = hidden_states + update
         y = norm(residual)
-    return residual + self.mlp(y)
+    update = self.mlp(y)
+    if following is None or not _may_look_ahead(following, update, residual):
+        return residual + update
+    y, residual = add_rms_norm(update, residual, following.weight, norm_eps(following))
+    notes.write(residual, following, y)
+    return residual
+
+
+def _may_look_ahead(norm: nn.Module, update: Tensor, residual: Tensor) -> bool:
+    """Whether a norm that is called later may be computed now: outside of training, where its
+    weight is at hand and not sharded, offloaded or on another device."""
+    weight = norm.weight
+    return (
+        not torch.is_grad_enabled()
+        and notes.can_be_written(residual)
+        and _may_fuse(norm)
+        and update.dtype == residual.dtype
+        and type(weight) is nn.Parameter
+        and weight.shape == residual.shape[-1:]
+        and weight.device == residual.device
+    )
 
 
 def _may_fuse(norm: nn.Module) -> bool:

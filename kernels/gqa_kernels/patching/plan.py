@@ -193,14 +193,45 @@ def _is_hooked(module: nn.Module) -> bool:
 def _add_layers(plan: Plan, model: nn.Module, check: _Checks) -> None:
     """Layers that add and normalise in one pass; elsewhere the norm is replaced alone."""
     bound = {id(change.module): change.value for change in plan.changes}
+    following = _following_norms(model)
     for name, layer in model.named_modules():
-        if not has(layer, "self_attn", "mlp", "input_layernorm", "post_attention_layernorm"):
+        if not _is_layer(layer):
             continue
         norm = layer.post_attention_layernorm
         forward = bound.get(id(norm), vars(norm).get("_old_forward", vars(norm).get("forward")))
         if getattr(forward, "func", None) is forwards.rounded_norm:
             fusing = plan._replace(not_replaced=plan.not_fused)
-            _add(fusing, "add_rms_norm", name, layer, partial(check, stand_ins.decoder_layer))
+            _add(
+                fusing,
+                "add_rms_norm",
+                name,
+                layer,
+                partial(check, stand_ins.decoder_layer),
+                partial(_bind_layer, following.get(id(layer))),
+            )
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return has(module, "self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+
+
+def _following_norms(model: nn.Module) -> dict[int, nn.Module]:
+    """By the id of a layer, the norm that most likely takes its output: the next layer's first, or
+    after the last layer the `norm` beside the list of layers. A wrong guess costs a norm."""
+    found = {}
+    for parent in model.modules():
+        for layers in (child for child in parent.children() if isinstance(child, nn.ModuleList)):
+            norms = [layer.input_layernorm for layer in layers if _is_layer(layer)]
+            if norms and len(norms) == len(layers):
+                last = [parent.norm] if has(parent, "norm") else []
+                found |= zip(map(id, layers), [*norms[1:], *last], strict=False)
+    return found
+
+
+def _bind_layer(
+    following: nn.Module | None, function: Callable[..., Any], layer: nn.Module, op: Any
+) -> partial:
+    return partial(function, layer, op, following)
 
 
 def _add_attention(plan: Plan, model: nn.Module) -> None:

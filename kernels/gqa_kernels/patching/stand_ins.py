@@ -195,7 +195,7 @@ def decoder_layer(module: nn.Module) -> Binding:
         given = dict.fromkeys(("attention_mask", "position_ids", cache_name(twin)), x)
         given |= {"position_embeddings": (x, x), "use_cache": True, "cache_position": x}
         theirs = type(twin).forward(twin, x, **given)
-        ours = forwards.decoder_layer(twin, EAGER.add_rms_norm, x, **given)
+        ours = forwards.decoder_layer(twin, EAGER.add_rms_norm, None, x, **given)
         if not same([ours, calls[1]], [theirs, calls[0]]):
             raise Unlike("its steps are not norm, attention, add, norm, mlp, add")
     return forwards.decoder_layer, get_backend("triton").add_rms_norm

@@ -115,7 +115,7 @@ def decode_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    seq_lens: Tensor,
+    seq_lens: Tensor | None,
     *,
     block_table: Tensor | None = None,
     k_scale: Tensor | None = None,
@@ -153,7 +153,7 @@ def decode_attention(
             `[num_pages, page_size, num_kv_heads, head_dim]`, page_size a power of two; in q's
             dtype, or both quantised, float8_e4m3fn or int8.
         seq_lens: int32 or int64 `[batch]`, in [0, capacity], on q's device; read there only.
-            A length above the capacity counts as the capacity.
+            A length above the capacity counts as the capacity. None: every sequence fills it.
         block_table: int32 `[batch, max_pages]`: the page of each page_size tokens of a sequence.
         k_scale, v_scale: of a quantised cache, float32, `[num_kv_heads]` or, one per token,
             `[*cache.shape[:2], num_kv_heads]`.
@@ -185,6 +185,8 @@ def decode_attention(
         k, v = _gathered(k, pages), _gathered(v, pages)
         exists = here.repeat_interleave(page_size, dim=1)  # [batch, capacity]
     capacity = k.shape[1]
+    if seq_lens is None:
+        seq_lens = torch.full(q.shape[:1], capacity, dtype=torch.int64, device=q.device)
     seq_lens = seq_lens.clamp(0, capacity)[:, None]
     keys = torch.arange(capacity, device=q.device)
     last_key = seq_lens - seq_len_q + torch.arange(seq_len_q, device=q.device)  # [batch, seq_len_q]

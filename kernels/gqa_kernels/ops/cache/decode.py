@@ -32,7 +32,7 @@ def _forward(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    seq_lens: Tensor,
+    seq_lens: Tensor | None,
     block_table: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
@@ -88,7 +88,7 @@ def _forward(
             q_strides=q.stride()[:3],
             k_strides=k_cache.stride()[:3],
             v_strides=v_cache.stride()[:3],
-            seq_lens_stride=seq_lens.stride(0),
+            seq_lens_stride=0 if seq_lens is None else seq_lens.stride(0),
             block_table_strides=None if block_table is None else block_table.stride(),
             k_scale_strides=None if k_scale is None else k_scale.stride(),
             v_scale_strides=None if v_scale is None else v_scale.stride(),
@@ -128,7 +128,7 @@ def check(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    seq_lens: Tensor,
+    seq_lens: Tensor | None,
     block_table: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
@@ -144,7 +144,8 @@ def check(
     else:
         shape = ("num_pages", "page_size", "num_kv_heads", head_dim)
     checks.kv_caches(k_cache, v_cache, k_scale, v_scale, shape=shape, like=like)
-    checks.tensor("seq_lens", seq_lens, dtypes=checks.INTS, shape=(batch,), like=like)
+    if seq_lens is not None:
+        checks.tensor("seq_lens", seq_lens, dtypes=checks.INTS, shape=(batch,), like=like)
     if block_table is not None:
         checks.block_table(block_table, batch, k_cache.shape[1], like=like)
     sizes = (batch, seq_len_q, _capacity(k_cache, block_table))
@@ -174,7 +175,7 @@ def decode_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    seq_lens: Tensor,
+    seq_lens: Tensor | None,
     *,
     block_table: Tensor | None = None,
     k_scale: Tensor | None = None,
@@ -194,7 +195,7 @@ def decode_attention(
             or both float8_e4m3fn or int8; any strides with contiguous features.
         seq_lens: int32 or int64 `[batch]` in [0, capacity], the new tokens included; capacity is
             max_seq_len, or max_pages · page_size. Read on the device; a length above the capacity
-            counts as the capacity.
+            counts as the capacity. None: every sequence fills it.
         block_table: int32 `[batch, max_pages]`. Entries beyond a length are not read; an entry
             outside [0, num_pages) within it reads nothing: its keys count as hidden.
         k_scale, v_scale: float32 `[num_kv_heads]` or `[*k_cache.shape[:2], num_kv_heads]`, of

@@ -29,6 +29,8 @@ class Queries(NamedTuple):
 @triton.jit
 def _load_length(seq_lens_ptr, index, stride, capacity):
     """A sequence's length in [0, capacity], clamped before it is narrowed."""
+    if seq_lens_ptr is None:
+        return tl.cast(capacity, tl.int32)
     length = tl.load(seq_lens_ptr + index * stride).to(tl.int64)
     return tl.minimum(tl.maximum(length, 0), capacity).to(tl.int32)
 
