@@ -42,6 +42,15 @@ def test_a_length_beyond_the_cache_counts_as_its_end(length, draw, device):
     assert torch.equal(beyond, decode_attention(q, k, v, lengths(40, device=device)))
 
 
+def test_without_lengths_every_sequence_fills_the_cache(draw, device):
+    q, k, v = draw(2, 3, 4, 16), draw(2, 40, 2, 16), draw(2, 40, 2, 16)
+    assert_within_budget(q, k, v, None)
+    for ops in (decode_attention, reference.decode_attention):
+        assert torch.equal(ops(q, k, v, None), ops(q, k, v, lengths(40, 40, device=device)))
+    one = draw(2, 1, 2, 16)  # a capacity of 1
+    assert_within_budget(draw(2, 1, 4, 16), one, one, None)
+
+
 def assert_is_flash_attention(q, k, v):
     def decoded(q, k, v):
         whole = lengths(*[k.shape[1]] * len(k), device=k.device)
