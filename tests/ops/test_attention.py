@@ -23,8 +23,15 @@ def border_lengths():
     return [(a, b) for a in queries for b in keys]
 
 
+@pytest.fixture(params=(True, False), ids=("ahead", "in order"))
+def order(request, monkeypatch):
+    """Each tile's product before the softmax of the tile before it, or after."""
+    rows = (row._replace(ahead=request.param) for row in configs.ATTENTION_FORWARD)
+    monkeypatch.setattr(configs, "ATTENTION_FORWARD", tuple(rows))
+
+
 @pytest.mark.parametrize("causal", (False, True))
-def test_lengths_that_cross_tile_borders(causal, draw):
+def test_lengths_that_cross_tile_borders(causal, order, draw):
     """One budget for all lengths: a single short row says little about eager's error."""
     calls = []
     for seq_len_q, seq_len_kv in border_lengths():
@@ -37,6 +44,19 @@ def test_lengths_that_cross_tile_borders(causal, draw):
         }
         calls.append(call)
     assert_calls(flash_attention, reference.flash_attention, calls)
+
+
+@pytest.mark.parametrize(
+    "scores", ({"window": (20, 3)}, {"softcap": 2.0, "causal": True}, {"key_mask": True}), ids=str
+)
+def test_either_order_of_a_step(scores, order, draw, generator):
+    """Masks, caps, biases and the residue that gradients need."""
+    q, k, v = (draw(2, n, 2, 16, dtype=torch.bfloat16) for n in (45, 70, 70))
+    if "key_mask" in scores:
+        scores = {"key_mask": (torch.rand(2, 70, generator=generator) < 0.6).to(q.device)}
+    slopes = torch.rand(2, generator=generator).to(q.device)
+    inputs = {"q": q, "k": k, "v": v, "alibi_slopes": slopes, "sinks": draw(2), **scores}
+    assert_call(flash_attention, reference.flash_attention, inputs, ("q", "k", "v"))
 
 
 @pytest.mark.parametrize("group_size", (1, 2, 3, 5, 6, 7, 8, 12))

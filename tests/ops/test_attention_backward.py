@@ -31,7 +31,9 @@ def border_lengths():
     return [(a, b) for a in queries for b in keys]
 
 
-@pytest.mark.parametrize("scores", ({}, {"causal": True}, {"window": (11, 6)}), ids=str)
+@pytest.mark.parametrize(
+    "scores", ({}, {"causal": True}, {"window": (11, 6)}, {"window": (60, 15)}), ids=str
+)
 def test_lengths_that_cross_tile_borders(scores, draw):
     """One budget for all lengths: a single short row says little about eager's error."""
     calls = []
@@ -68,6 +70,16 @@ def test_the_lengths_of_flash_attention(lengths, draw):
     )
     assert_within_budget(q, k, v, causal=True)
     assert_within_budget(q, k, v, window=(60, 15), softcap=15.0)
+
+
+@pytest.mark.parametrize("apart", (True, False))
+def test_tiles_that_need_no_mask(apart, draw, monkeypatch):
+    """In a loop of their own or not: those between the edges of a window, of a group's heads."""
+    rows = (row._replace(apart=apart) for row in configs.ATTENTION_DKDV)
+    monkeypatch.setattr(configs, "ATTENTION_DKDV", tuple(rows))
+    q, k, v = draw(1, 150, 4, 16), draw(1, 170, 2, 16), draw(1, 170, 2, 16)
+    assert_within_budget(q, k, v, causal=True)
+    assert_within_budget(q, k, v, window=(75, 20))
 
 
 @pytest.mark.parametrize("group_size", (1, 3, 5, 7, 8, 12))

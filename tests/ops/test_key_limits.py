@@ -40,6 +40,17 @@ def test_ranges_stand_in_for_a_causal_mask(draw, device):
     )
 
 
+@pytest.mark.parametrize("limits", ({"causal": True}, {"window": (70, 9)}, {}), ids=str)
+def test_documents_longer_than_tiles(limits, draw, device):
+    """Some blocks of keys lie in one document, whose queries all see them; one lies in two."""
+    lengths = torch.tensor([80, 100, 20], device=device)
+    end = lengths.cumsum(0)
+    ranges = torch.stack((end - lengths, end), -1).repeat_interleave(lengths, 0)[None]
+    q, k, v = draw(1, 200, 2, 16), draw(1, 200, 1, 16), draw(1, 200, 1, 16)
+    inputs = {"q": q, "k": k, "v": v, "key_ranges": ranges, **limits}
+    assert_call(flash_attention, reference.flash_attention, inputs, WRT)
+
+
 def test_hidden_keys_get_no_gradient_and_blind_queries_nothing(draw, device):
     q, k, v = (draw(2, 40, 2, 16).requires_grad_() for _ in range(3))
     mask = torch.ones(2, 40, dtype=torch.bool, device=device)

@@ -107,7 +107,8 @@ def _sum_partials_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program adds all partial sums of BLOCK_C columns, from the first row to the last."""
+    """One program adds all partial sums of BLOCK_C columns: every BLOCK_R-th row, from the first to
+    the last, then those sums as a tree."""
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
     for start in tl.range(0, num_partials, BLOCK_R):
@@ -193,14 +194,14 @@ def _backward(
             enable_fp_fusion=True,
         )
         if need_dweight:
-            _sum_partials_kernel[(triton.cdiv(width, 64),)](
+            _sum_partials_kernel[(triton.cdiv(width, configs.NORM_SUM_COLUMNS),)](
                 partials_ptr=partials,
                 dweight_ptr=dweight,
                 num_partials=num_programs,
                 WIDTH=width,
-                BLOCK_R=32,
-                BLOCK_C=64,
-                num_warps=4,
+                BLOCK_R=configs.NORM_SUM_ROWS,
+                BLOCK_C=configs.NORM_SUM_COLUMNS,
+                num_warps=configs.NORM_SUM_NUM_WARPS,
                 enable_fp_fusion=True,
             )
     return dx, dweight

@@ -112,17 +112,20 @@ def load_ranges(key_ranges_ptr, strides, batch, queries, seq_len_q, seq_len_kv):
 def rows_that_see(
     start, end, key_ranges_ptr, strides, batch, seq_len_q, seq_len_kv, BLOCK: tl.constexpr
 ):
-    """(first query, end of the queries) whose ranges meet the keys start … end − 1."""
-    first_query, end_query = seq_len_q, 0
+    """(first query, end of the queries) whose ranges meet the keys start … end − 1, and whether
+    each query from the one to the other sees all of those keys."""
+    first_query, end_query, num_whole = seq_len_q, 0, 0
     for first in tl.range(0, seq_len_q, BLOCK):
         queries = first + tl.arange(0, BLOCK)
         first_keys, end_keys = load_ranges(
             key_ranges_ptr, strides, batch, queries, seq_len_q, seq_len_kv
         )
         sees = (first_keys < end) & (end_keys > start)
+        whole = (first_keys <= start) & (end_keys >= end)
+        num_whole += tl.sum(whole.to(tl.int32), 0)
         first_query = tl.minimum(first_query, tl.min(tl.where(sees, queries, seq_len_q), 0))
         end_query = tl.maximum(end_query, tl.max(tl.where(sees, queries + 1, 0), 0))
-    return first_query, end_query
+    return first_query, end_query, num_whole == end_query - first_query
 
 
 @triton.jit

@@ -35,6 +35,12 @@ NORM_BACKWARD = (  # compiled, sm_90
     RowConfig(max_width=16384, num_warps=32, programs_per_sm=1),
 )
 
+# An H200's partial sums of the weight gradient are 264 rows at a width of 5120: loaded at once, by
+# two programs or more on each SM. A loop over fewer rows waits for each of its steps.
+NORM_SUM_ROWS = 512  # compiled, sm_90
+NORM_SUM_COLUMNS = 16
+NORM_SUM_NUM_WARPS = 8
+
 NORM_MAX_WIDTH = NORM_FORWARD[-1].max_width
 
 # Two loads of 16 bytes per thread and operand, 16 programs per SM.
@@ -54,15 +60,34 @@ class AttentionConfig(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+    ahead: bool = True  # forward: the next tile's product is issued before this tile's softmax
+    apart: bool = True  # dkdv: tiles that need no mask have a loop of their own
+    max_registers: int | None = None  # of a thread; NVIDIA alone
 
 
 ATTENTION_FORWARD = (
-    # Small tiles, whose borders tests cross with few keys.
+    # Small tiles, whose borders tests cross with few keys; both orders, as on sm_90.
+    AttentionConfig(
+        "interpreter", 2, 64, block_m=32, block_n=16, num_warps=4, num_stages=2, ahead=False
+    ),
     AttentionConfig("interpreter", 2, 256, block_m=32, block_n=16, num_warps=4, num_stages=2),
     AttentionConfig("interpreter", 4, 256, block_m=32, block_n=16, num_warps=4, num_stages=2),
-    # Compiled, sm_90: the softmax issues under the product of the next tile. Two stages let part of
-    # it slip behind that product at head_dim 64 and spill two instructions at 192.
-    AttentionConfig("sm_90", 2, 64, block_m=128, block_n=64, num_warps=8, num_stages=3),
+    # Compiled, sm_90: with one tile of scores alive two programs share an SM, and the softmax of
+    # one issues under the products of the other. Left alone, ptxas takes more registers than that
+    # leaves where packed sequences keep a residue; two stages spill where keys are hidden.
+    AttentionConfig(
+        "sm_90",
+        2,
+        64,
+        block_m=128,
+        block_n=64,
+        num_warps=8,
+        num_stages=3,
+        ahead=False,
+        max_registers=128,
+    ),
+    # Compiled, sm_90: the softmax issues under the product of the next tile. Two stages spill two
+    # instructions at head_dim 192.
     AttentionConfig("sm_90", 2, 128, block_m=128, block_n=64, num_warps=8, num_stages=2),
     AttentionConfig("sm_90", 2, 256, block_m=128, block_n=32, num_warps=8, num_stages=3),
     # Compiled, sm_100: tcgen05 needs 64 rows or more.
@@ -86,11 +111,18 @@ ATTENTION_FORWARD = (
 ATTENTION_DKDV = (
     AttentionConfig("interpreter", 2, 256, block_m=16, block_n=32, num_warps=4, num_stages=2),
     AttentionConfig("interpreter", 4, 256, block_m=16, block_n=32, num_warps=4, num_stages=2),
-    # Compiled, sm_90: the largest tiles that do not spill. A padded head needs more registers.
+    # Compiled, sm_90: the largest tiles that do not spill. A padded head needs more registers; the
+    # widest have none left for a second loop.
     AttentionConfig("sm_90", 2, 64, block_m=64, block_n=64, num_warps=4, num_stages=2),
     AttentionConfig("sm_90", 2, 120, block_m=32, block_n=128, num_warps=8, num_stages=2),
     AttentionConfig("sm_90", 2, 128, block_m=64, block_n=128, num_warps=8, num_stages=2),
-    AttentionConfig("sm_90", 2, 256, block_m=32, block_n=64, num_warps=8, num_stages=2),
+    AttentionConfig(
+        "sm_90", 2, 256, block_m=32, block_n=64, num_warps=8, num_stages=2, apart=False
+    ),
+    # Compiled, sm_100: ptxas keeps to 96 registers here, and a second loop spills one of them.
+    AttentionConfig(
+        "sm_100", 2, 64, block_m=32, block_n=64, num_warps=4, num_stages=2, apart=False
+    ),
     # Compiled, gfx942.
     AttentionConfig("gfx", 2, 128, block_m=32, block_n=32, num_warps=4, num_stages=1),
     AttentionConfig("gfx", 2, 256, block_m=16, block_n=32, num_warps=4, num_stages=1),
@@ -101,8 +133,10 @@ ATTENTION_DKDV = (
     AttentionConfig("", 4, 256, block_m=16, block_n=16, num_warps=8, num_stages=1),
 )
 
-# A soft cap keeps a second tile of scores alive, packed sequences more offsets.
+# A soft cap keeps a second tile of scores alive, packed sequences more offsets: for them heads of
+# more than 64 features get smaller tiles.
 ATTENTION_DKDV_SMALL = (
+    AttentionConfig("sm_90", 2, 64, block_m=64, block_n=64, num_warps=4, num_stages=2),
     AttentionConfig("sm_90", 2, 128, block_m=32, block_n=128, num_warps=8, num_stages=2),
     *ATTENTION_DKDV,
 )
@@ -111,6 +145,8 @@ ATTENTION_DKDV_SMALL = (
 ATTENTION_DQ = (
     AttentionConfig("interpreter", 2, 256, block_m=32, block_n=16, num_warps=4, num_stages=2),
     AttentionConfig("interpreter", 4, 256, block_m=32, block_n=16, num_warps=4, num_stages=2),
+    # Compiled, sm_90: small enough for two programs per SM.
+    AttentionConfig("sm_90", 2, 64, block_m=128, block_n=32, num_warps=8, num_stages=3),
     # Compiled, sm_90: no spills, and nearly every exponential issues under a product.
     AttentionConfig("sm_90", 2, 128, block_m=128, block_n=64, num_warps=8, num_stages=2),
     AttentionConfig("sm_90", 2, 256, block_m=64, block_n=32, num_warps=8, num_stages=2),

@@ -125,7 +125,8 @@ def block_d(head_dim: int) -> int:
 def kernel_arguments(call: Call, config: configs.AttentionConfig) -> dict[str, Any]:
     """What the kernels of both passes take of a prepared call, beside pointers to q, k and v."""
     head_dim = call.q.shape[3]
-    return {
+    limit = {} if config.max_registers is None else {"maxnreg": config.max_registers}
+    return limit | {
         "cu_seqlens_q_ptr": call.cu_seqlens_q,
         "cu_seqlens_kv_ptr": call.cu_seqlens_kv,
         "alibi_slopes_ptr": call.alibi_slopes,

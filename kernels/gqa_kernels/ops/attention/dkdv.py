@@ -5,7 +5,7 @@ heads of its group. It computes Sᵀ and dPᵀ as such: the transpose of a produ
 of another (miscompiled for Hopper before Triton 3.7.1).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,6 +29,106 @@ from gqa_kernels.primitives.scores import (
 )
 from gqa_kernels.primitives.tiles import LOG2_E, load_rows, store_rows
 from gqa_kernels.runtime import configs
+
+
+class _Queries(NamedTuple):
+    """What passes by a program: the queries of a group's heads, and what belongs to them."""
+
+    q_ptr: Any  # of the sequence's query 0, of head 0
+    dout_ptr: Any
+    q_strides: Any
+    dout_strides: Any
+    lse_ptr: Any  # likewise
+    delta_ptr: Any
+    statistics_stride: Any  # from head to head
+    alibi_slopes_ptr: Any
+    alibi_stride: Any
+    key_ranges_ptr: Any
+    key_ranges_strides: Any
+    sequence: Any
+    batch: Any
+    first_head: Any  # of the group
+    seq_len_q: Any
+
+
+@triton.jit
+def _walk_queries(
+    of,
+    key,
+    value,
+    keys,
+    seq_len_kv,
+    window_left,
+    window_right,
+    cap_scale,
+    score_unit,
+    dk,
+    dv,
+    first_tile,
+    num_before,
+    num_skipped,
+    num_tiles,
+    MASKED: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """dk and dv and what num_tiles tiles of queries add to them: num_before from first_tile on, the
+    rest after num_skipped others.
+
+    One loop over the tiles of all heads: its loads run ahead across the heads' borders.
+    """
+    BLOCK_D: tl.constexpr = key.shape[1]
+    diagonal = seq_len_kv - of.seq_len_q  # query i stands on key i + diagonal
+    for step in tl.range(0, num_tiles * GROUP_SIZE, num_stages=NUM_STAGES):
+        head, tile = step // num_tiles, step % num_tiles
+        if MASKED:
+            tile += tl.where(tile < num_before, 0, num_skipped)
+        start_m = (first_tile + tile) * BLOCK_M
+        queries = start_m + tl.arange(0, BLOCK_M)
+        own_head = (of.first_head + head).to(tl.int64)
+        query = load_rows(
+            of.q_ptr + own_head * of.q_strides[2],
+            of.q_strides[1], start_m, of.seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+        d_out = load_rows(
+            of.dout_ptr + own_head * of.dout_strides[2],
+            of.dout_strides[1], start_m, of.seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+        row = own_head * of.statistics_stride
+        lse, delta = load_statistics(
+            of.lse_ptr + row, of.delta_ptr + row, queries, of.seq_len_q
+        )  # [BLOCK_M]
+        slope = load_slope(
+            of.alibi_slopes_ptr, of.alibi_stride, of.sequence, of.first_head + head, score_unit
+        )
+        own_keys = (queries + diagonal)[None, :]
+
+        scoring = Scoring(own_keys, cap_scale, slope, score_unit * LOG2_E)
+        products = tl.dot(key, query.T, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+        capped = cap(products, cap_scale)
+        scores = add_bias(capped, keys, scoring) - lse[None, :]
+        if MASKED:
+            first_keys = None
+            end_keys = None
+            if of.key_ranges_ptr is not None:
+                first_keys, end_keys = load_ranges(
+                    of.key_ranges_ptr, of.key_ranges_strides, of.batch, queries[None, :],
+                    of.seq_len_q, seq_len_kv,
+                )  # fmt: skip
+            visible = Visible(
+                own_keys, seq_len_kv, window_left, window_right, first_keys, end_keys, None
+            )
+            scores = mask(scores, keys, visible)
+        weights = tl.math.exp2(scores * scoring.exponent_scale)
+        dv = tl.dot(weights.to(d_out.dtype), d_out, dv, input_precision="ieee")
+        d_weights = tl.dot(value, d_out.T, input_precision="ieee")
+        d_scores = weights * (d_weights - delta[None, :])
+        if cap_scale is not None:
+            d_scores *= cap_derivative(capped)
+        dk = tl.dot(d_scores.to(query.dtype), query, dk, input_precision="ieee")
+    return dk, dv
 
 
 @triton.jit(
@@ -71,6 +171,7 @@ def _dkdv_kernel(
     BLOCK_D: tl.constexpr,
     RANGES_BLOCK: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    APART: tl.constexpr,
 ):
     """One program sums the gradients of BLOCK_N keys and values over all heads of a group."""
     rows_q, rows_kv = seq_len_q, seq_len_kv  # per batch entry
@@ -93,72 +194,64 @@ def _dkdv_kernel(
     q_ptr += batch_64 * q_strides[0] + first_q * q_strides[1]
     dout_ptr += batch_64 * dout_strides[0] + first_q * dout_strides[1]
 
+    row = batch_64 * num_kv_heads * GROUP_SIZE * rows_q + first_q  # of the statistics, head 0
+    of = _Queries(
+        q_ptr, dout_ptr, q_strides, dout_strides, lse_ptr + row, delta_ptr + row, rows_q,
+        alibi_slopes_ptr, alibi_stride, key_ranges_ptr, key_ranges_strides,
+        work.sequence, batch, kv_head * GROUP_SIZE, seq_len_q,
+    )  # fmt: skip
     keys = start_n + tl.arange(0, BLOCK_N)[:, None]
     diagonal = seq_len_kv - seq_len_q  # query i stands on key i + diagonal
-    first_tile, end_query = 0, seq_len_q
+    # Queries that see a key of this block, and among them those that see each of them.
+    first_query, end_query = 0, seq_len_q
+    first_free, end_free = 0, seq_len_q
     if window_right is not None:
-        first_tile = tl.maximum(start_n - window_right - diagonal, 0) // BLOCK_M
+        first_query = tl.maximum(start_n - window_right - diagonal, 0)
+        first_free = tl.maximum(start_n + BLOCK_N - 1 - window_right - diagonal, 0)
     if window_left is not None:
         end_query = tl.minimum(end_query, start_n + BLOCK_N + window_left - diagonal)
+        end_free = tl.minimum(end_free, start_n + 1 + window_left - diagonal)
     if key_ranges_ptr is not None:
-        first_row, end_row = rows_that_see(
-            start_n, start_n + BLOCK_N, key_ranges_ptr, key_ranges_strides, batch,
-            seq_len_q, seq_len_kv, RANGES_BLOCK,
+        first_row, end_row, all_see_all = rows_that_see(
+            start_n, tl.minimum(start_n + BLOCK_N, seq_len_kv), key_ranges_ptr, key_ranges_strides,
+            batch, seq_len_q, seq_len_kv, RANGES_BLOCK,
         )  # fmt: skip
-        first_tile = tl.maximum(first_tile, first_row // BLOCK_M)
+        first_query = tl.maximum(first_query, first_row)
         end_query = tl.minimum(end_query, end_row)
-    if key_mask_ptr is not None:
-        key_mask_ptr += batch_64 * key_mask_stride
-    num_tiles = tl.maximum(tl.cdiv(tl.maximum(end_query, 0), BLOCK_M) - first_tile, 0)
-
-    row = batch_64 * num_kv_heads * GROUP_SIZE * rows_q + first_q  # of the statistics, head 0
+        first_free = tl.maximum(first_free, first_row)
+        end_free = tl.minimum(end_free, tl.where(all_see_all, end_row, 0))
+    first_tile, end_tile = first_query // BLOCK_M, tl.cdiv(tl.maximum(end_query, 0), BLOCK_M)
+    num_tiles = tl.maximum(end_tile - first_tile, 0)
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
-    # One loop over all tiles of all heads: its loads run ahead across the heads' borders.
-    for step in tl.range(0, num_tiles * GROUP_SIZE, num_stages=NUM_STAGES):
-        head = kv_head * GROUP_SIZE + step // num_tiles
-        start_m = (first_tile + step % num_tiles) * BLOCK_M
-        queries = start_m + tl.arange(0, BLOCK_M)
-        head_64 = head.to(tl.int64)
-        query = load_rows(
-            q_ptr + head_64 * q_strides[2],
-            q_strides[1], start_m, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D,
+    num_before, num_free = 0, num_tiles
+    MASKS: tl.constexpr = (
+        window_left is not None or window_right is not None or key_ranges_ptr is not None
+    )
+    if MASKS:
+        # Queries after the last one need no mask: none of their weights count.
+        num_free = 0
+        if APART:
+            end_free_tile = tl.where(end_free < seq_len_q, end_free // BLOCK_M, end_tile)
+            first_free_tile = tl.maximum(tl.cdiv(first_free, BLOCK_M), first_tile)
+            num_free = tl.maximum(tl.minimum(end_free_tile, end_tile) - first_free_tile, 0)
+            num_before = tl.minimum(first_free_tile - first_tile, num_tiles)
+        dk, dv = _walk_queries(
+            of, key, value, keys, seq_len_kv, window_left, window_right, cap_scale, score_unit,
+            dk, dv, first_tile, num_before, num_free, num_tiles - num_free,
+            True, GROUP_SIZE, HEAD_DIM, BLOCK_M, NUM_STAGES,
         )  # fmt: skip
-        d_out = load_rows(
-            dout_ptr + head_64 * dout_strides[2],
-            dout_strides[1], start_m, seq_len_q, HEAD_DIM, BLOCK_M, BLOCK_D,
+    if APART or not MASKS:
+        dk, dv = _walk_queries(
+            of, key, value, keys, seq_len_kv, window_left, window_right, cap_scale, score_unit,
+            dk, dv, first_tile + num_before, num_free, 0, num_free,
+            False, GROUP_SIZE, HEAD_DIM, BLOCK_M, NUM_STAGES,
         )  # fmt: skip
-        head_row = row + head_64 * rows_q
-        lse, delta = load_statistics(
-            lse_ptr + head_row, delta_ptr + head_row, queries, seq_len_q
-        )  # [BLOCK_M]
-        slope = load_slope(alibi_slopes_ptr, alibi_stride, work.sequence, head, score_unit)
-        own_keys = (queries + diagonal)[None, :]
-
-        scoring = Scoring(own_keys, cap_scale, slope, score_unit * LOG2_E)
-        products = tl.dot(key, query.T, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
-        capped = cap(products, cap_scale)
-        scores = add_bias(capped, keys, scoring) - lse[None, :]
-        first_keys = None
-        end_keys = None
-        if key_ranges_ptr is not None:
-            first_keys, end_keys = load_ranges(
-                key_ranges_ptr, key_ranges_strides, batch, queries[None, :], seq_len_q, seq_len_kv
-            )  # [1, BLOCK_M]
-        LIMITED: tl.constexpr = key_ranges_ptr is not None or key_mask_ptr is not None
-        # Keys that do not exist have rows of their own, which are not stored.
-        if window_left is not None or window_right is not None or LIMITED:
-            visible = Visible(
-                own_keys, seq_len_kv, window_left, window_right, first_keys, end_keys, key_mask_ptr
-            )
-            scores = mask(scores, keys, visible)
-        weights = tl.math.exp2(scores * scoring.exponent_scale)
-        dv = tl.dot(weights.to(d_out.dtype), d_out, dv, input_precision="ieee")
-        d_weights = tl.dot(value, d_out.T, input_precision="ieee")
-        d_scores = weights * (d_weights - delta[None, :])
-        if cap_scale is not None:
-            d_scores *= cap_derivative(capped)
-        dk = tl.dot(d_scores.to(query.dtype), query, dk, input_precision="ieee")
+    if key_mask_ptr is not None:  # a hidden key has rows of its own: that they are 0 is enough
+        key_mask_ptr += batch_64 * key_mask_stride
+        seen = tl.load(key_mask_ptr + keys, mask=keys < seq_len_kv, other=0) != 0  # [BLOCK_N, 1]
+        dk = tl.where(seen, dk, 0.0)
+        dv = tl.where(seen, dv, 0.0)
 
     offset = ((batch_64 * rows_kv + first_kv) * num_kv_heads + kv_head) * HEAD_DIM
     stride = num_kv_heads * HEAD_DIM
@@ -186,6 +279,7 @@ def key_value_gradients(call: Call, given: dict[str, Any]) -> tuple[Tensor, Tens
             dv_ptr=dv,
             num_kv_heads=num_kv_heads,
             RANGES_BLOCK=configs.ATTENTION_RANGES_BLOCK,
+            APART=config.apart,
             **given,
             **kernel_arguments(call, config),
         )

@@ -45,7 +45,44 @@ from gqa_kernels.runtime import configs, layout, target
 
 
 @triton.jit
-def _walk(
+def _multiply(q, k, start, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr):
+    """q times the keys from start on: `[BLOCK_M, BLOCK_N]`."""
+    key = load_tile(k, start, HEAD_DIM, BLOCK_N, q.shape[1], USE_TMA)
+    return tl.dot(q, key.T, input_precision="ieee")
+
+
+@triton.jit
+def _score(products, start, visible, scoring, MASKED: tl.constexpr):
+    """The scores of the keys from start on."""
+    keys = (start + tl.arange(0, products.shape[1]))[None, :]
+    scores = score(products, keys, scoring)
+    if MASKED:
+        scores = mask(scores, keys, visible)
+    return scores
+
+
+@triton.jit
+def _fold(
+    scores,
+    v,
+    start,
+    scoring,
+    softmax,
+    EXACT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    DROPPED: tl.constexpr,
+):
+    """The softmax with the scores and values of the keys from start on."""
+    BLOCK_N: tl.constexpr = scores.shape[1]
+    BLOCK_D: tl.constexpr = softmax.accumulator.shape[1]
+    weights, softmax = online_softmax_step(scores, softmax, scoring.exponent_scale, DROPPED, EXACT)
+    value = load_tile(v, start, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA)
+    return add_values(weights, value, softmax)
+
+
+@triton.jit
+def _walk_ahead(
     q,
     k,
     v,
@@ -68,21 +105,41 @@ def _walk(
     cores work while this tile's softmax runs.
     """
     BLOCK_N: tl.constexpr = scores.shape[1]
-    BLOCK_D: tl.constexpr = q.shape[1]
+    EXACT: tl.constexpr = q.dtype == tl.float32
     for step in tl.range(0, num_steps, num_stages=NUM_STAGES):
         start = (last_tile - step) * BLOCK_N
-        key = load_tile(k, start - BLOCK_N, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA)
-        products = tl.dot(q, key.T, input_precision="ieee")
-        weights, softmax = online_softmax_step(
-            scores, softmax, scoring.exponent_scale, DROPPED, q.dtype == tl.float32
-        )
-        value = load_tile(v, start, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA)
-        softmax = add_values(weights, value, softmax)
-        keys = (start - BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-        scores = score(products, keys, scoring)
-        if MASKED:
-            scores = mask(scores, keys, visible)
+        products = _multiply(q, k, start - BLOCK_N, HEAD_DIM, BLOCK_N, USE_TMA)
+        softmax = _fold(scores, v, start, scoring, softmax, EXACT, HEAD_DIM, USE_TMA, DROPPED)
+        scores = _score(products, start - BLOCK_N, visible, scoring, MASKED)
     return scores, softmax
+
+
+@triton.jit
+def _walk(
+    q,
+    k,
+    v,
+    visible,
+    scoring,
+    softmax,
+    last_tile,
+    num_steps,
+    MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    DROPPED: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """The softmax after num_steps tiles downwards from last_tile, one after the other: one tile of
+    scores is alive at a time."""
+    EXACT: tl.constexpr = q.dtype == tl.float32
+    for step in tl.range(0, num_steps, num_stages=NUM_STAGES):
+        start = (last_tile - step) * BLOCK_N
+        products = _multiply(q, k, start, HEAD_DIM, BLOCK_N, USE_TMA)
+        scores = _score(products, start, visible, scoring, MASKED)
+        softmax = _fold(scores, v, start, scoring, softmax, EXACT, HEAD_DIM, USE_TMA, DROPPED)
+    return softmax
 
 
 @triton.jit(
@@ -122,6 +179,7 @@ def _forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """One program attends from BLOCK_M queries of one head to all the keys that they see."""
     rows_per_batch = seq_len_q
@@ -174,28 +232,37 @@ def _forward_kernel(
         softmax = Softmax(running_max, one, one, softmax.accumulator)
 
     last_tile = first_tile + num_tiles - 1
-    key = load_tile(k, last_tile * BLOCK_N, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA)
-    keys = (last_tile * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-    products = tl.dot(q, key.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-    scores = mask(score(products, keys, scoring), keys, visible)
     LIMITED: tl.constexpr = first_keys is not None or key_mask_ptr is not None
-    if window_left is not None or window_right is not None or LIMITED:
-        num_masked = num_tiles - 1 - num_free
-        scores, softmax = _walk(
-            q, k, v, visible, scoring, scores, softmax, last_tile, num_masked,
-            True, HEAD_DIM, USE_TMA, DROPPED, NUM_STAGES,
+    ALL_MASKED: tl.constexpr = window_left is not None or LIMITED
+    if AHEAD:
+        products = _multiply(q, k, last_tile * BLOCK_N, HEAD_DIM, BLOCK_N, USE_TMA)
+        scores = _score(products, last_tile * BLOCK_N, visible, scoring, True)
+        if ALL_MASKED or window_right is not None:
+            num_masked = num_tiles - 1 - num_free
+            scores, softmax = _walk_ahead(
+                q, k, v, visible, scoring, scores, softmax, last_tile, num_masked,
+                True, HEAD_DIM, USE_TMA, DROPPED, NUM_STAGES,
+            )  # fmt: skip
+            last_tile -= num_masked
+        if not ALL_MASKED:
+            scores, softmax = _walk_ahead(
+                q, k, v, visible, scoring, scores, softmax, last_tile, num_free,
+                False, HEAD_DIM, USE_TMA, DROPPED, NUM_STAGES,
+            )  # fmt: skip
+        EXACT: tl.constexpr = q.dtype == tl.float32
+        start = first_tile * BLOCK_N
+        softmax = _fold(scores, v, start, scoring, softmax, EXACT, HEAD_DIM, USE_TMA, DROPPED)
+    else:
+        num_masked = num_tiles - num_free
+        softmax = _walk(
+            q, k, v, visible, scoring, softmax, last_tile, num_masked,
+            True, HEAD_DIM, BLOCK_N, USE_TMA, DROPPED, NUM_STAGES,
         )  # fmt: skip
-        last_tile -= num_masked
-    if window_left is None and not LIMITED:
-        scores, softmax = _walk(
-            q, k, v, visible, scoring, scores, softmax, last_tile, num_free,
-            False, HEAD_DIM, USE_TMA, DROPPED, NUM_STAGES,
-        )  # fmt: skip
-    weights, softmax = online_softmax_step(
-        scores, softmax, scoring.exponent_scale, DROPPED, q.dtype == tl.float32
-    )
-    value = load_tile(v, first_tile * BLOCK_N, HEAD_DIM, BLOCK_N, BLOCK_D, USE_TMA)
-    softmax = add_values(weights, value, softmax)
+        if not ALL_MASKED:
+            softmax = _walk(
+                q, k, v, visible, scoring, softmax, last_tile - num_masked, num_free,
+                False, HEAD_DIM, BLOCK_N, USE_TMA, DROPPED, NUM_STAGES,
+            )  # fmt: skip
 
     out, log_sum = finish_softmax(softmax)
     row = batch_64 * rows_per_batch + work.first_row  # of out, the sequence's first
@@ -257,6 +324,7 @@ def launch_forward(
             sinks_ptr=call.sinks,
             num_q_heads=num_q_heads,
             USE_TMA=use_tma,
+            AHEAD=config.ahead,
             **kernel_arguments(call, config),
         )
     return out, lse, residue
