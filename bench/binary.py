@@ -24,6 +24,18 @@ _MEMORY = ("LDG", "STG", "LDGSTS", "LD", "ST")
 _DOTS = ("tt.dot", "tt.dot_scaled")
 
 
+class Scheduled(NamedTuple):
+    """An instruction of a loop as its hardware schedules it."""
+
+    opcode: str
+    stall: int  # cycles until the warp's next instruction
+    waits: tuple[int, ...]  # for barriers, of the warp's six
+    sets: int | None  # the barrier that frees once the result is there
+    sets_when_read: int | None  # the barrier that frees once the operands are read
+    closes_group: bool  # of products
+    groups_left: int | None  # how many groups of products may run on; None: it waits for none
+
+
 @dataclass(frozen=True)
 class Binary:
     registers: int  # per thread
@@ -32,6 +44,7 @@ class Binary:
     mix: dict[str, int]  # instructions of the whole kernel, per warp
     loop: dict[str, int] = field(default_factory=dict)  # of the main loop, if there is one
     under_wgmma: dict[str, int] = field(default_factory=dict)  # of those, while a wgmma is running
+    schedule: tuple[Scheduled, ...] = ()  # of the main loop, if it has wgmma
     serialized: tuple[str, ...] = ()  # what ptxas says where it serialises wgmma
     transposed_dots: int = 0  # dot operands that are a transposed dot result
 
@@ -42,7 +55,8 @@ def examine(launch: Launch) -> Binary:
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     file = f"{launch.name}.examined-{version}.json"
     if path := manager.get_file(file):
-        return Binary(**json.loads(Path(path).read_text(encoding="utf-8")))
+        kept = json.loads(Path(path).read_text(encoding="utf-8"))
+        return Binary(**kept | {"schedule": tuple(Scheduled(*step) for step in kept["schedule"])})
     files = launch.files()
     binary = _examine_amd(files) if "amdgcn" in files else _examine_nvidia(files)
     manager.put(json.dumps(vars(binary)), file, binary=False)
@@ -61,6 +75,7 @@ class _Instruction(NamedTuple):
     address: int
     predicate: str
     text: str
+    control: int  # the upper half of its encoding
 
     @property
     def opcode(self) -> str:
@@ -92,14 +107,20 @@ def _examine_nvidia(files: dict[str, str]) -> Binary:
         mix=mix,
         loop=Counter(instruction.opcode for instruction in loop),
         under_wgmma=_under_wgmma(loop),
+        schedule=tuple(map(_scheduled, loop)) if count(mix, "HGMMA") else (),
         serialized=_serialized(files["ptx"]) if "wgmma" in ptx else (),
         transposed_dots=count_transposed_dots(Path(files["ttir"]).read_text(encoding="utf-8")),
     )
 
 
 def _parse_sass(disassembly: str) -> list[_Instruction]:
-    line = re.compile(r"^\s*/\*([0-9a-f]{4,6})\*/\s+(?:@(!?U?P\w+)\s+)?(.*?)\s*;", re.MULTILINE)
-    return [_Instruction(int(a, 16), p, text) for a, p, text in line.findall(disassembly)]
+    line = re.compile(
+        r"^\s*/\*([0-9a-f]{4,6})\*/\s+(?:@(!?U?P\w+)\s+)?(.*?)\s*;"
+        r"\s*/\* 0x\w+ \*/\s*/\* 0x(\w+) \*/",
+        re.MULTILINE,
+    )
+    found = line.findall(disassembly)
+    return [_Instruction(int(a, 16), p, text, int(c, 16)) for a, p, text, c in found]
 
 
 def _main_loop(instructions: list[_Instruction]) -> list[_Instruction]:
@@ -120,6 +141,28 @@ def _main_loop(instructions: list[_Instruction]) -> list[_Instruction]:
     return min(ranked, key=lambda entry: entry[:2])[2] if ranked else []
 
 
+def _running_groups(instruction: _Instruction) -> int | None:
+    """How many groups of products may still run after a WARPGROUP.DEPBAR; None for another."""
+    wait = re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x([0-9a-f]+)", instruction.text)
+    return int(wait[1], 16) if wait else None
+
+
+def _scheduled(instruction: _Instruction) -> Scheduled:
+    """The control bits: 4 of stall, 1 of yield, two barriers of 3 (7: none), a mask of 6 (Jia et
+    al. 2018, arXiv:1804.06826)."""
+    bits = instruction.control >> 41
+    result, read, mask = bits >> 5 & 7, bits >> 8 & 7, bits >> 11 & 63
+    return Scheduled(
+        opcode=instruction.opcode,
+        stall=bits & 15,
+        waits=tuple(index for index in range(6) if mask >> index & 1),
+        sets=result if result < 6 else None,
+        sets_when_read=read if read < 6 else None,
+        closes_group=instruction.opcode.startswith("HGMMA") and "gsb0" in instruction.text,
+        groups_left=_running_groups(instruction),
+    )
+
+
 def _under_wgmma(loop: list[_Instruction]) -> dict[str, int]:
     """The instructions issued while a wgmma of the loop is running.
 
@@ -133,8 +176,8 @@ def _under_wgmma(loop: list[_Instruction]) -> dict[str, int]:
             if opcode.startswith("HGMMA"):
                 is_open = "gsb0" not in instruction.text
                 groups += not is_open
-            elif wait := re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x([0-9a-f]+)", instruction.text):
-                groups, is_open = min(groups, int(wait[1], 16)), False
+            elif (left := _running_groups(instruction)) is not None:
+                groups, is_open = min(groups, left), False
             elif counts and (groups or is_open):
                 under[opcode] += 1
     return under

@@ -3,11 +3,12 @@
     python bench/compiled.py [--arch sm_90] [--op rms_norm] [--write bench/results/compiled.md]
 
 Registers, spills and instructions are read from the binaries. Programs per SM, bytes in flight and
-ceilings are predictions: `prediction.py` says how they are made. Nothing here is a measured speed.
+rates are predictions: `prediction.py` says how they are made. Nothing here is a measured speed.
 """
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -211,11 +212,13 @@ def compile_all(archs: list[str], ops: list[str], fewer: bool = False) -> list[E
         for spec in specs
         for case, dtype in representative(spec, arch, fewer)
     ]
-    entries: dict[tuple, Entry] = {}  # the first case of each binary
+    entries: dict[tuple, Entry] = {}  # of each binary the launch of the most programs
     for spec, case, dtype, arch in tqdm(work, unit="case", file=sys.stderr):
         for entry in compile_case(spec, case, dtype, arch):
-            identity = entry.launch.hash if entry.launch else str(case)
-            entries.setdefault((arch, spec.name, identity), entry)
+            key = arch, spec.name, entry.launch.hash if entry.launch else str(case)
+            kept = entries.setdefault(key, entry)
+            if entry.launch and math.prod(entry.launch.grid) > math.prod(kept.launch.grid):
+                entries[key] = entry
     return list(entries.values())
 
 

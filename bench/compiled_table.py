@@ -33,7 +33,7 @@ _HEAD = (
     "programs/SM *",
     "main loop, or whole kernel: instructions per warp",
     "KB in flight/SM *",
-    "ceiling TFLOP/s *",
+    "TFLOP/s *",
 )
 
 
@@ -45,11 +45,19 @@ def _mix(mix: dict[str, int]) -> str:
     return ", ".join([*parts, f"all {sum(mix.values())}"])
 
 
+def _programs(entry: Any) -> str:
+    """Those that an SM holds; where the launch has fewer, how many."""
+    fits = prediction.programs_per_sm(entry.arch, entry.launch, entry.binary)
+    launched = prediction.launched_per_sm(entry.arch, entry.launch, entry.binary)
+    if fits is None or launched == fits:
+        return "–" if fits is None else str(fits)
+    return f"{launched:.2g} of {fits}"
+
+
 def _row(entry: Any, shape: str) -> tuple[str, ...]:
     launch, binary = entry.launch, entry.binary
-    programs = prediction.programs_per_sm(entry.arch, launch, binary)
     in_flight = prediction.bytes_in_flight(entry.arch, launch, binary)
-    ceiling = prediction.attention_ceiling(entry.arch, launch, binary)
+    rate = prediction.attention_rate(entry.arch, launch, binary)
     kernel = launch.kernel
     if entry.op == "add_rms_norm":
         kernel = kernel.replace("norm", "add_norm", 1)
@@ -60,10 +68,10 @@ def _row(entry: Any, shape: str) -> tuple[str, ...]:
         str(binary.registers),
         str(binary.spills),
         f"{launch.shared / 1024:.0f}",
-        "–" if programs is None else str(programs),
+        _programs(entry),
         _mix(binary.loop or binary.mix),
         "–" if in_flight is None else f"{in_flight / 1024:.0f}",
-        "–" if ceiling is None else f"{ceiling:.0f}",
+        "–" if rate is None else f"{rate:.0f}",
     )
 
 
@@ -89,7 +97,7 @@ def markdown(entries: list[Any]) -> str:
         "Read from the binaries: registers per thread, spilled accesses, shared memory,",
         "instructions. Columns with * are predictions; `bench/prediction.py` states their model.",
         f"Little's law wants about {prediction.BYTES_IN_FLIGHT_NEEDED // 1024} KB in flight per SM "
-        "of an H200 at 4.3 TB/s. A ceiling leaves latencies out: a kernel stays below it.",
+        "of an H200 at 4.3 TB/s. Rates are simulated, of the main loop alone: they rank kernels.",
     ]
     arch, seen = "", set()
     for entry in entries:

@@ -1,33 +1,35 @@
 """What a binary lets one expect of a GPU. Predictions, every one: no figure here was measured.
 
-Programs per SM: registers, shared memory and warps shared out, as the vendor documents.
+Programs per SM: registers, shared memory and warps shared out, as the vendor documents; no more
+than the launch has for each SM.
 
 Bytes in flight per SM: what the loads of one step of the main loop (of the whole kernel, if it has
 none) ask for, times the steps that cp.async runs ahead, times programs per SM; a norm's weight is
 counted, though it comes from the cache. Little's law: 4.3 TB/s at a latency of 1.0 to 1.2 µs keep
 32 to 40 KB in flight on each of 132 SMs.
 
-Ceiling of attention on sm_90, for one step of the main loop of the programs on one SM:
+Rate of attention on sm_90, of the programs that share one SM, in a step of the main loop:
 
-    tensor  = flops / 4096                                      cycles
-    cycles of other instructions = max(issued · warps / 4, MUFU · warps · 2)
-    step    = max(tensor, under) + exposed                      one program per SM
-    step    = max(tensor, under + exposed)                      two or more
-    ceiling = 790 TFLOP/s · tensor / step
+    tensor = flops / 4096                                            cycles
+    step   = max(simulated cycles, bytes loaded / 30)
+    rate   = 790 TFLOP/s · tensor / step
 
-where `under` counts instructions issued while a wgmma runs and `exposed` the rest. 790 is assumed
-of a large bf16 product on an H200. Latencies, barriers and the traffic of K and V are left out, so
-that a kernel stays below its ceiling. It ranks tiles; it promises nothing.
+The simulation (`simulation.py`) knows latencies and how programs hide each other's. 30 bytes per
+cycle are assumed between the L2 cache and an SM, 790 TFLOP/s of a large bf16 product on an H200.
+Products count, executed ones. What comes before and after the loop, masked tiles and the tail of a
+launch are left out. It ranks tiles; it promises nothing.
 """
 
+import math
 import re
 
 from binary import Binary, count
 from capture import ARCHITECTURES, Launch
+from simulation import simulate
 
 BYTES_IN_FLIGHT_NEEDED = 40 * 1024  # per SM, at 4.3 TB/s
 MATMUL_TFLOPS = 790.0
-_FLOPS_PER_CYCLE = 4096
+_L2_BYTES_PER_CYCLE = 30  # of an SM
 
 
 def programs_per_sm(arch: str, launch: Launch, binary: Binary) -> int | None:
@@ -55,9 +57,15 @@ def _bytes_per_thread(mix: dict[str, int], name: str) -> int:
     return total
 
 
-def bytes_in_flight(arch: str, launch: Launch, binary: Binary) -> int | None:
+def launched_per_sm(arch: str, launch: Launch, binary: Binary) -> float | None:
+    """How many programs of this launch an SM holds, on average over the SMs."""
+    fits = programs_per_sm(arch, launch, binary)
+    return None if fits is None else min(fits, math.prod(launch.grid) / ARCHITECTURES[arch].num_sms)
+
+
+def bytes_in_flight(arch: str, launch: Launch, binary: Binary) -> float | None:
     """Bytes that the programs of one SM have asked for at once; None where loads do not say."""
-    resident = programs_per_sm(arch, launch, binary)
+    resident = launched_per_sm(arch, launch, binary)
     mix = binary.loop or binary.mix
     if resident is None or count(mix, "UTMALDG"):
         return None
@@ -66,24 +74,25 @@ def bytes_in_flight(arch: str, launch: Launch, binary: Binary) -> int | None:
     return per_thread * launch.num_warps * 32 * resident
 
 
-def attention_ceiling(arch: str, launch: Launch, binary: Binary) -> float | None:
+def attention_rate(arch: str, launch: Launch, binary: Binary) -> float | None:
     """TFLOP/s; None unless the main loop is made of wgmma."""
-    flops = sum(
-        n * 2 * 64 * int(columns) * 16 * launch.num_warps // 4
-        for opcode, n in binary.loop.items()
-        if (columns := re.sub(r"HGMMA\.64x(\d+)x16|.*", r"\1", opcode))
-    )
-    resident = programs_per_sm(arch, launch, binary)
-    if not flops or not resident:
+    launched = launched_per_sm(arch, launch, binary)
+    if not binary.schedule or not launched:
         return None
+    programs = math.ceil(launched)
+    step = simulate(binary.schedule, launch.num_warps, programs)
+    traffic = programs * _bytes_per_step(launch, binary) / _L2_BYTES_PER_CYCLE
+    return MATMUL_TFLOPS * step.tensor_cycles / max(step.cycles, traffic)
 
-    def cycles(mix: dict[str, int]) -> float:
-        other = sum(mix.values()) - count(mix, "HGMMA")
-        return max(other * launch.num_warps / 4, count(mix, "MUFU") * launch.num_warps * 2)
 
-    tensor = flops / _FLOPS_PER_CYCLE
-    under = cycles(binary.under_wgmma)
-    rest = {opcode: n - binary.under_wgmma.get(opcode, 0) for opcode, n in binary.loop.items()}
-    exposed = cycles(rest)
-    step = max(tensor, under) + exposed if resident == 1 else max(tensor, under + exposed)
-    return MATMUL_TFLOPS * tensor / step
+def _bytes_per_step(launch: Launch, binary: Binary) -> int:
+    """What one step of the main loop loads. A descriptor's tiles are those that a warpgroup of 64
+    rows reads of shared memory, once each."""
+    copied = _bytes_per_thread(binary.loop, "LDGSTS") * launch.num_warps * 32
+    if copied or not count(binary.loop, "UTMALDG"):
+        return copied
+    return sum(
+        n * int(found[1]) * 16 * 2
+        for opcode, n in binary.loop.items()
+        if (found := re.fullmatch(r"HGMMA\.64x(\d+)x16", opcode))
+    )

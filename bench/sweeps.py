@@ -91,8 +91,9 @@ def _attention(pass_: str) -> list[Sweep]:
     """One sweep per table of the pass and head_dim."""
     tables = {"fwd": ("ATTENTION_FORWARD",), "bwd": ("ATTENTION_DKDV", "ATTENTION_DQ")}[pass_]
     block_m = {"fwd": (64, 128), "bwd": (32, 64, 128)}[pass_]
+    orders = {"fwd": {"ahead": (True, False)}, "bwd": {}}[pass_]
     choices = _product(
-        block_m=block_m, block_n=(32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3, 4)
+        block_m=block_m, block_n=(32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3, 4), **orders
     )
 
     def sweep(table: str, head_dim: int, **sizes: int | bool) -> Sweep:

@@ -91,17 +91,17 @@ def complaints(entry: dict) -> list[str]:
     if kernel in ATTENTION + PRODUCTS and on_hopper and not count(loop, "HGMMA"):
         found.append("the main loop has no wgmma")
     if kernel == "attention.forward" and on_hopper:
-        overlapped, exponentials = count(binary["under_wgmma"], "MUFU.EX2"), count(loop, "MUFU.EX2")
         # ptxas lets a few slip behind the wait (Triton 3.6.0: 4 of 34); what it sinks as a whole,
         # a broken pipeline, is nearly all of them.
+        overlapped, exponentials = count(binary["under_wgmma"], "MUFU.EX2"), count(loop, "MUFU.EX2")
         if "softcap" in entry["case"]:
             exponentials //= 2  # half of them are the cap's, which waits for the product
-        # ptxas sinks them all at this width where a bias or a mask is loaded.
-        sunk = "head_dim=64" in entry["case"] and any(
-            part in entry["case"] for part in ("alibi", "padded", "documents")
-        )
-        if not exponentials or (overlapped < LEAST_OVERLAPPED * exponentials and not sunk):
+        in_order = "head_dim=64" in entry["case"]  # where programs hide each other's softmax
+        if not exponentials or (overlapped < LEAST_OVERLAPPED * exponentials and not in_order):
             found.append(f"{overlapped} of {exponentials} exponentials issue under a wgmma")
+    shares_an_sm = kernel in ("attention.forward", "attention.dq") and on_hopper
+    if shares_an_sm and "head_dim=64" in entry["case"] and binary["registers"] > 128:
+        found.append(f"{binary['registers']} registers leave no room for a second program")
     return [f"{kernel} of {where}: {complaint}" for complaint in found]
 
 
@@ -189,6 +189,45 @@ def test_an_int8_cache_asks_for_nan_before_it_bounds():
     asked = re.findall(r"setp\.(?:num|nan)\.f32\s+(%p\d+), (%r\d+), \2;", ptx)
     chosen = re.findall(r"selp\.\w+\s+%\w+, [^;]*, (%p\d+);", ptx)
     assert bounded and set(bounded) <= {x for answer, x in asked if answer in chosen}
+
+
+def test_programs_that_a_launch_lacks_load_nothing(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import prediction
+    from binary import Binary
+    from capture import Launch
+
+    binary = Binary(registers=64, spills=0, local_bytes=0, mix={"LDG.128": 6})
+    launch = Launch("norm.backward", "_", (264, 1, 1), 8, num_stages=3, shared=8192, hash="")
+    assert prediction.programs_per_sm("sm_90", launch, binary) == 4
+    assert prediction.launched_per_sm("sm_90", launch, binary) == 2
+    assert prediction.bytes_in_flight("sm_90", launch, binary) == 2 * 8 * 32 * 6 * 16
+    wide = launch._replace(grid=(8192, 1, 1))
+    assert prediction.bytes_in_flight("sm_90", wide, binary) == 4 * 8 * 32 * 6 * 16
+
+
+def test_two_programs_hide_each_others_latencies(monkeypatch):
+    """A product of 32 cycles, awaited, and 16 exponentials of 8: alone a program pays for both and
+    the latency, two of them for the exponentials."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    from binary import Scheduled
+    from simulation import simulate
+
+    def step(opcode, **changes):
+        return Scheduled(opcode, 1, (), None, None, False, None)._replace(**changes)
+
+    loop = (
+        step("HGMMA.64x64x16", closes_group=True),
+        step("WARPGROUP", groups_left=0),
+        *[step("MUFU.EX2")] * 16,
+        step("BRA"),
+    )
+    alone, together = simulate(loop, 4, 1), simulate(loop, 4, 2)
+    assert (alone.tensor_cycles, together.tensor_cycles) == (32, 64)
+    assert 32 + 16 * 8 < alone.cycles < 220
+    assert 2 * 16 * 8 <= together.cycles < 1.1 * 2 * 16 * 8
+    chain = (step("MUFU.EX2", waits=(0,), sets=0),)  # each awaits the one before
+    assert [simulate(chain, 4, programs).cycles for programs in (1, 2, 4)] == [22, 22, 4 * 8]
 
 
 def test_a_spilling_config_is_found():

@@ -1,0 +1,119 @@
+"""The main loop of a kernel on a quarter of a Hopper SM, cycle by cycle. A prediction.
+
+Each resident program has num_warps / 4 warps on it. A cycle issues at most one instruction,
+of the warp that has waited longest among those that may go on. What holds a warp back:
+
+- the stall count and the barriers that ptxas wrote into each instruction (Jia et al. 2018,
+  arXiv:1804.06826); what sets a barrier does so after the latency of its unit;
+- a unit that is busy: an instruction occupies special functions for 8 cycles, memory for 2 to 8;
+- BAR, until the warps of its program are there;
+- WARPGROUP.DEPBAR, until the products it waits for are done. Products run in order, one at a time,
+  at 1024 flops per cycle.
+
+Assumed: the latencies, and 4096 flops and 16 special functions per cycle and SM.
+Not modelled: misses of the caches, the arrival of tiles, clocks that vary.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from binary import Scheduled
+
+_STEPS, _WARM = 12, 4  # simulated; left out of the mean
+
+# Cycles that an instruction occupies its unit, and until its result is there.
+_MEMORY = {"SHFL": (2, 24), "LDS": (2, 24), "LDSM": (4, 30), "STS": (4, 4), "STSM": (8, 8),
+           "LDGSTS": (8, 4)}  # fmt: skip
+_SLOW = {"R2UR": (2, 12), "S2R": (2, 20), "LDC": (2, 30)}  # of the integer unit
+_HALF_RATE = {"FMNMX", "F2FP", "FSEL", "FSETP", "ISETP", "SEL", "LOP3", "IADD3", "SHF"}
+_FULL_RATE = {"PRMT", "VOTE", "LEA", "PLOP3", "IMNMX", "VIADD", "MOV", "F2F", "I2F"}
+_BARRIER_LATENCY, _PRODUCT_LATENCY, _OPERANDS_READ = 20, 32, 8
+_OTHER_LATENCY = 20  # of whatever sets a barrier and has no unit here
+
+
+class Simulated(NamedTuple):
+    """One step of the loop, all programs of the SM together."""
+
+    cycles: float
+    tensor_cycles: float  # of them the tensor cores need
+
+
+class _Warp:
+    def __init__(self, program: int, ready: int) -> None:
+        self.program = program
+        self.ready = ready  # the first cycle in which it may issue
+        self.issued = -1
+        self.next = 0  # instruction
+        self.barriers = [0] * 6  # cycles at which they are free
+        self.groups: list[int] = []  # cycles at which groups of products end
+        self.ends: list[int] = []  # of its steps
+        self.waits = False  # at BAR
+
+
+def _unit(name: str) -> tuple[str, int, int]:
+    """(unit, cycles that it is occupied, latency)."""
+    if name == "MUFU":
+        return ("special", 8, 22)
+    if name in _MEMORY:
+        return ("memory", *_MEMORY[name])
+    if name in _SLOW:
+        return ("integer", *_SLOW[name])
+    if name in _HALF_RATE:
+        return ("integer", 2, _OTHER_LATENCY)
+    if name in _FULL_RATE or name.startswith("U"):
+        return ("integer", 1, _OTHER_LATENCY)
+    if name in ("FFMA", "FADD", "FMUL", "IMAD"):
+        return ("float", 1, _OTHER_LATENCY)
+    return ("", 0, _OTHER_LATENCY)
+
+
+def _product_cycles(opcode: str) -> int:
+    """Cycles of one warp's HGMMA.64x{columns}x16 on its quarter; 0 of another instruction."""
+    return int(opcode.split("x")[1]) * 16 // 32 if opcode.startswith("HGMMA") else 0
+
+
+def simulate(loop: Sequence[Scheduled], num_warps: int, programs: int) -> Simulated:
+    """A step of this many programs of num_warps warps each."""
+    units = [_unit(step.opcode.partition(".")[0]) for step in loop]
+    products = [_product_cycles(step.opcode) for step in loop]
+    per_program = max(1, num_warps // 4)
+    warps = [_Warp(index // per_program, 3 * index) for index in range(programs * per_program)]
+    free: dict[str, int] = {}
+    tensor_free, now = 0, 0
+    while running := [warp for warp in warps if len(warp.ends) < _STEPS]:
+        for warp in sorted(running, key=lambda warp: warp.issued):
+            step, (unit, occupied, latency) = loop[warp.next], units[warp.next]
+            if warp.waits or warp.ready > now or free.get(unit, 0) > now:
+                continue
+            if any(warp.barriers[index] > now for index in step.waits):
+                continue
+            if step.groups_left is not None:
+                awaited = warp.groups[: len(warp.groups) - step.groups_left]
+                if awaited and awaited[-1] + _PRODUCT_LATENCY > now:
+                    continue
+            if unit:
+                free[unit] = now + occupied
+            if products[warp.next]:
+                tensor_free = max(tensor_free, now) + products[warp.next]
+                if step.closes_group:
+                    warp.groups = [*warp.groups[-7:], tensor_free]
+            if step.sets is not None:
+                warp.barriers[step.sets] = now + latency
+            if step.sets_when_read is not None:
+                read = max(warp.barriers[step.sets_when_read], now + _OPERANDS_READ)
+                warp.barriers[step.sets_when_read] = read
+            warp.ready, warp.issued = max(warp.ready, now + max(1, step.stall)), now
+            if step.opcode == "BAR":
+                warp.waits = True
+                company = [other for other in running if other.program == warp.program]
+                if all(other.waits for other in company):
+                    for other in company:
+                        other.waits, other.ready = False, max(other.ready, now + _BARRIER_LATENCY)
+            warp.next += 1
+            if warp.next == len(loop):
+                warp.next = 0
+                warp.ends.append(now)
+            break
+        now += 1
+    cycles = max((warp.ends[-1] - warp.ends[_WARM]) / (_STEPS - 1 - _WARM) for warp in warps)
+    return Simulated(cycles, sum(products) * len(warps))
