@@ -14,7 +14,7 @@ from typing import Any
 
 import importable
 
-importable.make_importable()  # before anything of this package
+importable.extend_path()  # before anything of this package
 
 import torch
 from floors import Ceilings

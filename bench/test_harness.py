@@ -13,6 +13,8 @@ import ceilings
 import gate
 import gpu
 import grid
+import host_time
+import idle_gpu
 import installed_peers
 import launches
 import model_grid
@@ -717,6 +719,40 @@ def test_a_sweep_proposes_the_fastest_right_candidate(monkeypatch, device):
         outcomes = tune.run_sweep(sweep, clock, device)
     assert [o.seconds is None for o in outcomes] == [False, True]
     assert "GateError" in outcomes[1].reason
+
+
+# --- What a call costs the host --------------------------------------------------------------
+
+
+@pytest.mark.skipif(idle_gpu.compiler() is None, reason="no C compiler for the idle GPU's libcuda")
+def test_host_time_without_a_gpu():
+    """In a process in which Triton compiles: ours and PyTorch's, each pass in empty launches."""
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = (str(BENCH / "host_time.py"), "--op", "rms_norm", "--rounds", "2")
+    done = subprocess.run(
+        [sys.executable, *command, "--json"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    content = json.loads(done.stdout)
+    launched = {(row["pass_"], row["name"]): row["launches"] for row in content["rows"]}
+    for pass_, ours in ((host_time.FORWARD, 1), (host_time.BOTH, 3)):
+        assert launched[pass_, host_time.UNIT] == 1
+        assert launched[pass_, "triton"] == ours
+        assert launched[pass_, "torch"] == 0
+    assert all(row["microseconds"] > 0 for row in content["rows"])
+    page = host_time.markdown(content)
+    assert content["environment"]["commit"] in page
+    for row in content["rows"]:
+        if row["name"] == "triton":
+            cell = f"{row['units']:.1f} ({row['launches']})"
+            assert f"| rms_norm | {row['pass_']} | {cell} |" in page
+        if row["name"] == host_time.UNIT:
+            assert row["units"] == 1
+
+
+def test_host_time_knows_every_op_that_a_model_calls():
+    left_out = {"flash_attention_varlen", "linear_cross_entropy", "token_log_probs", "adamw_update"}
+    assert set(host_time.SIZES) | left_out == set(fused.__all__)
 
 
 # --- The one command -------------------------------------------------------------------------
