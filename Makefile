@@ -99,7 +99,7 @@ EMULATOR := PYTHONPATH=tests/support OMP_NUM_THREADS=1 $(BIN)/python -m ptx_emul
 
 test-machine-code: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 -m "" tests/machine_code \
-		tests/ops/test_compile.py
+		tests/ops/test_compile.py tests/ops/test_launch.py
 	$(EMULATOR).check --arch sm_80 --dtype float32 --dtype bfloat16 --noise
 	$(EMULATOR).mutations --arch sm_80
 	$(EMULATOR).mutations --arch sm_90
@@ -120,9 +120,9 @@ peers: $(READY)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev,peers]"
 
 # Triton 3.6.0 is what PyTorch 2.11 brings. Installed last and alone, because a CUDA build of the
-# pinned PyTorch asks for its own Triton; nothing is launched, so that the two need not match.
+# pinned PyTorch asks for its own Triton; nothing runs on a GPU, so that the two need not match.
 compile-check-3.6: .venv-triton36/.ready
-	OMP_NUM_THREADS=1 .venv-triton36/bin/pytest -m "" tests/ops/test_compile.py
+	OMP_NUM_THREADS=1 .venv-triton36/bin/pytest -m "" tests/ops/test_compile.py tests/ops/test_launch.py
 
 .venv-triton36/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-triton36

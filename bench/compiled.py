@@ -222,28 +222,32 @@ def compile_all(archs: list[str], ops: list[str], fewer: bool = False) -> list[E
     return list(entries.values())
 
 
-def count_binaries(arch: str, names: list[str]) -> dict[str, tuple[int, int]]:
-    """Binaries per op, mode and kernel of one call, and of 20 that differ in the sizes of a call
-    alone."""
+def calls_of_many_sizes(spec: OpSpec) -> Iterator[tuple[str, Callable]]:
+    """(mode, call) of 20 calls of an op that differ in the sizes of a call alone."""
     lengths = (*range(1, 10), 15, 16, 17, 32, 33, 64, 100, 128, 255, 256, 1000)
+    base = [case for case in spec.cases if not case.test][-1]
+    for index, length in enumerate(lengths):
+        sizes = {"num_tokens": length, "batch": 1 + index % 4, "seq_len": length}
+        # One query has no causal mask, hence a binary of its own.
+        sizes |= {"seq_len_kv": length + 7 * index, "max_seq_len": 8 * length}
+        sizes |= {"seq_len_q": length + 1} if spec.name == "flash_attention" else {}
+        sizes |= {"positions": True, "total": 8 * length, "num_sequences": 1 + index % 4}
+        kept = {name: size for name, size in sizes.items() if name in base.sizes}
+        case = replace(base, sizes={**base.sizes, **kept})
+        yield from _calls(spec, case, torch.bfloat16)
+
+
+def count_binaries(arch: str, names: list[str]) -> dict[str, tuple[int, int]]:
+    """Binaries per op, mode and kernel of one call, and of `calls_of_many_sizes`."""
     hashes: dict[str, list[set[str]]] = {}  # of each call
     for spec in SPECS:
         if spec.name not in names:
             continue
-        base = [case for case in spec.cases if not case.test][-1]
-        for index, length in enumerate(lengths):
-            sizes = {"num_tokens": length, "batch": 1 + index % 4, "seq_len": length}
-            # One query has no causal mask, hence a binary of its own.
-            sizes |= {"seq_len_kv": length + 7 * index, "max_seq_len": 8 * length}
-            sizes |= {"seq_len_q": length + 1} if spec.name == "flash_attention" else {}
-            sizes |= {"positions": True, "total": 8 * length, "num_sequences": 1 + index % 4}
-            kept = {name: size for name, size in sizes.items() if name in base.sizes}
-            case = replace(base, sizes={**base.sizes, **kept})
-            for mode, call in _calls(spec, case, torch.bfloat16):
-                launches = capture.capture(arch, call)
-                for kernel in {launch.kernel for launch in launches}:
-                    found = {launch.hash for launch in launches if launch.kernel == kernel}
-                    hashes.setdefault(f"{spec.name}, {mode}, {kernel}", []).append(found)
+        for mode, call in calls_of_many_sizes(spec):
+            launches = capture.capture(arch, call)
+            for kernel in {launch.kernel for launch in launches}:
+                found = {launch.hash for launch in launches if launch.kernel == kernel}
+                hashes.setdefault(f"{spec.name}, {mode}, {kernel}", []).append(found)
     return {key: (max(map(len, calls)), len(set().union(*calls))) for key, calls in hashes.items()}
 
 

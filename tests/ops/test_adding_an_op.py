@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gqa_kernels.runtime import checks, layout, library, target
+from gqa_kernels.runtime import checks, launch, layout, library, target
 
 
 @triton.jit
@@ -51,24 +51,29 @@ def _kernel(x_ptr, dy_ptr, out_ptr, x_stride, dy_stride, WIDTH: tl.constexpr, BL
     tl.store(out_ptr + row * WIDTH + columns, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+_launch_kernel = launch.launcher(_kernel)
+
+
 def _launch(x: Tensor) -> Tensor:
     return _backward(None, x)
 
 
 def _backward(dy: Tensor | None, x: Tensor) -> Tensor:
-    x_rows, dy_rows = layout.rows(x), None if dy is None else layout.rows(dy)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    width = x.shape[-1]
+    x_rows, x_stride = layout.rows_and_stride(x)
+    dy_rows, dy_stride = (None, 0) if dy is None else layout.rows_and_stride(dy)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     with target.device_of(x):
-        _kernel[(x_rows.shape[0],)](
+        _launch_kernel(
+            (x.numel() // width,),
             x_ptr=x_rows,
             dy_ptr=dy_rows,
             out_ptr=out,
-            x_stride=x_rows.stride(0),
-            dy_stride=0 if dy is None else dy_rows.stride(0),
-            WIDTH=x.shape[-1],
-            BLOCK=triton.next_power_of_2(x.shape[-1]),
+            x_stride=x_stride,
+            dy_stride=dy_stride,
+            WIDTH=width,
+            BLOCK=layout.power_of_2(width),
             num_warps=4,
-            enable_fp_fusion=True,
         )
     return out
 

@@ -263,12 +263,12 @@ def test_queries_that_see_no_key_of_many_splits(make, small_chunks):
 
 
 class Backwards:
-    """A kernel of the interpreter whose programs run from the last to the first."""
+    """Launches in the interpreter whose programs run from the last to the first."""
 
-    def __init__(self, kernel, monkeypatch):
-        self.kernel, self.monkeypatch = kernel, monkeypatch
+    def __init__(self, launch, monkeypatch):
+        self.launch, self.monkeypatch, self.num_launches = launch, monkeypatch, 0
 
-    def __getitem__(self, grid):
+    def __call__(self, grid, **arguments):
         from triton.runtime import interpreter
 
         builder = interpreter.interpreter_builder
@@ -279,7 +279,8 @@ class Backwards:
             forwards(*(size - 1 - i for size, i in zip(sizes, (x, y, z), strict=True)))
 
         self.monkeypatch.setattr(builder, "set_grid_idx", set_grid_idx)
-        return self.kernel[grid]
+        self.num_launches += 1
+        self.launch(grid, **arguments)
 
 
 def test_the_order_of_the_programs_does_not_show(make, small_chunks, monkeypatch, device):
@@ -287,34 +288,35 @@ def test_the_order_of_the_programs_does_not_show(make, small_chunks, monkeypatch
     wanted = decode_attention(q, **caches, seq_lens=seq_lens)
     assert torch.equal(decode_attention(q, **caches, seq_lens=seq_lens), wanted)
     if device.type == "cpu":
-        backwards = Backwards(decode._decode_kernel, monkeypatch)
-        monkeypatch.setattr(decode, "_decode_kernel", backwards)
+        backwards = Backwards(decode._launch_decode, monkeypatch)
+        monkeypatch.setattr(decode, "_launch_decode", backwards)
         assert torch.equal(decode_attention(q, **caches, seq_lens=seq_lens), wanted)
+        assert backwards.num_launches == 1
 
 
 class WithoutTheLast:
-    """A kernel of the interpreter of whose programs for one tile of queries the last never runs."""
+    """Launches in the interpreter of whose programs for one tile of queries the last never runs."""
 
-    def __init__(self, kernel, monkeypatch):
-        self.kernel, self.monkeypatch = kernel, monkeypatch
+    def __init__(self, launch, monkeypatch):
+        self.launch, self.monkeypatch = launch, monkeypatch
 
-    def __getitem__(self, grid):
+    def __call__(self, grid, **arguments):
         from triton.runtime import interpreter
 
         builder = interpreter.interpreter_builder
         set_grid_dim = builder.set_grid_dim
         self.monkeypatch.setattr(builder, "set_grid_dim", lambda x, y, z: set_grid_dim(x, y + 1, z))
-        return self.kernel[(grid[0], grid[1] - 1)]
+        self.launch((grid[0], grid[1] - 1), **arguments)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's programs can be left out")
 def test_nothing_is_combined_before_all_have_come(make, small_chunks, monkeypatch):
     q, caches, seq_lens = make([320, 30], 320)
     monkeypatch.setattr(counters, "_of_stream", {})
-    cut = WithoutTheLast(decode._decode_kernel, monkeypatch)
-    monkeypatch.setattr(decode, "_decode_kernel", cut)
-    sevens = lambda *size, **options: torch.empty(*size, **options).fill_(7.0)  # noqa: E731
-    monkeypatch.setattr(decode.torch, "empty", sevens)
+    cut = WithoutTheLast(decode._launch_decode, monkeypatch)
+    monkeypatch.setattr(decode, "_launch_decode", cut)
+    sevens = lambda x, **options: torch.empty_like(x, **options).fill_(7.0)  # noqa: E731
+    monkeypatch.setattr(decode.torch, "empty_like", sevens)
     out = decode_attention(q, **caches, seq_lens=seq_lens)
     assert (out[0] == 7.0).all()  # as allocated
     assert (out[1] != 7.0).all()

@@ -163,7 +163,7 @@ def _check(
     if cache_batch_idx is None and block_table is None:
         rows = batch
     checks.tensor("k_cache", k_cache, shape=(rows, "seqlen_cache", "nheads_k", headdim), like=like)
-    checks.tensor("v_cache", v_cache, shape=tuple(k_cache.shape), like=like)
+    checks.tensor("v_cache", v_cache, shape=k_cache.shape, like=like)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         checks.same_dtype(name, cache, *like)
     checks.attention_heads(q.shape[2], k_cache.shape[2], headdim)
@@ -184,14 +184,14 @@ def _check(
         raise ValueError("cache_seqlens: expected a number or a tensor with k; got None")
     shape = (batch, "seqlen_new", k_cache.shape[2], headdim)
     checks.tensor("k", k, shape=shape, like=like)
-    checks.tensor("v", v, shape=tuple(k.shape), like=like)
+    checks.tensor("v", v, shape=k.shape, like=like)
     for name, x in (("k", k), ("v", v)):
         checks.same_dtype(name, x, *like)
     if (rotary_cos is None) != (rotary_sin is None):
         raise ValueError("rotary_sin: expected a tensor with rotary_cos; got one of them")
     if rotary_cos is not None:
         checks.tensor("rotary_cos", rotary_cos, shape=("seqlen_ro", "rotary_dim / 2"), like=like)
-        checks.tensor("rotary_sin", rotary_sin, shape=tuple(rotary_cos.shape), like=like)
+        checks.tensor("rotary_sin", rotary_sin, shape=rotary_cos.shape, like=like)
         rotary_dim = 2 * rotary_cos.shape[1]
         if rotary_dim > headdim:
             raise ValueError(

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gqa_kernels.runtime import checks, configs, library, target
+from gqa_kernels.runtime import checks, configs, launch, layout, library, target
 
 _LARGEST = 3.4028234663852886e38  # float32's
 
@@ -74,6 +74,9 @@ def _step_kernel(
         tl.store(copy_ptr + row * copy_stride + columns, copy, mask=mask)
 
 
+_launch_step = launch.launcher(_step_kernel)
+
+
 def _rows(x: Tensor, together: bool) -> Tensor:
     """x as `[num_rows, width]`, a view: one row where all tensors are contiguous."""
     return x.view(1, -1) if together else x.view(-1, x.shape[-1])
@@ -103,9 +106,10 @@ def _launch(
     first_rows, second_rows = _rows(exp_avg, together), _rows(exp_avg_sq, together)
     copy_rows = None if copy is None else _rows(copy, together)
     num_rows, width = weight_rows.shape
-    blocks_per_row = triton.cdiv(width, configs.ADAMW_BLOCK)
+    blocks_per_row = layout.cdiv(width, configs.ADAMW_BLOCK)
     with target.device_of(weight):
-        _step_kernel[(num_rows * blocks_per_row,)](
+        _launch_step(
+            (num_rows * blocks_per_row,),
             weight_ptr=weight_rows,
             gradient_ptr=gradient_rows,
             exp_avg_ptr=first_rows,
@@ -128,7 +132,6 @@ def _launch(
             eps=eps,
             BLOCK=configs.ADAMW_BLOCK,
             num_warps=configs.ADAMW_NUM_WARPS,
-            enable_fp_fusion=True,
         )
 
 
@@ -150,7 +153,7 @@ def _check(
     checks.tensor("weight", weight, dtypes=float32)
     if weight.dim() == 0:
         raise ValueError("weight: expected a dimension or more; got none")
-    shape, like = tuple(weight.shape), ("weight", weight)
+    shape, like = weight.shape, ("weight", weight)
     checks.tensor("gradient", gradient, shape=shape, like=like)
     checks.tensor("exp_avg", exp_avg, dtypes=float32, shape=shape, like=like)
     checks.tensor("exp_avg_sq", exp_avg_sq, dtypes=float32, shape=shape, like=like)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from gqa_kernels.runtime import checks, configs, layout, library, target
+from gqa_kernels.runtime import checks, configs, launch, layout, library, target
 
 
 @triton.jit
@@ -69,27 +69,33 @@ def _backward_kernel(
         tl.store(dgate_ptr + row * WIDTH + columns, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
 
 
+_launch_forward = launch.launcher(_forward_kernel)
+_launch_backward = launch.launcher(_backward_kernel)
+
+
 def _plan(num_rows: int, width: int) -> tuple[tuple[int, int], int]:
     """(grid, BLOCK)."""
-    block = min(configs.SWIGLU_BLOCK, triton.next_power_of_2(width))
-    return (num_rows, triton.cdiv(width, block)), block
+    block = min(configs.SWIGLU_BLOCK, layout.power_of_2(width))
+    return (num_rows, layout.cdiv(width, block)), block
 
 
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
-    gate_rows, up_rows = layout.rows(gate), layout.rows(up)
-    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    grid, block = _plan(*gate_rows.shape)
+    width = gate.shape[-1]
+    gate_rows, gate_stride = layout.rows_and_stride(gate)
+    up_rows, up_stride = layout.rows_and_stride(up)
+    y = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    grid, block = _plan(gate.numel() // width, width)
     with target.device_of(gate):
-        _forward_kernel[grid](
+        _launch_forward(
+            grid,
             gate_ptr=gate_rows,
             up_ptr=up_rows,
             y_ptr=y,
-            gate_stride=gate_rows.stride(0),
-            up_stride=up_rows.stride(0),
-            WIDTH=gate.shape[-1],
+            gate_stride=gate_stride,
+            up_stride=up_stride,
+            WIDTH=width,
             BLOCK=block,
             num_warps=configs.SWIGLU_NUM_WARPS,
-            enable_fp_fusion=True,
         )
     return y
 
@@ -97,28 +103,27 @@ def _forward(gate: Tensor, up: Tensor) -> Tensor:
 def _backward(
     dy: Tensor, gate: Tensor, up: Tensor, need_dgate: bool, need_dup: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    dy_rows, gate_rows, up_rows = layout.rows(dy), layout.rows(gate), layout.rows(up)
-
-    def empty() -> Tensor:
-        return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-
-    dgate = empty() if need_dgate else None
-    dup = empty() if need_dup else None
-    grid, block = _plan(*gate_rows.shape)
+    width = gate.shape[-1]
+    dy_rows, dy_stride = layout.rows_and_stride(dy)
+    gate_rows, gate_stride = layout.rows_and_stride(gate)
+    up_rows, up_stride = layout.rows_and_stride(up)
+    dgate = torch.empty_like(gate, memory_format=torch.contiguous_format) if need_dgate else None
+    dup = torch.empty_like(gate, memory_format=torch.contiguous_format) if need_dup else None
+    grid, block = _plan(gate.numel() // width, width)
     with target.device_of(gate):
-        _backward_kernel[grid](
+        _launch_backward(
+            grid,
             dy_ptr=dy_rows,
             gate_ptr=gate_rows,
             up_ptr=up_rows,
             dgate_ptr=dgate,
             dup_ptr=dup,
-            dy_stride=dy_rows.stride(0),
-            gate_stride=gate_rows.stride(0),
-            up_stride=up_rows.stride(0),
-            WIDTH=gate.shape[-1],
+            dy_stride=dy_stride,
+            gate_stride=gate_stride,
+            up_stride=up_stride,
+            WIDTH=width,
             BLOCK=block,
             num_warps=configs.SWIGLU_NUM_WARPS,
-            enable_fp_fusion=True,
         )
     return dgate, dup
 
@@ -127,7 +132,7 @@ def _check(gate: Tensor, up: Tensor) -> None:
     checks.tensor("gate", gate)
     if gate.dim() == 0 or gate.shape[-1] == 0:
         raise ValueError(f"gate: expected a last dimension of 1 or more; got {list(gate.shape)}")
-    checks.tensor("up", up, shape=tuple(gate.shape), like=("gate", gate))
+    checks.tensor("up", up, shape=gate.shape, like=("gate", gate))
     checks.same_dtype("up", up, "gate", gate)
 
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from gqa_kernels.runtime import checks, configs, layout, library, target
+from gqa_kernels.runtime import checks, configs, launch, layout, library, target
 
 
 @triton.jit
@@ -120,34 +120,42 @@ def _sum_partials_kernel(
     tl.store(dweight_ptr + columns, dweight, mask=columns < WIDTH)
 
 
+_launch_forward = launch.launcher(_forward_kernel)
+_launch_backward = launch.launcher(_backward_kernel)
+_launch_sum_partials = launch.launcher(_sum_partials_kernel)
+
+
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, save_rstd: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(y, h, rstd); h is x itself without a residual, rstd is None unless saved."""
     width = x.shape[-1]
-    x_rows = layout.rows(x)
-    residual_rows = None if residual is None else layout.rows(residual)
-    num_rows = x_rows.shape[0]
-    dtype = torch.promote_types(x.dtype, weight.dtype)
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    h = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    x_rows, x_stride = layout.rows_and_stride(x)
+    residual_rows, residual_stride = None, 0
+    if residual is not None:
+        residual_rows, residual_stride = layout.rows_and_stride(residual)
+    dtype = x.dtype
+    if weight.dtype != dtype:
+        dtype = torch.promote_types(dtype, weight.dtype)
+    y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    h = x if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) if save_rstd else None
     config = configs.row_config(configs.NORM_FORWARD, width)
     with target.device_of(x):
-        _forward_kernel[(num_rows,)](
+        _launch_forward(
+            (x.numel() // width,),
             x_ptr=x_rows,
             residual_ptr=residual_rows,
             weight_ptr=layout.contiguous_features(weight),
             y_ptr=y,
             h_ptr=None if residual is None else h,
             rstd_ptr=rstd,
-            x_stride=x_rows.stride(0),
-            residual_stride=0 if residual is None else residual_rows.stride(0),
-            eps=float(eps),
+            x_stride=x_stride,
+            residual_stride=residual_stride,
+            eps=eps,
             WIDTH=width,
-            BLOCK=triton.next_power_of_2(width),
+            BLOCK=layout.power_of_2(width),
             num_warps=config.num_warps,
-            enable_fp_fusion=True,
         )
     return y, h, rstd
 
@@ -163,20 +171,22 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dweight), each None unless needed. dx is the gradient of x and of the residual."""
     width = h.shape[-1]
-    h_rows, dy_rows = layout.rows(h), layout.rows(dy)
-    dh_rows = None if dh is None else layout.rows(dh)
-    num_rows = h_rows.shape[0]
+    h_rows, h_stride = layout.rows_and_stride(h)
+    dy_rows, dy_stride = layout.rows_and_stride(dy)
+    dh_rows, dh_stride = (None, 0) if dh is None else layout.rows_and_stride(dh)
+    num_rows = h.numel() // width
     config = configs.row_config(configs.NORM_BACKWARD, width)
     # Without a weight gradient nothing ties rows together, yet persistence costs nothing either.
     gpu = target.current()
     num_programs = min(num_rows, config.programs_per_sm * gpu.num_sms)
-    dx = torch.empty(h.shape, dtype=h.dtype, device=h.device) if need_dx else None
+    dx = torch.empty_like(h, memory_format=torch.contiguous_format) if need_dx else None
     partials, dweight = None, None
     if need_dweight:
         partials = torch.empty(num_programs, width, dtype=torch.float32, device=h.device)
-        dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     with target.device_of(h):
-        _backward_kernel[(num_programs,)](
+        _launch_backward(
+            (num_programs,),
             dy_ptr=dy_rows,
             dh_ptr=dh_rows,
             h_ptr=h_rows,
@@ -184,17 +194,17 @@ def _backward(
             rstd_ptr=rstd.contiguous(),
             dx_ptr=dx,
             partials_ptr=partials,
-            dy_stride=dy_rows.stride(0),
-            dh_stride=0 if dh is None else dh_rows.stride(0),
-            h_stride=h_rows.stride(0),
+            dy_stride=dy_stride,
+            dh_stride=dh_stride,
+            h_stride=h_stride,
             num_rows=num_rows,
             WIDTH=width,
-            BLOCK=triton.next_power_of_2(width),
+            BLOCK=layout.power_of_2(width),
             num_warps=min(config.num_warps, gpu.max_warps),
-            enable_fp_fusion=True,
         )
         if need_dweight:
-            _sum_partials_kernel[(triton.cdiv(width, configs.NORM_SUM_COLUMNS),)](
+            _launch_sum_partials(
+                (layout.cdiv(width, configs.NORM_SUM_COLUMNS),),
                 partials_ptr=partials,
                 dweight_ptr=dweight,
                 num_partials=num_programs,
@@ -202,7 +212,6 @@ def _backward(
                 BLOCK_R=configs.NORM_SUM_ROWS,
                 BLOCK_C=configs.NORM_SUM_COLUMNS,
                 num_warps=configs.NORM_SUM_NUM_WARPS,
-                enable_fp_fusion=True,
             )
     return dx, dweight
 
@@ -218,7 +227,7 @@ def _check(x: Tensor, weight: Tensor, eps: float) -> None:
 
 def _add_check(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
     _check(x, weight, eps)
-    checks.tensor("residual", residual, shape=tuple(x.shape), like=("x", x))
+    checks.tensor("residual", residual, shape=x.shape, like=("x", x))
     checks.same_dtype("residual", residual, "x", x)
 
 

@@ -23,7 +23,7 @@ from gqa_kernels.primitives.rotation import (
     rotate,
     store_pairs,
 )
-from gqa_kernels.runtime import checks, layout, library, target
+from gqa_kernels.runtime import checks, launch, layout, library, target
 
 
 @triton.jit
@@ -88,6 +88,9 @@ def _rotate_kernel(
         _rotate_heads(x, y, cos, sin, HEAD_DIM, INTERLEAVED)
 
 
+_launch_rotate = launch.launcher(_rotate_kernel)
+
+
 def _rotate(
     q: Tensor | None,
     k: Tensor | None,
@@ -105,12 +108,16 @@ def _rotate(
     batch, seq_len, _, head_dim = some.shape
     num_q_heads = 0 if q is None else q.shape[2]
     num_kv_heads = 0 if k is None else k.shape[2]
-    q_out = None if q is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    k_out = None if k is None else torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    q_out = k_out = None
+    if q is not None:
+        q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if k is not None:
+        k_out = torch.empty_like(k, memory_format=torch.contiguous_format)
     block_h = heads_per_program(num_q_heads, num_kv_heads)
-    num_blocks = triton.cdiv(num_q_heads, block_h) + triton.cdiv(num_kv_heads, block_h)
+    num_blocks = layout.cdiv(num_q_heads, block_h) + layout.cdiv(num_kv_heads, block_h)
     with target.device_of(some):
-        _rotate_kernel[(batch * seq_len, num_blocks)](
+        _launch_rotate(
+            (batch * seq_len, num_blocks),
             # A tensor that is not given has no heads, hence no program: any pointer will do.
             q_ptr=some if q is None else q,
             k_ptr=some if k is None else k,
@@ -129,11 +136,10 @@ def _rotate(
             NUM_KV_HEADS=num_kv_heads,
             HEAD_DIM=head_dim,
             BLOCK_H=block_h,
-            BLOCK_PAIRS=triton.next_power_of_2(head_dim // 2),
+            BLOCK_PAIRS=layout.power_of_2(head_dim // 2),
             INTERLEAVED=interleaved,
             INVERSE=inverse,
             num_warps=1,
-            enable_fp_fusion=True,
         )
     return q_out, k_out
 

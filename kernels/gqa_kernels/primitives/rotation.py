@@ -4,6 +4,7 @@
 heads, in float32. A pair is (2i, 2i + 1) where interleaved, else (i, i + HEAD_DIM / 2).
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import triton
@@ -85,6 +86,7 @@ def store_pairs(heads, a, b, HEAD_DIM: tl.constexpr, INTERLEAVED: tl.constexpr):
         tl.store(ptrs + HALF + pairs, b.to(dtype), mask=mask)
 
 
+@cache
 def heads_per_program(*head_counts: int) -> int:
     """The largest power of two up to 8 that divides the head counts, so that no lane idles; at
     least 4, the width of one warp's 16-byte loads at head_dim 128."""

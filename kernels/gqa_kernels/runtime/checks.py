@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from gqa_kernels.runtime import arguments, target
@@ -41,7 +42,7 @@ def tensor(
         raise NotImplementedError(
             f"{name}: expected values as stored; got a view that negates them"
         )
-    if torch._C._functorch.is_functorch_wrapped_tensor(value):
+    if is_functorch_wrapped_tensor(value):
         raise NotImplementedError(
             f"{name}: expected a tensor outside torch.func's transforms (vmap, grad, …); "
             "got one inside. A batch dimension or torch.autograd.grad does the same"
@@ -92,7 +93,7 @@ def kv_caches(
     tensor("k_cache", k_cache, dtypes=(x.dtype, *QUANTIZED), shape=shape, like=like)
     arguments.tensor("v_cache", v_cache)
     same_dtype("v_cache", v_cache, "k_cache", k_cache)
-    tensor("v_cache", v_cache, dtypes=(k_cache.dtype,), shape=tuple(k_cache.shape), like=like)
+    tensor("v_cache", v_cache, dtypes=(k_cache.dtype,), shape=k_cache.shape, like=like)
     for cache_name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.stride(-1) != 1:
             raise ValueError(

@@ -14,7 +14,10 @@ class RowConfig(NamedTuple):
 
 
 def row_config(table: tuple[RowConfig, ...], width: int) -> RowConfig:
-    return next(row for row in table if width <= row.max_width)
+    for row in table:
+        if width <= row.max_width:
+            return row
+    raise ValueError(f"width: expected at most {table[-1].max_width}; got {width}")
 
 
 # 40 float32 per thread: 5120 is 4 warps × 32 lanes × 5 loads of 16 bytes, so no lane idles.
@@ -168,13 +171,14 @@ ATTENTION_RANGES_BLOCK = 256  # ranges that a program reads at a time, to find t
 def attention_config(
     table: tuple[AttentionConfig, ...], arch: str, element_size: int, head_dim: int
 ) -> AttentionConfig:
-    return next(
-        row
-        for row in table
-        if arch.startswith(row.arch)
-        and element_size == row.element_size
-        and head_dim <= row.max_head_dim
-    )
+    for row in table:
+        if (
+            head_dim <= row.max_head_dim
+            and element_size == row.element_size
+            and arch.startswith(row.arch)
+        ):
+            return row
+    raise ValueError(f"head_dim: expected at most {table[-1].max_head_dim}; got {head_dim}")
 
 
 # A sequence is cut into chunks of a multiple of DECODE_CHUNK keys, as few as make at most

@@ -1,5 +1,8 @@
 """Views of tensors that the kernels can address by strides."""
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -14,21 +17,60 @@ def rows(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
+def rows_and_stride(x: Tensor) -> tuple[Tensor, int]:
+    """x, or a copy, whose rows are contiguous and lie a fixed stride apart; and that stride."""
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    x = rows(x)
+    return x, x.stride(0)
+
+
 def contiguous_features(x: Tensor) -> Tensor:
     """x itself when its last dimension is contiguous, a copy otherwise."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def cdiv(size: int, block: int) -> int:
+    """Blocks that cover a size; Triton's function of the name is made for kernels, and dear."""
+    return -(-size // block)
+
+
+def power_of_2(size: int) -> int:
+    """The smallest that is not below a size of 1 or more."""
+    return 1 << (size - 1).bit_length()
+
+
 def fits_tma(x: Tensor) -> bool:
     """Whether the bulk-copy engine, which addresses in units of 16 bytes, can load from x
     `[batch, row, head, feature]`."""
-    strides = (stride * x.element_size() for stride in x.stride()[:3])
-    return x.data_ptr() % 16 == 0 and all(stride > 0 and stride % 16 == 0 for stride in strides)
+    batch, row, head, _ = x.stride()
+    divisor = 16 // x.element_size()
+    return (
+        x.data_ptr() % 16 == 0
+        and batch > 0 and row > 0 and head > 0
+        and batch % divisor == 0 and row % divisor == 0 and head % divisor == 0
+    )  # fmt: skip
 
 
 def descriptor(x: Tensor, block_rows: int, block_features: int) -> TensorDescriptor:
-    """For loads of tiles of one head of x `[batch, row, head, feature]`."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, block_rows, 1, block_features])
+    """For loads of tiles of one head of x `[batch, row, head, feature]`, of one element or more,
+    that `fits_tma`."""
+    # What the constructor checks at every call: that, and the block.
+    found = object.__new__(TensorDescriptor)
+    found.__dict__ = _descriptor_options(block_rows, block_features) | {
+        "base": x,
+        "shape": list(x.shape),
+        "strides": list(x.stride()),
+    }
+    return found
+
+
+@cache
+def _descriptor_options(block_rows: int, block_features: int) -> dict[str, Any]:
+    """All else that a descriptor of such blocks has, by its constructor, which checks it."""
+    block = [1, block_rows, 1, block_features]
+    example = torch.empty(block, dtype=torch.float32, device="cpu")
+    return vars(TensorDescriptor(example, block, list(example.stride()), block))
 
 
 def sequence_stride(per_head: Tensor | None) -> int:

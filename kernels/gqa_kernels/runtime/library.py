@@ -20,7 +20,7 @@ from typing import Any, NoReturn, get_args
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd.function import FunctionCtx
 from torch.compiler import is_compiling
 
@@ -36,18 +36,17 @@ def is_traced(*values: Any) -> bool:
     subclass watches."""
     if is_compiling() or _num_dispatch_modes() or _is_jit_tracing():
         return True
-    # A loop: a generator would cost a microsecond at every call.
-    for x in values:  # noqa: SIM110
-        if type(x) not in _PLAIN and isinstance(x, Tensor):
-            return True
-    return False
+    return not _PLAIN.issuperset(map(type, values)) and any(
+        type(x) not in _PLAIN and isinstance(x, Tensor) for x in values
+    )
 
 
 def needs_graph(*values: Any) -> bool:
     """Whether autograd has to record an eager call."""
     if torch.is_grad_enabled():
+        # A loop: a generator would cost a microsecond at every call.
         for x in values:
-            if isinstance(x, Tensor) and x.requires_grad:
+            if x is not None and isinstance(x, Tensor) and x.requires_grad:
                 return True
     return False
 
@@ -137,10 +136,16 @@ class Op:
         if self._check is not None:
             self._check(*args)
         if needs_graph(*args):
-            return self._refuse() if self._function is None else self._function.apply(*args)
+            return self._refuse() if self._function is None else self._record(args)
         for position in self._written:
             _note_written(args[position])
         return self._launch(*args, **options)
+
+    def _record(self, args: tuple) -> Any:
+        """`Function.apply` without its search for torch.func's tensors, which the check refuses."""
+        if torch._C._are_functorch_transforms_active():
+            return self._function.apply(*args)
+        return super(torch.autograd.Function, self._function).apply(*args)
 
 
 def _schema(launch: Callable[..., Any]) -> inspect.Signature:
@@ -197,9 +202,7 @@ def _refuse_vmap(name: str) -> Callable[..., None]:
 
 def _check_unbatched(grad: Tensor | None) -> None:
     """Refuses what `torch.autograd.grad` batches by a vmap of its own, and torch.func's."""
-    if grad is not None and (
-        _functorch.is_legacy_batchedtensor(grad) or _functorch.is_functorch_wrapped_tensor(grad)
-    ):
+    if grad is not None and (is_legacy_batchedtensor(grad) or is_functorch_wrapped_tensor(grad)):
         raise NotImplementedError(
             "grad_outputs: expected a tensor outside torch.func's transforms (vmap, "
             "is_grads_batched, jacobian's vectorize, …); got one inside. A call of "
@@ -250,10 +253,10 @@ def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         if not is_compiling():  # a compiler traces no check
             for grad in grads:
                 _check_unbatched(grad)
+        if not torch.is_grad_enabled():  # as ever, but for create_graph
+            return backward(ctx, *grads)
         with torch.no_grad():
             results = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return results
         # Tied to its arguments: a node that is on no path to them would never be run.
         depends_on = [x for x in (*ctx.saved_tensors, *grads) if x is not None]
         return tuple(

@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,9 @@ from triton.runtime import driver
 
 from gqa_kernels import interpreter
 
-if interpreter.is_enabled():
+# Triton fixes the mode of a kernel when it is defined, which happens after this.
+_IS_INTERPRETED = interpreter.is_enabled()
+if _IS_INTERPRETED:
     interpreter.enable()  # switched on by the environment, it needs the repair all the same
 
 
@@ -33,15 +35,16 @@ def current() -> Target:
     Raises:
         RuntimeError: Triton drives no GPU here and its interpreter is off.
     """
-    if interpreter.is_enabled():
+    if _IS_INTERPRETED:
         return _INTERPRETED
-    return _describe(driver.active.get_current_device())
+    active = driver.active
+    return _describe(active, active.get_current_device())
 
 
 @cache
-def _describe(device: object) -> Target:
-    gpu = driver.active.get_current_target()
-    properties = driver.active.utils.get_device_properties(device)
+def _describe(active: Any, device: object) -> Target:
+    gpu = active.get_current_target()
+    properties = active.utils.get_device_properties(device)
     num_sms = properties["multiprocessor_count"]
     max_warps = 1024 // gpu.warp_size
     if gpu.backend == "cuda":
@@ -57,26 +60,36 @@ def has_float8() -> bool:
 
 def check_device(name: str, tensor: Tensor) -> None:
     """Raises RuntimeError unless kernels can run on the tensor's device."""
-    if interpreter.is_enabled():
+    if _IS_INTERPRETED:
         if tensor.device.type not in ("cpu", "cuda"):
             raise RuntimeError(f"{name}: expected a tensor on the CPU; got {tensor.device}")
         return
     try:
-        expected = driver.active.get_active_torch_device().type
+        if _drives(driver.active, tensor.device):
+            return
     except RuntimeError as error:
         raise RuntimeError(
             f"{name}: expected a GPU that Triton can drive; found none ({error}). "
             'Use get_backend("eager"), or set TRITON_INTERPRET=1 to check kernels on the CPU'
         ) from error
-    if tensor.device.type != expected:
-        raise RuntimeError(
-            f"{name}: expected a tensor on {expected}; got one on {tensor.device}. "
-            'Use get_backend("eager") there'
-        )
+    expected = driver.active.get_active_torch_device().type
+    raise RuntimeError(
+        f"{name}: expected a tensor on {expected}; got one on {tensor.device}. "
+        'Use get_backend("eager") there'
+    )
+
+
+@cache
+def _drives(active: Any, device: torch.device) -> bool:
+    return active.get_active_torch_device().type == device.type
+
+
+_HERE = nullcontext()
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager:
     """Makes the tensor's GPU the current one for a launch, where it is not already."""
-    if tensor.device.type == "cpu" or tensor.device.index == driver.active.get_current_device():
-        return nullcontext()
-    return torch.accelerator.device_index(tensor.device.index)
+    index = tensor.get_device()  # −1 of the CPU's
+    if index < 0 or index == driver.active.get_current_device():
+        return _HERE
+    return torch.accelerator.device_index(index)

@@ -97,10 +97,8 @@ def gradients(
         need_dkdv=need_dkdv,
         need_dsinks=need_dsinks,
     )
-    grads = (
-        None if grad is None else grad.view(x.shape)
-        for grad, x in zip(grads, call[:3], strict=True)
-    )
+    if call.packed:
+        grads = [None if grad is None else grad.squeeze(0) for grad in grads]
     return *grads, dsinks
 
 
@@ -213,11 +211,12 @@ def _attend(
     """The call with the window that these give."""
     causal, return_lse = checks.flag("causal", causal), checks.flag("return_lse", return_lse)
     window_left, window_right = checks.window(window)
-    call = call._replace(
+    call = Call(
+        *call[:9],
         softmax_scale=checks.optional_number("softmax_scale", call.softmax_scale),
-        softcap=checks.optional_number("softcap", call.softcap),
         window_left=window_left,
         window_right=0 if causal else window_right,
+        softcap=checks.optional_number("softcap", call.softcap),
     )
     q = call.q
     rounds = isinstance(q, Tensor) and q.dtype != torch.float32

@@ -23,13 +23,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gqa_kernels.ops.attention.call import Call, block_d
+from gqa_kernels.ops.attention.call import Call, block_d, kernel_arguments
 from gqa_kernels.ops.attention.dkdv import key_value_gradients
 from gqa_kernels.ops.attention.dq import query_gradient
 from gqa_kernels.ops.attention.forward import launch_forward
 from gqa_kernels.primitives.residue import restore
 from gqa_kernels.primitives.tiles import load_rows
-from gqa_kernels.runtime import configs, layout, target
+from gqa_kernels.runtime import configs, launch, layout, target
 
 
 @triton.jit(do_not_specialize=["seq_len_q"])
@@ -69,6 +69,9 @@ def _prepare_kernel(
     tl.store(delta_ptr + offsets, delta, mask=exists)
 
 
+_launch_prepare = launch.launcher(_prepare_kernel)
+
+
 def launch_backward(
     call: Call,
     dout: Tensor,
@@ -94,13 +97,14 @@ def launch_backward(
         residue = launch_forward(call, need_lse=False, need_residue=True)[2]
     dq = dk = dv = dsinks = None
     with target.device_of(call.q):
-        delta = _prepare(call, dout, dlse, out, residue)
+        delta = _prepare(call, dout, dlse, out, lse, residue)
         given = {
             "dout_ptr": dout,
             "dout_strides": dout.stride()[:3],
             "lse_ptr": lse,
             "delta_ptr": delta,
             "softmax_scale": call.softmax_scale,
+            **kernel_arguments(call),
         }
         if need_dkdv:
             dk, dv = key_value_gradients(call, given)
@@ -121,15 +125,16 @@ def _prepare(
     dout: Tensor,
     dlse: Tensor | None,
     out: Tensor,
+    lse: Tensor,
     residue: Tensor | None,
 ) -> Tensor:
     """delta `[batch, num_q_heads, seq_len_q]`."""
     batch, seq_len_q, num_q_heads, head_dim = call.q.shape
-    shape = (batch, num_q_heads, seq_len_q)
-    delta = torch.empty(shape, dtype=torch.float32, device=out.device)
+    delta = torch.empty_like(lse)
     if out.numel() > 0:
         block_m = configs.ATTENTION_PREPARE_BLOCK
-        _prepare_kernel[(triton.cdiv(seq_len_q, block_m) * num_q_heads * batch,)](
+        _launch_prepare(
+            (layout.cdiv(seq_len_q, block_m) * num_q_heads * batch,),
             out_ptr=out,
             residue_ptr=residue,
             dout_ptr=dout,
@@ -143,6 +148,5 @@ def _prepare(
             BLOCK_M=block_m,
             BLOCK_D=block_d(head_dim),
             num_warps=configs.ATTENTION_PREPARE_NUM_WARPS,
-            enable_fp_fusion=True,
         )
     return delta

@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from gqa_kernels.runtime import checks, configs, layout, target
@@ -51,18 +50,20 @@ def check(*arguments: Any) -> None:
         if call.cu_seqlens_kv is not None:
             raise ValueError("cu_seqlens_kv: expected None without cu_seqlens_q; got a tensor")
         checks.tensor("q", q, shape=("batch", "seq_len_q", "num_q_heads", "head_dim"))
-        kv_shape = (q.shape[0], "seq_len_kv", "num_kv_heads", q.shape[-1])
-        num_sequences = q.shape[0]
+        num_sequences, seq_len_q, num_q_heads, head_dim = q.shape
+        kv_shape = (num_sequences, "seq_len_kv", "num_kv_heads", head_dim)
     else:
         checks.tensor("q", q, shape=("total_q", "num_q_heads", "head_dim"))
-        kv_shape = ("total_kv", "num_kv_heads", q.shape[-1])
+        seq_len_q, num_q_heads, head_dim = q.shape
+        kv_shape = ("total_kv", "num_kv_heads", head_dim)
         num_sequences = _check_bounds(call)
     checks.tensor("k", k, shape=kv_shape, like=("q", q))
-    checks.tensor("v", v, shape=tuple(k.shape), like=("q", q))
+    kv_shape = k.shape
+    checks.tensor("v", v, shape=kv_shape, like=("q", q))
     checks.same_dtype("k", k, "q", q)
     checks.same_dtype("v", v, "q", q)
-    num_q_heads, head_dim = q.shape[-2:]
-    checks.attention_heads(num_q_heads, k.shape[-2], head_dim)
+    seq_len_kv, num_kv_heads, _ = kv_shape[-3:]
+    checks.attention_heads(num_q_heads, num_kv_heads, head_dim)
     checks.softcap(call.softcap, checks.softmax_scale(call.softmax_scale, head_dim))
     checks.window((call.window_left, call.window_right))
     if call.sinks is not None:
@@ -75,7 +76,7 @@ def check(*arguments: Any) -> None:
     key_ranges, key_mask = call.key_ranges, call.key_mask
     if call.packed and (key_ranges is not None or key_mask is not None):
         raise ValueError("key_ranges, key_mask: expected None with cu_seqlens_q; got one of them")
-    checks.key_limits(key_ranges, key_mask, (num_sequences, q.shape[1], k.shape[1]), like=("q", q))
+    checks.key_limits(key_ranges, key_mask, (num_sequences, seq_len_q, seq_len_kv), like=("q", q))
 
 
 def _check_bounds(call: Call) -> int:
@@ -93,7 +94,10 @@ def _check_bounds(call: Call) -> int:
 def prepared(call: Call) -> Call:
     """The same call for the kernels: packed sequences as one batch entry, contiguous features,
     every number with a value."""
-    q, k, v = map(layout.contiguous_features, batched(call.packed, call.q, call.k, call.v))
+    q, k, v = call.q, call.k, call.v
+    if call.packed:
+        q, k, v = batched(True, q, k, v)
+    q, k, v = map(layout.contiguous_features, (q, k, v))
     window_left, window_right = call.window_left, call.window_right
     if not call.packed and q.shape[1] == 1:
         window_right = None  # one query, the last: no key lies to its right
@@ -102,7 +106,7 @@ def prepared(call: Call) -> Call:
         q,
         k,
         v,
-        *(None if x is None else x.contiguous() for x in call[3:7]),
+        *[None if x is None else x.contiguous() for x in call[3:7]],
         call.key_ranges,
         layout.key_mask(call.key_mask),
         checks.softmax_scale(call.softmax_scale, q.shape[-1]),
@@ -119,41 +123,48 @@ def batched(packed: bool, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def block_d(head_dim: int) -> int:
     """The width of a tile that holds a head's features."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, layout.power_of_2(head_dim))
 
 
-def kernel_arguments(call: Call, config: configs.AttentionConfig) -> dict[str, Any]:
+def kernel_arguments(call: Call) -> dict[str, Any]:
     """What the kernels of both passes take of a prepared call, beside pointers to q, k and v."""
-    head_dim = call.q.shape[3]
-    limit = {} if config.max_registers is None else {"maxnreg": config.max_registers}
-    return limit | {
+    q, k = call.q, call.k
+    _, seq_len_q, num_q_heads, head_dim = q.shape
+    _, seq_len_kv, num_kv_heads, _ = k.shape
+    return {
         "cu_seqlens_q_ptr": call.cu_seqlens_q,
         "cu_seqlens_kv_ptr": call.cu_seqlens_kv,
         "alibi_slopes_ptr": call.alibi_slopes,
         "key_ranges_ptr": call.key_ranges,
         "key_mask_ptr": call.key_mask,
-        "q_strides": call.q.stride()[:3],
-        "k_strides": call.k.stride()[:3],
+        "q_strides": q.stride()[:3],
+        "k_strides": k.stride()[:3],
         "v_strides": call.v.stride()[:3],
         "alibi_stride": layout.sequence_stride(call.alibi_slopes),
         "key_ranges_strides": None if call.key_ranges is None else call.key_ranges.stride(),
         "key_mask_stride": None if call.key_mask is None else call.key_mask.stride(0),
         "num_sequences": call.num_sequences,
-        "seq_len_q": call.q.shape[1],
-        "seq_len_kv": call.k.shape[1],
+        "seq_len_q": seq_len_q,
+        "seq_len_kv": seq_len_kv,
         "window_left": call.window_left,
         "window_right": call.window_right,
         "score_unit": call.score_unit,
         "cap_scale": None if call.softcap is None else call.softmax_scale / call.softcap,
-        "GROUP_SIZE": call.q.shape[2] // call.k.shape[2],
+        "GROUP_SIZE": num_q_heads // num_kv_heads,
         "HEAD_DIM": head_dim,
+        "BLOCK_D": block_d(head_dim),
+    }
+
+
+def tile_arguments(config: configs.AttentionConfig) -> dict[str, int | None]:
+    """The numbers of a row of a table of tiles, as arguments of a launch."""
+    return {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
-        "BLOCK_D": block_d(head_dim),
         "NUM_STAGES": config.num_stages,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        "enable_fp_fusion": True,
+        "maxnreg": config.max_registers,
     }
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gqa_kernels.ops.attention import sequences
-from gqa_kernels.ops.attention.call import Call, choose, kernel_arguments
+from gqa_kernels.ops.attention.call import Call, choose, tile_arguments
 from gqa_kernels.ops.attention.sequences import locate
 from gqa_kernels.primitives.scores import (
     Scoring,
@@ -28,7 +28,7 @@ from gqa_kernels.primitives.scores import (
     rows_that_see,
 )
 from gqa_kernels.primitives.tiles import LOG2_E, load_rows, store_rows
-from gqa_kernels.runtime import configs
+from gqa_kernels.runtime import configs, launch
 
 
 class _Queries(NamedTuple):
@@ -261,17 +261,21 @@ def _dkdv_kernel(
     store_rows(dv_ptr + offset, stride, start_n, seq_len_kv, dv, HEAD_DIM, BLOCK_N, BLOCK_D)
 
 
+_launch = launch.launcher(_dkdv_kernel)
+
+
 def key_value_gradients(call: Call, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """(dk, dv) of a prepared call; `given` are the arguments that `backward` adds."""
     k = call.k
     batch, seq_len_kv, num_kv_heads, _ = k.shape
-    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    dv = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    dk = torch.empty_like(k, memory_format=torch.contiguous_format)
+    dv = torch.empty_like(k, memory_format=torch.contiguous_format)
     if k.numel() > 0:
         small = call.packed or call.softcap is not None
         config = choose(call, configs.ATTENTION_DKDV_SMALL if small else configs.ATTENTION_DKDV)
         num_blocks = sequences.num_blocks(seq_len_kv, call.num_sequences, config.block_n)
-        _dkdv_kernel[(num_blocks * num_kv_heads * batch,)](
+        _launch(
+            (num_blocks * num_kv_heads * batch,),
             q_ptr=call.q,
             k_ptr=k,
             v_ptr=call.v,
@@ -281,6 +285,6 @@ def key_value_gradients(call: Call, given: dict[str, Any]) -> tuple[Tensor, Tens
             RANGES_BLOCK=configs.ATTENTION_RANGES_BLOCK,
             APART=config.apart,
             **given,
-            **kernel_arguments(call, config),
+            **tile_arguments(config),
         )
     return dk, dv

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gqa_kernels.ops.attention import sequences
-from gqa_kernels.ops.attention.call import Call, choose, kernel_arguments
+from gqa_kernels.ops.attention.call import Call, choose, tile_arguments
 from gqa_kernels.ops.attention.sequences import locate
 from gqa_kernels.primitives.scores import (
     Scoring,
@@ -26,7 +26,7 @@ from gqa_kernels.primitives.scores import (
     mask,
 )
 from gqa_kernels.primitives.tiles import LOG2_E, Rows, load_rows, load_tile, store_rows
-from gqa_kernels.runtime import configs
+from gqa_kernels.runtime import configs, launch
 
 
 @triton.jit
@@ -165,21 +165,25 @@ def _dq_kernel(
     )  # fmt: skip
 
 
+_launch = launch.launcher(_dq_kernel)
+
+
 def query_gradient(call: Call, given: dict[str, Any]) -> Tensor:
     """dq of a prepared call; `given` are the arguments that `backward` adds."""
     q = call.q
     batch, seq_len_q, num_q_heads, _ = q.shape
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     if q.numel() > 0:
         config = choose(call, configs.ATTENTION_DQ)
         num_blocks = sequences.num_blocks(seq_len_q, call.num_sequences, config.block_m)
-        _dq_kernel[(num_blocks * num_q_heads * batch,)](
+        _launch(
+            (num_blocks * num_q_heads * batch,),
             q_ptr=q,
             k_ptr=call.k,
             v_ptr=call.v,
             dq_ptr=dq,
             num_q_heads=num_q_heads,
             **given,
-            **kernel_arguments(call, config),
+            **tile_arguments(config),
         )
     return dq

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gqa_kernels.ops.attention import sequences
-from gqa_kernels.ops.attention.call import Call, block_d, choose, kernel_arguments
+from gqa_kernels.ops.attention.call import Call, block_d, choose, kernel_arguments, tile_arguments
 from gqa_kernels.ops.attention.sequences import locate
 from gqa_kernels.primitives.residue import residue_of
 from gqa_kernels.primitives.scores import (
@@ -41,7 +41,7 @@ from gqa_kernels.primitives.tiles import (
     online_softmax_step,
     store_rows,
 )
-from gqa_kernels.runtime import configs, layout, target
+from gqa_kernels.runtime import configs, launch, layout, target
 
 
 @triton.jit
@@ -282,6 +282,9 @@ def _forward_kernel(
         tl.store(lse_ptr + queries, lse, mask=queries < seq_len_q)
 
 
+_launch = launch.launcher(_forward_kernel)
+
+
 def launch_forward(
     call: Call, *, need_lse: bool, need_residue: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -297,16 +300,18 @@ def launch_forward(
     """
     q, k, v = call.q, call.k, call.v
     batch, seq_len_q, num_q_heads, head_dim = q.shape
-    lse_shape = (batch, num_q_heads, seq_len_q)
-    if q.numel() == 0 or k.shape[1] == 0:
-        lse = q.new_full(lse_shape, -torch.inf, dtype=torch.float32)
+    if q.numel() == 0 or k.numel() == 0:
+        lse = q.new_full((batch, num_q_heads, seq_len_q), -torch.inf, dtype=torch.float32)
         if call.sinks is not None:
             lse.copy_(call.sinks[:, None] / call.score_unit)
         residue = q.new_zeros(q.shape, dtype=torch.int8) if need_residue else None
         return q.new_zeros(q.shape), lse if need_lse else None, residue
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device) if need_lse else None
-    residue = torch.empty(q.shape, dtype=torch.int8, device=q.device) if need_residue else None
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = residue = None
+    if need_lse:
+        lse = torch.empty(batch, num_q_heads, seq_len_q, dtype=torch.float32, device=q.device)
+    if need_residue:
+        residue = torch.empty_like(q, dtype=torch.int8, memory_format=torch.contiguous_format)
     with target.device_of(q):
         config = choose(call, configs.ATTENTION_FORWARD)
         # A descriptor's tile would end in the rows of the next packed sequence.
@@ -314,7 +319,8 @@ def launch_forward(
         use_tma = use_tma and layout.fits_tma(k) and layout.fits_tma(v)
         block = (config.block_n, block_d(head_dim))
         num_blocks = sequences.num_blocks(seq_len_q, call.num_sequences, config.block_m)
-        _forward_kernel[(num_blocks * num_q_heads * batch,)](
+        _launch(
+            (num_blocks * num_q_heads * batch,),
             q_ptr=q,
             k=layout.descriptor(k, *block) if use_tma else k,
             v=layout.descriptor(v, *block) if use_tma else v,
@@ -325,6 +331,7 @@ def launch_forward(
             num_q_heads=num_q_heads,
             USE_TMA=use_tma,
             AHEAD=config.ahead,
-            **kernel_arguments(call, config),
+            **kernel_arguments(call),
+            **tile_arguments(config),
         )
     return out, lse, residue

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from gqa_kernels.runtime import layout
+
 
 class Work(NamedTuple):
     """What a program owns: a block of rows of one head of one sequence.
@@ -98,5 +100,5 @@ def locate(
 def num_blocks(num_rows: int, num_sequences: int | None, block: int) -> int:
     """Programs per head and batch entry that cover the rows, packed if num_sequences is given."""
     if num_sequences is None:
-        return triton.cdiv(num_rows, block)
+        return layout.cdiv(num_rows, block)
     return num_rows // block + num_sequences + 1

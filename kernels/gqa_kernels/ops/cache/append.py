@@ -28,7 +28,7 @@ from gqa_kernels.primitives.rotation import (
     rotate,
     store_pairs,
 )
-from gqa_kernels.runtime import checks, layout, library, target
+from gqa_kernels.runtime import checks, launch, layout, library, target
 
 INT8_MAX = tl.constexpr(127.0)  # −128 is not used: negation stays exact
 E4M3_MAX = tl.constexpr(448.0)
@@ -219,6 +219,9 @@ def _append_kernel(
         _append(cache, slot, a, b, NUM_KV_HEADS, HEAD_DIM, False, SCALE_PER_TOKEN)
 
 
+_launch_append = launch.launcher(_append_kernel)
+
+
 def _bits(cache: Tensor) -> Tensor:
     """float8_e4m3fn as uint8: not every target's compiler knows the type."""
     return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
@@ -242,12 +245,13 @@ def _forward(
     batch, seq_len, num_q_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
     num_pages, page_size = k_cache.shape[:2]
-    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    k_out = torch.empty_like(k, memory_format=torch.contiguous_format)
     block_h = heads_per_program(num_q_heads, num_kv_heads)
-    num_blocks = triton.cdiv(num_q_heads, block_h) + 2 * triton.cdiv(num_kv_heads, block_h)
+    num_blocks = layout.cdiv(num_q_heads, block_h) + 2 * layout.cdiv(num_kv_heads, block_h)
     with target.device_of(q):
-        _append_kernel[(batch * seq_len, num_blocks)](
+        _launch_append(
+            (batch * seq_len, num_blocks),
             q_ptr=q,
             k_ptr=k,
             v_ptr=v,
@@ -281,11 +285,10 @@ def _forward(
             NUM_KV_HEADS=num_kv_heads,
             HEAD_DIM=head_dim,
             BLOCK_H=block_h,
-            BLOCK_PAIRS=triton.next_power_of_2(head_dim // 2),
+            BLOCK_PAIRS=layout.power_of_2(head_dim // 2),
             INTERLEAVED=interleaved,
             SCALE_PER_TOKEN=k_scale is not None and k_scale.dim() == 3,
             num_warps=1,
-            enable_fp_fusion=True,
         )
     return q_out, k_out
 
@@ -308,7 +311,7 @@ def _check(
     like = ("q", q)
     batch, seq_len, num_q_heads, head_dim = q.shape
     checks.tensor("k", k, shape=(batch, seq_len, "num_kv_heads", head_dim), like=like)
-    checks.tensor("v", v, shape=tuple(k.shape), like=like)
+    checks.tensor("v", v, shape=k.shape, like=like)
     checks.same_dtype("k", k, *like)
     checks.same_dtype("v", v, *like)
     num_kv_heads = k.shape[2]
@@ -322,7 +325,7 @@ def _check(
             )
     shape = ("max_seq_len", head_dim // 2)
     checks.tensor("cos", cos, dtypes=(torch.float32,), shape=shape, like=like)
-    checks.tensor("sin", sin, dtypes=(torch.float32,), shape=tuple(cos.shape), like=like)
+    checks.tensor("sin", sin, dtypes=(torch.float32,), shape=cos.shape, like=like)
     for name, x in (("positions", positions), ("slots", slots)):
         checks.tensor(name, x, dtypes=checks.INTS, shape=(batch, seq_len), like=like)
 

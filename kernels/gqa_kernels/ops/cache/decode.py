@@ -18,14 +18,15 @@ keys of its own and keys may be hidden from all of them.
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from gqa_kernels.ops.cache import counters
 from gqa_kernels.ops.cache.decode_kernel import _decode_kernel
-from gqa_kernels.runtime import checks, configs, layout, library, target
+from gqa_kernels.runtime import checks, configs, launch, layout, library, target
 
 MAX_NEW_TOKENS = 16  # the reference's
+
+_launch_decode = launch.launcher(_decode_kernel)
 
 
 def _forward(
@@ -56,21 +57,22 @@ def _forward(
     num_queries = batch * seq_len_q * num_q_heads
     num_rows = seq_len_q * (num_q_heads // num_kv_heads)
     config = configs.decode_config(k_cache.element_size(), head_dim)
-    block_m = min(config.max_block_m, max(16, triton.next_power_of_2(num_rows)))
+    block_m = min(config.max_block_m, max(16, layout.power_of_2(num_rows)))
     if num_rows == 1:
         block_m = configs.DECODE_LONE_ROW
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    num_tiles = batch * num_kv_heads * triton.cdiv(num_rows, block_m)
-    num_slots = min(triton.cdiv(capacity, configs.DECODE_CHUNK), configs.DECODE_MAX_SPLITS)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    block_d = max(16, layout.power_of_2(head_dim))
+    num_tiles = batch * num_kv_heads * layout.cdiv(num_rows, block_m)
+    num_slots = min(layout.cdiv(capacity, configs.DECODE_CHUNK), configs.DECODE_MAX_SPLITS)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     out_lse = None
     if need_lse:
-        out_lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
+        out_lse = torch.empty(*lse_shape, dtype=torch.float32, device=q.device)
     partial = torch.empty(num_queries, num_slots, head_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(num_queries, num_slots, dtype=torch.float32, device=q.device)
     with target.device_of(q):
         num_programs = configs.DECODE_PROGRAMS_PER_SM * target.current().num_sms
-        _decode_kernel[(num_tiles, min(num_slots, triton.cdiv(num_programs, max(num_tiles, 1))))](
+        _launch_decode(
+            (num_tiles, min(num_slots, layout.cdiv(num_programs, max(num_tiles, 1)))),
             q_ptr=q,
             k_ptr=k_cache,
             v_ptr=v_cache,
@@ -114,7 +116,6 @@ def _forward(
             NUM_STAGES=config.num_stages,
             num_warps=configs.DECODE_NUM_WARPS,
             num_stages=config.num_stages,
-            enable_fp_fusion=True,
         )
     return out, out_lse
 

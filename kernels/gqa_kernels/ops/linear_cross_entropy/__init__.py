@@ -13,7 +13,6 @@ Two ops do the work, both over chunks of logits (`chunks.py`):
 """
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
@@ -21,7 +20,9 @@ from gqa_kernels import losses
 from gqa_kernels.ops.linear_cross_entropy import arguments
 from gqa_kernels.ops.linear_cross_entropy.chunks import Problem, Scores, Vectors, gradients_like
 from gqa_kernels.ops.linear_cross_entropy.softmax import scale_kernel
-from gqa_kernels.runtime import configs, library, target
+from gqa_kernels.runtime import configs, launch, layout, library, target
+
+_launch_scale = launch.launcher(scale_kernel)
 
 # What a rank calls a row that no rank has a loss for.
 _IGNORED = -1
@@ -80,14 +81,14 @@ def _sum_backward(
         if not x.numel():
             return y
         with target.device_of(x):
-            scale_kernel[(triton.cdiv(x.numel(), configs.SCALE_BLOCK),)](
+            _launch_scale(
+                (layout.cdiv(x.numel(), configs.SCALE_BLOCK),),
                 x_ptr=x.contiguous(),
                 factor_ptr=dsum,
                 y_ptr=y,
                 num_elements=x.numel(),
                 BLOCK=configs.SCALE_BLOCK,
                 num_warps=configs.SCALE_NUM_WARPS,
-                enable_fp_fusion=True,
             )
         return y
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from gqa_kernels.ops.linear_cross_entropy.products import (
@@ -20,7 +19,11 @@ from gqa_kernels.ops.linear_cross_entropy.products import (
     weight_product_kernel,
 )
 from gqa_kernels.ops.linear_cross_entropy.softmax import softmax_kernel
-from gqa_kernels.runtime import configs, layout, target
+from gqa_kernels.runtime import configs, launch, layout, target
+
+_launch_rows_product = launch.launcher(rows_product_kernel)
+_launch_weight_product = launch.launcher(weight_product_kernel)
+_launch_softmax = launch.launcher(softmax_kernel)
 
 
 class Vectors(NamedTuple):
@@ -67,11 +70,11 @@ class Problem:
 
     def logits_of_a_chunk(self) -> Tensor:
         """Memory for them, in rows that are aligned."""
-        stride = triton.cdiv(self.vocab_size, 64) * 64
+        stride = layout.cdiv(self.vocab_size, 64) * 64
         row_bytes = stride * self.hidden.element_size()
         block = self.config.block_m
         most = max(block, configs.LINEAR_CROSS_ENTROPY_BYTES // row_bytes // block * block)
-        rows = min(most, self.config.max_rows, triton.cdiv(self.num_rows, block) * block)
+        rows = min(most, self.config.max_rows, layout.cdiv(self.num_rows, block) * block)
         return torch.empty(rows, stride, dtype=self.hidden.dtype, device=self.hidden.device)
 
     def run(
@@ -115,8 +118,9 @@ class Problem:
         config = self.config
         width = self.vocab_size if forward else self.hidden_size
         strides = (1, weight.stride(0)) if forward else (weight.stride(0), 1)
-        blocks = triton.cdiv(num_rows, config.block_m) * triton.cdiv(width, config.block_n)
-        rows_product_kernel[(blocks,)](
+        blocks = layout.cdiv(num_rows, config.block_m) * layout.cdiv(width, config.block_n)
+        _launch_rows_product(
+            (blocks,),
             a_ptr=a,
             b_ptr=weight,
             c_ptr=c,
@@ -135,7 +139,6 @@ class Problem:
             A_NAMED=forward,
             C_NAMED=not forward,
             **config.launch(),
-            enable_fp_fusion=True,
         )
 
     def _softmax(
@@ -149,7 +152,8 @@ class Problem:
         gradient: bool,
     ) -> None:
         softcap, slope = scores.softcap, 1.0 / scores.temperature
-        softmax_kernel[(num_rows,)](
+        _launch_softmax(
+            (num_rows,),
             logits_ptr=logits,
             targets_ptr=self.targets,
             order_ptr=self.order,
@@ -164,20 +168,20 @@ class Problem:
             z_loss=scores.z_loss,
             VOCAB=self.vocab_size,
             WIDTH=logits.shape[1],
-            BLOCK=min(configs.SOFTMAX_BLOCK, triton.next_power_of_2(self.vocab_size)),
+            BLOCK=min(configs.SOFTMAX_BLOCK, layout.power_of_2(self.vocab_size)),
             KNOWN=known,
             GRADIENT=gradient,
             num_warps=configs.SOFTMAX_NUM_WARPS,
-            enable_fp_fusion=True,
         )
 
     def _add_weight_gradient(
         self, dlogits: Tensor, dweight: Tensor, first: int, num_rows: int
     ) -> None:
         config = self.config
-        blocks = triton.cdiv(self.vocab_size, config.block_m)
-        blocks *= triton.cdiv(self.hidden_size, config.block_n)
-        weight_product_kernel[(blocks,)](
+        blocks = layout.cdiv(self.vocab_size, config.block_m)
+        blocks *= layout.cdiv(self.hidden_size, config.block_n)
+        _launch_weight_product(
+            (blocks,),
             dlogits_ptr=dlogits,
             hidden_ptr=self.hidden,
             dweight_ptr=dweight,
@@ -192,7 +196,6 @@ class Problem:
             HIDDEN=self.hidden_size,
             ADD=first > 0,
             **config.launch(),
-            enable_fp_fusion=True,
         )
 
 
