@@ -17,8 +17,9 @@ MODEL = ROOT / "llama2"
 # may import its own folder too.
 KERNELS_ALLOWED = {
     "__init__": {"backends", "patching", "sdpa"},
-    "backends": set(),  # reference and fused, by name, when asked
+    "backends": set(),  # reference, native and fused, by name, when asked
     "reference": {"losses", "reference"},
+    "native": {"losses", "native", "reference"},
     "positions": {"runtime.arguments"},
     "losses": set(),
     "interpreter": set(),
@@ -253,11 +254,13 @@ def test_every_rule_has_a_module(allowed, files):
 
 
 def test_the_reference_needs_torch_only():
-    """And a backend that is plain PyTorch with it, and what a model needs of either backend."""
+    """And a backend that is PyTorch with it, and what a model needs of any backend."""
     for name, path in KERNELS.items():
-        if within(name, {"reference", "positions", "runtime.arguments"}):
+        if within(name, {"reference", "native", "positions", "runtime.arguments"}):
             found = {module.split(".")[0] for module in imported(path)}
-            assert found <= {"itertools", "math", "torch", "gqa_kernels"}, name
+            assert found <= {"contextlib", "itertools", "math", "torch", "typing", "gqa_kernels"}, (
+                name
+            )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -289,11 +292,12 @@ def test_importing_the_package_loads_neither_triton_nor_a_gpu():
     )
 
 
-def test_the_eager_backend_works_where_triton_does_not():
+@pytest.mark.parametrize("backend", ("eager", "torch"))
+def test_other_backends_work_where_triton_does_not(backend):
     fresh(
         "import sys; sys.modules['triton'] = None\n"
         "import torch, gqa_kernels\n"
-        "ops = gqa_kernels.get_backend('eager')\n"
+        f"ops = gqa_kernels.get_backend({backend!r})\n"
         "ops.rms_norm(torch.zeros(2, 8), torch.ones(8))"
     )
 
@@ -303,7 +307,7 @@ def test_kernels_without_a_gpu_say_what_to_do():
         "import torch, gqa_kernels\n"
         "try: gqa_kernels.rms_norm(torch.zeros(2, 8), torch.ones(8))\n"
         "except RuntimeError as error: message = str(error)\n"
-        "assert message.startswith('x: expected') and 'get_backend(\"eager\")' in message, message"
+        "assert message.startswith('x: expected') and 'get_backend(\"torch\")' in message, message"
     )
 
 
@@ -339,7 +343,9 @@ def test_an_install_holds_every_folder():
 def test_unknown_backend():
     import gqa_kernels
 
-    with pytest.raises(ValueError, match="backend: expected one of eager, triton; got 'cuda'"):
+    with pytest.raises(
+        ValueError, match="backend: expected one of eager, torch, triton; got 'cuda'"
+    ):
         gqa_kernels.get_backend("cuda")
 
 

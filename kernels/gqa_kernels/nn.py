@@ -8,8 +8,8 @@ A module takes the tensors that a checkpoint holds under its prefix, by the name
     SwiGLU     gate_proj, up_proj, down_proj     Hugging Face, below mlp.
                w1, w3, w2                        Meta, below feed_forward.
 
-Modules compute on the backend that they are built with: "triton", the kernels, or "eager", plain
-PyTorch on any device.
+Modules compute on the backend that they are built with: "triton", the kernels, "torch", PyTorch's
+fused functions on any device, or "eager", the reference.
 """
 
 from typing import Any
@@ -40,7 +40,7 @@ class RMSNorm(nn.Module):
     Args:
         hidden_size: of the last dimension; up to 16384 on "triton".
         eps: added to the mean square.
-        backend: "triton" or "eager".
+        backend: "triton", "torch" or "eager".
     Parameters:
         weight `[hidden_size]`, ones at first.
     Raises:
@@ -90,7 +90,7 @@ class SwiGLU(nn.Module):
     Args:
         checkpoint_format: "hf" or "meta": whose names the parameters have.
         bias: whether the three projections have one.
-        backend: "triton" or "eager".
+        backend: "triton", "torch" or "eager".
     Parameters:
         gate_proj.weight, up_proj.weight `[intermediate_size, hidden_size]`, down_proj.weight
         `[hidden_size, intermediate_size]`; or w1.weight, w3.weight and w2.weight in this order.
@@ -136,7 +136,7 @@ class Attention(nn.Module):
             the two differ in the order of q's and k's rows.
         causal, window: as in `flash_attention`. With a cache, causal and without a window.
         bias: whether the four projections have one.
-        backend: "triton" or "eager".
+        backend: "triton", "torch" or "eager".
     Parameters:
         q_proj.weight `[num_q_heads · head_dim, hidden_size]`, k_proj.weight and v_proj.weight
         `[num_kv_heads · head_dim, hidden_size]`, o_proj.weight `[hidden_size, num_q_heads ·

@@ -70,12 +70,12 @@ def check_device(name: str, tensor: Tensor) -> None:
     except RuntimeError as error:
         raise RuntimeError(
             f"{name}: expected a GPU that Triton can drive; found none ({error}). "
-            'Use get_backend("eager"), or set TRITON_INTERPRET=1 to check kernels on the CPU'
+            'Use get_backend("torch"), or set TRITON_INTERPRET=1 to check kernels on the CPU'
         ) from error
     expected = driver.active.get_active_torch_device().type
     raise RuntimeError(
         f"{name}: expected a tensor on {expected}; got one on {tensor.device}. "
-        'Use get_backend("eager") there'
+        'Use get_backend("torch") there'
     )
 
 

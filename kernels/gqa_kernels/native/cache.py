@@ -1,0 +1,155 @@
+"""Ops on a key/value cache that touch what is used of it; contracts as in `reference.cache`."""
+
+import torch
+from torch import Tensor
+
+from gqa_kernels import reference
+from gqa_kernels.native.attention import attend
+from gqa_kernels.native.rows import apply_rope, reads_freely
+
+
+def rope_append_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.rope_append_kv`, which also writes quantised caches."""
+    caches = k_cache, v_cache
+    if k_scale is not None or v_scale is not None or not reads_freely(q):
+        scales = {"k_scale": k_scale, "v_scale": v_scale}
+        angles = cos, sin, positions
+        return reference.rope_append_kv(
+            q, k, v, *caches, *angles, slots, **scales, interleaved=interleaved
+        )
+    q, k = apply_rope(q, k, cos, sin, positions, interleaved=interleaved)
+    _write(caches, slots.flatten().long(), (k, v))
+    return q, k
+
+
+def _write(caches: tuple[Tensor, Tensor], slots: Tensor, new: tuple[Tensor, Tensor]) -> None:
+    """cache[slot] = x for each token whose slot there is."""
+    num_slots, numbers = caches[0].shape[0] * caches[0].shape[1], slots.tolist()
+    new = tuple(x.reshape(-1, *x.shape[2:]) for x in new)
+    if not numbers:
+        return
+    if min(numbers) < 0 or max(numbers) >= num_slots:
+        there = ((slots >= 0) & (slots < num_slots)).nonzero()[:, 0]
+        slots, new = slots[there], tuple(x[there] for x in new)
+    for cache, x in zip(caches, new, strict=True):
+        if cache.is_contiguous():
+            cache.view(num_slots, *cache.shape[2:]).index_copy_(0, slots, x)
+        else:
+            cache[slots // cache.shape[1], slots % cache.shape[1]] = x
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens: Tensor,
+    *,
+    block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    softmax_scale: float | None = None,
+    key_ranges: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See `reference.decode_attention`, which also reads quantised caches and computes all that is
+    more than attention to a cache's keys."""
+    plain = k_scale is None and v_scale is None and key_ranges is None and key_mask is None
+    taken = 0 < q.shape[1] <= reference.MAX_NEW_TOKENS  # of others the reference complains
+    if plain and taken and not return_lse and reads_freely(q):
+        lengths = seq_lens.tolist()
+        out = _attend_to_used(q, k_cache, v_cache, lengths, block_table, softmax_scale)
+        if out is not None:
+            return out
+    return reference.decode_attention(
+        q,
+        k_cache,
+        v_cache,
+        seq_lens,
+        block_table=block_table,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        softmax_scale=softmax_scale,
+        key_ranges=key_ranges,
+        key_mask=key_mask,
+        return_lse=return_lse,
+    )
+
+
+def _attend_to_used(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: list[int],
+    block_table: Tensor | None,
+    softmax_scale: float | None,
+) -> Tensor | None:
+    """None where a new token of a sequence that holds any sees no key, or a page is not there."""
+    seq_len_q, longest, shortest = q.shape[1], max(lengths, default=0), min(lengths, default=0)
+    if shortest <= 0 < longest:  # those without a token give 0
+        used = [row for row, length in enumerate(lengths) if length > 0]
+        rows = torch.tensor(used, dtype=torch.int64, device=q.device)
+        if block_table is None:
+            k_cache, v_cache = k_cache[rows, :longest], v_cache[rows, :longest]
+        else:
+            block_table = block_table[rows]
+        lengths = [lengths[row] for row in used]
+        some = _attend_to_used(q[rows], k_cache, v_cache, lengths, block_table, softmax_scale)
+        return None if some is None else torch.zeros_like(q).index_copy(0, rows, some)
+    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    if longest > capacity:
+        return None
+    if shortest < seq_len_q:
+        return None
+    visible = None
+    if shortest < longest or seq_len_q > 1:
+        keys = torch.arange(longest, device=q.device)
+        ends = torch.tensor(lengths, dtype=torch.int64, device=q.device)[:, None, None]
+        new = torch.arange(1 - seq_len_q, 1, device=q.device)
+        visible = (keys < ends + new[:, None])[:, None]
+    if block_table is None and shortest == longest:
+        k, v = k_cache.narrow(1, 0, longest), v_cache.narrow(1, 0, longest)
+    else:
+        slots = _slots(lengths, k_cache.shape, block_table)
+        if slots is None:
+            return None
+        k, v = _entries(k_cache, slots), _entries(v_cache, slots)
+    return attend(q, k, v, softmax_scale, visible=visible)
+
+
+def _slots(
+    lengths: list[int], cache_shape: torch.Size, block_table: Tensor | None
+) -> Tensor | None:
+    """int64 `[batch, longest]`: where each sequence's entries lie, the last of them again where
+    others are longer, so that nothing beyond a length is read. None if a page is not there."""
+    num_pages, page_size = cache_shape[:2]
+    ends = torch.tensor(lengths, dtype=torch.int64, device="cpu")[:, None]
+    entry = torch.arange(max(lengths), device="cpu").minimum(ends - 1)
+    if block_table is None:
+        return entry + torch.arange(len(lengths), device="cpu")[:, None] * page_size
+    pages = block_table.gather(1, entry // page_size)
+    lowest, highest = (bound.item() for bound in pages.aminmax())
+    if lowest < 0 or highest >= num_pages:
+        return None
+    return pages.long() * page_size + entry % page_size
+
+
+def _entries(cache: Tensor, slots: Tensor) -> Tensor:
+    if cache.is_contiguous():
+        rows = cache.view(-1, *cache.shape[2:]).index_select(0, slots.flatten())
+        return rows.view(*slots.shape, *cache.shape[2:])
+    return cache[slots // cache.shape[1], slots % cache.shape[1]]
