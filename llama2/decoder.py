@@ -5,6 +5,7 @@ Parameters carry Hugging Face's names without the leading `model.`, so that chec
 one to one. Reference: Touvron et al. 2023, arXiv:2307.09288.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import ModuleType
@@ -96,9 +97,10 @@ class Attention(nn.Module):
         # [batch, seq_len, num_heads, head_dim]
         projections = self.q_proj, self.k_proj, self.v_proj
         q, k, v = _projected(x, projections, self._joint, step)
-        q = q.unflatten(-1, (self.num_q_heads, self.head_dim))
-        k = k.unflatten(-1, (self.num_kv_heads, self.head_dim))
-        v = v.unflatten(-1, (self.num_kv_heads, self.head_dim))
+        tokens, head_dim = x.shape[:2], self.head_dim
+        q = q.view(*tokens, self.num_q_heads, head_dim)
+        k = k.view(*tokens, self.num_kv_heads, head_dim)
+        v = v.view(*tokens, self.num_kv_heads, head_dim)
         angles, pairs = (rope.cos, rope.sin, positions), {"interleaved": self.rope_interleaved}
         if step is None:
             q, k = self.apply_rope(q, k, *angles, **pairs)
@@ -176,8 +178,8 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A Llama 2 decoder below its head, whose ops are `get_backend("eager")` or
-    `get_backend("triton")`.
+    """A Llama 2 decoder below its head, whose ops are a backend: `get_backend("triton")` on a GPU,
+    `get_backend("torch")` elsewhere, `get_backend("eager")` to check either.
 
     A model is a subclass, which adds its head and then calls `reset_parameters`: weights are drawn
     from N(0, 0.02²), the two projections that write to the residual stream from
@@ -337,8 +339,8 @@ class Decoder(nn.Module):
             positions = step.positions
         x, residual = self.embed_tokens(tokens), None
         recompute = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
-        for index, layer in enumerate(self.layers):
-            of_layer = None if step is None else step.of_layer(index)
+        steps = itertools.repeat(None) if step is None else step.of_layers()
+        for layer, of_layer in zip(self.layers, steps, strict=False):
             inputs = (x, residual, self.rope, positions, of_layer, cu_seqlens)
             if recompute:
                 x, residual = checkpoint(layer, *inputs, use_reentrant=False)

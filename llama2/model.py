@@ -16,7 +16,7 @@ from llama2.targets import check_ids, divisor, targets_of
 
 
 class Llama2(Decoder):
-    """A Llama 2 model whose ops are `get_backend("eager")` or `get_backend("triton")`; weights and
+    """A Llama 2 model whose ops are a backend, such as `get_backend("triton")`; weights and
     attributes as `Decoder` has them."""
 
     def __init__(self, config: ModelConfig, ops: ModuleType) -> None:

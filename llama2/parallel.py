@@ -8,7 +8,7 @@ computes whole activations of its own heads, and two sums over the ranks per lay
 together. Shoeybi et al. 2019, arXiv:1909.08053. FSDP deals out parameters, gradients and optimiser
 states, and gathers a layer's parameters when it runs. Rajbhandari et al. 2019, arXiv:1910.02054.
 
-The model's ops see plain local tensors, on either backend.
+The model's ops see plain local tensors, on any backend.
 """
 
 from collections import defaultdict

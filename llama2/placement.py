@@ -12,7 +12,7 @@ import torch
 
 from gqa_kernels import get_backend, interpreter
 
-BACKENDS = ("auto", "eager", "triton")
+BACKENDS = ("auto", "eager", "torch", "triton")
 
 
 def add_device_option(parser: argparse._ActionsContainer) -> None:
@@ -25,14 +25,15 @@ def add_options(parser: argparse._ActionsContainer) -> None:
         "--backend",
         choices=BACKENDS,
         default="auto",
-        help="auto: triton on a GPU that Triton can drive, otherwise eager",
+        help="auto: triton on a GPU that Triton can drive, otherwise torch, PyTorch's own fused "
+        "functions; eager is the reference, to check the others",
     )
     add_device_option(parser)
 
 
 class Placement(NamedTuple):
     device: torch.device
-    backend: str  # "eager" or "triton"
+    backend: str  # "eager", "torch" or "triton"
     reason: str
     interpreted: bool  # the kernels run in Triton's CPU interpreter
 
@@ -57,7 +58,7 @@ def place(backend: str, device: str | None = None) -> Placement:
     its first kernel.
 
     Args:
-        backend: "auto" takes "triton" on a GPU that Triton can drive, otherwise "eager".
+        backend: "auto" takes "triton" on a GPU that Triton can drive, otherwise "torch".
         device: None means "cuda" if there is one, otherwise "cpu".
     Raises:
         ValueError: the backend is none of these, the device is not there, or "triton" is asked for
@@ -69,11 +70,11 @@ def place(backend: str, device: str | None = None) -> Placement:
     if backend == "auto":
         obstacle = _obstacle(where)
         if obstacle is not None:
-            return Placement(where, "eager", obstacle, interpreted=False)
+            return Placement(where, "torch", obstacle, interpreted=False)
         name = torch.cuda.get_device_name(where)
         return Placement(where, "triton", f"Triton drives {name}", interpreted=False)
-    if backend == "eager":
-        return Placement(where, "eager", "as asked for", interpreted=False)
+    if backend != "triton":
+        return Placement(where, backend, "as asked for", interpreted=False)
     if where.type == "cpu":
         interpreter.enable()
     interpreted = interpreter.is_enabled()

@@ -1,8 +1,8 @@
 """The keys and values of the tokens that a batch of sequences has seen."""
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from operator import itemgetter
 from typing import NamedTuple, Protocol
 
 import torch
@@ -54,6 +54,10 @@ class KeyValues(NamedTuple):
     def map(self, function: Callable[[Tensor], Tensor]) -> "KeyValues":
         return KeyValues(*(None if x is None else function(x) for x in self))
 
+    def of_layers(self) -> "Iterator[KeyValues]":
+        """What each layer has of it."""
+        return (self.map(itemgetter(layer)) for layer in range(len(self.keys)))
+
     def gather(self, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The keys and values of one layer at `slots`, each `[len(slots), num_kv_heads, head_dim]`,
         in a dtype that they are rounded to once."""
@@ -64,8 +68,7 @@ class KeyValues(NamedTuple):
         )
 
 
-@dataclass(frozen=True)
-class CacheStep:
+class CacheStep(NamedTuple):
     """Where one call's new tokens go in a cache, and what they attend to; the same for all layers.
 
     Attributes:
@@ -86,9 +89,9 @@ class CacheStep:
     block_table: Tensor | None = None
     context: Tensor | None = None
 
-    def of_layer(self, layer: int) -> "CacheStep":
-        """The same with what is stored of one layer."""
-        return replace(self, stored=self.stored.map(lambda x: x[layer]))
+    def of_layers(self) -> "Iterator[CacheStep]":
+        """The same with what is stored of each layer."""
+        return (self._replace(stored=stored) for stored in self.stored.of_layers())
 
 
 class Cache(Protocol):

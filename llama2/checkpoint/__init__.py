@@ -74,7 +74,7 @@ def load(
     Args:
         path: a directory with config.json and model.safetensors or pytorch_model.bin, or their
             shards with an index; or with params.json and consolidated.NN.pth.
-        ops: the backend, `get_backend("eager")` or `get_backend("triton")`.
+        ops: the backend, such as `get_backend("triton")`.
         dtype: of the parameters; None means the one that config.json declares, else the tensors'
             own, which must then be one.
         max_seq_len: length of the rotary table; None means the checkpoint's context length, for

@@ -1,7 +1,6 @@
 """Steps of a batch in a paged cache, on tensors of fixed addresses, so that a GPU replays them."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -42,9 +41,8 @@ class PagedDecode:
         """Puts the states of a batch's tokens, one per row, into `states`."""
         where = batch.reserve(*self._tokens.shape)
         if self._where is None:
-            self._where = replace(
-                where, positions=where.positions.clone(), slots=where.slots.clone()
-            )
+            own = {"positions": where.positions.clone(), "slots": where.slots.clone()}
+            self._where = where._replace(**own)
         self._where.positions.copy_(where.positions)
         self._where.slots.copy_(where.slots)
         self._tokens.copy_(batch.tokens)

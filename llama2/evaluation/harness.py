@@ -53,7 +53,7 @@ _log = logging.getLogger(f"lm_eval.{__name__}")
 
 @register_model("llama2")
 class Llama2LM(TemplateLM):
-    """A checkpoint of this package's formats on either backend.
+    """A checkpoint of this package's formats on any backend.
 
     Args:
         checkpoint: a directory with tokenizer.model.

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 -m llama2.train.distributed --tp 2 --work build/distributed
 
-On GPUs with nccl and the kernels, on the CPU with gloo and the eager backend. Killed, the same
+On GPUs with nccl and the kernels, on the CPU with gloo and the backend "torch". Killed, the same
 command continues from `--work`, on any number of processes: the data of a step, and with it the
 loss but for roundings, do not depend on it. `--work` also receives `log.jsonl`, a line per step.
 `--out` takes one run, as that of `llama2 pretrain`.
@@ -165,7 +165,7 @@ def gathered(model: AnyDecoder) -> AnyDecoder | None:
         return None
     # Sharding makes a class of its own of the model's.
     kind = ScalarModel if isinstance(model, ScalarModel) else Llama2
-    alone = kind(model.config, get_backend("eager"))
+    alone = kind(model.config, get_backend("torch"))
     alone.load_state_dict(state)
     return alone
 
@@ -247,7 +247,7 @@ def _run(args: argparse.Namespace) -> None:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    backend = "triton" if device.type == "cuda" else "eager"
+    backend = "triton" if device.type == "cuda" else "torch"
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         mesh = make_mesh(device.type, args.tp)

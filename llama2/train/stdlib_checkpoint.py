@@ -209,7 +209,7 @@ def _train(
     stream, held_out_stream = token_stream(training, tokenizer), token_stream(held_out, tokenizer)
 
     torch.manual_seed(args.seed)
-    model = Llama2(MODEL, get_backend("eager"))
+    model = Llama2(MODEL, get_backend("torch"))
     log = train(model, RandomWindows(stream, config), config, args.work, save_every=100)
     model.bfloat16().float()  # the held-out figure is of the weights as they are stored
     record = {

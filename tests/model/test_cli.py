@@ -173,19 +173,19 @@ def test_a_defect_keeps_its_traceback(llama2, monkeypatch):
 
 def test_auto_follows_the_device(device):
     placement = place("auto", str(device))
-    assert placement.backend == ("triton" if device.type == "cuda" else "eager")
+    assert placement.backend == ("triton" if device.type == "cuda" else "torch")
     assert placement.ops is get_backend(placement.backend) and not placement.interpreted
 
 
 def test_auto_says_what_it_chose_and_why(capfd, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["generate", "--prompt", "a", "--max-new-tokens", "1"]) == 0
-    assert capfd.readouterr().err == "backend: eager on cpu: there is no GPU\n"
+    assert capfd.readouterr().err == "backend: torch on cpu: there is no GPU\n"
 
 
 def test_unknown_backend_is_refused():
     with pytest.raises(
-        ValueError, match="backend: expected one of auto, eager, triton; got 'cuda'"
+        ValueError, match="backend: expected one of auto, eager, torch, triton; got 'cuda'"
     ):
         place("cuda")
 
