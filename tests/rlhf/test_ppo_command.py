@@ -28,7 +28,7 @@ SHAPE = ModelConfig(
     max_seq_len=64,
 )
 RECIPE = ("--iterations", 2, "--batch-size", 8, "--mini-batch-size", 4, "--lr", 1e-3)
-RECIPE += ("--max-new-tokens", 8, "--threads", 1, "--backend", "eager")
+RECIPE += ("--max-new-tokens", 8, "--threads", 1, "--backend", "torch")
 
 
 def parse(*arguments):
@@ -184,7 +184,7 @@ def test_the_state_of_another_command_is_named(folder):
     line = {"prompt": "Say red.", "chosen": "red", "rejected": "blue"}
     data = write(folder / "comparisons.jsonl", [line])
     run = ("--work", folder / "work", "--out", folder / "rm", "--init", folder / "chat")
-    run += ("--data", data, "--backend", "eager")
+    run += ("--data", data, "--backend", "torch")
     with pytest.raises(ValueError, match=r"model_config, train_config, .*; got no train_config"):
         reward.run(parser.parse_args([str(part) for part in run]))
 

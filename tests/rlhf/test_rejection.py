@@ -123,7 +123,7 @@ def rejection(files, device, capfd):
     def run(*options: str, samples: int = K) -> tuple[int, dict, str, str]:
         data, out = files
         paths = ["--data", str(data), "--out", str(out), "--device", str(device)]
-        paths += ["--reward", "RM", "--samples", str(samples), "--backend", "eager"]
+        paths += ["--reward", "RM", "--samples", str(samples), "--backend", "torch"]
         status = cli.main(["rejection-sample", *paths, *options])
         return status, by_place(out), *capfd.readouterr()
 
@@ -681,7 +681,7 @@ def test_of_one_sample_none_is_chosen(sign, rejection, earnest, judge, files, de
     data, out = tmp_path / "data.jsonl", tmp_path / "answers.jsonl"
     write(data, [dialogue(line["prompt"], "x") for line in PROMPTS])
     paths = ["--data", str(data), "--out", str(out), "--device", str(device)]
-    assert cli.main(["answer", *paths, "--backend", "eager", *drawn]) == 0
+    assert cli.main(["answer", *paths, "--backend", "torch", *drawn]) == 0
     plain = by_place(out)
     assert {place: record["answer"] for place, record in plain.items()} == {
         place: record["messages"][-1]["content"] for place, record in records.items()

@@ -33,7 +33,7 @@ SHAPE = ModelConfig(
     max_seq_len=64,
 )
 WORDS = ("red", "blue", "cat", "dog", "tree", "one", "two")
-RECIPE = ("--batch-size", 8, "--peak-lr", 1e-2, "--threads", 1, "--backend", "eager")
+RECIPE = ("--batch-size", 8, "--peak-lr", 1e-2, "--threads", 1, "--backend", "torch")
 
 
 def parse(*arguments):

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 import torch
-from small_llama import EAGER
 
+from gqa_kernels import get_backend
 from llama2.config import ModelConfig
 from llama2.model import Llama2
 from llama2.rlhf.ppo import Actors
@@ -13,6 +13,7 @@ from llama2.rlhf.rollouts import Judge, Question, Questions, Sampler
 from llama2.scalar_model import ScalarModel
 from llama2.train.execution import Execution, OneProcess
 
+TORCH = get_backend("torch")  # what commands take on a CPU
 EOS, WANTED = 2, 5
 SHAPE = ModelConfig(
     vocab_size=24,
@@ -41,14 +42,14 @@ def wanted(sequences: Sequence[Sequence[int]]) -> list[float]:
 
 def policy(seed: int = 0) -> Llama2:
     torch.manual_seed(seed)
-    model = Llama2(SHAPE, EAGER)
+    model = Llama2(SHAPE, TORCH)
     torch.nn.init.normal_(model.lm_head.weight, std=0.3)
     return model
 
 
 def critic(seed: int = 0) -> ScalarModel:
     torch.manual_seed(seed + 100)
-    return ScalarModel(SHAPE, EAGER)
+    return ScalarModel(SHAPE, TORCH)
 
 
 def compute_dtype(config: PPOConfig) -> torch.dtype:
@@ -80,7 +81,7 @@ def sampler(config: PPOConfig, execution: Execution = OneProcess()) -> Sampler: 
         vocab_size=SHAPE.vocab_size,
         samples=config.samples,
         max_batch=16,
-        ops=EAGER,
+        ops=TORCH,
         dtype=compute_dtype(config),
         execution=execution,
     )
