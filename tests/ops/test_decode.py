@@ -6,7 +6,7 @@ import pytest
 import torch
 from budget import assert_call
 
-from gqa_kernels import reference
+from gqa_kernels import native, reference
 from gqa_kernels.ops.cache.decode import MAX_NEW_TOKENS, decode_attention
 from gqa_kernels.runtime import configs
 
@@ -45,7 +45,7 @@ def test_a_length_beyond_the_cache_counts_as_its_end(length, draw, device):
 def test_without_lengths_every_sequence_fills_the_cache(draw, device):
     q, k, v = draw(2, 3, 4, 16), draw(2, 40, 2, 16), draw(2, 40, 2, 16)
     assert_within_budget(q, k, v, None)
-    for ops in (decode_attention, reference.decode_attention):
+    for ops in (decode_attention, reference.decode_attention, native.decode_attention):
         assert torch.equal(ops(q, k, v, None), ops(q, k, v, lengths(40, 40, device=device)))
     one = draw(2, 1, 2, 16)  # a capacity of 1
     assert_within_budget(draw(2, 1, 4, 16), one, one, None)

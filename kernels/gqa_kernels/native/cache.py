@@ -56,7 +56,7 @@ def decode_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    seq_lens: Tensor,
+    seq_lens: Tensor | None,
     *,
     block_table: Tensor | None = None,
     k_scale: Tensor | None = None,
@@ -71,7 +71,7 @@ def decode_attention(
     plain = k_scale is None and v_scale is None and key_ranges is None and key_mask is None
     taken = 0 < q.shape[1] <= reference.MAX_NEW_TOKENS  # of others the reference complains
     if plain and taken and not return_lse and reads_freely(q):
-        lengths = seq_lens.tolist()
+        lengths = _lengths(q, k_cache, seq_lens, block_table)
         out = _attend_to_used(q, k_cache, v_cache, lengths, block_table, softmax_scale)
         if out is not None:
             return out
@@ -88,6 +88,19 @@ def decode_attention(
         key_mask=key_mask,
         return_lse=return_lse,
     )
+
+
+def _lengths(
+    q: Tensor, k_cache: Tensor, seq_lens: Tensor | None, block_table: Tensor | None
+) -> list[int]:
+    if seq_lens is None:
+        return [_capacity(k_cache, block_table)] * len(q)
+    return seq_lens.tolist()
+
+
+def _capacity(k_cache: Tensor, block_table: Tensor | None) -> int:
+    """How many tokens a sequence has room for."""
+    return k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
 
 
 def _attend_to_used(
@@ -110,8 +123,7 @@ def _attend_to_used(
         lengths = [lengths[row] for row in used]
         some = _attend_to_used(q[rows], k_cache, v_cache, lengths, block_table, softmax_scale)
         return None if some is None else torch.zeros_like(q).index_copy(0, rows, some)
-    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    if longest > capacity:
+    if longest > _capacity(k_cache, block_table):
         return None
     if shortest < seq_len_q:
         return None
