@@ -71,17 +71,15 @@ def compared():
     the number of launches so far that were direct, and of all."""
     numbers, original = {"direct": 0, "all": 0}, launch._Launcher.launch
 
-    def checked(self, grid, arguments, num_warps, num_stages):
+    def checked(self, grid, arguments, options):
         with recorded() as launches, counted() as by_triton:
-            original(self, grid, arguments, num_warps, num_stages)
+            original(self, grid, arguments, options)
         ((launcher, launched_grid, stream, given),) = launches
         numbers["all"] += 1
         numbers["direct"] += not by_triton
-        options = {} if num_stages is None else {"num_stages": num_stages}
         named = dict(zip(self._kernel.arg_names, arguments, strict=True))
-        chosen = self._kernel.run(
-            grid=grid, warmup=True, num_warps=num_warps, enable_fp_fusion=True, **named, **options
-        )
+        named |= {name: value for name, value in options._asdict().items() if value is not None}
+        chosen = self._kernel.run(grid=grid, warmup=True, **named, enable_fp_fusion=True)
         assert chosen.run is launcher, f"{self._kernel}: another binary than Triton's"
         assert launched_grid == (*grid, 1, 1)[:3]
         assert stream == 0
@@ -156,9 +154,14 @@ def check_options(everything):
     function, x = launch.launcher(probe_kernel), torch.zeros(16)
     with recorded() as launches, counted() as by_triton:
         for _ in range(2):
-            for options in ({"num_warps": 1}, {"num_warps": 4}, {"num_warps": 4, "num_stages": 1}):
+            for options in (
+                {"num_warps": 1},
+                {"num_warps": 4},
+                {"num_warps": 4, "num_stages": 1},
+                {"num_warps": 4, "maxnreg": 64},
+            ):
                 launch_probe(function, x, **options)
-    assert len({launcher for launcher, *_ in launches}) == 3 and len(by_triton) == 3
+    assert len({launcher for launcher, *_ in launches}) == 4 and len(by_triton) == 4
     for wrong in ({}, {"num_warps": 1, "other": 2}):
         try:
             launch_probe(function, x, **wrong)
