@@ -12,12 +12,14 @@ import torch
 
 from llama2.cache.page_pool import OutOfPages
 from llama2.cache.paged_kv_cache import PagedKVCache
-from llama2.decoding.graphs import can_capture
+from llama2.decoding.graphs import can_capture, on_gpu
 from llama2.decoding.paged_decode import PagedDecode
-from llama2.decoding.sampling import check_sampling, in_float32, uniform_draws
+from llama2.decoding.sampling import check_sampling, uniform_draws
 from llama2.decoding.weights import fingerprint, in_own_dtype
 from llama2.generate import as_stop_ids, check_tokens, drawn_ids
 from llama2.model import Llama2
+
+_NO_TOKEN = -2  # nor what is drawn from logits that are not finite
 
 
 @dataclass(frozen=True)
@@ -65,29 +67,18 @@ class Result:
         return "stop" if stopped else "length"
 
 
-@dataclass
+@dataclass(eq=False)
 class _Running:
     index: int
     request: Request
     uniform: np.ndarray  # float32 [max_new_tokens], what `sample` draws by
     new: list[int] = field(default_factory=list)
     row: int = -1
-    stopped: bool = False
     error: str | None = None
 
     @property
     def tokens(self) -> list[int]:
         return [*self.request.prompt, *self.new]
-
-    @property
-    def is_done(self) -> bool:
-        full = len(self.new) >= self.request.max_new_tokens
-        return self.stopped or self.error is not None or full
-
-    def add(self, token: int) -> None:
-        self.new.append(token)
-        stop, stop_ids = self.request.stop, self.request.stop_ids
-        self.stopped = token in stop_ids or (stop is not None and stop(self.new))
 
 
 def seed_of(seed: int | None, *place: int) -> int | None:
@@ -175,14 +166,28 @@ def serve(
 
 
 class _Server:
+    """Attributes:
+    ahead: whether the model's next step is enqueued before the tokens of the last are read, so
+        that a GPU has work while the host plans. A request that ends at a stop token has then
+        gone through one step more than it needed.
+    """
+
     def __init__(
         self, model: Llama2, cache: PagedKVCache, max_batch: int, capture: bool, vocab_size: int
     ) -> None:
         self.model, self.cache, self.max_batch = model, cache, max_batch
         self.decoder = PagedDecode(model, cache, vocab_size, capture=capture)
+        self.ahead = on_gpu(model)
         self.running: list[_Running] = []  # in the order of admission
         self.waiting: deque[_Running] = deque()  # read or preempted, first to be admitted first
         self.done: list[_Running] = []
+        self._rows = np.empty(0, dtype=np.int64)  # of `running`
+        self._drawn: Callable[[], np.ndarray] | None = None  # the last draw's tokens, until read
+        # By row: the token that was read last; max_new_tokens, stop_ids, whether there is a `stop`.
+        self._tokens = np.zeros(cache.max_batch, dtype=np.int64)
+        self._limits = np.zeros(cache.max_batch, dtype=np.int64)
+        self._stop_ids = np.full((cache.max_batch, 0), _NO_TOKEN, dtype=np.int64)
+        self._is_asked = np.zeros(cache.max_batch, dtype=bool)
 
     @torch.inference_mode()
     def run(self, requests: Iterable[Request]) -> Iterator[Result]:
@@ -190,18 +195,19 @@ class _Server:
         self.cache.computed_with(self.model.cache_config, fingerprint(self.model))
         try:
             while True:
-                self._make_room()
-                if self.running:
+                if self.ahead:
                     self._decode()
-                self._admit(incoming)
-                if self.running:
-                    self._draw()
-                self._retire()
-                none_left = not self.running and not self.done
+                self._collect()
                 for finished in self.done:
                     yield Result(finished.index, finished.request, finished.new, finished.error)
                 self.done.clear()
-                if none_left:
+                if not self.ahead:
+                    self._decode()
+                self.cache.tell(self._rows, self._tokens[self._rows])
+                self._admit(incoming)
+                if self.running:
+                    self._draw()
+                elif not self.done:
                     return
         finally:
             for request in self.running:
@@ -216,25 +222,30 @@ class _Server:
             uniform = uniform_draws(request.seed, 0, request.max_new_tokens)  # as of one prompt
             yield _Running(index, request, uniform)
 
-    def _make_room(self) -> None:
-        """Room for the last token of every running request, the oldest first."""
-        for request in list(self.running):
-            while request in self.running:
-                try:
-                    self.cache.extend(request.row, request.new[-1:])
-                    break
-                except OutOfPages:
+    def _decode(self) -> None:
+        """The last token of every running request that is to have another goes through the model.
+        When pages run out, requests end or are preempted, the youngest first."""
+        while True:
+            has_more = self.decoder.num_drawn[self._rows] < self._limits[self._rows]
+            rows = self._rows[has_more]
+            if not len(rows):
+                return
+            try:
+                self.cache.grow(rows)
+                break
+            except OutOfPages:
+                if self._drawn is not None:
+                    self._collect()
+                else:
                     self._preempt()
+        with in_own_dtype(self.model):
+            self.decoder.decode(self.cache.decode(rows))
 
     def _preempt(self) -> None:
         youngest = self.running.pop()
+        self._rows = self._rows[:-1]
         self.cache.free(youngest.row)
         self.waiting.appendleft(youngest)
-
-    def _decode(self) -> None:
-        """The last token of every running request goes through the model."""
-        with in_own_dtype(self.model):
-            self.decoder.decode(self.cache.decode([request.row for request in self.running]))
 
     def _admit(self, incoming: Iterator[_Running]) -> None:
         """Starts requests in order until one does not fit.
@@ -252,7 +263,7 @@ class _Server:
                     break
                 self.waiting.append(request)
             request = self.waiting[0]
-            if request.is_done:  # it asks for no token
+            if request.request.max_new_tokens == 0:
                 self.done.append(self.waiting.popleft())
                 break  # to hand it over before more are read
             tokens = tuple(request.tokens)
@@ -262,6 +273,7 @@ class _Server:
                 break
             request.row = self.cache.admit(tokens) if leader is None else self.cache.fork(leader)
             self.running.append(self.waiting.popleft())
+            self._begin(request)
             if leader is None:
                 self._prefill(request.row)
                 started[tokens] = request.row
@@ -275,28 +287,52 @@ class _Server:
             states = self.model.hidden_states(batch.tokens, batch)
             self.decoder.states[row] = states[0, -1]
 
+    def _begin(self, running: _Running) -> None:
+        row, request = running.row, running.request
+        self._rows = np.append(self._rows, row)
+        self._limits[row], self._is_asked[row] = request.max_new_tokens, request.stop is not None
+        if (more := len(request.stop_ids) - self._stop_ids.shape[1]) > 0:
+            self._stop_ids = np.pad(self._stop_ids, ((0, 0), (0, more)), constant_values=_NO_TOKEN)
+        self._stop_ids[row] = _NO_TOKEN
+        self._stop_ids[row, : len(request.stop_ids)] = [*request.stop_ids]
+        self.decoder.begin(
+            row, len(running.new), running.uniform, request.temperature, request.top_p
+        )
+
     def _draw(self) -> None:
-        """Gives every running request a token."""
-        uniform = [running.uniform[len(running.new)] for running in self.running]
-        temperature = [in_float32(running.request.temperature) for running in self.running]
-        top_p = [running.request.top_p for running in self.running]
-        rows = [running.row for running in self.running]
-        settings = np.array([uniform, temperature, top_p], dtype=np.float32)
+        """Gives every running request a token, which `_collect` reads."""
         with in_own_dtype(self.model):
-            tokens = self.decoder.draw(rows, settings)
-        for running, token in zip(self.running, tokens, strict=True):
-            if token < 0:
+            self._drawn = self.decoder.draw(self._rows)
+
+    def _collect(self) -> None:
+        """Reads the tokens that were drawn last, and ends requests that have all of theirs."""
+        if self._drawn is None:
+            return
+        self._tokens, self._drawn = self._drawn().copy(), None
+        rows, tokens = self._rows, self._tokens[self._rows]
+        for running, token in zip(self.running, tokens.tolist(), strict=True):
+            running.new.append(token)
+        is_broken = tokens < 0
+        has_ended = is_broken | (self._stop_ids[rows] == tokens[:, None]).any(axis=1)
+        for index in (self._is_asked[rows] & ~has_ended).nonzero()[0].tolist():
+            running = self.running[index]
+            has_ended[index] = running.request.stop(running.new)
+        has_ended |= self.decoder.num_drawn[rows] >= self._limits[rows]
+        if has_ended.any():
+            self._end(has_ended, is_broken)
+
+    def _end(self, has_ended: np.ndarray, is_broken: np.ndarray) -> None:
+        for index in has_ended.nonzero()[0].tolist():
+            running = self.running[index]
+            self.cache.free(running.row)
+            if is_broken[index]:
+                del running.new[-1]
                 running.error = (
                     f"model: expected finite logits; got NaN or infinity at new token "
                     f"{len(running.new)} in {self.decoder.states.dtype}"
                 )
-            else:
-                running.add(token)
-
-    def _retire(self) -> None:
-        for running in [running for running in self.running if running.is_done]:
-            self.cache.free(running.row)
-            if running.error is not None:
                 self.cache.forget()  # what no other request may find
-            self.running.remove(running)
             self.done.append(running)
+        left = (~has_ended).nonzero()[0]
+        self.running = [self.running[index] for index in left.tolist()]
+        self._rows = self._rows[left]

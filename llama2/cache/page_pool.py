@@ -4,24 +4,27 @@ Host bookkeeping alone: no tensor, no device. Kwon et al. 2023, arXiv:2309.06180
 """
 
 import hashlib
-from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
 
 
 class OutOfPages(RuntimeError):
     """A cache has fewer free pages than were asked for. Nothing was changed."""
 
 
-def page_digests(tokens: Sequence[int], page_size: int, before: bytes = b"") -> Iterator[bytes]:
+def page_digests(
+    tokens: Sequence[int] | np.ndarray, page_size: int, before: bytes = b""
+) -> Iterator[bytes]:
     """For each full page of `tokens`, a digest of all tokens from the first to the page's last.
 
     `before` is the digest of the page before the first, where `tokens` go on. Two prefixes with
     one digest are not to be found: it is SHA-256.
     """
-    for end in range(page_size, len(tokens) + 1, page_size):
-        page = array("q", tokens[end - page_size : end])
-        before = hashlib.sha256(before + page.tobytes()).digest()
+    ids = np.asarray(tokens, dtype=np.int64)
+    for end in range(page_size, len(ids) + 1, page_size):
+        before = hashlib.sha256(before + ids[end - page_size : end].tobytes()).digest()
         yield before
 
 
@@ -33,7 +36,7 @@ class PagePool:
     """
 
     def __init__(self, num_pages: int) -> None:
-        self._references = [0] * num_pages
+        self._references = np.zeros(num_pages, dtype=np.int64)
         self._blank = list(reversed(range(num_pages)))  # free, with nothing worth keeping
         self._kept: OrderedDict[int, None] = OrderedDict()  # free but findable, oldest use first
         self._page_of: dict[bytes, int] = {}
@@ -50,7 +53,19 @@ class PagePool:
         return len(self._page_of)
 
     def references(self, page: int) -> int:
-        return self._references[page]
+        return int(self._references[page])
+
+    def shared(self, pages: np.ndarray) -> list[int]:
+        """Indices of those pages that others refer to too, if each page stands for a sequence that
+        is about to write to it, and those before it do so in a page of their own."""
+        found: list[int] = []
+        num_left: dict[int, int] = {}
+        for index in (self._references[pages] > 1).nonzero()[0].tolist():
+            page = int(pages[index])
+            num_left[page] = num_left.get(page, self.references(page)) - 1
+            if num_left[page] > 0:
+                found.append(index)
+        return found
 
     def take(self, count: int) -> list[int]:
         """`count` pages with one reference each, whatever they hold.
@@ -67,15 +82,15 @@ class PagePool:
             else:
                 page, _ = self._kept.popitem(last=False)
                 del self._page_of[self._name_of.pop(page)]
-            self._references[page] = 1
             pages.append(page)
+        self._references[pages] = 1
         return pages
 
-    def refer(self, pages: Iterable[int]) -> None:
-        """One more reference to each of `pages`, which hold something."""
+    def refer(self, pages: Sequence[int]) -> None:
+        """One more reference to each of `pages`, which differ and hold something."""
         for page in pages:
             self._kept.pop(page, None)
-            self._references[page] += 1
+        self._references[pages] += 1
 
     def release(self, pages: Sequence[int]) -> None:
         """One reference less to each page of a sequence.
@@ -83,9 +98,9 @@ class PagePool:
         From the last page to the first: a page is of use only with all those before it, so the
         last is to be forgotten first.
         """
-        for page in reversed(pages):
-            self._references[page] -= 1
-            if self._references[page] > 0:
+        self._references[pages] -= 1
+        for page, references in zip(pages[::-1], self._references[pages][::-1], strict=True):
+            if references > 0:
                 continue
             if page in self._name_of:
                 self._kept[page] = None

@@ -4,6 +4,7 @@ Token t of a sequence lies in page `block_table[row, t // page_size]` at t % pag
 2023, arXiv:2309.06180.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,21 +15,12 @@ from torch import Tensor
 from gqa_kernels.reference import MAX_NEW_TOKENS
 from llama2.cache.kv_cache import CacheStep, KeyValues, Stored
 from llama2.cache.page_pool import PagePool, page_digests
+from llama2.cache.transfer import to_device
 from llama2.config import ModelConfig
-
-
-def to_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """The values on a device, which fetches them when it comes to it: nobody waits."""
-    host = torch.from_numpy(np.ascontiguousarray(values))
-    if device.type == "cuda":
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True)
 
 
 @dataclass
 class _Sequence:
-    tokens: list[int]
-    num_cached: int  # tokens whose keys and values are in the cache; the rest are pending
     pages: list[int]  # with room for all tokens
     digests: list[bytes] = field(default_factory=list)  # of the full pages that are cached
 
@@ -47,7 +39,8 @@ class PagedKVCache(Stored):
         states = model.hidden_states(batch.tokens, batch)[row]
         …
 
-    A row that is not in use is a ValueError wherever one is named.
+    A row that is not in use is a ValueError wherever one is named. Rows may also `grow` by a token
+    whose id the device alone knows, and be told later (`tell`).
 
     Pages are shared by sequences that begin with the same tokens, as far as these fill pages, and
     by forks. A page that others read is copied before a sequence writes to it. What a freed
@@ -88,9 +81,14 @@ class PagedKVCache(Stored):
         self.stored = KeyValues.zeros(config, (num_pages, page_size), dtype, device)
         self._table = np.full((max_batch, self.pages_for(self.max_seq_len)), -1, dtype=np.int32)
         self.block_table = torch.full(self._table.shape, -1, dtype=torch.int32, device=device)
+        self._table_is_sent = True  # to block_table
         self.seq_lens = torch.zeros(max_batch, dtype=torch.int32, device=device)
         self._pool = PagePool(num_pages)
         self._sequences: dict[int, _Sequence] = {}
+        self._ids = np.zeros((max_batch, self.max_seq_len), dtype=np.int64)
+        self._lengths = np.zeros(max_batch, dtype=np.int64)  # pending tokens included
+        self._num_known = np.zeros(max_batch, dtype=np.int64)  # whose ids the host knows
+        self._num_cached = np.zeros(max_batch, dtype=np.int64)  # whose keys and values are written
         self._batch: PagedBatch | None = None  # the last that was made, until rows change
         self._config: ModelConfig | None = None  # of the model that fills it, with _weights
         self._weights: Tensor | None = None
@@ -106,7 +104,8 @@ class PagedKVCache(Stored):
 
     def num_tokens(self, row: int) -> int:
         """Tokens of a sequence, pending ones included."""
-        return len(self._sequence(row).tokens)
+        self._sequence(row)
+        return int(self._lengths[row])
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that as many tokens fill, the last perhaps in part."""
@@ -135,7 +134,7 @@ class PagedKVCache(Stored):
         except Exception:
             self._pool.release(shared)
             raise
-        self._add(row, _Sequence(list(tokens), len(shared) * self.page_size, pages, digests))
+        self._add(row, _Sequence(pages, digests), tokens, len(shared) * self.page_size)
         return row
 
     def extend(self, row: int, tokens: Sequence[int]) -> None:
@@ -145,26 +144,36 @@ class PagedKVCache(Stored):
             ValueError: more than `max_seq_len` tokens in all.
             OutOfPages: too few are free. Nothing was changed.
         """
-        sequence = self._sequence(row)
-        total = len(sequence.tokens) + len(tokens)
-        if total > self.max_seq_len:
-            raise ValueError(
-                f"tokens: expected at most {self.max_seq_len - len(sequence.tokens)} more; "
-                f"got {len(tokens)}"
-            )
-        writes_to_last = len(tokens) > 0 and len(sequence.tokens) % self.page_size > 0
-        copies = writes_to_last and self._pool.references(sequence.pages[-1]) > 1
-        new = self._pool.take(self.pages_for(total) - len(sequence.pages) + copies)
-        if copies:
-            shared, sequence.pages[-1] = sequence.pages[-1], new.pop()
-            for stored in self.stored:
-                if stored is not None:
-                    stored[:, sequence.pages[-1]] = stored[:, shared]
-            self._pool.release([shared])
-        self._batch = None
-        sequence.pages += new
-        sequence.tokens += tokens
-        self._table[row, : len(sequence.pages)] = sequence.pages
+        self._check_told(row)
+        length = self._lengths[row]
+        self._make_room(np.array([row]), len(tokens))
+        self._ids[row, length : self._lengths[row]] = tokens
+        self._num_known[row] = self._lengths[row]
+
+    def grow(self, rows: Sequence[int] | np.ndarray) -> None:
+        """Adds to each of `rows` a pending token that the device knows, and pages where they are
+        needed. `tell` has to follow, before anything but `decode` and `free` is asked of a row.
+
+        Raises:
+            ValueError: a sequence of `max_seq_len` tokens.
+            OutOfPages: too few are free. Nothing was changed.
+        """
+        self._make_room(self._rows(rows), 1)
+
+    def tell(self, rows: Sequence[int] | np.ndarray, tokens: Sequence[int] | np.ndarray) -> None:
+        """The ids of the tokens by which `rows` have grown.
+
+        Raises:
+            ValueError: a row whose tokens are all known.
+        """
+        rows = np.asarray(rows, dtype=np.int64)
+        known = self._num_known[rows]
+        if (known >= self._lengths[rows]).any():
+            raise ValueError(f"rows: expected rows that have grown; got {rows.tolist()}")
+        self._ids[rows, known] = tokens
+        self._num_known[rows] = known = known + 1
+        for row in rows[known % self.page_size == 0].tolist():
+            self._name_pages(row)
 
     def fork(self, row: int) -> int:
         """A row for a second sequence that has all tokens of `row` and shares all of its pages.
@@ -172,24 +181,23 @@ class PagedKVCache(Stored):
         Raises:
             ValueError: `row` has pending tokens; no free row.
         """
-        parent = self._sequence(row)
-        if parent.num_cached < len(parent.tokens):
-            raise ValueError(
-                f"row: expected no pending tokens; got {len(parent.tokens) - parent.num_cached}"
-            )
+        self._check_told(row)
+        parent = self._sequences[row]
+        length = self._lengths[row]
+        if num_pending := length - self._num_cached[row]:
+            raise ValueError(f"row: expected no pending tokens; got {num_pending}")
         child = self._free_row()
         self._pool.refer(parent.pages)
-        copy = _Sequence(
-            list(parent.tokens), parent.num_cached, list(parent.pages), list(parent.digests)
-        )
-        self._add(child, copy)
+        copy = _Sequence(list(parent.pages), list(parent.digests))
+        self._add(child, copy, self._ids[row, :length], length)
         return child
 
     def free(self, row: int) -> None:
         """Ends a sequence, whether or not it has pending tokens."""
         self._pool.release(self._sequence(row).pages)
         del self._sequences[row]
-        self._table[row] = -1
+        self._table[row], self._table_is_sent = -1, False
+        self._lengths[row] = self._num_known[row] = self._num_cached[row] = 0
         self._batch = None
 
     def forget(self) -> None:
@@ -244,20 +252,68 @@ class PagedKVCache(Stored):
             raise ValueError(f"max_batch: expected a free row; got {self.max_batch} sequences")
         return next(row for row in range(self.max_batch) if row not in self._sequences)
 
-    def _add(self, row: int, sequence: _Sequence) -> None:
+    def _add(self, row: int, sequence: _Sequence, tokens: Sequence[int], num_cached: int) -> None:
         self._sequences[row] = sequence
         self._table[row, : len(sequence.pages)] = sequence.pages
+        self._table_is_sent = False
+        self._ids[row, : len(tokens)] = tokens
+        self._lengths[row] = self._num_known[row] = len(tokens)
+        self._num_cached[row] = num_cached
 
-    def _slots(self, row: int, positions: np.ndarray) -> np.ndarray:
-        pages = self._table[row, positions // self.page_size].astype(np.int64)
+    def _rows(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        rows = np.asarray(rows, dtype=np.int64)
+        for row in set(rows.tolist()) - self._sequences.keys():
+            self._sequence(row)
+        return rows
+
+    def _check_told(self, row: int) -> None:
+        self._sequence(row)
+        if untold := self._lengths[row] - self._num_known[row]:
+            raise ValueError(f"row: expected one that knows its tokens; got {row}, {untold} untold")
+
+    def _make_room(self, rows: np.ndarray, count: int) -> None:
+        """`count` more pending tokens of each row: pages for them, and a copy of the last page if
+        they go to one that other sequences read.
+
+        Raises:
+            ValueError, OutOfPages: no room in a row, too few pages. Nothing was changed.
+        """
+        lengths = self._lengths[rows]
+        left = self.max_seq_len - max(lengths.tolist(), default=0)
+        if count > left:
+            raise ValueError(f"tokens: expected at most {left} more; got {count}")
+        missing = self.pages_for(lengths + count) - self.pages_for(lengths)
+        last = self._table[rows, (lengths - 1) // self.page_size]
+        written = (lengths % self.page_size * count).nonzero()[0]
+        copying = [rows[written[index]] for index in self._pool.shared(last[written])]
+        new = self._pool.take(sum(missing.tolist()) + len(copying))
+        self._table_is_sent &= not new
+        for row in copying:
+            pages = self._sequences[row].pages
+            shared, pages[-1] = pages[-1], new.pop()
+            self._table[row, len(pages) - 1] = pages[-1]
+            for stored in self.stored:
+                if stored is not None:
+                    stored[:, pages[-1]] = stored[:, shared]
+            self._pool.release([shared])
+        for index in missing.nonzero()[0].tolist():
+            pages = self._sequences[rows[index]].pages
+            first = len(pages)
+            pages += [new.pop() for _ in range(missing[index])]
+            self._table[rows[index], first : len(pages)] = pages[first:]
+        self._lengths[rows] = lengths + count
+        self._batch = None
+
+    def _slots(self, rows: int | np.ndarray, positions: np.ndarray) -> np.ndarray:
+        pages = self._table[rows, positions // self.page_size].astype(np.int64)
         return pages * self.page_size + positions % self.page_size
 
-    def _commit(self, row: int, num_cached: int) -> None:
-        """Tokens up to `num_cached` have been written: pages that they fill can be shared."""
+    def _name_pages(self, row: int) -> None:
+        """Makes pages findable whose tokens have all been written, and are known."""
         sequence = self._sequences[row]
-        sequence.num_cached = num_cached
         done = len(sequence.digests)
-        tokens = sequence.tokens[done * self.page_size : num_cached]
+        num_ready = min(int(self._num_cached[row]), int(self._num_known[row]))
+        tokens = self._ids[row, done * self.page_size : num_ready]
         before = sequence.digests[-1] if done else b""
         sequence.digests += page_digests(tokens, self.page_size, before)
         for page, digest in zip(sequence.pages[done:], sequence.digests[done:], strict=False):
@@ -265,43 +321,58 @@ class PagedKVCache(Stored):
 
 
 class PagedBatch:
-    """What `Llama2` takes for a cache: the pending tokens of some rows, for one call.
+    """What `Llama2` takes for a cache: the pending tokens of some rows, for one call."""
 
-    Attributes:
-        tokens: int64 `[batch, seq_len]` on the device, the call's tokens.
-    """
-
-    def __init__(self, cache: PagedKVCache, rows: Sequence[int], *, alone: bool) -> None:
+    def __init__(
+        self, cache: PagedKVCache, rows: Sequence[int] | np.ndarray, *, alone: bool
+    ) -> None:
         self.stored, self._cache = cache.stored, cache
-        sequences = {row: cache._sequence(row) for row in rows}
-        pending = [len(s.tokens) - s.num_cached for s in sequences.values()]
-        width = max(pending, default=0)
+        self._rows = rows = cache._rows(rows)
+        self._totals = totals = cache._lengths[rows]
+        self._num_pending = totals - cache._num_cached[rows]
+        width = max(self._num_pending.tolist(), default=0)
         if width == 0 or (width > MAX_NEW_TOKENS and not alone):
             most = "" if alone else f" to {MAX_NEW_TOKENS}"
             raise ValueError(f"rows: expected 1{most} pending tokens; got {width}")
+        self._places = np.zeros(1, dtype=np.int64) if alone else rows  # of the rows in the batch
+        self._shape = (1 if alone else cache.max_batch, width)
+        ago = np.arange(width, 0, -1)  # tokens stand at the end
+        is_pending = ago <= self._num_pending[:, None]
+        at = np.where(is_pending, totals[:, None] - ago, 0)
+        new = np.zeros((2, *self._shape), dtype=np.int64)
+        new[1] = -1
+        new[0, self._places] = at
+        new[1, self._places] = np.where(is_pending, cache._slots(rows[:, None], at), -1)
         lengths = np.zeros(cache.max_batch, dtype=np.int32)
-        new = np.zeros((3, cache.max_batch, width), dtype=np.int64)
-        tokens, positions, slots = new
-        slots.fill(-1)
-        for (row, sequence), count in zip(sequences.items(), pending, strict=True):
-            lengths[row] = total = len(sequence.tokens)
-            if count:
-                tokens[row, -count:] = sequence.tokens[-count:]
-                positions[row, -count:] = np.arange(total - count, total)
-                slots[row, -count:] = cache._slots(row, positions[row, -count:])
-        self._totals = {row: len(s.tokens) for row, s in sequences.items()}
-        batch = slice(rows[0], rows[0] + 1) if alone else slice(None)
+        lengths[rows] = totals
         device = cache.seq_lens.device
-        self.tokens, positions, slots = to_device(new[:, batch], device)
+        self.positions_and_slots = places = to_device(new, device)
         cache.seq_lens.copy_(to_device(lengths, device))
-        cache.block_table.copy_(to_device(cache._table, device))
-        seq_lens, context = cache.seq_lens[batch], None
-        if alone and sequences[rows[0]].num_cached == 0:
+        if not cache._table_is_sent:
+            cache.block_table.copy_(to_device(cache._table, device))
+            cache._table_is_sent = True
+        seq_lens, table, context = cache.seq_lens, cache.block_table, None
+        if alone:
+            seq_lens, table = (x[rows[0] : rows[0] + 1] for x in (seq_lens, table))
+        if alone and self._num_pending[0] == totals[0]:
             seq_lens = None
         elif width > MAX_NEW_TOKENS:
-            context = to_device(cache._slots(rows[0], np.arange(lengths[rows[0]])), device)
-        table = cache.block_table[batch]
-        self._step = CacheStep(self.stored, positions, slots, seq_lens, table, context)
+            context = to_device(cache._slots(rows[0], np.arange(totals[0])), device)
+        self._step = CacheStep(self.stored, places[0], places[1], seq_lens, table, context)
+
+    @functools.cached_property
+    def tokens(self) -> Tensor:
+        """int64 `[batch, seq_len]` on the device, the call's tokens.
+
+        Raises:
+            ValueError: a row has grown by a token that it was not told.
+        """
+        tokens = np.zeros(self._shape, dtype=np.int64)
+        where = zip(self._rows, self._places, self._totals, self._num_pending, strict=True)
+        for row, place, total, count in where:
+            self._cache._check_told(int(row))
+            tokens[place, len(tokens[0]) - count :] = self._cache._ids[row, total - count : total]
+        return to_device(tokens, self._cache.seq_lens.device)
 
     def reserve(self, batch: int, num_tokens: int) -> CacheStep:
         """Where the tokens go.
@@ -311,9 +382,9 @@ class PagedBatch:
                 extended or freed a sequence or made another batch: the lengths and the block table
                 on the device are the last one's.
         """
-        if (batch, num_tokens) != tuple(self.tokens.shape):
+        if (batch, num_tokens) != self._shape:
             raise ValueError(
-                f"tokens: expected those of the batch, {list(self.tokens.shape)}; "
+                f"tokens: expected those of the batch, {list(self._shape)}; "
                 f"got {[batch, num_tokens]}"
             )
         if self._cache._batch is not self:
@@ -322,6 +393,8 @@ class PagedBatch:
 
     def advance(self, num_tokens: int, valid: Tensor | None = None) -> None:
         """The tokens have been written: they are no longer pending."""
-        self._cache._batch = None
-        for row, num_cached in self._totals.items():
-            self._cache._commit(row, num_cached)
+        cache, rows, totals = self._cache, self._rows, self._totals
+        cache._batch = None
+        cache._num_cached[rows] = totals
+        for row in rows[cache._num_known[rows] == totals].tolist():
+            cache._name_pages(row)

@@ -10,10 +10,12 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llama2.cache.kv_cache import CacheStep, KVCache
+from llama2.cache.transfer import to_host
 from llama2.decoding.graphs import Step
 from llama2.decoding.sampling import in_float32, sample
 from llama2.model import Llama2
@@ -75,12 +77,12 @@ class DecodeBatch:
         fetched = deque([self._fetch(0, host)])
         for index in range(1, num_steps):
             if len(fetched) > self._ahead:
-                yield fetched.popleft()()
+                yield fetched.popleft()().tolist()
             with self._on_device():
                 self._steps[greedy](lambda: self._step(greedy))
             fetched.append(self._fetch(index, host))
         while fetched:
-            yield fetched.popleft()()
+            yield fetched.popleft()().tolist()
 
     def _begin(
         self,
@@ -130,21 +132,11 @@ class DecodeBatch:
     def advance(self, num_tokens: int, valid: Tensor | None = None) -> None:
         self._cache.seq_lens += self._running
 
-    def _fetch(self, index: int, host: Tensor) -> Callable[[], list[int]]:
+    def _fetch(self, index: int, host: Tensor) -> Callable[[], np.ndarray]:
         """Enqueues the copy of a step's tokens; what is returned waits for it."""
         host = host[index]
         with self._on_device():
-            host.copy_(self._drawn[index, : len(host)], non_blocking=True)
-            if self._device.type != "cuda":
-                return host.tolist
-            arrived = torch.cuda.Event()
-            arrived.record()
-
-        def wait() -> list[int]:
-            arrived.synchronize()
-            return host.tolist()
-
-        return wait
+            return to_host(self._drawn[index, : len(host)], host)
 
     def _on_device(self) -> contextlib.AbstractContextManager[object]:
         if self._device.type == "cuda":

@@ -1,23 +1,30 @@
-"""Steps of a batch in a paged cache, on tensors of fixed addresses, so that a GPU replays them."""
+"""Steps of a batch in a paged cache, on tensors of fixed addresses, so that a GPU replays them.
 
-from collections.abc import Sequence
+The tokens that a step draws stay on the device, where the next step reads them: it can be enqueued
+before the host knows them.
+"""
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from llama2.cache.kv_cache import CacheStep
-from llama2.cache.paged_kv_cache import PagedBatch, PagedKVCache, to_device
+from llama2.cache.paged_kv_cache import PagedBatch, PagedKVCache
+from llama2.cache.transfer import to_device, to_host
 from llama2.decoding.graphs import Step
-from llama2.decoding.sampling import sample
+from llama2.decoding.sampling import in_float32, sample
 from llama2.model import Llama2
 
 
 class PagedDecode:
-    """Decodes one token of each row, and draws ids below `vocab_size` from the states of rows.
+    """Decodes the token that each row drew last, and draws ids below `vocab_size` from the states
+    of rows.
 
     Attributes:
         states: `[max_batch, hidden_size]`, of each row's last token.
+        num_drawn: int64 `[max_batch]` on the host, how many tokens each row has drawn.
     """
 
     def __init__(
@@ -26,42 +33,59 @@ class PagedDecode:
         model.fuse_projections()
         self.stored, self._model, self._vocab_size = cache.stored, model, vocab_size
         weight, rows = model.lm_head.weight, cache.max_batch
-        settings = {"dtype": weight.dtype, "device": weight.device}
+        device = weight.device
+        settings = {"dtype": weight.dtype, "device": device}
         self.states = torch.zeros(rows, model.config.hidden_size, **settings)
-        self._tokens = torch.zeros(rows, 1, dtype=torch.int64, device=weight.device)
+        self._tokens = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        self._places = torch.zeros(2, rows, 1, dtype=torch.int64, device=device)
         self._where: CacheStep | None = None
-        self._settings = torch.zeros(
-            3, rows, dtype=torch.float32, device=weight.device
-        )  # uniform, temperature, top_p
-        self._drawn = torch.zeros(rows, dtype=torch.int64, device=weight.device)
+        self._settings = torch.zeros(3, rows, dtype=torch.float32, device=device)
+        self._drawn = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._on_host = torch.zeros(
+            rows, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda"
+        )
+        # Of each row: what it draws by, token after token; uniform, temperature, top_p of the next.
+        self._uniform = np.zeros((rows, model.config.max_seq_len), dtype=np.float32)
+        self._next = np.zeros(self._settings.shape, dtype=np.float32)
+        self.num_drawn = np.zeros(rows, dtype=np.int64)
         self._decode = Step(capture=capture)
         self._draw = {greedy: Step(capture=capture) for greedy in (True, False)}
 
+    def begin(
+        self, row: int, num_drawn: int, uniform: np.ndarray, temperature: float, top_p: float
+    ) -> None:
+        """A row goes on from its states, by these settings.
+
+        Args:
+            uniform: float32 `[max_new_tokens]`, what `sample` draws by, of which `num_drawn` are
+                used already.
+        """
+        self.num_drawn[row] = num_drawn
+        self._uniform[row, : len(uniform)] = uniform
+        self._next[1:, row] = in_float32(temperature), top_p
+
     def decode(self, batch: PagedBatch) -> None:
-        """Puts the states of a batch's tokens, one per row, into `states`."""
+        """Puts the states of the tokens that the batch's rows drew last, one per row, into
+        `states`."""
         where = batch.reserve(*self._tokens.shape)
         if self._where is None:
-            own = {"positions": where.positions.clone(), "slots": where.slots.clone()}
-            self._where = where._replace(**own)
-        self._where.positions.copy_(where.positions)
-        self._where.slots.copy_(where.slots)
-        self._tokens.copy_(batch.tokens)
+            positions, slots = self._places
+            self._where = where._replace(positions=positions, slots=slots)
+        self._places.copy_(batch.positions_and_slots)
         self._decode(self._run_model)
         batch.advance(1)
 
-    def draw(self, rows: Sequence[int], settings: np.ndarray) -> list[int]:
-        """A token of each of `rows`, −1 where its logits are not finite. Waits for the device.
-
-        Args:
-            settings: float32 `[3, len(rows)]`: what `sample` draws by, temperatures and top_ps.
+    def draw(self, rows: np.ndarray) -> Callable[[], np.ndarray]:
+        """Draws a token of each of `rows`. What is returned waits for the device and gives the
+        tokens of all rows, −1 where logits are not finite; it is to be called before the next draw.
         """
-        every = np.zeros(self._settings.shape, dtype=np.float32)
-        every[:, rows] = settings
-        self._settings.copy_(to_device(every, self._settings.device))
-        greedy = not every[1].any()
+        greedy = not self._next[1, rows].any()
+        if not greedy:
+            self._next[0, rows] = self._uniform[rows, self.num_drawn[rows]]
+            self._settings.copy_(to_device(self._next, self._settings.device))
+        self.num_drawn[rows] += 1
         self._draw[greedy](lambda: self._sample(greedy))
-        drawn = self._drawn.tolist()
-        return [drawn[row] for row in rows]
+        return to_host(self._drawn, self._on_host)
 
     def _run_model(self) -> None:
         self.states.copy_(self._model.hidden_states(self._tokens, self)[:, 0])
@@ -70,6 +94,7 @@ class PagedDecode:
         uniform, temperature, top_p = self._settings
         logits = self._model.lm_head(self.states)[:, : self._vocab_size]
         self._drawn.copy_(sample(logits, uniform, 0.0 if greedy else temperature, top_p))
+        self._tokens.copy_(self._drawn.clamp(min=0)[:, None])
 
     def reserve(self, batch: int, num_tokens: int) -> CacheStep:
         """Where the batch's tokens go, as `Llama2` asks a cache. The lengths and the block table

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from llama2.model import Llama2
+
 
 def tensors_of(model: nn.Module) -> list[Tensor]:
     """Its parameters and buffers, those of a module that is used twice at each of its places."""
@@ -47,10 +49,10 @@ def _sum_of_bits(x: Tensor) -> Tensor:
     return (bits * torch.arange(1, len(bits) + 1, device=bits.device)).sum()
 
 
-def in_own_dtype(model: nn.Module) -> contextlib.AbstractContextManager[object]:
+def in_own_dtype(model: Llama2) -> contextlib.AbstractContextManager[object]:
     """Where autocast is off: a cache is of the model's dtype, and so are keys and values to be. A
     model of several dtypes, which cannot do without autocast, is left to it."""
-    kind = next(model.parameters()).device.type
+    kind = model.lm_head.weight.device.type
     if torch.is_autocast_enabled(kind):
         dtypes = {x.dtype for x in model.parameters() if x.is_floating_point()}
         if len(dtypes) == 1:

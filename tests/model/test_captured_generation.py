@@ -13,7 +13,7 @@ import torch
 from small_llama import lively, small_config
 
 from gqa_kernels import get_backend
-from llama2 import generate
+from llama2 import generate, serving
 from llama2.cache.paged_kv_cache import PagedKVCache
 from llama2.decoding import decode_batch, graphs
 from llama2.generate import Generator, rounded_batch
@@ -223,8 +223,12 @@ def test_one_call_at_a_time_has_the_cache(model):
     assert whole == generate.generate(model, PROMPTS[:1], max_new_tokens=5)
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("max_batch", [1, 3, 5])
-def test_continuous_batching_gives_the_same_tokens(model, max_batch, device, captures):
+def test_continuous_batching_gives_the_same_tokens(
+    model, max_batch, ahead, device, captures, monkeypatch
+):
+    monkeypatch.setattr(serving, "on_gpu", lambda _: ahead)
     cache = PagedKVCache(
         model.cache_config, num_pages=12, page_size=4, max_batch=max_batch,
         dtype=torch.float32, device=device,

@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from budget import assert_network
@@ -62,9 +63,13 @@ def test_rows_that_are_not_in_use(device):
     assert cache.num_free_pages == cache.num_pages
 
 
+def tokens_of(cache: PagedKVCache, row: int) -> list[int]:
+    return cache._ids[row, : cache.num_tokens(row)].tolist()
+
+
 def snapshot(cache: PagedKVCache) -> tuple:
     """All that host and device know of who has what."""
-    rows = {row: (list(s.tokens), list(s.pages)) for row, s in cache._sequences.items()}
+    rows = {row: (tokens_of(cache, row), list(s.pages)) for row, s in cache._sequences.items()}
     references = [cache._pool.references(page) for page in range(cache.num_pages)]
     return rows, references, cache._table.tolist(), cache.num_free_pages, cache.num_free_rows
 
@@ -76,7 +81,7 @@ def check_pages(cache: PagedKVCache) -> None:
     assert references == [pages.count(page) for page in range(cache.num_pages)]
     assert cache.num_free_pages == references.count(0)
     for row, s in cache._sequences.items():
-        assert len(s.pages) == cache.pages_for(len(s.tokens))
+        assert len(s.pages) == cache.pages_for(cache.num_tokens(row))
         assert cache._table[row].tolist() == s.pages + [-1] * (cache._table.shape[1] - len(s.pages))
 
 
@@ -243,6 +248,81 @@ def test_content_is_kept_until_pages_run_out(model, device):
     assert_as_alone(model, run(model, batch)[0], [1] * 9)
 
 
+# Tokens that the device alone knows.
+
+
+@torch.no_grad()
+def test_growing_and_being_told_is_extending(model, device):
+    """Also in that a page is found as soon as a token has filled it."""
+    grown, extended = caches = [make_cache(device) for _ in range(2)]
+    for cache in caches:
+        for prompt in ([1, 2, 3], [4] * 4, [5] * 6):
+            run(model, cache.prefill(cache.admit(prompt)))
+    rows = np.array([0, 2])
+    for step in range(6):
+        tokens = [10 + step, 20 + step]
+        grown.grow(rows)
+        for row, token in zip(rows.tolist(), tokens, strict=True):
+            extended.extend(row, [token])
+        batch, expected = grown.decode(rows), extended.decode(rows)
+        states = model.hidden_states(expected.tokens, batch)
+        assert states[rows].equal(model.hidden_states(expected.tokens, expected)[rows])
+        num_named = grown._pool.num_named
+        grown.tell(rows, tokens)
+        assert grown._pool.num_named - num_named == (step in (0, 1, 4, 5))
+        check_pages(grown)
+        assert snapshot(grown) == snapshot(extended)
+    assert [len(cache._shared([1, 2, 3, *range(10, 16)])[1]) for cache in caches] == [2, 2]
+
+
+def test_a_row_that_was_not_told_is_not_read(model, device):
+    cache = make_cache(device)
+    row = cache.admit([1, 2, 3])
+    run(model, cache.prefill(row))
+    with pytest.raises(ValueError, match=r"rows: expected rows that have grown; got \[0\]"):
+        cache.tell([row], [4])
+    cache.grow([row])
+    for call in (
+        lambda: cache.extend(row, [4]),
+        lambda: cache.fork(row),
+        lambda: cache.prefill(row).tokens,
+        lambda: cache.decode([row]).tokens,
+    ):
+        with pytest.raises(ValueError, match="row: expected one that knows its tokens; got 0, 1"):
+            call()
+    cache.tell([row], [4])
+    assert cache.prefill(row).tokens.tolist() == [[4]]
+    cache.grow([row])
+    cache.free(row)
+    assert cache.num_free_pages == cache.num_pages and cache._pool.num_named == 0
+
+
+def test_rows_grow_together_or_not_at_all(model, device):
+    """Forks too: of those that share a page with room in it, all but one copy it."""
+    cache = make_cache(device, num_pages=6, max_batch=4)
+    rows = [cache.admit([1] * 6)]
+    run(model, cache.prefill(rows[0]))
+    rows += [cache.fork(rows[0]) for _ in range(2)]
+    full = cache.admit([2] * 8)
+    run(model, cache.prefill(full))
+    state = snapshot(cache)
+    with pytest.raises(OutOfPages, match="num_pages: expected 3 free pages; got 2"):
+        cache.grow([*rows, full])
+    assert snapshot(cache) == state
+    shared = cache._sequences[rows[0]].pages[-1]
+    cache.grow(rows)
+    assert cache.num_free_pages == 0
+    last = [cache._sequences[row].pages[-1] for row in rows]
+    assert len(set(last)) == 3 and last[-1] == shared
+    for page in last[:-1]:
+        assert cache.keys[:, page, :2].equal(cache.keys[:, shared, :2])
+    check_pages(cache)
+    whole = make_cache(device, num_pages=1)
+    row = whole.admit([1] * 4)
+    with pytest.raises(ValueError, match="tokens: expected at most 0 more; got 1"):
+        whole.grow([row])
+
+
 # What is refused.
 
 
@@ -362,7 +442,7 @@ def random_use(cache: PagedKVCache, rng: random.Random, count: int, compute) -> 
             if action == "admit" and cache.num_free_rows:
                 prompt = [7] * rng.randrange(20) + [rng.randrange(2) for _ in range(5)]
                 row = cache.admit(prompt)
-                done["shared"] += cache._sequences[row].num_cached > 0
+                done["shared"] += cache._num_cached[row] > 0
                 tokens[row] = prompt
             elif action == "extend" and tokens:
                 row = rng.choice(list(tokens))
@@ -394,7 +474,7 @@ def random_use(cache: PagedKVCache, rng: random.Random, count: int, compute) -> 
 
 
 def pending_rows(cache: PagedKVCache) -> list[int]:
-    return [row for row, s in cache._sequences.items() if s.num_cached < len(s.tokens)]
+    return [row for row in cache._sequences if cache._num_cached[row] < cache.num_tokens(row)]
 
 
 def test_two_thousand_random_uses_leak_no_page():
@@ -405,7 +485,7 @@ def test_two_thousand_random_uses_leak_no_page():
         for row in pending_rows(cache):
             batch = cache.prefill(row)
             s = cache._sequences[row]
-            first = s.num_cached // cache.page_size
+            first = cache._num_cached[row] // cache.page_size
             written = s.pages[first:]
             assert [cache._pool.references(page) for page in written] == [1] * len(written)
             batch.reserve(*batch.tokens.shape)
@@ -422,7 +502,7 @@ def test_random_use_through_the_model(model, device):
         poison_blank_pages(cache)
         for row in pending_rows(cache):
             batch = cache.prefill(row) if rng.random() < 0.5 else None
-            few = len(tokens[row]) - cache._sequences[row].num_cached <= 16
+            few = len(tokens[row]) - cache._num_cached[row] <= 16
             batch = batch or (cache.decode([row]) if few else cache.prefill(row))
             logits = run(model, batch)
             assert_as_alone(model, logits[0 if len(logits) == 1 else row, -1:], tokens[row])

@@ -1,6 +1,7 @@
 """Continuous batching gives every request what it gets alone, whatever runs beside it."""
 
 import random
+import sys
 from dataclasses import replace
 
 import pytest
@@ -8,10 +9,18 @@ import torch
 from small_llama import lively, small_config, twin
 
 from gqa_kernels import get_backend
-from llama2 import Llama2
+from llama2 import Llama2, serving
 from llama2.cache.paged_kv_cache import PagedKVCache
+from llama2.decoding.paged_decode import PagedDecode
 from llama2.generate import generate
 from llama2.serving import Request, Result, _Server, check_request, serve
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["", "ahead"])
+def ahead(request, monkeypatch):
+    """Every test with a step ahead too, as on a GPU."""
+    monkeypatch.setattr(serving, "on_gpu", lambda _: request.param)
+    return request.param
 
 
 @pytest.fixture
@@ -478,3 +487,92 @@ def test_forks_of_a_prompt_without_finite_logits_each_say_so(model, prefilled):
     for result in results:
         if result.error is None:
             assert result.tokens == alone(model, result.request)
+
+
+# --- what the host does, and when --------------------------------------------------------------
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """ "decode" and the number of its rows, "draw" and "read", as they happen."""
+    seen = []
+    decode, draw = PagedDecode.decode, PagedDecode.draw
+
+    def noted_decode(decoder, batch):
+        seen.append(("decode", len(batch._rows)))
+        decode(decoder, batch)
+
+    def noted_draw(decoder, rows):
+        seen.append(("draw", len(rows)))
+        wait = draw(decoder, rows)
+        return lambda: (seen.append(("read", len(rows))), wait())[1]
+
+    monkeypatch.setattr(PagedDecode, "decode", noted_decode)
+    monkeypatch.setattr(PagedDecode, "draw", noted_draw)
+    return seen
+
+
+def test_a_step_is_enqueued_before_tokens_are_read(model, ahead, events):
+    """Where the device works meanwhile; and none that is known to be one too many."""
+    list(serve(model, [Request([1, 2], 4), Request([3], 2)], cache=make_cache(model)))
+    step = ["decode", "read", "draw"] if ahead else ["read", "decode", "draw"]
+    assert [name for name, _ in events] == ["draw", *3 * step, "read"]
+    assert [rows for name, rows in events if name == "decode"] == [2, 1, 1]
+
+
+def test_a_request_that_is_stopped_costs_a_row_of_a_step(model, ahead, events):
+    """That is, where a step is enqueued ahead; and its token is dropped."""
+    prompts, stops = [[1, 5], [7, 7, 9], [2]], []
+    for prompt in prompts:
+        tokens = alone(model, Request(prompt, 20))
+        stops.append(next(i for i, token in enumerate(tokens[1:], 1) if token not in tokens[:i]))
+    requests = [
+        Request(prompt, 20, stop_ids=[alone(model, Request(prompt, 20))[stop]])
+        for prompt, stop in zip(prompts, stops, strict=True)
+    ]
+    results = list(serve(model, requests, cache=make_cache(model)))
+    assert_as_alone(model, requests, results)
+    assert all(result.finish_reason == "stop" for result in results)
+    assert sum(rows for name, rows in events if name == "decode") == sum(stops) + 3 * ahead
+    assert sum(rows for name, rows in events if name == "draw") == sum(stops) + 3
+
+
+def test_no_request_is_sent_beyond_its_pages_or_the_model(model):
+    """Requests that fill all pages, or all positions, with their last token."""
+    for sizes, request in (
+        ({"num_pages": 5}, Request([1] * 6, 15, stop_ids=[0])),
+        ({"num_pages": 32}, Request([1] * 100, 28)),
+    ):
+        for new in range(request.max_new_tokens - 2, request.max_new_tokens + 1):
+            cut = replace(request, max_new_tokens=new)
+            cache = make_cache(model, max_batch=1, **sizes)
+            assert_as_alone(model, [cut, cut], list(serve(model, [cut, cut], cache=cache)))
+
+
+def calls_per_step(model: Llama2, batch: int) -> float:
+    """Python's and C's functions that a step calls, where requests neither begin nor end."""
+    counts = []
+    for new in (8, 24):  # 16 steps apart: every row fills as many pages
+        cache, count = make_cache(model, num_pages=10 * batch, max_batch=batch), [0]
+
+        def counting(frame, event, argument, count=count):
+            count[0] += event in ("call", "c_call")
+
+        requests = [Request([1, 5, 7, i], new) for i in range(batch)]
+        sys.setprofile(counting)
+        try:
+            list(serve(model, requests, cache=cache))
+        finally:
+            sys.setprofile(None)
+        counts.append(count[0])
+    return (counts[1] - counts[0]) / 16
+
+
+def test_the_hosts_work_grows_at_most_with_the_batch(model, monkeypatch):
+    """With the model and the choice of a token replaced by nothing. What were quadratic would grow
+    four times as much from 32 to 64 as from 16 to 32."""
+    monkeypatch.setattr(PagedDecode, "_run_model", lambda decoder: None)
+    monkeypatch.setattr(PagedDecode, "_sample", lambda decoder, greedy: None)
+    calls = {batch: calls_per_step(model, batch) for batch in (16, 32, 64)}
+    assert calls[64] - calls[32] <= 2.2 * (calls[32] - calls[16])
+    assert calls[64] < 10 * 64
