@@ -24,6 +24,7 @@ class Llama2(Decoder):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.linear_cross_entropy = ops.linear_cross_entropy
         self.token_log_probs = ops.token_log_probs
+        self.sample_tokens = ops.sample_tokens
         self._keep_whole()
         self.reset_parameters()
 

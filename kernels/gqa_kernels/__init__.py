@@ -21,6 +21,7 @@ OPS = (
     "linear_cross_entropy",
     "token_log_probs",
     "adamw_update",
+    "sample_tokens",
 )
 
 __all__ = ["get_backend", "patch", "scaled_dot_product_attention", "unpatch", *OPS]

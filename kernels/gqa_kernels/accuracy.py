@@ -94,15 +94,19 @@ def compare(
     Where either `actual` or the oracle is NaN or infinite the other must be the same; else the
     error is infinite. Where eager alone is, it allows nothing.
 
+    Whole numbers, which are not rounded, are to be the oracle's: the error is how many differ.
+
     Args:
         further: (eager, oracle) of each further draw.
     Raises:
         ValueError: the shapes differ.
-        TypeError: actual and eager differ in dtype, are not floating, or the oracle is not float64.
+        TypeError: actual and eager differ in dtype, or are floating and the oracle is not float64.
     """
     if not actual.shape == oracle.shape == eager.shape:
         shapes = " and ".join(str(list(x.shape)) for x in (actual, eager))
         raise ValueError(f"{what}: expected shape {list(oracle.shape)}; got {shapes}")
+    if not actual.is_floating_point() and actual.dtype == eager.dtype:
+        return Measured(what, float((actual != oracle).sum()), 0.0, actual.dtype)
     if oracle.dtype != torch.float64:
         raise TypeError(f"{what}: expected a float64 oracle; got {oracle.dtype}")
     if actual.dtype != eager.dtype or not actual.is_floating_point():
@@ -147,7 +151,7 @@ def run(
     those of the outputs in `like`: an oracle has the very cotangents of what it is the truth of.
 
     Args:
-        function: returns a floating tensor or a tuple of them.
+        function: returns a tensor or a tuple of them.
     """
     inputs = {
         name: value.detach().requires_grad_() if name in wrt else value

@@ -8,6 +8,7 @@ from gqa_kernels.ops.glu import swiglu
 from gqa_kernels.ops.linear_cross_entropy import linear_cross_entropy, token_log_probs
 from gqa_kernels.ops.norm import add_rms_norm, rms_norm
 from gqa_kernels.ops.rope import apply_rope
+from gqa_kernels.ops.sampling import sample_tokens
 
 __all__ = [
     "adamw_update",
@@ -19,6 +20,7 @@ __all__ = [
     "linear_cross_entropy",
     "rms_norm",
     "rope_append_kv",
+    "sample_tokens",
     "swiglu",
     "token_log_probs",
 ]

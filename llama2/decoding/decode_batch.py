@@ -116,7 +116,7 @@ class DecodeBatch:
         uniform = self._uniform.index_select(1, self._num_drawn)[:, 0]
         temperature = 0.0 if greedy else self._temperature
         logits = self._model.lm_head(last)[:, : self._vocab_size]
-        drawn = sample(logits, uniform, temperature, self._top_p)
+        drawn = sample(self._model.sample_tokens, logits, uniform, temperature, self._top_p)
         self._drawn.index_copy_(0, self._num_drawn, drawn[None])
         self._num_drawn += 1
         self._tokens.copy_(drawn.clamp(min=0))

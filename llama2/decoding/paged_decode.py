@@ -93,7 +93,8 @@ class PagedDecode:
     def _sample(self, greedy: bool) -> None:
         uniform, temperature, top_p = self._settings
         logits = self._model.lm_head(self.states)[:, : self._vocab_size]
-        self._drawn.copy_(sample(logits, uniform, 0.0 if greedy else temperature, top_p))
+        settings = (uniform, 0.0 if greedy else temperature, top_p)
+        self._drawn.copy_(sample(self._model.sample_tokens, logits, *settings))
         self._tokens.copy_(self._drawn.clamp(min=0)[:, None])
 
     def reserve(self, batch: int, num_tokens: int) -> CacheStep:

@@ -2,6 +2,7 @@
 
 import math
 import secrets
+from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
 
@@ -11,50 +12,36 @@ from torch import Tensor
 
 
 def sample(
+    sample_tokens: Callable[..., Tensor],
     logits: Tensor,
     uniform: Tensor,
     temperature: float | Tensor = 1.0,
     top_p: float | Tensor = 1.0,
 ) -> Tensor:
-    """Draws a token per row from softmax(logits / temperature), cut to its nucleus, in float32.
-
-    The nucleus is the shortest run of tokens, likeliest first and the lower id first among equals,
-    whose probabilities reach `top_p`: a token belongs if those before it sum to less. The draw
-    inverts the cumulative distribution, so it is a function of its arguments.
+    """A token per row, as the op `sample_tokens` draws it; see `gqa_kernels.reference`.
 
     Args:
-        logits: `[batch, vocab_size]`, any floating dtype.
+        sample_tokens: the op, of a backend.
+        logits: `[batch, vocab_size]`, any floating dtype that the backend takes.
         uniform: float32 `[batch]` in [0, 1).
         temperature: of all rows, or float32 `[batch]`; 0 takes the likeliest token. The number 0
-            spares the sort.
+            spares the order of the others.
         top_p: of all rows, or float32 `[batch]`.
     Returns:
         int64 `[batch]`; −1 for a row with NaN, with +infinity, or with −infinity only.
-    Reference: Holtzman et al. 2020, arXiv:1904.09751.
     """
-    logits = logits.float()
-    highest = logits.amax(dim=-1, keepdim=True)
-    tokens = logits.argmax(dim=-1)
     if isinstance(temperature, Tensor) or temperature > 0:
-        temperature, top_p = (_column(logits, value) for value in (temperature, top_p))
-        # Subtracting first keeps a small temperature from overflowing; tiny keeps it from being 0.
-        scaled = (logits - highest) / temperature.clamp(min=torch.finfo(torch.float32).tiny)
-        probabilities, order = scaled.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-        reached = probabilities.cumsum(dim=-1)
-        total = reached[:, -1:]  # 1 but for rounding
-        size = (reached - probabilities < top_p * total).sum(dim=-1, keepdim=True)
-        size = size.clamp(min=1)  # none where the probabilities are NaN
-        target = uniform[:, None] * reached.gather(-1, size - 1)
-        rank = (reached <= target).sum(dim=-1, keepdim=True).clamp(max=size - 1)
-        tokens = torch.where(temperature > 0, order.gather(-1, rank), tokens[:, None])[:, 0]
-    return tokens.where(highest.squeeze(-1).isfinite(), -1)
+        return sample_tokens(
+            logits, _of_rows(logits, temperature), _of_rows(logits, top_p), uniform
+        )
+    return logits.argmax(dim=-1).where(logits.amax(dim=-1).isfinite(), -1)
 
 
-def _column(logits: Tensor, value: float | Tensor) -> Tensor:
-    """float32 `[batch, 1]`."""
+def _of_rows(logits: Tensor, value: float | Tensor) -> Tensor:
+    """float32 `[batch]`."""
     if isinstance(value, Tensor):
-        return value[:, None]
-    return logits.new_full((len(logits), 1), in_float32(value))
+        return value
+    return logits.new_full(logits.shape[:1], in_float32(value), dtype=torch.float32)
 
 
 def in_float32(temperature: float) -> float:

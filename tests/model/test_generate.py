@@ -7,9 +7,11 @@ import pytest
 import torch
 from small_llama import lively, small_config
 
+from gqa_kernels import get_backend
 from llama2.decoding.sampling import sample
 from llama2.generate import generate, stream
 
+EAGER = get_backend("eager")
 PROMPTS = [[1, 5, 9], [2], [3, 1, 4, 1, 5, 9, 2, 6]]
 # Sums of these are exact, so that the nucleus is too: token 3 is the likeliest, then 0, 5, 1.
 PROBABILITIES = [0.25, 0.0625, 0.03125, 0.5, 0.03125, 0.125]
@@ -24,7 +26,7 @@ def drawn(device, **settings) -> Counter:
     """How often `sample` takes each token when `uniform` runs once through [0, 1) in 1/1024."""
     uniform = torch.arange(1024, device=device) / 1024
     logits = torch.tensor(PROBABILITIES, device=device).log().expand(1024, -1)
-    return Counter(sample(logits, uniform, **settings).tolist())
+    return Counter(sample(EAGER.sample_tokens, logits, uniform, **settings).tolist())
 
 
 def test_sample_draws_in_proportion(device):
@@ -66,7 +68,7 @@ def test_temperature_divides_the_logits(device):
 def test_cold_samples_are_the_likeliest_tokens(temperature, dtype, device):
     # Apart by 1, as the limit of a temperature holds no tie.
     logits = torch.stack([torch.randperm(97, device=device) for _ in range(64)]).to(dtype)
-    tokens = sample(logits, torch.rand(64, device=device), temperature)
+    tokens = sample(EAGER.sample_tokens, logits, torch.rand(64, device=device), temperature)
     assert torch.equal(tokens, logits.argmax(dim=-1))
 
 
@@ -82,7 +84,12 @@ def test_the_first_of_equals_wins_at_every_temperature(device):
     logits = torch.zeros(1, 50, device=device)
     logits[0, [20, 30]] = 1.0
     for temperature, top_p in ((0.0, 1.0), (1.0, 1e-6)):
-        assert sample(logits, torch.zeros(1, device=device), temperature, top_p).item() == 20
+        assert (
+            sample(
+                EAGER.sample_tokens, logits, torch.zeros(1, device=device), temperature, top_p
+            ).item()
+            == 20
+        )
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -92,7 +99,9 @@ def test_rows_without_finite_logits_give_minus_one(temperature, device):
     logits[1, 2] = float("inf")
     logits[2, :] = -float("inf")
     logits[3, :6] = -float("inf")  # a legal mask: one token is left
-    tokens = sample(logits, torch.full((4,), 0.5, device=device), temperature, 0.9)
+    tokens = sample(
+        EAGER.sample_tokens, logits, torch.full((4,), 0.5, device=device), temperature, 0.9
+    )
     assert tokens.tolist() == [-1, -1, -1, 6]
 
 

@@ -229,6 +229,15 @@ MUTANTS = (
         FINE,
     ),
     Mutant(
+        "a token is drawn from all, not from the nucleus",
+        "ops/sampling.py",
+        "goal = uniform * (above + num_last * weight)",
+        "goal = uniform * total",
+        "sample_tokens",
+        ("greedy, nucleus and whole",),
+        ALL,
+    ),
+    Mutant(
         "angles are rounded to bfloat16",
         "primitives/rotation.py",
         "return a * cos - b * sin, b * cos + a * sin",

@@ -14,6 +14,7 @@ second one of attention or of the loss raises.
     rope_append_kv           on a CPU: and writes to the slots alone
     decode_attention         on a CPU: F.scaled_dot_product_attention over the keys that there are
     token_log_probs          the reference
+    sample_tokens            the reference
     adamw_update             the reference
 
 The reference computes what PyTorch has no fused function for: attention with a window, soft cap,
@@ -38,7 +39,7 @@ from gqa_kernels.native.attention import flash_attention, flash_attention_varlen
 from gqa_kernels.native.cache import decode_attention, rope_append_kv
 from gqa_kernels.native.losses import linear_cross_entropy
 from gqa_kernels.native.rows import add_rms_norm, apply_rope, rms_norm, swiglu
-from gqa_kernels.reference import adamw_update, token_log_probs
+from gqa_kernels.reference import adamw_update, sample_tokens, token_log_probs
 
 __all__ = [
     "adamw_update",
@@ -50,6 +51,7 @@ __all__ = [
     "linear_cross_entropy",
     "rms_norm",
     "rope_append_kv",
+    "sample_tokens",
     "swiglu",
     "token_log_probs",
 ]

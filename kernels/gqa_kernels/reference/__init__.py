@@ -18,6 +18,7 @@ from gqa_kernels.reference.cache import (
 )
 from gqa_kernels.reference.losses import linear_cross_entropy, token_log_probs
 from gqa_kernels.reference.rows import add_rms_norm, apply_rope, rms_norm, swiglu
+from gqa_kernels.reference.sampling import sample_tokens
 
 __all__ = [
     "MAX_NEW_TOKENS",
@@ -31,6 +32,7 @@ __all__ = [
     "linear_cross_entropy",
     "rms_norm",
     "rope_append_kv",
+    "sample_tokens",
     "swiglu",
     "token_log_probs",
 ]

@@ -264,6 +264,10 @@ SOFTMAX_NUM_WARPS = 8
 SCALE_BLOCK = 2048
 SCALE_NUM_WARPS = 4
 
+# Of the logits that a program reads at a time. Awaits a GPU's word.
+SAMPLING_BLOCK = 8192
+SAMPLING_NUM_WARPS = 16
+
 
 def linear_cross_entropy_config(arch: str, element_size: int) -> ProductConfig:
     return next(

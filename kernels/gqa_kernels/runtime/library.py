@@ -178,8 +178,7 @@ def _registered(
 
 
 def refuse_gradient(doing: str, name: str = "q") -> Callable[..., NoReturn]:
-    """What an op in place, or on a cache, which has no gradient, says of its argument `name` where
-    autograd records."""
+    """What an op without a gradient says, of its argument `name`, where autograd records."""
 
     def refuse(*_: Any, **__: Any) -> NoReturn:
         raise NotImplementedError(
