@@ -7,7 +7,7 @@ import pytest
 import torch
 from budget import assert_results
 
-from gqa_kernels import reference
+from gqa_kernels import native, reference
 from gqa_kernels.ops.adamw import adamw_update
 
 RECIPE = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-5, "weight_decay": 0.1}
@@ -64,17 +64,30 @@ def test_a_scale_divides_the_gradient(inputs, device):
         assert torch.equal(ours[name], expected), name
 
 
-@pytest.mark.parametrize("name", (*WRITTEN, "gradient"))
-def test_rows_apart_give_the_same_bits(name, inputs):
-    expected = steps(adamw_update, inputs)
+def rows_apart(inputs, name):
+    """Copies of the inputs, and the tensor that one of them is a part of."""
     wide = torch.full((5, 96), math.nan, device=inputs[name].device, dtype=inputs[name].dtype)
     wide[:, 8:80] = inputs[name]
-    viewed = {key: x.clone() for key, x in inputs.items()} | {name: wide[:, 8:80]}
-    adamw_update(**viewed, step=1, **RECIPE)
-    for key, value in steps(adamw_update, inputs, 1).items():
-        assert torch.equal(viewed[key], value), key
+    return {key: x.clone() for key, x in inputs.items()} | {name: wide[:, 8:80]}, wide
+
+
+@pytest.mark.parametrize("update", (adamw_update, native.adamw_update), ids=("triton", "torch"))
+@pytest.mark.parametrize("name", (*WRITTEN, "gradient"))
+def test_rows_apart(name, update, inputs, device):
+    """Their bits, and not what lies between them; the gradient stays as it is."""
+    before = inputs["weight"].clone()
+    viewed, wide = rows_apart(inputs, name)
+    update(**viewed, grad_scale=torch.tensor(2.0, device=device), step=1, **RECIPE)
+    halved = inputs | {"gradient": inputs["gradient"] / 2}
+    expected = steps(adamw_update, halved, 1)
+    for key in WRITTEN:
+        if update is adamw_update:
+            assert torch.equal(viewed[key], expected[key]), key
+    ours = {key: viewed[key] for key in WRITTEN}
+    assert_results(ours, lambda given: steps(reference.adamw_update, given, 1), halved)
+    assert torch.equal(viewed["gradient"], inputs["gradient"])
     assert wide[:, :8].isnan().all() and wide[:, 80:].isnan().all()
-    assert not torch.equal(viewed["weight"], expected["weight"])
+    assert not torch.equal(viewed["weight"], before)
 
 
 @pytest.mark.parametrize("shape", ((7,), (2, 3, 8), (0, 8), (4, 0)))

@@ -15,7 +15,7 @@ second one of attention or of the loss raises.
     decode_attention         on a CPU: F.scaled_dot_product_attention over the keys that there are
     token_log_probs          the reference
     sample_tokens            the reference
-    adamw_update             the reference
+    adamw_update             PyTorch's fused AdamW, and a copy
 
 The reference computes what PyTorch has no fused function for: attention with a window, soft cap,
 sinks, ALiBi, key_ranges, key_mask or return_lse, or where a query sees no key; quantised caches;
@@ -35,11 +35,12 @@ the number of rows on a CPU, on every backend.
 Layout and `MAX_NEW_TOKENS` are the reference's.
 """
 
+from gqa_kernels.native.adamw import adamw_update
 from gqa_kernels.native.attention import flash_attention, flash_attention_varlen
 from gqa_kernels.native.cache import decode_attention, rope_append_kv
 from gqa_kernels.native.losses import linear_cross_entropy
 from gqa_kernels.native.rows import add_rms_norm, apply_rope, rms_norm, swiglu
-from gqa_kernels.reference import adamw_update, sample_tokens, token_log_probs
+from gqa_kernels.reference import sample_tokens, token_log_probs
 
 __all__ = [
     "adamw_update",

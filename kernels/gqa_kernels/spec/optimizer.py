@@ -11,7 +11,7 @@ from gqa_kernels import fused, reference
 from gqa_kernels.spec.case import Case, Cost, Draw, OpSpec
 
 
-def _on_copies(update: Callable[..., None]) -> Callable[..., tuple[Tensor, ...]]:
+def on_copies(update: Callable[..., None]) -> Callable[..., tuple[Tensor, ...]]:
     """An update as a function of its arguments, which it leaves as they are: what it writes is what
     it returns."""
 
@@ -62,8 +62,8 @@ def _adamw_case(rows: int, width: int, source: str, *, test: bool = False) -> Ca
 IN_PLACE_OPS = (
     OpSpec(
         "adamw_update",
-        _on_copies(reference.adamw_update),
-        _on_copies(fused.adamw_update),
+        on_copies(reference.adamw_update),
+        on_copies(fused.adamw_update),
         (
             _adamw_case(3, 111, "odd: no 16-byte accesses", test=True),
             _adamw_case(1, 1, "a single number", test=True),

@@ -1,0 +1,48 @@
+"""A step of AdamW by PyTorch's fused one."""
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from gqa_kernels import reference
+
+
+@torch.no_grad()
+def adamw_update(
+    weight: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    copy: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    *,
+    step: int,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+) -> None:
+    """See `reference.adamw_update`, which also takes tensors that are not contiguous."""
+    recipe = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+    if not all(x.is_contiguous() for x in (weight, exp_avg, exp_avg_sq)):
+        moments = exp_avg, exp_avg_sq
+        reference.adamw_update(weight, gradient, *moments, copy, grad_scale, step=step, **recipe)
+        return
+    if grad_scale is not None:  # before: the fused step would write the quotient to the gradient
+        gradient = gradient.to(weight.dtype) / grad_scale
+    adamw(
+        [weight],
+        [gradient.to(weight.dtype).contiguous()],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        # One less: it counts this step itself.
+        [torch.tensor(step - 1, dtype=torch.float32, device=weight.device)],
+        fused=True,
+        amsgrad=False,
+        maximize=False,
+        **recipe,
+    )
+    if copy is not None:
+        copy.copy_(weight)
