@@ -107,7 +107,7 @@ def _let_go_of_stdout() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llama2",
-        description="Llama 2 on plain PyTorch or on Triton kernels.",
+        description="Llama 2 on PyTorch's functions or on Triton kernels.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         ),
         (
             "demo",
-            "both backends side by side on the shipped model",
+            "the backends eager and triton side by side on the shipped model",
             add_device_option,
             _on_request("demo", "models"),
         ),

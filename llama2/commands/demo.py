@@ -1,4 +1,5 @@
-"""`llama2 demo`: one model on both backends, the kernels' errors, and on a GPU their speed."""
+"""`llama2 demo`: one model on the backends "eager" and "triton", the kernels' errors, and on a GPU
+their speed."""
 
 import argparse
 import statistics
@@ -73,7 +74,7 @@ def _introduce(model: Llama2, placement: Placement) -> None:
 
 
 def _compare_tokens(eager: Llama2, triton: Llama2, tokenizer: Tokenizer) -> bool:
-    _heading("Greedy text from both backends, float32")
+    _heading("Greedy text from the backends eager and triton, float32")
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
     on_eager = _continue(eager, prompts, tokenizer, "eager")
     on_triton = _continue(triton, prompts, tokenizer, "triton")
