@@ -1,4 +1,4 @@
-"""A backend is a module that exports the ops: chosen by name, never by what happens to be there."""
+"""Backends: modules that export the ops. The caller chooses one by name."""
 
 import importlib
 from types import ModuleType
@@ -7,13 +7,14 @@ _BACKENDS = {"eager": "reference", "torch": "native", "triton": "fused"}
 
 
 def get_backend(name: str) -> ModuleType:
-    """The ops as a module: "triton" are the kernels of this package, for a GPU; "torch" is made of
-    PyTorch's own fused functions, for a CPU and for any other device; "eager" is plain PyTorch on
-    any device, the specification, which nobody has tuned. All export the same functions; nothing
-    falls back from one to another.
+    """A module with the ops. All backends export the same functions, with the same signatures.
 
+    Args:
+        name: "triton", this package's kernels, for an NVIDIA GPU, or a CPU with TRITON_INTERPRET=1;
+            "torch", PyTorch's own fused functions, for a CPU and any other device; or "eager", the
+            specification in plain PyTorch, for any device, which is not optimised.
     Raises:
-        ValueError: `name` is none of them.
+        ValueError: another name.
     """
     if name not in _BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(_BACKENDS)}; got {name!r}")

@@ -1,36 +1,37 @@
-"""The ops in PyTorch's own fused functions: what a CPU computes with, and a GPU that Triton cannot
-drive.
+"""The backend "torch": the ops in PyTorch's own fused functions, for a CPU and for a GPU that
+Triton cannot drive.
 
-The names, signatures and contracts are the reference's, and so are the results, within the error
-budget of the kernels (`gqa_kernels.accuracy`). PyTorch's functions give the first derivatives; a
-second one of attention or of the loss raises.
+Names, signatures and contracts are those of `gqa_kernels.reference`; results agree with it within
+the error budget of the kernels (`gqa_kernels.accuracy`). The ops have first derivatives; a second
+derivative of attention or of the loss raises.
 
-    rms_norm, add_rms_norm   F.rms_norm; in 16 bits without its weight, by which it would multiply
-                             before it rounds
-    swiglu                   F.silu times up, each rounded, as Transformers has it
-    flash_attention, …       F.scaled_dot_product_attention, of 16-bit inputs in float32
-    linear_cross_entropy     logits of a chunk of tokens at a time, and their gradient with them
-    apply_rope               on a CPU: two products per tensor
-    rope_append_kv           on a CPU: and writes to the slots alone
-    decode_attention         on a CPU: F.scaled_dot_product_attention over the keys that there are
-    token_log_probs          the reference
-    sample_tokens            the reference
-    adamw_update             PyTorch's fused AdamW, and a copy
+    rms_norm, add_rms_norm   F.rms_norm. In 16 bits the weight is multiplied separately, because
+                             F.rms_norm multiplies by it before it rounds.
+    swiglu                   F.silu, rounded, times up, as in Transformers
+    flash_attention, flash_attention_varlen
+                             F.scaled_dot_product_attention, on float32 copies of 16-bit inputs
+    linear_cross_entropy     a chunk of tokens at a time: its logits and their gradient together
+    apply_rope               CPU only: a product and a multiply-add, on q and k together
+    rope_append_kv           CPU only: writes to the given slots of the cache and nowhere else
+    decode_attention         CPU only: F.scaled_dot_product_attention over the keys in use
+    adamw_update             PyTorch's fused AdamW, and a rounding to `copy`
+    token_log_probs, sample_tokens
+                             the reference's functions
 
-The reference computes what PyTorch has no fused function for: attention with a window, soft cap,
-sinks, ALiBi, key_ranges, key_mask or return_lse, or where a query sees no key; quantised caches;
-losses with a soft cap, a z-loss, `reduction="none"` or a vocabulary that ranks share. It also
-computes what the table has "on a CPU" everywhere else and under `torch.compile`: which slots and
-keys there are is asked of a tensor, which costs nothing on a CPU and would make the host wait for
-a GPU. No op asks a GPU for a value, but for `flash_attention_varlen`, as the reference's.
+The reference also computes what PyTorch has no fused function for: attention with a window, soft
+cap, sinks, ALiBi, key_ranges, key_mask or return_lse, or with a query that sees no key; quantised
+caches; losses with a soft cap, a z-loss, `reduction="none"` or a vocabulary that ranks share. It
+computes the ops marked "CPU only" on other devices and under `torch.compile`: these ops read slots
+and lengths from tensors, which would make the host wait for a GPU. On a GPU only
+`flash_attention_varlen` reads values back, as the reference's does.
 
-Bits, as measured on a CPU. Every call repeats its bits, with gradients or without. A row of
-`rms_norm`, `apply_rope` and, where the width is a multiple of 32, `swiglu` has the same bits alone
-and in any batch; so has a sequence in `flash_attention` beside others of its length, and a packed
-one. Not the same bits: a sequence of a decode step beside longer ones, and on several threads
-beside any; a prompt at once and in parts, or token by token; a row of the loss in another chunk. A
-whole model has no more than that, and the products with its weights, whose order of sums depends on
-the number of rows on a CPU, on every backend.
+Reproducibility, as measured on a CPU. The same call gives the same bits, with gradients or without.
+The batch does not change the bits of a row of `rms_norm`, of `apply_rope` and, where the width is a
+multiple of 32, of `swiglu`; nor those of a sequence in `flash_attention` beside others of its
+length, or of a packed sequence. Bits may differ for: a sequence in a decode step beside longer
+ones, or with several threads beside any other; a prompt computed at once, in parts or token by
+token; a row of the loss in another chunk. In a whole model the products with the weights add to
+this: on a CPU their order of summation depends on the number of rows, on every backend.
 
 Layout and `MAX_NEW_TOKENS` are the reference's.
 """

@@ -1,4 +1,4 @@
-"""A step of AdamW by PyTorch's fused one."""
+"""A step of AdamW by PyTorch's fused function; contract as in `reference.adamw`."""
 
 import torch
 from torch import Tensor
@@ -23,13 +23,13 @@ def adamw_update(
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
 ) -> None:
-    """See `reference.adamw_update`, which also takes tensors that are not contiguous."""
+    """See `reference.adamw_update`, which computes tensors that are not contiguous."""
     recipe = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
     if not all(x.is_contiguous() for x in (weight, exp_avg, exp_avg_sq)):
         moments = exp_avg, exp_avg_sq
         reference.adamw_update(weight, gradient, *moments, copy, grad_scale, step=step, **recipe)
         return
-    if grad_scale is not None:  # before: the fused step would write the quotient to the gradient
+    if grad_scale is not None:  # here: the fused step would overwrite the gradient
         gradient = gradient.to(weight.dtype) / grad_scale
     adamw(
         [weight],
@@ -37,7 +37,7 @@ def adamw_update(
         [exp_avg],
         [exp_avg_sq],
         [],
-        # One less: it counts this step itself.
+        # The number of the step before: the function adds one.
         [torch.tensor(step - 1, dtype=torch.float32, device=weight.device)],
         fused=True,
         amsgrad=False,

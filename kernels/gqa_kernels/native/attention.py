@@ -19,12 +19,13 @@ def attend(
     visible: Tensor | None = None,
     causal: bool = False,
 ) -> Tensor:
-    """Softmax attention, `[batch, seq_len, num_heads, head_dim]`, of queries that each see a key.
+    """Softmax attention, `[batch, seq_len, num_heads, head_dim]`; each query must see a key.
 
-    In 16 bits it is computed in float32: that is faster than PyTorch's function is in bfloat16 or
-    float16 on a CPU, and the function's gradients are less accurate there than the budget asks
-    (bench/results/gradients.json). The queries are scaled first, so that the backward pass rounds
-    scores as the forward pass did, from whose lse it computes the weights again.
+    16-bit inputs are converted to float32. On a CPU that is faster than PyTorch's function in
+    bfloat16 or float16, whose gradients moreover exceed the error budget
+    (bench/results/gradients.json). The queries are scaled before the call: PyTorch's backward pass
+    computes the weights again from the lse of the forward pass, so it has to round the scores as
+    the forward pass did.
 
     Args:
         visible: bool, broadcast to `[batch, num_q_heads, seq_len_q, seq_len_kv]`.
@@ -55,7 +56,7 @@ def flash_attention(
     key_mask: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See `reference.flash_attention`, which also computes all that is more than causal."""
+    """See `reference.flash_attention`, which computes every option but `causal`."""
     options = {
         "window": window,
         "softcap": softcap,
@@ -93,7 +94,7 @@ def flash_attention_varlen(
     alibi_slopes: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See `reference.flash_attention_varlen`, which also computes all that is more than causal."""
+    """See `reference.flash_attention_varlen`, which computes every option but `causal`."""
     options = {
         "window": window,
         "softcap": softcap,
@@ -114,8 +115,9 @@ def flash_attention_varlen(
 
 
 def _sequences(x: Tensor, cu_seqlens: Tensor, *, tail: bool) -> tuple[Tensor, ...]:
-    """The packed sequences, and last the rows after them, or without `tail` none of these."""
+    """The packed sequences; with `tail`, a last part has the rows after them."""
     bounds = [min(bound, len(x)) for bound in cu_seqlens.tolist()]
     end = len(x) if tail else bounds[-1]
-    # The gradient of a split is one tensor; that of a slice is one as large for every sequence.
+    # The gradient of a split is one tensor; slices would have a gradient of x's size for each
+    # sequence.
     return x[:end].split([j - i for i, j in pairwise([*bounds, end])])

@@ -1,4 +1,4 @@
-"""Ops on a key/value cache that touch what is used of it; contracts as in `reference.cache`."""
+"""Ops on the entries of a key/value cache that are in use; contracts as in `reference.cache`."""
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def rope_append_kv(
 
 
 def _write(caches: tuple[Tensor, Tensor], slots: Tensor, new: tuple[Tensor, Tensor]) -> None:
-    """cache[slot] = x for each token whose slot there is."""
+    """cache[slot] = x for each token whose slot is in the cache."""
     num_slots, numbers = caches[0].shape[0] * caches[0].shape[1], slots.tolist()
     new = tuple(x.reshape(-1, *x.shape[2:]) for x in new)
     if not numbers:
@@ -66,10 +66,10 @@ def decode_attention(
     key_mask: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See `reference.decode_attention`, which also reads quantised caches and computes all that is
-    more than attention to a cache's keys."""
+    """See `reference.decode_attention`, which computes quantised caches, key_ranges, key_mask and
+    return_lse."""
     plain = k_scale is None and v_scale is None and key_ranges is None and key_mask is None
-    taken = 0 < q.shape[1] <= reference.MAX_NEW_TOKENS  # of others the reference complains
+    taken = 0 < q.shape[1] <= reference.MAX_NEW_TOKENS  # the reference raises for others
     if plain and taken and not return_lse and reads_freely(q):
         lengths = _lengths(q, k_cache, seq_lens, block_table)
         out = _attend_to_used(q, k_cache, v_cache, lengths, block_table, softmax_scale)
@@ -99,7 +99,7 @@ def _lengths(
 
 
 def _capacity(k_cache: Tensor, block_table: Tensor | None) -> int:
-    """How many tokens a sequence has room for."""
+    """The most tokens that a sequence can have."""
     return k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
 
 
@@ -111,9 +111,11 @@ def _attend_to_used(
     block_table: Tensor | None,
     softmax_scale: float | None,
 ) -> Tensor | None:
-    """None where a new token of a sequence that holds any sees no key, or a page is not there."""
+    """Attention over the longest length in the batch. None if all sequences are empty, if one
+    that is not has fewer tokens than there are new ones, if a length exceeds the capacity, or if a
+    page does not exist: the reference computes these cases."""
     seq_len_q, longest, shortest = q.shape[1], max(lengths, default=0), min(lengths, default=0)
-    if shortest <= 0 < longest:  # those without a token give 0
+    if shortest <= 0 < longest:  # empty sequences give 0
         used = [row for row, length in enumerate(lengths) if length > 0]
         rows = torch.tensor(used, dtype=torch.int64, device=q.device)
         if block_table is None:
@@ -146,8 +148,8 @@ def _attend_to_used(
 def _slots(
     lengths: list[int], cache_shape: torch.Size, block_table: Tensor | None
 ) -> Tensor | None:
-    """int64 `[batch, longest]`: where each sequence's entries lie, the last of them again where
-    others are longer, so that nothing beyond a length is read. None if a page is not there."""
+    """int64 `[batch, longest]`: the slots of each sequence's entries. A shorter sequence repeats
+    its last slot, so that nothing beyond its length is read. None if a page does not exist."""
     num_pages, page_size = cache_shape[:2]
     ends = torch.tensor(lengths, dtype=torch.int64, device="cpu")[:, None]
     entry = torch.arange(max(lengths), device="cpu").minimum(ends - 1)

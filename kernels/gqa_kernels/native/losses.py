@@ -10,14 +10,15 @@ from torch.autograd.function import once_differentiable
 from gqa_kernels import losses, reference
 from gqa_kernels.native.rows import own_dtype, wide
 
-# Logits of a chunk that lie in a cache of some megabytes, and rows that feed a product of matrices.
+# The logits of a chunk fit in a CPU cache of some megabytes; a chunk has enough rows for an
+# efficient matrix product.
 _LOGITS, _MIN_ROWS = 1 << 19, 64
 _VOCABULARY_BLOCK = 256
 
 
 def _over_the_vocabulary(grad: Tensor, weight: Tensor) -> Tensor:
-    """grad · weight. In float32 blocks of the vocabulary are added up: a CPU's library adds one
-    term after another, whose error grows with their number."""
+    """grad · weight. In float32 it is a sum over blocks of the vocabulary: a CPU's library adds all
+    terms in sequence, so that the error grows with their number."""
     if weight.dtype.itemsize == 2:
         return grad @ weight
     blocks = grad.split(_VOCABULARY_BLOCK, 1), weight.split(_VOCABULARY_BLOCK)
@@ -25,8 +26,8 @@ def _over_the_vocabulary(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 class _SumOfLosses(torch.autograd.Function):
-    """Σ wᵢ · −log softmax(hiddenᵢ · weightᵀ)[targetᵢ]: the forward pass computes the gradients too,
-    while the logits of a chunk are at hand. Hsu et al. 2024, arXiv:2410.10989."""
+    """Σ wᵢ · −log softmax(hiddenᵢ · weightᵀ)[targetᵢ]. The forward pass also computes the
+    gradients, while it has the logits of a chunk. Hsu et al. 2024, arXiv:2410.10989."""
 
     @staticmethod
     def forward(
@@ -42,7 +43,7 @@ class _SumOfLosses(torch.autograd.Function):
             x, target, factor = hidden[chunk], targets[chunk, None], row_weights[chunk, None]
             scores = wide(F.linear(x, weight))
             probs = scores.softmax(-1)
-            # −log p(target), where p may underflow, from the largest p, which cannot.
+            # −log p(target) is computed from the largest p, because p(target) may underflow.
             below = scores.amax(-1, keepdim=True) - scores.gather(-1, target)
             total += ((below - probs.amax(-1, keepdim=True).log()) * factor).sum()
             if want_hidden or want_weight:
@@ -78,8 +79,8 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor:
-    """See `reference.linear_cross_entropy`, which also computes what is more than a sum or mean of
-    cross-entropies over a whole vocabulary."""
+    """See `reference.linear_cross_entropy`, which computes reduction="none", soft caps, z-losses
+    and a vocabulary that ranks share."""
     divided = {"reduction": reduction, "num_predictions": num_predictions}
     sharded = group is not None or hasattr(weight, "placements") or hasattr(hidden, "placements")
     if reduction == "none" or softcap is not None or z_loss or sharded:
@@ -89,7 +90,7 @@ def linear_cross_entropy(
         )
     ids, ignored = targets.long(), None
     if ignore_index is not None:
-        # Whatever an ignored row holds, NaN included; any id of the vocabulary will do there.
+        # Ignored rows may hold anything, NaN included: they become 0, with an id that exists.
         ignored = targets == ignore_index
         hidden, ids = hidden.masked_fill(ignored[..., None], 0.0), ids.masked_fill(ignored, 0)
     ones = torch.ones(ids.shape, dtype=wide(hidden[:0]).dtype, device=hidden.device)

@@ -10,18 +10,18 @@ from gqa_kernels import reference
 
 
 def reads_freely(x: Tensor) -> bool:
-    """Whether asking a tensor for its values costs nothing: on a CPU, and not while a compiler
+    """Whether reading a tensor's values does not make the host wait: on a CPU, unless a compiler
     traces."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def wide(x: Tensor) -> Tensor:
-    """As the reference's, and free where there is nothing to do."""
+    """float32 or wider, as the reference's `wide`, without a call where x is so already."""
     return x if x.dtype.itemsize > 2 else x.float()
 
 
 def own_dtype(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Where autocast leaves the dtypes as they are."""
+    """A context in which autocast does not change dtypes."""
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
@@ -45,7 +45,7 @@ def add_rms_norm(
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """See `reference.swiglu`; in 16 bits silu(gate) is rounded once more."""
+    """See `reference.swiglu`; in 16 bits silu(gate) is rounded before the product."""
     return F.silu(gate) * up
 
 
@@ -58,12 +58,12 @@ def apply_rope(
     *,
     interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """See `reference.apply_rope`, which also computes rows whose position is outside of the
-    table."""
+    """See `reference.apply_rope`, which computes calls with a position outside of the table."""
     if not reads_freely(q) or (angles := _angles(cos, sin, positions, q.shape[1])) is None:
         return reference.apply_rope(q, k, cos, sin, positions, interleaved=interleaved)
-    dim = -1 if interleaved else -2  # along which pairs lie of [..., 2, head_dim / 2] or its swap
-    cos, sin = (x[:, :, None] for x in angles)  # of all heads
+    # Along which the two features of a pair lie: [..., head_dim / 2, 2] or [..., 2, head_dim / 2].
+    dim = -1 if interleaved else -2
+    cos, sin = (x[:, :, None] for x in angles)  # the same for all heads
     both = wide(torch.cat((q, k), 2))
     pairs = both.unflatten(-1, (-1, 2) if interleaved else (2, -1))
     signed_sin = torch.stack((-sin, sin), dim)
@@ -79,7 +79,7 @@ def _angles(
     if positions is None:
         return (cos[None, :seq_len], sin[None, :seq_len]) if seq_len <= len(cos) else None
     positions = positions.long()
-    try:  # the look-up itself checks, and costs nothing more
+    try:  # the look-up checks the positions; a check of our own would cost a pass
         return torch.embedding(cos, positions), torch.embedding(sin, positions)
     except IndexError:
         return None

@@ -1,9 +1,11 @@
-"""What one module has computed of a tensor for another one: noted on the tensor itself.
+"""Notes: results that one module computes from a tensor for a later module, stored as an attribute
+of that tensor.
 
-Layers hand the same angles to all attentions, and their sum to the next norm. A note belongs to one
-tensor object and dies with it, is void once the tensor was written to, and is not made where that
-cannot be seen: of inference tensors, which count no writes, and in compiled code, whose compiler
-finds such sharing by itself.
+All attention modules take the same angles, and a layer can compute the norm that comes after it. A
+note belongs to one tensor object and is freed with it. It is invalid once the tensor has been
+written to, which PyTorch's version counter shows. Two kinds of tensors get no note: inference
+tensors, which have no version counter, and tensors in compiled code, where the compiler finds
+common subexpressions itself.
 """
 
 from typing import Any, NamedTuple
@@ -22,18 +24,19 @@ class _Note(NamedTuple):
 
 
 def can_be_written(x: Tensor) -> bool:
+    """Whether x can have a note."""
     return type(x) is Tensor and not is_compiling() and not x.is_inference()
 
 
 def write(x: Tensor, key: Any, value: Tensor) -> None:
-    """Notes a value of x under a key, in place of what was noted before; nothing where a later
-    write to x could not be seen, or where a gradient would go through the value."""
+    """Stores a value under a key as x's only note. Does nothing if a later write to x could not be
+    detected, or if a gradient would go through the value."""
     if can_be_written(x) and not (torch.is_grad_enabled() and x.requires_grad):
         setattr(x, _NOTE, _Note(key, x._version, value))
 
 
 def read(x: Tensor, key: Any) -> Tensor | None:
-    """What was noted of x under this key, if x is as it was."""
+    """The value noted under this key, or None if there is none or x was written to since."""
     note = getattr(x, _NOTE, None) if can_be_written(x) else None
     if note is None or note.version != x._version or note.key != key:
         return None
@@ -41,7 +44,7 @@ def read(x: Tensor, key: Any) -> Tensor | None:
 
 
 def take(x: Tensor, key: Any) -> Tensor | None:
-    """`read` for the last time: the value is not kept any longer."""
+    """`read`, and deletes the note."""
     value = read(x, key)
     if value is not None:
         delattr(x, _NOTE)
