@@ -146,8 +146,8 @@ def _projected(
     joint: JointProjection,
     step: CacheStep | None,
 ) -> Sequence[Tensor]:
-    """By one product in a step on a cache, which no gradient follows. Without a cache the bits are
-    the same with gradients and without."""
+    """The output of each projection: by one product in a step on a cache without gradients. A call
+    without a cache never uses it, so that its bits do not depend on whether autograd records."""
     if step is None or torch.is_grad_enabled():
         return [projection(x) for projection in projections]
     return joint(x, *projections)
@@ -201,7 +201,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, ops) for _ in range(config.num_layers))
         self.norm = RMSNorm(config, ops)
         self.rope = RotaryTable(config)
-        # Not of the network: training takes it from here.
+        # The network does not use it; the training step does.
         self.adamw_update = ops.adamw_update
         # The function, not the method: copies and pickles of a model carry it by name.
         self.register_load_state_dict_post_hook(_after_loading)
@@ -230,10 +230,11 @@ class Decoder(nn.Module):
         return replace(self.config, num_layers=len(self.layers), **heads)
 
     def fuse_projections(self) -> None:
-        """Has q, k and v, and gate and up, computed by one product each in steps on a cache: their
-        weights are moved next to each other in memory, and stay the same parameters.
-        `Generator` and `serve` call it. Parameters that are moved later are projected one by one,
-        until it is called again."""
+        """Makes steps on a cache without gradients compute q, k and v by one matrix product, and
+        gate and up by another. It moves these weights next to each other in memory; they remain the
+        same parameters. `Generator` and `serve` call it. If parameters are moved later, for example
+        by `to(…)`, the projections are computed one by one again until the next call of this
+        method."""
         for layer in self.layers:
             layer.self_attn.fuse_projections()
             layer.mlp.fuse_projections()

@@ -1,13 +1,13 @@
-"""Several projections of one input as one product: q, k and v of attention, gate and up of the
-feed-forward network.
+"""Several projections of one input as one matrix product: q, k and v of attention, gate and up of
+the feed-forward network.
 
-A decode step is a row of launches, each of which reads its weights once: one product in place of
-three reads the same bytes with two launches less. The weights stay the parameters of their own
-modules, under their own names; `fuse` lays them one after another in one memory.
+In a decode step every kernel reads its weights once. One product instead of three reads the same
+bytes with two launches fewer. `fuse` moves the weights next to each other in one allocation; they
+remain the parameters of their own modules, under their own names.
 
-Only steps on a cache without gradients are computed so. In training it would not pay: the gradients
-of the parts would have to be put together in one tensor first, which moves more than the sums of
-the input's gradients that it saves.
+Only steps on a cache and without gradients are computed in this way. In training the gradients of
+the parts would first have to be concatenated, which moves more bytes than are saved by no longer
+adding up the gradients of the input.
 """
 
 from collections.abc import Sequence
@@ -21,12 +21,12 @@ from torch.nn.modules import module
 
 
 class JointProjection:
-    """The product of an input with several matrices, for modules that are given at each call. What
-    was fused is forgotten by a copy and a pickle, whose weights lie elsewhere."""
+    """The product of an input with the weights of several modules, which are passed to each call. A
+    copy or a pickle is not fused, because its weights have other addresses."""
 
     def __init__(self) -> None:
         self._weight: Tensor | None = None  # [sum of the widths, in_features]
-        self._parts: tuple[Tensor, ...] = ()  # of it: where each module's weight is to lie
+        self._parts: tuple[Tensor, ...] = ()  # views of _weight, one per module
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_weight": None, "_parts": ()}
@@ -34,9 +34,10 @@ class JointProjection:
     @torch.inference_mode(False)
     @torch.no_grad()
     def fuse(self, *linears: nn.Module) -> None:
-        """Lays the weights one after another in one memory, if they do not lie so already. Their
-        values, parameters and gradients stay. What is no plain `nn.Linear` without a bias, or
-        differs in dtype or device, is left as it is, as are weights that processes share."""
+        """Moves the weights next to each other in one allocation, unless they already are. Values,
+        parameters and gradients do not change. Nothing is moved if a module is not a plain
+        `nn.Linear` without a bias, if dtypes, devices or input widths differ, or if weights are
+        inference tensors, on the meta device or shared between processes."""
         if self._is_fused(linears):
             return
         self._weight, self._parts = None, ()
@@ -53,8 +54,8 @@ class JointProjection:
             weight.data = part
 
     def __call__(self, x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
-        """The output of each module: views of one product where `fuse` laid the weights together
-        and nothing but the products would see a difference."""
+        """The output of each module: views of one product if the weights are where `fuse` moved
+        them and the modules are still plain, otherwise the result of calling each module."""
         if not self._is_fused(linears):
             return [linear(x) for linear in linears]
         widths = [len(part) for part in self._parts]

@@ -1,4 +1,4 @@
-"""Values on their way between the host and a device, which neither waits for."""
+"""Copies between the host and a device that the host does not wait for."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,8 @@ from torch import Tensor
 
 
 def to_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """The values on a device, which fetches them when it comes to it: nobody waits."""
+    """The values as a tensor on `device`. The copy to a GPU is enqueued on the current stream, and
+    the host does not wait for it."""
     host = torch.from_numpy(np.ascontiguousarray(values))
     if device.type == "cuda":
         host = host.pin_memory()
@@ -16,10 +17,12 @@ def to_device(values: np.ndarray, device: torch.device) -> Tensor:
 
 
 def to_host(values: Tensor, host: Tensor) -> Callable[[], np.ndarray]:
-    """Enqueues a copy of what a device holds; what is returned waits for it.
+    """Enqueues a copy of the values into `host`.
 
     Args:
-        host: where to, of the values' shape and dtype; of a GPU's values in pinned memory.
+        host: a CPU tensor of the values' shape and dtype, in pinned memory if they are on a GPU.
+    Returns:
+        A function that waits for the copy and returns `host` as an array.
     """
     host.copy_(values, non_blocking=True)
     if values.device.type != "cuda":

@@ -1,7 +1,8 @@
-"""The end of a training step: gradients that are clipped, and weights that take them.
+"""The end of a training step: clipping and the optimiser's update.
 
-Clipping is a factor that the optimiser reads, not a pass over the gradients. A worker in 16 bits is
-written with the weights: its gradients are read as they are, and nothing is copied back and forth.
+Clipping is a scale that the optimiser divides gradients by as it reads them, not a pass over them.
+If a model in 16 bits computes the gradients (the worker) and the weights are float32, the update
+reads the worker's gradients in 16 bits and writes both the weights and the worker's weights.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -9,12 +10,12 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-# Keeps a norm of zero from dividing by zero, as torch.nn.utils.clip_grad_norm_ does.
+# Added to the norm, as torch.nn.utils.clip_grad_norm_ does.
 _SMALLEST_NORM = 1e-6
 
 
 def grad_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """The norm of all gradients together, a scalar in float32 or wider, whatever their dtype."""
+    """The norm of all gradients together: a scalar in float32 or wider, whatever their dtype."""
     norms = [
         torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
         for x in gradients
@@ -23,14 +24,14 @@ def grad_norm(gradients: Iterable[Tensor]) -> Tensor:
 
 
 def clipping_scale(norm: Tensor, max_norm: float) -> Tensor:
-    """What gradients of this norm are divided by, so that their norm is at most `max_norm`; a
-    float32, which is what AdamW's fused step takes."""
+    """The number to divide gradients of this norm by, so that their norm is at most `max_norm`;
+    float32, as AdamW's fused step requires."""
     return ((norm + _SMALLEST_NORM) / max_norm).clamp(min=1.0).float()
 
 
 def step_fused(optimizer: torch.optim.AdamW, grad_scale: Tensor) -> None:
     """A step of PyTorch's fused AdamW on the gradients divided by `grad_scale`."""
-    optimizer.grad_scale = grad_scale  # where torch.amp.GradScaler hands it over
+    optimizer.grad_scale = grad_scale  # the attribute that torch.amp.GradScaler sets
     try:
         optimizer.step()
     finally:
@@ -45,14 +46,14 @@ def step_with_copies(
     grad_scale: Tensor,
     adamw_update: Callable[..., None],
 ) -> None:
-    """A step of `optimizer`, with its state, on weights in float32 that have copies in another
-    dtype, which it leaves rounded from the new weights.
+    """A step of `optimizer`, with its state, on float32 weights that have copies in another dtype.
+    Afterwards the copies are the new weights, rounded.
 
     Args:
-        optimizer: not fused, so that it counts steps on the CPU.
-        gradients: by weight, in any dtype; a weight without one stays as it is.
-        copies: of every weight that has a gradient.
-        adamw_update: a backend's.
+        optimizer: not fused, so that its step counts are on the CPU.
+        gradients: by weight, in any dtype; a weight without a gradient is not changed.
+        copies: by weight, for every weight that has a gradient.
+        adamw_update: the op, of a backend.
     """
     for group in optimizer.param_groups:
         beta1, beta2 = group["betas"]

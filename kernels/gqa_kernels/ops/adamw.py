@@ -1,4 +1,4 @@
-"""AdamW: one step of a weight, which leaves a copy of it in another dtype too.
+"""AdamW: one step of a weight, which can also write a copy of it in another dtype.
 
 With g = gradient / grad_scale, in float32, at step t:
 
@@ -7,10 +7,10 @@ With g = gradient / grad_scale, in float32, at step t:
     weight = (1 − lr · weight_decay) · weight − lr / (1 − β1^t) · m / (sqrt(v / (1 − β2^t)) + eps)
     copy   = weight, rounded
 
-Loshchilov and Hutter 2019, arXiv:1711.05101. One program owns a block of one row; a weight that is
-contiguous is one row. Clipping costs no pass of its own: it is a `grad_scale`. Nor does a model in
-16 bits that is trained by weights in 32: its gradients are read as they are, and its weights
-written here.
+Loshchilov and Hutter 2019, arXiv:1711.05101. One program updates a block of one row; a
+contiguous weight is treated as a single row. `grad_scale` clips gradients without a pass over them.
+A model in 16 bits with float32 master weights needs no conversions: the kernel reads its gradients
+in 16 bits and writes its weights as `copy`.
 """
 
 import triton
@@ -64,7 +64,7 @@ def _step_kernel(
     exp_avg_sq = tl.load(exp_avg_sq_ptr, mask=mask, other=0.0)
     exp_avg_sq = second_kept * exp_avg_sq + second_share * gradient * gradient
     tl.store(exp_avg_sq_ptr, exp_avg_sq, mask=mask)
-    # The root first: v / (1 − β2^t) may overflow where its root does not.
+    # Root before division: v / (1 − β2^t) may overflow where the quotient of the roots does not.
     denominator = tl.sqrt(exp_avg_sq) / second_correction + eps
     weight = tl.load(weight_ptr, mask=mask, other=0.0)
     weight = kept * weight - step_size * exp_avg / denominator

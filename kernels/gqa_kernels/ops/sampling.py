@@ -1,15 +1,19 @@
 """Draws a token per row from softmax(logits / temperature), cut to its nucleus, without a sort.
 
-Tokens stand in the order of their logits, ties by id. With w = exp((x − max) / temperature) and
-A(x) the sum of w over all logits above x, both questions that a draw asks are where A crosses a
-number: the nucleus ends at the smallest logit of which A < top_p · Σw, and the token is one of the
-smallest logit in it of which A ≤ uniform · (the nucleus' sum). A grows as x falls, so each is
-found by bisection, over the whole numbers that order floats as their bits do; every step moves the
-bound that it moves to a logit of the row. Equal logits have equal w: which of them it is, is a
-division.
+Tokens are ordered by decreasing logit, ties by id. Let w(x) = exp((x − max) / temperature), and let
+A(x) be the sum of w over all logits of the row that are greater than x. A decreases in x. A draw
+needs two thresholds:
 
-One program owns a row, whatever the batch, and adds w up in one order. Holtzman et al. 2020,
-arXiv:1904.09751.
+- the nucleus ends at the smallest logit x with A(x) < top_p · Σw;
+- the drawn token has the smallest logit x of the nucleus with A(x) ≤ uniform · (sum of w over the
+  nucleus).
+
+Both are found by bisection over keys, int32 numbers in the order of the float32 logits. Every step
+of a bisection sets one bound to the key of a logit of the row. Equal logits have equal w, so a
+division tells which token among equal ones is drawn.
+
+One program draws for one row and sums w in a fixed order, so the batch does not change the result.
+Holtzman et al. 2020, arXiv:1904.09751.
 """
 
 import torch
@@ -26,13 +30,13 @@ _HIGHEST = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def _flip(bits):
-    """From the bits of a float32 to an int32 of the same order, and back."""
+    """The key of a float32, given as its bits: an int32 in the same order. Its own inverse."""
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
 def _load(row_ptr, start, vocab_size, BLOCK: tl.constexpr):
-    """Logits, −infinity beyond the row; 0 for −0, infinity for NaN."""
+    """A block of ids and their logits: −infinity beyond the row, 0 for −0, infinity for NaN."""
     ids = start + tl.arange(0, BLOCK)
     x = tl.load(row_ptr + ids, mask=ids < vocab_size, other=float("-inf")).to(tl.float32)
     x = tl.where(x == 0.0, 0.0, x)
@@ -46,8 +50,8 @@ def _weight(x, highest, temperature):
 
 @triton.jit
 def _above(row_ptr, vocab_size, bound, highest, temperature, BLOCK: tl.constexpr):
-    """The sum of w over logits above `bound`, the least key of them, the greatest of the others,
-    and how many are equal to `bound`."""
+    """Of the logits whose keys are above `bound` the sum of w and the least key; of the others the
+    greatest key; and how many keys equal `bound`."""
     total = tl.zeros([BLOCK], tl.float32)
     least = tl.full([BLOCK], _HIGHEST, tl.int32)
     greatest = tl.full([BLOCK], _LOWEST, tl.int32)
@@ -68,10 +72,10 @@ def _crossing(
     row_ptr, vocab_size, low, high, limit, INCLUSIVE: tl.constexpr, highest, temperature,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The least key from `low` to `high`, which are a row's, of which A < limit, or A ≤ limit. It
-    is true of `high`."""
+    """The least key between `low` and `high` with A < limit, or with INCLUSIVE A ≤ limit. `low` and
+    `high` are keys of the row, and `high` meets the condition."""
     while low < high:
-        # Their mean, rounded down, without an overflow.
+        # The mean of low and high, rounded down, without overflow.
         middle = (low & high) + ((low ^ high) >> 1)
         total, least, greatest, _ = _above(row_ptr, vocab_size, middle, highest, temperature, BLOCK)
         holds = total <= limit if INCLUSIVE else total < limit
@@ -108,13 +112,13 @@ def _kernel(
     highest, lowest = tl.max(most), tl.min(fewest)
     is_finite = tl.abs(highest) < float("inf")
     top = _flip(highest.to(tl.int32, bitcast=True))
-    chosen, nth = top, 0  # the first of the likeliest
+    chosen, nth = top, 0  # the likeliest token, of equal ones the first
     if is_finite & (temperature > 0.0):
         temperature = tl.maximum(temperature, _TINY)
         top_p = tl.load(top_p_ptr + row * top_p_stride)
         uniform = tl.load(uniform_ptr + row * uniform_stride)
         bottom = _flip(lowest.to(tl.int32, bitcast=True))
-        # Σw is A of what is below all logits.
+        # Σw is A of a key below all others.
         total, _, _, _ = _above(
             row_ptr, vocab_size, tl.full([], _LOWEST, tl.int32), highest, temperature, BLOCK
         )
@@ -124,7 +128,7 @@ def _kernel(
         )
         above, _, _, count = _above(row_ptr, vocab_size, last, highest, temperature, BLOCK)
         weight = _weight(_flip(last).to(tl.float32, bitcast=True), highest, temperature)
-        # Of tokens that equal the last, as many as are needed: those before it sum to less.
+        # As many of the tokens with the nucleus' last logit as are needed to reach the limit.
         needed = tl.ceil((limit - above) / tl.maximum(weight, _TINY))
         num_last = tl.maximum(tl.minimum(needed, count.to(tl.float32)), 1.0)
         goal = uniform * (above + num_last * weight)
@@ -193,7 +197,8 @@ _SAMPLE = library.Op(
 def sample_tokens(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
     """Draws a token per row; see `reference.sample_tokens`. One launch.
 
-    Tokens are those of the reference unless `uniform` is within the roundings of a cumulative sum.
+    The token differs from the reference's only where `uniform` lies so near to a border between two
+    tokens that the rounding of the cumulative sums decides.
 
     Args:
         logits: float32, float16 or bfloat16 `[batch, vocab_size]`, any strides.
@@ -202,7 +207,7 @@ def sample_tokens(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: T
         int64 `[batch]`; −1 for a row with NaN, with +infinity, or with −infinity only.
     Raises:
         TypeError, ValueError: an argument of another kind, dtype, shape or device.
-        NotImplementedError: an argument requires a gradient, which the choice of a token has not.
+        NotImplementedError: an argument requires a gradient; the choice of a token has none.
         RuntimeError: logits is not on a GPU that Triton drives.
     """
     return _SAMPLE(logits, temperature, top_p, uniform)

@@ -136,8 +136,8 @@ def _rotate(apply_rope, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple
 
 
 def _table(angles: Tensor, seq_len: int) -> Tensor:
-    """cos or sin as rows of float32, made once for all layers that are handed the same tensor; not
-    while a graph is captured, whose replays would never make it again."""
+    """cos or sin as rows of float32. All layers that take the same tensor share one table, unless a
+    CUDA graph is captured: a replay would read the table instead of computing it."""
     shared = not (angles.is_cuda and torch.cuda.is_current_stream_capturing())
     table = notes.read(angles, seq_len) if shared else None
     if table is None:
@@ -179,7 +179,7 @@ def decoder_layer(
 
     Args:
         following: the norm that takes the layer's output, if it is known: the next layer's or the
-            model's last. It finds its result noted on that output.
+            model's last. Its result is stored as a note on that output (`notes`).
     """
     kwargs |= {
         "attention_mask": attention_mask,
@@ -206,8 +206,8 @@ def decoder_layer(
 
 
 def _may_look_ahead(norm: nn.Module, update: Tensor, residual: Tensor) -> bool:
-    """Whether a norm that is called later may be computed now: outside of training, where its
-    weight is at hand and not sharded, offloaded or on another device."""
+    """Whether a norm that is called later may be computed now: only without gradients, and if its
+    weight is not sharded, offloaded or on another device."""
     weight = norm.weight
     return (
         not torch.is_grad_enabled()

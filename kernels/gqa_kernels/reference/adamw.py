@@ -31,10 +31,11 @@ def adamw_update(
     Args:
         weight: float32, of any shape. Written.
         gradient: of that shape, in any floating dtype.
-        exp_avg, exp_avg_sq: m and v, like `weight`; before the first step zero. Written.
-        copy: of that shape, in any floating dtype: what a model in 16 bits computes with. Written.
-        grad_scale: scalar by which the gradient is divided: of clipping to a norm,
-            max(norm / max_norm, 1). None means 1.
+        exp_avg, exp_avg_sq: m and v, like `weight`; zero before the first step. Written.
+        copy: of that shape, in any floating dtype, such as the weight of a model in 16 bits.
+            Written. None writes no copy.
+        grad_scale: scalar by which the gradient is divided. To clip the norm of all gradients to
+            max_norm, it is max(norm / max_norm, 1). None means 1.
         step: number of this step, counted from 1.
     Reference: Loshchilov and Hutter 2019, arXiv:1711.05101.
     """

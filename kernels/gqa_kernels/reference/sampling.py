@@ -9,13 +9,13 @@ from gqa_kernels.reference.rows import wide
 def sample_tokens(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
     """Draws a token per row from softmax(logits / temperature), cut to its nucleus.
 
-    Tokens stand in the order of their logits, the largest first and the lower id first among equal
-    ones. The nucleus is their shortest run whose probabilities reach `top_p`: a token belongs to it
-    if those before it sum to less. The draw inverts the cumulative distribution of the nucleus at
-    `uniform`, so it is a function of its arguments, and of its row's alone.
+    Tokens are ordered by decreasing logit, equal logits by increasing id. The nucleus is the
+    shortest beginning of this order whose probabilities sum to `top_p` or more. The token is the
+    inverse of the nucleus' cumulative distribution at `uniform`. A row's token depends on the
+    arguments of that row alone.
 
     Args:
-        logits: `[batch, vocab_size]`.
+        logits: `[batch, vocab_size]`, in any floating dtype.
         temperature: float32 `[batch]`, at least 0; 0 takes the first token in that order.
         top_p: float32 `[batch]` in (0, 1].
         uniform: float32 `[batch]` in [0, 1).
@@ -27,7 +27,7 @@ def sample_tokens(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: T
     temperature, top_p, uniform = (x[:, None].to(logits) for x in (temperature, top_p, uniform))
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     highest = logits.amax(dim=-1, keepdim=True)  # NaN where there is one
-    # Subtracting first keeps a small temperature from overflowing; tiny keeps it from being 0.
+    # The maximum is subtracted before the division, which could overflow; `smallest` avoids 0 / 0.
     smallest = torch.finfo(torch.float32).tiny
     weights = ((ordered - highest) / temperature.clamp(min=smallest)).exp()
     reached = weights.cumsum(dim=-1)

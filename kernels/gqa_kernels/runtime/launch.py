@@ -1,39 +1,39 @@
-"""Launches of kernels, without what Triton works out anew at every one of them.
+"""Launches of compiled kernels without the work that Triton repeats at every launch.
 
     _launch_forward = launch.launcher(_forward_kernel)
     _launch_forward((num_rows,), x_ptr=x, y_ptr=y, …, num_warps=4)
 
-is `_forward_kernel[(num_rows,)](x_ptr=x, y_ptr=y, …, num_warps=4, enable_fp_fusion=True)`: the
-same binary, on the same device and stream, for less of the host's time. The first launch of its
-kind goes through Triton, which compiles. Its binary is kept under a key of all that Triton chooses
-one by, and launched directly from then on:
+launches the same binary as `_forward_kernel[(num_rows,)](x_ptr=x, y_ptr=y, …, num_warps=4,
+enable_fp_fusion=True)`, on the same device and stream, in less of the host's time. The first launch
+with a new key goes through Triton, which compiles. The binary is kept under that key, and later
+launches with the key use it directly. The key has everything that Triton specialises a binary on:
 
-- of the device: the active driver and its current device;
-- of the kernel: the launcher; of the launch: num_warps, num_stages, maxnreg;
-- of every argument: its type, and
+- the active driver and its current device;
+- the kernel (each has its own launcher), num_warps, num_stages and maxnreg;
+- of every argument its type, and
 
   | | |
   |---|---|
   | tensor | dtype; whether its address is a multiple of 16 |
   | int | whether it is 1; whether it is a multiple of 16; whether it is an i32, an i64 or a u64 |
   | int, `do_not_specialize` | whether it is an i32, an i64 or a u64 |
-  | tuple of ints | that of each int, which Triton specialises whatever is asked for |
+  | tuple of ints | for each int as above: Triton ignores `do_not_specialize` in tuples |
   | `TensorDescriptor` | dtype; shape of the block |
   | `tl.constexpr` | the value |
   | float, bool, None | nothing else |
 
-Every launch is left to Triton
+Triton makes the launch itself
 
-- in its interpreter, and under a driver whose launcher is not Triton's own for NVIDIA: another one
-  may specialise by more (AMD's does, by the size of a tensor) or do more than launch;
-- of a version whose rules have not been read: 3.6 to 3.9 have been;
-- while somebody watches launches or changes how kernels are compiled: `launch_enter_hook`,
+- in its interpreter, and under a driver whose launcher is not Triton's own for NVIDIA. Another
+  launcher may specialise on more (AMD's does, on the size of a tensor) or do more than launch;
+- in versions other than 3.6 to 3.9, whose rules of specialisation were not checked;
+- while hooks observe launches or change how kernels are compiled: `launch_enter_hook`,
   `launch_exit_hook`, a kernel's pre-run hooks, `debug`, `instrumentation_mode`,
-  `add_stages_inspection_hook`, a `JITFunction.run` that was replaced, as profilers do;
+  `add_stages_inspection_hook`, or a replaced `JITFunction.run`, as some profilers install;
 - with an argument of a type that is not in the table.
 
-What Triton checks beside: that globals which a kernel uses have not changed since it was compiled.
-Those of the kernels of this package are constants and types.
+A direct launch omits one check of Triton's: that the globals which a kernel uses have not changed
+since it was compiled. The globals of this package's kernels are constants and types.
 """
 
 from collections.abc import Callable
@@ -54,7 +54,7 @@ _TRITONS_GLOBALS = vars(jit)  # those of its JITFunction.run, and of no other
 
 
 class _UnknownKind(TypeError):
-    """An argument that the table says nothing of."""
+    """An argument of a type that is not in the table."""
 
 
 # --- The key of an argument, as an expression in its name ----------------------------------------
@@ -77,7 +77,7 @@ def _wide(value: int) -> str:
 _key_of_int = eval(f"lambda value: {_INT.format('value')}", {"_wide": _wide})
 
 
-# Strides: few, and most of them of every call.
+# The tuples are strides: few different ones, which come back at every call.
 @lru_cache(maxsize=4096)
 def _ints(values: tuple) -> tuple:
     if {*map(type, values)} - {int}:
@@ -86,7 +86,8 @@ def _ints(values: tuple) -> tuple:
 
 
 def _expression(parameter: Any, kind: type) -> str:
-    """What belongs to the key of a parameter's argument of this type, beside the type."""
+    """What the key has of an argument of this type, beside the type: an expression in its name,
+    written {0}."""
     if parameter.is_constexpr:
         if kind not in (int, bool, type(None)):
             raise _UnknownKind
@@ -108,7 +109,7 @@ def _expression(parameter: Any, kind: type) -> str:
 
 
 def _describer(kernel: JITFunction, types: tuple[type, ...]) -> Callable[..., tuple] | None:
-    """A function of arguments of these types, which gives their key; None for unknown ones."""
+    """A function from arguments of these types to their key; None if the table lacks a type."""
     names = kernel.arg_names
     try:
         parts = [
@@ -126,14 +127,14 @@ def _describer(kernel: JITFunction, types: tuple[type, ...]) -> Callable[..., tu
 
 @cache
 def _launches_directly(active: Any) -> bool:
-    """Whether all is known of what a driver and this version of Triton do at a launch."""
+    """Whether this driver's launcher and this version of Triton are among those checked."""
     cls = getattr(active, "launcher_cls", None)
     name = f"{getattr(cls, '__module__', '')}.{getattr(cls, '__qualname__', '')}"
     return name in _LAUNCHERS and triton.__version__.startswith(_VERSIONS)
 
 
 def _is_watched() -> bool:
-    """Whether somebody sees or changes what goes through Triton, and would miss the rest."""
+    """Whether a hook or profiler observes or changes launches, and would miss direct ones."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(
@@ -147,7 +148,7 @@ def _is_watched() -> bool:
 
 
 class Options(NamedTuple):
-    """Of a launch; None is Triton's default."""
+    """Options of a launch; None is Triton's default."""
 
     num_warps: int
     num_stages: int | None
@@ -157,14 +158,14 @@ class Options(NamedTuple):
 class _Launcher:
     """The binaries of one kernel.
 
-    Threads may launch at the same time: what two of them find missing both compile, as in Triton,
-    and one of two equal entries stays.
+    Threads may launch at the same time. If two of them lack the same binary, both compile it, as in
+    Triton, and one of the two equal entries remains.
     """
 
     def __init__(self, kernel: KernelInterface) -> None:
         self._kernel = kernel
         self._is_interpreted = not isinstance(kernel, JITFunction)
-        # By the types of the arguments: their describer, and by key the binary.
+        # For each tuple of argument types: the function that makes the key, and binaries by key.
         self._binaries: dict[tuple, tuple[Callable | None, dict[tuple, CompiledKernel]]] = {}
 
     def launch(self, grid: tuple[int, ...], arguments: tuple, options: Options) -> None:
@@ -189,13 +190,13 @@ class _Launcher:
         binary = binaries.get(key)
         if binary is None:
             binary = self._by_triton(grid, arguments, options)
-            if type(binary) is CompiledKernel:  # a hook of its cache may keep Triton from compiling
+            if type(binary) is CompiledKernel:  # a hook of Triton's cache may prevent compilation
                 binaries[key] = binary
             return
         x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
         binary.run(
             x, y, z, active.get_current_stream(device), binary.function, binary.packed_metadata,
-            None, None, None,  # metadata, and hooks that would read it
+            None, None, None,  # launch metadata and the two hooks that would read it
             *arguments,
         )  # fmt: skip
 
@@ -211,12 +212,12 @@ def launcher(kernel: KernelInterface) -> Callable[..., None]:
     """The function that launches a kernel.
 
     Args:
-        kernel: what `triton.jit` makes of a function. Its parameters are annotated by
+        kernel: a function decorated with `triton.jit`, whose parameters are annotated with
             `tl.constexpr` or not at all.
     Returns:
-        A function of the grid, a tuple of one to three ints, and by name of all of the kernel's
-        parameters and of num_warps. num_stages and maxnreg are Triton's defaults unless they are
-        given; enable_fp_fusion is True.
+        A function that takes the grid, a tuple of one to three ints, and as keywords all
+        parameters of the kernel, num_warps and, optionally, num_stages and maxnreg, which are
+        Triton's defaults otherwise. enable_fp_fusion is True.
     """
     names = ", ".join(kernel.arg_names)
     return eval(

@@ -31,12 +31,12 @@ def contiguous_features(x: Tensor) -> Tensor:
 
 
 def cdiv(size: int, block: int) -> int:
-    """Blocks that cover a size; Triton's function of the name is made for kernels, and dear."""
+    """How many blocks cover a size. `triton.cdiv` does the same, but takes microseconds."""
     return -(-size // block)
 
 
 def power_of_2(size: int) -> int:
-    """The smallest that is not below a size of 1 or more."""
+    """The smallest power of two that is not below `size`, which is 1 or more."""
     return 1 << (size - 1).bit_length()
 
 
@@ -55,7 +55,8 @@ def fits_tma(x: Tensor) -> bool:
 def descriptor(x: Tensor, block_rows: int, block_features: int) -> TensorDescriptor:
     """For loads of tiles of one head of x `[batch, row, head, feature]`, of one element or more,
     that `fits_tma`."""
-    # What the constructor checks at every call: that, and the block.
+    # The constructor would check the strides and the block at every call; `fits_tma` has checked
+    # the former, and the cached descriptor the latter.
     found = object.__new__(TensorDescriptor)
     found.__dict__ = _descriptor_options(block_rows, block_features) | {
         "base": x,
@@ -67,7 +68,8 @@ def descriptor(x: Tensor, block_rows: int, block_features: int) -> TensorDescrip
 
 @cache
 def _descriptor_options(block_rows: int, block_features: int) -> dict[str, Any]:
-    """All else that a descriptor of such blocks has, by its constructor, which checks it."""
+    """The attributes of a descriptor that depend on the block alone, from one that Triton's
+    constructor has made and checked."""
     block = [1, block_rows, 1, block_features]
     example = torch.empty(block, dtype=torch.float32, device="cpu")
     return vars(TensorDescriptor(example, block, list(example.stride()), block))
