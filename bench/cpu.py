@@ -1,14 +1,15 @@
-"""What a CPU user gets: our backends "torch" and "eager" beside Transformers, on the same weights.
+"""CPU time of the backend "torch" beside Transformers and the backend "eager", on the same weights.
 
-    python bench/cpu.py [--out bench/results] [--rounds 5] [--only generate] [--dry-run]
+    python bench/cpu.py [--out FOLDER] [--rounds 5] [--only generate] [--dry-run]
 
-Generates, runs a forward pass, serves requests and trains, each with the model that this package
-ships, on one thread. The contestants of a line take turns, in one process, and a line gives the
-median of their CPU times (`time.process_time`) as ratios: what other programs do on the machine
-hardly changes a ratio. Times of two machines, or of two runs, are not to be compared.
+Generates, runs a forward pass, serves requests and trains with the small model of this package, on
+one thread. Each workload is a line of the table. The contestants of a line take turns in one
+process; the line gives ratios of the medians of their CPU times (`time.process_time`), which other
+programs on the machine hardly change. Do not compare the times of different machines or runs.
 
-Writes OUT/cpu.json and OUT/cpu.md. `--dry-run` runs every line once, on a few tokens, and marks
-what it writes as no measurement. Needs Transformers.
+Prints the table. `--out` also writes it to FOLDER/cpu.md and the figures to FOLDER/cpu.json, after
+every line. `--dry-run` runs every line once, on a few tokens, and marks the result as no
+measurement. Needs Transformers.
 """
 
 # ruff: noqa: E402  (what makes the rest importable comes first)
@@ -36,7 +37,7 @@ import numpy as np
 import torch
 import transformers
 from ceilings import environment
-from record import DRY_RUN, MEASUREMENT
+from record import MEASUREMENT
 from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
@@ -50,13 +51,14 @@ OURS, EAGER, PEER = "torch", "eager", "transformers"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROMPT = [1, *range(20, 36)]
 SEED = 0
+DRY_RUN = "dry run on a few tokens, not a measurement"
 
 Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much a line does."""
+    """The sizes of the workloads."""
 
     new_tokens: int = 100
     prompt_tokens: int = 200
@@ -76,14 +78,14 @@ def _ours(backend: str, dtype: torch.dtype) -> Llama2:
 
 def _peer(dtype: torch.dtype) -> LlamaForCausalLM:
     model = LlamaForCausalLM.from_pretrained(SHIPPED, dtype=dtype).eval()
-    # Every contestant draws as many tokens as it is asked for.
+    # Every contestant generates as many tokens as it is asked for.
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     return model
 
 
 @torch.no_grad()
 def _peer_tokens(model: LlamaForCausalLM, prompts: list[list[int]], count: int) -> list[list[int]]:
-    """Greedy, a batch at a time, padded on the left, with the cache that `generate` takes."""
+    """Greedy tokens of one batch, padded on the left, with the default cache of `generate`."""
     longest = max(map(len, prompts))
     padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -118,8 +120,8 @@ def forward(dtype: torch.dtype, sizes: Sizes) -> dict[str, Call]:
 
 
 def serving(dtype: torch.dtype, sizes: Sizes) -> dict[str, Call]:
-    """Prompts and answers of many lengths: ours join and leave a batch of `max_batch`, Transformers
-    takes them `max_batch` at a time, each batch as long as its longest."""
+    """Prompts and answers of many lengths. Ours batches continuously, with up to `max_batch` rows;
+    Transformers generates for `max_batch` prompts at a time, until the longest answer is done."""
     numbers, most = np.random.default_rng(SEED), sizes.max_batch
     lengths = numbers.integers(4, 60, sizes.requests)
     counts = numbers.integers(8, sizes.longest_answer, sizes.requests).tolist()
@@ -149,7 +151,7 @@ def serving(dtype: torch.dtype, sizes: Sizes) -> dict[str, Call]:
 
 
 def training(dtype: torch.dtype, sizes: Sizes) -> dict[str, Call]:
-    """A step with clipping and AdamW; Transformers' in bfloat16 under autocast."""
+    """A step with clipping and AdamW. In bfloat16 Transformers computes under autocast."""
     bf16 = dtype == torch.bfloat16
     size = {"batch_size": sizes.rows, "seq_len": sizes.row_tokens}
     config = TrainConfig(steps=100, warmup_steps=1, bf16=bf16, **size)
@@ -194,8 +196,8 @@ def lines(sizes: Sizes) -> dict[str, Callable[[torch.dtype], dict[str, Call]]]:
 
 
 def measure(calls: dict[str, Call], rounds: int, budget_s: float) -> dict[str, Any]:
-    """CPU seconds of each, medians over rounds in which they take turns: `rounds` of them, and more
-    up to 20 while `budget_s` lasts."""
+    """Medians of the CPU seconds of each call and their ratios. The calls take turns: `rounds`
+    rounds, and up to 20 until `budget_s` CPU seconds have passed."""
     answers = {name: call() for name, call in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     started = time.process_time()
@@ -217,7 +219,7 @@ def measure(calls: dict[str, Call], rounds: int, budget_s: float) -> dict[str, A
 
 
 def _same(first: list[list[int]], second: list[list[int]]) -> float:
-    """Of all tokens the share that stands before the first difference of its answer."""
+    """The share of all tokens that come before the first difference in their answer."""
     same = 0
     for a, b in zip(first, second, strict=True):
         different = (i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
@@ -243,13 +245,15 @@ def table(content: dict[str, Any]) -> str:
     dry = "" if content["kind"] == MEASUREMENT else f"**{content['kind']}**\n\n"
     head = (
         f'# On a CPU: the backend "torch" beside Transformers\n\n{dry}'
-        'CPU time of one thread of the backend "torch" as a share of another contestant\'s, on the '
-        "weights of `llama2/checkpoints/stdlib`; below 1: ours takes less. The contestants took "
-        'turns in one run; medians. "Same tokens": the share of greedy tokens before an answer\'s '
-        "first difference. Not to be compared with other runs.\n\n"
+        'CPU time of the backend "torch" divided by that of Transformers, and by that of the '
+        'backend "eager", on one thread and the weights of `llama2/checkpoints/stdlib`. Below 1, '
+        '"torch" takes less time. The times are medians; the contestants took turns in one run. '
+        "Same tokens: the share of the greedily generated tokens that come before the first "
+        "difference in their answer. Do not compare times with those of other runs.\n\n"
         f"{made['processor']}, PyTorch {made['torch']}, Transformers {made['transformers']}, "
         f"Python {made['python']}, at commit {made['commit']}. By `python bench/cpu.py`.\n\n"
-        '| | dtype | ÷ Transformers | ÷ "eager" | rounds | same tokens as Transformers, eager |\n'
+        '| workload | dtype | ÷ Transformers | ÷ "eager" | rounds | '
+        'same tokens as Transformers, as "eager" |\n'
         "|---|---|---|---|---|---|\n"
     )
     rows = []
@@ -265,15 +269,32 @@ def table(content: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    default = importable.ROOT / "bench" / "results"
-    parser.add_argument("--out", type=Path, default=default, metavar="FOLDER")
-    parser.add_argument("--rounds", type=int, default=5, help="at least this many")
-    parser.add_argument("--budget", type=float, default=10.0, help="CPU seconds of a line's rounds")
-    parser.add_argument("--only", default="", metavar="WORD", help="lines that contain it")
-    parser.add_argument("--dry-run", action="store_true", help="every line once, briefly")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where to write cpu.json and cpu.md"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, metavar="N", help="at least this many per line; default: 5"
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="go on with more rounds, up to 20, for this CPU time per line; default: 10",
+    )
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="only lines whose name or dtype contains it, such as generate or float32",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="every line once, on a few tokens: no measurement"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     sizes, rounds, budget_s = Sizes(), options.rounds, options.budget
     if options.dry_run:
         sizes, rounds, budget_s = SHORT, 1, 0.0
@@ -285,12 +306,14 @@ def main(arguments: list[str] | None = None) -> None:
         for dtype in DTYPES
         if options.only in f"{what}, {dtype}"
     ]
-    options.out.mkdir(parents=True, exist_ok=True)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
     for what, dtype in tqdm(chosen, unit="line", file=sys.stderr):
         row = measure(lines(sizes)[what](DTYPES[dtype]), rounds, budget_s)
         content["rows"].append({"what": what, "dtype": dtype, **row})
-        write_text(options.out / "cpu.json", json.dumps(content, indent=1) + "\n")
-        write_text(options.out / "cpu.md", table(content))
+        if options.out is not None:
+            write_text(options.out / "cpu.json", json.dumps(content, indent=1) + "\n")
+            write_text(options.out / "cpu.md", table(content))
     print(table(content))
 
 

@@ -1,16 +1,17 @@
-"""What a call costs the host, without a GPU: the ops and their peers over a GPU that does nothing.
+"""What a call costs the host, measured without a GPU: the ops and their peers.
 
     python bench/host_time.py [--op rms_norm …] [--rounds 20] [--write]
 
-Measures, on the CPU, this thread's time per eager call of every op, forward and with its backward
-pass, in units of a launch of an empty kernel with RMSNorm's arguments through Triton, measured in
-the same run. The shapes are tiny, so that what PyTorch's own ops compute on the CPU is nearly
-nothing. `idle_gpu.py` says what is real of a launch and what is missing. `--write` writes the
-tables and their figures to bench/results/host_time.md and .json.
+Measures the thread's CPU time per eager call of every op, for the forward pass alone and with the
+backward pass. The GPU is a stand-in that does nothing (`idle_gpu.py` says which part of a launch is
+real). The unit is the time of a launch of an empty kernel with RMSNorm's arguments through Triton,
+in the same run. The shapes are tiny, so that PyTorch's own ops, which compute on the CPU here,
+compute almost nothing. Prints the table; `--write` also writes it to bench/results/host_time.md and
+the figures to host_time.json. Needs a C compiler.
 
-Not seen here: the driver's own time for a launch, which is the same for everybody's kernels; what
-PyTorch's ops take for a launch on a GPU, which makes them dearer there than here; the allocator of
-a GPU, and the thread in which autograd runs there.
+Not included: the driver's time for a launch, which is the same for all kernels; the time that
+PyTorch's ops take to launch on a GPU, so that they cost more there than here; the allocator of a
+GPU; and the thread in which autograd runs on a GPU.
 """
 
 # ruff: noqa: E402  (what makes the rest importable comes first)
@@ -37,7 +38,7 @@ from ceilings import environment, version
 UNIT = "empty launch"
 RESULTS = importable.ROOT / "bench" / "results" / "host_time.json"
 FORWARD, BOTH = "forward", "forward + backward"
-# Enough that kernels are launched as those of real shapes: rows of 16 bytes, and several of them.
+# Rows of 16 bytes and more than one row: kernels are specialised as for real shapes.
 SIZES = {
     "rms_norm": {"num_tokens": 2, "hidden_size": 16},
     "add_rms_norm": {"num_tokens": 2, "hidden_size": 16},
@@ -74,19 +75,19 @@ class Measured(NamedTuple):
     pass_: str
     name: str
     microseconds: float
-    units: float  # of empty launches in the same round, whatever else slows the machine then
+    units: float  # the time divided by that of the empty launch in the same round
     quartiles: tuple[float, float]  # of the units
-    launches: int  # of Triton's kernels
+    launches: int  # of Triton kernels per call
 
 
 def _transformers() -> Backend:
-    """Its modules, as Hugging Face's Llama calls them."""
+    """Transformers' norm and RoPE, called as its Llama calls them."""
 
     def norm(inputs: dict[str, Any]) -> Callable[[], Any]:
         from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
         module = LlamaRMSNorm(inputs["weight"].shape[0])
-        del module.weight  # a parameter; here it is the workload's tensor
+        del module.weight  # a parameter, replaced by the workload's tensor
         module.weight = inputs["weight"]
         return lambda: module(inputs["x"])
 
@@ -143,7 +144,7 @@ def _calls(backend: Backend, op: str, pass_: str) -> Callable[[], Any]:
 
 
 def contests(ops: tuple[str, ...]) -> Iterator[tuple[str, str, dict[str, Callable[[], Any]]]]:
-    """(op, pass, calls by contestant), the unit among them."""
+    """(op, pass, calls by contestant); one of the calls is the empty launch."""
     import peers
 
     x, weight = torch.zeros(4, 4096, dtype=torch.bfloat16), torch.zeros(4096, dtype=torch.bfloat16)
@@ -177,7 +178,7 @@ def contests(ops: tuple[str, ...]) -> Iterator[tuple[str, str, dict[str, Callabl
 def race(
     calls: dict[str, Callable[[], Any]], rounds: int, seconds: float = 1e-2
 ) -> dict[str, tuple[float, float, tuple[float, float], int]]:
-    """(µs per call, units, quartiles of them, launches) of each; all take turns, `UNIT` too."""
+    """(µs per call, units, quartiles of the units, launches) of each call. All take turns."""
     counts, launched, samples = {}, {}, {name: [] for name in calls}
     for name, call in calls.items():
         for _ in range(20):
@@ -226,11 +227,12 @@ def markdown(content: dict[str, Any]) -> str:
         f"{where['python']}, PyTorch {where['torch']}, Triton {where['triton']}, {versions}, at "
         f"commit {where['commit']}.",
         "",
-        "Thread time of an eager call over a GPU that does nothing, in launches of an empty kernel",
-        f"with 11 arguments through Triton ({statistics.median(units):.1f} µs here); behind it, in",
-        "brackets, how many kernels of Triton's the call launches. PyTorch's own ops compute on",
-        "the CPU, and lack what a launch of theirs costs on a GPU. `bench/host_time.py` says what",
-        "else is missing. No GPU was there, and nothing is said of one's speed.",
+        "CPU time of the calling thread per eager call, divided by that of launching an empty",
+        f"kernel with 11 arguments through Triton ({statistics.median(units):.1f} µs here). In "
+        "brackets: how many Triton",
+        "kernels the call launches. The GPU is a stand-in that does nothing, so the table says",
+        "nothing of the speed of a GPU. PyTorch's own ops compute on the CPU here; the cost of",
+        "launching them on a GPU is not included. `bench/host_time.py` says what else is not.",
         "",
         "| op | pass | " + " | ".join(names) + " |",
         "|---|---|" + "---|" * len(names),
@@ -250,10 +252,13 @@ def markdown(content: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--op", action="append", choices=SIZES, help="default: all")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--json", action="store_true", help="print the figures, not the table")
-    parser.add_argument("--write", action="store_true", help=f"to bench/results/{RESULTS.name}")
+    parser.add_argument("--op", action="append", choices=SIZES, help="repeatable; default: all")
+    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="default: 20")
+    parser.add_argument(
+        "--json", action="store_true", help="print the figures as JSON, not the table"
+    )
+    names = f"{RESULTS.name} and {RESULTS.with_suffix('.md').name}"
+    parser.add_argument("--write", action="store_true", help=f"write bench/results/{names}")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     idle_gpu.activate()

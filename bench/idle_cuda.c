@@ -1,7 +1,7 @@
-// A libcuda whose GPU does nothing, for the host's side of a launch (`idle_gpu.py`).
+// A stand-in for libcuda, whose GPU does nothing (`idle_gpu.py`).
 //
-// All that Triton's driver.c calls between a compiled kernel and cuLaunchKernelEx, which returns at
-// once. The limits are an H200's.
+// It has the functions that Triton's driver.c calls to load and launch a compiled kernel. All of
+// them return at once. The device's limits are those of an H200.
 #include <cuda.h>
 #include <string.h>
 

@@ -1,11 +1,12 @@
-"""A GPU that does nothing, under Triton's own launcher: what a launch costs the host.
+"""A stand-in for a GPU that does nothing, to measure what a launch costs the host.
 
-Triton's driver.c and its CudaLauncher run as they are, over a libcuda of a few lines
-(`idle_cuda.c`, compiled when it is wanted) whose cuLaunchKernelEx returns at once. Kernels are
-compiled for sm_90 and never run; tensors live on the CPU. So the binder, the key, the tensor maps
-and the unpacking of arguments are the real ones, and only the real driver's own time is missing.
+Triton's own driver.c and CudaLauncher run unchanged. They call a stand-in for libcuda
+(`idle_cuda.c`, compiled at the first use), whose cuLaunchKernelEx returns at once. Kernels are
+compiled for sm_90 and never run; tensors are on the CPU. Binding of arguments, the look-up of the
+compiled kernel, tensor maps and the unpacking of arguments are the real ones. Only the time of the
+real driver is missing.
 
-Triton's mode and its libcuda are a process's: use one of its own, without TRITON_INTERPRET.
+Triton loads one libcuda per process: use a process of its own, without TRITON_INTERPRET.
 """
 
 import atexit
@@ -21,7 +22,7 @@ SOURCE = Path(__file__).with_name("idle_cuda.c")
 
 
 def compiler() -> str | None:
-    """The C compiler that Triton would take."""
+    """The C compiler that Triton would use, or None."""
     return (
         os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
     )
@@ -29,13 +30,13 @@ def compiler() -> str | None:
 
 @cache
 def _library() -> ctypes.CDLL:
-    """The idle libcuda, loaded in the real one's name: whoever opens that gets this."""
+    """The stand-in, loaded under the name of the real libcuda, so that Triton opens it."""
     from triton.backends import nvidia
 
     if compiler() is None:
         raise RuntimeError("idle_gpu: expected a C compiler (gcc, clang or CC); found none")
     folder = Path(tempfile.mkdtemp(prefix="idle-cuda-"))
-    atexit.register(shutil.rmtree, folder)  # Triton links with what lies there, until the end
+    atexit.register(shutil.rmtree, folder)  # Triton links with the file until the process ends
     path = folder / "libcuda.so.1"
     include = Path(nvidia.__path__[0]) / "include"
     try:
@@ -58,7 +59,7 @@ def launches() -> int:
 
 
 def activate() -> None:
-    """Makes it the GPU of this process.
+    """Makes the stand-in the GPU that Triton uses in this process.
 
     Raises:
         RuntimeError: there is no C compiler, or Triton runs in its interpreter.
@@ -83,7 +84,7 @@ def activate() -> None:
 
         @classmethod
         def is_active(cls) -> bool:
-            return False  # never chosen by itself
+            return False  # Triton does not choose it unless it is set
 
         def map_python_to_cpp_type(self, ty: str) -> str:
             return ty_to_cpp(ty)

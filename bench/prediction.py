@@ -14,10 +14,10 @@ Rate of attention on sm_90, of the programs that share one SM, in a step of the 
     step   = max(simulated cycles, bytes loaded / 30)
     rate   = 790 TFLOP/s · tensor / step
 
-The simulation (`simulation.py`) knows latencies and how programs hide each other's. 30 bytes per
-cycle are assumed between the L2 cache and an SM, 790 TFLOP/s of a large bf16 product on an H200.
-Products count, executed ones. What comes before and after the loop, masked tiles and the tail of a
-launch are left out. It ranks tiles; it promises nothing.
+The simulation (`simulation.py`) has the latencies, and programs that hide each other's. Assumed are
+30 bytes per cycle between the L2 cache and an SM, and 790 TFLOP/s for a large bf16 product on an
+H200. The rate counts the products that are executed. What comes before and after the loop, masked
+tiles and the tail of a launch are left out. The rates serve to rank tiles, not to predict times.
 """
 
 import math

@@ -1,11 +1,18 @@
-"""Time that the host spends on a step of `serve` beside the model and the choice of tokens.
+"""CPU time of the host per step of `serve`, without the model and the choice of tokens.
 
-    python bench/serving_host.py [--before CHECKOUT] [--results bench/results/serving_host.json]
+    python bench/serving_host.py [--before CHECKOUT] [--results FILE]
 
-The model's step and the choice of a token are replaced by nothing, so that what is left is the
-host's bookkeeping: rows, pages, what is sent to the device and read from it. Time is the thread's
-own, on one CPU; the smallest of several runs, each in a process of its own. With `--before` another
-checkout is measured in turns with this one, and the ratio is of times of one run.
+The model's step and the choice of a token are replaced by empty functions. What remains is the
+host's bookkeeping: rows, pages, and the copies to and from the device. Prints a line of JSON per
+batch size:
+
+    {"batch": 32, "now_us": …, "before_us": …, "now_over_before": …}
+
+`now_us` is the thread's CPU time per step in microseconds, the smallest of several runs, each in a
+process of its own. With `--before`, another checkout of this repository is measured too, in turns
+with this one; `before_us` is its time and `now_over_before` the ratio. `--results` also writes all
+of it to a JSON file; bench/results/serving_host.json is a committed one. It takes one to two
+minutes.
 """
 
 import argparse
@@ -24,7 +31,8 @@ NEW_TOKENS, RUNS = 200, 5
 
 
 def seconds_per_step(batch: int) -> float:
-    """Of a run of as many requests as there are rows, all of one length, admission included."""
+    """CPU seconds per step of a run with one request per row, all of one length; the admission of
+    the requests is included."""
     import torch
 
     from gqa_kernels import get_backend
@@ -51,7 +59,7 @@ def seconds_per_step(batch: int) -> float:
         cache.advance(tokens.shape[1])
         return states
 
-    model.hidden_states = nothing  # of a prompt
+    model.hidden_states = nothing  # computes prompts
     PagedDecode._run_model = lambda self: None
     PagedDecode._sample = lambda self, greedy: None
     requests = [Request([1, 5, 7, 2 + i % 50], NEW_TOKENS) for i in range(batch)]
@@ -73,7 +81,7 @@ def seconds_per_step(batch: int) -> float:
 
 
 def _measured(checkout: Path, batch: int) -> float:
-    """The same of a checkout, in a process of its own."""
+    """`seconds_per_step` of a checkout, in a process of its own."""
     paths = os.pathsep.join(map(str, (checkout / "kernels", checkout)))
     command = [sys.executable, str(Path(__file__).resolve()), "--batch", str(batch)]
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
@@ -82,7 +90,7 @@ def _measured(checkout: Path, batch: int) -> float:
 
 
 def measure(before: Path | None, runs: int) -> list[dict[str, Any]]:
-    """A row per batch: microseconds of the host per step."""
+    """A row per batch size, with the microseconds of the host per step."""
     checkouts = {"now": ROOT} | ({} if before is None else {"before": before})
     rows = []
     for batch in BATCHES:
@@ -106,9 +114,16 @@ def _commit(checkout: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--before", type=Path, help="another checkout, measured in turns")
-    parser.add_argument("--results", type=Path, help="the JSON file to be written")
-    parser.add_argument("--runs", type=int, default=RUNS)
+    parser.add_argument(
+        "--before",
+        type=Path,
+        metavar="CHECKOUT",
+        help="another checkout, measured in turns with this one",
+    )
+    parser.add_argument("--results", type=Path, metavar="FILE", help="write a JSON file too")
+    parser.add_argument(
+        "--runs", type=int, default=RUNS, metavar="N", help=f"per batch size; default: {RUNS}"
+    )
     parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)  # in a process of its own
     arguments = parser.parse_args()
     if arguments.batch is not None:

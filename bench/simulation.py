@@ -1,17 +1,19 @@
-"""The main loop of a kernel on a quarter of a Hopper SM, cycle by cycle. A prediction.
+"""Simulation of a kernel's main loop on a quarter of a Hopper SM, cycle by cycle. A prediction.
 
-Each resident program has num_warps / 4 warps on it. A cycle issues at most one instruction,
-of the warp that has waited longest among those that may go on. What holds a warp back:
+The quarter holds num_warps / 4 warps of each resident program. In each cycle it issues at most one
+instruction, from the ready warp that has waited longest. A warp is not ready while
 
-- the stall count and the barriers that ptxas wrote into each instruction (Jia et al. 2018,
-  arXiv:1804.06826); what sets a barrier does so after the latency of its unit;
-- a unit that is busy: an instruction occupies special functions for 8 cycles, memory for 2 to 8;
-- BAR, until the warps of its program are there;
-- WARPGROUP.DEPBAR, until the products it waits for are done. Products run in order, one at a time,
-  at 1024 flops per cycle.
+- the stall count of its last instruction runs, or a barrier that ptxas wrote into the next
+  instruction is set (Jia et al. 2018, arXiv:1804.06826). An instruction frees its barrier after the
+  latency of its unit;
+- the unit that it needs is busy: an instruction occupies the special function unit for 8 cycles,
+  and the memory unit for 2 to 8;
+- it waits at BAR for the other warps of its program;
+- it waits at WARPGROUP.DEPBAR for matrix products. Products run in order, one at a time, at 1024
+  flops per cycle.
 
 Assumed: the latencies, and 4096 flops and 16 special functions per cycle and SM.
-Not modelled: misses of the caches, the arrival of tiles, clocks that vary.
+Not modelled: cache misses, the arrival of tiles, and a varying clock.
 """
 
 from collections.abc import Sequence
@@ -19,23 +21,23 @@ from typing import NamedTuple
 
 from binary import Scheduled
 
-_STEPS, _WARM = 12, 4  # simulated; left out of the mean
+_STEPS, _WARM = 12, 4  # steps of the loop that are simulated, and first ones left out of the mean
 
-# Cycles that an instruction occupies its unit, and until its result is there.
+# Cycles for which an instruction occupies its unit, and cycles until its result is available.
 _MEMORY = {"SHFL": (2, 24), "LDS": (2, 24), "LDSM": (4, 30), "STS": (4, 4), "STSM": (8, 8),
            "LDGSTS": (8, 4)}  # fmt: skip
-_SLOW = {"R2UR": (2, 12), "S2R": (2, 20), "LDC": (2, 30)}  # of the integer unit
+_SLOW = {"R2UR": (2, 12), "S2R": (2, 20), "LDC": (2, 30)}  # on the integer unit
 _HALF_RATE = {"FMNMX", "F2FP", "FSEL", "FSETP", "ISETP", "SEL", "LOP3", "IADD3", "SHF"}
 _FULL_RATE = {"PRMT", "VOTE", "LEA", "PLOP3", "IMNMX", "VIADD", "MOV", "F2F", "I2F"}
 _BARRIER_LATENCY, _PRODUCT_LATENCY, _OPERANDS_READ = 20, 32, 8
-_OTHER_LATENCY = 20  # of whatever sets a barrier and has no unit here
+_OTHER_LATENCY = 20  # of other instructions that set a barrier
 
 
 class Simulated(NamedTuple):
-    """One step of the loop, all programs of the SM together."""
+    """One step of the loop, of all programs on the SM together."""
 
     cycles: float
-    tensor_cycles: float  # of them the tensor cores need
+    tensor_cycles: float  # for which the tensor cores are busy
 
 
 class _Warp:
@@ -43,15 +45,15 @@ class _Warp:
         self.program = program
         self.ready = ready  # the first cycle in which it may issue
         self.issued = -1
-        self.next = 0  # instruction
-        self.barriers = [0] * 6  # cycles at which they are free
+        self.next = 0  # index of its next instruction
+        self.barriers = [0] * 6  # the cycle at which each is free
         self.groups: list[int] = []  # cycles at which groups of products end
-        self.ends: list[int] = []  # of its steps
+        self.ends: list[int] = []  # cycles at which its steps end
         self.waits = False  # at BAR
 
 
 def _unit(name: str) -> tuple[str, int, int]:
-    """(unit, cycles that it is occupied, latency)."""
+    """(unit, cycles for which it is occupied, latency)."""
     if name == "MUFU":
         return ("special", 8, 22)
     if name in _MEMORY:
@@ -68,12 +70,12 @@ def _unit(name: str) -> tuple[str, int, int]:
 
 
 def _product_cycles(opcode: str) -> int:
-    """Cycles of one warp's HGMMA.64x{columns}x16 on its quarter; 0 of another instruction."""
+    """Cycles of one warp's HGMMA.64x{columns}x16 on its quarter; 0 for other instructions."""
     return int(opcode.split("x")[1]) * 16 // 32 if opcode.startswith("HGMMA") else 0
 
 
 def simulate(loop: Sequence[Scheduled], num_warps: int, programs: int) -> Simulated:
-    """A step of this many programs of num_warps warps each."""
+    """A step of the loop by `programs` programs of num_warps warps each."""
     units = [_unit(step.opcode.partition(".")[0]) for step in loop]
     products = [_product_cycles(step.opcode) for step in loop]
     per_program = max(1, num_warps // 4)

@@ -1,4 +1,4 @@
-"""`cpu.py` without waiting for a measurement."""
+"""`cpu.py`, by a dry run and a clock of its own."""
 
 import json
 
