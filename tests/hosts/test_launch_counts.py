@@ -1,5 +1,5 @@
-"""How many kernels a layer launches, ours and a patched Transformers model's; and what a patched
-layer computes for the next one is used only where it is true."""
+"""How many kernels a layer launches, in our model and in a patched Transformers model; and that
+results which a patched layer computes for the next one are used only while they are valid."""
 
 import copy
 import pickle
@@ -48,7 +48,7 @@ def without_gradients(call):
 
 
 def test_a_decode_layer_of_ours(device):
-    """Of 12 with a product for each projection."""
+    """12 launches if each projection is a product of its own."""
 
     def make(num_layers):
         model = our_model(num_layers, device)
@@ -95,7 +95,7 @@ def test_a_layer_of_ours_without_a_cache(device):
     ids=("dynamic", "static"),
 )
 def test_a_decode_layer_of_a_patched_model(cache_of, of_the_cache, device):
-    """Besides what Transformers' cache launches itself: 12."""
+    """12 launches, without those of Transformers' cache."""
 
     def make(num_layers):
         model = patched(num_layers, device)
@@ -122,7 +122,7 @@ def logits(model, device, **options):
 
 @pytest.fixture
 def model(device, monkeypatch):
-    """Patched with the ops of plain PyTorch, which say as much of who computes what, sooner."""
+    """Patched with the reference's ops, which are faster here and call the same modules."""
     triton, eager = get_backend("triton"), get_backend("eager")
     for name in ("rms_norm", "add_rms_norm", "swiglu", "apply_rope"):
         monkeypatch.setattr(triton, name, getattr(eager, name))
@@ -131,7 +131,7 @@ def model(device, monkeypatch):
 
 @pytest.fixture
 def apart(model, device):
-    """The logits of layers that compute nothing for each other: with gradients."""
+    """Logits with gradients, where layers compute nothing for each other."""
     return lambda **options: logits(model, device, **options).detach()
 
 
@@ -192,7 +192,7 @@ def test_a_norm_with_a_hook_of_its_own(model, apart, device):
 
 
 def test_unpatched_layers_between(model, apart, device):
-    """A layer that is as Transformers made it reads no note, and makes none."""
+    """A layer that is not patched neither reads nor makes notes."""
     gqa_kernels.unpatch(model.model.layers[1])
     expected = apart()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""q, k and v, and gate and up, as one product each in steps on a cache."""
+"""In steps on a cache, q, k and v are one product, and gate and up another."""
 
 import copy
 import pickle
@@ -88,7 +88,7 @@ def test_gradients_take_the_products_apart():
         optimizer.step()
     for weight, expected in zip(model.parameters(), plain.parameters(), strict=True):
         assert weight.grad.equal(expected.grad) and weight.equal(expected)
-    assert num_products(model) == JOINT  # of the new weights
+    assert num_products(model) == JOINT  # with the new weights
     assert_same_logits(model, plain)
 
 
@@ -97,7 +97,7 @@ def moved(model):
 
 
 def sliced(model):
-    """A head less of every kind, in the memory that stays."""
+    """One head fewer of each kind, in views of the same memory."""
     for attention in (layer.self_attn for layer in model.layers):
         attention.num_q_heads, attention.num_kv_heads = 3, 1
         for name, rows in (("q_proj", 24), ("k_proj", 8), ("v_proj", 8)):

@@ -34,7 +34,7 @@ def shipped(device) -> dict[str, Llama2]:
 
 @pytest.mark.parametrize("cache_dtype", (None, torch.int8), ids=str)
 def test_generated_tokens_are_eagers(cache_dtype, shipped):
-    """A ragged batch, rows of which stop."""
+    """A ragged batch with rows that stop early."""
     eager, ours = (
         Generator(model, cache_dtype=cache_dtype).generate(
             PROMPTS, max_new_tokens=24, stop_ids=range(500, 620)
@@ -100,8 +100,8 @@ def test_gradients_within_budget(form, dtype, device):
 
 
 def test_equal_rows_have_the_same_bits_in_any_batch(device):
-    """Rows of ops, not of the products of matrices around them; of `swiglu` if the width is a
-    multiple of 32, as those of models are."""
+    """This holds for the ops but not for the matrix products around them, and for `swiglu` only if
+    the width is a multiple of 32, as in real models."""
     q, k = torch.randn(4, 30, 4, 16, device=device), torch.randn(4, 30, 2, 16, device=device)
     x, weight = torch.randn(7, 96, device=device), torch.rand(96, device=device)
     together = TORCH.flash_attention(q, k, k, causal=True)

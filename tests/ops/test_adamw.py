@@ -16,7 +16,7 @@ WRITTEN = ("weight", "exp_avg", "exp_avg_sq", "copy")
 
 @pytest.fixture
 def inputs(draw):
-    """Of the first step of a weight that a model in bfloat16 is a copy of."""
+    """The first step of a weight whose copy in bfloat16 the model computes with."""
     weight = draw(5, 72)
     return {
         "weight": weight,
@@ -65,7 +65,7 @@ def test_a_scale_divides_the_gradient(inputs, device):
 
 
 def rows_apart(inputs, name):
-    """Copies of the inputs, and the tensor that one of them is a part of."""
+    """Copies of the inputs, and the larger tensor that one of them is a view of."""
     wide = torch.full((5, 96), math.nan, device=inputs[name].device, dtype=inputs[name].dtype)
     wide[:, 8:80] = inputs[name]
     return {key: x.clone() for key, x in inputs.items()} | {name: wide[:, 8:80]}, wide
@@ -74,7 +74,7 @@ def rows_apart(inputs, name):
 @pytest.mark.parametrize("update", (adamw_update, native.adamw_update), ids=("triton", "torch"))
 @pytest.mark.parametrize("name", (*WRITTEN, "gradient"))
 def test_rows_apart(name, update, inputs, device):
-    """Their bits, and not what lies between them; the gradient stays as it is."""
+    """The bits are those of contiguous tensors; the gaps and the gradient are not changed."""
     before = inputs["weight"].clone()
     viewed, wide = rows_apart(inputs, name)
     update(**viewed, grad_scale=torch.tensor(2.0, device=device), step=1, **RECIPE)

@@ -1,8 +1,8 @@
-"""Launches that pass by Triton's binder: the same binary, arguments, device and stream.
+"""Direct launches have the same binary, arguments, device and stream as Triton's.
 
-The kernels of this process run in the interpreter, which launches everything by itself. So
-`launching.py` asks in a process of its own, over a GPU that does nothing; and the emulator executes
-what is launched directly.
+In this process kernels run in the interpreter, which has no direct launches. The checks are those
+of `launching.py`, in a process of their own with a GPU that does nothing; and the emulator executes
+kernels that are launched directly.
 """
 
 import ast
@@ -50,7 +50,7 @@ def test_all_ops_over_an_idle_gpu():
     assert not [outcome for outcome in outcomes("--all").values() if outcome]
 
 
-# Every case twice: the first compiles, the second has nothing left to ask Triton.
+# Every case runs twice: the first launch compiles, the second is direct.
 TWICE = """
 import sys
 from gqa_kernels.runtime import launch
@@ -81,14 +81,14 @@ assert not asked, asked
     ),
 )
 def test_direct_launches_compute_the_same(options):
-    """Executed: every argument, tuples and descriptors of tensors too, reaches its parameter."""
+    """In execution every argument, tuples and descriptors included, reaches its parameter."""
     done = compiling("-c", TWICE, "--arch", "sm_90", "--dtype", "bfloat16", *options)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.count(" 0 failed") == 2
 
 
 def test_every_kernel_is_launched_so():
-    """No kernel[grid](…) in an op."""
+    """No op launches a kernel by kernel[grid](…)."""
     files = list(Path(ops.__file__).parent.rglob("*.py"))
     calls = [
         (path.name, node.lineno)
@@ -100,7 +100,7 @@ def test_every_kernel_is_launched_so():
 
 
 def test_rows_and_their_stride():
-    """Contiguous rows are addressed where they lie, all others as `layout.rows` has them."""
+    """Contiguous rows are used in place; others are as `layout.rows` returns them."""
     x = torch.arange(48.0, dtype=torch.float32).view(2, 3, 8)
     for view, stride in (
         (x, 8),

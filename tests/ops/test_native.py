@@ -1,4 +1,4 @@
-"""The ops in PyTorch's fused functions: the op table as for the kernels, and what is theirs."""
+"""The backend "torch": the op table, as for the kernels, and what is peculiar to it."""
 
 import inspect
 import math
@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def without_lse(spec):
-    """Its spec on this backend, which leaves the lse to the reference."""
+    """The spec on this backend, without return_lse, which the reference computes."""
 
     def make_inputs(*context):
         inputs = spec.make_inputs(*context)
@@ -55,7 +55,7 @@ def test_within_budget(spec, case, dtype, device):
 @pytest.mark.parametrize("structure", [name for name in STRUCTURES if name != "normal"])
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_inputs_with_structure(spec, structure, device):
-    """A small case of each op, in one dtype; both differ between structures."""
+    """A small case of each op in one dtype; case and dtype vary with the structure."""
     index = list(STRUCTURES).index(structure)
     cases = [c for c in spec.test_cases() if not any(c.sizes.get(name) for name in DELEGATED)]
     case = replace(cases[index % len(cases)], structure=structure)
@@ -104,7 +104,7 @@ def test_gradients_repeat_their_bits_and_stand_alone(spec, device, generator):
     together, again = (run(spec.kernel, inputs, spec.wrt) for _ in range(2))
     for what, value in together.items():
         assert torch.equal(value, again[what])
-    for name in spec.wrt if len(together) == 1 + len(spec.wrt) else ():  # of a single output
+    for name in spec.wrt if len(together) == 1 + len(spec.wrt) else ():  # ops with one output
         assert torch.equal(run(spec.kernel, inputs, (name,))[f"d {name}"], together[f"d {name}"])
     with torch.no_grad():
         out = spec.kernel(**inputs)
@@ -253,7 +253,9 @@ def test_ignored_rows_are_not_read_and_unknown_targets_are_nan(draw, device):
     assert (grads[0][::3] == 0).all() and (grads[0][1::3] != 0).any()
     targets[1] = 300
     assert native.linear_cross_entropy(hidden, weight, targets).isnan()
-    assert native.linear_cross_entropy(hidden[::3], weight, targets[::3]).isnan()  # a mean of none
+    assert native.linear_cross_entropy(
+        hidden[::3], weight, targets[::3]
+    ).isnan()  # the mean over no rows
 
 
 def test_chunks_add_up_and_large_scores_do_not_overflow(draw, device, monkeypatch):
@@ -268,7 +270,7 @@ def test_chunks_add_up_and_large_scores_do_not_overflow(draw, device, monkeypatc
 
 
 def test_a_compiled_call_is_the_call(draw):
-    """Traced, nothing is asked of a tensor's values."""
+    """While a compiler traces, no op reads a tensor's values."""
     q, cache = draw(2, 1, 4, 16), draw(2, 20, 2, 16)
     for lengths in ([7, 7], [3, 20]):
         given = (q, cache, cache, torch.tensor(lengths, device=q.device))

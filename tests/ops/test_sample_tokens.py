@@ -1,4 +1,4 @@
-"""What is peculiar to the choice of a token: borders, ties, and rows apart from each other."""
+"""What is peculiar to sample_tokens: borders, ties, and that rows do not affect each other."""
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ EPS = torch.finfo(torch.float32).eps
 
 @pytest.fixture
 def settings(device):
-    """temperature, top_p and uniform of so many rows: greedy, cold and hot, of small nuclei and of
-    all tokens."""
+    """Makes temperature, top_p and uniform for a batch: greedy rows, low and high temperatures,
+    small nuclei and whole distributions."""
 
     def make(batch: int) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(SEED)
@@ -31,7 +31,7 @@ def logits_of(batch: int, vocab_size: int, dtype: torch.dtype, device) -> torch.
 
 
 def may_be_drawn(logits, temperature, top_p, uniform, token) -> bool:
-    """Whether roundings of float32 explain a token of one row.
+    """Whether float32 rounding can explain the token of one row.
 
     A weight has an error of a few units in its last place, of which the exponent's is the largest:
     (x - max) / temperature is rounded twice. A sum of n weights, in any order, adds at most n - 1
@@ -77,7 +77,7 @@ def test_tokens_are_the_references_but_for_roundings(batch, vocab_size, dtype, s
 
 
 def test_the_explanation_by_roundings_explains_no_other_token(device, settings):
-    """What the test above allows is hardly more than one token."""
+    """The test above allows hardly more than one token per row."""
     logits, drawn_by = logits_of(40, 33, torch.float32, device), settings(40)
     drawn_by[0].clamp_(min=0.1)
     expected = reference.sample_tokens(logits, *drawn_by)
@@ -90,7 +90,7 @@ def test_the_explanation_by_roundings_explains_no_other_token(device, settings):
 
 
 def test_ties_are_drawn_in_the_order_of_ids(device):
-    """Of 8 equal tokens and, below them, 8 others: a nucleus of 8, of 6, of all."""
+    """Nuclei of 8, of 6 and of all tokens, of 8 equal ones and 8 less likely ones."""
     row = torch.tensor([0.0, -1.0] * 8, device=device)
     row[::4] = -0.0  # which equals 0
     uniform = (torch.arange(16, device=device) + 0.5) / 16
@@ -118,7 +118,7 @@ def test_rows_that_are_not_finite(device, settings):
 
 
 def test_a_row_does_not_see_the_others(device, settings, monkeypatch):
-    """Nor in which tensor it lies."""
+    """Strides do not matter."""
     monkeypatch.setattr(configs, "SAMPLING_BLOCK", 16)
     logits, drawn_by = logits_of(9, 50, torch.bfloat16, device), settings(9)
     together = sample_tokens(logits, *drawn_by)

@@ -1,5 +1,5 @@
-"""How many kernels a call launches on a GPU, counted on the CPU: an operation of PyTorch that
-computes or moves something is one, an op of this package as many as its kernels are."""
+"""How many kernels a call launches on a GPU, counted on the CPU. An operation of PyTorch that
+computes or moves something counts as one, an op of this package as its kernels."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -31,8 +31,8 @@ class _Counted(TorchDispatchMode):
 
 
 def launches_of(call: Callable[[], object]) -> Counter[str]:
-    """By name. An op of this package counts once: those that a forward pass without gradients
-    calls are one kernel each."""
+    """Launches by name. An op of this package counts once: in a forward pass without gradients
+    each is one kernel."""
     with _Counted() as counted:
         call()
     return counted.launches
@@ -42,7 +42,7 @@ def per_layer(make_call: Callable[[int], Callable[[], object]]) -> dict[str, int
     """Launches of each layer in a model of several, by name.
 
     Args:
-        make_call: gives the call of a model with so many layers; it is counted.
+        make_call: returns the call of a model with this many layers.
     """
     counts = []
     for num_layers in (1, 2):

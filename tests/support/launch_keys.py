@@ -1,4 +1,4 @@
-"""Whether keys of `runtime/launch.py` are what Triton specialises on; a part of `launching.py`."""
+"""Checks of `launching.py`: the keys of `runtime/launch.py` are what Triton specialises on."""
 
 import itertools
 
@@ -27,7 +27,7 @@ VALUES += (2**63, 2**63 + 1, 2**64 - 1, True, False, 1.0, 0.5, None)
 
 
 def arguments_of_probe():
-    """Every class of every argument, each beside the first class of all others."""
+    """Calls that try every class of each argument, with the first class of all others."""
     memory = torch.zeros(64, dtype=torch.float32)
     tensors = [*(memory[first:] for first in range(5)), torch.nn.Parameter(memory)]
     kinds = (torch.bfloat16, torch.int64, torch.bool, torch.float8_e4m3fn)
@@ -49,15 +49,15 @@ def arguments_of_probe():
 
 
 def wrong_keys(kernel, calls):
-    """Pairs of calls with one key, of which Triton makes two binaries; and of two keys, of which it
-    makes one."""
+    """Pairs of calls with the same key but different binaries in Triton, and pairs with different
+    keys but the same binary."""
     binder = kernel.device_caches[driver.active.get_current_device()][4]
     keys = []
     for call in calls:
         types = tuple(map(type, call))
         describe = launch._describer(kernel, types)
         assert describe is not None, types
-        # Triton tells constants of one value apart no more than Python does.
+        # Triton takes equal constants, such as 1 and True, for the same; our key has the type too.
         theirs = tuple(
             (kind, type(value), value)
             if kind == "constexpr" and parameter.is_constexpr
@@ -77,7 +77,7 @@ def wrong_keys(kernel, calls):
 
 
 def check_keys(everything):
-    """A key is what Triton specialises on: no less, and of arguments of the same types no more."""
+    """Calls have different keys exactly where Triton specialises on their difference."""
     confused, split = wrong_keys(probe_kernel, list(arguments_of_probe()))
     assert not confused, confused
     assert not split, split
@@ -87,7 +87,7 @@ def check_keys(everything):
 
 
 IN_RANGE = "-0x80000000 <= {0} <= 0x7FFFFFFF"
-# An expression without something that belongs to it.
+# Expressions from each of which one part is missing.
 LEFT_OUT = {
     "_TENSOR": ("{0}.dtype", "{0}.data_ptr() & 15 == 0", "{0}.dtype, {0}.data_ptr() & 7 == 0"),
     "_INT": (

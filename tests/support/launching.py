@@ -1,8 +1,8 @@
-"""What `runtime/launch.py` promises, asked of Triton's own launcher over a GPU that does nothing.
+"""Checks of `runtime/launch.py` with Triton's own launcher and a GPU that does nothing.
 
     PYTHONPATH=bench python tests/support/launching.py [--all]
 
-In a process of its own, without TRITON_INTERPRET: Triton's mode is a process's. Runs every function
+Needs a process of its own, without TRITON_INTERPRET, which holds for a process. Runs every function
 `check_…` of this module and prints {name: null, or what it raised} as JSON; null where there is no
 C compiler. `--all` goes through every op of the table, which compiles for a minute; otherwise
 through those that compile fast.
@@ -34,7 +34,7 @@ SLOW = {"flash_attention_varlen", "decode_attention", "linear_cross_entropy", "t
 
 @contextmanager
 def recorded():
-    """The launches inside: (Triton's launcher of the binary, grid, stream, arguments)."""
+    """Records the launches: (Triton's launcher of the binary, grid, stream, arguments)."""
     launches, original = [], CudaLauncher.__call__
 
     def call(self, x, y, z, stream, function, packed, metadata, enter, leave, *arguments):
@@ -51,7 +51,7 @@ def recorded():
 
 @contextmanager
 def counted():
-    """How many launches inside went through Triton: a list of kernels."""
+    """Lists the kernels whose launches went through Triton."""
     kernels, original = [], launch._Launcher._by_triton
 
     def by_triton(self, *given):
@@ -67,8 +67,8 @@ def counted():
 
 @contextmanager
 def compared():
-    """Each launch inside is one of the binary that Triton chooses, with the same arguments; yields
-    the number of launches so far that were direct, and of all."""
+    """Asserts for each launch that Triton would choose the same binary and pass the same arguments.
+    Yields the numbers of direct launches and of all launches so far."""
     numbers, original = {"direct": 0, "all": 0}, launch._Launcher.launch
 
     def checked(self, grid, arguments, options):
@@ -102,7 +102,7 @@ def compared():
 
 
 def launch_functions():
-    """Those that `launch.launcher` made for the modules of the package."""
+    """The launchers that the modules of the package have made with `launch.launcher`."""
     modules = [m for name, m in sys.modules.items() if name.startswith("gqa_kernels.ops")]
     found = {
         id(value): value
@@ -115,7 +115,7 @@ def launch_functions():
 
 
 def check_binaries_of_the_table(everything):
-    """The calls of the test that counts binaries: 20 that differ in sizes, of every op."""
+    """20 calls of different sizes of every op, as in the test that counts binaries."""
     specs = [spec for spec in compiled.SPECS if everything or spec.name not in SLOW]
     with compared() as numbers:
         for spec in specs:
@@ -172,7 +172,7 @@ def check_options(everything):
 
 
 def check_hooks(everything):
-    """Who watches launches sees all of them; afterwards they are direct again."""
+    """Hooks see every launch; once they are removed, launches are direct again."""
     function, x = launch.launcher(probe_kernel), torch.zeros(16)
     launch_probe(function, x, num_warps=4)
     seen, runtime = [], knobs.runtime
@@ -213,7 +213,7 @@ def check_hooks(everything):
 
 
 def check_settings(everything):
-    """What changes how Triton compiles sends every launch to Triton."""
+    """Under settings that change how Triton compiles, Triton makes every launch."""
     runtime, compilation = knobs.runtime, knobs.compilation
     assert not launch._is_watched()
     for owner, name, value in (
@@ -230,7 +230,7 @@ def check_settings(everything):
 
 
 def check_devices_and_streams(everything):
-    """A binary belongs to a device; a launch goes to the device's current stream, whichever."""
+    """Each device has its own binary, and a launch goes to the device's current stream."""
     active, x = driver.active, torch.zeros(16)
     place = {"device": 0, "stream": 0}
     active.get_current_device = lambda: place["device"]
@@ -248,7 +248,7 @@ def check_devices_and_streams(everything):
 
 
 def check_what_is_left_to_triton(everything):
-    """Types that the table does not have, drivers and versions of which not all is known."""
+    """Triton launches for types that are not in the table, and for unknown drivers and versions."""
     x = torch.zeros(16)
 
     def launches(function, strides=(1, 2), constant=1):
@@ -302,7 +302,7 @@ def check_threads(everything):
 
 
 def check_descriptors(everything):
-    """Made without their constructor's checks, they are what the constructor makes."""
+    """Descriptors made without the constructor equal those that the constructor makes."""
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.zeros(2, 5, 3, 64, dtype=dtype)
         found = layout.descriptor(x, 32, 64)
