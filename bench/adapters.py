@@ -18,7 +18,7 @@ Adapter = Callable[[dict[str, Any]], Call]
 # Losses whose gradients are made in the forward pass, by some backends: their two passes are timed
 # as one call, a "step", instead of the backward pass alone.
 STEPS = frozenset({"linear_cross_entropy"})
-# Ops that return nothing, and what they write: of copies of their inputs, which are the results.
+# Ops that return nothing, and the arguments that they write: they get copies, the results.
 UPDATES = {"adamw_update": ("weight", "exp_avg", "exp_avg_sq", "copy")}
 
 

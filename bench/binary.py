@@ -25,14 +25,14 @@ _DOTS = ("tt.dot", "tt.dot_scaled")
 
 
 class Scheduled(NamedTuple):
-    """An instruction of a loop as its hardware schedules it."""
+    """An instruction of a loop with what schedules it in the hardware."""
 
     opcode: str
     stall: int  # cycles until the warp's next instruction
-    waits: tuple[int, ...]  # for barriers, of the warp's six
+    waits: tuple[int, ...]  # barriers that it waits for, of the warp's six
     sets: int | None  # the barrier that frees once the result is there
     sets_when_read: int | None  # the barrier that frees once the operands are read
-    closes_group: bool  # of products
+    closes_group: bool  # of matrix products
     groups_left: int | None  # how many groups of products may run on; None: it waits for none
 
 

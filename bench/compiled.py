@@ -212,7 +212,7 @@ def compile_all(archs: list[str], ops: list[str], fewer: bool = False) -> list[E
         for spec in specs
         for case, dtype in representative(spec, arch, fewer)
     ]
-    entries: dict[tuple, Entry] = {}  # of each binary the launch of the most programs
+    entries: dict[tuple, Entry] = {}  # for each binary the launch with the most programs
     for spec, case, dtype, arch in tqdm(work, unit="case", file=sys.stderr):
         for entry in compile_case(spec, case, dtype, arch):
             key = arch, spec.name, entry.launch.hash if entry.launch else str(case)
@@ -223,7 +223,7 @@ def compile_all(archs: list[str], ops: list[str], fewer: bool = False) -> list[E
 
 
 def calls_of_many_sizes(spec: OpSpec) -> Iterator[tuple[str, Callable]]:
-    """(mode, call) of 20 calls of an op that differ in the sizes of a call alone."""
+    """(mode, call) of 20 calls of an op that differ in the number of tokens and sequences only."""
     lengths = (*range(1, 10), 15, 16, 17, 32, 33, 64, 100, 128, 255, 256, 1000)
     base = [case for case in spec.cases if not case.test][-1]
     for index, length in enumerate(lengths):

@@ -46,7 +46,7 @@ def _mix(mix: dict[str, int]) -> str:
 
 
 def _programs(entry: Any) -> str:
-    """Those that an SM holds; where the launch has fewer, how many."""
+    """How many programs fit on an SM, and of them how many the launch has, where that is fewer."""
     fits = prediction.programs_per_sm(entry.arch, entry.launch, entry.binary)
     launched = prediction.launched_per_sm(entry.arch, entry.launch, entry.binary)
     if fits is None or launched == fits:

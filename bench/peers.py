@@ -120,8 +120,8 @@ def _torch_linear_cross_entropy(inputs: dict[str, Any]) -> Call:
 
 
 def _torch_adamw_update(inputs: dict[str, Any]) -> Call:
-    """The fused step, which takes gradients in the dtype of the weights alone and writes no copy:
-    both casts are passes of their own."""
+    """PyTorch's fused step. It takes only gradients in the dtype of the weights and writes no copy:
+    both casts are separate passes."""
     names = ("lr", "beta1", "beta2", "eps", "weight_decay")
     recipe = {name: inputs[name] for name in names} | {"amsgrad": False, "maximize": False}
     step = torch.tensor(float(inputs["step"]), device=inputs["weight"].device)

@@ -58,7 +58,7 @@ def _bytes_per_thread(mix: dict[str, int], name: str) -> int:
 
 
 def launched_per_sm(arch: str, launch: Launch, binary: Binary) -> float | None:
-    """How many programs of this launch an SM holds, on average over the SMs."""
+    """How many programs of this launch are on an SM at once, on average over the SMs."""
     fits = programs_per_sm(arch, launch, binary)
     return None if fits is None else min(fits, math.prod(launch.grid) / ARCHITECTURES[arch].num_sms)
 
@@ -86,8 +86,8 @@ def attention_rate(arch: str, launch: Launch, binary: Binary) -> float | None:
 
 
 def _bytes_per_step(launch: Launch, binary: Binary) -> int:
-    """What one step of the main loop loads. A descriptor's tiles are those that a warpgroup of 64
-    rows reads of shared memory, once each."""
+    """The bytes that one step of the main loop loads. With tensor descriptors these are the tiles
+    that one warpgroup reads from shared memory, each counted once."""
     copied = _bytes_per_thread(binary.loop, "LDGSTS") * launch.num_warps * 32
     if copied or not count(binary.loop, "UTMALDG"):
         return copied

@@ -94,7 +94,7 @@ def compare(
     Where either `actual` or the oracle is NaN or infinite the other must be the same; else the
     error is infinite. Where eager alone is, it allows nothing.
 
-    Whole numbers, which are not rounded, are to be the oracle's: the error is how many differ.
+    Whole numbers are not rounded and must equal the oracle's: the error is how many differ.
 
     Args:
         further: (eager, oracle) of each further draw.

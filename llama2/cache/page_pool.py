@@ -56,8 +56,9 @@ class PagePool:
         return int(self._references[page])
 
     def shared(self, pages: np.ndarray) -> list[int]:
-        """Indices of those pages that others refer to too, if each page stands for a sequence that
-        is about to write to it, and those before it do so in a page of their own."""
+        """For sequences that are about to write to `pages`, one page each: the indices of those
+        that have to copy theirs, because another sequence still refers to it after the earlier
+        ones in the list have made their copies."""
         found: list[int] = []
         num_left: dict[int, int] = {}
         for index in (self._references[pages] > 1).nonzero()[0].tolist():
@@ -87,7 +88,7 @@ class PagePool:
         return pages
 
     def refer(self, pages: Sequence[int]) -> None:
-        """One more reference to each of `pages`, which differ and hold something."""
+        """Adds a reference to each of `pages`, which are distinct and not free."""
         for page in pages:
             self._kept.pop(page, None)
         self._references[pages] += 1

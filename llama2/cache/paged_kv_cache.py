@@ -39,8 +39,8 @@ class PagedKVCache(Stored):
         states = model.hidden_states(batch.tokens, batch)[row]
         …
 
-    A row that is not in use is a ValueError wherever one is named. Rows may also `grow` by a token
-    whose id the device alone knows, and be told later (`tell`).
+    Every method raises ValueError for a row that is not in use. A row may also `grow` by a token
+    whose id only the device has so far; `tell` then gives its id to the cache.
 
     Pages are shared by sequences that begin with the same tokens, as far as these fill pages, and
     by forks. A page that others read is copied before a sequence writes to it. What a freed
@@ -151,8 +151,8 @@ class PagedKVCache(Stored):
         self._num_known[row] = self._lengths[row]
 
     def grow(self, rows: Sequence[int] | np.ndarray) -> None:
-        """Adds to each of `rows` a pending token that the device knows, and pages where they are
-        needed. `tell` has to follow, before anything but `decode` and `free` is asked of a row.
+        """Adds to each of `rows` a pending token whose id only the device has, and pages where they
+        are needed. Until `tell` has given the ids, only `decode` and `free` may be called for rows.
 
         Raises:
             ValueError: a sequence of `max_seq_len` tokens.
@@ -161,7 +161,7 @@ class PagedKVCache(Stored):
         self._make_room(self._rows(rows), 1)
 
     def tell(self, rows: Sequence[int] | np.ndarray, tokens: Sequence[int] | np.ndarray) -> None:
-        """The ids of the tokens by which `rows` have grown.
+        """Gives the cache the ids of the tokens by which `rows` have grown, one per row.
 
         Raises:
             ValueError: a row whose tokens are all known.
@@ -272,8 +272,8 @@ class PagedKVCache(Stored):
             raise ValueError(f"row: expected one that knows its tokens; got {row}, {untold} untold")
 
     def _make_room(self, rows: np.ndarray, count: int) -> None:
-        """`count` more pending tokens of each row: pages for them, and a copy of the last page if
-        they go to one that other sequences read.
+        """Adds `count` pending tokens to each row: takes pages for them, and first copies a row's
+        last page if the row would write to it and other sequences read it.
 
         Raises:
             ValueError, OutOfPages: no room in a row, too few pages. Nothing was changed.
@@ -309,7 +309,7 @@ class PagedKVCache(Stored):
         return pages * self.page_size + positions % self.page_size
 
     def _name_pages(self, row: int) -> None:
-        """Makes pages findable whose tokens have all been written, and are known."""
+        """Makes full pages findable, once their entries are written and their ids known."""
         sequence = self._sequences[row]
         done = len(sequence.digests)
         num_ready = min(int(self._num_cached[row]), int(self._num_known[row]))
@@ -321,7 +321,7 @@ class PagedKVCache(Stored):
 
 
 class PagedBatch:
-    """What `Llama2` takes for a cache: the pending tokens of some rows, for one call."""
+    """The pending tokens of some rows, for one call of `Llama2`, which takes it as its cache."""
 
     def __init__(
         self, cache: PagedKVCache, rows: Sequence[int] | np.ndarray, *, alone: bool
@@ -362,10 +362,10 @@ class PagedBatch:
 
     @functools.cached_property
     def tokens(self) -> Tensor:
-        """int64 `[batch, seq_len]` on the device, the call's tokens.
+        """The tokens of the call: int64 `[batch, seq_len]` on the device.
 
         Raises:
-            ValueError: a row has grown by a token that it was not told.
+            ValueError: a row has grown by a token whose id `tell` has not given.
         """
         tokens = np.zeros(self._shape, dtype=np.int64)
         where = zip(self._rows, self._places, self._totals, self._num_pending, strict=True)

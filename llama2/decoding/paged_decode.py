@@ -1,4 +1,5 @@
-"""Steps of a batch in a paged cache, on tensors of fixed addresses, so that a GPU replays them.
+"""Decode steps of a batch in a paged cache, on tensors with fixed addresses, so that a CUDA graph
+can replay them.
 
 The tokens that a step draws stay on the device, where the next step reads them: it can be enqueued
 before the host knows them.
@@ -44,7 +45,7 @@ class PagedDecode:
         self._on_host = torch.zeros(
             rows, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda"
         )
-        # Of each row: what it draws by, token after token; uniform, temperature, top_p of the next.
+        # By row: the uniform numbers of all its tokens; uniform, temperature, top_p of the next.
         self._uniform = np.zeros((rows, model.config.max_seq_len), dtype=np.float32)
         self._next = np.zeros(self._settings.shape, dtype=np.float32)
         self.num_drawn = np.zeros(rows, dtype=np.int64)
@@ -54,11 +55,11 @@ class PagedDecode:
     def begin(
         self, row: int, num_drawn: int, uniform: np.ndarray, temperature: float, top_p: float
     ) -> None:
-        """A row goes on from its states, by these settings.
+        """Sets how tokens are drawn for a row, from the states that it has.
 
         Args:
-            uniform: float32 `[max_new_tokens]`, what `sample` draws by, of which `num_drawn` are
-                used already.
+            uniform: float32 `[max_new_tokens]`, a uniform number for each token, of which the
+                first `num_drawn` are used already.
         """
         self.num_drawn[row] = num_drawn
         self._uniform[row, : len(uniform)] = uniform

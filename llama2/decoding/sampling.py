@@ -18,7 +18,7 @@ def sample(
     temperature: float | Tensor = 1.0,
     top_p: float | Tensor = 1.0,
 ) -> Tensor:
-    """A token per row, as the op `sample_tokens` draws it; see `gqa_kernels.reference`.
+    """Draws a token per row with the op `sample_tokens`; see `gqa_kernels.reference`.
 
     Args:
         sample_tokens: the op, of a backend.

@@ -107,8 +107,8 @@ def _sum_partials_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program adds all partial sums of BLOCK_C columns: every BLOCK_R-th row, from the first to
-    the last, then those sums as a tree."""
+    """One program adds up the partial sums of BLOCK_C columns: first rows that are BLOCK_R apart,
+    in order, then the BLOCK_R results as a tree."""
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
     for start in tl.range(0, num_partials, BLOCK_R):

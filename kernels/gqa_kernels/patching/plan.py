@@ -216,8 +216,9 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def _following_norms(model: nn.Module) -> dict[int, nn.Module]:
-    """By the id of a layer, the norm that most likely takes its output: the next layer's first, or
-    after the last layer the `norm` beside the list of layers. A wrong guess costs a norm."""
+    """For each layer, by its id, the norm that most likely takes its output: the first norm of the
+    next layer, or after the last layer the `norm` beside the list of layers. After a wrong guess
+    one norm more is computed; results are the same."""
     found = {}
     for parent in model.modules():
         for layers in (child for child in parent.children() if isinstance(child, nn.ModuleList)):

@@ -112,8 +112,8 @@ def load_ranges(key_ranges_ptr, strides, batch, queries, seq_len_q, seq_len_kv):
 def rows_that_see(
     start, end, key_ranges_ptr, strides, batch, seq_len_q, seq_len_kv, BLOCK: tl.constexpr
 ):
-    """(first query, end of the queries) whose ranges meet the keys start … end − 1, and whether
-    each query from the one to the other sees all of those keys."""
+    """(first query, end of the queries) whose ranges contain any of the keys start … end − 1, and
+    whether all queries between the two see all of those keys."""
     first_query, end_query, num_whole = seq_len_q, 0, 0
     for first in tl.range(0, seq_len_q, BLOCK):
         queries = first + tl.arange(0, BLOCK)

@@ -70,10 +70,10 @@ class Op:
     Args:
         launch: computes the op from arguments that were checked. The annotations of its positional
             parameters are the schema; it takes every argument as the caller gave it, and its
-            outputs are new tensors, none of them a part of an argument; None of an op that only
-            writes to its arguments. Of several outputs, those that the arguments do not ask for are
-            None. Keyword-only parameters are no part of the
-            op: by them a call without a graph can do without outputs.
+            outputs are new tensors that share no memory with an argument. An op that only writes
+            to its arguments returns None. Of several outputs, those not requested are
+            None. Keyword-only parameters are not part of the op; a call without a graph can use
+            them to leave out outputs.
         fake: for the same arguments, the same outputs without values: sizes, strides, dtypes.
         check: raises unless the arguments are what `launch` takes. It reads metadata only and runs
             once for real tensors and once for fake ones. None where only this package calls the op.
@@ -178,7 +178,8 @@ def _registered(
 
 
 def refuse_gradient(doing: str, name: str = "q") -> Callable[..., NoReturn]:
-    """What an op without a gradient says, of its argument `name`, where autograd records."""
+    """The function that an op without a gradient calls where autograd records: it raises, naming
+    the argument `name`."""
 
     def refuse(*_: Any, **__: Any) -> NoReturn:
         raise NotImplementedError(

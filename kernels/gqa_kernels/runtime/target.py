@@ -89,7 +89,7 @@ _HERE = nullcontext()
 
 def device_of(tensor: Tensor) -> AbstractContextManager:
     """Makes the tensor's GPU the current one for a launch, where it is not already."""
-    index = tensor.get_device()  # −1 of the CPU's
+    index = tensor.get_device()  # −1 on the CPU
     if index < 0 or index == driver.active.get_current_device():
         return _HERE
     return torch.accelerator.device_index(index)

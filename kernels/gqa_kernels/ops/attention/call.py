@@ -157,7 +157,7 @@ def kernel_arguments(call: Call) -> dict[str, Any]:
 
 
 def tile_arguments(config: configs.AttentionConfig) -> dict[str, int | None]:
-    """The numbers of a row of a table of tiles, as arguments of a launch."""
+    """The launch arguments that a row of a table of tiles gives."""
     return {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,

@@ -32,9 +32,9 @@ from gqa_kernels.runtime import configs, launch
 
 
 class _Queries(NamedTuple):
-    """What passes by a program: the queries of a group's heads, and what belongs to them."""
+    """The queries that a program loops over, those of a group's heads, and their statistics."""
 
-    q_ptr: Any  # of the sequence's query 0, of head 0
+    q_ptr: Any  # at the sequence's query 0 of head 0
     dout_ptr: Any
     q_strides: Any
     dout_strides: Any
@@ -77,10 +77,10 @@ def _walk_queries(
     """dk and dv and what num_tiles tiles of queries add to them: num_before from first_tile on, the
     rest after num_skipped others.
 
-    One loop over the tiles of all heads: its loads run ahead across the heads' borders.
+    One loop goes over the tiles of all heads, so that loads of the next head are issued early.
     """
     BLOCK_D: tl.constexpr = key.shape[1]
-    diagonal = seq_len_kv - of.seq_len_q  # query i stands on key i + diagonal
+    diagonal = seq_len_kv - of.seq_len_q  # query i sees keys up to i + diagonal
     for step in tl.range(0, num_tiles * GROUP_SIZE, num_stages=NUM_STAGES):
         head, tile = step // num_tiles, step % num_tiles
         if MASKED:

@@ -131,8 +131,8 @@ def _walk(
     DROPPED: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """The softmax after num_steps tiles downwards from last_tile, one after the other: one tile of
-    scores is alive at a time."""
+    """The softmax after num_steps tiles, downwards from last_tile. Only one tile of scores is in
+    registers at a time."""
     EXACT: tl.constexpr = q.dtype == tl.float32
     for step in tl.range(0, num_steps, num_stages=NUM_STAGES):
         start = (last_tile - step) * BLOCK_N
