@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gqa_kernels.runtime import checks, configs, layout, library, target
+from gqa_kernels.runtime import checks, configs, launch, layout, library, target
 
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _LOWEST = tl.constexpr(-(2**31))
@@ -149,12 +149,16 @@ def _kernel(
     tl.store(tokens_ptr + row, tl.where(is_finite, token, -1).to(tl.int64))
 
 
+_launch_kernel = launch.launcher(_kernel)
+
+
 def _launch(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
     rows = layout.rows(logits)
     batch, vocab_size = rows.shape
     tokens = torch.empty(batch, dtype=torch.int64, device=logits.device)
     with target.device_of(logits):
-        _kernel[(batch,)](
+        _launch_kernel(
+            (batch,),
             logits_ptr=rows,
             temperature_ptr=temperature,
             top_p_ptr=top_p,
@@ -165,9 +169,8 @@ def _launch(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor)
             top_p_stride=top_p.stride(0),
             uniform_stride=uniform.stride(0),
             vocab_size=vocab_size,
-            BLOCK=min(configs.SAMPLING_BLOCK, triton.next_power_of_2(vocab_size)),
+            BLOCK=min(configs.SAMPLING_BLOCK, layout.power_of_2(vocab_size)),
             num_warps=configs.SAMPLING_NUM_WARPS,
-            enable_fp_fusion=True,
         )
     return tokens
 
