@@ -47,6 +47,7 @@ SIZES = {
     "flash_attention": {"batch": 1, "seq_len_q": 2, "seq_len_kv": 2, "head_dim": 16},
     "decode_attention": {"batch": 1, "head_dim": 16, "ragged": False},
     "rope_append_kv": {"batch": 1, "head_dim": 16},
+    "sample_tokens": {"num_tokens": 2, "vocab_size": 16},
 }
 PEERS = ("triton", "liger", "torch", "sdpa_default")
 

@@ -183,8 +183,8 @@ def mean(value: Tensor, mesh: DeviceMesh) -> Tensor:
 
 @torch.no_grad()
 def grad_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """The norm of gradients that are sharded, over one mesh or several: a scalar, the same in every
-    rank."""
+    """The norm of all gradients, which are sharded over one mesh or several: a scalar, the same on
+    every rank."""
     norms = [get_total_norm(group) for group in _by_mesh(gradients).values()]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     return torch.linalg.vector_norm(torch.stack(norms))

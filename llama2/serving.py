@@ -19,7 +19,7 @@ from llama2.decoding.weights import fingerprint, in_own_dtype
 from llama2.generate import as_stop_ids, check_tokens, drawn_ids
 from llama2.model import Llama2
 
-_NO_TOKEN = -2  # nor what is drawn from logits that are not finite
+_NO_TOKEN = -2  # fills up stop_ids; −1 is drawn from logits that are not finite
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class _Server:
         self.done: list[_Running] = []
         self._rows = np.empty(0, dtype=np.int64)  # of `running`
         self._drawn: Callable[[], np.ndarray] | None = None  # the last draw's tokens, until read
-        # By row: the token that was read last; max_new_tokens, stop_ids, whether there is a `stop`.
+        # By row: the last token that was read; max_new_tokens; stop_ids; whether it has a `stop`.
         self._tokens = np.zeros(cache.max_batch, dtype=np.int64)
         self._limits = np.zeros(cache.max_batch, dtype=np.int64)
         self._stop_ids = np.full((cache.max_batch, 0), _NO_TOKEN, dtype=np.int64)
@@ -223,7 +223,7 @@ class _Server:
             yield _Running(index, request, uniform)
 
     def _decode(self) -> None:
-        """The last token of every running request that is to have another goes through the model.
+        """Passes the last token of every running request that needs another one through the model.
         When pages run out, requests end or are preempted, the youngest first."""
         while True:
             has_more = self.decoder.num_drawn[self._rows] < self._limits[self._rows]
@@ -300,7 +300,7 @@ class _Server:
         )
 
     def _draw(self) -> None:
-        """Gives every running request a token, which `_collect` reads."""
+        """Draws a token for every running request; `_collect` reads it."""
         with in_own_dtype(self.model):
             self._drawn = self.decoder.draw(self._rows)
 

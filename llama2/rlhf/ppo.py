@@ -161,8 +161,8 @@ class _Loop:
 
     @cached_property
     def workers(self) -> dict[str, Decoder]:
-        """What computes: of the weights that a run resumes from, which are loaded by the first
-        iteration."""
+        """The models that compute the gradients. They are made in the first iteration, when the
+        weights that a run resumes from have been loaded."""
         sharded = self.execution.is_sharded
         return {
             name: model if sharded else make_worker(model, self.step_config)

@@ -112,9 +112,9 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW whose matrices decay, and all else does not.
 
-    A group's parameters lie on one mesh, or are whole: the fused step takes no others together. It
-    is fused but where a worker of `make_worker` has copies of the weights, which
-    `update.step_with_copies` takes along.
+    The parameters of a group are all on one mesh, or all whole, as the fused step requires. The
+    optimiser is fused, unless `make_worker` makes a worker with copies of the weights:
+    `update.step_with_copies` then does the step.
     """
     members = defaultdict(list)
     for parameter in model.parameters():
@@ -155,8 +155,8 @@ def train_step(
 
     Args:
         batch: as `Batches` gives it; whole in every process of `execution`.
-        worker: of `make_worker`, with the weights that `model` has; the step leaves both the new
-            ones. None makes one.
+        worker: what `make_worker` returned, with the weights of `model`. Afterwards both have the
+            new weights. None makes one.
     Returns:
         (loss, gradient norm before clipping): the loss is that of the batch.
     Raises:
@@ -195,7 +195,7 @@ def train_step(
 
 
 def _gradients(worker: Decoder, model: Decoder) -> dict[nn.Parameter, Tensor]:
-    """The gradient of each weight of `model` that has one: its own, or as the worker left it."""
+    """The gradients by weight of `model`: its own where it has one, otherwise the worker's."""
     pairs = zip(model.parameters(), worker.parameters(), strict=True)
     found = {
         weight: copied.grad if weight.grad is None else weight.grad for weight, copied in pairs
@@ -260,7 +260,7 @@ def train(
 
     def do_step(step: int) -> dict[str, float]:
         nonlocal worker
-        if worker is None:  # of the weights that the run resumes from, which are loaded by now
+        if worker is None:  # only now: the weights that a run resumes from are loaded
             worker = model if execution.is_sharded else make_worker(model, config)
         batch = data.batch(step).to(device)
         loss, grad_norm = train_step(
