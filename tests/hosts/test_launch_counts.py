@@ -2,7 +2,9 @@
 results which a patched layer computes for the next one are used only while they are valid."""
 
 import copy
+import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -225,3 +227,48 @@ def test_angles_that_are_written_to_are_read_again(model, device):
         cos.copy_(sin)
         assert call(cos, sin).equal(call(cos.clone(), sin.clone()))
         assert not call(cos, sin).equal(first)
+
+
+def test_a_norm_outside_of_no_grad_has_a_gradient(model, device):
+    """Layers that are frozen, under a norm that is trained."""
+
+    def gradient(norm):
+        angles = model.model.rotary_emb(x, torch.arange(5, device=device)[None])
+        with torch.no_grad():
+            states = model.model.layers[-1](x, position_embeddings=angles, attention_mask=None)
+        return torch.autograd.grad(norm(states).float().square().sum(), norm.weight)[0]
+
+    x = torch.randn(1, 5, 48, device=device).to(torch.bfloat16)
+    norm = model.model.norm
+    expected = gradient(copy.deepcopy(norm))  # of which no layer knows
+    assert gradient(norm).equal(expected) and expected.any()
+
+
+def test_a_tensor_is_saved_without_its_note(model, device):
+    """What a hook keeps of a run that ends there, before the next norm took its note."""
+    kept = []
+
+    def keep(module, inputs, output):
+        kept.append(output)
+        raise StopIteration
+
+    model.model.layers[0].register_forward_hook(keep)
+    with torch.no_grad(), pytest.raises(StopIteration):
+        logits(model, device)
+    file = io.BytesIO()
+    torch.save(kept, file)
+    file.seek(0)
+    (loaded,) = torch.load(file, weights_only=True)
+    assert loaded.equal(kept[0]) and not vars(kept[0])
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("context", (torch.no_grad, torch.enable_grad))
+def test_what_was_noted_ends_with_its_tensor(context, dtype, model, device):
+    model, noted = model.to(dtype), []
+    model.model.rotary_emb.register_forward_hook(
+        lambda module, inputs, output: noted.extend(map(weakref.ref, output))
+    )
+    with context():
+        logits(model, device)
+    assert len(noted) == 2 and all(angles() is None for angles in noted)

@@ -32,7 +32,8 @@ def _only(*args: Tensor, **kwargs: Tensor) -> Tensor:
 def rounded_norm(self, rms_norm, *args: Tensor, **kwargs: Tensor) -> Tensor:
     """Llama's order of roundings: the op itself."""
     x = _only(*args, **kwargs)
-    y = notes.take(x, self)
+    # What was noted has no gradient, of the weight's either.
+    y = None if torch.is_grad_enabled() else notes.take(x, self)
     return rms_norm(x, self.weight, norm_eps(self)) if y is None else y
 
 
@@ -142,7 +143,8 @@ def _table(angles: Tensor, seq_len: int) -> Tensor:
     table = notes.read(angles, seq_len) if shared else None
     if table is None:
         half = angles.shape[-1] // 2
-        table = angles[..., :half].float().expand(-1, seq_len, -1).reshape(-1, half)
+        table = angles[..., :half].to(torch.float32, copy=True)  # a note is no view
+        table = table.expand(-1, seq_len, -1).reshape(-1, half)
         if shared:
             notes.write(angles, seq_len, table)
     return table
