@@ -238,6 +238,14 @@ def test_a_position_outside_of_the_table_is_nan_in_its_row(position, draw, devic
     assert rotated.isnan().sum() == 16
 
 
+@pytest.mark.parametrize("positions", ([[0, 1]], [[-1, 7]], None))
+def test_a_table_without_rows_gives_nan(positions, draw, device):
+    q, angles = draw(1, 2, 2, 8), draw(2, 0, 4)
+    positions = None if positions is None else torch.tensor(positions, device=device)
+    for rotated in native.apply_rope(q, q, *angles, positions):
+        assert rotated.shape == q.shape and rotated.isnan().all()
+
+
 # --- The loss ----------------------------------------------------------------------------------
 
 
@@ -256,6 +264,15 @@ def test_ignored_rows_are_not_read_and_unknown_targets_are_nan(draw, device):
     assert native.linear_cross_entropy(
         hidden[::3], weight, targets[::3]
     ).isnan()  # the mean over no rows
+
+
+@pytest.mark.parametrize("count", (0, 3))
+def test_a_mean_of_no_rows_has_no_gradient(count, draw, device):
+    leaves = draw(count, 16).requires_grad_(), draw(30, 16).requires_grad_()
+    targets = torch.full((count,), -100, device=device)
+    for ops in (native, reference):
+        loss = ops.linear_cross_entropy(*leaves, targets)
+        assert loss.isnan() and all((x == 0).all() for x in torch.autograd.grad(loss, leaves))
 
 
 def test_chunks_add_up_and_large_scores_do_not_overflow(draw, device, monkeypatch):

@@ -54,15 +54,17 @@ class _SumOfLosses(torch.autograd.Function):
                 if want_weight:
                     grad_weight += grad.T @ x
         ctx.dtypes = hidden.dtype, weight.dtype
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight, row_weights.any())
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        *unscaled, counts = ctx.saved_tensors
+        grad = grad.where(counts, 0.0)  # a mean of no rows is divided by 0
         scaled = (
             None if x is None else (x * grad).to(dtype)
-            for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            for x, dtype in zip(unscaled, ctx.dtypes, strict=True)
         )
         return *scaled, None, None
 

@@ -78,6 +78,8 @@ def _angles(
     """cos and sin `[batch or 1, seq_len, head_dim / 2]`; None if a position is not in the table."""
     if positions is None:
         return (cos[None, :seq_len], sin[None, :seq_len]) if seq_len <= len(cos) else None
+    if len(cos) == 0:  # what the look-up says of it is no IndexError
+        return None
     positions = positions.long()
     try:  # the look-up checks the positions; a check of our own would cost a pass
         return torch.embedding(cos, positions), torch.embedding(sin, positions)
