@@ -6,6 +6,7 @@ one to one. Reference: Touvron et al. 2023, arXiv:2307.09288.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import ModuleType
@@ -19,7 +20,7 @@ from gqa_kernels.positions import rope_table
 from gqa_kernels.runtime import arguments
 from llama2.cache.kv_cache import Cache, CacheStep, KVCache
 from llama2.config import ModelConfig
-from llama2.joint_projection import JointProjection
+from llama2.joint_projection import JointProjection, memory_of
 from llama2.targets import positions_of
 
 
@@ -83,8 +84,11 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
         self._joint = JointProjection()
 
-    def fuse_projections(self) -> None:
-        self._joint.fuse(self.q_proj, self.k_proj, self.v_proj)
+    def fuse_projections(self, tenants: Counter[int]) -> None:
+        self._joint.fuse(self.q_proj, self.k_proj, self.v_proj, tenants=tenants)
+
+    def release_projections(self) -> None:
+        self._joint.release(self.q_proj, self.k_proj, self.v_proj)
 
     def forward(
         self,
@@ -132,8 +136,11 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self._joint = JointProjection()
 
-    def fuse_projections(self) -> None:
-        self._joint.fuse(self.gate_proj, self.up_proj)
+    def fuse_projections(self, tenants: Counter[int]) -> None:
+        self._joint.fuse(self.gate_proj, self.up_proj, tenants=tenants)
+
+    def release_projections(self) -> None:
+        self._joint.release(self.gate_proj, self.up_proj)
 
     def forward(self, x: Tensor, step: CacheStep | None = None) -> Tensor:
         projections = self.gate_proj, self.up_proj
@@ -208,7 +215,7 @@ class Decoder(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        self._keep_whole()
+        self._after_moving()
         return self
 
     def _keep_whole(self) -> None:
@@ -219,7 +226,13 @@ class Decoder(nn.Module):
 
     def _after_loading(self) -> None:
         """`load_state_dict` puts other parameters into the model, if its `assign` is true."""
+        self._after_moving()
+
+    def _after_moving(self) -> None:
         self._keep_whole()
+        for module in self.modules():
+            if isinstance(module, Attention | FeedForward):
+                module.release_projections()
 
     @property
     def cache_config(self) -> ModelConfig:
@@ -234,10 +247,14 @@ class Decoder(nn.Module):
         gate and up by another. It moves these weights next to each other in memory; they remain the
         same parameters. `Generator` and `serve` call it. If parameters are moved later, for example
         by `to(…)`, the projections are computed one by one again until the next call of this
-        method."""
+        method. The weights of a model that FSDP shards are not moved."""
+        if any(hasattr(module, "reshard") for module in self.modules()):
+            return
+        every = self.named_parameters(remove_duplicate=False)
+        tenants = Counter(memory_of(x) for _, x in every if type(x) is nn.Parameter)
         for layer in self.layers:
-            layer.self_attn.fuse_projections()
-            layer.mlp.fuse_projections()
+            layer.self_attn.fuse_projections(tenants)
+            layer.mlp.fuse_projections(tenants)
 
     def _check_table(self) -> None:
         rows = self.rope.cos.shape[0]

@@ -10,6 +10,7 @@ the parts would first have to be concatenated, which moves more bytes than are s
 adding up the gradients of the input.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,25 +34,36 @@ class JointProjection:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def fuse(self, *linears: nn.Module) -> None:
+    def fuse(self, *linears: nn.Module, tenants: Counter[int]) -> None:
         """Moves the weights next to each other in one allocation, unless they already are. Values,
         parameters and gradients do not change. Nothing is moved if a module is not a plain
         `nn.Linear` without a bias, if dtypes, devices or input widths differ, or if weights are
-        inference tensors, on the meta device or shared between processes."""
-        if self._is_fused(linears):
-            return
-        self._weight, self._parts = None, ()
-        if not all(map(_is_plain, linears)):
+        inference tensors, on the meta device, shared between processes, tied, or in one allocation
+        with other weights of the model: an optimiser may keep all of them in one tensor.
+
+        Args:
+            tenants: how many of the model's weights each allocation holds, by `memory_of`.
+        """
+        self.release(*linears)
+        if self._parts or not all(map(_is_plain, linears)):
             return
         weights = [linear.weight for linear in linears]
         if len({(x.dtype, x.device, x.shape[1], x.is_inference()) for x in weights}) > 1:
             return
         if any(x.is_meta or x.is_inference() or (x.is_cpu and x.is_shared()) for x in weights):
             return
+        places = Counter(map(memory_of, weights))
+        if len(set(map(id, weights))) < len(weights) or any(places[x] < tenants[x] for x in places):
+            return
         self._weight = torch.cat([x.detach() for x in weights])
         self._parts = self._weight.split([len(x) for x in weights])
         for weight, part in zip(weights, self._parts, strict=True):
             weight.data = part
+
+    def release(self, *linears: nn.Module) -> None:
+        """Frees the allocation, if the weights are no longer in it."""
+        if not self._is_fused(linears):
+            self._weight, self._parts = None, ()
 
     def __call__(self, x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
         """The output of each module: views of one product if the weights are where `fuse` moved
@@ -70,6 +82,11 @@ class JointProjection:
             and linear.weight.is_set_to(part)
             for linear, part in zip(linears, self._parts, strict=True)
         )
+
+
+def memory_of(weight: Tensor) -> int:
+    """The address of the allocation that holds a weight."""
+    return weight.untyped_storage().data_ptr()
 
 
 def _is_plain(linear: nn.Module) -> bool:

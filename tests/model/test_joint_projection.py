@@ -2,15 +2,20 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gqa_kernels import get_backend
 from llama2 import Generator, KVCache, Llama2, ModelConfig
+from llama2.decoding.weights import addresses
+from llama2.parallel import parallelize
 
 CONFIG = ModelConfig(97, 48, 80, 2, 6, 2, 8, max_seq_len=32)
 TOKENS = torch.tensor([[1, 5, 9, 33], [1, 7, 8, 90]])
@@ -184,3 +189,73 @@ def test_a_generator_fuses_and_training_goes_on():
     for weight, expected in zip(model.parameters(), plain.parameters(), strict=True):
         assert not weight.is_inference() and weight.grad.equal(expected.grad)
     assert Generator(plain).generate(TOKENS.tolist(), **settings) == tokens
+
+
+def moved_in(model):
+    return model.to(torch.float32)
+
+
+def assigned(model):
+    model.load_state_dict({k: x.clone() for k, x in model.state_dict().items()}, assign=True)
+    return model
+
+
+@pytest.mark.parametrize("leave", (moved_in, assigned))
+def test_memory_that_weights_have_left_is_let_go(leave):
+    model = make_model()
+    model.fuse_projections()
+    left = [weakref.ref(layer.mlp._joint._weight) for layer in model.layers]
+    left += [weakref.ref(layer.self_attn._joint._weight) for layer in model.layers]
+    leave(model)
+    assert all(memory() is None for memory in left)
+
+
+def flattened(model):
+    """As optimisers do that keep all weights in one tensor."""
+    weights = list(model.parameters())
+    flat = torch.cat([x.detach().flatten() for x in weights])
+    for weight, part in zip(weights, flat.split([x.numel() for x in weights]), strict=True):
+        weight.data = part.view_as(weight)
+    return model
+
+
+def tied(model):
+    """Both layers, and what one input is multiplied by."""
+    first, second = model.layers
+    first.self_attn.v_proj.weight = first.self_attn.k_proj.weight
+    first.mlp.up_proj.weight = first.mlp.gate_proj.weight
+    for name in ("q_proj", "k_proj", "v_proj"):
+        getattr(second.self_attn, name).weight = getattr(first.self_attn, name).weight
+    return model
+
+
+@pytest.mark.parametrize("change", (flattened, tied))
+def test_weights_that_have_their_place_for_a_reason_stay(change):
+    model, plain = change(make_model()), change(make_model())
+    model.fuse_projections()
+    places = addresses(model)
+    model.fuse_projections()
+    assert addresses(model) == places
+    if change is flattened:
+        assert num_products(model) == APART
+    assert_same_logits(model, plain)
+
+
+def test_weights_that_fsdp_gathers_stay(tmp_path):
+    """Moved, they would not be gathered again after a step."""
+    model, plain = make_model(), make_model()
+    dist.init_process_group("gloo", f"file://{tmp_path}/peers", rank=0, world_size=1)
+    try:
+        parallelize(model, init_device_mesh("cpu", (1,), mesh_dim_names=("dp",)))
+        model(TOKENS)
+        model.fuse_projections()
+        model.unshard()
+        for layer in model.layers:
+            layer.unshard()
+        model.fuse_projections()
+        for each in (model, plain):
+            each.loss(TOKENS).backward()
+            torch.optim.SGD(each.parameters(), lr=0.1).step()
+        torch.testing.assert_close(model(TOKENS), plain(TOKENS), rtol=1e-12, atol=1e-12)
+    finally:
+        dist.destroy_process_group()
