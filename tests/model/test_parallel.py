@@ -468,7 +468,7 @@ def test_the_command_trains(tmp_path):
     sizes = ("--batch-size", 4, "--seq-len", 64, "--warmup-steps", 1, "--work", tmp_path / "work")
     result = torchrun("--tp", 2, "--steps", 6, *sizes, "--out", tmp_path / "out")
     assert result.returncode == 0, result.stderr
-    assert "{'tp': 2}, eager backend" in result.stdout
+    assert "{'tp': 2}, torch backend" in result.stdout
     log = read_log(tmp_path / "work" / "log.jsonl")
     assert [record["step"] for record in log] == [0, 1, 2, 3, 4, 5]
     assert log[5]["loss"] < log[0]["loss"] - 0.1
