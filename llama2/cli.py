@@ -24,6 +24,7 @@ from llama2.commands import (
     serve_offline,
     sft_options,
     tradeoff_options,
+    warm_up,
 )
 from llama2.placement import add_device_option
 from llama2.terminal import COMPLAINTS, complain, discard, notes
@@ -46,6 +47,7 @@ _EXAMPLES = """examples:
   llama2 align --preset cpu --out build/align
   llama2 convert Llama-2-7b-hf Llama-2-7b-gqa8 --num-kv-heads 8
   llama2 tradeoff --preset none --out build/paper --shape 70B --gpu H100
+  llama2 warm-up --checkpoint DIR --arch sm_90
 """
 
 
@@ -53,8 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line `argv`, by default the process's.
 
     Returns:
-        The exit status: 0; 1 if the demo's backends differ; 2 after a one-line complaint on stderr
-        about what the user gave; 130 after Ctrl-C.
+        The exit status: 0; 1 if the demo's backends differ or a kernel of warm-up does not compile;
+        2 after a one-line complaint on stderr about what the user gave; 130 after Ctrl-C.
     """
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
@@ -199,6 +201,12 @@ def _parser() -> argparse.ArgumentParser:
             "what each number of key/value heads costs",
             tradeoff_options.add_arguments,
             _on_request("tradeoff", "tradeoff"),
+        ),
+        (
+            "warm-up",
+            "compile a model's kernels ahead of its first call",
+            warm_up.add_arguments,
+            warm_up.run,
         ),
     ):
         command = commands.add_parser(name, help=help_line)

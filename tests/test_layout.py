@@ -16,7 +16,7 @@ MODEL = ROOT / "llama2"
 # What a module of the kernels' package may import from it, by the longest prefix of its name. An op
 # may import its own folder too.
 KERNELS_ALLOWED = {
-    "__init__": {"backends", "patching", "sdpa"},
+    "__init__": {"backends", "patching", "sdpa", "warming"},
     "backends": set(),  # reference, native and fused, by name, when asked
     "reference": {"losses", "reference"},
     "native": {"losses", "native", "reference"},
@@ -34,6 +34,7 @@ KERNELS_ALLOWED = {
     "sharding": {"fused", "ops", "runtime"},
     "patching": {"patching", "backends", "runtime", "integrations"},
     "integrations": {"ops", "flash_attn", "sdpa", "runtime"},
+    "warming": {"warming", "interpreter"},
     "spec": {"spec", "fused", "reference"},
     "summation": set(),
     "accuracy": {"spec", "summation"},
@@ -77,6 +78,8 @@ MODEL_ALLOWED = {
     | {"scalar_model", "storage", "terminal", "tokenizer"},
     "finetune": {"finetune", "chat_format", "model", "serving", "cache", "storage", "targets"}
     | {"terminal", "tokenizer", "train"},
+    "warm_up": {"cache", "config", "evaluation", "finetune", "generate", "model", "serving"}
+    | {"train"},
     "reporting": {"reporting"},
     "rlhf": {"rlhf", "cache", "cache_size", "chat_format", "checkpoint", "decoder", "finetune"}
     | {"model", "scalar_model", "serving", "storage", "taught_format", "tokenizer", "train"},
@@ -109,7 +112,8 @@ MODEL_ALLOWED = {
     | {"config", "conversion", "convert_checkpoint", "decoder", "evaluation", "finetune"}
     | {"generate", "model", "parallel", "placement", "rlhf", "scalar_model", "targets"}
     | {"terminal"}
-    | {"serving", "stops", "storage", "taught_format", "tokenizer", "tradeoff", "train"},
+    | {"serving", "stops", "storage", "taught_format", "tokenizer", "tradeoff", "train"}
+    | {"warm_up"},
     "cli": {"commands", "placement", "terminal"},
     "__main__": {"cli"},
 }

@@ -24,7 +24,15 @@ OPS = (
     "sample_tokens",
 )
 
-__all__ = ["get_backend", "patch", "scaled_dot_product_attention", "unpatch", *OPS]
+__all__ = [
+    "CompilationError",
+    "get_backend",
+    "patch",
+    "scaled_dot_product_attention",
+    "unpatch",
+    "warm_up",
+    *OPS,
+]
 
 
 def __getattr__(name: str) -> object:
@@ -38,6 +46,8 @@ def __getattr__(name: str) -> object:
         # Not "from gqa_kernels import patching", which would ask here again.
         patching = importlib.import_module("gqa_kernels.patching")
         return patching if name == "patching" else getattr(patching, name)
+    if name in ("CompilationError", "warm_up"):
+        return getattr(importlib.import_module("gqa_kernels.warming"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

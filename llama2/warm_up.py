@@ -1,0 +1,195 @@
+"""One call of each kind that a model of a shape serves: what has to be compiled for it.
+
+`gqa_kernels.warm_up` writes down what they launch, so that no kernel runs: weights and results are
+whatever the memory held, and nothing here asks what they are. What launches the kernels is the code
+that launches them for users, on a model of one layer: the first norm of a network adds no residual,
+the second does, and nobody reads the sum of the last.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import product
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from gqa_kernels.reference import MAX_NEW_TOKENS
+from llama2.cache.paged_kv_cache import PagedKVCache
+from llama2.config import ModelConfig
+from llama2.evaluation.scoring import Window, scores
+from llama2.finetune.packing import PackedRows, answer_loss
+from llama2.generate import Generator
+from llama2.model import Llama2
+from llama2.serving import Request, serve
+from llama2.train import pretrain
+from llama2.train.execution import OneProcess
+
+USES = ("generate", "serve", "prefixes", "evaluate", "train")
+DEFAULT_USES = ("generate", "serve")
+
+_PROMPT = 33  # tokens: more than a decode step takes, and no multiple of 16
+_BATCHES = (1, 2, 8)  # one sequence; addresses of a row's settings that 16 divides not, and divides
+_TEMPERATURES = (0.0, 1.0)  # which takes the likeliest token, and which draws
+
+
+def call_all(
+    config: ModelConfig,
+    ops: ModuleType,
+    uses: Iterable[str],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    cache_dtype: torch.dtype | None = None,
+    page_size: int = 16,
+) -> None:
+    """Makes the calls of `uses`, which are some of USES.
+
+    - generate: a prompt, and steps on a contiguous cache, of one sequence and of a batch.
+    - serve: the same on pages; a rest of more than 16 tokens of a prompt whose beginning is shared.
+    - prefixes: rests of 1 to 16 tokens, which are a binary each.
+    - evaluate: logits, losses of padded and of packed texts; no gradients.
+    - train: a step of pre-training, and one on packed rows of dialogues; in bfloat16 with weights
+      in float32.
+
+    Left out are kernels of reward models, of PPO and of models that are split over processes.
+
+    Args:
+        config: of the model, however many layers it has.
+        dtype: of the model, in training of what computes the gradients.
+        device: where the kernels are launched.
+        cache_dtype: of the caches; None: the model's.
+    Raises:
+        ValueError: a page_size that is no power of two; a dtype that training does not take.
+    """
+    config = replace(config, num_layers=1)
+    model = _without_values(config, ops, dtype, device)
+    calls: dict[str, Callable[[], None]] = {
+        "generate": lambda: _generate(model, cache_dtype),
+        "serve": lambda: _serve(model, cache_dtype, page_size),
+        "prefixes": lambda: _serve(
+            model, cache_dtype, page_size, range(1, MAX_NEW_TOKENS + 1), (1,), (0.0,)
+        ),
+        "evaluate": lambda: _evaluate(model),
+        "train": lambda: _train(config, ops, dtype, device),
+    }
+    for use in uses:
+        calls[use]()
+
+
+def _without_values(
+    config: ModelConfig, ops: ModuleType, dtype: torch.dtype, device: torch.device | str
+) -> Llama2:
+    """A model whose memory is never written to, so that on a CPU it costs none."""
+    with torch.device("meta"):
+        model = Llama2(config, ops)
+    model.to(dtype).to_empty(device=device)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # logits are to be finite
+    return model
+
+
+class _Zeros(TorchFunctionMode):
+    """What the ops return without having computed it is 0, so that logits are finite."""
+
+    def __torch_function__(
+        self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function in (torch.empty, torch.empty_like, Tensor.new_empty):
+            result.zero_()
+        return result
+
+
+def _generate(model: Llama2, cache_dtype: torch.dtype | None) -> None:
+    generator = Generator(model, cache_dtype=cache_dtype, capture=False)
+    # With a new token it fills what 16 divides, as caches on a GPU do: their strides are rounded.
+    prompt = [0] * min(31, model.config.max_seq_len - 1)
+    for batch, temperature in product(_BATCHES, _TEMPERATURES):
+        for prompts in ([prompt] * batch, [prompt[:1]] * batch):
+            with _Zeros():
+                generator.generate(prompts, max_new_tokens=2, temperature=temperature)
+
+
+def _serve(
+    model: Llama2,
+    cache_dtype: torch.dtype | None,
+    page_size: int,
+    rests: Iterable[int] = (1, _PROMPT),
+    batches: Iterable[int] = _BATCHES,
+    temperatures: Iterable[float] = _TEMPERATURES,
+) -> None:
+    """Prompts of a token, and of `rests` more than the page of which they find what the first of
+    them leaves."""
+    dtype, device = model.lm_head.weight.dtype, model.lm_head.weight.device
+    lengths = [1, *(page_size + rest for rest in rests)]
+    lengths = [length for length in lengths if length + 2 <= model.config.max_seq_len]
+    # As many pages as 16 divides, and others: a row of the block table is as long.
+    units = -(-(max(lengths) + 2) // (16 * page_size))
+    page_counts = 16 * units, 16 * units - 1
+    for batch, temperature, num_pages in product(batches, temperatures, page_counts):
+        cache = PagedKVCache(
+            model.cache_config,
+            num_pages=num_pages,
+            page_size=page_size,
+            max_batch=batch,
+            dtype=cache_dtype or dtype,
+            device=device,
+        )
+        for length in lengths:
+            request = Request([0] * length, max_new_tokens=2, temperature=temperature)
+            with _Zeros():
+                list(serve(model, [request], cache=cache, capture=False))
+
+
+@torch.inference_mode()
+def _evaluate(model: Llama2) -> None:
+    device, longest = model.lm_head.weight.device, min(_PROMPT, model.config.max_seq_len)
+    for batch, length in product(_BATCHES, (1, longest)):
+        tokens = torch.zeros(batch, length + 1, dtype=torch.int64, device=device)
+        model(tokens[:, :-1])
+        model.token_losses(tokens[:, :-1], tokens[:, 1:])
+        model.loss(tokens)
+    windows = [Window((0,) * length, [0]) for length in (longest, longest - 1)]
+    with _Zeros():
+        list(scores(model, windows, batch_size=2, greedy=True, show_progress=False))
+
+
+class _Uninitialised(OneProcess):
+    """A step whose loss and gradients are what the memory held goes on all the same."""
+
+    def mean(self, value: Tensor) -> Tensor:
+        return torch.zeros_like(value)
+
+    def grad_norm(self, gradients: Iterable[Tensor]) -> Tensor:
+        return torch.ones((), dtype=torch.float32, device=next(iter(gradients)).device)
+
+
+def _train(
+    config: ModelConfig, ops: ModuleType, dtype: torch.dtype, device: torch.device | str
+) -> None:
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"dtype: expected torch.float32 or torch.bfloat16, in which models train; got {dtype}"
+        )
+    length = min(_PROMPT, config.max_seq_len)
+    recipe = pretrain.TrainConfig(1, 1, length, bf16=dtype == torch.bfloat16)
+    model = _without_values(config, ops, torch.float32, device)
+    optimizer = pretrain.make_optimizer(model, recipe)
+    worker = _without_values(config, ops, dtype, device) if recipe.bf16 else model
+    for weight in model.parameters() if recipe.bf16 else ():
+        # AdamW's own would be written to, and so take memory on a CPU.
+        moments = {name: torch.empty_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+        step = torch.zeros((), dtype=torch.float32, device="cpu")
+        optimizer.state[weight] = {"step": step, **moments}
+    tokens = torch.zeros(2, length + 1, dtype=torch.int64, device=device)
+    bounds = torch.tensor([[0, length // 2, length]], dtype=torch.int32, device=device)
+    packed = PackedRows(tokens[:1, :-1], tokens[:1, 1:], bounds, 1.0)
+    for rows, objective in (
+        (tokens, pretrain.next_token),
+        (tokens[:1], pretrain.next_token),  # whose targets lie at an address of their own
+        (packed, answer_loss),
+    ):
+        pretrain.train_step(model, optimizer, rows, 0, recipe, worker, objective, _Uninitialised())
