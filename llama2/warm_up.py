@@ -1,9 +1,9 @@
 """One call of each kind that a model of a shape serves: what has to be compiled for it.
 
-`gqa_kernels.warm_up` writes down what they launch, so that no kernel runs: weights and results are
-whatever the memory held, and nothing here asks what they are. What launches the kernels is the code
-that launches them for users, on a model of one layer: the first norm of a network adds no residual,
-the second does, and nobody reads the sum of the last.
+`gqa_kernels.warm_up` writes down what they launch, and no kernel runs: weights and results are
+whatever the memory held. The calls are those that users make, on a model of one layer, which
+launches all that one of many does: its first norm adds no residual, its second does, and nobody
+reads the sum of the last.
 """
 
 from collections.abc import Callable, Iterable
@@ -82,7 +82,7 @@ def call_all(
 def _without_values(
     config: ModelConfig, ops: ModuleType, dtype: torch.dtype, device: torch.device | str
 ) -> Llama2:
-    """A model whose memory is never written to, so that on a CPU it costs none."""
+    """A model of which only the head's memory is written to: on a CPU the rest costs none."""
     with torch.device("meta"):
         model = Llama2(config, ops)
     model.to(dtype).to_empty(device=device)

@@ -30,6 +30,7 @@ __all__ = [
     "is_scalar",
     "load",
     "load_config",
+    "load_dtype",
     "load_scalar",
     "save_hf",
     "save_meta",
@@ -55,6 +56,16 @@ def load_config(path: str | Path) -> ModelConfig:
     """
     folder = Path(path)
     return _format(folder).read_config(folder)
+
+
+def load_dtype(path: str | Path) -> torch.dtype:
+    """The dtype that `load` gives the parameters of a checkpoint directory, unless it is told one.
+
+    Raises:
+        CheckpointError, NotImplementedError, ImportError: as `load`.
+    """
+    folder = Path(path)
+    return _common_dtype(_format(folder).read_checkpoint(folder))
 
 
 def load(

@@ -10,7 +10,7 @@ from gqa_kernels import get_backend, interpreter
 from llama2 import checkpoint
 from llama2.cache.kv_cache import CACHE_DTYPES
 from llama2.commands.options import DTYPES, integer, path, shape_named
-from llama2.config import PUBLISHED
+from llama2.config import PUBLISHED, ModelConfig
 from llama2.warm_up import DEFAULT_USES, USES, call_all
 
 
@@ -19,15 +19,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument(
-        "--checkpoint", type=path, metavar="DIR", help="of its shape; weights are not read"
+        "--checkpoint",
+        type=path,
+        metavar="DIR",
+        help="of its shape and dtype; default: the small model of Python source that comes with "
+        "this package",
     )
     shape.add_argument(
         "--shape",
         metavar="NAME",
-        help=f"{', '.join(PUBLISHED)}, or a JSON file of ModelConfig's fields; default: the model "
-        "of Python source that comes with this package",
+        help=f"{', '.join(PUBLISHED)}, or a JSON file of ModelConfig's fields, in bfloat16",
     )
-    add("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
+    add("--dtype", choices=DTYPES, help="another than the checkpoint's, or bfloat16")
     add(
         "--kv-cache-dtype",
         choices=CACHE_DTYPES,
@@ -71,17 +74,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("TRITON_INTERPRET: expected it to be unset; got it set")
     if arguments.arch is None and not torch.cuda.is_available():
         raise ValueError("--arch: expected one, such as sm_90, where there is no GPU; got none")
-    if arguments.checkpoint is None:
-        config = shape_named(arguments.shape)
-    else:
-        config = checkpoint.load_config(arguments.checkpoint)
+    config, dtype = _shape(arguments)
 
     def call() -> None:
         call_all(
             config,
             get_backend("triton"),
             arguments.uses,
-            dtype=DTYPES[arguments.dtype],
+            dtype=dtype,
             device="cpu" if arguments.arch is not None else "cuda",
             cache_dtype=CACHE_DTYPES[arguments.kv_cache_dtype],
             page_size=arguments.page_size,
@@ -94,3 +94,11 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     print(report)
     return 0
+
+
+def _shape(arguments: argparse.Namespace) -> tuple[ModelConfig, torch.dtype]:
+    dtype = arguments.dtype and DTYPES[arguments.dtype]
+    if arguments.shape is not None:
+        return shape_named(arguments.shape), dtype or torch.bfloat16
+    folder = arguments.checkpoint or checkpoint.SHIPPED
+    return checkpoint.load_config(folder), dtype or checkpoint.load_dtype(folder)

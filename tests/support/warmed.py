@@ -204,6 +204,7 @@ def complaints() -> list:
         (),
         ("--arch", "hopper"),
         ("--arch", "sm_90", "--dtype", "float16", "--for", "train"),
+        ("--arch", "sm_90", "--checkpoint", "/nowhere"),
     ):
         with contextlib.redirect_stderr(io.StringIO()) as said:
             found.append((cli.main(["warm-up", *options]), said.getvalue()))
