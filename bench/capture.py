@@ -6,15 +6,15 @@ launch is recorded. Triton's mode is fixed when a kernel is defined: use a proce
 which the interpreter is off.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
-import torch
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
+
+from gqa_kernels.warming.absent_gpu import AbsentGpu
 
 
 class Architecture(NamedTuple):
@@ -77,64 +77,21 @@ class _Launcher:
         driver.active.launches.append(launch)
 
 
-class _Utilities:
-    """The part of a driver that Triton asks about devices and binaries."""
-
-    def __init__(self, architecture: Architecture) -> None:
-        self.properties = {
-            "max_shared_mem": architecture.shared_per_program,
-            "multiprocessor_count": architecture.num_sms,
-            "max_num_regs": 65536,
-            "warpSize": architecture.target.warp_size,
-        }
-
-    def get_device_properties(self, device: object) -> dict[str, int]:
-        return self.properties
-
-    def load_binary(self, *_: Any) -> tuple[None, int, int, int, int]:
-        """(module, function, registers, spills, most threads per program); none is used."""
-        return None, 0, 0, 0, 1024
-
-    def unload_module(self, module: object) -> None:
-        pass
-
-
-class CaptureDriver(DriverBase):
+class CaptureDriver(AbsentGpu):
     """Compiles for `arch` and records launches; tensors live on the CPU."""
 
     launcher_cls = _Launcher
 
     def __init__(self, arch: str) -> None:
-        super().__init__()
-        self.target = ARCHITECTURES[arch].target
-        self.utils = _Utilities(ARCHITECTURES[arch])
+        architecture = ARCHITECTURES[arch]
+        properties = {
+            "max_shared_mem": architecture.shared_per_program,
+            "multiprocessor_count": architecture.num_sms,
+            "max_num_regs": 65536,
+            "warpSize": architecture.target.warp_size,
+        }
+        super().__init__(architecture.target, properties)
         self.launches: list[Launch] = []
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return False  # never chosen by itself
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        return ty
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> GPUTarget:
-        """Keys the caches of kernels, so it differs from architecture to architecture."""
-        return self.target
-
-    def set_current_device(self, device: object) -> None:
-        pass
-
-    def get_current_stream(self, device: object) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def get_benchmarker(self) -> Callable[..., Sequence[float]]:
-        raise RuntimeError("benchmarker: expected none; a captured launch takes no time")
 
 
 # A compiled kernel keeps the launcher of the driver it was first launched under.

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 from gqa_kernels.reference import MAX_NEW_TOKENS
@@ -32,7 +33,6 @@ DEFAULT_USES = ("generate", "serve")
 
 _PROMPT = 33  # tokens: more than a decode step takes, and no multiple of 16
 _BATCHES = (1, 2, 8)  # one sequence; addresses of a row's settings that 16 divides not, and divides
-_TEMPERATURES = (0.0, 1.0)  # which takes the likeliest token, and which draws
 
 
 def call_all(
@@ -70,7 +70,7 @@ def call_all(
         "generate": lambda: _generate(model, cache_dtype),
         "serve": lambda: _serve(model, cache_dtype, page_size),
         "prefixes": lambda: _serve(
-            model, cache_dtype, page_size, range(1, MAX_NEW_TOKENS + 1), (1,), (0.0,)
+            model, cache_dtype, page_size, range(1, MAX_NEW_TOKENS + 1), (1, 1)
         ),
         "evaluate": lambda: _evaluate(model),
         "train": lambda: _train(config, ops, dtype, device),
@@ -82,35 +82,39 @@ def call_all(
 def _without_values(
     config: ModelConfig, ops: ModuleType, dtype: torch.dtype, device: torch.device | str
 ) -> Llama2:
-    """A model of which only the head's memory is written to: on a CPU the rest costs none."""
+    """A model whose memory is never written to, so that on a CPU it costs none."""
     with torch.device("meta"):
         model = Llama2(config, ops)
-    model.to(dtype).to_empty(device=device)
-    with torch.no_grad():
-        model.lm_head.weight.zero_()  # logits are to be finite
-    return model
+    return model.to(dtype).to_empty(device=device)
 
 
 class _Zeros(TorchFunctionMode):
-    """What the ops return without having computed it is 0, so that logits are finite."""
+    """What the ops return without having computed it is 0, so that logits are finite, and so are
+    products, which nobody waits for."""
 
     def __torch_function__(
         self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        if function is linear:
+            x, weight = args[:2]
+            return x.new_zeros(*x.shape[:-1], len(weight))
         result = function(*args, **(kwargs or {}))
         if function in (torch.empty, torch.empty_like, Tensor.new_empty):
             result.zero_()
         return result
 
 
+# Tokens are drawn: where the likeliest are taken, a kernel less is launched.
+
+
 def _generate(model: Llama2, cache_dtype: torch.dtype | None) -> None:
     generator = Generator(model, cache_dtype=cache_dtype, capture=False)
     # With a new token it fills what 16 divides, as caches on a GPU do: their strides are rounded.
     prompt = [0] * min(31, model.config.max_seq_len - 1)
-    for batch, temperature in product(_BATCHES, _TEMPERATURES):
+    for batch in _BATCHES:
         for prompts in ([prompt] * batch, [prompt[:1]] * batch):
             with _Zeros():
-                generator.generate(prompts, max_new_tokens=2, temperature=temperature)
+                generator.generate(prompts, max_new_tokens=2, temperature=1.0)
 
 
 def _serve(
@@ -119,41 +123,38 @@ def _serve(
     page_size: int,
     rests: Iterable[int] = (1, _PROMPT),
     batches: Iterable[int] = _BATCHES,
-    temperatures: Iterable[float] = _TEMPERATURES,
 ) -> None:
     """Prompts of a token, and of `rests` more than the page of which they find what the first of
-    them leaves."""
+    them leaves. A row of the block table is as long as the cache has pages: 16 divides one number
+    of them and not the other."""
     dtype, device = model.lm_head.weight.dtype, model.lm_head.weight.device
     lengths = [1, *(page_size + rest for rest in rests)]
     lengths = [length for length in lengths if length + 2 <= model.config.max_seq_len]
-    # As many pages as 16 divides, and others: a row of the block table is as long.
-    units = -(-(max(lengths) + 2) // (16 * page_size))
-    page_counts = 16 * units, 16 * units - 1
-    for batch, temperature, num_pages in product(batches, temperatures, page_counts):
+    units = -(-(sum(lengths) + 2 * len(lengths)) // (16 * page_size)) + 1
+    for number, batch in enumerate(batches):
         cache = PagedKVCache(
             model.cache_config,
-            num_pages=num_pages,
+            num_pages=16 * units - number % 2,
             page_size=page_size,
             max_batch=batch,
             dtype=cache_dtype or dtype,
             device=device,
         )
-        for length in lengths:
-            request = Request([0] * length, max_new_tokens=2, temperature=temperature)
-            with _Zeros():
-                list(serve(model, [request], cache=cache, capture=False))
+        requests = [Request([0] * length, max_new_tokens=2, temperature=1.0) for length in lengths]
+        with _Zeros():
+            list(serve(model, requests, cache=cache, capture=False))
 
 
 @torch.inference_mode()
 def _evaluate(model: Llama2) -> None:
     device, longest = model.lm_head.weight.device, min(_PROMPT, model.config.max_seq_len)
-    for batch, length in product(_BATCHES, (1, longest)):
-        tokens = torch.zeros(batch, length + 1, dtype=torch.int64, device=device)
-        model(tokens[:, :-1])
-        model.token_losses(tokens[:, :-1], tokens[:, 1:])
-        model.loss(tokens)
     windows = [Window((0,) * length, [0]) for length in (longest, longest - 1)]
     with _Zeros():
+        for batch, length in product(_BATCHES, (1, longest)):
+            tokens = torch.zeros(batch, length + 1, dtype=torch.int64, device=device)
+            model(tokens[:, :-1])
+            model.token_losses(tokens[:, :-1], tokens[:, 1:])
+            model.loss(tokens)
         list(scores(model, windows, batch_size=2, greedy=True, show_progress=False))
 
 

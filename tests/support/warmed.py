@@ -164,8 +164,10 @@ def _use(use: str, cache_dtype: torch.dtype | None) -> None:
         "generate": lambda: _generate(model, cache_dtype),
         "serve": lambda: _serve(model, cache_dtype),
         "evaluate": lambda: _evaluate(model),
-        "train": _train,
     }
+    if use == "train":
+        _train()
+        return
     with _Zeros():
         calls[use]()
 
