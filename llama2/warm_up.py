@@ -125,16 +125,17 @@ def _serve(
     batches: Iterable[int] = _BATCHES,
 ) -> None:
     """Prompts of a token, and of `rests` more than the page of which they find what the first of
-    them leaves. A row of the block table is as long as the cache has pages: 16 divides one number
-    of them and not the other."""
+    them leaves. 16 divides the length of one block table's rows, and not that of the next."""
     dtype, device = model.lm_head.weight.dtype, model.lm_head.weight.device
+    config = model.cache_config
     lengths = [1, *(page_size + rest for rest in rests)]
-    lengths = [length for length in lengths if length + 2 <= model.config.max_seq_len]
-    units = -(-(sum(lengths) + 2 * len(lengths)) // (16 * page_size)) + 1
+    lengths = [length for length in lengths if length + 2 <= config.max_seq_len]
+    units = -(-(max(lengths) + 2) // (16 * page_size))
     for number, batch in enumerate(batches):
+        row = 16 * units - number % 2
         cache = PagedKVCache(
-            model.cache_config,
-            num_pages=16 * units - number % 2,
+            replace(config, max_seq_len=min(row * page_size, config.max_seq_len)),
+            num_pages=row * len(lengths),
             page_size=page_size,
             max_batch=batch,
             dtype=cache_dtype or dtype,
