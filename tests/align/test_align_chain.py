@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from itertools import pairwise
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -131,7 +132,11 @@ def _chains_of(pid):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_chains_end_with_their_parent(tmp_path, how):
     command = [sys.executable, "-m", "llama2", "align", "--preset", "cpu", "--seeds", "0", "1"]
-    with subprocess.Popen([*command, "--out", str(tmp_path)], stderr=subprocess.PIPE) as parent:
+    # A shell that has no job control starts what runs in the background without interrupts.
+    interruptible = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(
+        [*command, "--out", str(tmp_path)], stderr=subprocess.PIPE, preexec_fn=interruptible
+    ) as parent:
         limit = time.monotonic() + 60
         while len(children := _chains_of(parent.pid)) < 2:
             assert time.monotonic() < limit and parent.poll() is None
