@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import pairwise
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
