@@ -19,7 +19,7 @@ KERNELS_ALLOWED = {
     "__init__": {"backends", "patching", "sdpa", "warming"},
     "backends": set(),  # reference, native and fused, by name, when asked
     "reference": {"losses", "reference"},
-    "native": {"losses", "native", "reference"},
+    "native": {"losses", "native", "reference", "runtime.derivatives"},
     "positions": {"runtime.arguments"},
     "losses": set(),
     "interpreter": set(),
@@ -259,8 +259,9 @@ def test_every_rule_has_a_module(allowed, files):
 
 def test_the_reference_needs_torch_only():
     """And a backend that is PyTorch with it, and what a model needs of any backend."""
+    plain = {"reference", "native", "positions", "runtime.arguments", "runtime.derivatives"}
     for name, path in KERNELS.items():
-        if within(name, {"reference", "native", "positions", "runtime.arguments"}):
+        if within(name, plain):
             found = {module.split(".")[0] for module in imported(path)}
             assert found <= {"contextlib", "itertools", "math", "torch", "typing", "gqa_kernels"}, (
                 name

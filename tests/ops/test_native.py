@@ -275,6 +275,18 @@ def test_a_mean_of_no_rows_has_no_gradient(count, draw, device):
         assert loss.isnan() and all((x == 0).all() for x in torch.autograd.grad(loss, leaves))
 
 
+def test_a_second_derivative_of_the_loss_raises(draw, device):
+    hidden, weight = draw(5, 16).requires_grad_(), draw(30, 16).requires_grad_()
+    loss = native.linear_cross_entropy(hidden, weight, torch.arange(5, device=device))
+    grads = torch.autograd.grad(loss, (hidden, weight), create_graph=True)
+    assert all(
+        x.equal(y) for x, y in zip(grads, torch.autograd.grad(loss, (hidden, weight)), strict=True)
+    )
+    for grad, leaf in ((grads[0], hidden), (grads[1], hidden), (grads[0], weight)):
+        with pytest.raises(NotImplementedError, match="expected first derivatives only; got a sec"):
+            torch.autograd.grad(loss + grad.square().sum(), leaf, retain_graph=True)
+
+
 def test_chunks_add_up_and_large_scores_do_not_overflow(draw, device, monkeypatch):
     monkeypatch.setattr(native.losses, "_LOGITS", 0)
     monkeypatch.setattr(native.losses, "_MIN_ROWS", 7)

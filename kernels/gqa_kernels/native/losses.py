@@ -5,10 +5,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gqa_kernels import losses, reference
 from gqa_kernels.native.rows import own_dtype, wide
+from gqa_kernels.runtime import derivatives
 
 # The logits of a chunk fit in a CPU cache of some megabytes; a chunk has enough rows for an
 # efficient matrix product.
@@ -53,19 +53,20 @@ class _SumOfLosses(torch.autograd.Function):
                     grad_hidden[chunk] = _over_the_vocabulary(grad, weight)
                 if want_weight:
                     grad_weight += grad.T @ x
-        ctx.dtypes = hidden.dtype, weight.dtype
-        ctx.save_for_backward(grad_hidden, grad_weight, row_weights.any())
+        ctx.save_for_backward(hidden, weight, grad_hidden, grad_weight, row_weights.any())
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        *unscaled, counts = ctx.saved_tensors
-        grad = grad.where(counts, 0.0)  # a mean of no rows is divided by 0
-        scaled = (
-            None if x is None else (x * grad).to(dtype)
-            for x, dtype in zip(unscaled, ctx.dtypes, strict=True)
-        )
+        hidden, weight, grad_hidden, grad_weight, counts = ctx.saved_tensors
+        with torch.no_grad():
+            factor = grad.where(counts, 0.0)  # a mean of no rows is divided by 0
+            scaled = tuple(
+                None if x is None else (x * factor).to(of.dtype)
+                for x, of in ((grad_hidden, hidden), (grad_weight, weight))
+            )
+        if torch.is_grad_enabled():  # of create_graph
+            scaled = derivatives.only_first(scaled, hidden, weight, grad)
         return *scaled, None, None
 
 

@@ -24,6 +24,8 @@ from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedte
 from torch.autograd.function import FunctionCtx
 from torch.compiler import is_compiling
 
+from gqa_kernels.runtime import derivatives
+
 NAMESPACE = "gqa_kernels"
 # What an argument is most often, first of all tensors that belong to no subclass.
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float))
@@ -226,27 +228,8 @@ def _function(
     return type(name, (torch.autograd.Function,), members)
 
 
-class _NoSecondDerivative(torch.autograd.Function):
-    """Passes a gradient on, as a function of what it depends on, and raises when differentiated."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, grad: Tensor, *depends_on: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *_: Tensor) -> None:
-        raise NotImplementedError(
-            "gqa_kernels: expected first derivatives only; got a second one. Use "
-            'get_backend("eager") for it'
-        )
-
-
 def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """First derivatives only: a Function's backward whose kernels autograd cannot see into.
-
-    torch's decorator of this name lets a gradient pass for a constant when the incoming one is
-    constant, although it depends on the saved tensors; here it raises when differentiated.
-    """
+    """First derivatives only: a Function's backward whose kernels autograd cannot see into."""
 
     @wraps(backward)
     def wrapper(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -257,11 +240,6 @@ def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
             return backward(ctx, *grads)
         with torch.no_grad():
             results = backward(ctx, *grads)
-        # Tied to its arguments: a node that is on no path to them would never be run.
-        depends_on = [x for x in (*ctx.saved_tensors, *grads) if x is not None]
-        return tuple(
-            result if result is None else _NoSecondDerivative.apply(result, *depends_on)
-            for result in results
-        )
+        return derivatives.only_first(results, *ctx.saved_tensors, *grads)
 
     return wrapper
