@@ -247,7 +247,12 @@ class Decoder(nn.Module):
         gate and up by another. It moves these weights next to each other in memory; they remain the
         same parameters. `Generator` and `serve` call it. If parameters are moved later, for example
         by `to(…)`, the projections are computed one by one again until the next call of this
-        method. The weights of a model that FSDP shards are not moved."""
+        method.
+
+        Weights that FSDP shards are not moved, nor are those whose memory another tensor refers to,
+        such as a state dict's. `safetensors.torch.save_model` refuses a model whose weights were
+        moved; `save_file` of its state dict does not.
+        """
         if any(hasattr(module, "reshard") for module in self.modules()):
             return
         every = self.named_parameters(remove_duplicate=False)

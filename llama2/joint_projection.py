@@ -38,8 +38,9 @@ class JointProjection:
         """Moves the weights next to each other in one allocation, unless they already are. Values,
         parameters and gradients do not change. Nothing is moved if a module is not a plain
         `nn.Linear` without a bias, if dtypes, devices or input widths differ, or if weights are
-        inference tensors, on the meta device, shared between processes, tied, or in one allocation
-        with other weights of the model: an optimiser may keep all of them in one tensor.
+        inference tensors, on the meta device, shared between processes, tied, in one allocation
+        with other weights of the model, or if another tensor refers to the same memory: another
+        model that was given the weights, a state dict, an optimiser's one tensor of all weights.
 
         Args:
             tenants: how many of the model's weights each allocation holds, by `memory_of`.
@@ -54,6 +55,9 @@ class JointProjection:
             return
         places = Counter(map(memory_of, weights))
         if len(set(map(id, weights))) < len(weights) or any(places[x] < tenants[x] for x in places):
+            return
+        alone = _num_holders(torch.empty(1, dtype=torch.float32, device="cpu"))
+        if any(_num_holders(x) >= alone + places[memory_of(x)] for x in weights):
             return
         self._weight = torch.cat([x.detach() for x in weights])
         self._parts = self._weight.split([len(x) for x in weights])
@@ -87,6 +91,12 @@ class JointProjection:
 def memory_of(weight: Tensor) -> int:
     """The address of the allocation that holds a weight."""
     return weight.untyped_storage().data_ptr()
+
+
+def _num_holders(x: Tensor) -> int:
+    """How many tensors refer to the allocation of x, and what else does: one number more for every
+    one that is not x."""
+    return torch._C._storage_Use_Count(x.untyped_storage()._cdata)
 
 
 def _is_plain(linear: nn.Module) -> bool:

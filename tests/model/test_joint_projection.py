@@ -171,6 +171,28 @@ def test_a_compiled_model_takes_them_apart():
     assert_same_logits(compiled, model)
 
 
+def given(model):
+    """Another model of the same weights."""
+    other = make_model()
+    other.load_state_dict(model.state_dict(), assign=True)
+    return other
+
+
+@pytest.mark.parametrize("hold", (given, Llama2.state_dict), ids=("a model", "a state dict"))
+def test_memory_that_others_refer_to_stays(hold):
+    model = make_model()
+    held = hold(model)
+    model.fuse_projections()
+    assert num_products(model) == APART
+    with torch.no_grad():
+        model.layers[0].self_attn.q_proj.weight.mul_(2)
+    weights = held if isinstance(held, dict) else held.state_dict()
+    assert all(x.equal(weights[name]) for name, x in model.state_dict().items())
+    del held, weights
+    model.fuse_projections()
+    assert num_products(model) == JOINT
+
+
 def test_memory_that_processes_share_stays():
     model = make_model()
     model.share_memory()
