@@ -18,6 +18,7 @@ tensors of a call are all replicated or sharded on one of
     linear_cross_entropy      any dimension of the targets; the loss is a partial sum, and so is the
                               weight's gradient
     token_log_probs           any dimension of the targets
+    sample_tokens             the rows; adamw_update has no rule and takes local tensors
 
 Of a weight that is sharded over the vocabulary, `linear_cross_entropy` and `token_log_probs` take
 the shards as they are, on a mesh of one dimension, and gather the hidden states.
@@ -26,10 +27,9 @@ Heads of attention are sharded where the key/value heads can be dealt out evenly
 head stays beside the head that it reads; a single key/value head is replicated. Sinks, slopes and
 a cache's scales follow the heads. A paged cache is replicated where the batch is sharded.
 
-A tensor in any other placement is redistributed, as everywhere in DTensor: `apply_rope` gathers
-nothing of a sharded sequence, attention does. What looks as though it could be sharded and cannot,
-is refused: a sequence without positions, heads that the mesh does not divide, a cache to write to
-that is not placed as what is written.
+A tensor in any other placement is redistributed, as everywhere in DTensor: attention gathers a
+sharded sequence. Refused are a sharded sequence without positions, heads that the mesh does not
+divide, and a cache that is not placed as what is written to it.
 """
 
 import importlib
@@ -102,6 +102,10 @@ def _swiglu_backward(
         same = Shard(dim)
         outputs = [_where_needed(need_dgate, same), _where_needed(need_dup, same)]
         yield outputs, {"dy": same, "gate": same, "up": same}
+
+
+def _sample_tokens(**arguments: Spec) -> Iterator[Sharding]:
+    yield [Shard(0)], dict.fromkeys(arguments, Shard(0))
 
 
 def _apply_rope(
@@ -360,6 +364,7 @@ RULES: dict[str, Rule] = {
     "linear_cross_entropy_backward": _linear_cross_entropy_backward,
     "token_log_probs": _token_log_probs,
     "token_log_probs_backward": _token_log_probs_backward,
+    "sample_tokens": _sample_tokens,
 }
 
 
@@ -390,7 +395,6 @@ def _strategy(op: torch._ops.OpOverload, rule: Rule) -> Callable[..., list]:
             ]
 
         replicated = [Replicate()] * num_outputs, placements({})
-        sharded = [(outputs, placements(named)) for outputs, named in rule(**arguments)]
-        return [replicated, *sharded]
+        return [replicated, *((outs, placements(named)) for outs, named in rule(**arguments))]
 
     return strategy

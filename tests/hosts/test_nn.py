@@ -413,7 +413,10 @@ def test_the_eager_backend_needs_no_triton():
     ("make", "message"),
     (
         (lambda: RMSNorm(0), "hidden_size: expected a positive int; got 0"),
-        (lambda: RMSNorm(8, backend="cuda"), "backend: expected one of eager, triton; got 'cuda'"),
+        (
+            lambda: RMSNorm(8, backend="cuda"),
+            "backend: expected one of eager, torch, triton; got 'cuda'",
+        ),
         (lambda: SwiGLU(8, -1), "intermediate_size: expected a positive int; got -1"),
         (lambda: SwiGLU(8, 2.0), r"intermediate_size: expected a positive int; got 2.0"),
         (

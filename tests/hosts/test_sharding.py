@@ -145,6 +145,11 @@ def swiglu_inputs() -> dict:
     return {"gate": torch.randn(3, 5, 9), "up": torch.randn(3, 5, 9)}
 
 
+def sample_inputs() -> dict:
+    settings = {"temperature": torch.rand(4), "top_p": torch.rand(4), "uniform": torch.rand(4)}
+    return {"logits": torch.randn(4, 33)} | settings
+
+
 def rope_inputs(*, positions: bool, q: int = 5, kv: int = 3) -> dict:
     angle = torch.randn(16, 4)
     inputs = {"q": torch.randn(3, 5, q, 8), "k": torch.randn(3, 5, kv, 8)}
@@ -361,6 +366,10 @@ ON_TWO_RANKS = {
         )
         for rows in (BATCH, SEQUENCE)
     },
+    "sample_tokens, rows": partial(
+        check, "sample_tokens", sample_inputs, on("logits temperature top_p uniform", BATCH),
+        [(BATCH,)], {},
+    ),
     "rms_norm, replicated": partial(
         check, "rms_norm", norm, {}, [(WHOLE,)], on("x weight", WHOLE)
     ),
@@ -598,7 +607,7 @@ def test_every_op_has_a_rule():
 
     names = torch._C._dispatch_get_all_op_names()
     ops = {name.removeprefix("gqa_kernels::") for name in names if name.startswith("gqa_kernels::")}
-    assert ops == set(sharding.RULES)
+    assert ops == {*sharding.RULES, "adamw_update"}  # which takes local tensors
 
 
 def test_the_rules_are_registered_before_any_op_was_used():

@@ -740,10 +740,11 @@ def test_reward_models_of_a_directory(rejection, files, tmp_path, device, monkey
     """Rewards are the model's at the EOS after the answer, of the ids that sft would train on."""
     monkeypatch.setattr(dialogue_jobs, "stop_ids", lambda *_: list(range(3, 1024, 5)))
     write(files[0], [*PROMPTS[:2], {"prompt": "class", "safety": True}])
-    policy = checkpoint.load(checkpoint.SHIPPED_CHAT, get_backend("eager"), device=device)
+    ops = get_backend("torch")  # the command's
+    policy = checkpoint.load(checkpoint.SHIPPED_CHAT, ops, device=device)
     models = []
     for seed in (0, 1):
-        models.append(ScalarModel.from_decoder(policy, get_backend("eager"), seed=seed))
+        models.append(ScalarModel.from_decoder(policy, ops, seed=seed))
         with torch.no_grad():
             models[-1].score.weight.mul_(20)  # rewards that lie apart
         folder = tmp_path / f"rm{seed}"
