@@ -237,8 +237,8 @@ def test_training_reads_no_value_on_the_device(form, device):
 
 def test_a_training_step_makes_no_logits(device):
     """Nor anything else of their size."""
-    config = replace(small_config(), vocab_size=2000)
-    tokens = random_tokens(device, 2, 101) % config.vocab_size
+    config = replace(small_config(), vocab_size=600)
+    tokens = random_tokens(device, 2, 67) % config.vocab_size
     sizes = {}
     for name in ("eager", "triton"):
         torch.manual_seed(0)
@@ -246,7 +246,7 @@ def test_a_training_step_makes_no_logits(device):
         with LargestTensor() as largest:
             model.loss(tokens).backward()
         sizes[name] = largest.numel
-    assert sizes["eager"] >= 200 * config.vocab_size
+    assert sizes["eager"] >= 132 * config.vocab_size
     assert sizes["triton"] <= max(x.numel() for x in model.parameters())
 
 
