@@ -205,10 +205,10 @@ class Generator:
     def _batch(self, rows: int, capacity: int) -> DecodeBatch:
         model, weight = self.model, self.model.lm_head.weight
         if on_gpu(model):
+            model.fuse_projections()  # before addresses are taken: it may move parameters
             rows = rounded_batch(rows)
             units = -(-capacity // _CAPACITY_UNIT)
             capacity = min(units * _CAPACITY_UNIT, model.config.max_seq_len)
-        model.fuse_projections()  # first: it may move parameters
         captures = can_capture(model, self._capture)
         made_for = [captures, model.cache_config, *addresses(model)]
         if self._made_for != made_for:

@@ -14,7 +14,7 @@ from torch import Tensor
 from llama2.cache.kv_cache import CacheStep
 from llama2.cache.paged_kv_cache import PagedBatch, PagedKVCache
 from llama2.cache.transfer import to_device, to_host
-from llama2.decoding.graphs import Step
+from llama2.decoding.graphs import Step, on_gpu
 from llama2.decoding.sampling import in_float32, sample
 from llama2.model import Llama2
 
@@ -31,7 +31,8 @@ class PagedDecode:
     def __init__(
         self, model: Llama2, cache: PagedKVCache, vocab_size: int, *, capture: bool
     ) -> None:
-        model.fuse_projections()
+        if on_gpu(model):
+            model.fuse_projections()
         self.stored, self._model, self._vocab_size = cache.stored, model, vocab_size
         weight, rows = model.lm_head.weight, cache.max_batch
         device = weight.device

@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gqa_kernels import get_backend
-from llama2 import Generator, KVCache, Llama2, ModelConfig
+from llama2 import Generator, KVCache, Llama2, ModelConfig, PagedKVCache, Request, generate, serve
+from llama2.decoding import paged_decode
 from llama2.decoding.weights import addresses
 from llama2.parallel import parallelize
 
@@ -201,16 +202,36 @@ def test_memory_that_processes_share_stays():
     assert num_products(model) == APART
 
 
-def test_a_generator_fuses_and_training_goes_on():
+def generated(model, max_new_tokens):
+    return Generator(model).generate(TOKENS.tolist(), max_new_tokens=max_new_tokens)
+
+
+def served(model, max_new_tokens):
+    cache = PagedKVCache(
+        model.cache_config,
+        num_pages=8,
+        page_size=4,
+        max_batch=2,
+        dtype=torch.float32,
+        device="cpu",
+    )
+    requests = (Request(prompt, max_new_tokens) for prompt in TOKENS.tolist())
+    return [result.tokens for result in serve(model, requests, cache=cache)]
+
+
+@pytest.mark.parametrize("decode", (generated, served))
+def test_decoding_fuses_on_a_gpu_and_training_goes_on(decode, monkeypatch):
     model, plain = make_model(torch.float32), make_model(torch.float32)
-    settings = {"max_new_tokens": 5}
-    tokens = Generator(model).generate(TOKENS.tolist(), **settings)
+    expected_tokens = decode(plain, 5)
+    assert num_products(plain) == APART
+    for user in (generate, paged_decode):
+        monkeypatch.setattr(user, "on_gpu", lambda model: True)
+    assert decode(model, 5) == expected_tokens
     assert num_products(model) == JOINT
     model.loss(TOKENS).backward()
     plain.loss(TOKENS).backward()
     for weight, expected in zip(model.parameters(), plain.parameters(), strict=True):
         assert not weight.is_inference() and weight.grad.equal(expected.grad)
-    assert Generator(plain).generate(TOKENS.tolist(), **settings) == tokens
 
 
 def moved_in(model):
