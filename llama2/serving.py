@@ -166,10 +166,12 @@ def serve(
 
 
 class _Server:
-    """Attributes:
-    ahead: whether the model's next step is enqueued before the tokens of the last are read, so
-        that a GPU has work while the host plans. A request that ends at a stop token has then
-        gone through one step more than it needed.
+    """One call of `serve`: the requests that run and wait, and what each step does with them.
+
+    Attributes:
+        ahead: whether the model's next step is enqueued before the tokens of the last are read, so
+            that a GPU has work while the host plans. A request that ends at a stop token has then
+            gone through one step more than it needed.
     """
 
     def __init__(

@@ -399,9 +399,8 @@ def test_bf16_runs_in_bfloat16_and_updates_float32():
         model = make_model()
         model.norm.register_forward_hook(lambda module, inputs, out: seen.append(out[0].dtype))
         config = replace(CONFIG, bf16=bf16)
-        optimizer, worker = pretrain.make_optimizer(model, config), None
-        before = parameters(model)
-        worker = pretrain.make_worker(model, config)
+        optimizer = pretrain.make_optimizer(model, config)
+        worker, before = pretrain.make_worker(model, config), parameters(model)
         losses.append(pretrain.train_step(model, optimizer, batch, 0, config, worker)[0])
         for name, weight in model.named_parameters():
             assert weight.dtype == torch.float32 and not weight.equal(before[name]), name
