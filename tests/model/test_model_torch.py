@@ -8,6 +8,7 @@ from small_llama import (
     lively,
     loss_alone,
     packed,
+    prefill_and_decode,
     random_documents,
     random_tokens,
     right_padded,
@@ -17,7 +18,7 @@ from small_llama import (
 from torch import Tensor
 
 from gqa_kernels import get_backend
-from llama2 import Generator, KVCache, Llama2, PagedKVCache, Request, checkpoint, serve
+from llama2 import Generator, Llama2, PagedKVCache, Request, checkpoint, serve
 from llama2.checkpoint import SHIPPED
 
 TORCH = get_backend("torch")
@@ -64,21 +65,12 @@ def test_logits_within_budget(dtype, device):
     eager = lively(small_config(), device).to(dtype)
     tokens = random_tokens(device, 2, 26)
 
-    def prefill_and_decode(model: Llama2) -> Tensor:
-        cache_dtype = model.lm_head.weight.dtype
-        cache = KVCache(model.config, 2, 26, dtype=cache_dtype, device=device)
-        # The rows begin with 9 and 5 valid tokens; then come a step of 16 and a step of 1.
-        num_valid = torch.tensor([9, 5], device=device)
-        prefill = model(tokens[:, :9], cache, num_valid)[:, :5]
-        steps = [model(part, cache) for part in (tokens[:, 9:25], tokens[:, 25:])]
-        return torch.cat([prefill, *steps], dim=1)
-
-    ours = prefill_and_decode(twin(eager, TORCH))
-
-    def exact(eager: Llama2) -> Tensor:
-        return prefill_and_decode(twin(eager, dtype=torch.float64))
-
-    assert_network(ours, eager, prefill_and_decode, exact)
+    assert_network(
+        prefill_and_decode(twin(eager, TORCH), tokens),
+        eager,
+        lambda eager: prefill_and_decode(eager, tokens),
+        lambda eager: prefill_and_decode(twin(eager, dtype=torch.float64), tokens),
+    )
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)

@@ -17,6 +17,7 @@ from small_llama import (
     lively,
     loss_alone,
     packed,
+    prefill_and_decode,
     random_documents,
     random_tokens,
     right_padded,
@@ -28,7 +29,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils.checkpoint import checkpoint
 
 from gqa_kernels import get_backend
-from llama2 import KVCache, Llama2
+from llama2 import Llama2
 from llama2.generate import generate
 from llama2.train.pretrain import TrainConfig, make_optimizer, make_worker, train_step
 
@@ -42,20 +43,11 @@ def test_triton_logits_within_budget_of_eager(dtype, device):
     triton = twin(eager, TRITON)
     tokens = random_tokens(device, 2, 26)
 
-    def prefill_and_decode(model: Llama2) -> Tensor:
-        cache_dtype = model.lm_head.weight.dtype
-        cache = KVCache(model.config, 2, 26, dtype=cache_dtype, device=device)
-        # The rows begin with 9 and 5 valid tokens; then come a step of 16 and a step of 1.
-        num_valid = torch.tensor([9, 5], device=device)
-        prefill = model(tokens[:, :9], cache, num_valid)[:, :5]
-        steps = [model(part, cache) for part in (tokens[:, 9:25], tokens[:, 25:])]
-        return torch.cat([prefill, *steps], dim=1)
-
     assert_network(
-        prefill_and_decode(triton),
+        prefill_and_decode(triton, tokens),
         eager,
-        prefill_and_decode,
-        lambda eager: prefill_and_decode(twin(eager, dtype=torch.float64)),
+        lambda eager: prefill_and_decode(eager, tokens),
+        lambda eager: prefill_and_decode(twin(eager, dtype=torch.float64), tokens),
     )
 
 

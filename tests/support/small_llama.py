@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from gqa_kernels import get_backend
-from llama2 import Llama2, ModelConfig
+from llama2 import KVCache, Llama2, ModelConfig
 
 EAGER = get_backend("eager")
 
@@ -45,6 +45,17 @@ def twin(model: Llama2, ops=EAGER, dtype=None) -> Llama2:
         angle = position[:, None] * model.config.rope_theta ** (-half / model.config.head_dim)
         copy.rope.cos, copy.rope.sin = angle.cos(), angle.sin()
     return copy
+
+
+def prefill_and_decode(model: Llama2, tokens: Tensor) -> Tensor:
+    """Logits `[2, 22, vocab_size]` of tokens `[2, 26]` that go into a cache in three steps."""
+    weight = model.lm_head.weight
+    cache = KVCache(model.config, 2, 26, dtype=weight.dtype, device=weight.device)
+    # The rows begin with 9 and 5 valid tokens; then come a step of 16 and a step of 1.
+    num_valid = torch.tensor([9, 5], device=weight.device)
+    prefill = model(tokens[:, :9], cache, num_valid)[:, :5]
+    steps = [model(part, cache) for part in (tokens[:, 9:25], tokens[:, 25:])]
+    return torch.cat([prefill, *steps], dim=1)
 
 
 def random_tokens(device, *shape) -> Tensor:
