@@ -1,7 +1,5 @@
 """Without a GPU the kernels run in Triton's interpreter, switched on before they are imported."""
 
-import os
-import random
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -24,18 +22,8 @@ with torch.device("meta"):
     torch.empty(0)
 
 
-NEW_SEEDS = "NEW_SEEDS"
-
-
-def pytest_configure() -> None:
-    """Draws seeds that no run had before; test processes inherit the environment."""
-    drawn = random.SystemRandom().sample(range(1000, 2**31), 3)
-    os.environ.setdefault(NEW_SEEDS, " ".join(map(str, drawn)))
-
-
 def pytest_report_header() -> str:
-    seeds = os.environ[NEW_SEEDS]
-    return f"new seeds: {seeds} (repeat with {NEW_SEEDS}='{seeds}'); TEST_SEED={SEED}"
+    return f"TEST_SEED={SEED}"
 
 
 @pytest.fixture(scope="session")

@@ -14,10 +14,10 @@ is taken
   PyTorch's own order, as those of a kernel may, and
 - as the largest of several draws: as many as give the smallest output 128 values in all, at least 2
   and at most 32. Where tokens repeat, their results are rounded alike, and each different token
-  counts as one value. The first draw has the very inputs. In every further one each number of the
-  inputs is smaller by up to 1/64, equal numbers by the same part, sums are taken in an order drawn
-  from a fixed seed, and the truth is that of its own inputs: a problem of the same size, rounded
-  differently.
+  counts as one value. The first draw has the kernel's own inputs. In every further draw each number
+  of the inputs and of the cotangents is smaller by up to 1/64 (equal numbers by the same part),
+  sums are taken in an order drawn from a fixed seed, and the truth is computed from these inputs: a
+  problem of the same size that rounds differently.
 
 So a kernel that errs as eager code does exceeds its budget only if its own error is more than twice
 the largest of those of the draws.
@@ -144,14 +144,17 @@ def run(
     wrt: tuple[str, ...],
     seed: int = 0,
     like: Results | None = None,
+    directions: list[Tensor] | None = None,
 ) -> Results:
-    """The outputs of a call, "output 0", …, and the gradients of the arguments `wrt`, "d x", ….
+    """Returns the outputs of a call, "output 0", …, and the gradients of the arguments `wrt`,
+    "d x", ….
 
-    The gradients' cotangents are drawn from `seed` and rounded to the dtypes of the outputs, or to
-    those of the outputs in `like`: an oracle has the very cotangents of what it is the truth of.
+    The cotangents of the outputs are `directions`. If these are None, `run` draws them from `seed`
+    and rounds them to the dtypes of the outputs, or to those of the outputs in `like`: an oracle
+    needs the same cotangents as the call whose truth it is.
 
     Args:
-        function: returns a tensor or a tuple of them.
+        function: returns a tensor or a tuple of tensors.
     """
     inputs = {
         name: value.detach().requires_grad_() if name in wrt else value
@@ -161,8 +164,9 @@ def run(
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
     if wrt:
-        rounded = cotangents({name: (like or results)[name] for name in results}, seed)
-        directions = [x.to(output) for x, output in zip(rounded, outputs, strict=True)]
+        if directions is None:
+            directions = cotangents({name: (like or results)[name] for name in results}, seed)
+        directions = [x.to(output) for x, output in zip(directions, outputs, strict=True)]
         grads = torch.autograd.grad(outputs, [inputs[name] for name in wrt], directions)
         results |= {f"d {name}": grad for name, grad in zip(wrt, grads, strict=True)}
     return results
@@ -244,7 +248,10 @@ def measure_call(
     oracle: Callable[..., Any] | None = None,
     seed: int = 0,
 ) -> list[Measured]:
-    """Every output and gradient of `kernel` on these inputs, with its error and budget.
+    """Returns every output and gradient of `kernel` on these inputs, with its error and budget.
+
+    The cotangents are inputs too: each draw varies them. Without that, the draws of a gradient that
+    depends on few numbers (the loss of equal tokens) would all round in the same way.
 
     Args:
         oracle: gives the truth in float64, if `reference` does not.
@@ -252,11 +259,15 @@ def measure_call(
     """
 
     actual = run(kernel, inputs, wrt, seed)
+    outputs = {name: x for name, x in actual.items() if name.startswith("output ")}
+    given = {"inputs": inputs, "cotangents": cotangents(outputs, seed) if wrt else []}
 
     def results_of(function: Callable[..., Any]) -> Callable[[dict[str, Any]], Results]:
-        return lambda given: run(function, given, wrt, seed, like=actual)
+        return lambda given: run(
+            function, given["inputs"], wrt, directions=given["cotangents"] if wrt else None
+        )
 
-    draws = draw(results_of(reference), inputs, results_of(oracle or reference))
+    draws = draw(results_of(reference), given, results_of(oracle or reference))
     return measure_results(actual, draws)
 
 

@@ -8,7 +8,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from gqa_kernels.spec.structure import STRUCTURES
+from gqa_kernels.spec.structure import REPEATING, STRUCTURES
 
 
 class Cost(NamedTuple):
@@ -87,14 +87,20 @@ class Draw:
     ) -> None:
         self.dtype, self.device, self.generator = dtype, device, generator
         self._structure = STRUCTURES[case.structure]
+        self._of_weights = STRUCTURES["normal" if case.structure in REPEATING else case.structure]
 
     def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         if self.device.type == "meta":
             return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
-        drawn = self._normals(*shape)
-        if dtype is None:
-            drawn = self._structure(drawn, self._normals)
-        return drawn.to(self.device, dtype or self.dtype)
+        structure = self._structure if dtype is None else STRUCTURES["normal"]
+        return structure(self._normals(*shape), self._normals).to(self.device, dtype or self.dtype)
+
+    def weight(self, *shape: int) -> Tensor:
+        """A matrix whose rows differ in every structure. If all rows of a vocabulary were equal,
+        the gradient of the hidden states would be 0, and its error that of one rounding."""
+        if self.device.type == "meta":
+            return self(*shape)
+        return self._of_weights(self._normals(*shape), self._normals).to(self.device, self.dtype)
 
     def _normals(self, *shape: int) -> Tensor:
         return standard_normal(shape, self.generator)

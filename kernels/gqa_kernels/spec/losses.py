@@ -19,7 +19,7 @@ def _projection(case: Case, *context: Any) -> dict[str, Any]:
     )
     return {
         "hidden": draw(num_tokens, width),
-        "weight": draw(vocab_size, width) * width**-0.5,
+        "weight": draw.weight(vocab_size, width) * width**-0.5,
         "targets": targets.to(draw.device),
     }
 

@@ -66,3 +66,6 @@ STRUCTURES: dict[str, Structure] = {
     "runs": _runs,
     "uniform": _uniform,
 }
+
+# Structures of a sequence of tokens; a weight's rows have none of them.
+REPEATING = frozenset({"repeated", "runs"})
