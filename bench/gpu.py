@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import importable
+import record
 import report
 
 BENCH = Path(__file__).resolve().parent
@@ -89,20 +90,22 @@ _PLAN = """# How to read these files
 | --- | --- | --- | --- |
 {table}
 
-1. **correctness.log**: its last lines. A failure comes before every speed: mend it first. Rows of
-   the other stages are checked one by one all the same, and a wrong one is never timed.
-2. **ceilings.json**: copy, read and matrix rate. Far below the data sheet means that something else
-   uses the GPU, or that its clocks are held down: the shares of the floor still hold, times do not.
-3. **ours/report.md**: the column "% of floor". Above 85 % for row ops and decoding there is little
-   to win; the lowest shares on the largest shapes are the next work. `bound: latency` rows are
-   about launches: look at their host time.
-4. **peers/report.md**: the losses, at its top. Within the noise is a tie. A loss to `compile` or to
-   a Triton peer can be won by tuning or a better schedule; to `sdpa_cudnn` and `fa3` in prefill
-   attention perhaps not. "Not timed" says which peers were absent: their rows prove nothing.
-5. **tuning.log**: rows to paste into `kernels/gqa_kernels/runtime/configs.py`. A gain below the
-   noise is none. Paste, then run `ours` again: `python bench/gpu.py --out {out} --again ours`.
+1. **correctness.log**: read its last lines. Fix a failure here before you look at any time. The
+   other stages check each row again and never time a wrong one.
+2. **ceilings.json**: copy bandwidth, read bandwidth and matrix rate. Rates far below the data sheet
+   mean that another process uses the GPU or that its clocks are limited: shares of the floor remain
+   valid, times do not.
+3. **ours/report.html**: the column "% of floor". Row ops and decoding above 85 % have little left
+   to gain; work on the lowest shares at the largest shapes next. Rows with `bound: latency` are
+   limited by launches: look at their host time.
+4. **peers/report.html**: the losses come first. A difference within the noise is a tie. Tuning or a
+   better schedule can win against `compile` or a Triton peer; it may not win against `sdpa_cudnn`
+   and `fa3` in prefill attention. "Not timed" lists the peers that were absent: nothing is known
+   about those.
+5. **tuning.log**: rows to paste into `kernels/gqa_kernels/runtime/configs.py`. Ignore gains below
+   the noise. Then run `ours` again: `python bench/gpu.py --out {out} --again ours`.
 
-What is quoted elsewhere is quoted from these files, losses as plainly as wins.
+Quote results from these files, losses as plainly as wins.
 """
 
 
@@ -125,8 +128,8 @@ def _answer(stage: Stage) -> str:
     return {
         "correctness": "correctness.log",
         "ceilings": "ceilings.json",
-        "ours": "ours/report.md",
-        "peers": "peers/report.md",
+        "ours": "ours/report.html",
+        "peers": "peers/report.html",
         "tuning": "tuning.log, tuning.json",
     }[stage.name]
 
@@ -180,7 +183,7 @@ def _report(stage: Stage, out: Path) -> None:
     results = out / f"{stage.name}.json"
     if stage.name in ("ours", "peers") and results.exists():
         try:
-            report.main([str(results), f"--out={out / stage.name}"])
+            report.write(record.read(results), out / stage.name)
         except Exception:  # the result file is there; the stages that follow must run
             traceback.print_exc()
 

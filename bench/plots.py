@@ -1,93 +1,100 @@
-"""The plots of a report: rates over sizes, and every row under its roofline."""
+"""The plots of a report: rates over sizes, and every row of ours under the roofline."""
 
+import textwrap
 from collections import defaultdict
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import matplotlib
+import llama2.reporting.headless  # noqa: F401  (imports matplotlib without a display)
 
-matplotlib.use("Agg")  # no display is needed to write files
-
-import matplotlib.pyplot as plt
+# isort: split
 from matplotlib.axes import Axes
-from record import MEASUREMENT
+from matplotlib.figure import Figure
+from record import MEASUREMENT, OURS
+
+from llama2.reporting import document
+from llama2.reporting.drawing import panels, series, svg
 
 Row = dict[str, Any]
 Lines = dict[str, list[tuple[float, float]]]
 
 
-def draw(content: dict[str, Any], folder: Path) -> list[str]:
-    """Writes what the rows allow; returns the files' names."""
+def draw(content: dict[str, Any]) -> list[document.Figure]:
+    """The plots that the rows of a result file allow."""
     rows = [row for row in content["rows"] if row["status"] == "ok"]
-    files = []
+    names = sorted({row["backend"] for row in rows}, key=lambda name: (name != OURS, name))
+    styles = {name: series(index) for index, name in enumerate(names)}  # the same in all plots
+    plots = []
+    for name, caption, size, rate, wanted in _wanted(rows):
+        lines = _series(rows, wanted, size, rate)
+        if lines:
 
-    def save(name: str, axes: Axes, title: str) -> None:
-        gpu = content["environment"].get("gpu")
-        axes.set_title(f"{title}\n{gpu}", fontsize=10)
-        if content["kind"] != MEASUREMENT:
-            axes.text(
-                0.5, 0.5, content["kind"].upper(), transform=axes.transAxes, rotation=25,
-                ha="center", va="center", fontsize=14, color="red", alpha=0.5, wrap=True,
-            )  # fmt: skip
-        axes.figure.savefig(folder / name, dpi=110, bbox_inches="tight")
-        plt.close(axes.figure)
-        files.append(name)
+            def plot(lines=lines, size=size, rate=rate) -> Figure:
+                return _marked(_rates(lines, styles, _AXES[size], _AXES[rate]), content["kind"])
 
+            plots.append(document.Figure(name, svg(plot), caption, ["measured"]))
+    if rows and content["ceilings"]:
+        caption = (
+            "Roofline: every row of ours (triton) under the two ceilings of this run, its copy "
+            "bandwidth and its matrix rate. Flops and bytes are computed, rates are measured."
+        )
+        drawn = svg(lambda: _marked(_roofline(rows, content["ceilings"]), content["kind"]))
+        plots.append(document.Figure("roofline", drawn, caption, ["measured", "computed"]))
+    return plots
+
+
+_AXES = {
+    "seq_len_q": "sequence length, tokens",
+    "max_seq_len": "context, tokens",
+    "hidden_size": "hidden size",
+    "intermediate_size": "intermediate size",
+    "tflops": "TFLOP/s",
+    "tbps": "TB/s",
+}
+
+
+def _wanted(rows: list[Row]) -> Iterator[tuple[str, str, str, str, Callable[[Row], bool]]]:
+    """(name, caption, size, rate, which rows) of every plot over a size."""
     for pass_ in ("fwd", "bwd"):
         for model in sorted({row["model"] for row in rows if row["op"] == "flash_attention"}):
-            lines = _series(
-                rows,
-                lambda row, model=model, pass_=pass_: (
+
+            def attention(row: Row, model=model, pass_=pass_) -> bool:
+                sizes = row["sizes"]
+                return (
                     (row["op"], row["pass"], row["model"]) == ("flash_attention", pass_, model)
-                    and row["sizes"]["causal"]
-                    and row["sizes"]["seq_len_q"] == row["sizes"]["seq_len_kv"]
-                    and row["sizes"]["batch"] * row["sizes"]["seq_len_q"] == 16384
-                ),
-                "seq_len_q",
-                "tflops",
-            )
-            if lines:
-                axes = _axes(lines, "sequence length", "TFLOP/s")
-                title = f"causal attention {pass_}, heads of {model}, 16384 tokens"
-                save(f"attention_{pass_}_{model}.png", axes, title)
+                    and sizes["causal"]
+                    and sizes["seq_len_q"] == sizes["seq_len_kv"]
+                    and sizes["batch"] * sizes["seq_len_q"] == 16384
+                )
+
+            caption = f"Causal attention, {pass_}, heads of {model}, 16,384 tokens per call."
+            yield f"attention_{pass_}_{model}", caption, "seq_len_q", "tflops", attention
     for op, size in (
         ("rms_norm", "hidden_size"),
         ("add_rms_norm", "hidden_size"),
         ("swiglu", "intermediate_size"),
     ):
         for pass_ in ("fwd", "bwd"):
-            lines = _series(
-                rows,
-                lambda row, op=op, pass_=pass_: (
-                    (row["op"], row["pass"]) == (op, pass_) and row["sizes"]["num_tokens"] == 8192
-                ),
-                size,
-                "tbps",
-            )
-            if lines:
-                axes = _axes(lines, size.replace("_", " "), "TB/s")
-                save(f"{op}_{pass_}.png", axes, f"{op} {pass_}, 8192 tokens")
+
+            def row_op(row: Row, op=op, pass_=pass_) -> bool:
+                return (row["op"], row["pass"]) == (op, pass_) and row["sizes"][
+                    "num_tokens"
+                ] == 8192
+
+            yield f"{op}_{pass_}", f"{op}, {pass_}, 8,192 tokens.", size, "tbps", row_op
     for model in sorted({row["model"] for row in rows if row["op"] == "decode_attention"}):
         for batch in (1, 64):
-            lines = _series(
-                rows,
-                lambda row, model=model, batch=batch: (
+
+            def decode(row: Row, model=model, batch=batch) -> bool:
+                return (
                     (row["op"], row["model"]) == ("decode_attention", model)
                     and row["sizes"]["batch"] == batch
                     and not row["sizes"]["ragged"]
                     and not {"page_size", "cache_dtype"} & set(row["sizes"])
-                ),
-                "max_seq_len",
-                "tbps",
-            )
-            if lines:
-                axes = _axes(lines, "context", "TB/s")
-                title = f"decode attention, heads of {model}, batch {batch}"
-                save(f"decode_{model}_B{batch}.png", axes, title)
-    if rows and content["ceilings"]:
-        save("roofline.png", _roofline(rows, content["ceilings"]), "roofline, triton backend")
-    return files
+                )
+
+            caption = f"Decode attention, heads of {model}, batch {batch}."
+            yield f"decode_{model}_B{batch}", caption, "max_seq_len", "tbps", decode
 
 
 def _series(rows: list[Row], wanted: Callable[[Row], bool], size: str, rate: str) -> Lines:
@@ -99,42 +106,58 @@ def _series(rows: list[Row], wanted: Callable[[Row], bool], size: str, rate: str
     return {name: sorted(points) for name, points in lines.items()}
 
 
-def _axes(lines: Lines, xlabel: str, ylabel: str) -> Axes:
-    _, axes = plt.subplots(figsize=(6.5, 4))
-    for name, points in sorted(lines.items(), key=lambda line: line[0] != "triton"):
-        width = 2.5 if name == "triton" else 1.2
-        axes.plot(*zip(*points, strict=True), marker="o", linewidth=width, label=name)
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
+def _rates(lines: Lines, styles: dict[str, dict[str, Any]], xlabel: str, ylabel: str) -> Figure:
+    figure, [axes] = panels(1)
+    for name, style in styles.items():
+        if name in lines:
+            width = 2.5 if name == OURS else 1.2
+            axes.plot(*zip(*lines[name], strict=True), linewidth=width, label=name, **style)
+    sizes = sorted({size for points in lines.values() for size, _ in points})
+    axes.set_xscale("log")
+    axes.set_xticks(sizes, [_size(size) for size in sizes])
+    axes.minorticks_off()
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    return axes
+    _legend_below(figure, axes)
+    return figure
 
 
-def _roofline(rows: list[Row], ceilings: dict[str, float]) -> Axes:
+def _size(size: float) -> str:
+    return f"{size // 1024:.0f}Ki" if size >= 10240 and size % 1024 == 0 else f"{size:.0f}"
+
+
+def _roofline(rows: list[Row], ceilings: dict[str, float]) -> Figure:
     """TFLOP/s over flops per byte: the two ceilings, and every row of ours under them."""
-    _, axes = plt.subplots(figsize=(6.5, 4))
+    figure, [axes] = panels(1, height=4.3)
     by_op: Lines = defaultdict(list)
     for row in rows:
-        if row["backend"] == "triton" and row["flops"] and row["bytes"]:
+        if row["backend"] == OURS and row["flops"] and row["bytes"]:
             by_op[row["op"]].append((row["flops"] / row["bytes"], row["tflops"]))
-    for op, points in sorted(by_op.items()):
-        axes.scatter(*zip(*points, strict=True), s=16, label=op)
-    intensity = [2.0**power for power in range(-3, 15)]
+    for index, (op, points) in enumerate(sorted(by_op.items())):
+        axes.scatter(*zip(*points, strict=True), s=18, label=op, **series(index))
     bandwidth, matrix = ceilings["copy_bytes_per_s"], ceilings["mma_flops_per_s"]
-    axes.plot(
-        intensity,
-        [min(matrix, x * bandwidth) * 1e-12 for x in intensity],
-        color="black",
-        linewidth=1,
-        label="ceilings of this run",
-    )
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("flops per byte")
-    axes.set_ylabel("TFLOP/s")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
-    return axes
+    intensity = [2.0**-3, matrix / bandwidth, 2.0**14]
+    rates = [min(matrix, x * bandwidth) * 1e-12 for x in intensity]
+    axes.plot(intensity, rates, color="black", linewidth=1, label="ceilings of this run")
+    axes.set(xscale="log", yscale="log", xlabel="flops per byte", ylabel="TFLOP/s")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")  # in place of mathtext
+    _legend_below(figure, axes)
+    return figure
+
+
+def _legend_below(figure: Figure, axes: Axes) -> None:
+    """Outside of the axes, where it covers no data; below, so that the plot fits a phone."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
+
+
+def _marked(figure: Figure, kind: str) -> Figure:
+    """The plot, with the kind of its numbers across it where they are no measurement."""
+    if kind != MEASUREMENT:
+        axes = figure.axes[0]
+        axes.text(
+            0.5, 0.5, textwrap.fill(kind.upper(), 28), transform=axes.transAxes, rotation=25,
+            ha="center", va="center", fontsize=12, color="red", alpha=0.5,
+        )  # fmt: skip
+    return figure

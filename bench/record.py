@@ -13,6 +13,7 @@ from typing import Any
 
 MEASUREMENT = "measurement"
 DRY_RUN = "dry run: simulated times, not a measurement"
+OURS = "triton"  # the backend that the others are compared with
 
 
 @dataclass

@@ -20,6 +20,11 @@ class Heading:
 
 
 @dataclass(frozen=True)
+class Contents:
+    """Links to all headings of the page."""
+
+
+@dataclass(frozen=True)
 class Sentence:
     """Text with the origin of its numbers; None where it has none but settings."""
 
@@ -44,6 +49,7 @@ class Column:
 
     name: str
     tag: Tag | None = None
+    wraps: bool = True  # False: a cell stays on one line, and a narrow screen scrolls the table
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class Code:
     text: str
 
 
-Block = Heading | Paragraph | Items | Table | Figure | Code
+Block = Heading | Contents | Paragraph | Items | Table | Figure | Code
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1c2026; --page: #fff; --line: #d0d5dc; --soft: #f3f5f8;
@@ -90,6 +96,8 @@ caption { text-align: left; font-weight: 600; padding: .3rem 0; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: left;
   vertical-align: top; }
 thead th { background: var(--soft); } .number { text-align: right; }
+td.line { white-space: nowrap; } .line ~ td:not(.line) { min-width: 12rem; }
+nav a { display: inline-block; margin: 0 1.2rem .4rem 0; }
 .note, figcaption { font-size: .88rem; max-width: 48rem; margin: .3rem 0 0; }
 figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; background: #fff;
   border-radius: 4px; }
@@ -101,7 +109,7 @@ pre { background: var(--soft); padding: .8rem; overflow-x: auto; white-space: pr
 
 def to_html(title: str, blocks: Sequence[Block]) -> str:
     """One self-contained file: styles and plots inside, no script, nothing fetched."""
-    body = "\n".join(_html_block(block) for block in blocks)
+    body = "\n".join(_html_block(block, blocks) for block in blocks)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -112,7 +120,8 @@ def to_html(title: str, blocks: Sequence[Block]) -> str:
 
 def to_markdown(title: str, blocks: Sequence[Block]) -> str:
     """The same blocks; a figure refers to the file `name`.svg beside it."""
-    return "\n\n".join([f"# {_mark(title)}", *(_markdown_block(block) for block in blocks)]) + "\n"
+    body = "\n\n".join(_markdown_block(block, blocks) for block in blocks)
+    return f"# {_mark(title)}\n\n{body}\n"
 
 
 def _printable(text: str) -> str:
@@ -132,10 +141,24 @@ def _html_sentence(sentence: Sentence) -> str:
     return _escape(sentence.text) + _badges([sentence.tag])
 
 
-def _html_block(block: Block) -> str:
+def _anchor(text: str) -> str:
+    """The id that GitHub gives a heading: the contents list is the same in both renderings."""
+    return re.sub(r"[^\w -]", "", _printable(text).lower()).strip().replace(" ", "-")
+
+
+def _headings(blocks: Sequence[Block]) -> list[str]:
+    return [block.text for block in blocks if isinstance(block, Heading)]
+
+
+def _html_block(block: Block, blocks: Sequence[Block]) -> str:
     match block:
         case Heading(text):
-            return f"<h2>{_escape(text)}</h2>"
+            return f'<h2 id="{_anchor(text)}">{_escape(text)}</h2>'
+        case Contents():
+            links = (
+                f'<a href="#{_anchor(text)}">{_escape(text)}</a>' for text in _headings(blocks)
+            )
+            return f"<nav>{chr(10).join(links)}</nav>"
         case Paragraph(sentences, lead):
             kind = ' class="lead"' if lead else ""
             return f"<p{kind}>{' '.join(map(_html_sentence, sentences))}</p>"
@@ -154,7 +177,7 @@ def _html_block(block: Block) -> str:
 
 
 def _html_table(table: Table) -> str:
-    kinds = [' class="number"' if column.tag else "" for column in table.columns]
+    kinds = [_class(column) for column in table.columns]
     head = "".join(
         f'<th scope="col"{kind}>{_escape(column.name)}{_badges([column.tag])}</th>'
         for column, kind in zip(table.columns, kinds, strict=True)
@@ -170,6 +193,11 @@ def _html_table(table: Table) -> str:
         f'<div class="wide"><table>\n<caption>{_escape(table.title)}</caption>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>{note}"
     )
+
+
+def _class(column: Column) -> str:
+    classes = ["number"] * bool(column.tag) + ["line"] * (not column.wraps)
+    return f' class="{" ".join(classes)}"' if classes else ""
 
 
 def _inline(name: str, svg: str, caption: str) -> str:
@@ -191,10 +219,12 @@ def _marked_sentence(sentence: Sentence) -> str:
     return _mark(sentence.text) + _marked_tags([sentence.tag])
 
 
-def _markdown_block(block: Block) -> str:
+def _markdown_block(block: Block, blocks: Sequence[Block]) -> str:
     match block:
         case Heading(text):
             return f"## {_mark(text)}"
+        case Contents():
+            return "\n".join(f"- [{_mark(text)}](#{_anchor(text)})" for text in _headings(blocks))
         case Paragraph(sentences, lead):
             text = " ".join(map(_marked_sentence, sentences))
             return f"> {text}" if lead else text
