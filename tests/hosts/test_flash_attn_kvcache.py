@@ -379,7 +379,7 @@ def test_entries_that_share_memory_are_not_written_to(draw, device):
     new = draw(2, 1, 2, 16)
     shared = cache.expand(2, -1, -1, -1)
     before = cache.clone()
-    message = r"^k_cache: expected entries with memory of their own; got strides \(0, "
+    message = r"^k_cache: expected entries that share no memory; got strides \(0, "
     with pytest.raises(ValueError, match=message):
         flash_attn_with_kvcache(draw(2, 1, 4, 16), shared, shared, new, new, cache_seqlens=3)
     assert cache.equal(before)

@@ -570,7 +570,7 @@ def test_a_cache_that_cannot_be_written_rightly_is_left_alone(backend, draw, dev
     with pytest.raises(ValueError, match=r"x: expected seq_len up to cos's 4 rows; got 6"):
         module(x, *rope_table(8, 4, device=device), kv_cache=caches)
     shared = caches[0][:1].expand(2, -1, -1, -1)
-    with pytest.raises(ValueError, match="k_cache: expected entries with memory of their own"):
+    with pytest.raises(ValueError, match="k_cache: expected entries that share no memory"):
         module(x, *table, kv_cache=(shared, caches[1]))
     elsewhere = torch.tensor([6, 6], device="meta")
     with pytest.raises(ValueError, match="seq_lens: expected x's device"):

@@ -132,7 +132,7 @@ def test_autograd_notices_the_write(inputs):
             TypeError,
             "exp_avg_sq: expected dtype float32",
         ),
-        ({"copy": torch.zeros(72, 5).T}, ValueError, "copy: expected memory of its own in contig"),
+        ({"copy": torch.zeros(72, 5).T}, ValueError, "copy: expected contiguous rows a fixed"),
         (
             {"weight": torch.zeros(1, 72).expand(5, 72)},
             ValueError,

@@ -8,9 +8,9 @@ With g = gradient / grad_scale, in float32, at step t:
     copy   = weight, rounded
 
 Loshchilov and Hutter 2019, arXiv:1711.05101. One program updates a block of one row; a
-contiguous weight is treated as a single row. `grad_scale` clips gradients without a pass over them.
-A model in 16 bits with float32 master weights needs no conversions: the kernel reads its gradients
-in 16 bits and writes its weights as `copy`.
+contiguous weight is treated as a single row. `grad_scale` clips gradients without a separate pass.
+A 16-bit model with float32 master weights needs no conversions: the kernel reads its 16-bit
+gradients and writes its weights as `copy`.
 """
 
 import triton
@@ -165,7 +165,7 @@ def _check(
     for name, x in named.items():
         if x is not None and not _is_written_in_rows(x):
             raise ValueError(
-                f"{name}: expected memory of its own in contiguous rows a fixed distance apart; "
+                f"{name}: expected contiguous rows a fixed distance apart, without overlap; "
                 f"got strides {x.stride()} of {list(x.shape)}"
             )
     if step < 1:
@@ -224,7 +224,7 @@ def adamw_update(
         step: counted from 1.
     Raises:
         TypeError, ValueError: an argument of another kind, dtype, shape, layout, range or device.
-        NotImplementedError: an argument requires a gradient, where autograd records.
+        NotImplementedError: an argument requires a gradient while autograd records.
         RuntimeError: weight is not on a GPU that Triton drives.
     """
     step = checks.whole("step", step)

@@ -5,8 +5,8 @@ Shazeer 2020, arXiv:2002.05202. With s = σ(gate):
     dup   = dy · gate · s
     dgate = dy · up · s · (1 + gate · (1 − s))
 
-One program owns a block of one row. gate and up are addressed by their row strides, so that the
-halves of a packed projection need no copy. Saved for backward: gate and up; σ is computed again.
+One program owns a block of one row. It addresses gate and up by their row strides, so the halves of
+a packed projection need no copy. Saved for backward: gate and up; the backward pass recomputes σ.
 """
 
 import torch
@@ -59,7 +59,7 @@ def _backward_kernel(
     gate = tl.load(gate_ptr + row * gate_stride + columns, mask=mask, other=0.0).to(tl.float32)
     denominator = 1.0 + tl.exp(-gate)
     if dup_ptr is not None:
-        # gate / denominator, not gate · σ: one rounding less.
+        # gate / denominator rounds once less than gate · σ.
         dup = dy * (gate / denominator)
         tl.store(dup_ptr + row * WIDTH + columns, dup.to(dup_ptr.dtype.element_ty), mask=mask)
     if dgate_ptr is not None:

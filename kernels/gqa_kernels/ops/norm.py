@@ -176,7 +176,7 @@ def _backward(
     dh_rows, dh_stride = (None, 0) if dh is None else layout.rows_and_stride(dh)
     num_rows = h.numel() // width
     config = configs.row_config(configs.NORM_BACKWARD, width)
-    # Without a weight gradient nothing ties rows together, yet persistence costs nothing either.
+    # Persistent programs serve dweight only, but they cost nothing without it either.
     gpu = target.current()
     num_programs = min(num_rows, config.programs_per_sm * gpu.num_sms)
     dx = torch.empty_like(h, memory_format=torch.contiguous_format) if need_dx else None
@@ -240,7 +240,7 @@ def _launch(
 
 def _fake(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, weight.dtype)
-    # One rstd per row, in the shape of the rows, so that it is sharded as they are.
+    # rstd has the shape of the rows, so that it is sharded like them.
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
@@ -280,7 +280,7 @@ def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
     _, rstd = output
     ctx.save_for_backward(x, weight, rstd)
     ctx.mark_non_differentiable(rstd)
-    # Otherwise every backward pass would fill a gradient of rstd with zeros.
+    # Otherwise autograd would allocate a gradient of zeros for rstd in every backward pass.
     ctx.set_materialize_grads(False)
 
 
@@ -314,7 +314,7 @@ def _add_differentiate(
     ctx: FunctionCtx, dy: Tensor | None, dh: Tensor | None, _: None
 ) -> tuple[Tensor | None, ...]:
     need_x, need_residual, need_dweight, _ = ctx.needs_input_grad
-    if dy is None:  # only h was used: the add alone
+    if dy is None:  # the loss depends on h only, the sum
         dx, dweight, need_dweight = dh, None, False
     else:
         need_dx = need_x or need_residual
@@ -359,7 +359,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """h = x + residual, y = rms_norm(h, weight, eps), in one pass; see `reference.add_rms_norm`.
 
-    The backward pass takes the gradients of y and h together.
+    The backward pass processes the gradients of y and h together.
 
     Args:
         x, residual: float32, float16 or bfloat16 `[..., hidden_size]`, of one shape and dtype,

@@ -3,10 +3,10 @@
     (a, b) → (a · cos[p] − b · sin[p], b · cos[p] + a · sin[p])
 
 for each pair of features (a, b) of a head at position p, in float32. Su et al. 2021,
-arXiv:2104.09864. Backward is the same kernel with sin negated: a rotation's transpose.
+arXiv:2104.09864. Backward is the same kernel with sin negated, the transpose of the rotation.
 
-One program owns BLOCK_H heads, of q or of k, of one token. q and k are addressed by their strides,
-so that views of a fused projection need no copy. Nothing but the angles is saved for backward.
+One program owns BLOCK_H heads, of q or of k, of one token. It addresses q and k by their strides,
+so views of a fused projection need no copy. Only the angles are saved for backward.
 """
 
 import torch
@@ -34,7 +34,8 @@ def _rotate_heads(x, y, cos, sin, HEAD_DIM: tl.constexpr, INTERLEAVED: tl.conste
     store_pairs(y, a, b, HEAD_DIM, INTERLEAVED)
 
 
-# A tuple is specialised whatever is asked for, hence the two scalars for positions' strides.
+# Triton specialises tuples regardless of do_not_specialize, so the strides of positions are
+# scalars.
 @triton.jit(
     do_not_specialize=["positions_stride_b", "positions_stride_t", "seq_len", "max_seq_len"]
 )
@@ -101,7 +102,7 @@ def _rotate(
     *,
     inverse: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Rotates those of q and k that are given."""
+    """Rotates q and k; a tensor that is None is skipped."""
     q = None if q is None else layout.contiguous_features(q)
     k = None if k is None else layout.contiguous_features(k)
     some = k if q is None else q
@@ -118,7 +119,7 @@ def _rotate(
     with target.device_of(some):
         _launch_rotate(
             (batch * seq_len, num_blocks),
-            # A tensor that is not given has no heads, hence no program: any pointer will do.
+            # A tensor that is None has no heads, so no program reads it: any pointer will do.
             q_ptr=some if q is None else q,
             k_ptr=some if k is None else k,
             cos_ptr=cos.contiguous(),
@@ -264,7 +265,7 @@ def apply_rope(
         (q, k) rotated, in new contiguous tensors.
     Raises:
         TypeError, ValueError: an argument of another kind, dtype, shape or device.
-        NotImplementedError: cos or sin requires a gradient, where autograd records.
+        NotImplementedError: cos or sin requires a gradient while autograd records.
         RuntimeError: q is not on a GPU that Triton drives.
     """
     interleaved = checks.flag("interleaved", interleaved)

@@ -30,13 +30,14 @@ _HIGHEST = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def _flip(bits):
-    """The key of a float32, given as its bits: an int32 in the same order. Its own inverse."""
+    """The int32 key of a float32 given as its bits; keys have the order of the floats. The function
+    is its own inverse."""
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
 def _load(row_ptr, start, vocab_size, BLOCK: tl.constexpr):
-    """A block of ids and their logits: −infinity beyond the row, 0 for −0, infinity for NaN."""
+    """Loads a block of ids and logits: −infinity beyond the row, 0 for −0, infinity for NaN."""
     ids = start + tl.arange(0, BLOCK)
     x = tl.load(row_ptr + ids, mask=ids < vocab_size, other=float("-inf")).to(tl.float32)
     x = tl.where(x == 0.0, 0.0, x)
@@ -50,8 +51,8 @@ def _weight(x, highest, temperature):
 
 @triton.jit
 def _above(row_ptr, vocab_size, bound, highest, temperature, BLOCK: tl.constexpr):
-    """Of the logits whose keys are above `bound` the sum of w and the least key; of the others the
-    greatest key; and how many keys equal `bound`."""
+    """Returns, for the logits with keys above `bound`, the sum of w and the least key; for the
+    others, the greatest key; and the number of keys equal to `bound`."""
     total = tl.zeros([BLOCK], tl.float32)
     least = tl.full([BLOCK], _HIGHEST, tl.int32)
     greatest = tl.full([BLOCK], _LOWEST, tl.int32)
@@ -72,8 +73,10 @@ def _crossing(
     row_ptr, vocab_size, low, high, limit, INCLUSIVE: tl.constexpr, highest, temperature,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The least key between `low` and `high` with A < limit, or with INCLUSIVE A ≤ limit. `low` and
-    `high` are keys of the row, and `high` meets the condition."""
+    """Returns the least key between `low` and `high` with A < limit (INCLUSIVE: A ≤ limit).
+
+    `low` and `high` are keys of the row, and `high` meets the condition.
+    """
     while low < high:
         # The mean of low and high, rounded down, without overflow.
         middle = (low & high) + ((low ^ high) >> 1)
@@ -112,13 +115,13 @@ def _kernel(
     highest, lowest = tl.max(most), tl.min(fewest)
     is_finite = tl.abs(highest) < float("inf")
     top = _flip(highest.to(tl.int32, bitcast=True))
-    chosen, nth = top, 0  # the likeliest token, of equal ones the first
+    chosen, nth = top, 0  # the likeliest token; among equals, the first
     if is_finite & (temperature > 0.0):
         temperature = tl.maximum(temperature, _TINY)
         top_p = tl.load(top_p_ptr + row * top_p_stride)
         uniform = tl.load(uniform_ptr + row * uniform_stride)
         bottom = _flip(lowest.to(tl.int32, bitcast=True))
-        # Σw is A of a key below all others.
+        # Σw equals A at a key below all others.
         total, _, _, _ = _above(
             row_ptr, vocab_size, tl.full([], _LOWEST, tl.int32), highest, temperature, BLOCK
         )
@@ -128,7 +131,7 @@ def _kernel(
         )
         above, _, _, count = _above(row_ptr, vocab_size, last, highest, temperature, BLOCK)
         weight = _weight(_flip(last).to(tl.float32, bitcast=True), highest, temperature)
-        # As many of the tokens with the nucleus' last logit as are needed to reach the limit.
+        # Of the tokens with the last logit of the nucleus, only those needed to reach the limit.
         needed = tl.ceil((limit - above) / tl.maximum(weight, _TINY))
         num_last = tl.maximum(tl.minimum(needed, count.to(tl.float32)), 1.0)
         goal = uniform * (above + num_last * weight)
@@ -200,8 +203,8 @@ _SAMPLE = library.Op(
 def sample_tokens(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
     """Draws a token per row; see `reference.sample_tokens`. One launch.
 
-    The token differs from the reference's only where `uniform` lies so near to a border between two
-    tokens that the rounding of the cumulative sums decides.
+    The token differs from the reference's only where `uniform` is so close to the border between
+    two tokens that the rounding of the cumulative sums decides.
 
     Args:
         logits: float32, float16 or bfloat16 `[batch, vocab_size]`, any strides.
@@ -210,7 +213,7 @@ def sample_tokens(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: T
         int64 `[batch]`; −1 for a row with NaN, with +infinity, or with −infinity only.
     Raises:
         TypeError, ValueError: an argument of another kind, dtype, shape or device.
-        NotImplementedError: an argument requires a gradient; the choice of a token has none.
+        NotImplementedError: an argument requires a gradient; sampling has none.
         RuntimeError: logits is not on a GPU that Triton drives.
     """
     return _SAMPLE(logits, temperature, top_p, uniform)

@@ -1,9 +1,8 @@
 """Flash attention with grouped key/value heads: the public functions and their gradient.
 
-The kernels, with the formulas and what one program owns, are in `forward.py` and
-`backward.py`; windows, soft cap, ALiBi and masks in `scores.py`; packed sequences in
-`sequences.py`. Saved for backward: the inputs, out, lse and, of 16-bit inputs, the residue of out,
-one byte per element.
+`forward.py` and `backward.py` contain the kernels, the formulas and what one program owns;
+`scores.py`: windows, soft cap, ALiBi and masks; `sequences.py`: packed sequences. Saved for
+backward: the inputs, out, lse and, for 16-bit inputs, the residue of out, one byte per element.
 """
 
 import inspect
@@ -22,7 +21,7 @@ from gqa_kernels.runtime import checks, library
 
 
 def _takes(arguments: dict[str, Any], result: Any) -> Callable[[Callable], Callable]:
-    """Gives a function of `*args` the signature that PyTorch reads a schema from."""
+    """Gives a function of `*args` the signature from which PyTorch infers the op's schema."""
 
     def decorate(function: Callable) -> Callable:
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -43,7 +42,7 @@ def _forward(*arguments: Any, need_lse: bool = True) -> tuple[Tensor | None, ...
     if call.packed:
         for result in results:
             if result is not None:
-                result.squeeze_(0)  # in place: a view could not be written to by the caller
+                result.squeeze_(0)  # in place: callers could not write to a view
     return results
 
 
@@ -63,7 +62,7 @@ def _check(*arguments: Any) -> None:
 
 
 def outputs(call: Call, *, need_residue: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(out, natural lse, residue) of a call, for one who records the gradient himself."""
+    """(out, natural lse, residue) of a call, for callers that record the gradient themselves."""
     with torch.no_grad():
         out, lse, residue = _OP(*call, need_residue and call.q.dtype != torch.float32)
     return out, lse * call.score_unit, residue
@@ -81,12 +80,12 @@ def gradients(
     need_dkdv: bool,
     need_dsinks: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(dq, dk, dv, dsinks) of a call that gave out, lse and residue, each None unless needed.
+    """Returns (dq, dk, dv, dsinks), each None unless needed.
 
     Args:
         dout, dlse: the gradients of out and, unless None, of lse.
-        lse: in score units.
-        residue: None, or empty, where the call kept none; the forward pass then runs again.
+        out, lse, residue: what the call returned; lse in score units. If the residue is None or
+            empty, the forward pass runs again to compute it.
     """
     if residue is not None and residue.shape != out.shape:
         residue = None
@@ -180,7 +179,7 @@ _OP = library.Op(
 
 
 def _num_pairs(call: Call) -> int:
-    """Queries × keys, hidden ones too, as PyTorch counts them for its own attention."""
+    """Queries × keys, including masked ones, as PyTorch counts them for its own attention."""
     if not call.packed:
         return call.q.shape[0] * call.q.shape[1] * call.k.shape[1]
     lengths = (bounds.diff().tolist() for bounds in (call.cu_seqlens_q, call.cu_seqlens_kv))
@@ -196,7 +195,7 @@ def _flops(*arguments: Any, out_val: Any = None, **_: Any) -> int:
 
 @register_flop_formula(_BACKWARD.dispatched.overloadpacket, get_raw=True)
 def _backward_flops(*arguments: Any, out_val: Any = None, **_: Any) -> int:
-    """Five products."""
+    """Five products of 2 · head_dim flops per pair of query and key."""
     call, _, _ = _split(arguments)
     return 10 * _num_pairs(call) * call.q.shape[-2] * call.q.shape[-1]
 
@@ -208,7 +207,7 @@ def _attend(
     window: tuple[int | None, int | None] | None,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The call with the window that these give."""
+    """Runs the call with the window given by `causal` and `window`."""
     causal, return_lse = checks.flag("causal", causal), checks.flag("return_lse", return_lse)
     window_left, window_right = checks.window(window)
     call = Call(
@@ -257,24 +256,25 @@ def flash_attention(
         alibi_slopes: float32 `[num_q_heads]` or `[batch, num_q_heads]`; scores become
             score − slope · |p − j|. A constant.
         key_ranges: int32 or int64 `[batch, seq_len_q, 2]`, any strides: (first, end) of the keys
-            that each query may see, first ≤ j < end, beside all else. Ranges may be empty and may
-            reach beyond the keys. Read on the device; tiles outside all ranges are not visited.
+            that each query may see, first ≤ j < end, in addition to all other masks. Ranges may be
+            empty and may reach beyond the keys. The kernel reads them on the device and skips tiles
+            outside all ranges.
         key_mask: bool, uint8, int32 or int64 `[batch, seq_len_kv]`; a key with 0 is hidden from
             every query. Hidden keys and values must be finite: 0 · NaN is NaN.
         return_lse: also return the natural-log lse, float32 `[batch, num_q_heads, seq_len_q]`.
             Differentiable.
     Returns:
-        out, contiguous, of q's shape and dtype; or (out, lse). A query that sees no key gives 0,
-        and −inf or its sink; its gradients are 0.
+        out, contiguous, of q's shape and dtype; or (out, lse). For a query that sees no key, out is
+        0, lse is −inf or its sink, and the gradients are 0.
     Numerics: products accumulate in float32, float32 inputs multiply in float32 (not TF32); the
         softmax is float32; weights and the gradients of scores are rounded to the inputs' dtype
-        before they are multiplied. The backward pass computes weights again from lse, with a
-        relative error that grows as |lse| · 2⁻²⁴, as that of eager code does; of 16-bit inputs it
-        keeps, beside inputs, out and lse, 8 more bits of each element of out (`backward.py`).
-        Gradients have the same bits in every run.
+        before they are multiplied. The backward pass recomputes the weights from lse, with a
+        relative error that grows as |lse| · 2⁻²⁴, like that of eager code. For 16-bit inputs, the
+        forward pass saves 8 more bits of each element of out (`backward.py`). Gradients have the
+        same bits in every run.
     Raises:
         TypeError, ValueError: an argument of another kind, dtype, shape or device.
-        NotImplementedError: another head_dim; alibi_slopes that require a gradient.
+        NotImplementedError: another head_dim; alibi_slopes requires a gradient.
         RuntimeError: q is not on a GPU that Triton drives.
     """
     call = Call(
@@ -301,15 +301,15 @@ def flash_attention_varlen(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`flash_attention` of packed sequences; see `reference.flash_attention_varlen`.
 
-    Bounds are read on the device, so that no longest length has to be known. Bounds beyond the
-    rows count as the number of rows; decreasing ones give rows without meaning.
+    The kernel reads the bounds on the device, so the caller needs to know no maximum length. Bounds
+    beyond the rows count as the number of rows; decreasing bounds give undefined rows.
 
     Args:
         q: float32, float16 or bfloat16 `[total_q, num_q_heads, head_dim]`, any strides.
         k, v: the same dtype, `[total_kv, num_kv_heads, head_dim]`.
         cu_seqlens_q, cu_seqlens_kv: int32 or int64 `[num_sequences + 1]`, num_sequences ≥ 1, from
-            0 and never decreasing; sequences may be empty. Rows after the last sequence see no
-            key, and no query sees them.
+            0 and never decreasing; sequences may be empty. Queries after the last sequence see no
+            key, and no query sees keys after it.
         alibi_slopes: float32 `[num_q_heads]` or `[num_sequences, num_q_heads]`.
         All else as in `flash_attention`.
     Returns:

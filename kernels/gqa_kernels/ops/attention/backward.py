@@ -6,16 +6,16 @@ With P = exp(scores − lse), dP = dO Vᵀ and delta = rowsum(dO ∘ O) − dlse
     dV = Pᵀ dO        dK = softmax_scale · dSᵀ Q        dQ = softmax_scale · dS K
     dsinks = −Σ over queries of exp(sink − lse) · delta
 
-Dao 2023, arXiv:2307.08691, in two kernels (`dkdv.py`, `dq.py`) with seven
-products, so that every gradient is summed in one program's registers, in one order: the same bits
-in every run. A kernel before them prepares delta. lse and delta are subtracted after a product: a
-sum that began there would round at their size at every step, and Triton lets an addition begin
-there.
+Dao 2023, arXiv:2307.08691, in two kernels (`dkdv.py`, `dq.py`) with seven products. One program
+sums each gradient in its registers, in one order, so gradients have the same bits in every run. A
+kernel that runs first prepares delta. The kernels subtract lse and delta after a product: Triton
+would let an addition start the product's sum at them, and every step would then round at their
+size.
 
-delta is taken from O as it was before it was rounded, which the forward pass kept in the residue:
-an error of delta, times the mean of the keys that a query sees, is an error of dQ. Taken from the
-rounded O, as is usual, dQ loses most of its digits where keys and values have a mean (see "How
-accurate is it" in kernels/README.md).
+delta is computed from O before rounding; the forward pass saves the difference in the residue. An
+error of delta, times the mean of the keys that a query sees, is an error of dQ. If delta is
+computed from the rounded O, as is usual, dQ loses most of its digits where keys and values have a
+mean (see "How accurate is it" in kernels/README.md).
 """
 
 import torch
@@ -87,12 +87,13 @@ def launch_backward(
     """(dq, dk, dv, dsinks) of a prepared call, each None unless needed.
 
     Args:
-        dout, out: of its q's shape.
+        dout, out: of the call's q's shape.
         dlse, lse: `[batch, num_q_heads, seq_len_q]`, in score units.
-        residue: that of the forward pass; where it kept none of an out of 16 bits, it runs again.
+        residue: that of the forward pass; if it is None for a 16-bit out, the forward pass runs
+            again.
     """
     dout = layout.contiguous_features(dout)
-    out, lse = out.contiguous(), lse.contiguous()  # as the forward pass leaves them
+    out, lse = out.contiguous(), lse.contiguous()  # as the forward pass returns them
     if residue is None and out.dtype != torch.float32:
         residue = launch_forward(call, need_lse=False, need_residue=True)[2]
     dq = dk = dv = dsinks = None

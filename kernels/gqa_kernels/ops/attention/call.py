@@ -1,4 +1,4 @@
-"""One call of attention: its arguments, checked and brought into the form that kernels take."""
+"""The arguments of an attention call, checked and converted to what the kernels take."""
 
 from typing import Any, NamedTuple
 
@@ -31,19 +31,19 @@ class Call(NamedTuple):
 
     @property
     def num_sequences(self) -> int | None:
-        """Of packed ones."""
+        """The number of packed sequences; None where sequences are not packed."""
         return self.cu_seqlens_q.shape[0] - 1 if self.packed else None
 
     @property
     def score_unit(self) -> float:
-        """What kernels count scores in (`scores.py`)."""
+        """The unit of scores in the kernels (`scores.py`)."""
         if self.softcap is not None:
             return float(self.softcap)
         return checks.softmax_scale(self.softmax_scale, self.q.shape[-1])
 
 
 def check(*arguments: Any) -> None:
-    """Raises unless these arguments of a `Call` are what the kernels can take."""
+    """Raises unless the kernels can take these arguments of a `Call`."""
     call = Call(*arguments)
     q, k, v = call.q, call.k, call.v
     if not call.packed:
@@ -92,16 +92,16 @@ def _check_bounds(call: Call) -> int:
 
 
 def prepared(call: Call) -> Call:
-    """The same call for the kernels: packed sequences as one batch entry, contiguous features,
-    every number with a value."""
+    """Returns the call as the kernels take it: packed sequences as one batch entry, contiguous
+    features, a value for every number."""
     q, k, v = call.q, call.k, call.v
     if call.packed:
         q, k, v = batched(True, q, k, v)
     q, k, v = map(layout.contiguous_features, (q, k, v))
     window_left, window_right = call.window_left, call.window_right
     if not call.packed and q.shape[1] == 1:
-        window_right = None  # one query, the last: no key lies to its right
-    # Nothing is as far away as 2³⁰ rows, and sums of two such distances fit 32 bits.
+        window_right = None  # the only query is the last one: no key lies to its right
+    # 2³⁰ exceeds every distance between rows, and the sum of two such numbers fits 32 bits.
     return Call(
         q,
         k,
@@ -117,7 +117,7 @@ def prepared(call: Call) -> Call:
 
 
 def batched(packed: bool, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Packed tensors as one batch entry."""
+    """Returns packed tensors as one batch entry."""
     return tuple(x if x is None or not packed else x.unsqueeze(0) for x in tensors)
 
 
@@ -127,7 +127,7 @@ def block_d(head_dim: int) -> int:
 
 
 def kernel_arguments(call: Call) -> dict[str, Any]:
-    """What the kernels of both passes take of a prepared call, beside pointers to q, k and v."""
+    """The arguments from a prepared call that all kernels take, without pointers to q, k and v."""
     q, k = call.q, call.k
     _, seq_len_q, num_q_heads, head_dim = q.shape
     _, seq_len_kv, num_kv_heads, _ = k.shape
@@ -157,7 +157,7 @@ def kernel_arguments(call: Call) -> dict[str, Any]:
 
 
 def tile_arguments(config: configs.AttentionConfig) -> dict[str, int | None]:
-    """The launch arguments that a row of a table of tiles gives."""
+    """The launch arguments of a configuration."""
     return {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -169,6 +169,6 @@ def tile_arguments(config: configs.AttentionConfig) -> dict[str, int | None]:
 
 
 def choose(call: Call, table: tuple[configs.AttentionConfig, ...]) -> configs.AttentionConfig:
-    """The tiles of a table for this call on the current GPU."""
+    """The configuration from a table for this call on the current GPU."""
     q = call.q
     return configs.attention_config(table, target.current().arch, q.element_size(), q.shape[3])

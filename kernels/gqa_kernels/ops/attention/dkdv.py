@@ -1,8 +1,8 @@
 """The gradients of keys and values of flash attention; formulas in `backward.py`.
 
-One program owns BLOCK_N keys and values of one key/value head and walks the queries of all the
-heads of its group. It computes Sᵀ and dPᵀ as such: the transpose of a product is never the operand
-of another (miscompiled for Hopper before Triton 3.7.1).
+One program owns BLOCK_N keys and values of one key/value head and loops over the queries of all the
+heads of its group. It computes Sᵀ and dPᵀ directly and never passes the transpose of a product to
+another product: Triton before 3.7.1 miscompiles that for Hopper.
 """
 
 from typing import Any, NamedTuple
@@ -32,15 +32,16 @@ from gqa_kernels.runtime import configs, launch
 
 
 class _Queries(NamedTuple):
-    """The queries that a program loops over, those of a group's heads, and their statistics."""
+    """The queries that a program loops over, those of the heads of a group, and their lse and
+    delta."""
 
     q_ptr: Any  # at the sequence's query 0 of head 0
     dout_ptr: Any
     q_strides: Any
     dout_strides: Any
-    lse_ptr: Any  # likewise
+    lse_ptr: Any  # at query 0 of head 0 too
     delta_ptr: Any
-    statistics_stride: Any  # from head to head
+    statistics_stride: Any  # of lse and delta, between heads
     alibi_slopes_ptr: Any
     alibi_stride: Any
     key_ranges_ptr: Any
@@ -74,10 +75,10 @@ def _walk_queries(
     BLOCK_M: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """dk and dv and what num_tiles tiles of queries add to them: num_before from first_tile on, the
-    rest after num_skipped others.
+    """Adds the contributions of num_tiles tiles of queries per head to dk and dv; returns both.
 
-    One loop goes over the tiles of all heads, so that loads of the next head are issued early.
+    The tiles are num_before tiles from first_tile on and, after num_skipped others, the rest. One
+    loop covers the tiles of all heads, so that it issues the loads of the next head early.
     """
     BLOCK_D: tl.constexpr = key.shape[1]
     diagonal = seq_len_kv - of.seq_len_q  # query i sees keys up to i + diagonal
@@ -194,15 +195,15 @@ def _dkdv_kernel(
     q_ptr += batch_64 * q_strides[0] + first_q * q_strides[1]
     dout_ptr += batch_64 * dout_strides[0] + first_q * dout_strides[1]
 
-    row = batch_64 * num_kv_heads * GROUP_SIZE * rows_q + first_q  # of the statistics, head 0
+    row = batch_64 * num_kv_heads * GROUP_SIZE * rows_q + first_q  # of lse and delta, head 0
     of = _Queries(
         q_ptr, dout_ptr, q_strides, dout_strides, lse_ptr + row, delta_ptr + row, rows_q,
         alibi_slopes_ptr, alibi_stride, key_ranges_ptr, key_ranges_strides,
         work.sequence, batch, kv_head * GROUP_SIZE, seq_len_q,
     )  # fmt: skip
     keys = start_n + tl.arange(0, BLOCK_N)[:, None]
-    diagonal = seq_len_kv - seq_len_q  # query i stands on key i + diagonal
-    # Queries that see a key of this block, and among them those that see each of them.
+    diagonal = seq_len_kv - seq_len_q  # query i is aligned with key i + diagonal
+    # Queries that see at least one key of this block, and those that see all its keys.
     first_query, end_query = 0, seq_len_q
     first_free, end_free = 0, seq_len_q
     if window_right is not None:
@@ -229,7 +230,7 @@ def _dkdv_kernel(
         window_left is not None or window_right is not None or key_ranges_ptr is not None
     )
     if MASKS:
-        # Queries after the last one need no mask: none of their weights count.
+        # Queries beyond seq_len_q need no mask: `load_statistics` makes their weights 0.
         num_free = 0
         if APART:
             end_free_tile = tl.where(end_free < seq_len_q, end_free // BLOCK_M, end_tile)
@@ -247,7 +248,7 @@ def _dkdv_kernel(
             dk, dv, first_tile + num_before, num_free, 0, num_free,
             False, GROUP_SIZE, HEAD_DIM, BLOCK_M, NUM_STAGES,
         )  # fmt: skip
-    if key_mask_ptr is not None:  # a hidden key has rows of its own: that they are 0 is enough
+    if key_mask_ptr is not None:  # clearing the rows of a hidden key replaces masking its scores
         key_mask_ptr += batch_64 * key_mask_stride
         seen = tl.load(key_mask_ptr + keys, mask=keys < seq_len_kv, other=0) != 0  # [BLOCK_N, 1]
         dk = tl.where(seen, dk, 0.0)
@@ -265,7 +266,7 @@ _launch = launch.launcher(_dkdv_kernel)
 
 
 def key_value_gradients(call: Call, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """(dk, dv) of a prepared call; `given` are the arguments that `backward` adds."""
+    """(dk, dv) of a prepared call; `given` holds the arguments from `backward.py`."""
     k = call.k
     batch, seq_len_kv, num_kv_heads, _ = k.shape
     dk = torch.empty_like(k, memory_format=torch.contiguous_format)

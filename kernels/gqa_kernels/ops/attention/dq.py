@@ -1,6 +1,6 @@
 """The gradient of queries of flash attention; formulas in `backward.py`.
 
-One program owns BLOCK_M queries of one head and walks its keys.
+One program owns BLOCK_M queries of one head and loops over the head's keys.
 """
 
 from typing import Any
@@ -47,7 +47,7 @@ def _walk_keys(
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """dq and what num_steps tiles from first_tile on add to it."""
+    """Adds the contributions of num_steps key tiles from first_tile on to dq; returns dq."""
     BLOCK_D: tl.constexpr = q.shape[1]
     for step in tl.range(0, num_steps, num_stages=NUM_STAGES):
         start = (first_tile + step) * BLOCK_N
@@ -115,7 +115,7 @@ def _dq_kernel(
     seq_len_q, seq_len_kv = work.num_rows, work.num_other_rows
     if work.block * BLOCK_M >= seq_len_q:
         return
-    start_m = (tl.cdiv(seq_len_q, BLOCK_M) - 1 - work.block) * BLOCK_M  # the most keys first
+    start_m = (tl.cdiv(seq_len_q, BLOCK_M) - 1 - work.block) * BLOCK_M  # most keys first
     first_q, first_kv = work.first_row, work.first_other_row
     batch, head, kv_head = work.batch, work.head, work.head // GROUP_SIZE
     batch_64, head_64, kv_head_64 = batch.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
@@ -169,7 +169,7 @@ _launch = launch.launcher(_dq_kernel)
 
 
 def query_gradient(call: Call, given: dict[str, Any]) -> Tensor:
-    """dq of a prepared call; `given` are the arguments that `backward` adds."""
+    """dq of a prepared call; `given` holds the arguments from `backward.py`."""
     q = call.q
     batch, seq_len_q, num_q_heads, _ = q.shape
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -2,13 +2,13 @@
 
     out = softmax(scores) v,  lse = log Σ exp(scores)
 
-Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691 (the loop over keys inside, the
-division at the end); Shah et al. 2024, arXiv:2407.08608 (the product of the next tile under the
-softmax of this one). Query head h reads key/value head h // GROUP_SIZE: K and V are never repeated.
+Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691 (inner loop over keys, division at the
+end); Shah et al. 2024, arXiv:2407.08608 (the product of the next tile overlaps the softmax of this
+one). Query head h reads key/value head h // GROUP_SIZE: K and V are never repeated.
 
-One program owns BLOCK_M queries of one head. It walks the key tiles from the last to the first: the
-tiles that need a mask, on the diagonal and at the end, come first and the long loop has none; tiles
-that no query sees are never visited.
+One program owns BLOCK_M queries of one head. It loops over the key tiles from the last to the
+first: the tiles that need a mask, on the diagonal and at the end, come first, and the long loop
+applies no mask. Tiles that no query sees are skipped.
 """
 
 import torch
@@ -46,14 +46,14 @@ from gqa_kernels.runtime import configs, launch, layout, target
 
 @triton.jit
 def _multiply(q, k, start, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, USE_TMA: tl.constexpr):
-    """q times the keys from start on: `[BLOCK_M, BLOCK_N]`."""
+    """q times BLOCK_N keys from start on: `[BLOCK_M, BLOCK_N]`."""
     key = load_tile(k, start, HEAD_DIM, BLOCK_N, q.shape[1], USE_TMA)
     return tl.dot(q, key.T, input_precision="ieee")
 
 
 @triton.jit
 def _score(products, start, visible, scoring, MASKED: tl.constexpr):
-    """The scores of the keys from start on."""
+    """Returns scores from products: scaled, capped, biased and, if MASKED, masked."""
     keys = (start + tl.arange(0, products.shape[1]))[None, :]
     scores = score(products, keys, scoring)
     if MASKED:
@@ -73,7 +73,7 @@ def _fold(
     USE_TMA: tl.constexpr,
     DROPPED: tl.constexpr,
 ):
-    """The softmax with the scores and values of the keys from start on."""
+    """Adds a tile of scores, and the values of its keys from start on, to the running softmax."""
     BLOCK_N: tl.constexpr = scores.shape[1]
     BLOCK_D: tl.constexpr = softmax.accumulator.shape[1]
     weights, softmax = online_softmax_step(scores, softmax, scoring.exponent_scale, DROPPED, EXACT)
@@ -98,11 +98,11 @@ def _walk_ahead(
     DROPPED: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """num_steps tiles downwards from last_tile, whose scores are given; returns the scores of the
-    tile after them, and the softmax.
+    """Adds num_steps tiles, downwards from last_tile, to the softmax; `scores` are those of
+    last_tile. Returns the scores of the next tile and the softmax.
 
-    Each step multiplies q by the next tile's keys before it needs the result, so that the tensor
-    cores work while this tile's softmax runs.
+    Each step multiplies q by the next tile's keys before it needs the result, so the tensor cores
+    are busy while this tile's softmax runs.
     """
     BLOCK_N: tl.constexpr = scores.shape[1]
     EXACT: tl.constexpr = q.dtype == tl.float32
@@ -131,8 +131,8 @@ def _walk(
     DROPPED: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """The softmax after num_steps tiles, downwards from last_tile. Only one tile of scores is in
-    registers at a time."""
+    """Adds num_steps tiles, downwards from last_tile, to the softmax; returns it. Keeps only one
+    tile of scores in registers at a time."""
     EXACT: tl.constexpr = q.dtype == tl.float32
     for step in tl.range(0, num_steps, num_stages=NUM_STAGES):
         start = (last_tile - step) * BLOCK_N
@@ -221,11 +221,11 @@ def _forward_kernel(
     first_tile, num_tiles, num_free = key_tiles(first_own_key, visible, BLOCK_M, BLOCK_N)
     slope = load_slope(alibi_slopes_ptr, alibi_stride, work.sequence, head, score_unit)
     scoring = Scoring(own_keys, cap_scale, slope, score_unit * LOG2_E)
-    # Bits of float32 that the weights lose, if somebody asks for that.
+    # How many bits of float32 the weights lose when rounded; only the residue needs that.
     LOST: tl.constexpr = 16 if q.dtype == tl.bfloat16 else 13
     DROPPED: tl.constexpr = LOST if residue_ptr is not None else 0
     softmax = empty_softmax(BLOCK_M, BLOCK_D)
-    if sinks_ptr is not None:  # a key that has been seen already, whose value is 0
+    if sinks_ptr is not None:  # start as if a key with value 0 had been seen
         sink = tl.load(sinks_ptr + head).to(tl.float32) / score_unit
         running_max = tl.zeros([BLOCK_M], dtype=tl.float32) + sink
         one = softmax.running_sum + 1.0
@@ -265,7 +265,7 @@ def _forward_kernel(
             )  # fmt: skip
 
     out, log_sum = finish_softmax(softmax)
-    row = batch_64 * rows_per_batch + work.first_row  # of out, the sequence's first
+    row = batch_64 * rows_per_batch + work.first_row  # the sequence's first row of out
     offset, stride = (row * num_q_heads + head) * HEAD_DIM, num_q_heads * HEAD_DIM
     if residue_ptr is not None:
         rounded_sum = tl.where(softmax.rounded_sum != 0.0, softmax.rounded_sum, 1.0)
@@ -291,12 +291,12 @@ def launch_forward(
     """(out, lse, residue) of a prepared call, each of the last two None unless needed.
 
     Returns:
-        out: of the shape of its q.
-        lse: `[batch, num_q_heads, seq_len_q]`, in score units (`scores.py`): weights that are
-            computed again from large scores are as exact as the difference.
-        residue: int8, of the shape of out, whose dtype has 16 bits: by how much out differs from
-            the mean of the values under the very weights that multiplied them, which is what the
-            backward pass needs (`backward.py`).
+        out: of the shape of the call's q.
+        lse: `[batch, num_q_heads, seq_len_q]`, in score units (`scores.py`), so that weights
+            recomputed from large scores are as exact as the difference of score and lse.
+        residue: int8, of the shape of a 16-bit out: the difference between the mean of the values
+            under the rounded weights that multiplied them, which the backward pass needs, and out
+            (`backward.py`).
     """
     q, k, v = call.q, call.k, call.v
     batch, seq_len_q, num_q_heads, head_dim = q.shape
@@ -314,7 +314,7 @@ def launch_forward(
         residue = torch.empty_like(q, dtype=torch.int8, memory_format=torch.contiguous_format)
     with target.device_of(q):
         config = choose(call, configs.ATTENTION_FORWARD)
-        # A descriptor's tile would end in the rows of the next packed sequence.
+        # A TMA tile could reach into the rows of the next packed sequence.
         use_tma = target.current().has_tma and not call.packed
         use_tma = use_tma and layout.fits_tma(k) and layout.fits_tma(v)
         block = (config.block_n, block_d(head_dim))

@@ -1,8 +1,8 @@
-"""Which rows a program of an attention kernel works on.
+"""Finds the rows that a program of an attention kernel works on.
 
-Sequences either have all the same length, one per batch entry, or are packed one after another
-with their bounds in cu_seqlens. Packed, a program finds its sequence on the device: nothing but the
-total number of rows is known where it is launched.
+Sequences either all have the same length, one per batch entry, or are packed one after another
+with their bounds in cu_seqlens. If they are packed, a program finds its sequence on the device: the
+host knows only the total number of rows.
 """
 
 from typing import Any, NamedTuple
@@ -14,15 +14,13 @@ from gqa_kernels.runtime import layout
 
 
 class Work(NamedTuple):
-    """What a program owns: a block of rows of one head of one sequence.
-
-    Its own side is that of its rows, queries or keys; the sequence has rows on the other side too.
-    """
+    """What a program owns: a block of rows, queries or keys, of one head of one sequence. "Other"
+    rows are the sequence's keys if the program owns queries, and the reverse."""
 
     sequence: Any
-    batch: Any  # the batch entry, of packed sequences 0
+    batch: Any  # the batch entry; 0 for packed sequences
     head: Any
-    block: Any  # of the sequence's rows
+    block: Any  # index of the block within the sequence
     first_row: Any  # of the sequence
     num_rows: Any
     first_other_row: Any
@@ -31,14 +29,15 @@ class Work(NamedTuple):
 
 @triton.jit
 def _start(cu_seqlens_ptr, index, total):
-    """Row at which a sequence begins, in [0, total] whatever the memory holds; the first at 0."""
+    """The first row of a sequence, clamped to [0, total]; sequence 0 begins at row 0."""
     start = tl.load(cu_seqlens_ptr + index, mask=index > 0, other=0)
     return tl.minimum(tl.maximum(start, 0), total).to(tl.int32)
 
 
 @triton.jit
 def _bounds(cu_seqlens_ptr, sequence, num_sequences, total, rest):
-    """(first row, number of rows) of a sequence; `rest` ends the one after the last."""
+    """(first row, number of rows) of a sequence; the rows after the last sequence, up to `rest`,
+    count as one more."""
     first = _start(cu_seqlens_ptr, sequence, total)
     last = _start(cu_seqlens_ptr, tl.minimum(sequence + 1, num_sequences), total)
     last = tl.where(sequence < num_sequences, last, rest)
@@ -47,8 +46,8 @@ def _bounds(cu_seqlens_ptr, sequence, num_sequences, total, rest):
 
 @triton.jit
 def _find(cu_seqlens_ptr, num_sequences, total, program, BLOCK: tl.constexpr):
-    """(sequence, block) of a program: sequence b owns those from cu_seqlens[b] // BLOCK + b on,
-    which are as many as its blocks or one more."""
+    """(sequence, block) of a program. Sequence b owns the programs from cu_seqlens[b] // BLOCK + b
+    on: as many as it has blocks, or one more."""
     low = program * 0
     high = low + num_sequences
     while low < high:
@@ -69,10 +68,10 @@ def locate(
     num_rows_other,
     BLOCK: tl.constexpr,
 ):
-    """The work of this program.
+    """Returns the work of this program.
 
-    num_rows and num_rows_other are those of one batch entry. Packed sequences lie in batch entry 0;
-    the rows after the last of them are a sequence that has no rows on the other side.
+    num_rows and num_rows_other count the rows of one batch entry. Packed sequences are in batch
+    entry 0; the rows after the last one count as a sequence without other rows.
     """
     program = tl.program_id(0)
     if cu_seqlens_ptr is None:
@@ -93,12 +92,13 @@ def locate(
         )
         sequence = tl.minimum(
             sequence, num_sequences - 1
-        )  # whatever is kept per sequence ends there
+        )  # tensors with one entry per sequence end there
         return Work(sequence, program * 0, head, block, first, length, first_other, length_other)
 
 
 def num_blocks(num_rows: int, num_sequences: int | None, block: int) -> int:
-    """Programs per head and batch entry that cover the rows, packed if num_sequences is given."""
+    """The number of programs per head and batch entry that cover the rows, which are packed if
+    num_sequences is given."""
     if num_sequences is None:
         return layout.cdiv(num_rows, block)
     return num_rows // block + num_sequences + 1

@@ -3,14 +3,14 @@
     q, k ← rotated by the angles of their positions, as in `rope.py`
     k_cache[slot], v_cache[slot] ← k, v        or round(k / k_scale), round(v / v_scale)
 
-What a decode step does between its projections and its attention. Su et al. 2021, arXiv:2104.09864;
+A decode step runs this between its projections and its attention. Su et al. 2021, arXiv:2104.09864;
 slots as in Kwon et al. 2023, "Efficient memory management for large language model serving with
 PagedAttention", arXiv:2309.06180.
 
-One program owns BLOCK_H heads, of q, of k or of v, of one token. All are addressed by their
-strides, so that views of a fused projection and of a cache of many layers need no copy. A head is
-a tile of pairs (`rotation.py`), v's too: quantising takes the largest feature of a head, whichever
-half it stands in.
+One program owns BLOCK_H heads, of q, of k or of v, of one token. It addresses all tensors by their
+strides, so views of a fused projection and of a cache of many layers need no copy. A head is a tile
+of pairs (`rotation.py`), for v too: quantisation uses the largest feature of a head, in either
+half.
 """
 
 from typing import Any, NamedTuple
@@ -30,12 +30,12 @@ from gqa_kernels.primitives.rotation import (
 )
 from gqa_kernels.runtime import checks, launch, layout, library, target
 
-INT8_MAX = tl.constexpr(127.0)  # −128 is not used: negation stays exact
+INT8_MAX = tl.constexpr(127.0)  # −128 is not used, so that negation is exact
 E4M3_MAX = tl.constexpr(448.0)
 
 
 class Cache(NamedTuple):
-    """The cache of keys or of values; the scales None where it is not quantised."""
+    """The cache of keys or of values; the scales are None unless it is quantised."""
 
     ptr: Any
     strides: Any
@@ -44,7 +44,7 @@ class Cache(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """Where the heads of a token from first_head on are kept."""
+    """Where the heads of a token, from first_head on, are stored."""
 
     page: Any
     offset: Any
@@ -53,15 +53,15 @@ class Slot(NamedTuple):
 
 @triton.jit
 def _encode_e4m3(x):
-    """The bits of float8_e4m3fn nearest to float32 x, ties to even; beyond ±448 those of ±448.
+    """Returns the bits of the float8_e4m3fn nearest to float32 x, ties to even, clamped to ±448.
 
-    In whole numbers, since neither every target nor the interpreter rounds so by itself.
+    It uses integer arithmetic because some targets and the interpreter do not round this way.
     """
     size = tl.minimum(tl.abs(x), E4M3_MAX)
     bits = size.to(tl.int32, bitcast=True)
-    # 20 of 23 bits of the significand go, and the exponent's bias from 127 to 7.
+    # Drops 20 of the 23 bits of the significand and changes the exponent's bias from 127 to 7.
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
-    # Below 2⁻⁶ a code counts steps of 2⁻⁹, the last bit of 2¹⁴: their sum rounds to such steps.
+    # Below 2⁻⁶ a code counts steps of 2⁻⁹, the last bit of 2¹⁴, so adding 2¹⁴ rounds to such steps.
     subnormal = (size + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
     code = tl.where(size < 0.015625, subnormal, normal)
     sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
@@ -70,10 +70,10 @@ def _encode_e4m3(x):
 
 @triton.jit
 def _encode_int8(x):
-    """x to the nearest of −127 … 127, ties to even; 0 for NaN, which int8 has not."""
-    # Under another name: a compiler may take a bound for NaN, and x has to be NaN below.
+    """Rounds x to the nearest of −127 … 127, ties to even; 0 for NaN, which int8 does not have."""
+    # A separate variable: a compiler may replace NaN by a bound here, and x has to be NaN below.
     bounded = tl.minimum(tl.maximum(x, -INT8_MAX), INT8_MAX)
-    # The last bit of 1.5 · 2²³ is worth 1: the sum's low byte is the rounded number.
+    # The last bit of 1.5 · 2²³ counts 1, so the low byte of the sum is the rounded number.
     code = (bounded + 12582912.0).to(tl.int32, bitcast=True)
     return tl.where(x == x, code, 0).to(tl.int8)
 
@@ -94,13 +94,13 @@ def _append(
     page, offset = slot.page, slot.offset
     cache_ptr = cache.ptr + page * cache.strides[0] + offset * cache.strides[1]
     if cache.scale_ptr is not None:
-        # float8_e4m3fn comes as its bits, uint8.
+        # float8_e4m3fn is passed as its bits, uint8.
         IS_INT8: tl.constexpr = cache_ptr.dtype.element_ty == tl.int8
         scale_ptr, strides = cache.scale_ptr, cache.scale_strides
         if SCALE_PER_TOKEN:
             LARGEST: tl.constexpr = INT8_MAX if IS_INT8 else E4M3_MAX
             scale = tl.math.div_rn(tl.max(tl.maximum(tl.abs(a), tl.abs(b)), 1), LARGEST)
-            # A maximum may pass over NaN; the scale must not.
+            # A maximum may ignore NaN; the scale must not.
             unknown = tl.max(((a != a) | (b != b)).to(tl.int32), 1)
             scale = tl.where(unknown != 0, float("nan"), scale)
             scale_ptr += page * strides[0] + offset * strides[1]
@@ -168,7 +168,7 @@ def _append_kernel(
     INTERLEAVED: tl.constexpr,
     SCALE_PER_TOKEN: tl.constexpr,
 ):
-    """One program: BLOCK_H heads of q, of k or of v of one token."""
+    """One program processes BLOCK_H heads of q, of k or of v of one token."""
     NUM_Q_BLOCKS: tl.constexpr = (NUM_Q_HEADS + BLOCK_H - 1) // BLOCK_H
     NUM_KV_BLOCKS: tl.constexpr = (NUM_KV_HEADS + BLOCK_H - 1) // BLOCK_H
     token = tl.program_id(0).to(tl.int64)
@@ -199,7 +199,7 @@ def _append_kernel(
             heads = heads_at(k_ptr, k_strides[2], first_head, NUM_KV_HEADS, BLOCK_H)
             a, b = load_pairs(heads, HEAD_DIM, BLOCK_PAIRS, INTERLEAVED)
             a, b = rotate(a, b, cos, sin)
-            # The cache holds k as the model has it, rounded once.
+            # The cache stores k as the model computes it, rounded to its dtype.
             dtype: tl.constexpr = k_out_ptr.dtype.element_ty
             a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
             heads = heads_at(k_out_ptr, HEAD_DIM, first_head, NUM_KV_HEADS, BLOCK_H)
@@ -212,7 +212,7 @@ def _append_kernel(
         first_head = (block - NUM_Q_BLOCKS - NUM_KV_BLOCKS) * BLOCK_H
         v_ptr += batch * v_strides[0] + index * v_strides[1]
         heads = heads_at(v_ptr, v_strides[2], first_head, NUM_KV_HEADS, BLOCK_H)
-        # Halves, whatever the pairs of k: v is not rotated.
+        # v is not rotated, so it is loaded as halves even if the pairs of k are interleaved.
         a, b = load_pairs(heads, HEAD_DIM, BLOCK_PAIRS, False)
         cache = Cache(v_cache_ptr, v_cache_strides, v_scale_ptr, v_scale_strides)
         slot = Slot(page, offset, first_head)
@@ -223,7 +223,7 @@ _launch_append = launch.launcher(_append_kernel)
 
 
 def _bits(cache: Tensor) -> Tensor:
-    """float8_e4m3fn as uint8: not every target's compiler knows the type."""
+    """Returns a float8_e4m3fn cache as uint8, since some targets' compilers lack the type."""
     return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
 
 
@@ -278,7 +278,7 @@ def _forward(
             slots_stride_t=slots.stride(1),
             seq_len=seq_len,
             max_seq_len=cos.shape[0],
-            # A cache of pages without slots has no page to write to.
+            # Pages of size 0 have no slot, so there is no page to write to.
             page_size=max(page_size, 1),
             num_pages=num_pages if page_size else 0,
             NUM_Q_HEADS=num_q_heads,
@@ -321,7 +321,7 @@ def _check(
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
         if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
             raise ValueError(
-                f"{name}: expected entries with memory of their own; got strides {x.stride()}"
+                f"{name}: expected entries that share no memory; got strides {x.stride()}"
             )
     shape = ("max_seq_len", head_dim // 2)
     checks.tensor("cos", cos, dtypes=(torch.float32,), shape=shape, like=like)
@@ -369,19 +369,19 @@ def rope_append_kv(
             num_kv_heads, head_dim]` or `[num_pages, page_size, num_kv_heads, head_dim]`; any
             strides with contiguous features. Written.
         cos, sin: float32 `[max_seq_len, head_dim / 2]`.
-        positions: int32 or int64 `[batch, seq_len]`; outside the table k, and so what is stored of
-            it, is NaN.
-        slots: int64 or int32 `[batch, seq_len]`, in the first two dimensions of the caches laid
-            flat; one outside them (−1) writes nothing.
-        k_scale, v_scale: of quantised caches, float32 `[num_kv_heads]`, read, or
-            `[*k_cache.shape[:2], num_kv_heads]`, written.
+        positions: int32 or int64 `[batch, seq_len]`; for a position outside the table, k is NaN,
+            also in the cache.
+        slots: int64 or int32 `[batch, seq_len]`, indices into the first two dimensions of the
+            caches, flattened; an index outside them (−1) writes nothing.
+        k_scale, v_scale: for quantised caches; float32 `[num_kv_heads]`, which the op reads, or
+            `[*k_cache.shape[:2], num_kv_heads]`, which it writes.
         interleaved: pairs are (2i, 2i + 1); otherwise (i, i + head_dim / 2).
     Returns:
         (q, k) rotated, in new contiguous tensors.
     Raises:
         TypeError, ValueError: an argument of another kind, dtype, shape or device.
         NotImplementedError: another head_dim, a float8_e4m3fn cache on a GPU without that type, or
-            an input that requires a gradient, where autograd records: a cache has none.
+            an input that requires a gradient while autograd records.
         RuntimeError: q is not on a GPU that Triton drives.
     """
     interleaved = checks.flag("interleaved", interleaved)

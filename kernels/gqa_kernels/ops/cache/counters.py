@@ -1,14 +1,14 @@
-"""Counters at zero, for kernels whose programs find out which of them is the last.
+"""Zeroed counters, for kernels that determine which of their programs finishes last.
 
-Such a kernel leaves its counters at zero again. Clearing them for every launch would be a launch of
-its own, as long as what the counters save, so they are cleared once and kept; the question is only
-who may share them. No two launches that can run at the same time may:
+Such a kernel resets its counters to zero. Clearing them before every launch would need another
+launch and take as long as the counters save, so they are cleared once and kept. Launches that can
+run at the same time must not share counters:
 
-- Launches of one stream run one after another and share the buffer of that stream.
-- A captured launch runs whenever its graph is replayed, on any stream, beside any other. It gets
-  counters that nobody else is ever given: a part of a reserve that was cleared, outside a capture,
-  before. Replays of one graph run one after another.
-- Where a capture finds the reserve used up, or never made, its counters are cleared in the graph.
+- Launches on one stream run one after another and share the buffer of that stream.
+- A captured launch runs whenever its graph is replayed, on any stream, concurrently with others. It
+  gets counters that no other launch uses: a part of a reserve that was cleared earlier, outside a
+  capture. Replays of one graph run one after another.
+- If there is no reserve during a capture, or it is used up, the graph clears the counters itself.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 _MIN_COUNT = 1 << 12
-_RESERVE = 1 << 20  # 4 MB: 70B's 80 layers in 25 graphs of 64 sequences
+_RESERVE = 1 << 20  # 4 MB: enough for the 80 layers of 70B in 25 graphs of 64 sequences
 
 
 class _Reserve(NamedTuple):
@@ -27,12 +27,12 @@ class _Reserve(NamedTuple):
 
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}
 _reserves: dict[torch.device, _Reserve] = {}
-_in_graphs: list[Tensor] = []  # graphs hold addresses, not tensors
+_in_graphs: list[Tensor] = []  # kept alive: graphs hold addresses, not tensors
 
 
 def zeroed(count: int, device: torch.device) -> Tensor:
-    """At least `count` int32 counters at zero for one launch on the current stream of `device`,
-    the current device."""
+    """Returns at least `count` zeroed int32 counters for one launch on the current stream of
+    `device`, which is the current device."""
     if device.type == "cpu":  # the interpreter runs one launch at a time
         return _for_stream(count, device, 0)
     if torch.cuda.is_current_stream_capturing():
@@ -51,8 +51,8 @@ def _for_stream(count: int, device: torch.device, stream: int) -> Tensor:
 
 
 def _refill(device: torch.device) -> None:
-    """A new reserve where there is none or most of it is used. Whoever captures a graph waits for
-    the device first, hence for the zeros."""
+    """Makes a new reserve if there is none or most of it is used. A capture waits for the device
+    before it starts, so the zeros are written by then."""
     reserve = _reserves.get(device)
     if reserve is None or reserve.num_used > len(reserve.counters) // 2:
         if reserve is not None:

@@ -2,19 +2,19 @@
 
     out = softmax(softmax_scale · q kᵀ) v   over the first seq_lens[b] entries of the cache
 
-Dao et al. 2023, "Flash-Decoding for long-context inference". A sequence is split into chunks of
-keys. A program takes a chunk of one key/value head and all the queries that read it (the new tokens
-× the heads of the group, packed into the rows of one tile), so that K and V are read once, and
-leaves a partial result; the program that finishes last combines them, in the order of the chunks.
-So one launch does it all, and which program is last does not show in the result. A sequence of one
-chunk needs no partial result.
+Split-KV: Dao et al. 2023, "Flash-Decoding for long-context inference". A sequence is split into
+chunks of keys. A program processes a chunk of one key/value head with all the queries that read it
+(the new tokens × the heads of the group, packed into the rows of one tile), so that K and V are
+read once, and stores a partial result. The program that finishes last combines the partial results
+in the order of the chunks, so one launch suffices and the result does not depend on which program
+is last. A sequence of one chunk needs no partial result.
 
-Chunks are cut on the device, by a sequence's length alone. A sequence's result has the same bits
-alone and in any batch, in a contiguous cache and in a paged one, of any capacity and page size, and
-whatever the number of programs that share its chunks: there is no mode to ask for that.
+The device cuts the chunks by the length of the sequence alone. The result of a sequence has the
+same bits alone and in any batch, in a contiguous and in a paged cache, for any capacity and page
+size, and for any number of programs that share its chunks. This needs no special mode.
 
-Entries beyond a sequence's length are never loaded. Within it, each new token may have a range of
-keys of its own and keys may be hidden from all of them.
+Entries beyond a sequence's length are never loaded. Within it, each new token may be limited to a
+range of keys, and keys may be hidden from all new tokens.
 """
 
 import torch
@@ -24,7 +24,7 @@ from gqa_kernels.ops.cache import counters
 from gqa_kernels.ops.cache.decode_kernel import _decode_kernel
 from gqa_kernels.runtime import checks, configs, launch, layout, library, target
 
-MAX_NEW_TOKENS = 16  # the reference's
+MAX_NEW_TOKENS = 16  # as in the reference
 
 _launch_decode = launch.launcher(_decode_kernel)
 
@@ -121,7 +121,7 @@ def _forward(
 
 
 def _capacity(k_cache: Tensor, block_table: Tensor | None) -> int:
-    """How many tokens a sequence has room for."""
+    """The largest number of tokens of a sequence."""
     return k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
 
 
@@ -186,7 +186,8 @@ def decode_attention(
     key_mask: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of each sequence's last tokens over its cache; see `reference.decode_attention`.
+    """Attention of the last tokens of each sequence over its cache; see
+    `reference.decode_attention`.
 
     Args:
         q: float32, float16 or bfloat16 `[batch, seq_len_q, num_q_heads, head_dim]`, seq_len_q 1 to
@@ -195,23 +196,23 @@ def decode_attention(
             `[num_pages, page_size, num_kv_heads, head_dim]`, page_size a power of two; q's dtype,
             or both float8_e4m3fn or int8; any strides with contiguous features.
         seq_lens: int32 or int64 `[batch]` in [0, capacity], the new tokens included; capacity is
-            max_seq_len, or max_pages · page_size. Read on the device; a length above the capacity
-            counts as the capacity. None: every sequence fills it.
-        block_table: int32 `[batch, max_pages]`. Entries beyond a length are not read; an entry
-            outside [0, num_pages) within it reads nothing: its keys count as hidden.
-        k_scale, v_scale: float32 `[num_kv_heads]` or `[*k_cache.shape[:2], num_kv_heads]`, of
-            float8_e4m3fn and int8 caches, and of no others.
+            max_seq_len, or max_pages · page_size. The kernel reads them on the device; a length
+            above the capacity counts as the capacity. None: every sequence has length capacity.
+        block_table: int32 `[batch, max_pages]`. Entries beyond a length are not read; the keys of
+            an entry outside [0, num_pages) count as hidden.
+        k_scale, v_scale: float32 `[num_kv_heads]` or `[*k_cache.shape[:2], num_kv_heads]`, for
+            float8_e4m3fn and int8 caches only.
         softmax_scale: positive; None means 1 / sqrt(head_dim).
         key_ranges, key_mask: as in `flash_attention`, with capacity for seq_len_kv.
         return_lse: also return the natural-log lse, float32 `[batch, num_q_heads, seq_len_q]`.
     Returns:
-        out `[batch, seq_len_q, num_q_heads, head_dim]`, contiguous, or (out, lse); 0 and −inf where
-        a query sees no key.
+        out `[batch, seq_len_q, num_q_heads, head_dim]`, contiguous, or (out, lse). For a query that
+        sees no key, out is 0 and lse is −inf.
     Raises:
         TypeError, ValueError: an argument of another kind, dtype, shape or device.
         NotImplementedError: another head_dim, more than 16 new tokens, a page_size that is no power
             of two, a float8_e4m3fn cache on a GPU without that type, or an input that requires a
-            gradient: a cache has none.
+            gradient.
         RuntimeError: q is not on a GPU that Triton drives.
     """
     return_lse = checks.flag("return_lse", return_lse)

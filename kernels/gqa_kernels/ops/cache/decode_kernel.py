@@ -1,4 +1,4 @@
-"""The kernel of decode attention; what it computes and why in this order is in `decode.py`."""
+"""The kernel of decode attention; `decode.py` says what it computes and in which order."""
 
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ class Queries(NamedTuple):
 
 @triton.jit
 def _load_length(seq_lens_ptr, index, stride, capacity):
-    """A sequence's length in [0, capacity], clamped before it is narrowed."""
+    """Loads a sequence's length, clamped to [0, capacity] before it is cast to 32 bits."""
     if seq_lens_ptr is None:
         return tl.cast(capacity, tl.int32)
     length = tl.load(seq_lens_ptr + index * stride).to(tl.int64)
@@ -37,7 +37,7 @@ def _load_length(seq_lens_ptr, index, stride, capacity):
 
 @triton.jit
 def _cut(seq_len, CHUNK: tl.constexpr, MAX_SPLITS: tl.constexpr):
-    """(keys per split, number of splits, at least 1) of a sequence: multiples of CHUNK keys."""
+    """(keys per split, number of splits) of a sequence: a multiple of CHUNK, and at least 1."""
     chunk = tl.maximum(tl.cdiv(seq_len, CHUNK * MAX_SPLITS), 1) * CHUNK
     return chunk, tl.maximum(tl.cdiv(seq_len, chunk), 1)
 
@@ -51,7 +51,7 @@ def _unpack(
     NUM_KV_HEADS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
 ):
-    """The queries of packed rows."""
+    """Returns the queries of packed rows."""
     NUM_Q_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP_SIZE
     token = packed // GROUP_SIZE
     head = (kv_head * GROUP_SIZE + packed % GROUP_SIZE).to(tl.int64)
@@ -62,16 +62,16 @@ def _unpack(
 
 @triton.jit
 def _store_lse(lse_ptr, lse, queries):
-    """If that is asked for."""
+    """Stores lse unless lse_ptr is None."""
     if lse_ptr is not None:
         tl.store(lse_ptr + queries.lse_row, lse, mask=queries.exist)
 
 
 @triton.jit
 def _is_last(counter_ptr, num_arrivals):
-    """Counts this program in. The last of all to arrive sees what the others stored, and clears
-    the counter for the next launch."""
-    # The barrier puts the stores of all threads before the one thread that counts and releases.
+    """Counts this program and returns whether it is the last to arrive. The last one sees what the
+    others stored, and clears the counter for the next launch."""
+    # The barrier orders the stores of all threads before the atomic add of the one that counts.
     tl.debug_barrier()
     last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == num_arrivals - 1
     if last:
@@ -92,11 +92,9 @@ def _combine(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """lse = log Σₛ exp(lseₛ), which it returns, and out = Σₛ exp(lseₛ − lse) · partialₛ, of some
-    queries.
+    """Stores lse = log Σₛ exp(lseₛ) and out = Σₛ exp(lseₛ − lse) · partialₛ of some queries.
 
-    The splits were written by other programs: their loads pass by the L1 cache, which nothing keeps
-    up to date.
+    Other programs wrote the splits, so loads bypass the L1 cache, which is not coherent.
     """
     BLOCK_R: tl.constexpr = queries.row.shape[0]
     exist = queries.exist[None, :]
@@ -134,7 +132,7 @@ def _combine(
 
 @triton.jit
 def _score(q, key):
-    """q keyᵀ. A lone row, 1/16 of a matrix tile, is multiplied as a vector where it is one."""
+    """q keyᵀ. A single row, 1/16 of a matrix tile, is multiplied as a vector."""
     if q.shape[0] == 1:
         return tl.sum(q.to(tl.float32) * key.to(tl.float32), 1)[None, :]
     return tl.dot(q, key.T, input_precision="ieee")
@@ -152,8 +150,8 @@ def _add(weights, value, accumulator):
 def _add_scaled(weights, scales, value, accumulator):
     """accumulator + Σⱼ weightⱼ · scaleⱼ · valueⱼ.
 
-    The scales go to the weights, fewer than the values. Only their ratio to the largest does: small
-    scales alone would be lost to float16.
+    The weights, which are fewer than the values, are multiplied by the scales, divided by the
+    largest scale first: small scales would underflow in float16.
     """
     largest = tl.max(tl.abs(scales), 0)
     ratios = scales / tl.where(largest == 0.0, 1.0, largest)
@@ -208,7 +206,7 @@ def _decode_kernel(
     """One program attends from BLOCK_M packed queries to every num_programs-th split of the keys
     of one key/value head."""
     tl.static_assert(CHUNK % BLOCK_N == 0)
-    tl.static_assert(BLOCK_M % BLOCK_R == 0)  # no row of another program's is combined
+    tl.static_assert(BLOCK_M % BLOCK_R == 0)  # a program combines its own rows only
     NUM_ROWS: tl.constexpr = SEQ_LEN_Q * GROUP_SIZE
     NUM_ROW_BLOCKS: tl.constexpr = (NUM_ROWS + BLOCK_M - 1) // BLOCK_M
     first_row = (tl.program_id(0) % NUM_ROW_BLOCKS) * BLOCK_M
@@ -252,8 +250,8 @@ def _decode_kernel(
         table_stride = block_table_strides[1]
     pages = Pages(batch, block_table_ptr, table_stride, num_pages)
     exponent_scale = softmax_scale * LOG2_E
-    # What a split needs of the loop below is derived anew for each: kept across them it would take
-    # a third of the registers.
+    # Each split recomputes the loop invariants of the loop below (disable_licm): hoisted, they
+    # would take a third of the registers.
     for split in tl.range(tl.program_id(1), num_splits, tl.num_programs(1), disable_licm=True):
         start = split * chunk
         end = tl.minimum(start + chunk, seq_len)
@@ -269,7 +267,7 @@ def _decode_kernel(
             keys = tile + tl.arange(0, BLOCK_N)[None, :]
             if block_table_ptr is not None:
                 scores = tl.where(entries.exist[None, :], scores, -float("inf"))
-            # A tile reaches beyond its split only at the end of the sequence.
+            # Only the last tile of a sequence reaches beyond its split.
             visible = Visible(own_keys, seq_len, None, 0, first_keys, end_keys, key_mask_ptr)
             scores = mask(scores, keys, visible)
             weights, softmax = online_softmax_step(scores, softmax, exponent_scale)

@@ -1,7 +1,7 @@
-"""Where the keys and values of a sequence lie in a cache `[page, slot, head, feature]`.
+"""Where the keys and values of a sequence are in a cache `[page, slot, head, feature]`.
 
-A contiguous cache is one whose page b holds all of sequence b. Pages are numbered in int64: a page
-times its stride needs more than 32 bits in a cache of a few GB.
+In a contiguous cache, page b holds all of sequence b. Page numbers are int64: a page times its
+stride needs more than 32 bits in a cache of a few GB.
 """
 
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ class Pages(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """Where some keys lie: `[BLOCK_N]`, the page alone one for all or `[BLOCK_N]`."""
+    """Where some keys are: `[BLOCK_N]` each; the page may be one scalar for all."""
 
     page: Any
     slots: Any
@@ -28,20 +28,20 @@ class Entries(NamedTuple):
 
 
 class Cached(NamedTuple):
-    """What the cache holds of one head: keys, values, or their scales."""
+    """The cached keys, values or scales of one head."""
 
-    ptr: Any  # to that of page 0, slot 0
+    ptr: Any  # to page 0, slot 0
     page_stride: Any
     slot_stride: Any
 
 
 @triton.jit
 def locate_keys(pages, first, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The entries of the keys first … first + BLOCK_N − 1.
+    """Returns the entries of the keys first … first + BLOCK_N − 1.
 
-    One page for all where a tile cannot cross a page's border: first is a multiple of BLOCK_N and
-    below end, the end of the sequence or of its part. Keys from end on, and those of a page outside
-    [0, num_pages), are not there.
+    `first` is a multiple of BLOCK_N and below `end`, the end of the sequence or of its split, so
+    all keys are in one page if PAGE_SIZE ≥ BLOCK_N. Keys from `end` on, and those of a page outside
+    [0, num_pages), do not exist.
     """
     keys = first + tl.arange(0, BLOCK_N)
     exists = keys < end
@@ -60,13 +60,13 @@ def locate_keys(pages, first, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexp
 
 @triton.jit
 def _rows(cached, entries):
-    """`[BLOCK_N]`: offsets of the entries."""
+    """The offsets of the entries, `[BLOCK_N]`."""
     return entries.page * cached.page_stride + entries.slots.to(tl.int64) * cached.slot_stride
 
 
 @triton.jit
 def load_vectors(cached, entries, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """`[BLOCK_N, BLOCK_D]`: keys or values; zero where there is none."""
+    """Loads keys or values, `[BLOCK_N, BLOCK_D]`; 0 for entries that do not exist."""
     columns = tl.arange(0, BLOCK_D)[None, :]
     rows = _rows(cached, entries)
     mask = entries.exist[:, None] & (columns < HEAD_DIM)
@@ -75,5 +75,5 @@ def load_vectors(cached, entries, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr)
 
 @triton.jit
 def load_scales(cached, entries):
-    """`[BLOCK_N]`: the scale of each key or value; zero where there is none."""
+    """Loads the scale of each key or value, `[BLOCK_N]`; 0 for entries that do not exist."""
     return tl.load(cached.ptr + _rows(cached, entries), mask=entries.exist, other=0.0)

@@ -1,15 +1,15 @@
 """Cross-entropy and log-probabilities over a vocabulary, without the logits of all tokens.
 
-Two ops do the work, both over chunks of logits (`chunks.py`):
+Two ops process chunks of logits (`chunks.py`):
 
-- The sum of all losses. Its gradients are one upstream number times what the forward pass knows
-  already. So, where autograd records, they are made there, from the logits at hand: three matrix
-  products in all, and the backward pass multiplies by the upstream number. Kept in between:
-  dhidden, and dweight in float32, which is rounded once, after that.
-- Four numbers per token (`losses.TokenScores`), whose upstream gradients differ from token to token
-  and are known in the backward pass alone. It makes each chunk's logits again: four products. From
-  these numbers follow losses per token, log-probabilities, entropies, and all that of a vocabulary
-  which ranks share.
+- The sum of all losses. Its gradients are one upstream number times values that the forward pass
+  can compute. So, while autograd records, the forward pass computes them from the logits it has
+  (three matrix products in all), and the backward pass multiplies by the upstream number. Saved in
+  between: dhidden, and dweight in float32, which is rounded once, after that multiplication.
+- Four numbers per token (`losses.TokenScores`). Their upstream gradients differ from token to token
+  and are known only in the backward pass, which recomputes the logits of each chunk (four
+  products). Losses per token, log-probabilities and entropies follow from these numbers, also for a
+  vocabulary that is sharded over ranks.
 """
 
 import torch
@@ -24,7 +24,7 @@ from gqa_kernels.runtime import configs, launch, layout, library, target
 
 _launch_scale = launch.launcher(scale_kernel)
 
-# What a rank calls a row that no rank has a loss for.
+# The target of an ignored row when the vocabulary is sharded over ranks.
 _IGNORED = -1
 
 
@@ -45,7 +45,7 @@ def _sum_launch(
     need_dhidden: bool,
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(sum, its gradients by hidden and by weight, the latter in float32)."""
+    """Returns (sum, dhidden, dweight in float32); the gradients are None unless needed."""
     dhidden, dweight = gradients_like(hidden, weight, ignore_index, need_dhidden, need_dweight)
     problem = Problem(hidden, weight, targets, ignore_index)
     loss = torch.zeros(problem.num_rows, dtype=torch.float32, device=hidden.device)
@@ -72,7 +72,7 @@ def _sum_fake(
 def _sum_backward(
     dsum: Tensor, dhidden: Tensor | None, dweight: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Each times dsum, in `dtype`."""
+    """Returns dhidden and dweight times dsum, in `dtype`."""
 
     def scaled(x: Tensor | None) -> Tensor | None:
         if x is None:
@@ -110,10 +110,10 @@ def _sum_setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
     hidden, weight, targets, *ctx.options, need_dhidden, need_dweight = inputs
     _, dhidden, dweight = output
     ctx.dtype = weight.dtype
-    # A traced call may not have known that it would be differentiated.
+    # While it is traced, a call may not know that it will be differentiated.
     needs_dhidden, needs_dweight = ctx.needs_input_grad[:2]
     ctx.is_ready = need_dhidden >= needs_dhidden and need_dweight >= needs_dweight
-    # What the gradients depend on is saved with them: a second derivative is refused by it.
+    # The inputs are saved too, so that the backward pass can refuse a second derivative.
     ctx.save_for_backward(
         hidden,
         weight,
@@ -163,7 +163,7 @@ def _tokens_launch(
     temperature: float,
     need_mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(maximum, log_sum, score, mean), each 0 where ignored."""
+    """Returns (maximum, log_sum, score, mean), each 0 in ignored rows."""
 
     def vector() -> Tensor:
         return torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
@@ -288,7 +288,7 @@ def _token_scores(
     part: losses.Part | None,
     ignore_index: int | None,
 ) -> losses.TokenScores:
-    """Over the whole vocabulary; `options` are softcap, temperature and need_mean."""
+    """The scores over the whole vocabulary; `options` are softcap, temperature and need_mean."""
     if part is None:
         return losses.TokenScores(*_TOKENS(hidden, weight, targets, ignore_index, *options))
     arguments.check_tensors(hidden, part.weight, targets)
@@ -315,27 +315,27 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor:
-    """The loss of hidden · weightᵀ, without the logits; see `reference.linear_cross_entropy`.
+    """The loss of hidden · weightᵀ, without all logits in memory; see
+    `reference.linear_cross_entropy`.
 
-    Rows that are ignored cost no matrix product, once the device knows them. Logits are made by
-    chunks of 256 MiB at most, or of one block of rows.
-
-    Where autograd records, the mean and the sum compute their gradients in the forward pass (three
-    products), the losses of each token in the backward pass (four).
+    Ignored rows cost no matrix product. Logits are computed in chunks of at most 256 MiB, or of one
+    block of rows. While autograd records, the gradients of the mean and of the sum are computed in
+    the forward pass (three products), those of the losses per token in the backward pass (four).
 
     Args:
         hidden: float32, float16 or bfloat16 `[..., hidden_size]`, any strides.
         weight: `[vocab_size, hidden_size]`, in hidden's dtype; a DTensor sharded over the
             vocabulary, or with `group` this rank's part of it.
-        targets: int32 or int64 `[...]`. What lies outside of the vocabulary, and is not
-            `ignore_index`, makes the loss NaN.
-        ignore_index, reduction, num_predictions, softcap, z_loss, group: as there. In float16 the
-            sum's gradient of a logit, 1 + 2 · z_loss · lse at most, is to be below 65504.
+        targets: int32 or int64 `[...]`. A target outside of the vocabulary other than
+            `ignore_index` makes the loss NaN.
+        ignore_index, reduction, num_predictions, softcap, z_loss, group: as in the reference. In
+            float16 the gradient of the sum by a logit, at most 1 + 2 · z_loss · lse, has to stay
+            below 65504.
     Returns:
         float32, a scalar, or `[...]` with reduction "none".
     Raises:
         TypeError, ValueError: an argument of another kind, dtype, shape or device.
-        NotImplementedError: a DTensor that is sharded in another way; a second derivative.
+        NotImplementedError: a DTensor with another sharding; a second derivative.
         RuntimeError: hidden is not on a GPU that Triton drives.
     """
     ignore_index = arguments.ignore_index(ignore_index)
@@ -366,17 +366,17 @@ def token_log_probs(
     return_entropy: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """log p(target) of each token, and the entropy, without the logits; see
-    `reference.token_log_probs`. Both have gradients; the backward pass makes the logits again.
+    """log p(target) of each token, and the entropy, without all logits in memory; see
+    `reference.token_log_probs`. Both have gradients; the backward pass recomputes the logits.
 
     Args:
-        hidden, weight, targets, group: as `linear_cross_entropy` takes them. No target is ignored:
-            one outside of the vocabulary makes its row NaN, and with it the gradient of the weight,
-            even where the row's upstream gradient is 0.
+        hidden, weight, targets, group: as in `linear_cross_entropy`. No target is ignored: a target
+            outside of the vocabulary makes its row and the gradient of the weight NaN, even if the
+            upstream gradient of the row is 0.
         temperature: positive.
         return_entropy: also return the entropy.
     Returns:
-        float32 `[...]`; with the entropy two of them.
+        float32 `[...]`; with return_entropy, (log_probs, entropy).
     Raises:
         As `linear_cross_entropy`.
     """

@@ -1,4 +1,4 @@
-"""What the arguments may be."""
+"""Checks of the arguments of the losses."""
 
 import math
 from typing import Any
@@ -39,7 +39,7 @@ def ignore_index(value: int | None) -> int | None:
 
 
 def num_predictions(reduction: str, value: Tensor | float | None) -> Tensor | float | None:
-    """What "mean" divides by, beside a reduction that is checked too."""
+    """Checks `reduction` and returns the number by which "mean" divides."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}; got {reduction!r}")
     if value is None:
@@ -71,7 +71,7 @@ def z_loss(value: float) -> float:
 
 
 def _positive(name: str, value: float) -> float:
-    """A float32 whose reciprocal is one, too."""
+    """Returns the value if it and its reciprocal are normal float32 numbers."""
     number = checks.number(name, value)
     if not 1e-37 <= number <= 1e37:
         raise ValueError(f"{name}: expected a number from 1e-37 to 1e37; got {value!r}")

@@ -1,11 +1,11 @@
 """The logits of all tokens, one chunk of rows at a time.
 
-A chunk's logits are made, turned into their gradient in place, multiplied, and overwritten by those
-of the next chunk. How large a chunk is: at R rows the product for dweight, whose sum over chunks
-lies in memory in float32, computes 2·R flops where it moves 8 bytes. An H200 computes 206 flops
-(of 989 TFLOP/s in bfloat16) in the time that it moves one byte (of 4.8 TB/s), so that from 824 rows
-on the product, not memory, sets the pace. 256 MiB are 4096 rows of Llama 2's vocabulary and 1024 of
-one of 128256; that, and no multiple of the number of tokens, is what the logits take.
+The logits of a chunk are computed, replaced by their gradient in place, multiplied, and overwritten
+by those of the next chunk. The size of a chunk: with R rows, the product for dweight, whose float32
+sum over chunks is in memory, computes 2·R flops per 8 bytes moved. An H200 computes 206 flops (at
+989 TFLOP/s in bfloat16) in the time that it moves one byte (at 4.8 TB/s), so from 824 rows on the
+product is compute-bound. 256 MiB are 4096 rows of Llama 2's vocabulary and 1024 rows of a
+vocabulary of 128256. The memory of the logits does not grow with the number of tokens.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ _launch_softmax = launch.launcher(softmax_kernel)
 
 
 class Vectors(NamedTuple):
-    """One number per token each, or None: what `softmax_kernel` reads or writes."""
+    """What `softmax_kernel` reads or writes: each one number per token, or None."""
 
     loss: Tensor | None = None
     maximum: Tensor | None = None
@@ -63,13 +63,13 @@ class Problem:
         )
         self.order = self.count = None
         if ignore_index is not None and self.num_rows:
-            # Rows that count come first, in their order; the host does not learn how many.
+            # Rows that are not ignored come first, in order; the host does not read their number.
             counts = self.targets != ignore_index
             self.order = counts.sort(descending=True, stable=True).indices
             self.count = counts.sum(dtype=torch.int32)
 
     def logits_of_a_chunk(self) -> Tensor:
-        """Memory for them, in rows that are aligned."""
+        """Allocates the logits of one chunk, with aligned rows."""
         stride = layout.cdiv(self.vocab_size, 64) * 64
         row_bytes = stride * self.hidden.element_size()
         block = self.config.block_m
@@ -86,8 +86,8 @@ class Problem:
         *,
         known: bool = False,
     ) -> None:
-        """Fills what is not None: of `vectors`, and dhidden `[num_rows, hidden_size]` in the rows
-        that count and dweight, float32 `[vocab_size, hidden_size]`.
+        """Fills `vectors`, dhidden `[num_rows, hidden_size]` (rows that are not ignored) and
+        dweight, float32 `[vocab_size, hidden_size]`, each unless None.
 
         Args:
             known: maximum, log_sum and mean are given.
@@ -202,7 +202,7 @@ class Problem:
 def gradients_like(
     hidden: Tensor, weight: Tensor, ignore_index: int | None, need_dhidden: bool, need_dweight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Memory for dhidden, 0 in rows that are ignored, and for dweight in float32."""
+    """Allocates dhidden, 0 in ignored rows, and dweight in float32, each if needed."""
     dhidden = dweight = None
     if need_dhidden:
         make = torch.empty if ignore_index is None else torch.zeros

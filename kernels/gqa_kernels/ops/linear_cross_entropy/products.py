@@ -1,9 +1,9 @@
-"""The three matrix products, of as many rows as the device says.
+"""The three matrix products, whose number of rows is known on the device only.
 
-Rows that count are named by `order_ptr`, the first `count_ptr` of it; where both are None, rows are
-what they are, and all count. A program whose rows do not count ends at once, so that an ignored
-row costs nothing, and the host waits for no number. Every sum is taken in one order, by one
-program: the same bits in every run and, for a row, in any company.
+The first `count_ptr` entries of `order_ptr` are the indices of the rows that are not ignored; if
+both are None, no row is ignored. A program without such rows returns at once, so ignored rows cost
+nothing and the host waits for no number. One program takes each sum, in one order, so a row has the
+same bits in every run and in every batch.
 """
 
 import triton
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def num_left(count_ptr, first, num_rows):
-    """How many of the rows from the `first` on count, of `num_rows` at most."""
+    """How many rows from `first` on are not ignored; at most `num_rows`."""
     if count_ptr is not None:
         num_rows = tl.minimum(num_rows, tl.load(count_ptr) - first)
     return num_rows
@@ -20,7 +20,7 @@ def num_left(count_ptr, first, num_rows):
 
 @triton.jit
 def named_rows(order_ptr, first, rows, mask):
-    """Which rows of all tokens these rows of a chunk are."""
+    """The indices, among all tokens, of these rows of a chunk."""
     named = (first + rows).to(tl.int64)
     if order_ptr is not None:
         named = tl.load(order_ptr + named, mask=mask, other=0)
@@ -29,8 +29,8 @@ def named_rows(order_ptr, first, rows, mask):
 
 @triton.jit
 def _add_product(a, b, total, part, step):
-    """total + a · b. In float32, where a sum of thousands of terms one after the other would lose
-    digits, `part` collects the products of eight steps before they are added."""
+    """total + a · b. In float32, where adding thousands of terms one by one would lose digits,
+    `part` accumulates the products of eight steps before they are added to the total."""
     if a.dtype == tl.float32:
         part = tl.dot(a, b, part, input_precision="ieee")
         is_last = step % 8 == 7
@@ -66,10 +66,10 @@ def rows_product_kernel(
 ):
     """C[r, n] = Σ_k A[r, k] · B[k, n] for the rows r of a chunk; one program computes one tile.
 
-    A_NAMED, C_NAMED: A or C has the rows of all tokens; else it has those of the chunk.
-    A_WIDTH, C_WIDTH: K and N, but of logits that of their rows in memory, which end with zeros:
-    a mask that ends where 16 bytes end leaves accesses wide.
-    Programs that follow one another share their columns of B.
+    A_NAMED, C_NAMED: A or C has the rows of all tokens; otherwise it has those of the chunk.
+    A_WIDTH, C_WIDTH: K and N; for logits the width of their rows in memory, which are padded with
+    zeros, because accesses are wide only if the mask ends at a multiple of 16 bytes.
+    Consecutive programs share their columns of B.
     """
     num_blocks = tl.cdiv(num_rows, BLOCK_M)
     rows = (tl.program_id(0) % num_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -118,10 +118,10 @@ def weight_product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dweight[v, h] = Σ_r dlogits[r, v] · hidden[r, h] over the rows r of a chunk, in float32, or
-    added to what is there; one program computes one tile.
+    """dweight[v, h] = Σ_r dlogits[r, v] · hidden[r, h] over the rows r of a chunk, in float32; with
+    ADD, added to dweight. One program computes one tile.
 
-    WIDTH: of dlogits' rows in memory, which end with zeros.
+    WIDTH: of the rows of dlogits in memory, which are padded with zeros.
     """
     num_blocks: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
     tokens = (tl.program_id(0) // num_blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)

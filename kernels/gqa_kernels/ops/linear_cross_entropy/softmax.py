@@ -49,10 +49,11 @@ def softmax_kernel(
     KNOWN: tl.constexpr,
     GRADIENT: tl.constexpr,
 ):
-    """One row: what it is asked for, in vectors of all tokens, and the gradient in place of logits.
+    """One program processes one row: it writes the requested vectors and, with GRADIENT, replaces
+    the logits by their gradient.
 
-    loss_ptr: −log p(target) + z_loss · lse² goes there, and the gradient is its own.
-    WIDTH: of the row in memory; what is behind the vocabulary is 0, and stays it.
+    loss_ptr: for −log p(target) + z_loss · lse²; unless None, the gradient is that of this loss.
+    WIDTH: of the row in memory; the padding behind the vocabulary is 0 and remains 0.
     KNOWN: maximum, log_sum and mean are read, not computed.
     """
     chunk_row = tl.program_id(0)
@@ -66,7 +67,7 @@ def softmax_kernel(
         maximum, log_sum = tl.load(maximum_ptr + row), tl.load(log_sum_ptr + row)
         mean = _load(mean_ptr, row, 0.0)
     else:
-        # Before the first reduction, so that no thread has put a gradient in its place.
+        # Loaded before the first reduction, before any thread overwrites it with a gradient.
         logit = tl.load(logits_ptr + tl.where(known, target, 0)).to(tl.float32)
         maximum, total, weighted = -float("inf"), 0.0, 0.0
         for start in range(0, VOCAB, BLOCK):
@@ -74,12 +75,12 @@ def softmax_kernel(
             logits = tl.load(logits_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
             x = tl.where(columns < VOCAB, unit * cap(logits, cap_scale), -float("inf"))
             new_maximum = tl.maximum(maximum, tl.max(x))
-            # Where all so far are −inf there is nothing to subtract.
+            # If all logits so far are −inf, there is nothing to subtract.
             origin = tl.where(new_maximum == -float("inf"), 0.0, new_maximum)
             scale = tl.exp(maximum - origin)
             powers = tl.exp(x - origin)
             if mean_ptr is not None:
-                # Σ exp(x − c) · (x − c) for another c.
+                # Converts Σ exp(x − c) · (x − c) to the new c.
                 moved = total * tl.where(total > 0.0, maximum - origin, 0.0)
                 terms = powers * tl.where(columns < VOCAB, x - origin, 0.0)
                 weighted = (weighted + moved) * scale + tl.sum(terms)
@@ -122,8 +123,8 @@ def softmax_kernel(
 
 @triton.jit
 def scale_kernel(x_ptr, factor_ptr, y_ptr, num_elements, BLOCK: tl.constexpr):
-    """y = x · factor, rounded once; one program computes BLOCK elements. What is 0, as gradients of
-    ignored rows are, stays 0 whatever the factor."""
+    """y = x · factor, rounded once; one program computes BLOCK elements. Zeros, such as gradients
+    of ignored rows, stay 0 for every factor."""
     elements = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = elements < num_elements
     x = tl.load(x_ptr + elements, mask=mask, other=0.0).to(tl.float32)
