@@ -17,6 +17,7 @@ from llama2.commands import (
     generate,
     ghost_attention,
     obedience,
+    plot_options,
     ppo_options,
     pretrain_options,
     rejection_sample,
@@ -44,6 +45,7 @@ _EXAMPLES = """examples:
   llama2 obedience --checkpoint BEFORE --checkpoint AFTER --data held_out.jsonl --out obeyed.jsonl
   llama2 answer --checkpoint DIR --data held_out.jsonl --out answers.jsonl --sheet sheet.html
   llama2 rejection-sample --checkpoint DIR --reward DIR --data p.jsonl --samples 16 --out r.jsonl
+  llama2 plot build/run build/other-run --out build/runs.svg
   llama2 align --preset cpu --out build/align
   llama2 convert Llama-2-7b-hf Llama-2-7b-gqa8 --num-kv-heads 8
   llama2 tradeoff --preset none --out build/paper --shape 70B --gpu H100
@@ -183,6 +185,12 @@ def _parser() -> argparse.ArgumentParser:
             "the best of several answers by a reward model",
             rejection_sample.add_arguments,
             rejection_sample.run,
+        ),
+        (
+            "plot",
+            "draw the training logs of runs",
+            plot_options.add_arguments,
+            _on_request("plot", "plot"),
         ),
         (
             "align",

@@ -110,7 +110,7 @@ MODEL_ALLOWED = {
     }
     | {"checkpoint"}
     | {"config", "conversion", "convert_checkpoint", "decoder", "evaluation", "finetune"}
-    | {"generate", "model", "parallel", "placement", "rlhf", "scalar_model", "targets"}
+    | {"generate", "model", "parallel", "placement", "reporting", "rlhf", "scalar_model", "targets"}
     | {"terminal"}
     | {"serving", "stops", "storage", "taught_format", "tokenizer", "tradeoff", "train"}
     | {"warm_up"},

@@ -112,6 +112,7 @@ def _tune(
             inputs=_weights_of(args),
             execution=computer.execution,
             asked_to_stop=asked_to_stop,
+            tensorboard=args.tensorboard,
         )
     round_to_bfloat16(actors.policy)
     last = log[-_LAST:]

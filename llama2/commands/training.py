@@ -30,9 +30,10 @@ from llama2.tokenizer import Tokenizer
 from llama2.train import pretrain
 from llama2.train.corpora import TOKENIZER
 from llama2.train.data import is_within
+from llama2.train.event_files import check_tensorboard
 from llama2.train.execution import STATE
 from llama2.train.objectives import Objective, next_token
-from llama2.train.ownership import check_held, claimed, finish, run_id_of
+from llama2.train.ownership import check_held, claimed, finish, run_id_of, write_record
 from llama2.train.pretrain import Batches, TrainConfig
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -116,15 +117,24 @@ def check_memory(
 
 
 def check_folders(args: argparse.Namespace, inputs: list[Path]) -> None:
-    """No input may change by the run itself, and no checkpoint may be lost."""
-    for name in ("work", "out"):
-        for path in inputs:
-            if is_within(getattr(args, name), path):
-                raise ValueError(
-                    f"{name}: expected a directory outside of the texts {path}, which it would "
-                    f"change; got {getattr(args, name)}"
-                )
+    """Checks that the run changes no input, loses no checkpoint and can write what it should.
+
+    Raises:
+        ValueError: a directory of the run is part of its input, or holds another checkpoint.
+        ImportError: `--tensorboard` is given and tensorboard is not installed.
+    """
+    if args.tensorboard is not None:
+        check_tensorboard()
+    for name in ("work", "out", "tensorboard"):
         path = getattr(args, name)
+        if path is None:
+            continue
+        for text in inputs:
+            if is_within(path, text):
+                raise ValueError(
+                    f"{name}: expected a directory outside of the texts {text}, which it would "
+                    f"change; got {path}"
+                )
         for option in ("init", "reward", "safety_reward"):
             model = getattr(args, option, None)
             if model is not None and is_within(model, path) and is_within(path, model):
@@ -236,6 +246,7 @@ def train(
             counts_tokens=counts_tokens,
             execution=machine.execution,
             asked_to_stop=asked_to_stop,
+            tensorboard=args.tensorboard,
         )
     round_to_bfloat16(model)
     return log
@@ -307,7 +318,7 @@ def export(
     record: dict[str, Any],
     files: Mapping[str, Path | str],
 ) -> None:
-    """Writes the checkpoint of the run, with `record`, whose "run" is its id.
+    """Writes the checkpoint of the run, and `record`, whose "run" is its id, there and to `--work`.
 
     Args:
         files: by their names in the checkpoint, files to be copied and texts to be written.
@@ -325,6 +336,7 @@ def export(
                 continue
             with replacing(args.out / name) as partial:
                 shutil.copyfile(content, partial)
+        write_record(args.work, record)  # for `llama2 plot`, which is given that folder
         finish(args.out, record)
     if machine.mesh is not None:
         dist.barrier()

@@ -7,7 +7,7 @@ from llama2.placement import add_options
 
 
 def add_folders(parser: argparse.ArgumentParser, work: str) -> None:
-    """`--work` and `--out`.
+    """`--work`, `--out` and `--tensorboard`.
 
     Args:
         work: what else than state and log the first receives.
@@ -20,6 +20,13 @@ def add_folders(parser: argparse.ArgumentParser, work: str) -> None:
         required=True,
         metavar="DIR",
         help="the checkpoint at the end, in bfloat16 and Hugging Face's layout",
+    )
+    add(
+        "--tensorboard",
+        type=Path,
+        metavar="DIR",
+        help="write the numbers of the log to TensorBoard event files too, in DIR, which no other "
+        "run uses; needs the extra `tensorboard`",
     )
 
 

@@ -124,13 +124,13 @@ def to_markdown(title: str, blocks: Sequence[Block]) -> str:
     return f"# {_mark(title)}\n\n{body}\n"
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """File names may hold any character: those that cannot be shown are replaced."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _escape(text: str) -> str:
-    return html.escape(_printable(text))
+    return html.escape(printable(text))
 
 
 def _badges(tags: Sequence[Tag | None]) -> str:
@@ -208,7 +208,7 @@ def _inline(name: str, svg: str, caption: str) -> str:
 
 
 def _mark(text: str) -> str:
-    return re.sub(r"([\\`*_\[\]<>|&])", r"\\\1", _printable(text))
+    return re.sub(r"([\\`*_\[\]<>|&])", r"\\\1", printable(text))
 
 
 def _marked_tags(tags: Sequence[Tag | None]) -> str:
@@ -239,4 +239,4 @@ def _markdown_block(block: Block, blocks: Sequence[Block]) -> str:
         case Figure(name, _, caption, tags):
             return f"![{_mark(caption)}]({name}.svg)\n\n{_mark(caption)}{_marked_tags(tags)}"
         case Code(text):
-            return "\n".join("    " + _printable(line) for line in text.splitlines())
+            return "\n".join("    " + printable(line) for line in text.splitlines())

@@ -28,19 +28,33 @@ _STYLE = {
     "svg.hashsalt": "tradeoff",
     "text.parse_math": False,  # a name with a $ is a name
 }
-_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # no time, no version
+_NO_METADATA = {  # no time, no version
+    "svg": dict.fromkeys(("Creator", "Date", "Format", "Type")),
+    "png": {"Software": None},
+}
+_DPI = 72 * 2  # dots per inch of a PNG; an SVG has 72 of its units per inch
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 _MARKERS = "osD^vP*X<>"
 
 
-def svg(draw: Callable[[], Figure]) -> str:
-    """Draws in this module's style, which ends with the call, and gives the file's text."""
-    written = io.StringIO()
+def image(draw: Callable[[], Figure], form: str) -> bytes:
+    """Draws in this module's style, which ends with the call, and returns the file's contents.
+
+    Args:
+        form: "svg" or "png".
+    """
+    written = io.BytesIO()
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # a reader's own settings would change the bytes
         matplotlib.rcParams.update(_STYLE)
-        draw().savefig(written, format="svg", metadata=_NO_METADATA, bbox_inches="tight")
+        settings = {"metadata": _NO_METADATA[form], "bbox_inches": "tight", "dpi": _DPI}
+        draw().savefig(written, format=form, **settings)
     return written.getvalue()
+
+
+def svg(draw: Callable[[], Figure]) -> str:
+    """The text of the SVG file of `image`."""
+    return image(draw, "svg").decode("utf-8")
 
 
 def panels(

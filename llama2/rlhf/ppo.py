@@ -80,6 +80,7 @@ def train(
     inputs: dict[str, Any] | None = None,
     execution: Execution = OneProcess(),  # noqa: B008  (it has no state)
     asked_to_stop: Callable[[], bool] = lambda: False,
+    tensorboard: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Trains the policy and the critic in place and returns the records of the log, one per
     iteration; states, log and resuming as in `pretrain.train`. A state is of the end of an
@@ -88,6 +89,7 @@ def train(
 
     Args:
         inputs: what else two runs must share for one to resume the other, such as reward models.
+        tensorboard: as of `pretrain.train`.
     Raises:
         KeyboardInterrupt, ValueError: as `pretrain.train`.
         FloatingPointError: a logit, score, log-probability, value, loss or gradient is not finite,
@@ -114,6 +116,7 @@ def train(
         save_every=save_every,
         execution=execution,
         asked_to_stop=asked_to_stop,
+        tensorboard=tensorboard,
         unit="iteration",
         shown="reward",
     )

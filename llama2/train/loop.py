@@ -11,10 +11,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from llama2.train.event_files import scalar_writer
 from llama2.train.execution import Execution
-from llama2.train.state import Identity, cut_log, read_log
-
-LOG = "log.jsonl"
+from llama2.train.state import LOG, Identity, cut_log, read_log
 
 
 def run_steps(
@@ -30,6 +29,7 @@ def run_steps(
     asked_to_stop: Callable[[], bool] = lambda: False,
     unit: str = "step",
     shown: str = "loss",
+    tensorboard: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Does the steps that are left of a run and returns the records of its log, one per step.
 
@@ -45,6 +45,7 @@ def run_steps(
         execution: the processes; every one of them calls this.
         asked_to_stop: is asked after each step; if it says so, the step is saved and the run ends.
         unit, shown: what the progress calls a step, and which number of the record it shows.
+        tensorboard: a directory for TensorBoard event files, which get the numbers of the log.
     Raises:
         KeyboardInterrupt: it was asked to stop, and is saved.
         ValueError: the state in `folder` is of another run, or has done more steps than that, or
@@ -63,8 +64,10 @@ def run_steps(
     seconds_before = cut_log(log_path, first_step) if execution.speaks else 0.0
     started = time.perf_counter() - seconds_before
     written = log_path if execution.speaks else Path(os.devnull)
+    has_scalars = execution.speaks and first_step < num_steps
     with (
         written.open("a", buffering=1) as log,
+        scalar_writer(tensorboard if has_scalars else None, first_step) as scalars,
         tqdm(
             range(first_step, num_steps),
             initial=first_step,
@@ -77,11 +80,13 @@ def run_steps(
             record = {"step": step, **do_step(step)}
             record["seconds"] = round(time.perf_counter() - started, 3)
             log.write(json.dumps(record) + "\n")
+            scalars.add(record)
             progress.set_postfix({shown: f"{record[shown]:.3f}"})
             stops = asked_to_stop() and step + 1 < num_steps
             if (step + 1) % save_every == 0 or step + 1 == num_steps or stops:
                 if execution.speaks:  # no state without the records that come before it
                     os.fsync(log.fileno())
+                    scalars.flush()
                 execution.save(folder, model, optimizer, step + 1, identity)
             if stops:
                 raise KeyboardInterrupt(f"saved after {unit} {step + 1} of {num_steps}")

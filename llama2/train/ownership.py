@@ -10,7 +10,8 @@ from typing import Any
 from llama2.storage import locked, write_text
 
 _START = "start.json"  # in the folder of the work
-_CLAIM, _RECORD = ".claimed", "training.json"  # in that of the checkpoint: before, and with it
+_CLAIM = ".claimed"  # in that of the checkpoint, until it is written
+RECORD = "training.json"  # with the checkpoint, and a copy in the folder of the work
 
 
 def run_id_of(work: Path, init: Path | None = None, *, begun: bool = False) -> str:
@@ -59,7 +60,7 @@ def claimed(out: Path, run_id: str) -> Iterator[None]:
 
 def _check_free(out: Path, run_id: str) -> None:
     """Raises ValueError if `out` has files that this run has not written."""
-    if run_id in (_owner(out / _CLAIM), _owner(out / _RECORD)):
+    if run_id in (_owner(out / _CLAIM), _owner(out / RECORD)):
         return
     # A claim without a checkpoint that nobody holds any more keeps nobody out.
     found = sorted(file.name for file in out.iterdir() if not file.name.startswith(_CLAIM))
@@ -90,5 +91,9 @@ def check_held(out: Path, run_id: str) -> None:
 
 def finish(out: Path, record: dict[str, Any]) -> None:
     """Writes what a run says of its checkpoint, its id under "run", in place of the claim."""
-    write_text(out / _RECORD, json.dumps(record, indent=2) + "\n")
+    write_record(out, record)
     (out / _CLAIM).unlink(missing_ok=True)
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    write_text(folder / RECORD, json.dumps(record, indent=2) + "\n")

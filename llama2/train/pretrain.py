@@ -234,6 +234,7 @@ def train(
     counts_tokens: bool = True,
     execution: Execution = OneProcess(),  # noqa: B008  (it has no state)
     asked_to_stop: Callable[[], bool] = lambda: False,
+    tensorboard: Path | None = None,
 ) -> list[dict[str, float]]:
     """Trains `model` in place on `data` and returns the records of the log, one per step.
 
@@ -247,6 +248,7 @@ def train(
         counts_tokens: False of rows that have lengths of their own: the log has no "tokens".
         execution: the processes; every one of them calls this.
         asked_to_stop: is asked after each step; if it says so, the step is saved and the run ends.
+        tensorboard: a directory for TensorBoard event files, which get the numbers of the log.
     Raises:
         KeyboardInterrupt: it was asked to stop, and is saved.
         ValueError: the state in `folder` is of another run or its log is incomplete; `save_every`
@@ -281,4 +283,5 @@ def train(
         save_every=save_every,
         execution=execution,
         asked_to_stop=asked_to_stop,
+        tensorboard=tensorboard,
     )

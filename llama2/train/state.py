@@ -1,6 +1,7 @@
 """What a killed run leaves behind and a resumed run picks up: a state and a log."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 from torch import nn
 
 from llama2.storage import reading, replacing
+
+LOG = "log.jsonl"  # in a run's folder, a line per step
 
 # What two runs must share for one to resume the other: names and values by their kind.
 Identity = dict[str, dict[str, Any]]
@@ -90,10 +93,39 @@ def _parsed(path: Path, lines: list[str]) -> list[dict[str, float]]:
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-            records[-1]["step"], records[-1]["seconds"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}:{number}: expected a record of a step; {error!r}") from error
+            records.append(_record(line))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from error
+    return records
+
+
+def _record(line: str) -> dict[str, float]:
+    try:
+        record = json.loads(line)
+        record["step"], record["seconds"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"expected a record of a step; {error!r}") from error
+    return record
+
+
+def records_so_far(
+    path: Path, complain: Callable[[Path, int, ValueError], None]
+) -> list[dict[str, float]]:
+    """The records of a log that a run may still be writing.
+
+    A last line without a line end is left out: the run is writing it, or was killed meanwhile.
+
+    Args:
+        complain: is called with the path, the number and the error of every other line that is
+            not a record; such lines are left out too.
+    """
+    records = []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        try:
+            records.append(_record(line))
+        except ValueError as error:
+            complain(path, number, error)
     return records
 
 
