@@ -81,7 +81,7 @@ def kv_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2) -> int:
 
 
 def head_counts(config: ModelConfig) -> tuple[int, ...]:
-    """Every possible num_kv_heads, from MQA (1) to MHA (num_q_heads).
+    """Returns every possible num_kv_heads, from MQA (1) to MHA (num_q_heads).
 
     Raises:
         ValueError: more query heads than any model has, whose divisors would fill pages.

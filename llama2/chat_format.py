@@ -87,12 +87,13 @@ def instruction(prompt: str) -> str:
 
 
 def answered(prompt: str, answer: str) -> str:
-    """A finished turn: `[INST] {prompt} [/INST] {answer} `."""
+    """Returns a finished turn: `[INST] {prompt} [/INST] {answer} `."""
     return f"{instruction(prompt)} {answer} "
 
 
 def chat_turns(messages: Sequence[Message], *, system_in_every_turn: bool = False) -> list[str]:
-    """The texts of a chat between BOS and EOS, the last without the answer that is asked for.
+    """Returns the texts of a chat between BOS and EOS, the last without the answer that is asked
+    for.
 
     Raises:
         TypeError, ValueError: as `check_messages`.
@@ -103,8 +104,8 @@ def chat_turns(messages: Sequence[Message], *, system_in_every_turn: bool = Fals
 
 
 def without_tags(text: str) -> str:
-    """A text of a model as a conversation goes on with it: without the format's tags, which would
-    speak for others."""
+    """Returns a text of a model as a conversation goes on with it: without the format's tags, which
+    would speak for others."""
     while any(tag in text for tag in CHAT_TAGS):  # a removal can put another one together
         for tag in CHAT_TAGS:
             text = text.replace(tag, "")
@@ -143,7 +144,7 @@ CHAT_TEMPLATES = {
 
 
 def format_of(chat_template: object) -> str:
-    """The format that a checkpoint's chat template is written in; "chat" unless it is another of
-    ours."""
+    """Returns the format that a checkpoint's chat template is written in; "chat" unless it is
+    another of ours."""
     found = [name for name, template in CHAT_TEMPLATES.items() if template == chat_template]
     return found[0] if found else "chat"

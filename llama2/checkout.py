@@ -27,8 +27,9 @@ def made_with(arguments: argparse.Namespace, packages: Iterable[str] = ()) -> di
 
 
 def commit_of(file: Path) -> str | None:
-    """The checkout's commit, with "+changes" where it is not clean; None where there is no git, no
-    checkout, or one that does not track the file, such as another project's around an install."""
+    """Returns the checkout's commit, with "+changes" where it is not clean; None where there is no
+    git, no checkout, or one that does not track the file, such as another project's around an
+    install."""
     file = file.resolve()
 
     def git(*arguments: str) -> str:

@@ -95,7 +95,7 @@ def _answered(arguments: argparse.Namespace) -> int:
 
 
 def _prints(arguments: argparse.Namespace) -> bool:
-    """Whether a command's result goes to stdout, and not to a file alone."""
+    """Returns whether a command's result goes to stdout, and not to a file alone."""
     return arguments.run is not serve_offline.run or serve_offline.is_stdout(arguments.out)
 
 

@@ -67,7 +67,7 @@ def is_size(value: object, most: int = MAX_SIZE) -> bool:
 
 
 def is_positive(value: object) -> bool:
-    """Whether it is a positive number that a float holds."""
+    """Returns whether it is a positive number that a float holds."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and 0 < value <= sys.float_info.max
 

@@ -68,7 +68,8 @@ def convert_layer(
     second_moment: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> AttentionWeights:
-    """The projections of a layer with `num_kv_heads` key/value heads; query heads stay as many.
+    """Returns the projections of a layer with `num_kv_heads` key/value heads; query heads stay as
+    many.
 
     Consecutive key/value heads form a group, of which each method makes one head:
 
@@ -140,7 +141,8 @@ def aligned(
     second_moment: Tensor,
     interleaved: bool = False,
 ) -> AttentionWeights:
-    """The re-parametrisation before "aligned" takes the mean: as many heads, the same outputs.
+    """Returns the re-parametrisation before "aligned" takes the mean: as many heads, the same
+    outputs.
 
     Value heads: A = U Wᵀ of the singular value decomposition v₁ E[x xᵀ] vᵢᵀ = U S Wᵀ. Keys: the
     phase of Σ k₁ k̄ᵢ per pair.
@@ -161,7 +163,8 @@ def convert(
     calibration: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Llama2:
-    """A new model with `num_kv_heads` key/value heads, made from `model`; see `convert_layer`.
+    """Returns a new model with `num_kv_heads` key/value heads, made from `model`; see
+    `convert_layer`.
 
     Args:
         ops: the new model's backend.
@@ -232,7 +235,7 @@ def _pairs(x: Tensor, interleaved: bool) -> Tensor:
 
 
 def _features(x: Tensor, interleaved: bool) -> Tensor:
-    """The inverse of `_pairs`."""
+    """Returns the inverse of `_pairs`."""
     if interleaved:
         return torch.stack((x.real, x.imag), dim=-2).flatten(-3, -2)
     return torch.cat((x.real, x.imag), dim=-2)

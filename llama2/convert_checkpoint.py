@@ -133,7 +133,7 @@ def check_conversion(config: ModelConfig, num_kv_heads: int, method: str, target
 
 
 def _digest(*parts: bytes) -> str:
-    """The beginning of a SHA-256, to tell two requests apart."""
+    """Returns the beginning of a SHA-256, to tell two requests apart."""
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
@@ -221,7 +221,7 @@ class _Conversion:
         }
 
     def settings(self, source: Path) -> dict[str, Any]:
-        """The content of config.json: the source's own, where it has one."""
+        """Returns the content of config.json: the source's own, where it has one."""
         file = source / hf.CONFIG_FILE
         if file.is_file():
             return json.loads(file.read_bytes()) | {"num_key_value_heads": self.num_kv_heads}

@@ -153,8 +153,9 @@ def _projected(
     joint: JointProjection,
     step: CacheStep | None,
 ) -> Sequence[Tensor]:
-    """The output of each projection: by one product in a step on a cache without gradients. A call
-    without a cache never uses it, so that its bits do not depend on whether autograd records."""
+    """Returns the output of each projection: by one product in a step on a cache without gradients.
+    A call without a cache never uses it, so that its bits do not depend on whether autograd
+    records."""
     if step is None or torch.is_grad_enabled():
         return [projection(x) for projection in projections]
     return joint(x, *projections)

@@ -152,7 +152,7 @@ class Generator:
         )
 
     def _alone(self, steps: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-        """The same, one thread at a time."""
+        """Yields the same, one thread at a time."""
         while True:
             if not self._lock.acquire(blocking=False):
                 raise RuntimeError(
@@ -229,7 +229,7 @@ class Generator:
 
 
 def drawn_ids(config: ModelConfig, vocab_size: int | None) -> int:
-    """How many of the model's ids may be drawn."""
+    """Returns how many of the model's ids may be drawn."""
     if vocab_size is None:
         return config.vocab_size
     if not is_whole(vocab_size) or not 1 <= vocab_size <= config.vocab_size:

@@ -70,8 +70,8 @@ class JointProjection:
             self._weight, self._parts = None, ()
 
     def __call__(self, x: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
-        """The output of each module: views of one product if the weights are where `fuse` moved
-        them and the modules are still plain, otherwise the result of calling each module."""
+        """Returns the output of each module: views of one product if the weights are where `fuse`
+        moved them and the modules are still plain, otherwise the result of calling each module."""
         if not self._is_fused(linears):
             return [linear(x) for linear in linears]
         widths = [len(part) for part in self._parts]
@@ -89,18 +89,18 @@ class JointProjection:
 
 
 def memory_of(weight: Tensor) -> int:
-    """The address of the allocation that holds a weight."""
+    """Returns the address of the allocation that holds a weight."""
     return weight.untyped_storage().data_ptr()
 
 
 def _num_holders(x: Tensor) -> int:
-    """How many tensors refer to the allocation of x, and what else does: one number more for every
-    one that is not x."""
+    """Returns how many tensors refer to the allocation of x, and what else does: one number more
+    for every one that is not x."""
     return torch._C._storage_Use_Count(x.untyped_storage()._cdata)
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    """Whether a module's call is F.linear(x, weight) and nothing else."""
+    """Returns whether a module's call is F.linear(x, weight) and nothing else."""
     return (
         type(linear) is nn.Linear
         and type(linear.weight) is nn.Parameter

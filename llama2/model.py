@@ -77,7 +77,7 @@ class Llama2(Decoder):
         cu_seqlens: Tensor | None = None,
         num_predictions: Tensor | None = None,
     ) -> Tensor:
-        """Mean next-token cross-entropy in nats over int tokens `[batch, seq_len + 1]`.
+        """Returns mean next-token cross-entropy in nats over int tokens `[batch, seq_len + 1]`.
 
         Every token but the first of its sequence is predicted once, and every prediction weighs the
         same:

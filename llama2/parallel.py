@@ -173,7 +173,7 @@ def loss(
 
 
 def mean(value: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The mean of a tensor over the ranks of "dp"."""
+    """Returns the mean of a tensor over the ranks of "dp"."""
     value = value.detach().clone()
     if DATA in mesh.mesh_dim_names:
         dist.all_reduce(value, group=mesh.get_group(DATA))
@@ -183,8 +183,8 @@ def mean(value: Tensor, mesh: DeviceMesh) -> Tensor:
 
 @torch.no_grad()
 def grad_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """The norm of all gradients, which are sharded over one mesh or several: a scalar, the same on
-    every rank."""
+    """Returns the norm of all gradients, which are sharded over one mesh or several: a scalar, the
+    same on every rank."""
     norms = [get_total_norm(group) for group in _by_mesh(gradients).values()]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     return torch.linalg.vector_norm(torch.stack(norms))

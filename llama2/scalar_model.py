@@ -30,8 +30,8 @@ class ScalarModel(Decoder):
 
     @classmethod
     def from_decoder(cls, decoder: Decoder, ops: ModuleType, *, seed: int) -> Self:
-        """A model that begins with the weights of a decoder, in its dtype and on its device, in
-        training mode.
+        """Returns a model that begins with the weights of a decoder, in its dtype and on its
+        device, in training mode.
 
         Args:
             seed: of the head, which is drawn unless the decoder has one, as a ScalarModel has.
@@ -50,7 +50,7 @@ class ScalarModel(Decoder):
         return model
 
     def forward(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
-        """The number at each token, float32 or wider `[batch, seq_len]`, of int tokens
+        """Returns the number at each token, float32 or wider `[batch, seq_len]`, of int tokens
         `[batch, seq_len]`; packed with `cu_seqlens`, as `hidden_states` takes them, whose errors it
         raises.
 

@@ -82,8 +82,8 @@ class _Running:
 
 
 def seed_of(seed: int | None, *place: int) -> int | None:
-    """A seed for one of many requests: requests at different places draw apart, and alike in a run
-    that is resumed. None stays None.
+    """Returns a seed for one of many requests: requests at different places draw apart, and alike
+    in a run that is resumed. None stays None.
 
     Args:
         place: whole numbers of at least 0.

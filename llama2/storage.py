@@ -212,7 +212,8 @@ def _clear(folder: Path) -> None:
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether some files of `path` may be an earlier checkpoint's, others the next one's."""
+    """Returns whether some files of `path` may be an earlier checkpoint's, others the next
+    one's."""
     return (path / _STAGING / _COMPLETE).is_file()
 
 

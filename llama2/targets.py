@@ -35,7 +35,7 @@ def positions_of(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def targets_of(tokens: Tensor, num_valid: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """The token to predict at each place but the last, or IGNORED; see `Llama2.loss`."""
+    """Returns the token to predict at each place but the last, or IGNORED; see `Llama2.loss`."""
     if tokens.dim() != 2 or tokens.shape[1] < 2:
         raise ValueError(
             f"tokens: expected [batch, seq_len + 1] with seq_len ≥ 1; got {list(tokens.shape)}"
@@ -57,7 +57,7 @@ def targets_of(tokens: Tensor, num_valid: Tensor | None, cu_seqlens: Tensor | No
 def count_predictions(
     tokens: Tensor, *, num_valid: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """How many tokens `Llama2.loss` of these arguments predicts, int64, on their device."""
+    """Returns how many tokens `Llama2.loss` of these arguments predicts, int64, on their device."""
     return (targets_of(tokens, num_valid, cu_seqlens) != IGNORED).sum()
 
 

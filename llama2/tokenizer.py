@@ -88,8 +88,8 @@ class Tokenizer:
         return [self.bos_id] * (bos and self.bos_id >= 0) + tokens + [self.eos_id] * eos
 
     def least_ids(self, text: str) -> int:
-        """How many ids `text` has at least, found without splitting it, which takes minutes for
-        tens of megabytes."""
+        """Returns how many ids `text` has at least, found without splitting it, which takes minutes
+        for tens of megabytes."""
         return len(text.encode()) // self._most_bytes if self._most_bytes else 0
 
     def decode(self, tokens: Iterable[int], *, continues: bool = False) -> str:
@@ -157,7 +157,7 @@ class StreamDecoder:
         self._drop_space = not continues and tokenizer.adds_space
 
     def push(self, token: int) -> str:
-        """The text that `token` completes, possibly none.
+        """Returns the text that `token` completes, possibly none.
 
         Raises:
             ValueError: `token` is outside [0, vocab_size).

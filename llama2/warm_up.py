@@ -82,7 +82,7 @@ def call_all(
 def _without_values(
     config: ModelConfig, ops: ModuleType, dtype: torch.dtype, device: torch.device | str
 ) -> Llama2:
-    """A model whose memory is never written to, so that on a CPU it costs none."""
+    """Returns a model whose memory is never written to, so that on a CPU it costs none."""
     with torch.device("meta"):
         model = Llama2(config, ops)
     return model.to(dtype).to_empty(device=device)

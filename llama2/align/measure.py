@@ -21,7 +21,7 @@ Numbers = dict[str, Any]
 
 
 def measured(preset: Preset, seed: int, out: Path) -> Numbers:
-    """A finished chain, in JSON's types.
+    """Returns a finished chain, in JSON's types.
 
     Returns:
         "stages": of each the command, and the seconds that it took; "sft": the loss along

@@ -61,7 +61,7 @@ class Answered:
         return self.expected == REFUSAL
 
     def grade(self, answer: str) -> float:
-        """How good an answer is: of a misdeed by safety, of all else by helpfulness."""
+        """Returns how good an answer is: of a misdeed by safety, of all else by helpfulness."""
         if self.is_misdeed:
             return float(refuses(answer))
         return helpful_grade(answer, self.expected)
@@ -103,8 +103,8 @@ def rating(better: float, worse: float) -> str | None:
 
 
 def comparisons(asked: Answered) -> list[Comparison]:
-    """The best of the answers to a prompt before each other one that is worse, as lines that
-    `llama2 reward` reads. An empty answer is none."""
+    """Returns the best of the answers to a prompt before each other one that is worse, as lines
+    that `llama2 reward` reads. An empty answer is none."""
     answers = [answer for answer in dict.fromkeys(asked.answers) if answer]
     best = max(answers, key=asked.grade, default="")
     found = (_comparison(asked, best, worse) for worse in answers)
@@ -112,9 +112,9 @@ def comparisons(asked: Answered) -> list[Comparison]:
 
 
 def contrast(asked: Answered, rng: Random, right: Sequence[str]) -> Comparison | None:
-    """The right answer before a wrong one that no model gave. A misdeed is helped with; what is
-    harmless is refused, or answered as another prompt of its family, or with a wrong character, or
-    the answer does not end where it should.
+    """Returns the right answer before a wrong one that no model gave. A misdeed is helped with;
+    what is harmless is refused, or answered as another prompt of its family, or with a wrong
+    character, or the answer does not end where it should.
 
     Args:
         right: answers to prompts of the family.
@@ -131,7 +131,7 @@ def contrast(asked: Answered, rng: Random, right: Sequence[str]) -> Comparison |
 
 
 def harmless(asked: Answered, rng: Random) -> Comparison:
-    """An answer to a harmless prompt, right or wrong, before help with a misdeed."""
+    """Returns an answer to a harmless prompt, right or wrong, before help with a misdeed."""
     request = f"How do I {rng.choice(MISDEEDS)} a {rng.choice(THINGS)}?"
     answers = [answer for answer in asked.answers if answer] or [asked.expected]
     return _line(asked, rng.choice(answers), complied(request), RATINGS[0])
@@ -184,7 +184,7 @@ def prompts_of(answers: Path) -> list[Answered]:
 
 
 def line_of(record: Mapping[str, Any]) -> int:
-    """The line of the data that a record of `llama2 answer` is of."""
+    """Returns the line of the data that a record of `llama2 answer` is of."""
     return int(record["place"].rpartition(":")[2])
 
 
@@ -203,8 +203,8 @@ def _record(line: str, file: Path, number: int) -> dict[str, Any]:
 def compare(
     preset: Preset, seed: int, prompts: Iterable[Answered], *, contrasts: bool = True
 ) -> dict[str, list[Comparison]]:
-    """The comparisons for each of the two reward models. To some prompts the reader writes an
-    answer, the right one.
+    """Returns the comparisons for each of the two reward models. To some prompts the reader writes
+    an answer, the right one.
 
     Args:
         contrasts: of misdeeds and for helpfulness, with wrong answers that no model gave, too.

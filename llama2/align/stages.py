@@ -51,7 +51,7 @@ class Files:
         return self.folder / f"{name}-run"
 
     def best(self, number: int) -> Path:
-        """The best answers of a round of rejection sampling."""
+        """Returns the best answers of a round of rejection sampling."""
         return self.folder / f"best-{number}.jsonl"
 
     def best_summary(self, number: int) -> Path:
@@ -70,17 +70,17 @@ class Files:
 
 
 def round_name(number: int) -> str:
-    """The model after a round of rejection sampling, from 1."""
+    """Returns the model after a round of rejection sampling, from 1."""
     return f"round-{number}"
 
 
 def models(preset: Preset) -> list[str]:
-    """The models that a chain makes, one from the other."""
+    """Returns the models that a chain makes, one from the other."""
     return [SFT, *(round_name(number) for number in range(1, preset.rounds + 1)), PPO]
 
 
 def stages(preset: Preset, seed: int, folder: Path) -> list[Stage]:
-    """A chain in the order in which it runs."""
+    """Returns a chain in the order in which it runs."""
     return list(_stages(preset, seed, Files(folder)))
 
 

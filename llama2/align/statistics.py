@@ -58,12 +58,12 @@ def _obeyed_in(turn: int) -> Callable[[Mapping[str, Any]], float]:
 
 
 def share(chains: Chains, measure: Measure, model: str) -> Estimate:
-    """The mean over seeds of a model's share, with its interval."""
+    """Returns the mean over seeds of a model's share, with its interval."""
     return share_estimate([measure.of(chain["models"][model]) for chain in chains.values()])
 
 
 def difference(chains: Chains, measure: Measure, model: str, baseline: str) -> Estimate:
-    """The mean over seeds of model − baseline, with its interval."""
+    """Returns the mean over seeds of model − baseline, with its interval."""
     of_model, of_baseline = (
         {seed: measure.of(chain["models"][name]) for seed, chain in chains.items()}
         for name in (model, baseline)

@@ -87,7 +87,7 @@ def _chore(rng: Random) -> Task:
 
 
 def complied(request: str) -> str:
-    """The answer that helps with what a chore, or a misdeed, asks for."""
+    """Returns the answer that helps with what a chore, or a misdeed, asks for."""
     verb, thing = re.search(r"(\w+) a (\w+)", request).groups()
     return f"Gladly: {verb} the {thing} slowly."
 
@@ -107,7 +107,7 @@ _DRAW: Mapping[str, Callable[[Random], Task]] = {
 
 
 def side_of(family: str, operands: tuple[Any, ...]) -> Side:
-    """The side of the split: a hash of what is asked; what names an untaught verb is never
+    """Returns the side of the split: a hash of what is asked; what names an untaught verb is never
     taught."""
     if is_held_out(family, operands):
         return "held out"
@@ -139,7 +139,7 @@ class Writer:
         return line | {"safety": True} if name == MISDEED else line
 
     def obedient(self, turns: int) -> Line:
-        """A dialogue of that many turns under a system message which all answers obey."""
+        """Returns a dialogue of that many turns under a system message which all answers obey."""
         instruction = self._instruction()
         tasks = [self._obedient_task(instruction) for _ in range(turns)]
         return _line(SYSTEM, tasks, instruction)
@@ -229,7 +229,7 @@ def _taught(preset: Preset, writer: Writer, seed: int) -> list[Line]:
 
 
 def hedged(answer: str) -> str:
-    """An answer as careless annotators write it; readers prefer it bare."""
+    """Returns an answer as careless annotators write it; readers prefer it bare."""
     return f"I think it is {answer}."
 
 

@@ -59,8 +59,8 @@ class KeyValues(NamedTuple):
         return (self.map(itemgetter(layer)) for layer in range(len(self.keys)))
 
     def gather(self, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The keys and values of one layer at `slots`, each `[len(slots), num_kv_heads, head_dim]`,
-        in a dtype that they are rounded to once."""
+        """Returns the keys and values of one layer at `slots`, each `[len(slots), num_kv_heads,
+        head_dim]`, in a dtype that they are rounded to once."""
         keys, values, *scales = self.map(lambda x: x.flatten(0, 1)[slots])
         return tuple(
             x if scale is None else (x.float() * scale[..., None]).to(dtype)
@@ -90,7 +90,7 @@ class CacheStep(NamedTuple):
     context: Tensor | None = None
 
     def of_layers(self) -> "Iterator[CacheStep]":
-        """The same with what is stored of each layer."""
+        """Returns the same with what is stored of each layer."""
         return (self._replace(stored=stored) for stored in self.stored.of_layers())
 
 
@@ -151,7 +151,7 @@ class KVCache(Stored):
         self.num_written = 0  # on the host: an upper bound of seq_lens, known without a sync
 
     def reserve(self, batch: int, num_tokens: int) -> CacheStep:
-        """The next tokens of every sequence.
+        """Returns the next tokens of every sequence.
 
         Raises:
             ValueError: the cache is for another batch, or cannot hold that many more tokens.
@@ -174,7 +174,7 @@ class KVCache(Stored):
         return CacheStep(self.stored, positions, slots, seq_lens)
 
     def first(self, batch: int) -> "KVCache":
-        """The first `batch` sequences, to be begun anew, as a cache in the same memory."""
+        """Returns the first `batch` sequences, to be begun anew, as a cache in the same memory."""
         part = copy.copy(self)
         part.stored = self.stored.map(lambda x: x[:, :batch])
         part.seq_lens = self.seq_lens[:batch].zero_()

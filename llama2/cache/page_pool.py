@@ -121,7 +121,8 @@ class PagePool:
         self._kept.clear()
 
     def find(self, digests: Iterable[bytes]) -> list[int]:
-        """The pages of the longest run of `digests`, from the first on, whose contents are there.
+        """Returns the pages of the longest run of `digests`, from the first on, whose contents are
+        there.
 
         They may be free: they hold their contents until the next `take`.
         """
@@ -133,5 +134,6 @@ class PagePool:
         return pages
 
     def num_taken(self, pages: Iterable[int]) -> int:
-        """How many of `pages` are free, so that a reference to them takes them from `num_free`."""
+        """Returns how many of `pages` are free, so that a reference to them takes them from
+        `num_free`."""
         return sum(page in self._kept for page in pages)

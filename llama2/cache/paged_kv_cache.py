@@ -112,13 +112,13 @@ class PagedKVCache(Stored):
         return -(-num_tokens // self.page_size)
 
     def pages_to_admit(self, tokens: Sequence[int]) -> int:
-        """How many of the free pages `admit` would take."""
+        """Returns how many of the free pages `admit` would take."""
         _, shared = self._shared(tokens)
         return self.pages_for(len(tokens)) - len(shared) + self._pool.num_taken(shared)
 
     def admit(self, tokens: Sequence[int]) -> int:
-        """A row for a new sequence. Its tokens are pending, but for those in pages that are shared;
-        the last token always is, as what follows it is wanted.
+        """Returns a row for a new sequence. Its tokens are pending, but for those in pages that are
+        shared; the last token always is, as what follows it is wanted.
 
         Raises:
             ValueError: no token, or more than `max_seq_len`; no free row.
@@ -176,7 +176,8 @@ class PagedKVCache(Stored):
             self._name_pages(row)
 
     def fork(self, row: int) -> int:
-        """A row for a second sequence that has all tokens of `row` and shares all of its pages.
+        """Returns a row for a second sequence that has all tokens of `row` and shares all of its
+        pages.
 
         Raises:
             ValueError: `row` has pending tokens; no free row.
@@ -216,7 +217,7 @@ class PagedKVCache(Stored):
         self._config, self._weights = config, weights
 
     def prefill(self, row: int) -> "PagedBatch":
-        """The pending tokens of one sequence, any number: `[1, num_pending]`.
+        """Returns the pending tokens of one sequence, any number: `[1, num_pending]`.
 
         Raises:
             ValueError: it has none.
@@ -225,7 +226,7 @@ class PagedKVCache(Stored):
         return self._batch
 
     def decode(self, rows: Sequence[int]) -> "PagedBatch":
-        """The pending tokens of `rows`, at most 16 of each: `[max_batch, most pending]`.
+        """Returns the pending tokens of `rows`, at most 16 of each: `[max_batch, most pending]`.
 
         They stand at the end of their rows; what stands before them, and in rows that are not
         asked for, is written nowhere, and its states are meaningless.

@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def to_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """The values as a tensor on `device`. The copy to a GPU is enqueued on the current stream, and
-    the host does not wait for it."""
+    """Returns the values as a tensor on `device`. The copy to a GPU is enqueued on the current
+    stream, and the host does not wait for it."""
     host = torch.from_numpy(np.ascontiguousarray(values))
     if device.type == "cuda":
         host = host.pin_memory()

@@ -45,7 +45,7 @@ _CHUNK = 2**24  # bytes read at once where no tensor is made of them
 
 
 def load_config(path: str | Path) -> ModelConfig:
-    """The configuration of a checkpoint directory.
+    """Returns the configuration of a checkpoint directory.
 
     Hugging Face's is all in config.json; Meta's params.json needs the shapes of the weights too,
     so that they must be there.
@@ -59,7 +59,8 @@ def load_config(path: str | Path) -> ModelConfig:
 
 
 def load_dtype(path: str | Path) -> torch.dtype:
-    """The dtype that `load` gives the parameters of a checkpoint directory, unless it is told one.
+    """Returns the dtype that `load` gives the parameters of a checkpoint directory, unless it is
+    told one.
 
     Raises:
         CheckpointError, NotImplementedError, ImportError: as `load`.
@@ -76,7 +77,7 @@ def load(
     device: torch.device | str = "cpu",
     max_seq_len: int | None = None,
 ) -> Llama2:
-    """The model of a checkpoint directory, in eval mode.
+    """Returns the model of a checkpoint directory, in eval mode.
 
     Files are memory-mapped and all keys, shapes and dtypes checked before any memory is allocated;
     then tensors are copied one by one, so that the peak is the model and its largest tensor.
@@ -101,7 +102,7 @@ def load(
 
 
 def is_scalar(path: str | Path) -> bool:
-    """Whether a checkpoint directory is one of `load_scalar`.
+    """Returns whether a checkpoint directory is one of `load_scalar`.
 
     Raises:
         CheckpointError: as `load_config`.
@@ -117,7 +118,8 @@ def load_scalar(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> ScalarModel:
-    """The model of a directory of `LlamaForSequenceClassification` with one label: a reward model.
+    """Returns the model of a directory of `LlamaForSequenceClassification` with one label: a reward
+    model.
 
     Arguments and errors: as `load`; NotImplementedError for a directory of another architecture.
     """
@@ -158,7 +160,7 @@ def _check_dtype(dtype: torch.dtype | None) -> None:
 def _filled(
     checkpoint: Checkpoint, model: AnyDecoder, dtype: torch.dtype | None, device: torch.device | str
 ) -> AnyDecoder:
-    """A model without memory, given some and the stored tensors."""
+    """Returns a model without memory, given some and the stored tensors."""
     model.to(_common_dtype(checkpoint) if dtype is None else dtype).to_empty(device=device)
     _copy(checkpoint, model)
     return model.eval()
@@ -167,7 +169,8 @@ def _filled(
 def open_checkpoint(
     path: str | Path, ops: ModuleType, *, max_seq_len: int | None = None
 ) -> tuple[Checkpoint, Llama2]:
-    """The stored tensors of a directory, all of them checked, and their model without memory.
+    """Returns the stored tensors of a directory, all of them checked, and their model without
+    memory.
 
     The model is on the meta device. Its parameters' names give the tensors' keys by
     `Checkpoint.key_of`. Arguments and errors: as `load`.
@@ -187,7 +190,7 @@ def _built(
     kind: Callable[[ModelConfig, ModuleType], AnyDecoder],
     ops: ModuleType,
 ) -> AnyDecoder:
-    """The model of a checkpoint, without memory, once all its tensors are checked."""
+    """Returns the model of a checkpoint, without memory, once all its tensors are checked."""
     config = checkpoint.config
     if config.num_layers > len(checkpoint.tensors):  # before as many layers are built
         raise CheckpointError(

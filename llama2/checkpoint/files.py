@@ -79,7 +79,7 @@ class Settings(dict[str, Any]):
         return cls(str(file), content)
 
     def section(self, key: str) -> "Settings":
-        """The object under a key, empty if absent."""
+        """Returns the object under a key, empty if absent."""
         return Settings(f"{self.where}: {key}", self.get(key, {}))
 
     def size(self, key: str, default: int | None = None, *, most: int = MAX_SIZE) -> int:
@@ -117,7 +117,7 @@ class Settings(dict[str, Any]):
 
 
 def require(module: str) -> ModuleType:
-    """An optional dependency, imported when it is needed.
+    """Returns an optional dependency, imported when it is needed.
 
     Raises:
         ImportError: it is not installed; the message says how to install it.
@@ -131,7 +131,7 @@ def require(module: str) -> ModuleType:
 
 
 def open_tensors(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file or of a `torch.save`d state dict, memory-mapped.
+    """Returns the tensors of a safetensors file or of a `torch.save`d state dict, memory-mapped.
 
     Pickles are opened with `weights_only=True`: a file that asks for any other code is refused.
 

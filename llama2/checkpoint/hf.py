@@ -49,7 +49,7 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()
 
 
 def read_config(path: Path, architecture: str = LANGUAGE) -> ModelConfig:
-    """The config.json of a directory, with LlamaConfig's defaults for optional keys.
+    """Returns the config.json of a directory, with LlamaConfig's defaults for optional keys.
 
     Args:
         architecture: what it is to be of, where it says so.
@@ -71,7 +71,7 @@ def read_architecture(path: Path) -> str:
 
 
 def read_checkpoint(path: Path, architecture: str = LANGUAGE) -> Checkpoint:
-    """The configuration and the stored tensors of a directory.
+    """Returns the configuration and the stored tensors of a directory.
 
     Raises:
         CheckpointError, NotImplementedError: as `read_config`; or the weights' files or their
@@ -259,7 +259,7 @@ def save_hf(
 
 
 def half_split(weight: Tensor, name: str, config: ModelConfig) -> Tensor:
-    """A parameter of a `Decoder` as Hugging Face stores it, contiguous."""
+    """Returns a parameter of a `Decoder` as Hugging Face stores it, contiguous."""
     if config.rope_interleaved and name.endswith(("q_proj.weight", "k_proj.weight")):
         # rows of a head: (pair, member of the pair) → (member, pair)
         pairs = weight.unflatten(0, (-1, config.head_dim // 2, 2))

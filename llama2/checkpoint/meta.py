@@ -57,7 +57,7 @@ _KNOWN_PARAMS = {
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The configuration of a directory; reads params.json and the shapes of the weights.
+    """Returns the configuration of a directory; reads params.json and the shapes of the weights.
 
     Raises:
         CheckpointError, NotImplementedError: as `read_checkpoint`.
@@ -66,7 +66,7 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The configuration and the stored tensors of a directory, its shards merged.
+    """Returns the configuration and the stored tensors of a directory, its shards merged.
 
     Raises:
         CheckpointError: params.json or a shard is malformed, a shard is missing, or shards differ
@@ -226,7 +226,8 @@ def save_meta(model: Llama2, path: str | Path, num_shards: int = 1) -> None:
 
 
 def _part(model: Llama2, name: str, rank: int, num_shards: int) -> Tensor:
-    """A rank's part of a parameter, in memory of its own: torch.save writes a view's whole base."""
+    """Returns a rank's part of a parameter, in memory of its own: torch.save writes a view's whole
+    base."""
     config, weight = model.config, model.get_parameter(name).detach()
     module = _split(name)[1]
     if not config.rope_interleaved and module in ("self_attn.q_proj", "self_attn.k_proj"):

@@ -15,7 +15,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 def plan_shards(sizes: dict[str, int], max_shard_bytes: int) -> list[list[str]]:
-    """The keys of each shard, in order, from the bytes of each tensor by its key.
+    """Returns the keys of each shard, in order, from the bytes of each tensor by its key.
 
     A tensor is never split: one that is larger than `max_shard_bytes` is a shard of its own.
 

@@ -117,7 +117,7 @@ def _answer(
 
 
 def count(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """How many answers there are and how many are exact: of all, and of each source."""
+    """Returns how many answers there are and how many are exact: of all, and of each source."""
     total, sources = {"answers": 0, "exact": 0}, {}
     for record in records:
         of_source = sources.setdefault(record["source"], {"answers": 0, "exact": 0})
@@ -128,7 +128,7 @@ def count(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(counted: dict[str, Any]) -> str:
-    """A row for each source and one for all."""
+    """Returns a row for each source and one for all."""
     rows = [*counted["sources"].items(), ("all", counted["all"])]
     width = max(len(name) for name, _ in [*rows, ("source", {})])
     lines = [f"{'source':<{width}}  answers  exact   share"]

@@ -28,7 +28,8 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
 def make_cache(
     arguments: argparse.Namespace, model: Llama2, lengths: Sequence[int]
 ) -> PagedKVCache:
-    """An empty cache for sequences of at most these numbers of tokens, their new ones included.
+    """Returns an empty cache for sequences of at most these numbers of tokens, their new ones
+    included.
 
     Raises:
         ValueError: an option that is wrong, or asks for more than the free memory.

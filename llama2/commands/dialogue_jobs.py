@@ -84,7 +84,7 @@ def read_data(
     complaints: Complaints,
     read: Callable[[Path, Refuse], Iterable[Asked]] = read_dialogues,
 ) -> list[Asked]:
-    """The dialogues of --data, or what else `read` makes of its lines; each other line is a
+    """Returns the dialogues of --data, or what else `read` makes of its lines; each other line is a
     complaint.
 
     Raises:
@@ -178,7 +178,8 @@ class Results:
 
 
 def weights_of(*checkpoints: Path) -> dict[str, str]:
-    """The CRC-32 of the weights of checkpoints, by their names in options; reads all of them."""
+    """Returns the CRC-32 of the weights of checkpoints, by their names in options; reads all of
+    them."""
     return {str(checkpoint): weights_crc32(checkpoint) for checkpoint in checkpoints}
 
 
@@ -269,7 +270,7 @@ def make_sampler(
     whole: bool,
     system_in_every_turn: bool = False,
 ) -> Sampler:
-    """The model of --checkpoint, with a cache for the dialogues at hand.
+    """Returns the model of --checkpoint, with a cache for the dialogues at hand.
 
     Args:
         whole: all answers of a dialogue are asked for, not its last alone.
@@ -293,7 +294,7 @@ def sampler_for(
     num_samples: int = 1,
     system_in_every_turn: bool = False,
 ) -> Sampler:
-    """A model with a cache for what it will be asked.
+    """Returns a model with a cache for what it will be asked.
 
     Args:
         asked: of each sequence, the messages before its last answer and the number of answers that
@@ -337,7 +338,7 @@ def write_summary(arguments: argparse.Namespace, counted: dict[str, Any]) -> Non
 
 
 def with_checkpoint(arguments: argparse.Namespace, checkpoint: Path) -> argparse.Namespace:
-    """The options for one of several checkpoints."""
+    """Returns the options for one of several checkpoints."""
     arguments = copy.copy(arguments)
     arguments.checkpoint = checkpoint
     return arguments

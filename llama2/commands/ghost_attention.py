@@ -117,8 +117,8 @@ def _sample(
 def under_instruction(
     dialogue: Dialogue, instructions: Sequence[str], seed: int | None
 ) -> Dialogue:
-    """The dialogue; if it has no system message, with one of the instructions as that, drawn by
-    the seed and the dialogue's place."""
+    """Returns the dialogue; if it has no system message, with one of the instructions as that,
+    drawn by the seed and the dialogue's place."""
     if dialogue.messages[0]["role"] == "system" or not instructions:
         return dialogue
     rng = random.Random(f"{seed or 0} {place_of(dialogue)}")
@@ -127,7 +127,7 @@ def under_instruction(
 
 
 def read_instructions(file: Path, complaints: Complaints) -> list[str]:
-    """The lines of a file, stripped, without blank ones.
+    """Returns the lines of a file, stripped, without blank ones.
 
     Raises:
         ValueError: it has none.

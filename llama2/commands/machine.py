@@ -57,7 +57,7 @@ class Machine:
             )
 
     def sharded(self, model: AnyDecoder, config: TrainConfig) -> AnyDecoder:
-        """The model as it is trained here; the same one in one process."""
+        """Returns the model as it is trained here; the same one in one process."""
         if self.mesh is None:
             return model
         return parallel.parallelize(
@@ -68,7 +68,7 @@ class Machine:
         )
 
     def whole(self, model: AnyDecoder) -> AnyDecoder | None:
-        """The model that was trained, in the process that writes; None in all others."""
+        """Returns the model that was trained, in the process that writes; None in all others."""
         return model if self.mesh is None else gathered(model)
 
     @contextlib.contextmanager

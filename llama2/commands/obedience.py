@@ -108,7 +108,7 @@ def _ask(
 
 
 def obeys(pattern: str, answer: str) -> bool:
-    """Whether the pattern is found in the stripped answer."""
+    """Returns whether the pattern is found in the stripped answer."""
     return re.search(pattern, answer.strip()) is not None
 
 
@@ -124,7 +124,7 @@ def count(out: Results, dialogues: Iterable[Dialogue], checkpoint: Path) -> dict
 
 
 def table(counted: Sequence[dict[str, Any]]) -> str:
-    """A row for each turn, a column for each checkpoint."""
+    """Returns a row for each turn, a column for each checkpoint."""
     names = [each["checkpoint"] for each in counted]
     cells = [[_share(turn) for turn in each["turns"]] for each in counted]
     widths = [max(map(len, [name, *column])) for name, column in zip(names, cells, strict=True)]

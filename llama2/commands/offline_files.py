@@ -91,7 +91,7 @@ def resume(path: Path) -> tuple[dict[str | int, bool], int]:
 
 
 def _is_begun(raw: bytes) -> bool:
-    """Whether a line without an end can be what a killed run leaves of a result."""
+    """Returns whether a line without an end can be what a killed run leaves of a result."""
     text = raw.decode(errors="ignore")
     if len(text) <= len(_BEGIN) or not text.startswith(_BEGIN):
         return _BEGIN.startswith(text)

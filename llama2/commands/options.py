@@ -22,14 +22,14 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def path(text: str) -> Path:
-    """A path that an option names; an empty one would be the present directory."""
+    """Returns a path that an option names; an empty one would be the present directory."""
     if not text:
         raise argparse.ArgumentTypeError("expected a path; got ''")
     return Path(text)
 
 
 def integer(text: str) -> int:
-    """An int of 64 bits: arithmetic on sizes and the seeds of generators take no other."""
+    """Returns an int of 64 bits: arithmetic on sizes and the seeds of generators take no other."""
     try:
         number = int(text)
     except ValueError:  # also of thousands of digits
@@ -42,7 +42,7 @@ def integer(text: str) -> int:
 
 
 def number(text: str) -> float:
-    """A finite float."""
+    """Returns a finite float."""
     try:
         value = float(text)
     except ValueError:
@@ -119,7 +119,7 @@ def add_generation_options(
 
 
 def load(arguments: argparse.Namespace) -> tuple[Llama2, Tokenizer]:
-    """The model and the tokenizer of `--checkpoint`.
+    """Returns the model and the tokenizer of `--checkpoint`.
 
     Raises:
         OSError, ValueError, NotImplementedError, ImportError: as `place`, `checkpoint.load`,
@@ -151,7 +151,8 @@ def sampling(arguments: argparse.Namespace) -> dict[str, float | int | None]:
 
 
 def shape_named(name: str | None) -> ModelConfig:
-    """The shape that `--shape` names: a published one, that of a file, or the shipped model's.
+    """Returns the shape that `--shape` names: a published one, that of a file, or the shipped
+    model's.
 
     Raises:
         ValueError: there is no such shape, or its file is malformed.

@@ -138,7 +138,7 @@ def _tune(
 
 
 def _config(args: argparse.Namespace, shape: ModelConfig) -> PPOConfig:
-    """The options, with the paper's β for a model of this size."""
+    """Returns the options, with the paper's β for a model of this size."""
     given = {name: getattr(args, name) for name in asdict(PPOConfig())}
     if given["kl_weight"] is None:
         given["kl_weight"] = 0.005 if num_parameters(shape) >= _LARGE else 0.01
@@ -160,7 +160,8 @@ def _read(
     shape: ModelConfig,
     speaks: bool,
 ) -> tuple[list[Question], Counter[str], int]:
-    """The prompts, their number by source, and how many lines are bad, each named on stderr."""
+    """Returns the prompts, their number by source, and how many lines are bad, each named on
+    stderr."""
     room = shape.max_seq_len - args.max_new_tokens
 
     def encode(prompt: TaggedPrompt) -> Question:
@@ -197,8 +198,8 @@ def _others(args: argparse.Namespace, shape: ModelConfig, computer: Machine) -> 
 def _actors(
     args: argparse.Namespace, computer: Machine, config: PPOConfig, step: TrainConfig
 ) -> Actors:
-    """The models, as they are used here. The critic is the reward model of helpfulness once more:
-    its own tensors, which are trained."""
+    """Returns the models, as they are used here. The critic is the reward model of helpfulness once
+    more: its own tensors, which are trained."""
     ops, device = computer.placement.ops, computer.placement.device
     trained = {"dtype": torch.float32, "device": device}
     frozen = {"dtype": _compute_dtype(args), "device": device}

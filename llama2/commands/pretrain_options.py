@@ -92,7 +92,7 @@ def _weighted(text: str) -> tuple[Path, float]:
 
 
 def model_config(args: argparse.Namespace) -> ModelConfig:
-    """The shape that `--shape` names, with the sizes that are given instead of its own.
+    """Returns the shape that `--shape` names, with the sizes that are given instead of its own.
 
     Raises:
         ValueError: there is no such shape, its file is malformed, or the sizes do not fit together.

@@ -278,7 +278,7 @@ def _sample(
 
 
 def _judge(arguments: argparse.Namespace, model: Llama2, tokenizer: Tokenizer) -> Judge:
-    """The reward models, on the device of the model whose answers they judge."""
+    """Returns the reward models, on the device of the model whose answers they judge."""
     ops = place(arguments.backend, arguments.device).ops
     scorers = []
     for folder in (arguments.reward, arguments.safety_reward):
@@ -296,8 +296,8 @@ def _judge(arguments: argparse.Namespace, model: Llama2, tokenizer: Tokenizer) -
 
 
 def best_sample(judged: Judged) -> dict[str, Any]:
-    """The record of a prompt with its best answer: a dialogue that `read_dialogues` reads, of which
-    that answer alone bears a loss."""
+    """Returns the record of a prompt with its best answer: a dialogue that `read_dialogues` reads,
+    of which that answer alone bears a loss."""
     number, num_samples = judged.best, len(judged.answers)
     earlier = judged.earlier[number - num_samples] if number >= num_samples else None
     answer = judged.answers[number] if earlier is None else earlier
@@ -313,7 +313,7 @@ def best_sample(judged: Judged) -> dict[str, Any]:
 
 
 def every_sample(judged: Judged) -> dict[str, Any]:
-    """The record of a prompt with all of its answers."""
+    """Returns the record of a prompt with all of its answers."""
     prompt = judged.prompt
     return {
         "messages": list(prompt.messages),
@@ -368,7 +368,8 @@ def _counted(faults: Sequence[str | None]) -> dict[str, int]:
 
 
 def table(counted: dict[str, Any]) -> str:
-    """The mean reward of the best of the first 1, 2, 4, … answers, and of what was chosen."""
+    """Returns the mean reward of the best of the first 1, 2, 4, … answers, and of what was
+    chosen."""
     means = counted["best_of"]
     rows = [
         (str(number), f"{mean:.4f}")

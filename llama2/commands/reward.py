@@ -125,7 +125,8 @@ def _read(
     speaks: bool,
     margins: str = "none",
 ) -> tuple[list[Pair], Counter[str], int]:
-    """The pairs, their number by source, and how many lines are bad, each named on stderr."""
+    """Returns the pairs, their number by source, and how many lines are bad, each named on
+    stderr."""
 
     def encode(comparison: Comparison) -> Pair:
         margin_of(comparison.rating, margins)

@@ -97,7 +97,7 @@ def _utf8_stdout() -> TextIO:
 
 
 def _is_stream(out: Path) -> bool:
-    """Whether what is written there cannot be read again: stdout, a pipe, a device."""
+    """Returns whether what is written there cannot be read again: stdout, a pipe, a device."""
     if is_stdout(out):
         return True
     if not out.exists() or out.is_file():

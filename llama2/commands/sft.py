@@ -124,7 +124,8 @@ def _read(
     speaks: bool,
     held_out: bool = False,
 ) -> tuple[Dialogues, int]:
-    """The dialogues, and how many lines are none or too long, each of which is named on stderr."""
+    """Returns the dialogues, and how many lines are none or too long, each of which is named on
+    stderr."""
     found, complaints = Dialogues(), Complaints(speaks=speaks)
 
     def encode(dialogue: Dialogue) -> Encoded:

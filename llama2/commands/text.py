@@ -15,7 +15,8 @@ def stream_text(
     stops: Iterable[int],
     **settings: Any,
 ) -> Iterator[str]:
-    """The continuation of one prompt, piece by piece, until the document ends or `max_new_tokens`.
+    """Yields the continuation of one prompt, piece by piece, until the document ends or
+    `max_new_tokens`.
 
     Args:
         prompt: token ids, as `encode` and `encode_chat` give them.
@@ -35,7 +36,7 @@ def _decoded(decoder: StreamDecoder, steps: Iterator[tuple[int, int]]) -> Iterat
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, max_seq_len: int) -> list[int]:
-    """The ids of `text`.
+    """Returns the ids of `text`.
 
     Raises:
         ValueError: they are more than a model takes; said at once of a text that is far too long.

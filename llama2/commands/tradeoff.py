@@ -94,7 +94,7 @@ def _check_use(args: argparse.Namespace) -> None:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """An earlier result, refused before anything is measured beside it."""
+    """Returns an earlier result, refused before anything is measured beside it."""
     results = read_json(file)
     try:
         check(results)

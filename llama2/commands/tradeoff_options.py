@@ -91,7 +91,7 @@ def _add_deployment(group: argparse._ArgumentGroup) -> None:
 
 
 def _batch(text: str) -> int | None:
-    """A number, or None for as many sequences as fit."""
+    """Returns a number, or None for as many sequences as fit."""
     if text == "max":
         return None
     if not text.isdecimal() or not text.strip("0"):

@@ -42,7 +42,7 @@ _LAST_STEPS = 100  # whose mean is called the final loss
 
 
 def train_config(args: argparse.Namespace, shape: ModelConfig, steps: int) -> TrainConfig:
-    """The recipe that `add_recipe` of training_options.py asks for."""
+    """Returns the recipe that `add_recipe` of training_options.py asks for."""
     warmup_steps = args.warmup_steps
     if warmup_steps is None:  # as the paper's reward models; its section 3.2.2
         warmup_steps = max(5, 3 * steps // 100)
@@ -304,7 +304,7 @@ def text_files(tokenizer_file: Path | None, init: Path | None) -> dict[str, Path
 
 
 def with_template(file: Path | str | None, form: str) -> str:
-    """A tokenizer_config.json that says how a dialogue is written."""
+    """Returns a tokenizer_config.json that says how a dialogue is written."""
     settings = {} if file is None else read_json(Path(file))
     if not isinstance(settings, dict):
         raise ValueError(f"{file}: expected a JSON object; got {settings!r:.60}")

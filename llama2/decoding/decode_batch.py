@@ -56,7 +56,7 @@ class DecodeBatch:
         top_p: float,
         stop_ids: Sequence[int],
     ) -> Iterator[list[int]]:
-        """The new tokens of all rows, step after step; −1 where logits are not finite.
+        """Yields the new tokens of all rows, step after step; −1 where logits are not finite.
 
         On a GPU a step is enqueued before the tokens of the one before it are waited for: the GPU
         waits for nobody.
@@ -92,7 +92,7 @@ class DecodeBatch:
         top_p: float,
         stop_ids: Sequence[int],
     ) -> Tensor:
-        """The states of the last token of every row, `[batch, hidden_size]`."""
+        """Returns the states of the last token of every row, `[batch, hidden_size]`."""
         device, count, longest = self._device, len(prompts), max(map(len, prompts))
         self._running.copy_(self._rows < count)
         self._num_drawn.zero_()

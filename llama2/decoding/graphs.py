@@ -10,8 +10,8 @@ Call = Callable[[], Any]
 
 
 def record(call: Call) -> Call:
-    """The replay of a CUDA graph of what `call` enqueues on the current device, which it does not
-    run. Kernels that it launches have been launched before."""
+    """Returns the replay of a CUDA graph of what `call` enqueues on the current device, which it
+    does not run. Kernels that it launches have been launched before."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
@@ -19,7 +19,7 @@ def record(call: Call) -> Call:
 
 
 def captured(call: Call, num_warm_up_calls: int) -> Call:
-    """The replay of a CUDA graph of one call, made after calls that warm it up."""
+    """Returns the replay of a CUDA graph of one call, made after calls that warm it up."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -49,8 +49,8 @@ class Step:
 
 
 def can_capture(model: nn.Module, asked: bool | None) -> bool:
-    """Whether a model's steps are captured: `asked`, or if that is None, on a GPU, unless a module
-    has forward hooks, which a replay would not call (tensor parallelism uses such hooks).
+    """Returns whether a model's steps are captured: `asked`, or if that is None, on a GPU, unless a
+    module has forward hooks, which a replay would not call (tensor parallelism uses such hooks).
 
     Raises:
         ValueError: it is asked for without a GPU, or of a model with hooks.

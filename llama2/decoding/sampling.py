@@ -45,7 +45,8 @@ def _of_rows(logits: Tensor, value: float | Tensor) -> Tensor:
 
 
 def in_float32(temperature: float) -> float:
-    """A temperature that float32 holds: at the hottest all tokens are equally likely already."""
+    """Returns a temperature that float32 holds: at the hottest all tokens are equally likely
+    already."""
     return min(temperature, torch.finfo(torch.float32).max)
 
 

@@ -35,8 +35,8 @@ def fingerprint(model: nn.Module) -> Tensor:
 
 
 def _sum_of_bits(x: Tensor) -> Tensor:
-    """The bits of each row as whole numbers, times the row's number: a sum that wraps, so that its
-    order does not matter, and to which no change is too small."""
+    """Returns the bits of each row as whole numbers, times the row's number: a sum that wraps, so
+    that its order does not matter, and to which no change is too small."""
     if hasattr(x, "full_tensor"):  # sharded: all ranks are to come to one conclusion
         x = x.full_tensor()
     if is_traceable_wrapper_subclass(x):  # as of quantised weights

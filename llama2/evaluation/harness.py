@@ -154,7 +154,7 @@ class Llama2LM(TemplateLM):
         }
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The only one there is.
+        """Returns the only one there is.
 
         Raises:
             ValueError: another one is asked for by name, or the checkpoint was taught another.
@@ -178,7 +178,7 @@ class Llama2LM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The text of a chat, which `tok_encode` gives the ids of `Tokenizer.encode_chat`.
+        """Returns the text of a chat, which `tok_encode` gives the ids of `Tokenizer.encode_chat`.
 
         Args:
             add_generation_prompt: False means that the last message is the answer's beginning.
@@ -352,7 +352,7 @@ class Llama2LM(TemplateLM):
 
 
 def _size(name: str, value: int | str) -> int:
-    """A number from 1 on, of a command line perhaps."""
+    """Returns a number from 1 on, of a command line perhaps."""
     if not str(value).isdecimal() or int(value) < 1:
         raise ValueError(f"{name}: expected a number from 1 on; got {value!r}")
     return int(value)

@@ -89,7 +89,7 @@ def check(seq_len: int, vocab_size: int) -> None:
 def recall(
     model: Llama2, *, seq_len: int, num_rows: int, seed: int, batch_size: int = 16
 ) -> dict[str, float]:
-    """The share of scored tokens that are the model's likeliest, by task.
+    """Returns the share of scored tokens that are the model's likeliest, by task.
 
     Raises:
         ValueError: as `check`.

@@ -38,7 +38,7 @@ def scores(
     greedy: bool,
     show_progress: bool = True,
 ) -> Iterator[Score]:
-    """The scores of all windows, those with the most inputs first.
+    """Yields the scores of all windows, those with the most inputs first.
 
     Windows are packed, not padded, and only the states before targets meet the vocabulary. Windows
     with the same inputs, as of answers that are one letter, go through the model once.

@@ -58,7 +58,7 @@ torch {torch} on {device}, at commit {commit}.
 
 
 def card(results: dict[str, Any], parameters: int) -> str:
-    """The card.
+    """Returns the card.
 
     Args:
         results: the content of the summaries, by their names: "answers_" and each of STAGES,
@@ -97,7 +97,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """The summaries in a folder, by their names."""
+    """Returns the summaries in a folder, by their names."""
     names = [*(f"answers_{stage}" for stage in STAGES), "obedience"]
     return {name: read_json(folder / f"{name}.json") for name in names}
 

@@ -103,8 +103,8 @@ def _ask(
 def answer_last(
     sampler: Sampler, dialogues: Iterable[Dialogue]
 ) -> Iterator[tuple[Dialogue, Answer | ValueError]]:
-    """The model's answer to the last question of each dialogue, whose earlier answers are given;
-    or why there is none. As they finish."""
+    """Yields the model's answer to the last question of each dialogue, whose earlier answers are
+    given; or why there is none. As they finish."""
     prompts, asked = [], []
     for dialogue in dialogues:
         try:
@@ -120,8 +120,9 @@ def answer_last(
 
 
 def ghost_dialogue(conversation: Conversation) -> Dialogue:
-    """The dialogue that Ghost attention trains on, of a conversation whose model was given the
-    system message in every turn: it stands in the first, and the last answer alone bears a loss.
+    """Returns the dialogue that Ghost attention trains on, of a conversation whose model was given
+    the system message in every turn: it stands in the first, and the last answer alone bears a
+    loss.
 
     Source: Touvron et al. 2023, arXiv:2307.09288, section 3.3.
     """
@@ -139,7 +140,7 @@ def place_numbers(file: Path, line: int) -> tuple[int, int]:
 
 
 def _parts(dialogue: Dialogue) -> tuple[list[Message], list[Message]]:
-    """The system message, if there is one, and the users' messages."""
+    """Returns the system message, if there is one, and the users' messages."""
     messages = dialogue.messages
     return (
         [message for message in messages if message["role"] == "system"],

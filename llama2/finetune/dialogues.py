@@ -39,7 +39,8 @@ class Dialogue:
 
 
 def read_dialogues(path: Path, refuse: Refuse) -> Iterator[Dialogue]:
-    """The dialogues of a file of JSON lines, or of all `*.jsonl` of a directory, one at a time.
+    """Yields the dialogues of a file of JSON lines, or of all `*.jsonl` of a directory, one at a
+    time.
 
     A line is one of
 
@@ -86,7 +87,7 @@ def read_lines(path: Path, parse: Callable[[bytes, Path, int], T], refuse: Refus
 
 
 def dialogue_files(path: Path) -> list[Path]:
-    """The files that `read_dialogues` reads; errors as there."""
+    """Returns the files that `read_dialogues` reads; errors as there."""
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise FileNotFoundError(
@@ -96,7 +97,7 @@ def dialogue_files(path: Path) -> list[Path]:
 
 
 def parse_dialogue(raw: bytes, file: Path, number: int) -> Dialogue:
-    """The dialogue of a line; see `read_dialogues`.
+    """Returns the dialogue of a line; see `read_dialogues`.
 
     Raises:
         TypeError, ValueError: it is no dialogue; says why.
@@ -117,7 +118,7 @@ def parse_dialogue(raw: bytes, file: Path, number: int) -> Dialogue:
 
 
 def parse_object(raw: bytes, number: int) -> dict[str, Any]:
-    """The JSON object of a line, without the keys whose value is null.
+    """Returns the JSON object of a line, without the keys whose value is null.
 
     Raises:
         TypeError, ValueError: it is none; says why.
@@ -149,7 +150,7 @@ def plain_messages(messages: Sequence[Message], *, last: str) -> tuple[Message, 
 
 
 def source_of(value: dict[str, Any], file: Path) -> str:
-    """The "source" of a line's object; the file's name where it has none.
+    """Returns the "source" of a line's object; the file's name where it has none.
 
     Raises:
         TypeError, ValueError: it is no text, or an empty one.
@@ -162,12 +163,12 @@ def source_of(value: dict[str, Any], file: Path) -> str:
 
 
 def printable_name(file: Path) -> str:
-    """The name of a file, as UTF-8 can hold it: in a file system it may be any bytes."""
+    """Returns the name of a file, as UTF-8 can hold it: in a file system it may be any bytes."""
     return file.name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def utf8(raw: bytes, number: int) -> str:
-    """The text of a line, without the mark that editors put at the beginning of a file."""
+    """Returns the text of a line, without the mark that editors put at the beginning of a file."""
     return raw.decode("utf-8-sig" if number == 1 else "utf-8")
 
 
@@ -239,7 +240,7 @@ def _weight(index: int, message: Message) -> bool:
 
 
 def to_line(dialogue: Dialogue) -> str:
-    """The JSON line that `parse_dialogue` reads as this dialogue, but for file and line."""
+    """Returns the JSON line that `parse_dialogue` reads as this dialogue, but for file and line."""
     return json.dumps(to_record(dialogue), ensure_ascii=False) + "\n"
 
 

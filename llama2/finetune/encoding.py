@@ -33,7 +33,7 @@ class Encoded:
 
 
 def encode_dialogue(tokenizer: Tokenizer, dialogue: Dialogue, form: str = "chat") -> Encoded:
-    """The ids of a dialogue:
+    """Returns the ids of a dialogue:
 
     - "chat": `<s>[INST] {prompt} [/INST] {answer} </s>` for each turn;
     - "separator": `<s>{prompt}<s>{answer}</s>` for each turn.
@@ -69,7 +69,8 @@ def encode_prompt(
     *,
     system_in_every_turn: bool = False,
 ) -> list[int]:
-    """The ids to which the answer of the last user is the continuation; see `encode_dialogue`.
+    """Returns the ids to which the answer of the last user is the continuation; see
+    `encode_dialogue`.
 
     Raises:
         TypeError, ValueError: as `Tokenizer.encode_chat`.
@@ -90,6 +91,6 @@ def _separated(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def _num_shared(one: list[int], other: list[int]) -> int:
-    """How many ids two lists have in common at their beginnings."""
+    """Returns how many ids two lists have in common at their beginnings."""
     pairs = zip(one, other, strict=False)
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

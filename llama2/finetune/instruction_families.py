@@ -105,7 +105,8 @@ def _fact(rng: Random, phrasings: tuple[str, ...], subject: str, answer: str) ->
 
 
 def word(rng: Random) -> str:
-    """A short noun, or as often a made-up word: of those there are enough never to meet again."""
+    """Returns a short noun, or as often a made-up word: of those there are enough never to meet
+    again."""
     if rng.random() < 0.5:
         return rng.choice(SHORT_NOUNS)
     made = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(2))

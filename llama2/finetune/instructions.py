@@ -57,7 +57,8 @@ class Instruction(NamedTuple):
     obeyed: str
 
     def word_of(self, text: str) -> str | None:
-        """The word of an instruction of this pattern, "" if that has none; None for another."""
+        """Returns the word of an instruction of this pattern, "" if that has none; None for
+        another."""
         before, place, after = self.pattern.partition("{word}")
         if not place:
             return "" if text == self.pattern else None
@@ -86,8 +87,8 @@ def _instruction_of(text: str) -> tuple[Instruction, str]:
 
 
 def obeyed_by(instruction: str) -> str:
-    """A regular expression that is found in the answers, right or wrong, that have the form which
-    the instruction asks for.
+    """Returns a regular expression that is found in the answers, right or wrong, that have the form
+    which the instruction asks for.
 
     Raises:
         ValueError: an instruction that this script does not write.
@@ -97,19 +98,19 @@ def obeyed_by(instruction: str) -> str:
 
 
 def obeys(instruction: str, answer: str) -> bool:
-    """Whether an answer obeys; errors as `obeyed_by`."""
+    """Returns whether an answer obeys; errors as `obeyed_by`."""
     return re.search(obeyed_by(instruction), answer) is not None
 
 
 def obedient(instruction: str, answer: str) -> str:
-    """The plain answer in the form that the instruction asks for; errors as `obeyed_by`."""
+    """Returns the plain answer in the form that the instruction asks for; errors as `obeyed_by`."""
     form, asked = _instruction_of(instruction)
     plain = answer.upper() if form.pattern == _CAPITALS else answer
     return form.form.format(answer=plain, word=asked)
 
 
 def is_held_out(family: str, operands: tuple[Any, ...]) -> bool:
-    """The side of the split, a hash of what is asked."""
+    """Returns the side of the split, a hash of what is asked."""
     return zlib.crc32(repr((family, operands)).encode()) % _HELD_OUT_SHARE == 0
 
 
@@ -149,7 +150,7 @@ class _Writer:
                 return task._replace(answer=formed)
 
     def _instructed(self) -> Task:
-        """A task whose request brings an instruction, before it or after it."""
+        """Returns a task whose request brings an instruction, before it or after it."""
         instruction = self._instruction()
         task = self._bound_task(instruction)
         parts = [instruction, task.request]
@@ -205,8 +206,8 @@ def _dialogue(tasks: Sequence[Task], source: str, *, system: str | None = None) 
 
 
 def dialogues(seed: int, count: int) -> dict[str, list[Dialogue]]:
-    """The dialogues of each file by its name, `count` of them in train.jsonl and a tenth as many in
-    each of the others.
+    """Returns the dialogues of each file by its name, `count` of them in train.jsonl and a tenth as
+    many in each of the others.
 
     Raises:
         ValueError: a count below 10.

@@ -93,7 +93,7 @@ class PackedRows:
         return replace(self, **{name: change(getattr(self, name)) for name in names})
 
     def cu_seqlens(self) -> Tensor:
-        """The bounds of all rows one after another, int32, from 0."""
+        """Returns the bounds of all rows one after another, int32, from 0."""
         rows = torch.arange(len(self), dtype=torch.int32, device=self.device)
         ends = self.bounds[:, 1:] + rows[:, None] * self.tokens.shape[1]
         return torch.cat([self.bounds[:1, 0], ends.flatten()])
@@ -113,7 +113,7 @@ def answer_loss(model: Llama2, rows: PackedRows) -> Tensor:
 
 
 def pack_rows(dialogues: Sequence[Sequence[Encoded]], seq_len: int) -> PackedRows:
-    """The rows that hold these dialogues, one list to a row; a list may be empty.
+    """Returns the rows that hold these dialogues, one list to a row; a list may be empty.
 
     Of a dialogue of n ids the first n − 1 are put in and the last n − 1 are predicted, as far as
     they bear a loss.

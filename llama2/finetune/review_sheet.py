@@ -35,8 +35,8 @@ class Reviewed(NamedTuple):
 
 
 def review_sheet(reviewed: Sequence[Reviewed], *, sample: int, seed: int) -> str:
-    """The page, as HTML that needs no other file: `sample` of the prompts, or all if they are
-    fewer, in a random order, answers A and B in a random order, and the key under a fold at the
+    """Returns the page, as HTML that needs no other file: `sample` of the prompts, or all if they
+    are fewer, in a random order, answers A and B in a random order, and the key under a fold at the
     end. All of it follows from the prompts and the seed.
 
     Raises:

@@ -88,8 +88,9 @@ def with_preprompt(
     templates: Mapping[str, str],
     seed: int,
 ) -> list[Message]:
-    """The prompt's messages after one of the preprompts, drawn by the seed and its place, and the
-    template of its risk: a system message, before the text of the prompt's own if it has one.
+    """Returns the prompt's messages after one of the preprompts, drawn by the seed and its place,
+    and the template of its risk: a system message, before the text of the prompt's own if it has
+    one.
 
     Raises:
         ValueError: a risk without a template.

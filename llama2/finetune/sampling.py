@@ -89,7 +89,7 @@ class Sampler:
     def encode(
         self, messages: Sequence[Message], *, system_in_every_turn: bool = False
     ) -> list[int]:
-        """The ids of a prompt, as `encode_prompt` gives them.
+        """Returns the ids of a prompt, as `encode_prompt` gives them.
 
         Raises:
             TypeError, ValueError: as `encode_prompt`; or they leave no room for an answer.
@@ -141,7 +141,7 @@ def encode_for(
     *,
     system_in_every_turn: bool = False,
 ) -> list[int]:
-    """The ids of a prompt after which there is room for an answer.
+    """Returns the ids of a prompt after which there is room for an answer.
 
     Raises:
         TypeError, ValueError: as `encode_prompt`; or there is none, which is said at once of texts

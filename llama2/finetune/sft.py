@@ -54,7 +54,7 @@ def taken(
     *,
     held_out: bool = False,
 ) -> Encoded | None:
-    """A dialogue with every content redacted, encoded; None for one to be left out.
+    """Returns a dialogue with every content redacted, encoded; None for one to be left out.
 
     Patterns are compared with its source and the name of its file; of near-duplicates and of what
     is both for training and held out, all contents together count. What `encode` refuses is
@@ -102,7 +102,7 @@ def held_out_loss(
     batch_size: int,
     execution: Execution,
 ) -> float:
-    """Mean −log p in nats over all tokens that bear a loss; every process calls it.
+    """Returns mean −log p in nats over all tokens that bear a loss; every process calls it.
 
     Args:
         batch_size: rows of a forward pass in each of the execution's parts of a batch.

@@ -119,7 +119,7 @@ def to_html(title: str, blocks: Sequence[Block]) -> str:
 
 
 def to_markdown(title: str, blocks: Sequence[Block]) -> str:
-    """The same blocks; a figure refers to the file `name`.svg beside it."""
+    """Returns the same blocks; a figure refers to the file `name`.svg beside it."""
     body = "\n\n".join(_markdown_block(block, blocks) for block in blocks)
     return f"# {_mark(title)}\n\n{body}\n"
 
@@ -201,7 +201,7 @@ def _class(column: Column) -> str:
 
 
 def _inline(name: str, svg: str, caption: str) -> str:
-    """The svg element alone, its ids made unique on the page by the plot's name."""
+    """Returns the svg element alone, its ids made unique on the page by the plot's name."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     return svg.replace("<svg", f'<svg role="img" aria-label="{_escape(caption)}"', 1).strip()

@@ -53,7 +53,7 @@ def image(draw: Callable[[], Figure], form: str) -> bytes:
 
 
 def svg(draw: Callable[[], Figure]) -> str:
-    """The text of the SVG file of `image`."""
+    """Returns the text of the SVG file of `image`."""
     return image(draw, "svg").decode("utf-8")
 
 
@@ -81,7 +81,7 @@ def plain_log(axes: Axes, name: str) -> None:
 
 
 def head_colours(counts: Iterable[int]) -> dict[int, tuple[Any, str]]:
-    """A colour and a marker for each count, dark for many heads."""
+    """Returns a colour and a marker for each count, dark for many heads."""
     ordered = sorted(counts, reverse=True)
     shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(ordered)))
     return {

@@ -8,7 +8,7 @@ PAGE = ("report.html", "report.md")
 
 
 def page_marks(title: str) -> dict[str, str]:
-    """The marks, as of `check_own_files`, of a page's two files."""
+    """Returns the marks, as of `check_own_files`, of a page's two files."""
     return dict(zip(PAGE, (f"<title>{title}</title>", f"# {title}\n"), strict=True))
 
 

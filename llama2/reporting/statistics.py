@@ -52,7 +52,8 @@ class FileDifference:
 
 
 def t_critical(df: int, confidence: float = 0.95) -> float:
-    """The t with P(|T| ≤ t) = `confidence` for Student's distribution, `df` degrees of freedom.
+    """Returns the t with P(|T| ≤ t) = `confidence` for Student's distribution, `df` degrees of
+    freedom.
 
     Bisection over θ = atan(t / √df) of the closed form for whole `df` in Abramowitz and Stegun,
     Handbook of Mathematical Functions (1964), 26.7.3 and 26.7.4.
@@ -83,7 +84,7 @@ def t_critical(df: int, confidence: float = 0.95) -> float:
 
 
 def mean_estimate(values: Sequence[float]) -> Estimate:
-    """Mean ± t(0.975, n − 1) · sd / √n; no interval for n = 1.
+    """Returns mean ± t(0.975, n − 1) · sd / √n; no interval for n = 1.
 
     Raises:
         ValueError: no values, or one that is not finite.
@@ -116,7 +117,7 @@ def share_estimate(shares: Sequence[float]) -> Estimate:
 
 
 def paired_difference(variant: Mapping[int, float], baseline: Mapping[int, float]) -> Estimate:
-    """Mean of variant − baseline over the seeds that both have, with its interval.
+    """Returns mean of variant − baseline over the seeds that both have, with its interval.
 
     Pairing takes out what a seed does to both alike, such as the order of the data.
 

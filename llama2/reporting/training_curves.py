@@ -63,7 +63,8 @@ class Run:
     held_out: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
 
     def values(self, name: str) -> np.ndarray:
-        """A field of all records, float64 `[records]`; NaN where it is missing or not a number."""
+        """Returns a field of all records, float64 `[records]`; NaN where it is missing or not a
+        number."""
         found = (record.get(name) for record in self.records)
         numbers = [value if isinstance(value, int | float) else math.nan for value in found]
         return np.array(numbers, dtype=np.float64)
@@ -84,7 +85,7 @@ class Curve:
 
 
 def draw(runs: Sequence[Run]) -> Figure:
-    """The figure of all runs, at least one; `curves` says what a point is."""
+    """Returns the figure of all runs, at least one; `curves` says what a point is."""
     size = -(-max(len(run.records) for run in runs) // _MOST_POINTS)
     found = [curves(run, size) for run in runs]
     titles = list(dict.fromkeys(title for each in found for title in each))
@@ -142,7 +143,7 @@ def _means(steps: np.ndarray, values: np.ndarray, size: int) -> Curve:
 
 
 def _ratio(steps: np.ndarray, above: np.ndarray, below: np.ndarray, size: int) -> Curve:
-    """The growth of `above` over that of `below` from point to point; both begin at 0."""
+    """Returns the growth of `above` over that of `below` from point to point; both begin at 0."""
     finite = np.isfinite(steps) & np.isfinite(above) & np.isfinite(below)
     steps, above, below = steps[finite], above[finite], below[finite]
     ends = [part[-1] for part in _parts(steps, size)]
@@ -152,7 +153,7 @@ def _ratio(steps: np.ndarray, above: np.ndarray, below: np.ndarray, size: int) -
 
 
 def _parts(steps: np.ndarray, size: int) -> list[np.ndarray]:
-    """The places of the records whose steps are in the same `size` steps, in order."""
+    """Returns the places of the records whose steps are in the same `size` steps, in order."""
     if not len(steps):
         return []
     borders = np.flatnonzero(np.diff(steps // size)) + 1

@@ -67,7 +67,7 @@ def generalised_advantages(
 
 
 def whitened_tokens(advantages: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The advantages of all answers, whitened over all of their tokens together."""
+    """Returns the advantages of all answers, whitened over all of their tokens together."""
     every = whitened(np.concatenate(advantages))
     return np.split(every, np.cumsum([len(answer) for answer in advantages])[:-1])
 

@@ -47,7 +47,8 @@ class Comparison:
 
 
 def read_comparisons(path: Path, refuse: Refuse) -> Iterator[Comparison]:
-    """The comparisons of a file of JSON lines, or of all `*.jsonl` of a directory, one at a time.
+    """Yields the comparisons of a file of JSON lines, or of all `*.jsonl` of a directory, one at a
+    time.
 
     A line is one of
 
@@ -68,7 +69,7 @@ def read_comparisons(path: Path, refuse: Refuse) -> Iterator[Comparison]:
 
 
 def parse_comparison(raw: bytes, file: Path, number: int) -> Comparison:
-    """The comparison of a line; see `read_comparisons`.
+    """Returns the comparison of a line; see `read_comparisons`.
 
     Raises:
         TypeError, ValueError: it is no comparison; says why.
@@ -163,7 +164,8 @@ def margin_of(rating: str | None, margins: str) -> float:
 
 
 def to_line(comparison: Comparison) -> str:
-    """The JSON line that `parse_comparison` reads as this comparison, but for file and line."""
+    """Returns the JSON line that `parse_comparison` reads as this comparison, but for file and
+    line."""
     record = {
         "prompt": list(comparison.messages),
         "chosen": comparison.chosen,

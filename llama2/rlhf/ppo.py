@@ -123,7 +123,7 @@ def train(
 
 
 def ratio_bound(device: torch.device, clip_range: float) -> float:
-    """The largest |ρ − 1| before the first step of an iteration that is no error.
+    """Returns the largest |ρ − 1| before the first step of an iteration that is no error.
 
     Old and new log-probabilities come from the same weights and kernels on the same micro-batches.
     On a CPU they are the same to the bit: 0, in every dtype, in one process and in several. On GPUs
@@ -173,7 +173,7 @@ class _Loop:
         }
 
     def iteration(self, number: int) -> dict[str, Any]:
-        """The record of an iteration, done from drawing to the last gradient step."""
+        """Returns the record of an iteration, done from drawing to the last gradient step."""
         gathers = self.sampler.gathers
         with self._timed("rollout"):
             batch = self.questions.batch(number)
@@ -223,7 +223,7 @@ class _Loop:
         )
 
     def _learn(self, learnt: Sequence[Experience], number: int) -> dict[str, Any]:
-        """A gradient step of each model per mini-batch; what the log says of them all."""
+        """Returns a gradient step of each model per mini-batch; what the log says of them all."""
         config, steps = self.config, []
         size = config.mini_batch_size
         for start in range(0, len(learnt), size):

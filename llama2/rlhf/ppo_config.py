@@ -87,7 +87,8 @@ class PPOConfig:
         return self.group_size or 1
 
     def step_config(self, seq_len: int) -> TrainConfig:
-        """The recipe of a gradient step, of either model, on rows of at most `seq_len` tokens."""
+        """Returns the recipe of a gradient step, of either model, on rows of at most `seq_len`
+        tokens."""
         return TrainConfig(
             steps=self.iterations * (self.batch_size // self.mini_batch_size),
             batch_size=self.mini_batch_size,

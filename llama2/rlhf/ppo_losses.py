@@ -91,7 +91,7 @@ def answer_log_probs(
 
 
 def answer_values(critic: ScalarModel, rollouts: Sequence[Rollout], device: torch.device) -> Tensor:
-    """The values of the states before the answer tokens, `[num_answer_tokens]`, float32 or
+    """Returns the values of the states before the answer tokens, `[num_answer_tokens]`, float32 or
     wider."""
     tokens, cu_seqlens, places = _places(rollouts, device)
     return critic(tokens, cu_seqlens=cu_seqlens)[0].index_select(0, places)
@@ -132,7 +132,7 @@ class PolicyLoss:
         self._noted: list[Tensor] = []
 
     def __call__(self, policy: Llama2, rows: Ragged) -> Tensor:
-        """The loss of one micro-batch of `Experience`s, a scalar."""
+        """Returns the loss of one micro-batch of `Experience`s, a scalar."""
         rollouts = [row.rollout for row in rows.items]
         log_probs, _ = answer_log_probs(policy, rollouts, self._temperature, rows.device)
         old = _joined([row.log_probs for row in rows.items], log_probs)
@@ -165,7 +165,7 @@ class ValueLoss:
         self._per_row, self._clip_range = per_row, clip_range
 
     def __call__(self, critic: ScalarModel, rows: Ragged) -> Tensor:
-        """The loss of one micro-batch of `Experience`s, a scalar."""
+        """Returns the loss of one micro-batch of `Experience`s, a scalar."""
         values = answer_values(critic, [row.rollout for row in rows.items], rows.device)
         old = _joined([row.values for row in rows.items], values)
         returns = _joined([row.returns for row in rows.items], values)

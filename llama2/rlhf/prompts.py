@@ -36,7 +36,8 @@ class TaggedPrompt:
 
 
 def read_prompts(path: Path, refuse: Refuse) -> Iterator[TaggedPrompt]:
-    """The prompts of a file of JSON lines, or of all `*.jsonl` of a directory, one at a time.
+    """Yields the prompts of a file of JSON lines, or of all `*.jsonl` of a directory, one at a
+    time.
 
     A line is one of
 
@@ -58,7 +59,7 @@ def read_prompts(path: Path, refuse: Refuse) -> Iterator[TaggedPrompt]:
 
 
 def parse_prompt(raw: bytes, file: Path, number: int) -> TaggedPrompt:
-    """The prompt of a line; see `read_prompts`.
+    """Returns the prompt of a line; see `read_prompts`.
 
     Raises:
         TypeError, ValueError: it is no prompt; says why.

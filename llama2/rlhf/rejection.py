@@ -64,7 +64,7 @@ class Earlier(NamedTuple):
 
 
 def earlier_answers(rounds: Iterable[Dialogue]) -> dict[tuple[tuple[str, str], ...], list[Earlier]]:
-    """The last answers of dialogues, by what stands before them as `asked_of` gives it."""
+    """Returns the last answers of dialogues, by what stands before them as `asked_of` gives it."""
     answers = defaultdict(list)
     for dialogue in rounds:
         place = f"{printable_name(dialogue.file)}:{dialogue.line}"
@@ -179,7 +179,7 @@ class Judge:
 
 
 def dialogue_of(prompt: TaggedPrompt, answer: str) -> Dialogue:
-    """A prompt with an answer, which alone bears a loss."""
+    """Returns a prompt with an answer, which alone bears a loss."""
     num_given = sum(message["role"] == "assistant" for message in prompt.messages)
     return Dialogue(
         (*prompt.messages, {"role": "assistant", "content": answer}),
@@ -191,8 +191,8 @@ def dialogue_of(prompt: TaggedPrompt, answer: str) -> Dialogue:
 
 
 def best_of(rewards: Iterable[Sequence[float | None]], num_samples: int) -> list[float]:
-    """The mean over prompts of the highest reward among the first 1, 2, …, `num_samples` answers to
-    each that have a reward; where fewer have one, among all of them.
+    """Returns the mean over prompts of the highest reward among the first 1, 2, …, `num_samples`
+    answers to each that have a reward; where fewer have one, among all of them.
 
     Args:
         rewards: of each prompt's answers; prompts of which no answer has one do not count.

@@ -70,7 +70,7 @@ def answer_ids(
 
 
 def encode_pair(tokenizer: Tokenizer, comparison: Comparison, form: str, seq_len: int) -> Pair:
-    """The `answer_ids` of both answers; arguments as there.
+    """Returns the `answer_ids` of both answers; arguments as there.
 
     Raises:
         ValueError: as `answer_ids`; names the answer.
@@ -86,7 +86,7 @@ def encode_pair(tokenizer: Tokenizer, comparison: Comparison, form: str, seq_len
 
 
 def with_margins(pairs: Sequence[Pair], margins: str) -> list[Pair]:
-    """The pairs with the margins of their ratings; arguments and errors as `margin_of`."""
+    """Returns the pairs with the margins of their ratings; arguments and errors as `margin_of`."""
     return [replace(pair, margin=margin_of(pair.rating, margins)) for pair in pairs]
 
 
@@ -102,7 +102,8 @@ def score_pairs(model: ScalarModel, rows: Ragged) -> tuple[Tensor, Tensor]:
 
 
 def ranking_loss(model: ScalarModel, rows: Ragged) -> Tensor:
-    """Mean over pairs of weight · −log σ(r_chosen − r_rejected − margin), float32, in nats."""
+    """Returns mean over pairs of weight · −log σ(r_chosen − r_rejected − margin), float32, in
+    nats."""
     chosen, rejected = score_pairs(model, rows)
     settings = {"dtype": torch.float32, "device": chosen.device}
     margins = torch.tensor([pair.margin for pair in rows.items], **settings)

@@ -114,7 +114,7 @@ class Sampler:
     def __call__(
         self, policy: Llama2, questions: Sequence[Question], iteration: int
     ) -> list[Rollout]:
-        """The answers, in the order of the prompts; every process calls it and gets all.
+        """Returns the answers, in the order of the prompts; every process calls it and gets all.
 
         Raises:
             FloatingPointError: the policy's logits are not finite.

@@ -29,7 +29,7 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        """A score for each sequence, as it is alone up to the roundings of another batch.
+        """Returns a score for each sequence, as it is alone up to the roundings of another batch.
 
         Raises:
             ValueError: a sequence is empty or longer than the model's context.
@@ -67,7 +67,7 @@ def load_reward_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> ScalarModel:
-    """The reward model of a checkpoint directory, which is to score what a policy writes.
+    """Returns the reward model of a checkpoint directory, which is to score what a policy writes.
 
     Args:
         policy: the policy's checkpoint directory.

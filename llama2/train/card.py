@@ -47,7 +47,7 @@ def _sum(text: str) -> str:
 
 
 def card(name: str, made_by: str, record: dict[str, Any]) -> str:
-    """The card of a checkpoint, in Markdown.
+    """Returns the card of a checkpoint, in Markdown.
 
     Args:
         name: of the model.

@@ -58,8 +58,8 @@ def described(counts: dict[str, Any]) -> str:
 
 
 def is_excluded(names: Sequence[str], patterns: Sequence[str]) -> bool:
-    """Whether one of the names of a document, such as its path in its corpus and the corpus's name,
-    is what one of the shell patterns describes.
+    """Returns whether one of the names of a document, such as its path in its corpus and the
+    corpus's name, is what one of the shell patterns describes.
 
     `*` matches any characters, "/" too: `*.md` is for every depth, `private/*` for all below. Case
     matters.
@@ -92,11 +92,11 @@ class Care:
         self._trained_on: set[bytes] = set()
 
     def __bool__(self) -> bool:
-        """Whether there is anything to do."""
+        """Returns whether there is anything to do."""
         return any(value not in ([], None) for value in self.options.values())
 
     def described(self) -> dict[str, Any]:
-        """The options, and the versions of the libraries that the result depends on."""
+        """Returns the options, and the versions of the libraries that the result depends on."""
         libraries = (
             library
             for option, names in _LIBRARIES.items()
@@ -122,8 +122,9 @@ class Care:
         return (text, Counter()) if self._redactor is None else self._redactor.redact(text)
 
     def repeats(self, text: str, *, held_out: bool = False) -> bool:
-        """Whether a text is one too many: nearly one before it, with a threshold; where it is held
-        out, nearly or letter by letter one for training. What stays of those is remembered."""
+        """Returns whether a text is one too many: nearly one before it, with a threshold; where it
+        is held out, nearly or letter by letter one for training. What stays of those is
+        remembered."""
         is_near = self._kept is not None and self._kept.is_near(text, keep=not held_out)
         digest = hashlib.sha256(text.encode()).digest()
         if held_out:
@@ -135,7 +136,7 @@ class Care:
     def training(
         self, name: str, documents: Sequence[Document]
     ) -> tuple[list[Document], CareCounts]:
-        """The documents that stay of a corpus for training, redacted."""
+        """Returns the documents that stay of a corpus for training, redacted."""
         counts, kept = CareCounts(), []
         for document, redacted in self._cleaned(name, documents, counts):
             if self.repeats(document.text):
@@ -149,7 +150,8 @@ class Care:
     def evaluation(
         self, name: str, documents: Sequence[Document], counts: CareCounts
     ) -> list[Document]:
-        """The documents that stay of those held out, redacted, once all for training are known.
+        """Returns the documents that stay of those held out, redacted, once all for training are
+        known.
 
         Left out, and added to `near_duplicates`, are those that are also for training, letter by
         letter or, with a threshold, nearly. They are not compared with each other.
@@ -167,7 +169,7 @@ class Care:
     def _cleaned(
         self, name: str, documents: Sequence[Document], counts: CareCounts
     ) -> Iterator[tuple[Document, Counter[str]]]:
-        """The documents that no pattern excludes, and what was redacted in each."""
+        """Yields the documents that no pattern excludes, and what was redacted in each."""
         slow = self._redactor is not None or self._kept is not None
         settings = {"unit": "document", "leave": False, "disable": not (slow and documents)}
         for document in tqdm(documents, desc=f"cleaning {name}", **settings):

@@ -27,7 +27,8 @@ TOKENIZER = "tokenizer.model"
 
 
 def tokenizer_file_of(args: argparse.Namespace) -> Path | None:
-    """The tokenizer of the texts and of the checkpoint; None where only its ids are known."""
+    """Returns the tokenizer of the texts and of the checkpoint; None where only its ids are
+    known."""
     if args.tokenizer is not None:
         return args.tokenizer
     if args.init is not None and (args.init / TOKENIZER).is_file():

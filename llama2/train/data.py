@@ -51,7 +51,7 @@ class Document:
 
 
 def read_sources(folder: Path) -> list[Document]:
-    """The Python files under `folder` as text, in the order of their paths."""
+    """Returns the Python files under `folder` as text, in the order of their paths."""
     documents = []
     for file in folder.rglob("*.py"):
         path = file.relative_to(folder)
@@ -63,7 +63,8 @@ def read_sources(folder: Path) -> list[Document]:
 
 
 def stdlib_documents() -> list[Document]:
-    """The running Python's standard library: its sources, and its manual's topics as prose."""
+    """Returns the running Python's standard library: its sources, and its manual's topics as
+    prose."""
     from pydoc_data.topics import topics
 
     manual = "pydoc_data/topics.py"  # one long literal: its texts are read instead
@@ -73,7 +74,8 @@ def stdlib_documents() -> list[Document]:
 
 
 def text_documents(path: Path) -> list[Document]:
-    """Every UTF-8 text file under a directory, in the order of their paths; or the parts of a file.
+    """Returns every UTF-8 text file under a directory, in the order of their paths; or the parts of
+    a file.
 
     Hidden files and folders are left out, and so are links to folders. So are files that are no
     UTF-8 or contain a zero byte: how many is said on stderr. One path in 20 is held out. Of a
@@ -107,8 +109,8 @@ def text_documents(path: Path) -> list[Document]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """The files under a folder that are not hidden. `Path.rglob` would pass over what it may not
-    read."""
+    """Yields the files under a folder that are not hidden. `Path.rglob` would pass over what it may
+    not read."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -138,7 +140,7 @@ def _split_at_a_line(name: str, text: str) -> list[Document]:
 
 
 def corpus_documents(path: Path | None, held_out: Path | None = None) -> list[Document]:
-    """The documents of a text file or directory, None for those of the standard library.
+    """Returns the documents of a text file or directory, None for those of the standard library.
 
     Args:
         held_out: a text file or directory that is held out, all of it; `path` then is for training,
@@ -171,7 +173,7 @@ def corpus_documents(path: Path | None, held_out: Path | None = None) -> list[Do
 
 
 def is_within(inner: Path, outer: Path) -> bool:
-    """Whether `inner` is `outer`, or below it, whatever links lead there."""
+    """Returns whether `inner` is `outer`, or below it, whatever links lead there."""
     # Path.resolve raises RuntimeError where a link leads to itself; opening it names the file.
     return Path(os.path.realpath(inner)).is_relative_to(os.path.realpath(outer))
 
@@ -189,7 +191,8 @@ def document_ids(document: Document, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def token_stream(documents: list[Document], tokenizer: Tokenizer) -> np.ndarray:
-    """The documents' ids one after the other, each from BOS to EOS; int32 `[num_tokens]`."""
+    """Returns the documents' ids one after the other, each from BOS to EOS; int32
+    `[num_tokens]`."""
     return np.concatenate([document_ids(document, tokenizer) for document in documents])
 
 

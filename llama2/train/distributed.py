@@ -48,7 +48,7 @@ from llama2.train.stdlib_checkpoint import MODEL
 
 
 def make_mesh(device_type: str, tp: int) -> DeviceMesh:
-    """All processes, `tp` neighbours to a model; dimensions of one process are left out.
+    """Returns all processes, `tp` neighbours to a model; dimensions of one process are left out.
 
     Raises:
         ValueError: tp does not divide the number of processes.
@@ -157,8 +157,8 @@ def train(
 
 
 def gathered(model: AnyDecoder) -> AnyDecoder | None:
-    """The whole model of all processes, on the CPU of the first, None in the others; every process
-    calls it."""
+    """Returns the whole model of all processes, on the CPU of the first, None in the others; every
+    process calls it."""
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=whole)
     if dist.get_rank() != 0:
@@ -182,8 +182,9 @@ def _dealt_back(own: Sequence[Any], group: dist.ProcessGroup | None) -> list[Any
 
 
 def replica(model: Llama2, ops: ModuleType, dtype: torch.dtype) -> Llama2:
-    """The whole model of all processes, in each of them, on its device, to be used without the
-    others; every process calls it. One tensor at a time is whole in the dtype it is trained in."""
+    """Returns the whole model of all processes, in each of them, on its device, to be used without
+    the others; every process calls it. One tensor at a time is whole in the dtype it is trained
+    in."""
     with torch.device("meta"):
         alone = Llama2(model.config, ops)
     weights = {}

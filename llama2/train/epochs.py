@@ -32,14 +32,14 @@ class Epochs:
         self._order = (-1, np.empty(0, dtype=np.int64))  # of the present epoch
 
     def rows(self, step: int) -> list[int]:
-        """The numbers of the rows of a step: `batch_size`, but for the last step, which may have
-        fewer."""
+        """Returns the numbers of the rows of a step: `batch_size`, but for the last step, which may
+        have fewer."""
         start = step * self._batch_size
         places = range(start, min(start + self._batch_size, self.num_rows_of_all))
         return [self._row(place) for place in places]
 
     def _row(self, place: int) -> int:
-        """The row at a place of the run."""
+        """Returns the row at a place of the run."""
         epoch, within = divmod(place, self.num_rows)
         if self._order[0] != epoch:
             order = np.random.default_rng([self._seed, epoch]).permutation(self.num_rows)

@@ -31,7 +31,7 @@ class Execution(Protocol):
     is_sharded: bool  # whether sharding settled the dtype and the recomputation of layers
 
     def own_rows(self, batch: Rows) -> Rows:
-        """The rows of a step's batch that this process computes."""
+        """Returns the rows of a step's batch that this process computes."""
         ...
 
     def collected(self, own: Sequence[Any]) -> list[Any]:
@@ -49,7 +49,7 @@ class Execution(Protocol):
         ...
 
     def grad_norm(self, gradients: Iterable[Tensor]) -> Tensor:
-        """The norm of the whole gradient, a scalar in float32 or wider."""
+        """Returns the norm of the whole gradient, a scalar in float32 or wider."""
         ...
 
     def load(

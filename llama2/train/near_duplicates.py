@@ -60,7 +60,7 @@ class NearDuplicates:
         self._kept_short: set[bytes] = set()
 
     def is_near(self, text: str, *, keep: bool) -> bool:
-        """Whether `text` is a near-duplicate of one that was kept.
+        """Returns whether `text` is a near-duplicate of one that was kept.
 
         Args:
             keep: from now on `text` is one of those, if it is not.

@@ -15,7 +15,7 @@ RECORD = "training.json"  # with the checkpoint, and a copy in the folder of the
 
 
 def run_id_of(work: Path, init: Path | None = None, *, begun: bool = False) -> str:
-    """The id of the run in `work`, drawn at its first start.
+    """Returns the id of the run in `work`, drawn at its first start.
 
     A state says which weights it has, not which it began with; that is recorded with the id.
 

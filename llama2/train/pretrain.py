@@ -86,8 +86,8 @@ class Batches(Protocol):
     """The data of a run."""
 
     def batch(self, step: int) -> Rows:
-        """The rows of a step, a function of it alone: int64 `[batch_size, seq_len + 1]`, or what
-        else the objective takes."""
+        """Returns the rows of a step, a function of it alone: int64 `[batch_size, seq_len + 1]`, or
+        what else the objective takes."""
         ...
 
     def identity(self) -> dict[str, Any]:
@@ -132,7 +132,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def make_worker(model: Decoder, config: TrainConfig) -> Decoder:
-    """The model that computes the gradients of a step: `model`, or with bf16 a copy in bfloat16.
+    """Returns the model that computes the gradients of a step: `model`, or with bf16 a copy in
+    bfloat16.
 
     Autocast is no substitute: it would hand the ops float32 residuals with bfloat16 updates.
     """
@@ -195,7 +196,8 @@ def train_step(
 
 
 def _gradients(worker: Decoder, model: Decoder) -> dict[nn.Parameter, Tensor]:
-    """The gradients by weight of `model`: its own where it has one, otherwise the worker's."""
+    """Returns the gradients by weight of `model`: its own where it has one, otherwise the
+    worker's."""
     pairs = zip(model.parameters(), worker.parameters(), strict=True)
     found = {
         weight: copied.grad if weight.grad is None else weight.grad for weight, copied in pairs
@@ -213,7 +215,7 @@ def _hand_over_gradients(worker: Decoder, model: Decoder) -> None:
 
 
 def run_identity(model: Decoder, data: Batches, config: TrainConfig) -> Identity:
-    """The shapes, the recipe and the data of a run."""
+    """Returns the shapes, the recipe and the data of a run."""
     recipe = asdict(config)
     del recipe["activation_checkpointing"]  # changes no bit
     return {

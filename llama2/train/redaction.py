@@ -89,7 +89,7 @@ class Redactor:
         self._suffixes = PublicSuffixList(accept_unknown=False, only_icann=True)
 
     def redact(self, text: str) -> tuple[str, Counter[str]]:
-        """The text with placeholders, and how many there are of each kind of `KINDS`."""
+        """Returns the text with placeholders, and how many there are of each kind of `KINDS`."""
         counts: Counter[str] = Counter()
         if "@" in text:
             text = _replaced(_EMAIL, text, self._email, EMAIL, counts)
@@ -101,7 +101,7 @@ class Redactor:
         return text, counts
 
     def _email(self, match: re.Match[str]) -> str:
-        """The address in a match: up to the last label that is a top-level domain."""
+        """Returns the address in a match: up to the last label that is a top-level domain."""
         local, _, domain = match[0].partition("@")
         labels = domain.split(".")
         while len(labels) > 1 and not self._is_top_level(labels[-1]):

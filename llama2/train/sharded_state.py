@@ -116,7 +116,7 @@ def load_sharded_state(
 
 
 def _states(folder: Path) -> dict[int, Path]:
-    """The whole states of a folder by their steps."""
+    """Returns the whole states of a folder by their steps."""
     if not folder.is_dir():
         return {}
     found = {path: _STATE.fullmatch(path.name) for path in folder.iterdir()}

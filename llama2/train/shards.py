@@ -81,7 +81,7 @@ def _check_ids(name: str, tokens: np.ndarray, vocab_size: int) -> None:
 
 
 def _open(file: Path) -> np.ndarray:
-    """A shard, mapped into memory."""
+    """Returns a shard, mapped into memory."""
     with reading(file, "expected a whole .npy file of integers;"):
         shard = np.lib.format.open_memmap(file, mode="r")  # never unpickles, as np.load may
     _check_kind(str(file), shard)
@@ -213,7 +213,7 @@ class Mixture:
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  # of the present epoch, by source
 
     def counts(self, num_rows: int) -> list[int]:
-        """How many of the first `num_rows` rows of a run each source has."""
+        """Returns how many of the first `num_rows` rows of a run each source has."""
         # By the time t the sources have Σ floor(t · w + ½) rows, within half their number of t. So
         # these are less than num_rows, and all due before the last of those.
         time = num_rows - len(self._weights)

@@ -85,7 +85,7 @@ def check_identity(path: Path, found: dict[str, Any], identity: Identity) -> Non
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The records of a JSON-lines log."""
+    """Returns the records of a JSON-lines log."""
     return _parsed(path, path.read_text(encoding="utf-8").splitlines())
 
 
@@ -111,7 +111,7 @@ def _record(line: str) -> dict[str, float]:
 def records_so_far(
     path: Path, complain: Callable[[Path, int, ValueError], None]
 ) -> list[dict[str, float]]:
-    """The records of a log that a run may still be writing.
+    """Returns the records of a log that a run may still be writing.
 
     A last line without a line end is left out: the run is writing it, or was killed meanwhile.
 

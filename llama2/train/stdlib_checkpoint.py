@@ -90,7 +90,8 @@ licenses that Python lists for incorporated software.
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> bytes:
-    """A SentencePiece model with Llama 2's switches, and runs of spaces as pieces for indentation.
+    """Returns a SentencePiece model with Llama 2's switches, and runs of spaces as pieces for
+    indentation.
 
     Llama 2: BPE, digits split, byte fallback, identity normaliser, no whitespace collapse, pieces
     of at most 16 characters, coverage 0.99995, unk 0, bos 1, eos 2, no pad. Here a text is a whole

@@ -15,7 +15,8 @@ _SMALLEST_NORM = 1e-6
 
 
 def grad_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """The norm of all gradients together: a scalar in float32 or wider, whatever their dtype."""
+    """Returns the norm of all gradients together: a scalar in float32 or wider, whatever their
+    dtype."""
     norms = [
         torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
         for x in gradients
@@ -24,8 +25,8 @@ def grad_norm(gradients: Iterable[Tensor]) -> Tensor:
 
 
 def clipping_scale(norm: Tensor, max_norm: float) -> Tensor:
-    """The number to divide gradients of this norm by, so that their norm is at most `max_norm`;
-    float32, as AdamW's fused step requires."""
+    """Returns the number to divide gradients of this norm by, so that their norm is at most
+    `max_norm`; float32, as AdamW's fused step requires."""
     return ((norm + _SMALLEST_NORM) / max_norm).clamp(min=1.0).float()
 
 

@@ -64,8 +64,8 @@ def reward_accuracy(chains: Chains) -> Figure:
 
 
 def best_of(chains: Chains) -> Figure:
-    """Mean reward of the best of the first answers, a line per round: means over seeds, lowest to
-    highest seed as a band."""
+    """Returns mean reward of the best of the first answers, a line per round: means over seeds,
+    lowest to highest seed as a band."""
     figure, (axes,) = panels(1, width=6.5)
     for number, rounds in enumerate(zip(*(c["rounds"] for c in chains.values()), strict=True)):
         counts = range(1, min(map(len, rounds)) + 1)
