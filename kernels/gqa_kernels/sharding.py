@@ -249,26 +249,26 @@ def _attention_layouts(
 
 
 def _decode_attention(
-    q: Spec,
-    k_cache: Spec,
-    v_cache: Spec,
-    block_table: Spec | None,
-    k_scale: Spec | None,
-    **_: Any,
+    q: Spec, k_cache: Spec, v_cache: Spec, **optional: Spec | None
 ) -> Iterator[Sharding]:
+    block_table, k_scale, alibi_slopes = (
+        optional[name] for name in ("block_table", "k_scale", "alibi_slopes")
+    )
     batch, heads = Shard(_BATCH), Shard(_HEADS)
+    slopes_by_batch = alibi_slopes is not None and alibi_slopes.ndim == 2
     caches, scales = ("k_cache", "v_cache"), ("k_scale", "v_scale")
     per_token = k_scale is not None and k_scale.ndim == 3
     of_sequences = ("q", "seq_lens", "block_table", "key_ranges", "key_mask")
+    of_sequences += ("alibi_slopes",) * slopes_by_batch
     if block_table is None:  # pages belong to all sequences
         of_sequences += (*caches, *(scales if per_token else ()))
     yield [batch, batch], dict.fromkeys(of_sequences, batch)
     kv_heads = _kv_heads(_HEADS, q, k_cache, v_cache)
     if kv_heads is not None:
-        placed = {"q": heads} | dict.fromkeys(caches, kv_heads)
+        placed = {"q": heads, "sinks": Shard(0), "alibi_slopes": Shard(int(slopes_by_batch))}
         if kv_heads == heads:
             placed |= dict.fromkeys(scales, heads if per_token else Shard(0))
-        yield [heads, Shard(1)], placed
+        yield [heads, Shard(1)], placed | dict.fromkeys(caches, kv_heads)
 
 
 def _linear_cross_entropy(

@@ -176,8 +176,7 @@ class PagedKVCache(Stored):
             self._name_pages(row)
 
     def fork(self, row: int) -> int:
-        """Returns a row for a second sequence that has all tokens of `row` and shares all of its
-        pages.
+        """Returns a row for a second sequence with all tokens of `row`; it shares all its pages.
 
         Raises:
             ValueError: `row` has pending tokens; no free row.

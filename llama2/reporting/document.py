@@ -143,7 +143,7 @@ def _html_sentence(sentence: Sentence) -> str:
 
 def _anchor(text: str) -> str:
     """The id that GitHub gives a heading: the contents list is the same in both renderings."""
-    return re.sub(r"[^\w -]", "", _printable(text).lower()).strip().replace(" ", "-")
+    return re.sub(r"[^\w -]", "", printable(text).lower()).strip().replace(" ", "-")
 
 
 def _headings(blocks: Sequence[Block]) -> list[str]:

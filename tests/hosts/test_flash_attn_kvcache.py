@@ -32,7 +32,7 @@ def turned(x, cos, sin, positions, interleaved):
 
 def meaning(
     stored, q, rows, k=None, v=None, rotary=None, seqlens=None, leftpad=None, causal=False,
-    window=(-1, -1), interleaved=True, scale=None,
+    window=(-1, -1), interleaved=True, scale=None, softcap=0.0, slopes=None,
 ):  # fmt: skip
     """(out, lse, appended rows) of sequences `rows[b] = (keys, values)`, one query at a time.
 
@@ -70,6 +70,11 @@ def meaning(
             for h in range(q.shape[2]):
                 if seen.any():
                     scores = keys[seen, h // group] @ query[i, h] * scale
+                    if softcap:
+                        scores = softcap * torch.tanh(scores / softcap)
+                    if slopes is not None:
+                        slope = slopes.expand(BATCH, -1)[b, h]
+                        scores = scores - slope.to(dtype) * (p - j[seen]).abs()
                     lse[h, i] = scores.logsumexp(0)
                     out[i, h] = scores.softmax(0) @ values[seen, h // group]
         outs.append(out)
@@ -116,7 +121,8 @@ def check(kind, draw, device, dtype=torch.float32, *, seqlen_q=1, seqlen_new=0, 
     q = draw(BATCH, seqlen_q, HEADS, DIM, dtype=dtype)
     given = {"q": q.cpu(), "rows": rows, "seqlens": lengths}
     names = {"causal": "causal", "window_size": "window", "rotary_interleaved": "interleaved",
-             "cache_leftpad": "leftpad", "softmax_scale": "scale"}  # fmt: skip
+             "cache_leftpad": "leftpad", "softmax_scale": "scale", "softcap": "softcap",
+             "alibi_slopes": "slopes"}  # fmt: skip
     given |= {names[name]: value for name, value in options.items()}
     if seqlen_new:
         new = [draw(BATCH, seqlen_new, HEADS_K, DIM, dtype=dtype) for _ in range(2)]
@@ -129,7 +135,7 @@ def check(kind, draw, device, dtype=torch.float32, *, seqlen_q=1, seqlen_new=0, 
     for name, value in options.items():
         if name == "cache_leftpad":
             value = torch.tensor(value, dtype=torch.int32, device=device)
-        arguments[name] = value
+        arguments[name] = value.to(device) if isinstance(value, torch.Tensor) else value
     before = k_cache.clone(), v_cache.clone()
     out, lse = flash_attn_with_kvcache(
         q, k_cache, v_cache, return_softmax_lse=True,
@@ -189,6 +195,22 @@ def test_rotates_a_part_of_a_head(draw, device):
 def test_windows(kind, window, draw, device):
     check(kind, draw, device, seqlen_q=4, seqlen_new=4, causal=True, window_size=window)
     check(kind, draw, device, window_size=window)
+
+
+@pytest.mark.parametrize("window", ((3, -1), (0, 1), (2**63 - 1, 2**63 - 1)))
+def test_windows_of_queries_that_are_not_causal(window, draw, device):
+    sizes = {"seqlen_q": 3, "seqlen_new": 3, "rotary_dim": DIM, "cache_leftpad": [0, 2, 5]}
+    check("paged", draw, device, window_size=window, **sizes)
+
+
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("per_row", (False, True))
+def test_caps_and_biases(causal, per_row, draw, device):
+    slopes = draw(*(BATCH, HEADS) if per_row else (HEADS,)).abs().cpu()
+    for options in ({"softcap": 1.5}, {"alibi_slopes": slopes}):
+        check("indexed", draw, device, seqlen_q=4, seqlen_new=4, causal=causal, **options)
+    both = {"softcap": 1.5, "alibi_slopes": slopes, "window_size": (6, 1)}
+    check("paged", draw, device, torch.bfloat16, seqlen_q=3, causal=causal, **both)
 
 
 @KINDS
@@ -284,15 +306,15 @@ def test_compiled_and_eager_have_the_same_bits(draw, device):
 
 
 BAD = {
-    "softcap": ({"softcap": 1.0}, NotImplementedError, r"softcap: expected 0\.0; got 1\.0"),
-    "slopes": ({"alibi_slopes": torch.ones(4)}, NotImplementedError, "alibi_slopes: expected None"),
+    "softcap": ({"softcap": -1.0}, ValueError, r"softcap: expected .* got -1\.0"),
+    "slopes": ({"alibi_slopes": torch.ones(3)}, ValueError, r"alibi_slopes: expected shape \[4\]"),
     "queries": (
         {"q": (2, 17, 4, 16), "causal": True}, NotImplementedError,
         "q: expected a seq_len_q of 1 to 16; got 17",
     ),
     "window": (
-        {"q": (2, 3, 4, 16), "window_size": (2, 2)}, NotImplementedError,
-        r"window_size: expected \(-1, -1\) for 3 queries that are not causal; got \(2, 2\)",
+        {"q": (2, 17, 4, 16), "window_size": (2, 2)}, NotImplementedError,
+        "q: expected a seq_len_q of 1 to 16; got 17",
     ),
     "sides": ({"window_size": 3}, TypeError, "window_size: expected"),
     "cache": ({"k_cache": (3, 8, 2, 16)}, ValueError, r"k_cache: expected shape \[2, "),

@@ -211,13 +211,19 @@ def packed_inputs(more: str = "") -> dict:
     return tensors | constants(more, 4, 2) | {"causal": True, "return_lse": True}
 
 
-def decode_inputs(*, q: int = 4, kv: int = 2, limits: bool = False) -> dict:
-    return (key_limits(2, 6) if limits else {}) | {
-        "q": torch.randn(3, 2, q, 8),
-        "k_cache": torch.randn(3, 6, kv, 8),
-        "v_cache": torch.randn(3, 6, kv, 8),
-        "seq_lens": torch.tensor([6, 3, 2], dtype=torch.int32),
-    }
+def decode_inputs(more: str = "", *, q: int = 4, kv: int = 2, limits: bool = False) -> dict:
+    options = {"window": (3, None), "softcap": 2.0} if more else {}
+    options |= constants(more, q, 3)
+    return (
+        (key_limits(2, 6) if limits else {})
+        | options
+        | {
+            "q": torch.randn(3, 2, q, 8),
+            "k_cache": torch.randn(3, 6, kv, 8),
+            "v_cache": torch.randn(3, 6, kv, 8),
+            "seq_lens": torch.tensor([6, 3, 2], dtype=torch.int32),
+        }
+    )
 
 
 def paged_inputs(*, per_token: bool) -> dict:
@@ -525,6 +531,19 @@ ON_TWO_RANKS = {
     "decode_attention, heads": partial(
         check, "decode_attention", partial(decode_inputs, limits=True),
         on("q k_cache v_cache", HEADS), [(HEADS,)], {},
+    ),
+    "decode_attention, batch, slopes of each": partial(
+        check, "decode_attention", partial(decode_inputs, "sinks, alibi_slopes of each"),
+        on("q k_cache v_cache seq_lens alibi_slopes", BATCH), [(BATCH,)], {},
+    ),
+    "decode_attention, heads, slopes of each": partial(
+        check, "decode_attention", partial(decode_inputs, "sinks, alibi_slopes of each"),
+        on("q k_cache v_cache", HEADS) | on("sinks", Shard(0)) | on("alibi_slopes", Shard(1)),
+        [(HEADS,)], {},
+    ),
+    "decode_attention, heads, slopes": partial(
+        check, "decode_attention", partial(decode_inputs, "alibi_slopes"),
+        on("q k_cache v_cache", HEADS) | on("alibi_slopes", Shard(0)), [(HEADS,)], {},
     ),
     "decode_attention, one key/value head": partial(
         check, "decode_attention", partial(decode_inputs, kv=1), on("q", HEADS), [(HEADS,)], {},

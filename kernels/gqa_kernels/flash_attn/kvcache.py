@@ -45,8 +45,8 @@ def flash_attn_with_kvcache(
     seqlen_q, the new entries included.
 
     Args:
-        q: float32, float16 or bfloat16 (batch, seqlen_q, nheads, headdim), seqlen_q 1 to 16
-            where attention is causal.
+        q: float32, float16 or bfloat16 (batch, seqlen_q, nheads, headdim); seqlen_q 1 to 16 where
+            attention is causal, has a window or alibi_slopes.
         k_cache, v_cache: the same dtype, (batch_cache, seqlen_cache, nheads_k, headdim), or with a
             block_table (num_pages, page_size, nheads_k, headdim), page_size any power of two.
         k, v: (batch, seqlen_new, nheads_k, headdim), or None: nothing is appended.
@@ -61,7 +61,8 @@ def flash_attn_with_kvcache(
         causal: query i sees entries j ≤ p.
         window_size: (left, right): query i sees entries p − left to p + right; a negative number,
             −1, does not limit a side.
-        softcap: 0.0.
+        softcap: scores become softcap · tanh(score / softcap); 0.0: they stay as they are.
+        alibi_slopes: float32 (nheads,) or (batch, nheads): scores become score − slope · |p − j|.
         rotary_interleaved: pairs are (2i, 2i + 1); otherwise (i, i + headdim / 2).
         num_splits: any; without effect. How a sequence is split follows from its own length, so
             that its result has the same bits in any batch.
@@ -76,14 +77,15 @@ def flash_attn_with_kvcache(
     Raises:
         TypeError, ValueError: an argument of another kind, dtype, shape or device. Nothing has been
             written.
-        NotImplementedError: more than 16 causal queries; a softcap; alibi_slopes; a window of
-            several queries that is not causal; a rotary_dim below headdim without
-            rotary_interleaved; a cache_batch_idx beside a block_table, or of caches whose sequences
-            do not lie one after another; an input that requires a gradient.
+        NotImplementedError: more than 16 queries that are causal, have a window or alibi_slopes; a
+            rotary_dim below headdim without rotary_interleaved; a cache_batch_idx beside a
+            block_table, or of caches whose sequences do not lie one after another; an input that
+            requires a gradient.
         RuntimeError: tensors that are not on a GPU that Triton drives.
     """
     left, right = checks.window_size(window_size)
-    _refuse(softcap, alibi_slopes, num_splits)
+    softcap = checks.number("softcap", softcap) or None
+    checks.whole("num_splits", num_splits)
     causal = checks.switch("causal", causal)
     return_softmax_lse = checks.switch("return_softmax_lse", return_softmax_lse)
     rotary_interleaved = checks.switch("rotary_interleaved", rotary_interleaved)
@@ -94,47 +96,39 @@ def flash_attn_with_kvcache(
             cache_seqlens = checks.whole("cache_seqlens", cache_seqlens)
         _check(*tensors, cache_seqlens, rotary_interleaved)
     causal = causal or q.shape[1] == 1  # no limit to a lone query
-    if not causal and (left is not None or right is not None):
-        raise NotImplementedError(
-            f"window_size: expected (-1, -1) for {q.shape[1]} queries that are not causal; "
-            f"got {window_size}"
-        )
+    # Queries that see the same keys with the same scores are packed into one.
+    packs = not causal and left is right is alibi_slopes is None
+    turns = causal or left is not None or right is not None  # each query by its own entry
 
     if cache_batch_idx is not None:
         k_cache, v_cache, block_table = _as_pages(k_cache, v_cache, cache_batch_idx)
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     before = _lengths(cache_seqlens, capacity, q)
     seq_lens = before if k is None else (before + k.shape[1]).clamp(max=capacity)
-    num_rows = q.shape[1] if causal else 1  # queries that are not causal are packed into one
-    ranges = _key_ranges(seq_lens, num_rows, cache_leftpad, left, right, capacity)
+    num_rows = 1 if packs else q.shape[1]
+    ranges = _key_ranges(seq_lens, num_rows, cache_leftpad, capacity)
     if not is_compiling():  # before anything is written
         attended = (k_cache, v_cache, seq_lens, block_table, None, None, ranges, None)
-        decode.check(q[:, :num_rows], *attended, softmax_scale)
+        scores = (softmax_scale, left, 0 if causal else right, softcap, None, alibi_slopes)
+        decode.check(q[:, :num_rows], *attended, *scores)
         if library.needs_graph(q, k_cache, v_cache, k, v):
             decode.refuse_gradient()
     if k is not None:
         q = _append(
-            q, k, v, k_cache, v_cache, *rotary, before, block_table, causal, rotary_interleaved
+            q, k, v, k_cache, v_cache, *rotary, before, block_table, turns, rotary_interleaved
         )
     nheads_k = k_cache.shape[2]
     result = decode.decode_attention(
-        q if causal else _pack(q, nheads_k), k_cache, v_cache, seq_lens, block_table=block_table,
-        softmax_scale=softmax_scale, key_ranges=ranges, return_lse=return_softmax_lse,
+        _pack(q, nheads_k) if packs else q, k_cache, v_cache, seq_lens, block_table=block_table,
+        causal=causal, softmax_scale=softmax_scale, window=(left, right), softcap=softcap,
+        alibi_slopes=alibi_slopes, key_ranges=ranges, return_lse=return_softmax_lse,
     )  # fmt: skip
-    if causal:
+    if not packs:
         return result
     if not return_softmax_lse:
         return _unpack(result, q.shape[1], nheads_k)
     out, lse = result
     return _unpack(out, q.shape[1], nheads_k), _unpack_lse(lse, q.shape[1], nheads_k)
-
-
-def _refuse(softcap: float, alibi_slopes: Tensor | None, num_splits: int) -> None:
-    if checks.number("softcap", softcap) != 0.0:
-        raise NotImplementedError(f"softcap: expected 0.0; got {softcap!r}")
-    if alibi_slopes is not None:
-        raise NotImplementedError("alibi_slopes: expected None; got a tensor")
-    checks.whole("num_splits", num_splits)
 
 
 def _check(
@@ -239,25 +233,13 @@ def _lengths(cache_seqlens: int | Tensor | None, capacity: int, q: Tensor) -> Te
 
 
 def _key_ranges(
-    seq_lens: Tensor,
-    seqlen_q: int,
-    cache_leftpad: Tensor | None,
-    left: int | None,
-    right: int | None,
-    capacity: int,
+    seq_lens: Tensor, seqlen_q: int, cache_leftpad: Tensor | None, capacity: int
 ) -> Tensor | None:
-    """(first, end) of the entries that each query may see, beside causality; None: all."""
-    if cache_leftpad is None and left is None and right is None:
+    """(first, end) of the entries that each query may see in padded rows; None: no row is."""
+    if cache_leftpad is None:
         return None
-    farthest = capacity + seqlen_q  # between a query and an entry; more could overflow
-    left, right = (None if side is None else min(side, farthest) for side in (left, right))
-    query = torch.arange(seqlen_q, device=seq_lens.device)
-    entry = seq_lens[:, None] - seqlen_q + query  # that a query stands on
-    first = torch.zeros_like(entry) if left is None else entry - left
-    if cache_leftpad is not None:
-        first = first.maximum(cache_leftpad[:, None])
-    end = torch.full_like(entry, capacity) if right is None else entry + right + 1
-    return torch.stack([first, end], -1).clamp(0, capacity).int()
+    first = cache_leftpad.long().clamp(0, capacity)[:, None].expand(-1, seqlen_q)
+    return torch.stack([first, torch.full_like(first, capacity)], -1).int()
 
 
 def _append(
@@ -270,7 +252,7 @@ def _append(
     sin: Tensor | None,
     before: Tensor,
     block_table: Tensor | None,
-    causal: bool,
+    turns: bool,
     interleaved: bool,
 ) -> Tensor:
     """Writes k and v to their entries, and returns q rotated."""
@@ -284,11 +266,11 @@ def _append(
     rest = half - cos.shape[1]  # pairs that stay as they are
     cos, sin = F.pad(cos.float(), (0, rest), value=1.0), F.pad(sin.float(), (0, rest))
     options = {"interleaved": interleaved}
-    if causal and q.shape[1] == k.shape[1]:
+    if turns and q.shape[1] == k.shape[1]:
         written = (k_cache, v_cache, cos, sin, entries, slots)
         return rope_append_kv(q, k, v, *written, **options)[0]
     rope_append_kv(k, k, v, k_cache, v_cache, cos, sin, entries, slots, **options)
-    steps = torch.arange(q.shape[1], device=q.device) * causal
+    steps = torch.arange(q.shape[1], device=q.device) * turns
     positions = before[:, None] + steps
     return apply_rope(q, q[:, :, : k.shape[2]], cos, sin, positions, **options)[0]
 

@@ -290,9 +290,9 @@ def attention_forward(
     if bounds is not None:
         rows = (x.squeeze(0) for x in (q, k, v))
         out = flash_attention_varlen(*rows, *bounds, causal=bool(is_causal), **scores).unsqueeze(0)
-    elif softcap is sinks is window is None and _decodes(q, k, v, causal):
+    elif _decodes(q, k, v, causal):
         seq_lens = None if key_ranges is None else key_ranges[:, 0, 1]  # None: all keys
-        out = decode_attention(q, k, v, seq_lens, softmax_scale=scaling, **limits)
+        out = decode_attention(q, k, v, seq_lens, **scores, **limits)
     else:
         out = flash_attention(q, k, v, causal=causal, **scores, **limits)
     return out, None

@@ -61,14 +61,20 @@ def decode_attention(
     block_table: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    causal: bool = True,
     softmax_scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     key_ranges: Tensor | None = None,
     key_mask: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See `reference.decode_attention`, which computes quantised caches, key_ranges, key_mask and
-    return_lse."""
-    plain = k_scale is None and v_scale is None and key_ranges is None and key_mask is None
+    """See `reference.decode_attention`, which computes all but causal attention over a cache of
+    q's dtype without further options."""
+    options = k_scale, v_scale, window, softcap, sinks, alibi_slopes, key_ranges, key_mask
+    plain = causal and all(option is None for option in options)
     taken = 0 < q.shape[1] <= reference.MAX_NEW_TOKENS  # the reference raises for others
     if plain and taken and not return_lse and reads_freely(q):
         lengths = _lengths(q, k_cache, seq_lens, block_table)
@@ -83,7 +89,12 @@ def decode_attention(
         block_table=block_table,
         k_scale=k_scale,
         v_scale=v_scale,
+        causal=causal,
         softmax_scale=softmax_scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
         key_ranges=key_ranges,
         key_mask=key_mask,
         return_lse=return_lse,

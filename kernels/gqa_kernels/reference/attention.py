@@ -43,6 +43,27 @@ def attend(
     return (weights.to(v.dtype) @ v).transpose(1, 2), lse
 
 
+def in_window(
+    own_key: Tensor, key: Tensor, causal: bool, window: tuple[int | None, int | None] | None
+) -> Tensor | None:
+    """Whether a key lies in the window around the key that a query stands on; None if no side is
+    limited."""
+    left, right = window or (None, None)
+    if causal:
+        right = 0
+    sides = []
+    if left is not None:
+        sides.append(key >= own_key - left)
+    if right is not None:
+        sides.append(key <= own_key + right)
+    return torch.stack(torch.broadcast_tensors(*sides)).all(0) if sides else None
+
+
+def alibi_bias(slopes: Tensor | None, own_key: Tensor, key: Tensor) -> Tensor | None:
+    """−slope · |p − j|, `[…, num_q_heads, seq_len_q, seq_len_kv]`."""
+    return None if slopes is None else -slopes[..., None, None] * (own_key - key).abs()
+
+
 def in_range(key_ranges: Tensor | None, key: Tensor) -> Tensor | None:
     """`[batch, 1, seq_len_q, seq_len_kv]`: whether a key lies in a query's range."""
     if key_ranges is None:
@@ -107,22 +128,11 @@ def flash_attention(
     """
     own_key = torch.arange(q.shape[1], device=q.device)[:, None] + k.shape[1] - q.shape[1]
     key = torch.arange(k.shape[1], device=q.device)[None, :]
-    left, right = window or (None, None)
-    if causal:
-        right = 0
-    visible = None
-    if left is not None or right is not None:
-        visible = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
-        if left is not None:
-            visible &= key >= own_key - left
-        if right is not None:
-            visible &= key <= own_key + right
+    visible = in_window(own_key, key, causal, window)
     for limit in (in_range(key_ranges, key), nonzero(key_mask)):
         if limit is not None:
             visible = limit if visible is None else visible & limit
-    bias = None
-    if alibi_slopes is not None:
-        bias = -alibi_slopes[..., None, None] * (own_key - key).abs()
+    bias = alibi_bias(alibi_slopes, own_key, key)
     out, lse = attend(q, k, v, visible, softmax_scale, softcap=softcap, bias=bias, sinks=sinks)
     return (out, lse) if return_lse else out
 

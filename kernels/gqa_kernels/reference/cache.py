@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from gqa_kernels.reference.attention import attend, in_range, nonzero
+from gqa_kernels.reference.attention import alibi_bias, attend, in_range, in_window, nonzero
 from gqa_kernels.reference.rows import apply_rope, wide
 
 MAX_NEW_TOKENS = 16  # per sequence, of `decode_attention`
@@ -120,15 +120,21 @@ def decode_attention(
     block_table: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    causal: bool = True,
     softmax_scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     key_ranges: Tensor | None = None,
     key_mask: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the last 1…16 tokens of each sequence over its key/value cache.
 
-    Sequence b holds `seq_lens[b]` tokens, its new ones included; new token i sees the keys
-    j < seq_lens[b] − (seq_len_q − 1 − i). What lies in the cache beyond a length, NaN included,
+    Sequence b holds `seq_lens[b]` tokens, its new ones included. New token i stands on the key
+    p = seq_lens[b] − seq_len_q + i. Causal, it sees the keys j ≤ p; otherwise all j < seq_lens[b].
+    Scores are those of `flash_attention`. What lies in the cache beyond a length, NaN included,
     never matters. A query that sees no key gives 0.
 
     Without `block_table` entry j of sequence b is `cache[b, j]`, and a sequence has room for
@@ -157,13 +163,15 @@ def decode_attention(
         block_table: int32 `[batch, max_pages]`: the page of each page_size tokens of a sequence.
         k_scale, v_scale: of a quantised cache, float32, `[num_kv_heads]` or, one per token,
             `[*cache.shape[:2], num_kv_heads]`.
+        causal: False lets the new tokens see each other's keys in both directions.
         softmax_scale: positive; None means 1 / sqrt(head_dim).
+        window, softcap, sinks, alibi_slopes: as in `flash_attention`.
         key_ranges, key_mask: as in `flash_attention`, with capacity for seq_len_kv: they name
             positions in a sequence, wherever its pages lie.
         return_lse: also return lse, as `flash_attention` does.
     Returns:
         out `[batch, seq_len_q, num_q_heads, head_dim]`, and with `return_lse` the natural-log lse
-        `[batch, num_q_heads, seq_len_q]`, −inf where a query sees no key.
+        `[batch, num_q_heads, seq_len_q]`, −inf or its sink where a query sees no key.
     Raises:
         NotImplementedError: another number of new tokens.
     Reference: pages: Kwon et al. 2023, arXiv:2309.06180.
@@ -179,7 +187,9 @@ def decode_attention(
         num_pages, page_size = k.shape[:2]
         if num_pages == 0:
             out, lse = torch.zeros_like(q), wide(q[..., 0]).transpose(1, 2)
-            return (out, torch.full_like(lse, -math.inf)) if return_lse else out
+            lse = torch.full_like(lse, -math.inf)
+            lse = lse if sinks is None else wide(sinks)[:, None].to(lse.dtype).expand_as(lse)
+            return (out, lse) if return_lse else out
         here = (block_table >= 0) & (block_table < num_pages)
         pages = torch.where(here, block_table, 0)
         k, v = _gathered(k, pages), _gathered(v, pages)
@@ -189,12 +199,15 @@ def decode_attention(
         seq_lens = torch.full(q.shape[:1], capacity, dtype=torch.int64, device=q.device)
     seq_lens = seq_lens.clamp(0, capacity)[:, None]
     keys = torch.arange(capacity, device=q.device)
-    last_key = seq_lens - seq_len_q + torch.arange(seq_len_q, device=q.device)  # [batch, seq_len_q]
-    visible = (keys <= last_key[:, :, None])[:, None]
-    for limit in (in_range(key_ranges, keys), nonzero(key_mask), nonzero(exists)):
+    new = torch.arange(seq_len_q, device=q.device)
+    own_key = (seq_lens - seq_len_q + new)[:, None, :, None]  # [batch, 1, seq_len_q, 1]
+    absent = keys >= seq_lens if exists is None else (keys >= seq_lens) | ~exists
+    visible = ~absent[:, None, None]
+    limits = in_window(own_key, keys, causal, window), in_range(key_ranges, keys), nonzero(key_mask)
+    for limit in limits:
         if limit is not None:
             visible = visible & limit
-    absent = keys >= seq_lens if exists is None else (keys >= seq_lens) | ~exists
     k, v = (x.masked_fill(absent[:, :, None, None], 0.0) for x in (k, v))
-    out, lse = attend(q, k, v, visible, softmax_scale)
+    bias = alibi_bias(alibi_slopes, own_key, keys)
+    out, lse = attend(q, k, v, visible, softmax_scale, softcap=softcap, bias=bias, sinks=sinks)
     return (out, lse) if return_lse else out

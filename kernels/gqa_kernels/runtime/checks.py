@@ -75,6 +75,24 @@ def key_limits(
         tensor("key_mask", key_mask, dtypes=dtypes, shape=(batch, num_keys), like=like)
 
 
+def head_terms(
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    num_sequences: int,
+    num_q_heads: int,
+    *,
+    like: tuple[str, Tensor],
+) -> None:
+    """Sinks `[num_q_heads]` and slopes `[num_q_heads]` or `[num_sequences, num_q_heads]`."""
+    if sinks is not None:
+        tensor("sinks", sinks, shape=(num_q_heads,), like=like)
+    if alibi_slopes is not None:
+        floats = (torch.float32,)
+        tensor("alibi_slopes", alibi_slopes, dtypes=floats, like=like)
+        rows = (num_sequences,) if alibi_slopes.dim() == 2 else ()
+        tensor("alibi_slopes", alibi_slopes, dtypes=floats, shape=(*rows, num_q_heads))
+
+
 def kv_caches(
     k_cache: Tensor,
     v_cache: Tensor,

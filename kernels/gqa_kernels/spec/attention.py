@@ -20,7 +20,7 @@ def _attention_inputs(case: Case, *context: Any) -> dict[str, Any]:
         "k": draw(*kv_shape),
         "v": draw(*kv_shape),
         "return_lse": True,
-        **_score_inputs(case, draw),
+        **score_inputs(case, draw),
         **_limits(case, draw.device),
     }
 
@@ -43,7 +43,7 @@ def _limits(case: Case, device: torch.device) -> dict[str, Any]:
     return limits
 
 
-def _score_inputs(case: Case, draw: Draw) -> dict[str, Any]:
+def score_inputs(case: Case, draw: Draw) -> dict[str, Any]:
     """What the case names of that which shapes scores. Slopes are those of ALiBi's paper."""
     sizes = case.sizes
     heads = sizes["num_q_heads"]

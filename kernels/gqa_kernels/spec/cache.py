@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gqa_kernels import fused, reference
+from gqa_kernels.spec.attention import score_inputs
 from gqa_kernels.spec.case import Case, Cost, Draw, OpSpec
 
 # --- Decode attention ------------------------------------------------------------------------
@@ -92,13 +93,17 @@ def decode_inputs(
         "q": draw(batch, sizes["seq_len_q"], sizes["num_q_heads"], sizes["head_dim"]),
         "seq_lens": torch.tensor(lengths, dtype=torch.int32, device=device),
         **caches,
+        **score_inputs(case, draw),
     }
 
 
 def _decode_cost(case: Case, dtype: torch.dtype) -> Cost:
-    """Reads every valid cache entry, its scale and its page's number once; two products of
-    2 · head_dim flops per query and key, all keys counted as seen by all new tokens."""
+    """Reads every cache entry that a window reaches, its scale and its page's number once; two
+    products of 2 · head_dim flops per query and key, all keys counted as seen by all new tokens."""
     sizes, lengths = case.sizes, decode_lengths(case)
+    left, _ = sizes.get("window", (None, None))
+    if left is not None:
+        lengths = [min(length, left + sizes["seq_len_q"]) for length in lengths]
     head_dim, keys = sizes["head_dim"], sum(lengths)
     queries = sizes["batch"] * sizes["seq_len_q"] * sizes["num_q_heads"]
     entry = head_dim * sizes.get("cache_dtype", dtype).itemsize
@@ -150,6 +155,22 @@ _DECODE_CASES = (
             ("GQA 2, a scale per head", {"scale_per_head": True}),
             ("GQA 2, a scale per token, pages", {"page_size": 16}),
         )
+    ),
+    _decode_case(
+        *(2, 3, 700, (4, 2), 32, "Gemma 2's window and cap"),
+        **{"test": True, "window": (300, None), "softcap": 5.0},
+    ),
+    _decode_case(
+        *(2, 1, 600, (8, 1), 16, "gpt-oss's window and sinks, pages"),
+        **{"test": True, "window": (127, None), "sinks": True, "page_size": 8},
+    ),
+    _decode_case(
+        *(2, 2, 300, (4, 2), 32, "ALiBi and a cap, 8 bits"),
+        **{"test": True, "alibi": True, "softcap": 5.0, "cache_dtype": torch.int8},
+    ),
+    _decode_case(
+        *(2, 5, 300, (4, 2), 16, "a window to both sides, sinks"),
+        **{"test": True, "causal": False, "window": (9, 3), "sinks": True},
     ),
     *(
         _decode_case(batch, 1, context, heads, 128, source)

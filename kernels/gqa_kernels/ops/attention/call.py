@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from gqa_kernels.runtime import checks, configs, layout, target
@@ -66,13 +65,7 @@ def check(*arguments: Any) -> None:
     checks.attention_heads(num_q_heads, num_kv_heads, head_dim)
     checks.softcap(call.softcap, checks.softmax_scale(call.softmax_scale, head_dim))
     checks.window((call.window_left, call.window_right))
-    if call.sinks is not None:
-        checks.tensor("sinks", call.sinks, shape=(num_q_heads,), like=("q", q))
-    slopes = call.alibi_slopes
-    if slopes is not None:
-        checks.tensor("alibi_slopes", slopes, dtypes=(torch.float32,), like=("q", q))
-        shape = (num_sequences, num_q_heads) if slopes.dim() == 2 else (num_q_heads,)
-        checks.tensor("alibi_slopes", slopes, dtypes=(torch.float32,), shape=shape)
+    checks.head_terms(call.sinks, call.alibi_slopes, num_sequences, num_q_heads, like=("q", q))
     key_ranges, key_mask = call.key_ranges, call.key_mask
     if call.packed and (key_ranges is not None or key_mask is not None):
         raise ValueError("key_ranges, key_mask: expected None with cu_seqlens_q; got one of them")

@@ -40,6 +40,11 @@ def _forward(
     key_ranges: Tensor | None,
     key_mask: Tensor | None,
     softmax_scale: float | None,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
     *,
     need_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
@@ -52,8 +57,20 @@ def _forward(
         none_seen = None
         if need_lse:
             none_seen = torch.full(lse_shape, -float("inf"), dtype=torch.float32, device=q.device)
+            if sinks is not None:
+                none_seen.copy_(sinks[:, None])
         return q.new_zeros(q.shape), none_seen
     key_mask = layout.key_mask(key_mask)
+    sinks, alibi_slopes = (None if x is None else x.contiguous() for x in (sinks, alibi_slopes))
+    softmax_scale = checks.softmax_scale(softmax_scale, head_dim)
+    # No key is further away from a query. Within the window's reach lie fewer chunks.
+    farthest = capacity + seq_len_q
+    window_left, window_right = (
+        None if side is None else min(side, farthest) for side in (window_left, window_right)
+    )
+    reach = capacity
+    if window_left is not None:
+        reach = min(capacity, window_left + seq_len_q + configs.DECODE_CHUNK - 1)
     num_queries = batch * seq_len_q * num_q_heads
     num_rows = seq_len_q * (num_q_heads // num_kv_heads)
     config = configs.decode_config(k_cache.element_size(), head_dim)
@@ -62,7 +79,7 @@ def _forward(
         block_m = configs.DECODE_LONE_ROW
     block_d = max(16, layout.power_of_2(head_dim))
     num_tiles = batch * num_kv_heads * layout.cdiv(num_rows, block_m)
-    num_slots = min(layout.cdiv(capacity, configs.DECODE_CHUNK), configs.DECODE_MAX_SPLITS)
+    num_slots = min(layout.cdiv(reach, configs.DECODE_CHUNK), configs.DECODE_MAX_SPLITS)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     out_lse = None
     if need_lse:
@@ -82,6 +99,8 @@ def _forward(
             v_scale_ptr=v_scale,
             key_ranges_ptr=key_ranges,
             key_mask_ptr=key_mask,
+            sinks_ptr=sinks,
+            alibi_slopes_ptr=alibi_slopes,
             out_ptr=out,
             out_lse_ptr=out_lse,
             partial_ptr=partial,
@@ -96,14 +115,19 @@ def _forward(
             v_scale_strides=None if v_scale is None else v_scale.stride(),
             key_ranges_strides=None if key_ranges is None else key_ranges.stride(),
             key_mask_stride=None if key_mask is None else key_mask.stride(0),
+            alibi_stride=None if alibi_slopes is None else layout.sequence_stride(alibi_slopes),
             capacity=capacity,
             num_pages=k_cache.shape[0],
             num_slots=num_slots,
-            softmax_scale=head_dim**-0.5 if softmax_scale is None else float(softmax_scale),
+            window_left=window_left,
+            window_right=window_right or None,  # 0 is IS_CAUSAL
+            score_unit=softmax_scale if softcap is None else float(softcap),
+            cap_scale=None if softcap is None else softmax_scale / softcap,
             NUM_KV_HEADS=num_kv_heads,
             GROUP_SIZE=num_q_heads // num_kv_heads,
             SEQ_LEN_Q=seq_len_q,
             HEAD_DIM=head_dim,
+            IS_CAUSAL=window_right == 0,
             PAGE_SIZE=1 if block_table is None else k_cache.shape[1],
             SCALE_PER_TOKEN=k_scale is not None and k_scale.dim() == 3,
             CHUNK=configs.DECODE_CHUNK,
@@ -136,6 +160,11 @@ def check(
     key_ranges: Tensor | None,
     key_mask: Tensor | None,
     softmax_scale: float | None,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
 ) -> None:
     checks.tensor("q", q, shape=("batch", "seq_len_q", "num_q_heads", "head_dim"))
     batch, seq_len_q, num_q_heads, head_dim = q.shape
@@ -152,7 +181,9 @@ def check(
     sizes = (batch, seq_len_q, _capacity(k_cache, block_table))
     checks.key_limits(key_ranges, key_mask, sizes, like=like)
     checks.attention_heads(num_q_heads, k_cache.shape[2], head_dim)
-    checks.softmax_scale(softmax_scale, head_dim)
+    checks.softcap(softcap, checks.softmax_scale(softmax_scale, head_dim))
+    checks.window((window_left, window_right))
+    checks.head_terms(sinks, alibi_slopes, batch, num_q_heads, like=like)
     if not 1 <= seq_len_q <= MAX_NEW_TOKENS:
         raise NotImplementedError(
             f"q: expected a seq_len_q of 1 to {MAX_NEW_TOKENS}; got {seq_len_q}"
@@ -181,7 +212,12 @@ def decode_attention(
     block_table: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    causal: bool = True,
     softmax_scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     key_ranges: Tensor | None = None,
     key_mask: Tensor | None = None,
     return_lse: bool = False,
@@ -202,12 +238,15 @@ def decode_attention(
             an entry outside [0, num_pages) count as hidden.
         k_scale, v_scale: float32 `[num_kv_heads]` or `[*k_cache.shape[:2], num_kv_heads]`, for
             float8_e4m3fn and int8 caches only.
+        causal: new token i sees entries up to its own; False: all entries of its sequence.
         softmax_scale: positive; None means 1 / sqrt(head_dim).
+        window, softcap, sinks, alibi_slopes: as in `flash_attention`; entries that no new token
+            sees in its window are not read.
         key_ranges, key_mask: as in `flash_attention`, with capacity for seq_len_kv.
         return_lse: also return the natural-log lse, float32 `[batch, num_q_heads, seq_len_q]`.
     Returns:
         out `[batch, seq_len_q, num_q_heads, head_dim]`, contiguous, or (out, lse). For a query that
-        sees no key, out is 0 and lse is −inf.
+        sees no key, out is 0 and lse is −inf or its sink.
     Raises:
         TypeError, ValueError: an argument of another kind, dtype, shape or device.
         NotImplementedError: another head_dim, more than 16 new tokens, a page_size that is no power
@@ -217,8 +256,12 @@ def decode_attention(
     """
     return_lse = checks.flag("return_lse", return_lse)
     softmax_scale = checks.optional_number("softmax_scale", softmax_scale)
+    softcap = checks.optional_number("softcap", softcap)
+    window_left, window_right = checks.window(window)
+    window_right = 0 if checks.flag("causal", causal) else window_right
     out, lse = _DECODE_ATTENTION(
         q, k_cache, v_cache, seq_lens, block_table, k_scale, v_scale, key_ranges, key_mask,
-        softmax_scale, need_lse=return_lse,
+        softmax_scale, window_left, window_right, softcap, sinks, alibi_slopes,
+        need_lse=return_lse,
     )  # fmt: skip
     return (out, lse) if return_lse else out

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from gqa_kernels.ops.cache.pages import Cached, Pages, load_scales, load_vectors, locate_keys
-from gqa_kernels.primitives.scores import Visible, load_ranges, mask
+from gqa_kernels.primitives.scores import Scoring, Visible, load_ranges, mask, score
 from gqa_kernels.primitives.tiles import (
     LOG2_E,
     Softmax,
@@ -131,7 +131,16 @@ def _combine(
 
 
 @triton.jit
-def _score(q, key):
+def _with_sinks(softmax, sinks_ptr, queries, split, score_unit):
+    """The first split begins with the sinks, keys whose value is 0, as if it had seen them."""
+    sinks = tl.load(sinks_ptr + queries.head, mask=queries.exist, other=0.0).to(tl.float32)
+    running_max = tl.where(split == 0, sinks / score_unit, softmax.running_max)
+    running_sum = tl.where(split == 0, 1.0, softmax.running_sum)
+    return Softmax(running_max, running_sum, running_sum, softmax.accumulator)
+
+
+@triton.jit
+def _multiply(q, key):
     """q keyᵀ. A single row, 1/16 of a matrix tile, is multiplied as a vector."""
     if q.shape[0] == 1:
         return tl.sum(q.to(tl.float32) * key.to(tl.float32), 1)[None, :]
@@ -159,7 +168,7 @@ def _add_scaled(weights, scales, value, accumulator):
     return accumulator + largest * added
 
 
-@triton.jit(do_not_specialize=["capacity", "num_pages", "num_slots"])
+@triton.jit(do_not_specialize=["capacity", "num_pages", "num_slots", "window_left", "window_right"])
 def _decode_kernel(
     q_ptr,
     k_ptr,
@@ -170,6 +179,8 @@ def _decode_kernel(
     v_scale_ptr,
     key_ranges_ptr,
     key_mask_ptr,
+    sinks_ptr,
+    alibi_slopes_ptr,
     out_ptr,
     out_lse_ptr,
     partial_ptr,
@@ -184,14 +195,19 @@ def _decode_kernel(
     v_scale_strides,
     key_ranges_strides,
     key_mask_stride,
+    alibi_stride,
     capacity,
     num_pages,
     num_slots,
-    softmax_scale,
+    window_left,
+    window_right,
+    score_unit,
+    cap_scale,
     NUM_KV_HEADS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     SEQ_LEN_Q: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     SCALE_PER_TOKEN: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -213,7 +229,11 @@ def _decode_kernel(
     kv_head = (tl.program_id(0) // NUM_ROW_BLOCKS) % NUM_KV_HEADS
     batch = (tl.program_id(0) // NUM_ROW_BLOCKS // NUM_KV_HEADS).to(tl.int64)
     seq_len = _load_length(seq_lens_ptr, batch, seq_lens_stride, capacity)
-    chunk, num_splits = _cut(seq_len, CHUNK, MAX_SPLITS)
+    first_chunk = 0
+    if window_left is not None:  # no query sees a key before the window of the first one
+        first_key = tl.maximum(seq_len - SEQ_LEN_Q - window_left, 0)
+        first_chunk = first_key // CHUNK * CHUNK
+    chunk, num_splits = _cut(seq_len - first_chunk, CHUNK, MAX_SPLITS)
     if tl.program_id(1) >= num_splits:
         return
 
@@ -249,28 +269,45 @@ def _decode_kernel(
         block_table_ptr += batch * block_table_strides[0]
         table_stride = block_table_strides[1]
     pages = Pages(batch, block_table_ptr, table_stride, num_pages)
-    exponent_scale = softmax_scale * LOG2_E
+    slopes = None
+    if alibi_slopes_ptr is not None:
+        alibi_slopes_ptr += batch * alibi_stride
+        slopes = tl.load(alibi_slopes_ptr + queries.head, mask=queries.exist, other=0.0)
+        slopes = (slopes / score_unit)[:, None]
+    scoring = Scoring(own_keys, cap_scale, slopes, score_unit * LOG2_E)
     # Each split recomputes the loop invariants of the loop below (disable_licm): hoisted, they
     # would take a third of the registers.
     for split in tl.range(tl.program_id(1), num_splits, tl.num_programs(1), disable_licm=True):
-        start = split * chunk
+        start = first_chunk + split * chunk
         end = tl.minimum(start + chunk, seq_len)
+        if window_left is not None:
+            start = tl.maximum(start, first_key // BLOCK_N * BLOCK_N)
         softmax = empty_softmax(BLOCK_M, BLOCK_D)
+        if sinks_ptr is not None:
+            softmax = _with_sinks(softmax, sinks_ptr, queries, split, score_unit)
         for tile in tl.range(start, end, BLOCK_N, num_stages=NUM_STAGES):
             entries = locate_keys(pages, tile, end, PAGE_SIZE, BLOCK_N)
             key = load_vectors(k, entries, HEAD_DIM, BLOCK_D)
-            scores = _score(q, key.to(q.dtype))  # [BLOCK_M, BLOCK_N]
+            scores = _multiply(q, key.to(q.dtype))  # [BLOCK_M, BLOCK_N]
             if SCALE_PER_TOKEN:
                 scores *= load_scales(k_scales, entries)[None, :]
             elif k_scale_ptr is not None:
                 scores *= k_scale
             keys = tile + tl.arange(0, BLOCK_N)[None, :]
+            scores = score(scores, keys, scoring)
             if block_table_ptr is not None:
                 scores = tl.where(entries.exist[None, :], scores, -float("inf"))
             # Only the last tile of a sequence reaches beyond its split.
-            visible = Visible(own_keys, seq_len, None, 0, first_keys, end_keys, key_mask_ptr)
+            if IS_CAUSAL:
+                visible = Visible(
+                    own_keys, seq_len, window_left, 0, first_keys, end_keys, key_mask_ptr
+                )
+            else:
+                visible = Visible(
+                    own_keys, seq_len, window_left, window_right, first_keys, end_keys, key_mask_ptr
+                )
             scores = mask(scores, keys, visible)
-            weights, softmax = online_softmax_step(scores, softmax, exponent_scale)
+            weights, softmax = online_softmax_step(scores, softmax, scoring.exponent_scale)
             value = load_vectors(v, entries, HEAD_DIM, BLOCK_D).to(q.dtype)
             if SCALE_PER_TOKEN:
                 scales = load_scales(v_scales, entries)
@@ -282,7 +319,7 @@ def _decode_kernel(
             )
 
         out, log_sum = finish_softmax(softmax)
-        lse = softmax.running_max * softmax_scale + log_sum
+        lse = softmax.running_max * score_unit + log_sum
         if v_scale_ptr is not None and not SCALE_PER_TOKEN:
             out *= v_scale
         if num_splits == 1:
