@@ -5,9 +5,10 @@
 Measures, in bfloat16 against float64, the gradients of this package's attention, of the same maths
 in eager code, of PyTorch's fused attention and, where it is installed and there is a GPU, of
 FlashAttention, over the size of a common offset of keys and values; then trains one attention layer
-whose projections have biases of that size. Writes the figures and, beside them, a plot; `--plot`
-draws a file's again. Beside them stands what keys and values of 8 bits cost the output of a decode
-step. No speed is measured. Without a GPU the kernels run in Triton's interpreter.
+whose projections have biases of that size; then measures what keys and values of 8 bits cost the
+output of a decode step. Writes the figures as JSON and plots them as SVG; `--plot` plots an
+existing file and measures nothing. No speed is measured. Without a GPU the kernels run in Triton's
+interpreter.
 """
 
 # ruff: noqa: E402  (what makes the rest importable comes first)
@@ -26,6 +27,8 @@ importable.make_importable()  # without a GPU, in Triton's interpreter
 import torch
 import torch.nn.functional as F
 from ceilings import environment
+from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -33,7 +36,8 @@ import gqa_kernels
 from gqa_kernels import reference
 from gqa_kernels.spec.cache import quantized
 from gqa_kernels.spec.case import standard_normal
-from llama2.storage import read_json, replacing, write_text
+from llama2.reporting import drawing
+from llama2.storage import read_json, write_text
 
 OFFSETS = (0.0, 0.5, 1.0, 2.0, 4.0, 10.0)  # in standard deviations
 SEEDS = (0, 1, 2)
@@ -185,30 +189,45 @@ def measure(device: torch.device) -> dict[str, Any]:
     }
 
 
-def plot(content: dict[str, Any], path: Path) -> None:
-    import matplotlib
+# How each line is drawn, in order; what is not named gets the next colour.
+_LOOKS = {
+    OURS: {"color": "#0072B2", "marker": "o", "linewidth": 2.4, "zorder": 3},
+    FUSED: {"color": "#D55E00", "marker": "s"},
+    EAGER: {"color": "#777777", "marker": "D"},
+    FLASH: {"color": "#CC79A7", "marker": "^"},
+    FLOAT32: {"color": "black", "linestyle": "--", "linewidth": 1.2, "zorder": 4},
+}
 
-    matplotlib.use("Agg")  # no display is needed to write files
-    import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    for name, grads in content["errors"].items():
-        left.plot(content["offsets"], grads["dq"], marker="o", label=name)
-    left.set(yscale="log", xlabel="mean of keys and values, in standard deviations")
-    left.set(ylabel="relative error of dq", title="bfloat16 against float64, causal")
-    for name, losses in content["losses"].items():
-        dashes = {"color": "black", "linestyle": "--"} if name == FLOAT32 else {}
-        right.plot(losses, label=name, **dashes)
-    right.set(yscale="log", xlabel="step", ylabel="loss")
-    right.set(title=f"an attention layer with biases of {content['trained_offset']:g}, trained")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    where = content["environment"]["gpu"] or "CPU; the kernels in Triton's interpreter"
-    figure.suptitle(f"Gradients where keys have a mean ({where})", fontsize=10)
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=110, bbox_inches="tight", format="png")
-    plt.close(figure)
+def plot(content: dict[str, Any]) -> str:
+    """The figure as SVG text, readable when it is 700 pixels wide."""
+
+    def draw() -> Figure:
+        figure, (left, right) = drawing.panels(2, width=4.4, height=3.9)
+        for name, grads in content["errors"].items():
+            percent = [100 * error for error in grads["dq"]]
+            left.plot(content["offsets"], percent, label=name, **_LOOKS[name])
+        left.set(xlabel="mean of keys and values,\nin standard deviations")
+        left.set(ylabel="relative error of dq", title="Gradient of the queries, bfloat16")
+        left.set(yscale="log", ylim=(0.1, 100))
+        left.yaxis.set_major_formatter(StrMethodFormatter("{x:g} %"))
+        for name, losses in content["losses"].items():
+            right.plot(losses, label=name, **{**_LOOKS[name], "marker": ""})
+        right.set(yscale="log", xlabel="training step", ylabel="loss")
+        right.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        bias = content["trained_offset"]
+        right.set(title=f"Training a layer with biases of {bias:g}")
+        # Every name once, in the order of _LOOKS, under both panels.
+        known = {}
+        for axes in (right, left):
+            known |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        names = [name for name in _LOOKS if name in known]
+        figure.legend(
+            [known[name] for name in names], names, loc="outside lower center", ncols=len(names)
+        )
+        return figure
+
+    return drawing.svg(draw)
 
 
 def table(content: dict[str, Any]) -> str:
@@ -231,14 +250,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = importable.ROOT / "bench" / "results" / "gradients.json"
     parser.add_argument("--results", type=Path, default=default, metavar="FILE")
-    parser.add_argument("--plot", action="store_true", help="draw the file again, measure nothing")
+    parser.add_argument("--plot", action="store_true", help="plot FILE, measure nothing")
     options = parser.parse_args(arguments)
     if options.plot:
         content = read_json(options.results)
     else:
         content = measure(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         write_text(options.results, json.dumps(content, indent=1) + "\n")
-    plot(content, options.results.with_suffix(".png"))
+    write_text(options.results.with_suffix(".svg"), plot(content))
     print(table(content))
 
 
