@@ -43,7 +43,7 @@ def __getattr__(name: str) -> object:
 
         return scaled_dot_product_attention
     if name in ("patch", "unpatch", "patching"):
-        # Not "from gqa_kernels import patching", which would ask here again.
+        # "from gqa_kernels import patching" would call this function again.
         patching = importlib.import_module("gqa_kernels.patching")
         return patching if name == "patching" else getattr(patching, name)
     if name in ("CompilationError", "warm_up"):

@@ -7,12 +7,13 @@ _BACKENDS = {"eager": "reference", "torch": "native", "triton": "fused"}
 
 
 def get_backend(name: str) -> ModuleType:
-    """A module with the ops. All backends export the same functions, with the same signatures.
+    """Returns the module that exports the ops of a backend. All backends export the same functions
+    with the same signatures.
 
     Args:
-        name: "triton", this package's kernels, for an NVIDIA GPU, or a CPU with TRITON_INTERPRET=1;
-            "torch", PyTorch's own fused functions, for a CPU and any other device; or "eager", the
-            specification in plain PyTorch, for any device, which is not optimised.
+        name: "triton": this package's kernels, for an NVIDIA GPU, or a CPU with TRITON_INTERPRET=1;
+            "torch": PyTorch's own fused functions, for a CPU and any other device; "eager": the
+            specification in plain PyTorch, for any device, not optimised.
     Raises:
         ValueError: another name.
     """

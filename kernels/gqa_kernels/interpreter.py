@@ -1,12 +1,12 @@
-"""Runs the kernels without a GPU: Triton's CPU interpreter, corrected, and faster.
+"""Runs the kernels without a GPU, in Triton's CPU interpreter with corrections and speed-ups.
 
-The interpreter (every version up to 3.9) holds bfloat16 as uint16. It multiplies those integers
+The interpreter (every version up to 3.9) stores bfloat16 as uint16. It multiplies those integers
 where a kernel multiplies bfloat16, in `tl.dot` too, and truncates where a GPU rounds to nearest
-even. It reads float8_e4m3fn's NaN as a number, and not at all where bfloat16 is asked for. It adds
-the accumulator to a float32 product at the end, where a GPU begins with it and rounds every sum.
-`enable` replaces the operations concerned, so that results have the bits that PyTorch gives, or a
-GPU. What the interpreter repeats needlessly in every operation is left out. It is for checking
-kernels, never for speed.
+even. It converts the NaN of float8_e4m3fn to a number, and cannot convert float8_e4m3fn to
+bfloat16. It adds the accumulator to a float32 product at the end, whereas a GPU begins with it and
+rounds every sum. `enable` replaces these operations, so that results have the bits of PyTorch or of
+a GPU, and removes needless work from every operation. The interpreter is for checking kernels, not
+for measuring speed.
 """
 
 import os
@@ -16,12 +16,12 @@ from typing import Any
 
 
 def enable(*, check_overflow: bool = False) -> None:
-    """Switches the interpreter on for this process; calling it again changes nothing.
+    """Switches the interpreter on for this process; further calls are no-ops.
 
     Args:
-        check_overflow: from now on a sum, difference or product of int32 that overflows, as an
-            offset in a large tensor may, raises an AssertionError, in every kernel of the process
-            and in lanes that are masked too.
+        check_overflow: from now on, an int32 sum, difference or product that overflows, as an
+            offset in a large tensor may, raises an AssertionError, in every kernel of the process,
+            also in masked lanes.
     Raises:
         RuntimeError: Triton was imported before without the interpreter, which fixes the mode of
             every kernel already defined.
@@ -64,7 +64,7 @@ def _repair(module: Any) -> None:
         return handle.dtype.scalar.name == "bf16"
 
     def widen(handle: Any) -> Any:
-        """To float32, where it holds all values; bfloat16 is its upper half."""
+        """Converts to float32 where that is exact; bfloat16 is its upper half."""
         if handle.dtype.scalar == tl.float8e4nv:
             return handle_type(float8_values[handle.data], tl.float32)
         if not is_bfloat16(handle):
@@ -73,7 +73,7 @@ def _repair(module: Any) -> None:
         return handle_type(bits.view(np.float32), tl.float32)
 
     def narrow(data: Any) -> Any:
-        """float32 to bfloat16, to nearest even; every NaN becomes the quiet one."""
+        """Rounds float32 to bfloat16, to nearest even; every NaN becomes the quiet NaN."""
         data = np.ascontiguousarray(data, dtype=np.float32).reshape(np.shape(data))
         bits = data.view(np.uint32)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -102,7 +102,8 @@ def _repair(module: Any) -> None:
         return original_dot(self, widen(a), widen(b), d, *rest)
 
     def multiply_add(a: Any, b: Any, total: Any) -> Any:
-        """float32 products, each added to the accumulator with one rounding, as a GPU does."""
+        """Adds float32 products one by one to the accumulator, each with one rounding, as a GPU
+        does."""
         columns = np.moveaxis(a, -1, 0).astype(np.float64)[..., None]
         rows = np.moveaxis(b, -2, 0).astype(np.float64)[..., None, :]
         total = np.array(total, dtype=np.float32)
@@ -114,7 +115,7 @@ def _repair(module: Any) -> None:
         return total
 
     def through_float32(original: Any) -> Any:
-        """An operation on bfloat16 computes in float32 and rounds its result once."""
+        """Wraps an operation so that on bfloat16 it computes in float32 and rounds once."""
 
         def operation(self: Any, *operands: Any) -> Any:
             for x in operands:
@@ -137,7 +138,7 @@ def _repair(module: Any) -> None:
     original_patch = module._patch_lang_tensor
 
     def patch_tensor(tensor: Any, *scope: Any) -> None:
-        """Loop bounds are arrays of one element, which NumPy 2.4 no longer converts to int."""
+        """Converts loop bounds, arrays of one element that NumPy 2.4 does not convert to int."""
         original_patch(tensor, *scope)
         tensor.__index__ = lambda self: int(np.asarray(self.handle.data).item())
 
@@ -145,7 +146,7 @@ def _repair(module: Any) -> None:
 
 
 def _speed_up(module: Any) -> None:
-    """Leaves out what the interpreter needlessly repeats, and changes no result."""
+    """Removes work that the interpreter needlessly repeats; results do not change."""
     original_dtype = module._get_np_dtype
     dtypes: dict[str, Any] = {}  # NumPy's, by Triton's names
 
@@ -162,8 +163,8 @@ def _speed_up(module: Any) -> None:
         module.InterpretedFunction.__call__,
     )
     original_patch = module._patch_lang
-    launching = threading.RLock()  # what a launch patches and its place in the grid are global
-    patched: list[set[int]] = []  # of each launch under way: modules whose view is patched
+    launching = threading.RLock()  # a launch patches globals and keeps its grid position in one
+    patched: list[set[int]] = []  # for each running launch: modules whose globals are patched
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
         with launching:
@@ -179,7 +180,7 @@ def _speed_up(module: Any) -> None:
         return original_patch(function)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """A device function patches the language once for its module in a launch."""
+        """Patches the language once per module and launch, not at every call of a function."""
         if not patched or id(self.fn.__globals__) not in patched[-1]:
             return original_call(self, *args, **kwargs)
         try:
@@ -190,7 +191,7 @@ def _speed_up(module: Any) -> None:
     module._patch_lang = patch_lang
     module.GridExecutor.__call__ = launch
     module.InterpretedFunction.__call__ = call
-    # Triton computes whether int32 overflows in ten operations, and does not use the result.
+    # Triton spends ten operations on checking for int32 overflow and does not use the result.
     module.interpreter_semantic.binary_op_sanitize_overflow_impl = lambda *_: None
 
 

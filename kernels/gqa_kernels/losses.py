@@ -1,16 +1,16 @@
-"""From scores of the vocabulary to losses, of a whole vocabulary or of one that ranks share.
+"""Losses from scores over a vocabulary, which may be sharded over ranks.
 
-A token's scores x over the vocabulary come as four numbers, from which losses, log-probabilities
-and entropies follow by arithmetic that autograd differentiates:
+A token's scores x over the vocabulary are summarised by four numbers. Losses, log-probabilities and
+entropies follow from them by arithmetic that autograd differentiates:
 
     maximum c = max x, a constant          log_sum = log Σ exp(x − c)
     score     = x[target] − c              mean    = Σ p · (x − c), with p = softmax(x)
 
     −log p(target) = log_sum − score       entropy = log_sum − mean       lse = c + log_sum
 
-Differences to the maximum stay exact where scores are large. Where every rank of a group has a part
-of the vocabulary, these numbers are all that travels between the ranks, and the gradient of the
-hidden states: no weights, no logits. Shoeybi et al. 2019, arXiv:1909.08053.
+Differences to the maximum stay exact where scores are large. If every rank of a group has a part of
+the vocabulary, the ranks exchange only these numbers and the gradient of the hidden states, no
+weights and no logits. Shoeybi et al. 2019, arXiv:1909.08053.
 """
 
 import math
@@ -24,8 +24,8 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class TokenScores(NamedTuple):
-    """As above, each in the shape of the targets; `score` is 0 for a target that is not among the
-    scores, `mean` is None unless it was asked for."""
+    """The four numbers, each in the shape of the targets; `score` is 0 for a target outside of the
+    scores, `mean` is None unless requested."""
 
     maximum: Tensor
     log_sum: Tensor
@@ -42,7 +42,7 @@ def token_losses(scores: TokenScores, z_loss: float) -> Tensor:
 def of_predictions(
     losses: Tensor, targets: Tensor, ignored: Tensor | None, vocab_size: int
 ) -> Tensor:
-    """The losses, but 0 where ignored and NaN at other targets outside of the vocabulary."""
+    """Returns the losses with 0 at ignored targets and NaN at others outside of the vocabulary."""
     if ignored is None:
         return without_unknown(losses, targets, vocab_size)
     losses = without_unknown(losses, targets.masked_fill(ignored, 0), vocab_size)
@@ -50,7 +50,7 @@ def of_predictions(
 
 
 def without_unknown(x: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """x, but NaN, with a gradient of NaN, at targets outside of the vocabulary."""
+    """Returns x with NaN, whose gradient is NaN too, at targets outside of the vocabulary."""
     unknown = (targets < 0) | (targets >= vocab_size)
     return x * torch.ones_like(x).masked_fill(unknown, math.nan)
 
@@ -62,7 +62,7 @@ def reduce(
     reduction: str,
     num_predictions: Tensor | float | None,
 ) -> Tensor:
-    """The losses, which are 0 where ignored, as `reduction` says."""
+    """Reduces losses, which are 0 at ignored targets, as `reduction` says."""
     if reduction == "none":
         return losses
     return mean_of(losses.sum(), targets, ignore_index, reduction, num_predictions)
@@ -75,7 +75,8 @@ def mean_of(
     reduction: str,
     num_predictions: Tensor | float | None,
 ) -> Tensor:
-    """The sum of all losses, or that divided by the number of predictions."""
+    """Returns the sum of all losses or, for "mean", the sum divided by the number of
+    predictions."""
     if reduction == "sum":
         return total
     if num_predictions is not None:
@@ -94,15 +95,15 @@ class Part(NamedTuple):
     first: int  # the id of the first row
     vocab_size: int  # of the whole vocabulary
     group: "dist.ProcessGroup"
-    is_even: bool  # as many rows in every rank
+    is_even: bool  # every rank has the same number of rows
 
 
 def part_of(weight: Tensor, group: "dist.ProcessGroup | None") -> Part | None:
-    """The part that `weight` is, by `group` or as a DTensor that is sharded over the vocabulary;
-    None if it is the whole vocabulary.
+    """Returns which part of the vocabulary `weight` is, given `group` or a DTensor that is sharded
+    over the vocabulary; None if it is the whole vocabulary.
 
     Raises:
-        TypeError: `group` beside a DTensor.
+        TypeError: `group` with a DTensor.
         NotImplementedError: a DTensor that is sharded in another way, on several dimensions of its
             mesh, or without a row for each rank.
     """
@@ -129,14 +130,14 @@ def part_of(weight: Tensor, group: "dist.ProcessGroup | None") -> Part | None:
     if rows * (mesh.size() - 1) >= vocab_size:
         raise NotImplementedError(
             f"weight: expected a row of the vocabulary for each of {mesh.size()} ranks; got "
-            f"{vocab_size} rows, dealt out by {rows}"
+            f"{vocab_size} rows, sharded by {rows}"
         )
     first = rows * mesh.get_local_rank()
     return Part(weight.to_local(), first, vocab_size, mesh.get_group(), is_even=False)
 
 
 class _Shared(torch.autograd.Function):
-    """What every rank has; its gradient is the sum of the ranks'."""
+    """The identity on a value that all ranks have; its gradient is the sum of the ranks'."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group: "dist.ProcessGroup") -> Tensor:
@@ -149,7 +150,8 @@ class _Shared(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum of the ranks' values, of which every rank computes the same."""
+    """The sum of the ranks' values. The ranks compute the same from it, so its gradient passes
+    through unchanged."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group: "dist.ProcessGroup") -> Tensor:
@@ -164,22 +166,23 @@ class _Sum(torch.autograd.Function):
 
 
 def whole(x: Tensor) -> Tensor:
-    """What every rank gives the same, as a plain tensor."""
+    """Returns a DTensor as a whole plain tensor; a plain tensor as it is."""
     return x if getattr(x, "placements", None) is None else x.full_tensor()
 
 
 def shared(hidden: Tensor, part: Part) -> Tensor:
-    """Hidden states that each rank multiplies with its part of the vocabulary."""
+    """Returns hidden states that each rank multiplies with its part of the vocabulary."""
     return _Shared.apply(hidden, part.group)
 
 
 def of_all_parts(scores: TokenScores, targets: Tensor, part: Part) -> TokenScores:
-    """The scores over the whole vocabulary from those over each rank's part.
+    """Computes the scores over the whole vocabulary from those over each rank's part.
 
     Args:
         targets: ids of the whole vocabulary.
     Returns:
-        NaN where the ranks of a group have different numbers of rows, which no rank can see.
+        the scores; NaN if the ranks of a group have different numbers of rows, since a rank does
+        not know the other ranks' sizes and cannot raise.
     """
     group = part.group
     local = scores.maximum.detach()
@@ -187,7 +190,7 @@ def of_all_parts(scores: TokenScores, targets: Tensor, part: Part) -> TokenScore
     largest = torch.cat([local.flatten(), num_rows, -num_rows])
     dist.all_reduce(largest, dist.ReduceOp.MAX, group)
     maximum = largest[:-2].view(local.shape)
-    # A rank whose scores are all −inf adds nothing.
+    # A rank whose scores are all −inf contributes nothing.
     shift = (local - maximum).masked_fill(local == -torch.inf, -torch.inf)
     if part.is_even:
         shift = shift.where(largest[-2] == -largest[-1], torch.nan)

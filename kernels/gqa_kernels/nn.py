@@ -1,6 +1,6 @@
 """The parts of a Llama layer as modules, with the parameters of published checkpoints.
 
-A module takes the tensors that a checkpoint holds under its prefix, by the names they have there:
+A module has parameters with the names of a checkpoint's tensors under its prefix:
 
     RMSNorm    weight                            both, below input_layernorm. and attention_norm., …
     Attention  q_proj, k_proj, v_proj, o_proj    Hugging Face, below self_attn.
@@ -8,8 +8,8 @@ A module takes the tensors that a checkpoint holds under its prefix, by the name
     SwiGLU     gate_proj, up_proj, down_proj     Hugging Face, below mlp.
                w1, w3, w2                        Meta, below feed_forward.
 
-Modules compute on the backend that they are built with: "triton", the kernels, "torch", PyTorch's
-fused functions on any device, or "eager", the reference.
+A module computes on the backend given to its constructor: "triton", the kernels; "torch", PyTorch's
+fused functions on any device; or "eager", the reference.
 """
 
 from typing import Any
@@ -60,7 +60,7 @@ class RMSNorm(nn.Module):
         arguments.size("hidden_size", hidden_size)
         self.eps = eps
         ops = get_backend(backend)
-        # The functions, not the module: copies and pickles carry them by name.
+        # Functions, not the module, because pickle stores functions by name.
         self._rms_norm, self._add_rms_norm = ops.rms_norm, ops.add_rms_norm
         self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
         self.reset_parameters()
@@ -69,7 +69,8 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """y of x; with a residual (y, h): h = x + residual, and y of h, in one pass.
+        """Returns y of x; with a residual (y, h), where h = x + residual and y is of h, in one
+        pass.
 
         Args:
             x, residual: `[..., hidden_size]`, of one shape and dtype.
@@ -88,7 +89,7 @@ class SwiGLU(nn.Module):
     """down(silu(gate(x)) · up(x)), the feed-forward network of Llama.
 
     Args:
-        checkpoint_format: "hf" or "meta": whose names the parameters have.
+        checkpoint_format: "hf" or "meta", the naming of the parameters.
         bias: whether the three projections have one.
         backend: "triton", "torch" or "eager".
     Parameters:
@@ -119,13 +120,13 @@ class SwiGLU(nn.Module):
             self.add_module(name, nn.Linear(*sizes, bias, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of x `[..., hidden_size]`, in its shape."""
+        """Computes the network of x `[..., hidden_size]`; the result has its shape."""
         gate, up, down = (getattr(self, name) for name in self._projections)
         return down(self._swiglu(gate(x), up(x)))
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions, between its four projections.
+    """Grouped-query attention with rotary positions and its four projections.
 
     Args:
         hidden_size: of the input and the output.
@@ -134,7 +135,7 @@ class Attention(nn.Module):
         checkpoint_format: "hf": Hugging Face's names, and pairs of features (i, i + head_dim / 2)
             that rotate together; "meta": Meta's names and its pairs (2i, 2i + 1). The weights of
             the two differ in the order of q's and k's rows.
-        causal, window: as in `flash_attention`. With a cache, causal and without a window.
+        causal, window: as in `flash_attention`. A cache needs causal=True and no window.
         bias: whether the four projections have one.
         backend: "triton", "torch" or "eager".
     Parameters:
@@ -142,10 +143,10 @@ class Attention(nn.Module):
         `[num_kv_heads · head_dim, hidden_size]`, o_proj.weight `[hidden_size, num_q_heads ·
         head_dim]`; or wq.weight, wk.weight, wv.weight, wo.weight.
     Raises:
-        ValueError: a size that is not positive, num_q_heads that are no multiple of num_kv_heads, a
-            head_dim that is odd or that does not follow from the sizes, an unknown
-            checkpoint_format or backend.
-        NotImplementedError: with "triton", a head_dim that is no multiple of 8 up to 256.
+        ValueError: a size that is not positive, num_q_heads that is not a multiple of num_kv_heads,
+            an odd head_dim, a head_dim of None where num_q_heads does not divide hidden_size, an
+            unknown checkpoint_format or backend.
+        NotImplementedError: with "triton", a head_dim that is not a multiple of 8 up to 256.
     """
 
     def __init__(
@@ -175,8 +176,8 @@ class Attention(nn.Module):
         if head_dim is None:
             if hidden_size % num_q_heads:
                 raise ValueError(
-                    f"head_dim: expected a number where hidden_size ({hidden_size}) is no multiple "
-                    f"of num_q_heads ({num_q_heads}); got None"
+                    f"head_dim: expected a number, as hidden_size ({hidden_size}) is not a "
+                    f"multiple of num_q_heads ({num_q_heads}); got None"
                 )
             head_dim = hidden_size // num_q_heads
         arguments.size("head_dim", head_dim)
@@ -212,32 +213,32 @@ class Attention(nn.Module):
         kv_cache: tuple[Tensor, Tensor] | None = None,
         seq_lens: Tensor | None = None,
     ) -> Tensor:
-        """Attention of x to itself, or to what a cache holds as well.
+        """Computes attention of x to itself and, with a cache, to the cached tokens.
 
         Args:
             x: `[batch, seq_len, hidden_size]`; packed sequences are `[1, total, hidden_size]`.
             cos, sin: float32 `[max_seq_len, head_dim / 2]`, from `rope_table`.
-            positions: int32 or int64 `[batch, seq_len]`: what RoPE rotates by. None means 0, 1, …
-                in every sequence, after those in the cache. It does not move the causal mask.
+            positions: int32 or int64 `[batch, seq_len]`: the positions for RoPE. None means 0, 1, …
+                in every sequence, after those in the cache. They do not affect the causal mask.
             cu_seqlens: int32 or int64 `[num_sequences + 1]`, the bounds of packed sequences, from 0
-                and never decreasing; none sees another. Without positions, every layer computes
-                `packed_positions`.
+                and never decreasing; a sequence does not see the others. Without positions, every
+                layer computes `packed_positions`.
             kv_cache: (k_cache, v_cache), each `[batch, capacity, num_kv_heads, head_dim]` in the
                 projections' dtype. The keys and values of x are **written into them**: without
-                seq_lens into rows 0 … seq_len − 1, for sequences that begin here, of any seq_len;
-                with seq_lens into the last seq_len rows below it. For inference only.
-            seq_lens: int32 or int64 `[batch]`, for 1 to 16 new tokens per sequence: how many tokens
-                the cache holds with the new ones, as in `decode_attention`; in [seq_len, capacity].
-                It is read on the device, where no error can name it: new tokens that it puts
-                outside the cache are not written, and their outputs have no meaning. A position
-                outside cos and sin gives NaN.
+                seq_lens into rows 0 … seq_len − 1, for new sequences of any seq_len; with seq_lens
+                into the last seq_len rows below it. For inference only.
+            seq_lens: int32 or int64 `[batch]`, for 1 to 16 new tokens per sequence: the number of
+                cached tokens including the new ones, as in `decode_attention`; in [seq_len,
+                capacity]. It is read on the device, where no error can be raised: new tokens that
+                it puts outside the cache are not written, and their outputs are undefined. A
+                position outside cos and sin gives NaN.
         Returns:
             `[batch, seq_len, hidden_size]`.
         Raises:
-            ValueError, TypeError: an argument of another shape, dtype or device, seq_lens without a
-                cache, positions or cu_seqlens with one.
-            NotImplementedError: with a cache: a gradient, a window, attention that is not causal,
-                more than 16 new tokens with seq_lens.
+            ValueError, TypeError: an argument of another shape, dtype or device; seq_lens without a
+                cache; positions or cu_seqlens with one.
+            NotImplementedError: a cache with a gradient, with a window, without causal, or with
+                seq_lens and more than 16 new tokens.
         """
         arguments.tensor("x", x, shape=("batch", "seq_len", self.hidden_size))
         if kv_cache is not None:
@@ -279,7 +280,7 @@ class Attention(nn.Module):
         kv_cache: tuple[Tensor, Tensor],
         seq_lens: Tensor | None,
     ) -> None:
-        """Before anything is written: what the ops cannot check, or would check too late."""
+        """Checks, before anything is written, what the ops cannot check or would check too late."""
         for name, value in (("positions", positions), ("cu_seqlens", cu_seqlens)):
             if value is not None:
                 raise ValueError(f"{name}: expected None with kv_cache; got a tensor")
@@ -302,7 +303,7 @@ class Attention(nn.Module):
         shape = (batch, "capacity", self.num_kv_heads, self.head_dim)
         for name, cache in zip(("k_cache", "v_cache"), kv_cache, strict=True):
             arguments.tensor(name, cache, shape=shape)
-            shape = tuple(cache.shape)  # of the second as of the first
+            shape = tuple(cache.shape)  # v_cache must have the shape of k_cache
             if cache.stride(-1) != 1:
                 raise ValueError(
                     f"{name}: expected contiguous features; got strides {cache.stride()}"
@@ -310,8 +311,7 @@ class Attention(nn.Module):
             sizes = zip(cache.stride(), cache.shape, strict=True)
             if any(stride == 0 and size > 1 for stride, size in sizes):
                 raise ValueError(
-                    f"{name}: expected entries with memory of their own; got strides "
-                    f"{cache.stride()}"
+                    f"{name}: expected entries that share no memory; got strides {cache.stride()}"
                 )
         capacity = shape[1]
         if seq_len > capacity:
@@ -333,7 +333,7 @@ class Attention(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # A buffer that early checkpoints of Hugging Face hold; it follows from theta.
+        # A buffer in early checkpoints of Hugging Face, which is computed from theta.
         state_dict.pop(f"{prefix}rotary_emb.inv_freq", None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -355,10 +355,10 @@ def _projection_names(table: dict[str, tuple[str, ...]], checkpoint_format: str)
 def _places(
     k: Tensor, v: Tensor, kv_cache: tuple[Tensor, Tensor], seq_lens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(positions, slots) of new tokens, each `[batch, seq_len]`: the first of their sequences, or
-    the last below seq_lens. A token outside the cache has no slot."""
+    """Returns (positions, slots) of new tokens, each `[batch, seq_len]`: the first of their
+    sequences, or the last below seq_lens. A token outside the cache has slot −1."""
     for name, cache, new in zip(("k_cache", "v_cache"), kv_cache, (k, v), strict=True):
-        # What is written would be cast in silence by one backend and refused by the other.
+        # One backend would silently cast what it writes and the other would raise.
         if cache.dtype != new.dtype:
             raise TypeError(f"{name}: expected the new keys' dtype {new.dtype}; got {cache.dtype}")
         if cache.device != k.device:

@@ -346,7 +346,7 @@ BAD = {
     ),
     "index and pages": (
         {"cache_batch_idx": torch.zeros(2).int(), "block_table": torch.zeros(2, 1).int()},
-        NotImplementedError, "cache_batch_idx: expected None beside a block_table",
+        NotImplementedError, "cache_batch_idx: expected None with a block_table",
     ),
     "index": (
         {"cache_batch_idx": torch.zeros(2)}, TypeError, "cache_batch_idx: expected dtype",
@@ -410,7 +410,7 @@ def test_entries_that_share_memory_are_not_written_to(draw, device):
 def test_an_index_into_caches_that_are_no_pages(draw, device):
     wide, other = draw(2, 9, 2, 16)[:, :8], draw(2, 8, 2, 16)
     index = torch.tensor([1, 0], dtype=torch.int32, device=device)
-    message = r"^k_cache: expected sequences that lie one after another"
+    message = r"^k_cache: expected sequences one after another in memory"
     with pytest.raises(NotImplementedError, match=message):
         flash_attn_with_kvcache(draw(2, 1, 4, 16), wide, other, cache_batch_idx=index)
 

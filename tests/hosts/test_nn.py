@@ -433,7 +433,7 @@ def test_the_eager_backend_needs_no_triton():
         ),
         (lambda: Attention(48, 4, 8), "num_q_heads: expected a multiple"),
         (lambda: Attention(48, 4, True), "num_kv_heads: expected a positive int; got True"),
-        (lambda: Attention(50, 4, 2), r"head_dim: expected a number where hidden_size \(50\)"),
+        (lambda: Attention(50, 4, 2), r"head_dim: expected a number, as hidden_size \(50\)"),
         (lambda: Attention(48, 4, 2, 15), "head_dim: expected an even number; got 15"),
         (lambda: rope_table(7, 4), "head_dim: expected an even number; got 7"),
         (lambda: rope_table(8, 0), "max_seq_len: expected a positive int; got 0"),

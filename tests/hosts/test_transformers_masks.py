@@ -210,7 +210,7 @@ def test_bounds_beside_a_padding_mask_are_refused(device):
     tokens = rows("packed")[0]["input_ids"].to(device)
     bounds = torch.tensor([0, 4, LENGTH], dtype=torch.int32, device=device)
     arguments = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "use_cache": False}
-    with pytest.raises(NotImplementedError, match="attention_mask: expected none beside cu_seq"):
+    with pytest.raises(NotImplementedError, match="attention_mask: expected none with cu_seq"):
         model(tokens, attention_mask=torch.ones_like(tokens), **arguments)
 
 

@@ -1,8 +1,8 @@
 """flash-attn 2.8's functions on this package's kernels.
 
-To port code, `import gqa_kernels.flash_attn as flash_attn`, or its functions from there. Names,
-signatures, layouts and return values are flash-attn's; what a call computes is `flash_attention` or
-`flash_attention_varlen` of `ops/attention`, numerics included. In every function:
+To port code, use `import gqa_kernels.flash_attn as flash_attn`, or import the functions from here.
+Names, signatures, layouts and return values are flash-attn's; the results and their numerics are
+those of `flash_attention` and `flash_attention_varlen` in `ops/attention`. In every function:
 
     dropout_p: 0.0.
     softmax_scale: positive; None means 1 / sqrt(headdim).
@@ -11,16 +11,18 @@ signatures, layouts and return values are flash-attn's; what a call computes is 
         i + seqlen_k − seqlen_q + right; a negative number, −1, does not limit a side.
     softcap: positive; 0.0 means none.
     alibi_slopes: float32 (nheads,) or (batch, nheads), a constant.
-    deterministic: either way; gradients always have the same bits.
-    return_attn_probs: return (out, softmax_lse, S_dmask), S_dmask empty as without dropout there.
+    deterministic: no effect; gradients always have the same bits.
+    return_attn_probs: return (out, softmax_lse, S_dmask); S_dmask is empty, as in flash-attn
+        without dropout.
 
-Unlike flash-attn: float32 and int64 bounds are accepted; softmax_lse is differentiable, and −inf,
-not +inf, for a query that sees no key; longest lengths are not used, since bounds are read on the
-device; rows after the last sequence give 0; headdim is a multiple of 8 up to 256, never padded.
+Differences to flash-attn: float32 tensors and int64 bounds are accepted; softmax_lse is
+differentiable, and −inf, not +inf, for a query that sees no key; max_seqlen is not used, since the
+kernels read the bounds on the device; rows after the last sequence give 0; headdim is a multiple of
+8 up to 256, never padded.
 
 Raises, in every function:
     TypeError, ValueError: an argument of another kind, dtype, shape or device; a negative softcap.
-        What holds for a part of a packed tensor names the part, q, k or v; bounds are named
+        Errors about a part of a packed tensor name the part, q, k or v; errors about bounds name
         cu_seqlens_q and cu_seqlens_kv.
     NotImplementedError: a dropout_p other than 0.0, a block_table, another headdim, alibi_slopes
         that require a gradient.
@@ -46,7 +48,7 @@ __all__ = [
     "flash_attn_with_kvcache",
 ]
 
-# The flash-attn whose interface this is, for code that asks what it may pass.
+# The version of flash-attn with this interface, for code that checks it.
 __version__ = "2.8.3"
 
 _Result = Tensor | tuple[Tensor, Tensor, Tensor]
@@ -62,7 +64,7 @@ def _options(
     deterministic: bool,
     return_attn_probs: bool,
 ) -> dict[str, object]:
-    """flash-attn's options as `flash_attention` takes them."""
+    """Converts flash-attn's options to those of `flash_attention`."""
     if checks.number("dropout_p", dropout_p) != 0.0:
         raise NotImplementedError(f"dropout_p: expected 0.0; got {dropout_p!r}")
     checks.switch("deterministic", deterministic)
@@ -79,8 +81,8 @@ def _options(
 
 
 def _parts(name: str, packed: Tensor, count: int, shape: str) -> tuple[Tensor, ...]:
-    """Views of the tensors packed in the third dimension from the end. The gradient of the views
-    is one tensor, stacked."""
+    """Returns views of the tensors packed in the third-last dimension. The gradient of the views is
+    one stacked tensor."""
     if not isinstance(packed, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor; got {type(packed).__name__}")
     if packed.dim() != shape.count(",") + 1 or packed.shape[-3] != count:
@@ -137,7 +139,7 @@ def flash_attn_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> _Result:
-    """`flash_attn_func` of keys and values in one tensor, read in place.
+    """`flash_attn_func` with keys and values in one tensor, which is not copied.
 
     Args:
         q: (batch, seqlen_q, nheads, headdim).
@@ -161,7 +163,7 @@ def flash_attn_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> _Result:
-    """`flash_attn_func` of queries, keys and values in one tensor, read in place.
+    """`flash_attn_func` with queries, keys and values in one tensor, which is not copied.
 
     Args:
         qkv: (batch, seqlen, 3, nheads, headdim).
@@ -191,7 +193,7 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
 ) -> _Result:
-    """`flash_attn_func` of sequences packed one after another; none sees another.
+    """`flash_attn_func` of packed sequences; a sequence does not see the others.
 
     Args:
         q: (total_q, nheads, headdim).
@@ -232,7 +234,7 @@ def flash_attn_varlen_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> _Result:
-    """`flash_attn_varlen_func` of keys and values in one tensor, read in place.
+    """`flash_attn_varlen_func` with keys and values in one tensor, which is not copied.
 
     Args:
         q: (total_q, nheads, headdim).
@@ -259,7 +261,7 @@ def flash_attn_varlen_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> _Result:
-    """`flash_attn_varlen_func` of queries, keys and values in one tensor, read in place.
+    """`flash_attn_varlen_func` with queries, keys and values in one tensor, which is not copied.
 
     Args:
         qkv: (total, 3, nheads, headdim).

@@ -1,6 +1,6 @@
 """flash-attn 2.8's `flash_attn_with_kvcache` on `rope_append_kv` and `decode_attention`.
 
-All sizes that follow from values, lengths and slots, are computed on the device.
+Lengths and slots, which depend on values, are computed on the device.
 Source: github.com/Dao-AILab/flash-attention v2.8.3, `flash_attn/flash_attn_interface.py`.
 """
 
@@ -14,7 +14,7 @@ from gqa_kernels.ops.cache.append import rope_append_kv
 from gqa_kernels.ops.rope import apply_rope
 from gqa_kernels.runtime import checks, library
 
-_MOST_PER_PAGE = 256  # of the pages that the sequences of a contiguous cache are read in
+_MOST_PER_PAGE = 256  # the largest page when a contiguous cache is read as pages
 
 
 def flash_attn_with_kvcache(
@@ -38,11 +38,11 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention over a key/value cache, to which k and v are appended first.
+    """Appends k and v to a key/value cache and returns attention over the cache.
 
-    With cache_seqlens before the call, token i of k and v becomes entry cache_seqlens + i of its
-    sequence: k_cache and v_cache are written to. Query i stands on entry p = i + seqlen_k −
-    seqlen_q, the new entries included.
+    Token i of k and v becomes entry cache_seqlens + i of its sequence: k_cache and v_cache are
+    modified in place. Query i is aligned with entry p = i + seqlen_k − seqlen_q, where seqlen_k
+    counts the new entries too.
 
     Args:
         q: float32, float16 or bfloat16 (batch, seqlen_q, nheads, headdim); seqlen_q 1 to 16 where
@@ -51,11 +51,12 @@ def flash_attn_with_kvcache(
             block_table (num_pages, page_size, nheads_k, headdim), page_size any power of two.
         k, v: (batch, seqlen_new, nheads_k, headdim), or None: nothing is appended.
         rotary_cos, rotary_sin: (seqlen_ro, rotary_dim / 2): k is rotated by the angles of its
-            entries, q by those of entries cache_seqlens + i where attention is causal or has a
-            window, otherwise by that of entry cache_seqlens.
-        cache_seqlens: int, or int32 (batch,): entries before the call; None: seqlen_cache.
-        cache_batch_idx: int32 (batch,): which sequence of a contiguous cache each row has.
-        cache_leftpad: int32 (batch,): the first entry that counts.
+            entries; q by those of entries cache_seqlens + i if attention is causal or has a window,
+            otherwise by the angle of entry cache_seqlens.
+        cache_seqlens: int, or int32 (batch,): number of entries before the call; None:
+            seqlen_cache.
+        cache_batch_idx: int32 (batch,): index in a contiguous cache of each row's sequence.
+        cache_leftpad: int32 (batch,): the first entry that queries may see.
         block_table: int32 (batch, max_pages).
         softmax_scale: positive; None means 1 / sqrt(headdim).
         causal: query i sees entries j ≤ p.
@@ -64,16 +65,17 @@ def flash_attn_with_kvcache(
         softcap: scores become softcap · tanh(score / softcap); 0.0: they stay as they are.
         alibi_slopes: float32 (nheads,) or (batch, nheads): scores become score − slope · |p − j|.
         rotary_interleaved: pairs are (2i, 2i + 1); otherwise (i, i + headdim / 2).
-        num_splits: any; without effect. How a sequence is split follows from its own length, so
-            that its result has the same bits in any batch.
+        num_splits: no effect. The split of a sequence depends on its length alone, so its result
+            has the same bits in any batch.
         return_softmax_lse: return (out, softmax_lse).
     Returns:
-        out (batch, seqlen_q, nheads, headdim), or (out, softmax_lse), float32 (batch, nheads,
-        seqlen_q); 0 and −inf for a query that sees no entry.
+        out (batch, seqlen_q, nheads, headdim), or (out, softmax_lse), softmax_lse float32 (batch,
+        nheads, seqlen_q). For a query that sees no entry, out is 0 and softmax_lse is −inf.
 
-    Unlike flash-attn: float32 is accepted, and a block_table beside a cache_leftpad; an entry
-    beyond the cache is not written, a row of cache_batch_idx that is not there is empty, and so is
-    a page; where k is not rotated, an infinite feature makes its pair NaN.
+    Differences to flash-attn: float32 is accepted, and so is a block_table with a cache_leftpad; an
+    entry beyond the cache is not written; an index outside the cache in cache_batch_idx or
+    block_table stands for an empty sequence or page; where k is not rotated, an infinite feature
+    makes its pair NaN.
     Raises:
         TypeError, ValueError: an argument of another kind, dtype, shape or device. Nothing has been
             written.
@@ -91,7 +93,7 @@ def flash_attn_with_kvcache(
     rotary_interleaved = checks.switch("rotary_interleaved", rotary_interleaved)
     new, rotary = (k, v), (rotary_cos, rotary_sin)
     tensors = (q, k_cache, v_cache, *new, *rotary, cache_batch_idx, cache_leftpad, block_table)
-    if not is_compiling():  # a compiler traces no check
+    if not is_compiling():  # checks are not traced
         if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
             cache_seqlens = checks.whole("cache_seqlens", cache_seqlens)
         _check(*tensors, cache_seqlens, rotary_interleaved)
@@ -145,14 +147,12 @@ def _check(
     cache_seqlens: int | Tensor | None,
     rotary_interleaved: bool,
 ) -> None:
-    """What the ops do not check, or would call by another name."""
+    """Checks what the ops do not check, or would report under another name."""
     like = ("q", q)
     checks.tensor("q", q, shape=("batch", "seqlen_q", "nheads", "headdim"))
     batch, _, _, headdim = q.shape
     if cache_batch_idx is not None and block_table is not None:
-        raise NotImplementedError(
-            "cache_batch_idx: expected None beside a block_table; got a tensor"
-        )
+        raise NotImplementedError("cache_batch_idx: expected None with a block_table; got a tensor")
     rows = "num_pages" if block_table is not None else "batch_cache"
     if cache_batch_idx is None and block_table is None:
         rows = batch
@@ -169,7 +169,7 @@ def _check(
     if isinstance(cache_seqlens, Tensor):
         checks.tensor("cache_seqlens", cache_seqlens, dtypes=checks.INTS, shape=(batch,), like=like)
     if (k is None) != (v is None):
-        raise ValueError("v: expected a tensor with k, and None without; got the other")
+        raise ValueError("v: expected a tensor if k is one, and None otherwise; got the opposite")
     if k is None:
         if rotary_cos is not None or rotary_sin is not None:
             raise ValueError("k: expected a tensor with rotary_cos; got None")
@@ -201,13 +201,14 @@ def _check(
 def _as_pages(
     k_cache: Tensor, v_cache: Tensor, cache_batch_idx: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Contiguous caches as pages, and the pages of each row: an index costs no copy of a cache."""
+    """Returns contiguous caches as pages, and a block table for the rows of cache_batch_idx; the
+    caches are not copied."""
     batch_cache, seqlen = k_cache.shape[:2]
     page_size = min(seqlen & -seqlen, _MOST_PER_PAGE) or 1
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if batch_cache > 1 and cache.stride(0) != seqlen * cache.stride(1):
             raise NotImplementedError(
-                f"{name}: expected sequences that lie one after another with cache_batch_idx; "
+                f"{name}: expected sequences one after another in memory with cache_batch_idx; "
                 f"got strides {cache.stride()}"
             )
     pages_each = seqlen // page_size
@@ -225,7 +226,7 @@ def _as_pages(
 
 
 def _lengths(cache_seqlens: int | Tensor | None, capacity: int, q: Tensor) -> Tensor:
-    """int64 (batch,): entries before the call."""
+    """The number of entries before the call, int64 (batch,)."""
     if isinstance(cache_seqlens, Tensor):
         return cache_seqlens.long().clamp(max=capacity)
     length = capacity if cache_seqlens is None else min(cache_seqlens, capacity)
@@ -255,15 +256,15 @@ def _append(
     turns: bool,
     interleaved: bool,
 ) -> Tensor:
-    """Writes k and v to their entries, and returns q rotated."""
+    """Writes k and v to their entries; returns q rotated."""
     half = q.shape[3] // 2
     entries = before[:, None] + torch.arange(k.shape[1], device=q.device)
     slots = _slots(entries, k_cache, block_table)
-    if cos is None:  # by no angle
+    if cos is None:  # rotates by 0
         cos, sin = q.new_ones(1, half, dtype=torch.float32), q.new_zeros(1, half).float()
         rope_append_kv(k, k, v, k_cache, v_cache, cos, sin, torch.zeros_like(entries), slots)
         return q
-    rest = half - cos.shape[1]  # pairs that stay as they are
+    rest = half - cos.shape[1]  # pairs that are not rotated
     cos, sin = F.pad(cos.float(), (0, rest), value=1.0), F.pad(sin.float(), (0, rest))
     options = {"interleaved": interleaved}
     if turns and q.shape[1] == k.shape[1]:
@@ -276,7 +277,8 @@ def _append(
 
 
 def _slots(entries: Tensor, cache: Tensor, block_table: Tensor | None) -> Tensor:
-    """Of a cache's first two dimensions, laid flat; −1 for an entry that it has no room for."""
+    """Slots: indices into the first two dimensions of a cache, flattened; −1 for an entry beyond
+    its capacity."""
     if block_table is None:
         rows = torch.arange(len(entries), device=entries.device)[:, None]
         slots, capacity = rows * cache.shape[1] + entries, cache.shape[1]
@@ -291,7 +293,7 @@ def _slots(entries: Tensor, cache: Tensor, block_table: Tensor | None) -> Tensor
 
 
 def _pack(q: Tensor, nheads_k: int) -> Tensor:
-    """All queries of a row as heads of one: they read the same entries."""
+    """Returns all queries of a row as heads of one query, since they read the same entries."""
     return q.unflatten(2, (nheads_k, -1)).transpose(1, 2).flatten(1, 3)[:, None]
 
 

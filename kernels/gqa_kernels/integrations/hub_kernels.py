@@ -1,4 +1,4 @@
-"""RMSNorm for Hugging Face's `kernels` package, which exchanges the layers that it has names for.
+"""RMSNorm for Hugging Face's `kernels` package, which replaces layers by name.
 
     from gqa_kernels.integrations import hub_kernels
     from kernels import Mode, kernelize, use_kernel_mapping
@@ -6,13 +6,14 @@
     with use_kernel_mapping(hub_kernels.mapping(), inherit_mapping=False):
         model = kernelize(model, device="cuda", mode=Mode.TRAINING | Mode.TORCH_COMPILE)
 
-Transformers names its norms "RMSNorm" where it takes the installed release of `kernels` (5.23: from
-0.18.2, below 0.19); each instance in the model then gets the forward below, and `kernelize` with an
-empty mapping gives the originals back. Without such a release nothing has a name, and `kernelize`
-changes nothing and says nothing.
-A name is all that `kernels` goes by: of the 141 classes named so in 5.23, some (Olmo 2 and 3,
-GPT-OSS, Nemotron-H) round once, after the weight, and get Llama's order all the same, other values
-in 16 bits. `gqa_kernels.patch` looks, does the same and more, and needs no such package.
+Transformers names its norms "RMSNorm" if it supports the installed release of `kernels` (5.23: from
+0.18.2, below 0.19). Each instance in the model then gets the forward below; `kernelize` with an
+empty mapping restores the originals. With another release, layers have no names, and `kernelize`
+changes nothing without a message.
+`kernels` looks at names only: of the 141 classes with this name in 5.23, some (Olmo 2 and 3,
+GPT-OSS, Nemotron-H) round once, after the weight, but get Llama's order, which gives other values
+in 16 bits. `gqa_kernels.patch` checks what each layer computes, replaces more ops, and does not
+need the package.
 """
 
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from gqa_kernels.ops.norm import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """`kernels` takes its forward only: weight and variance_epsilon are the exchanged module's."""
+    """`kernels` uses only the forward; weight and variance_epsilon are the replaced module's."""
 
     has_backward = True
     can_torch_compile = True
@@ -31,7 +32,7 @@ class RMSNorm(nn.Module):
 
 
 class _Repository:
-    """What `kernels` loads a layer from; this one is here already."""
+    """The interface from which `kernels` loads a layer; this one is a local class."""
 
     layer_name = "RMSNorm"
 
@@ -43,6 +44,6 @@ class _Repository:
 
 
 def mapping() -> dict[str, dict[str, _Repository]]:
-    """For `kernels.use_kernel_mapping`. On the CPU the kernel runs in Triton's interpreter, or
-    raises."""
+    """The mapping for `kernels.use_kernel_mapping`. On the CPU the kernel runs in Triton's
+    interpreter, or raises if that is off."""
     return {"RMSNorm": {device: _Repository() for device in ("cuda", "cpu")}}

@@ -1,8 +1,8 @@
-"""This package's kernels behind torch.nn.functional.scaled_dot_product_attention itself.
+"""Makes torch.nn.functional.scaled_dot_product_attention itself use this package's kernels.
 
-PyTorch 2.13 keeps a register of implementations of its flash attention. With this one active,
-models that call `F.scaled_dot_product_attention` run on `flash_attention` as they stand, gradients
-included, and so does `torch.nn.attention.varlen.varlen_attn`:
+PyTorch 2.13 has a registry of flash attention implementations. With this one active, unmodified
+models that call `F.scaled_dot_product_attention` run on `flash_attention`, including gradients, and
+so does `torch.nn.attention.varlen.varlen_attn`:
 
     from gqa_kernels.integrations import torch_sdpa
 
@@ -11,16 +11,17 @@ included, and so does `torch.nn.attention.varlen.varlen_attn`:
     ...
     torch.nn.attention.restore_flash_attention_impl()
 
-or, for a while, `with torch_sdpa.activated(): ...`. Either holds for the whole process.
+or, temporarily, `with torch_sdpa.activated(): ...`. Both affect the whole process.
 
-PyTorch goes on choosing what is given to flash attention: float16 and bfloat16 tensors on a GPU,
-head_dim up to 256, no mask, equal lengths where `is_causal`, and no other kernel preferred
-(`torch.nn.attention.sdpa_kernel` prefers). What it gives elsewhere, as calls with a mask or in
-float32, never comes here. What comes here and is not supported raises: dropout, the debug mask,
-and of varlen_attn's options seqused_k, block_table and num_splits above 1.
+PyTorch still chooses which calls it gives to flash attention: float16 and bfloat16 tensors on a
+    GPU,
+head_dim up to 256, no mask, equal lengths if `is_causal`, and no other kernel preferred (see
+`torch.nn.attention.sdpa_kernel`). Other calls, such as those with a mask or in float32, do not
+reach this module. Calls that reach it and are not supported raise: dropout, the debug mask, and
+varlen_attn's options seqused_k, block_table and num_splits above 1.
 
-Not tried on a GPU: there is none in the tests, which run the same functions registered for CPU
-tensors, so that dispatch, autograd and compilation are tested but PyTorch's choice is not.
+This has not been tried on a GPU. The tests run the same functions registered for CPU tensors, so
+they cover dispatch, autograd and compilation but not PyTorch's choice.
 """
 
 from collections.abc import Iterator
@@ -39,24 +40,24 @@ NAME = "gqa_kernels"
 
 
 def register() -> None:
-    """Enters this implementation in PyTorch's register; nothing is replaced by that.
+    """Adds this implementation to PyTorch's registry without activating it.
 
     Raises:
-        RuntimeError: this PyTorch has no such register.
+        RuntimeError: this PyTorch has no such registry.
     """
     if not hasattr(torch_attention, "restore_flash_attention_impl"):
         raise RuntimeError(
             "torch: expected 2.13 or newer, with torch.nn.attention.register_flash_attention_impl; "
-            f"got {torch.__version__}. gqa_kernels.scaled_dot_product_attention runs on it"
+            f"got {torch.__version__}. Use gqa_kernels.scaled_dot_product_attention there"
         )
     torch_attention.register_flash_attention_impl(NAME, register_fn=_Kernels)
 
 
 @contextmanager
 def activated() -> Iterator[None]:
-    """Registers and activates this implementation; at the end, what was active before.
+    """Registers and activates this implementation; at exit, reactivates the previous one.
 
-    Backward passes belong inside as well: a later one runs on what is active then.
+    Backward passes have to run inside too: a later one uses the implementation that is active then.
 
     Raises:
         RuntimeError: as `register`.
@@ -74,7 +75,7 @@ def activated() -> Iterator[None]:
 
 
 class _Kernels:
-    """The functions below in the place of aten's, until removed."""
+    """Registers the functions below in place of aten's, until removed."""
 
     def __init__(self, dispatch_key: str = "CUDA") -> None:
         self._library = torch.library.Library("aten", "IMPL", dispatch_key)
@@ -88,12 +89,12 @@ class _Kernels:
             self._library.impl(function.__name__, function)
 
     def remove(self) -> None:
-        self._library = None  # which ends its registrations
+        self._library = None  # freeing the library removes its registrations
 
 
-# What follows has aten's names, signatures and results. `is_causal` means there what it means in
+# The functions below have aten's names, signatures and results. `is_causal` means the same as in
 # `flash_attention`: the mask ends in the bottom right corner. F.scaled_dot_product_attention, whose
-# mask begins in the top left one, gives only equal lengths to flash attention.
+# mask begins in the top left corner, uses flash attention for equal lengths only.
 
 
 def _scaled_dot_product_flash_attention(
@@ -106,7 +107,7 @@ def _scaled_dot_product_flash_attention(
     *,
     scale: float | None = None,
 ) -> tuple:
-    """Of `[batch, num_heads, seq_len, head_dim]`."""
+    """aten's function for tensors `[batch, num_heads, seq_len, head_dim]`."""
     out, lse, *rest = _flash_attention_forward(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
         None, None, query.shape[2], key.shape[2], dropout_p, is_causal, return_debug_mask,
@@ -163,20 +164,21 @@ def _flash_attention_forward(
     block_table: Tensor | None = None,
     num_splits: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """Of `[batch, seq_len, num_heads, head_dim]`, or packed `[total, num_heads, head_dim]`."""
+    """aten's function for `[batch, seq_len, num_heads, head_dim]`, or packed
+    `[total, num_heads, head_dim]`."""
     _refuse("dropout_p", dropout_p, 0.0)
     _refuse("return_debug_mask", return_debug_mask, False)
     _refuse("seqused_k", seqused_k, None)
     _refuse("alibi_slopes", alibi_slopes, None)  # aten's backward function does not take them
     _refuse("block_table", block_table, None)
-    _refuse("num_splits", num_splits, None, 0, 1)  # nothing is split here
+    _refuse("num_splits", num_splits, None, 0, 1)  # this kernel has no split-KV
     call = _call(
         query, key, value, cum_seq_q, cum_seq_k,
         is_causal, scale, window_size_left, window_size_right,
     )  # fmt: skip
-    # aten records its own backward function, and hides here whether it will.
+    # aten records its own backward function; whether it will is not visible here.
     out, lse, residue = attention.outputs(call, need_residue=torch.is_grad_enabled())
-    # Nothing is drawn, so that aten reads neither; the second is one that it saves for backward.
+    # Without dropout, aten reads neither; it saves the second for backward.
     rng_state = torch.empty(2, dtype=torch.uint64, device=query.device)
     unused = torch.empty((), dtype=torch.uint64, device=query.device)
     kept = unused if residue is None else residue
@@ -186,7 +188,7 @@ def _flash_attention_forward(
 def _flash_attention_forward_no_dropout_inplace(
     out: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Writes to out, and returns lse."""
+    """Writes to out; returns lse."""
     result, lse, *_ = _flash_attention_forward(query, key, value, *args, **kwargs)
     out.copy_(result)
     return lse
@@ -257,7 +259,7 @@ def _side(size: int | None) -> int | None:
 
 
 def _strided_like(x: Tensor, result: Tensor) -> Tensor:
-    """result with the strides of `torch.empty_like(x)`, which compilers have been promised."""
+    """Returns result with the strides of `torch.empty_like(x)`, which compilers expect."""
     promised = torch.empty_like(x, device="meta").stride()
     sizes = zip(x.shape, promised, result.stride(), strict=True)
     if all(size == 1 or want == got for size, want, got in sizes):

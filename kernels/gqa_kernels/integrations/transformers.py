@@ -5,23 +5,23 @@
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="gqa_kernels")
 
 `register` adds two entries to Transformers' public tables, an attention function and the function
-that makes its masks, and changes nothing else; models that do not ask for the name are untouched.
+that makes its masks, and changes nothing else. Models that use another name are not affected.
 
-**Masks.** Transformers describes a mask by a function of (query, key), and makes it once for all
+**Masks.** Transformers describes a mask by a function of (query, key) and makes it once for all
 layers. Instead of a matrix of queries × keys, this module makes a range of keys per query and a
-flag per key, int32 `[batch, 1, n, …]`, of which row by row
+flag per key, as int32 `[batch, 1, n, …]` with n rows:
 
-    n = 1   flags of the keys              beside the causal mask, whose corner is bottom right
+    n = 1   flags of the keys              with the causal mask (bottom right corner)
     n = 2   first keys, ends of the keys   per query: windows, packed documents, static caches
     n = 3   first keys, ends, flags
 
-and None where the causal mask is all there is. Four dimensions are what Transformers hands on
-unchanged, from `generate` into a compiled model too.
+or None if the causal mask suffices. The tensor has four dimensions because Transformers passes such
+masks on unchanged, also from `generate` into a compiled model.
 
-Left and right padding, packed `position_ids` or `cu_seq_lens_q`, sliding and chunked windows,
-dynamic and static caches are covered by that, and every mask function whose keys are one range per
-query. What is not raises: other mask functions, ready-made four-dimensional masks, dropout,
-attention weights as outputs, paged caches. Transformers 4.57 and 5.
+This covers left and right padding, packed `position_ids` or `cu_seq_lens_q`, sliding and chunked
+windows, dynamic and static caches, and every mask function that gives each query one range of keys.
+Everything else raises: other mask functions, ready-made four-dimensional masks, dropout, attention
+weights as outputs, paged caches. Supports Transformers 4.57 and 5.
 """
 
 from collections.abc import Callable
@@ -38,10 +38,10 @@ from gqa_kernels.ops.cache.decode import MAX_NEW_TOKENS, decode_attention
 from gqa_kernels.sdpa import autocast
 
 ATTENTION_NAME = "gqa_kernels"
-# Elements of a mask that are looked at together when its ranges are read off.
+# The number of mask elements that are evaluated at a time when ranges are derived from a mask.
 _CHUNK = 2**24
 _UNION = or_masks().__code__
-# Tensors that layers hand down to every attention and that change nothing in it.
+# Tensors that layers pass to every attention and that do not affect it.
 _IGNORED = (
     "position_ids",
     "cache_position",
@@ -57,14 +57,14 @@ _GAPS = "mask_function: expected one range of keys per query; got a custom one w
 
 
 def register() -> None:
-    """Makes `attn_implementation="gqa_kernels"` known to Transformers; again changes nothing."""
+    """Makes `attn_implementation="gqa_kernels"` known to Transformers; further calls are no-ops."""
     AttentionInterface.register(ATTENTION_NAME, attention_forward)
     AttentionMaskInterface.register(ATTENTION_NAME, attention_mask)
 
 
 class Registration:
-    """Registers wherever it is loaded: a patched model that carries one can be unpickled in a
-    process that patched none."""
+    """Calls `register` when it is unpickled, so that a patched model that holds one can be
+    unpickled in a process that has not patched a model."""
 
     def __reduce__(self) -> tuple[Callable[[], "Registration"], tuple]:
         return _registered, ()
@@ -90,7 +90,7 @@ def attention_mask(
     cache_position: Tensor | None = None,
     **_: Any,
 ) -> Tensor | None:
-    """The mask of one kind of layer, as Transformers' mask factories ask for it.
+    """Makes the mask of one kind of layer, with the interface of Transformers' mask factories.
 
     Args:
         q_length, q_offset: number and first position of the queries; Transformers 4 gives their
@@ -101,13 +101,13 @@ def attention_mask(
     Returns:
         None, or int32 `[batch, 1, 1 to 3, …]`; see the module.
     Raises:
-        NotImplementedError: a custom mask function under which a query sees more than one range
-            of keys; compiled code, which cannot raise it, asserts that on the device.
+        NotImplementedError: a custom mask function that gives a query more than one range of keys;
+            compiled code cannot raise it and asserts on the device instead.
         ValueError: a causal mask with fewer keys than queries.
     """
     if cache_position is not None:
         queries, q_length = cache_position, cache_position.shape[0]
-        # Without a cache the positions begin at 0, and only then are there as many keys.
+        # There are as many keys as queries only without a cache, where positions begin at 0.
         aligned = q_length == kv_length and kv_offset == 0
         custom = not allow_is_causal_skip
     else:
@@ -117,7 +117,8 @@ def attention_mask(
     shown = _shown_keys(attention_mask, kv_length, kv_offset)
     if shown is not None:
         columns = attention_mask.shape[-1]
-        # Without a cache Transformers 5 counts the keys by the mask; 4 would cut or lengthen it.
+        # Without a cache, Transformers 5 takes the number of keys from the mask; 4 would cut or
+        # extend the mask.
         if cache_position is not None:
             fits = columns == kv_length or not aligned
         else:
@@ -143,7 +144,7 @@ def attention_mask(
         )
     rows = [first, end]
     if shown is not None:
-        # What is padding at either end needs no visit.
+        # Padding at both ends is outside the ranges, so the kernel skips it.
         keys = torch.arange(kv_length, device=shown.device)
         rows[0] = torch.maximum(first, keys.where(shown, kv_length).amin(-1, keepdim=True))
         rows[1] = torch.minimum(end, (keys + 1).where(shown, 0).amax(-1, keepdim=True))
@@ -153,7 +154,7 @@ def attention_mask(
 
 
 def _shown_keys(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
-    """bool `[batch, kv_length]` of a 2-D mask, which ends where nothing has been written yet."""
+    """A 2-D mask as bool `[batch, kv_length]`; keys beyond its end have not been written yet."""
     if attention_mask is None:
         return None
     missing = kv_offset + kv_length - attention_mask.shape[-1]
@@ -173,14 +174,14 @@ def _ranges(
 ) -> tuple[Tensor, Tensor]:
     """(first, end) `[batch, number of queries]` of the keys that a mask function shows.
 
-    It is asked for all pairs, some queries at a time, so that no matrix of them is kept.
+    It is evaluated for all pairs, some queries at a time, so the whole matrix is never in memory.
     """
     compiling = torch.compiler.is_compiling()
-    # A union may have gaps even if Transformers made it, of blocks that are in two places.
+    # A union of blocks in two places has gaps, even if Transformers made it.
     check = check or compiling or mask_function.__code__ is _UNION
     keys = torch.arange(kv_length, device=queries.device)
     chunks = (queries,)
-    if not compiling:  # whose sizes are numbers
+    if not compiling:  # sizes are numbers
         chunks = queries.split(max(1, _CHUNK // max(1, batch_size * kv_length)))
     firsts, ends = [], []
     for chunk in chunks:
@@ -204,7 +205,7 @@ def _visible(
     kv_offset: int,
     use_vmap: bool | None,
 ) -> Tensor:
-    """bool `[batch, 1, number of queries, kv_length]`, made by Transformers."""
+    """The mask as Transformers makes it, bool `[batch, 1, number of queries, kv_length]`."""
     options = {
         "batch_size": batch_size,
         "kv_length": kv_length,
@@ -239,7 +240,7 @@ def attention_forward(
     cu_seq_lens_k: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as Transformers' layers call it.
+    """Computes attention with the interface that Transformers' layers call.
 
     Args:
         query: `[batch, num_q_heads, q_length, head_dim]`; key, value: `[batch, num_kv_heads,
@@ -270,16 +271,16 @@ def attention_forward(
         is_causal = getattr(module, "is_causal", True)
     q, k, v = (x.transpose(1, 2) for x in autocast(query, key, value))
     key_ranges, key_mask = _unpack(attention_mask, q.shape[1], k.shape[1])
-    # Ranges say everything; flags of keys stand beside the causal mask.
+    # Ranges include causality; flags of keys are combined with the causal mask.
     causal = key_ranges is None and (key_mask is not None or bool(is_causal))
     bounds = None
     if cu_seq_lens_q is not None:
         if key_mask is not None:
             raise NotImplementedError(
-                "attention_mask: expected none beside cu_seq_lens_q; got one that marks padding"
+                "attention_mask: expected none with cu_seq_lens_q; got one that marks padding"
             )
         bounds = (cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k)
-        if key_ranges is not None:  # of windows, chunks, positions: both hold
+        if key_ranges is not None:  # of windows, chunks, positions: intersected with the bounds
             key_ranges, bounds = _within_documents(key_ranges, *bounds), None
     window = None
     if sliding_window is not None and key_ranges is None and (causal or bounds is not None):
@@ -321,7 +322,7 @@ def _unpack(
 
 
 def _within_documents(key_ranges: Tensor, bounds_q: Tensor, bounds_kv: Tensor) -> Tensor:
-    """Ranges of keys cut to the document of each query; none after the last document."""
+    """Limits the ranges of keys to the document of each query; empty after the last document."""
     queries = torch.arange(key_ranges.shape[1], dtype=bounds_q.dtype, device=bounds_q.device)
     document = torch.searchsorted(bounds_q, queries, right=True) - 1
     first = bounds_kv[document]
@@ -332,10 +333,11 @@ def _within_documents(key_ranges: Tensor, bounds_q: Tensor, bounds_kv: Tensor) -
 
 
 def _decodes(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
-    """Whether few new tokens meet a cache: then the keys are split among programs."""
+    """Whether this is a decode step, few new tokens with a longer cache, for the split-KV
+    kernel."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return False
     if q.shape[1] == 1:
         return True
-    # The lengths' order first: without a cache a compiler then need not know them.
+    # Compares the lengths first: without a cache, a compiler then need not specialise on them.
     return causal and q.shape[1] < k.shape[1] and q.shape[1] <= MAX_NEW_TOKENS

@@ -20,20 +20,21 @@ derivative of attention or of the loss raises.
 
 The reference also computes what PyTorch has no fused function for: attention with a window, soft
 cap, sinks, ALiBi, key_ranges, key_mask or return_lse, or with a query that sees no key; quantised
-caches; losses with a soft cap, a z-loss, `reduction="none"` or a vocabulary that ranks share. It
+caches; losses with a soft cap, a z-loss, `reduction="none"` or a vocabulary sharded over ranks. It
 computes the ops marked "CPU only" on other devices and under `torch.compile`: these ops read slots
 and lengths from tensors, which would make the host wait for a GPU. On a GPU only
-`flash_attention_varlen` reads values back, as the reference's does.
+`flash_attention_varlen` reads values back, like the reference.
 
-Reproducibility, as measured on a CPU. The same call gives the same bits, with gradients or without.
-The batch does not change the bits of a row of `rms_norm`, of `apply_rope` and, where the width is a
-multiple of 32, of `swiglu`; nor those of a sequence in `flash_attention` beside others of its
-length, or of a packed sequence. Bits may differ for: a sequence in a decode step beside longer
-ones, or with several threads beside any other; a prompt computed at once, in parts or token by
-token; a row of the loss in another chunk. In a whole model the products with the weights add to
-this: on a CPU their order of summation depends on the number of rows, on every backend.
+Reproducibility, measured on a CPU: the same call gives the same bits, with gradients or without.
+    The
+batch does not change the bits of a row of `rms_norm`, of `apply_rope` and, if the width is a
+multiple of 32, of `swiglu`; of a sequence in `flash_attention` in a batch of equal lengths; or of a
+packed sequence. Bits may differ for a sequence in a decode step with longer ones, or with several
+threads in any batch; for a prompt computed at once, in parts or token by token; for a row of the
+loss in another chunk. In a whole model, the products with the weights add to this: on a CPU their
+order of summation depends on the number of rows, on every backend.
 
-Layout and `MAX_NEW_TOKENS` are the reference's.
+Layout and `MAX_NEW_TOKENS` are those of the reference.
 """
 
 from gqa_kernels.native.adamw import adamw_update

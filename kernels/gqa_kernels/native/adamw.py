@@ -29,7 +29,7 @@ def adamw_update(
         moments = exp_avg, exp_avg_sq
         reference.adamw_update(weight, gradient, *moments, copy, grad_scale, step=step, **recipe)
         return
-    if grad_scale is not None:  # here: the fused step would overwrite the gradient
+    if grad_scale is not None:  # divided here: the fused step would overwrite the gradient
         gradient = gradient.to(weight.dtype) / grad_scale
     adamw(
         [weight],
@@ -37,7 +37,7 @@ def adamw_update(
         [exp_avg],
         [exp_avg_sq],
         [],
-        # The number of the step before: the function adds one.
+        # The number of the previous step: the function adds one.
         [torch.tensor(step - 1, dtype=torch.float32, device=weight.device)],
         fused=True,
         amsgrad=False,

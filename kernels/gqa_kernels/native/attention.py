@@ -22,10 +22,10 @@ def attend(
     """Softmax attention, `[batch, seq_len, num_heads, head_dim]`; each query must see a key.
 
     16-bit inputs are converted to float32. On a CPU that is faster than PyTorch's function in
-    bfloat16 or float16, whose gradients moreover exceed the error budget
+    bfloat16 or float16, whose gradients also exceed the error budget
     (bench/results/gradients.json). The queries are scaled before the call: PyTorch's backward pass
-    computes the weights again from the lse of the forward pass, so it has to round the scores as
-    the forward pass did.
+    recomputes the weights from the lse of the forward pass, so it has to round the scores as the
+    forward pass did.
 
     Args:
         visible: bool, broadcast to `[batch, num_q_heads, seq_len_q, seq_len_kv]`.
@@ -115,9 +115,8 @@ def flash_attention_varlen(
 
 
 def _sequences(x: Tensor, cu_seqlens: Tensor, *, tail: bool) -> tuple[Tensor, ...]:
-    """The packed sequences; with `tail`, a last part has the rows after them."""
+    """Splits x into the packed sequences and, with `tail`, the rows after them."""
     bounds = [min(bound, len(x)) for bound in cu_seqlens.tolist()]
     end = len(x) if tail else bounds[-1]
-    # The gradient of a split is one tensor; slices would have a gradient of x's size for each
-    # sequence.
+    # The gradient of a split is one tensor; each slice would have a gradient of the size of x.
     return x[:end].split([j - i for i, j in pairwise([*bounds, end])])

@@ -17,8 +17,8 @@ _VOCABULARY_BLOCK = 256
 
 
 def _over_the_vocabulary(grad: Tensor, weight: Tensor) -> Tensor:
-    """grad · weight. In float32 it is a sum over blocks of the vocabulary: a CPU's library adds all
-    terms in sequence, so that the error grows with their number."""
+    """grad · weight. In float32 it sums blocks of the vocabulary separately: the CPU's library adds
+    all terms in sequence, so its error grows with their number."""
     if weight.dtype.itemsize == 2:
         return grad @ weight
     blocks = grad.split(_VOCABULARY_BLOCK, 1), weight.split(_VOCABULARY_BLOCK)
@@ -65,7 +65,7 @@ class _SumOfLosses(torch.autograd.Function):
                 None if x is None else (x * factor).to(of.dtype)
                 for x, of in ((grad_hidden, hidden), (grad_weight, weight))
             )
-        if torch.is_grad_enabled():  # of create_graph
+        if torch.is_grad_enabled():  # with create_graph
             scaled = derivatives.only_first(scaled, hidden, weight, grad)
         return *scaled, None, None
 
@@ -83,7 +83,7 @@ def linear_cross_entropy(
     group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor:
     """See `reference.linear_cross_entropy`, which computes reduction="none", soft caps, z-losses
-    and a vocabulary that ranks share."""
+    and a vocabulary that is sharded over ranks."""
     divided = {"reduction": reduction, "num_predictions": num_predictions}
     sharded = group is not None or hasattr(weight, "placements") or hasattr(hidden, "placements")
     if reduction == "none" or softcap is not None or z_loss or sharded:
@@ -93,7 +93,7 @@ def linear_cross_entropy(
         )
     ids, ignored = targets.long(), None
     if ignore_index is not None:
-        # Ignored rows may hold anything, NaN included: they become 0, with an id that exists.
+        # Ignored rows may contain anything, including NaN: they become 0, with a valid id.
         ignored = targets == ignore_index
         hidden, ids = hidden.masked_fill(ignored[..., None], 0.0), ids.masked_fill(ignored, 0)
     ones = torch.ones(ids.shape, dtype=wide(hidden[:0]).dtype, device=hidden.device)

@@ -10,13 +10,14 @@ from gqa_kernels import reference
 
 
 def reads_freely(x: Tensor) -> bool:
-    """Whether reading a tensor's values does not make the host wait: on a CPU, unless a compiler
+    """Whether the host can read a tensor's values without waiting: on a CPU, unless a compiler
     traces."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def wide(x: Tensor) -> Tensor:
-    """float32 or wider, as the reference's `wide`, without a call where x is so already."""
+    """Returns x in float32 or wider, like the reference's `wide`, without a call if it is
+    already."""
     return x if x.dtype.itemsize > 2 else x.float()
 
 
@@ -61,7 +62,7 @@ def apply_rope(
     """See `reference.apply_rope`, which computes calls with a position outside of the table."""
     if not reads_freely(q) or (angles := _angles(cos, sin, positions, q.shape[1])) is None:
         return reference.apply_rope(q, k, cos, sin, positions, interleaved=interleaved)
-    # Along which the two features of a pair lie: [..., head_dim / 2, 2] or [..., 2, head_dim / 2].
+    # The dimension of the two features of a pair: [..., head_dim / 2, 2] or [..., 2, head_dim / 2].
     dim = -1 if interleaved else -2
     cos, sin = (x[:, :, None] for x in angles)  # the same for all heads
     both = wide(torch.cat((q, k), 2))
@@ -78,10 +79,10 @@ def _angles(
     """cos and sin `[batch or 1, seq_len, head_dim / 2]`; None if a position is not in the table."""
     if positions is None:
         return (cos[None, :seq_len], sin[None, :seq_len]) if seq_len <= len(cos) else None
-    if len(cos) == 0:  # what the look-up says of it is no IndexError
+    if len(cos) == 0:  # the look-up would not raise IndexError
         return None
     positions = positions.long()
-    try:  # the look-up checks the positions; a check of our own would cost a pass
+    try:  # the look-up checks the positions; a separate check would cost a pass
         return torch.embedding(cos, positions), torch.embedding(sin, positions)
     except IndexError:
         return None
