@@ -326,7 +326,7 @@ BAD = {
     ),
     "heads, not causal": ({"q": (2, 3, 3, 16)}, ValueError, "q: expected a number of heads"),
     "no query": ({"q": (2, 0, 4, 16)}, ValueError, "q: expected at least one query"),
-    "no v": ({"v": None}, ValueError, "v: expected a tensor with k"),
+    "no v": ({"v": None}, ValueError, "v: expected a tensor if k is one"),
     "no lengths": ({"cache_seqlens": None}, ValueError, "cache_seqlens: expected .* got None"),
     "lengths": ({"cache_seqlens": 3.0}, TypeError, "cache_seqlens: expected a whole number"),
     "k": ({"k": (2, 1, 4, 16)}, ValueError, r"k: expected shape \[2, seqlen_new, 2, 16\]"),

@@ -136,7 +136,7 @@ def test_autograd_notices_the_write(inputs):
         (
             {"weight": torch.zeros(1, 72).expand(5, 72)},
             ValueError,
-            "weight: expected memory of its",
+            "weight: expected contiguous rows",
         ),
         ({"grad_scale": torch.ones(1)}, ValueError, r"grad_scale: expected shape \[\]; got \[1\]"),
         ({"gradient": None}, TypeError, "gradient: expected a torch.Tensor; got NoneType"),
