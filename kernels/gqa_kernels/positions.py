@@ -1,4 +1,4 @@
-"""Where tokens stand, for RoPE: the table of angles, and positions in packed sequences."""
+"""Positions for RoPE: the table of angles, and positions in packed sequences."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ def rope_table(
     *,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of position · theta^(−2i / head_dim), computed in float64.
+    """Returns cos and sin of position · theta^(−2i / head_dim), computed in float64.
 
     Returns:
         (cos, sin), float32 `[max_seq_len, head_dim / 2]`.
@@ -31,7 +31,8 @@ def rope_table(
 
 
 def packed_positions(cu_seqlens: Tensor, total: int) -> Tensor:
-    """Positions `[1, total]` of packed tokens: from 0 in every sequence, without a device sync.
+    """Returns positions `[1, total]` of packed tokens, from 0 in every sequence, without a device
+    sync.
 
     Tokens after the last sequence are at position 0.
 

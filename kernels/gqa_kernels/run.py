@@ -1,9 +1,9 @@
-"""Runs another program's command line with this package's attention known to Transformers:
+"""Runs another program's command line with this package's attention registered in Transformers:
 
     python -m gqa_kernels.run lm_eval --model hf \\
         --model_args pretrained=DIR,attn_implementation=gqa_kernels …
 
-A program that takes a name for `attn_implementation` can then be given "gqa_kernels", without code.
+A program with an option for `attn_implementation` then accepts "gqa_kernels" without code changes.
 """
 
 import runpy
@@ -11,8 +11,8 @@ import sys
 
 
 def main(arguments: list[str]) -> None:
-    """Registers, then runs the module `arguments[0]` as `python -m` does, with the rest as its
-    arguments."""
+    """Registers the attention, then runs the module `arguments[0]` like `python -m`, with the rest
+    as its arguments."""
     if not arguments or arguments[0].startswith("-"):
         print(__doc__, file=sys.stderr)
         raise SystemExit(2)

@@ -315,7 +315,7 @@ def _weighted(model):
 
 CHANGES = {
     _bias: "lm_head: expected a torch.nn.Linear without a bias; got one with a bias",
-    _adapter: "lm_head: expected a torch.nn.Linear, of no other class; got .*LoRA",
+    _adapter: "lm_head: expected a torch.nn.Linear, not another class; got .*LoRA",
     _hook: "lm_head: expected a torch.nn.Linear without hooks, .*; got one with hooks",
     _own_forward: "lm_head: expected a torch.nn.Linear without hooks, .*; got one with hooks",
     _quantised: "lm_head: expected a torch.nn.Linear with a plain weight; got a TwoTensor",

@@ -170,7 +170,7 @@ def fully_sharded(patch_first):
     model = make()
     patch(model, OP)
     fully_shard(model.lm_head, mesh=mesh)
-    with pytest.raises(NotImplementedError, match=r"of no other class; got .*FSDPLinear"):
+    with pytest.raises(NotImplementedError, match=r"not another class; got .*FSDPLinear"):
         model(tokens, labels=tokens)
 
 

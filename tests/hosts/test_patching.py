@@ -202,7 +202,7 @@ def test_attention_that_shares_its_config_with_another_kind():
     model = transformers.BartModel(transformers.BartConfig(**sizes))
     report = patch(model, ("attention",))
     assert not report.replaced and len(report.not_replaced) == 3
-    assert "another attention under its config cannot be replaced" in str(report)
+    assert "another attention with the same config cannot be replaced" in str(report)
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -635,7 +635,7 @@ def test_a_forward_on_the_instance_stands(device):
     mlp = model.model.layers[0].mlp
     mlp.forward = MethodType(lambda self, x: 0 * x, mlp)
     before = snapshot(model)
-    assert reason(model, "swiglu") == "it has a forward of its own, set on the instance"
+    assert reason(model, "swiglu") == "its forward is set on the instance, not by its class"
     unpatch(model)
     assert snapshot(model) == before
 
@@ -808,7 +808,7 @@ def test_layers_that_add_otherwise(device, tokens):
 @pytest.mark.parametrize(
     ("family", "changes", "why"),
     [
-        ("StableLm", {}, "rotates a part of the features: partial_rotary_factor 0.25"),
+        ("StableLm", {}, "rotates only some features: partial_rotary_factor 0.25"),
         ("Phi3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ("Cohere", {}, "its steps are not projection, rotation by halves, cache and attention"),
         ("Olmo2", {}, "its forward cannot be checked"),
@@ -964,8 +964,9 @@ def test_layers_that_are_not_fused_are_reported(device):
         layer.forward = layer.forward
     report = patch(model)
     assert "add_rms_norm" not in counts(report)
-    assert "add_rms_norm not fused in model.layers.* (2): it has a forward of its own" in str(
-        report
+    assert (
+        "add_rms_norm not fused in model.layers.* (2): its forward is set on the instance"
+        in str(report)
     )
     assert not report.not_replaced
 

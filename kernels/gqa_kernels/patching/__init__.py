@@ -1,9 +1,9 @@
-"""`patch(model)`: the kernels in a model that others wrote, and `unpatch(model)`.
+"""`patch(model)` puts the kernels into an existing model; `unpatch(model)` removes them.
 
-Only instances change: a replaced module gets a `forward` of its own, and with "attention" a config
-of its own. No class and no module global is touched, so that another model of the same class in the
-same process knows nothing of it. What was there before is kept on each module, hence a copy or a
-pickle of a patched model is patched, and can be unpatched for itself.
+Only instances change: a replaced module gets an instance-level `forward` and, with "attention", a
+copy of its config. Classes and module globals are not touched, so other models of the same class in
+the process are not affected. Each module stores what was there before, so a copy or a pickle of a
+patched model is patched too and can be unpatched separately.
 """
 
 import re
@@ -19,14 +19,14 @@ DEFAULT_OPS = OPS[:4]
 
 
 class Report:
-    """What a call of `patch` found. As a context manager it undoes that call at the end.
+    """The result of a call of `patch`. As a context manager it undoes that call at exit.
 
     Attributes:
         replaced: (module, op) in the model's order, "" for the model itself; "add_rms_norm" stands
             for a layer whose residual add and norm are one pass.
-        not_replaced: (module, op, reason), or ("", op, reason) where no module was of the kind.
-        not_fused: (module, "add_rms_norm", reason) of layers whose norm is replaced and whose
-            residual add stays apart. `strict` does not mind.
+        not_replaced: (module, op, reason), or ("", op, reason) if the model has no such module.
+        not_fused: (module, "add_rms_norm", reason) of layers whose norm is replaced but whose
+            residual add remains a separate step. `strict` accepts these.
     """
 
     def __init__(self, model_name: str, plan: Plan) -> None:
@@ -53,64 +53,63 @@ class Report:
             [
                 (module, attribute)
                 for module, attribute, value in self._changes
-                # Not what another call has set since.
+                # Keeps what another call has set since.
                 if vars(module).get(BEFORE, {}).get(attribute, (None,))[0] is value
             ]
         )
 
 
 def patch(model: nn.Module, ops: Collection[str] = DEFAULT_OPS, *, strict: bool = False) -> Report:
-    """Puts the Triton kernels into this model, and only into this one.
+    """Replaces modules of this model, and of no other, by Triton kernels.
 
         rms_norm    RMSNorm as in Llama, Mistral, Qwen; Gemma's 1 + weight, and norms that multiply
                     before they round, through float32 copies; residual add and second norm of a
                     Llama-like decoder layer in one pass
         swiglu      MLPs with SiLU: gate_proj and up_proj, or gate_up_proj
         rope        attention of Transformers that rotates all features by halves: the kernel reads
-                    the projections where they are and rotates in float32, by cos and sin as
-                    Transformers rounds them to the activations' dtype
+                    the projections in place and rotates in float32, by cos and sin as Transformers
+                    rounds them to the activations' dtype
         attention   the attention function of a Transformers model's causal attention, in a copy of
                     its config; dropout in training raises, see `integrations.transformers`
         torch_rms_norm   torch.nn.RMSNorm, in Llama's order of roundings: in 16 bits the normalised
                     value is rounded before it is multiplied by the weight, not only after
         linear_cross_entropy   the loss of a Transformers model with an lm_head, from hidden states
-                    and lm_head.weight: called with labels, the model makes no logits
+                    and lm_head.weight: called with labels, the model computes no logits
 
-    The last two are done only if asked for: torch_rms_norm rounds otherwise than the model, and
-    where linear_cross_entropy computes the loss `outputs.logits` is None, which metrics and
-    trainers may read. A call without labels gives logits as before.
+    The last two are opt-in: torch_rms_norm rounds differently from the model, and with
+    linear_cross_entropy a call with labels returns `outputs.logits` as None, which metrics and
+    trainers may read. A call without labels returns logits as before.
 
-    A module is replaced if its class's forward, run on a small stand-in, computes what the op does;
-    see `stand_ins`. Projections are called, never read, but for the head of that loss. From then on
-    a call runs the kernel or raises what the kernel raises: a model may be patched on the CPU and
-    moved to a GPU, but does not run before. A layer whose norm has hooks, whose two terms differ in
-    dtype as under autocast, or that Transformers is checkpointing, adds and normalises in two
-    steps, with the same bits.
+    A module is replaced if its class's forward, run on a small stand-in, computes the same as the
+    op; see `stand_ins`. Forwards call projections and never read their weights, except for the head
+    of the loss. A replaced module runs the kernel or raises the kernel's error: a model may be
+    patched on the CPU and moved to a GPU, but does not run until then. A layer adds and normalises
+    in two steps, with the same bits, if its norm has hooks, if the two terms differ in dtype as
+    under autocast, or while Transformers checkpoints its activations.
 
     The loss is that of Transformers' ForCausalLMLoss, with ignore_index, num_items_in_batch and
     shift_labels; logits may have Gemma 2's soft cap or a factor that is a power of two. The head
-    has to be a torch.nn.Linear of a plain weight without bias, hooks or adapter, the loss function
-    Transformers' own. A model that differs raises here, strict or not; one that comes to differ
-    raises when called with labels. So does output_router_logits, which adds to the loss. Under
-    autocast hidden states and weight are cast as a projection casts them.
+    must be a torch.nn.Linear with a plain weight and no bias, hooks or adapter, and the loss
+    function Transformers' own. Other models raise here, strict or not; a model whose head or loss
+    function changes later raises when called with labels, and so does output_router_logits, which
+    adds to the loss. Under autocast, hidden states and weight are cast like those of a projection.
 
-    A module with an instance-level `forward` is left alone: whoever set it stands before the class.
-    Patch before torch.compile; before or after FSDP2. Patching again adds to what is there.
+    A module with an instance-level `forward` is not replaced, since that forward overrides the
+    class's. Patch before torch.compile; before or after FSDP2. Patching again adds replacements.
 
-    What a module is was found out here: another act_fn or a hook on it, set later, is not seen.
-    With "attention" a change of the model's config, as resize_token_embeddings makes it, is a
-    change of the copy, and `unpatch` takes it back.
+    Modules are checked only here: an act_fn or a hook on it that is set later goes unnoticed. With
+    "attention", changes of the model's config, such as by resize_token_embeddings, affect the copy,
+    and `unpatch` reverts them.
 
     Args:
         ops: some of the names above.
-        strict: raise where something asked for cannot be replaced, and leave the model as it is.
+        strict: raise if a requested op cannot be replaced, and leave the model unchanged.
     Returns:
         A report, to print, or to undo this call: `with patch(model): …`.
     Raises:
         TypeError: model is not a module.
-        ValueError: ops names an op that is not there; with `strict`, something is not replaced;
-            without it, "linear_cross_entropy" was asked for and is not replaced. The message is
-            the report.
+        ValueError: ops has an unknown name; with `strict`, something is not replaced; without it,
+            "linear_cross_entropy" was requested and is not replaced. The message is the report.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
@@ -118,7 +117,7 @@ def patch(model: nn.Module, ops: Collection[str] = DEFAULT_OPS, *, strict: bool 
         raise ValueError(f"ops: expected a set of some of {', '.join(OPS)}; got {ops!r}")
     plan = make_plan(model, [op for op in OPS if op in ops])
     report = Report(type(model).__name__, plan)
-    # Who asks for a loss without logits may have no memory for logits.
+    # A caller that requests a loss without logits may not have the memory for logits.
     if any(strict or op == "linear_cross_entropy" for _, op, _ in plan.not_replaced):
         expected = "every op" if strict else "linear_cross_entropy"
         raise ValueError(f"model: expected {expected} to be replaced; got\n{report}")
@@ -128,11 +127,11 @@ def patch(model: nn.Module, ops: Collection[str] = DEFAULT_OPS, *, strict: bool 
 
 
 def unpatch(model: nn.Module) -> None:
-    """Gives every module of the model what it had before `patch`; a model without patches is left.
+    """Restores every module of the model to its state before `patch`; a no-op without patches.
 
     Raises:
         TypeError: model is not a module.
-        RuntimeError: a `forward` or a config was set after `patch`, over ours; nothing is undone.
+        RuntimeError: a `forward` or a config that `patch` set has been replaced; nothing is undone.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
@@ -155,7 +154,7 @@ def _undo(places: list[tuple[nn.Module, str]]) -> None:
         if vars(module).get(attribute) is not vars(module)[BEFORE][attribute][0]:
             raise RuntimeError(
                 f"{type(module).__name__}.{attribute}: expected what patch set; got another, set "
-                "since. Undo that first"
+                "later. Undo that first"
             )
     for module, attribute in places:
         own = vars(module)
@@ -169,7 +168,7 @@ def _undo(places: list[tuple[nn.Module, str]]) -> None:
 
 
 def _grouped(entries: Iterable[tuple[Any, str]]) -> list[tuple[Any, str]]:
-    """(key, names) in order, names that differ in a number counted as one."""
+    """(key, names) in order; names that differ only in a number are merged and counted."""
     groups: dict[Any, dict[str, int]] = {}
     for key, name in entries:
         pattern = re.sub(r"\d+", "*", name)

@@ -1,8 +1,8 @@
 """The loss of a Transformers model from its last hidden states, without the logits.
 
-`check` says how a class's forward comes from the base model to its loss, or raises Unlike;
-`forward` does the same with `linear_cross_entropy`. What may change after `patch`, the head and the
-loss function, is looked at again at every call that has labels.
+`check` finds out how a class's forward computes its loss from the base model, or raises Unlike;
+`forward` does the same with `linear_cross_entropy`. It checks the head and the loss function, which
+may change after `patch`, at every call with labels.
 """
 
 import inspect
@@ -20,31 +20,32 @@ from gqa_kernels.patching import stand_ins
 from gqa_kernels.patching.forwards import has_hooks
 from gqa_kernels.patching.stand_ins import Unlike
 
-# Arguments that a model keeps to itself; of the others it may pass on some.
+# Arguments that a model does not pass to its base model; it may pass on some of the others.
 _OWN = ("labels", "logits_to_keep")
 _VOCABULARY = 11  # of a stand-in
 
 
 class Path(NamedTuple):
-    """From the arguments of a model to its loss."""
+    """How a model gets from its arguments to its loss."""
 
     base: str  # the name of the base model
     defaults: dict[str, Any]  # of all named arguments, in order
-    from_config: tuple[str, ...]  # arguments for which the config stands in
+    from_config: tuple[str, ...]  # arguments whose default is in the config
     softcap: float | None
     scale: float  # by which the logits are multiplied
     output_class: type
-    passed_on: tuple[str, ...]  # what the base model returns and the model too
+    passed_on: tuple[str, ...]  # outputs of the base model that the model returns too
     loss_function: Any
 
 
 def holds(module: nn.Module) -> bool:
-    """Whether it looks like a Transformers model with a head over the vocabulary."""
+    """Whether a module looks like a Transformers model with a head over the vocabulary."""
     return stand_ins.has(module, "lm_head") and hasattr(type(module), "loss_function")
 
 
 def bind(function: Any, module: nn.Module, *bound: Any) -> partial:
-    """With the class's signature, by which Transformers sees which arguments a model takes."""
+    """Binds a function and gives it the signature of the class's forward, from which Transformers
+    reads which arguments a model takes."""
     bound_forward = partial(function, module, *bound)
     signature = inspect.signature(type(module).forward)
     _, *parameters = (p.replace(annotation=p.empty) for p in signature.parameters.values())
@@ -53,7 +54,7 @@ def bind(function: Any, module: nn.Module, *bound: Any) -> partial:
 
 
 def forward(self, linear_cross_entropy, path: Path, *args: Any, **kwargs: Any) -> Any:
-    """With labels the loss, and None in place of the logits; without them the class's own.
+    """With labels: the loss, with None in place of the logits. Without: the class's forward.
 
     Raises:
         NotImplementedError: the head, the loss function or output_router_logits is not what `check`
@@ -105,7 +106,8 @@ def _loss(
     path: Path,
     options: dict[str, Any],
 ) -> Tensor:
-    """ForCausalLMLoss of the logits, which has these options and ignores all others."""
+    """Computes ForCausalLMLoss, with its options; like ForCausalLMLoss, it ignores other
+    options."""
     ignore_index = options.get("ignore_index", -100)
     if not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: expected an int; got {ignore_index!r}")
@@ -114,13 +116,13 @@ def _loss(
         targets = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     if targets.numel() * hidden.shape[-1] != hidden.numel():
         raise ValueError(
-            f"labels: expected one for each of {list(hidden.shape[:-1])} hidden states, of which "
-            f"logits_to_keep leaves out some; got {list(targets.shape)}"
+            f"labels: expected one for each of {list(hidden.shape[:-1])} hidden states that "
+            f"logits_to_keep leaves; got {list(targets.shape)}"
         )
     if path.scale != 1.0:
         hidden = hidden * path.scale
     kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):  # as it casts what a projection gets
+    if torch.is_autocast_enabled(kind):  # casts like the inputs of a projection
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     count = options.get("num_items_in_batch")
@@ -139,14 +141,14 @@ def _loss(
 
 
 def _head_refused(head: nn.Module, *, between_calls: bool = False) -> str:
-    """Why a head's weight alone does not say what the head computes; empty if it does.
+    """Why a head computes more than a product with its weight; empty if it does not.
 
     Args:
-        between_calls: a shard of the weight is no reason, as FSDP gathers it during a call.
+        between_calls: a sharded weight is no reason, because FSDP gathers it during a call.
     """
     expected = "lm_head: expected a torch.nn.Linear"
     if type(head) is not nn.Linear:
-        return f"{expected}, of no other class; got {type(head).__module__}.{type(head).__name__}"
+        return f"{expected}, not another class; got {type(head).__module__}.{type(head).__name__}"
     if head.bias is not None:
         return f"{expected} without a bias; got one with a bias"
     if "forward" in vars(head) or has_hooks(head):
@@ -169,7 +171,7 @@ def _loss_refused(module: nn.Module, expected: Any) -> str:
 
 
 class _Config:
-    """The model's config, of a small vocabulary and without an auxiliary loss."""
+    """The model's config with a small vocabulary and without an auxiliary loss."""
 
     vocab_size = _VOCABULARY
     return_dict = True
@@ -183,7 +185,7 @@ class _Config:
 
 
 class _Base:
-    """In place of the base model: keeps what it is called with."""
+    """Stands in for the base model and records the arguments of its calls."""
 
     def __init__(self, outputs: Any) -> None:
         self.outputs = outputs
@@ -194,14 +196,15 @@ class _Base:
         return self.outputs
 
     def of(self, function: Any, calls: list[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
-        """What a function returns in these calls, and what it gives to the base model."""
+        """Returns the results of a function in these calls, and what it passed to the base
+        model."""
         self.calls = []
         return [function(**call) for call in calls], self.calls
 
 
 def check(module: nn.Module) -> stand_ins.Binding:
-    """A model whose logits are those of its head, capped or multiplied, and whose loss is
-    ForCausalLMLoss of them."""
+    """Checks that a model's logits are those of its head, possibly capped or multiplied, and that
+    its loss is ForCausalLMLoss of them."""
     from transformers.loss.loss_utils import ForCausalLMLoss
     from transformers.modeling_outputs import MoeModelOutputWithPast
 
@@ -251,7 +254,7 @@ def check(module: nn.Module) -> stand_ins.Binding:
 
 
 def _calls(named: dict[str, Any]) -> list[dict[str, Any]]:
-    """Arguments of calls with labels, after which nothing of a forward should be unknown."""
+    """The arguments of calls with labels that together show all that a forward does."""
     tokens = torch.arange(10, device="cpu").view(2, 5)
     labels = tokens.masked_fill(tokens == 3, -100)
     every = {name: tokens + place for place, name in enumerate(named)}
@@ -269,7 +272,7 @@ def _calls(named: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _of_logits(logits: Tensor, scores: Tensor, config: Any) -> tuple[float | None, float]:
-    """(soft cap, factor) by which logits differ from what the head gives."""
+    """(soft cap, factor) by which logits differ from the output of the head."""
     if stand_ins.same(logits, scores):
         return None, 1.0
     cap = getattr(config, "final_logit_softcapping", None)
@@ -279,6 +282,6 @@ def _of_logits(logits: Tensor, scores: Tensor, config: Any) -> tuple[float | Non
     scale = (logits.flatten()[largest] / scores.flatten()[largest]).item()
     if not stand_ins.same(logits, scores * scale):
         raise Unlike("its logits are not what its head gives, or that with a soft cap")
-    if abs(math.frexp(scale)[0]) != 0.5:  # hidden states would be rounded once more
+    if abs(math.frexp(scale)[0]) != 0.5:  # scaling the hidden states would round them again
         raise Unlike(f"logits: expected them multiplied by a power of two; got a factor {scale:g}")
     return None, scale

@@ -1,8 +1,8 @@
 """The forwards that `patch` binds to modules of a model.
 
-Each takes the module, then the op to use, then what the module's own forward takes. They call the
-projections and never read their weights, which may be sharded, quantised or wrapped. Bound by
-`functools.partial`, they are copied and pickled with their module.
+Each takes the module, then the op to use, then the arguments of the module's own forward. They call
+the projections and never read their weights, which may be sharded, quantised or wrapped. They are
+bound by `functools.partial`, so they are copied and pickled with their module.
 """
 
 import sys
@@ -15,7 +15,7 @@ from torch.nn.modules import module as torch_module
 
 from gqa_kernels.patching import notes
 
-# How attention functions call a setting, and how attention modules and configs do.
+# The names of settings in attention functions, and in attention modules and configs.
 SETTINGS = {"sliding_window": "sliding_window", "softcap": "attn_logit_softcapping"}
 
 
@@ -24,27 +24,27 @@ def norm_eps(norm: nn.Module) -> float:
 
 
 def _only(*args: Tensor, **kwargs: Tensor) -> Tensor:
-    """The one argument, whatever the class calls it."""
+    """Returns the only argument, whatever its name in the class."""
     (x,) = (*args, *kwargs.values())
     return x
 
 
 def rounded_norm(self, rms_norm, *args: Tensor, **kwargs: Tensor) -> Tensor:
-    """Llama's order of roundings: the op itself."""
+    """A norm with Llama's order of roundings: the op itself."""
     x = _only(*args, **kwargs)
-    # What was noted has no gradient, of the weight's either.
+    # A noted result has no gradient, not even for the weight.
     y = None if torch.is_grad_enabled() else notes.take(x, self)
     return rms_norm(x, self.weight, norm_eps(self)) if y is None else y
 
 
 def wide_norm(self, rms_norm, *args: Tensor, **kwargs: Tensor) -> Tensor:
-    """Normalised and multiplied in float32, rounded once."""
+    """A norm that normalises and multiplies in float32 and rounds once."""
     x = _only(*args, **kwargs)
     return rms_norm(x.float(), self.weight.float(), norm_eps(self)).type_as(x)
 
 
 def wide_offset_norm(self, rms_norm, *args: Tensor, **kwargs: Tensor) -> Tensor:
-    """The same with 1 + weight: Gemma's."""
+    """`wide_norm` with 1 + weight, as in Gemma."""
     x = _only(*args, **kwargs)
     return rms_norm(x.float(), 1.0 + self.weight.float(), norm_eps(self)).type_as(x)
 
@@ -70,14 +70,15 @@ def attention(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Projections, rotation, cache, the config's attention function, projection.
+    """An attention layer: projections, rotation, cache, the config's attention function,
+    projection.
 
     Args:
         home: the module whose attention functions the class uses.
-        settings: what this class passes to an attention function beside scale and dropout.
-        cache_style: what the class hands to its cache beside k and v: "position", the angles and
-            cache_position, as before Transformers 5; "plain", nothing; "kwargs", all other keyword
-            arguments, of a cache that is called `cache`, from Transformers 5.24 on.
+        settings: what this class passes to an attention function in addition to scale and dropout.
+        cache_style: what the class passes to its cache in addition to k and v: "position": the
+            angles and cache_position, as before Transformers 5; "plain": nothing; "kwargs": all
+            other keyword arguments, to a cache argument named `cache`, from Transformers 5.24 on.
     """
     q, k, v = _project(self, hidden_states)
     cos, sin = position_embeddings
@@ -110,7 +111,7 @@ def attention(
 
 
 def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v `[batch, seq_len, heads, head_dim]`."""
+    """Returns q, k and v `[batch, seq_len, heads, head_dim]`."""
     heads = (*x.shape[:-1], -1, self.head_dim)
     if hasattr(self, "qkv_proj"):
         num_q, num_kv = self.config.num_attention_heads, self.config.num_key_value_heads
@@ -122,8 +123,8 @@ def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _rotate(apply_rope, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Transformers hands cos and sin `[batch or 1, seq_len, head_dim]`, each angle twice and
-    rounded to the activations' dtype; the op reads rows of float32."""
+    """Rotates q and k. Transformers passes cos and sin `[batch or 1, seq_len, head_dim]`, with each
+    angle twice, rounded to the activations' dtype; the op reads a float32 table."""
     batch, seq_len = q.shape[:2]
     if cos.shape[0] not in (1, batch) or cos.shape[1] not in (1, seq_len):
         raise ValueError(
@@ -137,13 +138,14 @@ def _rotate(apply_rope, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple
 
 
 def _table(angles: Tensor, seq_len: int) -> Tensor:
-    """cos or sin as rows of float32. All layers that take the same tensor share one table, unless a
-    CUDA graph is captured: a replay would read the table instead of computing it."""
+    """Returns cos or sin as a float32 table. Layers that get the same tensor share one table,
+    except while a CUDA graph is captured: a replay would read the old table instead of computing
+    it."""
     shared = not (angles.is_cuda and torch.cuda.is_current_stream_capturing())
     table = notes.read(angles, seq_len) if shared else None
     if table is None:
         half = angles.shape[-1] // 2
-        table = angles[..., :half].to(torch.float32, copy=True)  # a note is no view
+        table = angles[..., :half].to(torch.float32, copy=True)  # notes must not be views
         table = table.expand(-1, seq_len, -1).reshape(-1, half)
         if shared:
             notes.write(angles, seq_len, table)
@@ -176,12 +178,12 @@ def decoder_layer(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """A pre-norm layer with its first residual add and second norm in one pass, and its second
-    residual add and the norm after it in another.
+    """A pre-norm layer that fuses its first residual add with its second norm, and its second
+    residual add with the following norm.
 
     Args:
-        following: the norm that takes the layer's output, if it is known: the next layer's or the
-            model's last. Its result is stored as a note on that output (`notes`).
+        following: the norm that takes the layer's output, if it is known: the next layer's first or
+            the model's last. Its result is stored as a note of that output (`notes`).
     """
     kwargs |= {
         "attention_mask": attention_mask,
@@ -189,7 +191,7 @@ def decoder_layer(
         "use_cache": use_cache,
         "position_embeddings": position_embeddings,
     }
-    # Transformers may checkpoint in the class's forward, which ours stands before.
+    # Transformers may checkpoint in the class's forward, which this function replaces.
     if args or (self.training and getattr(self, "gradient_checkpointing", False)):
         return type(self).forward(self, hidden_states, *args, **kwargs)
     update, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
@@ -208,8 +210,8 @@ def decoder_layer(
 
 
 def _may_look_ahead(norm: nn.Module, update: Tensor, residual: Tensor) -> bool:
-    """Whether a norm that is called later may be computed now: only without gradients, and if its
-    weight is not sharded, offloaded or on another device."""
+    """Whether the following norm may be computed early: without gradients, and if its weight is not
+    sharded, offloaded or on another device."""
     weight = norm.weight
     return (
         not torch.is_grad_enabled()
@@ -223,7 +225,7 @@ def _may_look_ahead(norm: nn.Module, update: Tensor, residual: Tensor) -> bool:
 
 
 def _may_fuse(norm: nn.Module) -> bool:
-    """Whether a call of the norm is a call of `rounded_norm` alone, without hook or wrapper."""
+    """Whether a call of the norm only calls `rounded_norm`, without hooks or wrappers."""
     forward = norm.forward
     rounded = isinstance(forward, partial) and forward.func is rounded_norm
     return rounded and not has_hooks(norm) and not torch_module._has_any_global_hook()

@@ -1,10 +1,10 @@
-"""What one module has computed of a tensor for another one: a note of the tensor.
+"""Notes of tensors: values that one module has computed from a tensor for another module.
 
-Layers hand the same angles to all attentions, and their sum to the next norm. A note belongs to one
-tensor object and dies with it, is void once the tensor was written to, and is not made where that
-cannot be seen: of inference tensors, which count no writes, and in compiled code, whose compiler
-finds such sharing by itself. It lies beside the tensor, not on it: who pickles or copies a tensor
-gets the tensor alone.
+Layers pass the same angles to all attention modules, and their sum to the next norm. A note belongs
+to one tensor object: it is deleted with the tensor and is invalid once the tensor has been written
+to. No note is made where a write would go unnoticed, for inference tensors, which count no writes,
+or in compiled code, where the compiler shares such values itself. Notes are not attributes of the
+tensor, so pickles and copies of the tensor do not include them.
 """
 
 import weakref
@@ -30,11 +30,11 @@ def can_be_written(x: Tensor) -> bool:
 
 
 def write(x: Tensor, key: Any, value: Tensor) -> None:
-    """Notes a value of x under a key, in place of what was noted before; nothing where a later
-    write to x could not be seen, or where a gradient would go through the value.
+    """Stores a value as x's only note, under a key. Stores nothing if a later write to x would go
+    unnoticed or if a gradient would flow through the value.
 
     Args:
-        value: no view of x, which would live as long as its note.
+        value: must not be a view of x: a view would keep x alive.
     """
     if can_be_written(x) and not (torch.is_grad_enabled() and x.requires_grad):
         number = id(x)
@@ -43,7 +43,7 @@ def write(x: Tensor, key: Any, value: Tensor) -> None:
 
 
 def read(x: Tensor, key: Any) -> Tensor | None:
-    """What was noted of x under this key, if x is as it was."""
+    """Returns x's note under this key, or None if there is none or x has changed."""
     note = _notes.get(id(x))
     if note is None or note.of() is not x or note.version != x._version or note.key != key:
         return None
@@ -51,7 +51,7 @@ def read(x: Tensor, key: Any) -> Tensor | None:
 
 
 def take(x: Tensor, key: Any) -> Tensor | None:
-    """`read` for the last time: the value is not kept any longer."""
+    """Returns what `read` does and deletes the note."""
     value = read(x, key)
     if value is not None:
         _notes.pop(id(x), None)

@@ -1,6 +1,6 @@
-"""Which modules of a model `patch` replaces, and by what.
+"""Plans which modules of a model `patch` replaces, and by what.
 
-How a module looks makes it a candidate; `stand_ins` decides. Nothing is changed here.
+The attributes of a module make it a candidate; `stand_ins` decides. This module changes nothing.
 """
 
 import copy
@@ -15,11 +15,11 @@ from gqa_kernels.patching import causal_lm, forwards, stand_ins
 from gqa_kernels.patching.stand_ins import has
 
 BEFORE = "_gqa_kernels_before"  # on a patched module: {attribute: (what was set, *what was there)}
-_REGISTRATION = "_gqa_kernels_registration"  # beside a config that names our attention
+_REGISTRATION = "_gqa_kernels_registration"  # set with a config that names our attention
 
 _ROUNDS_ONCE = (
     "torch.nn.RMSNorm multiplies by its weight before it rounds; "
-    '"torch_rms_norm" in ops takes Llama\'s order'
+    'add "torch_rms_norm" to ops to use Llama\'s order'
 )
 
 
@@ -68,7 +68,7 @@ def make_plan(model: nn.Module, ops: Collection[str]) -> Plan:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    # Its own weight: a wrapper may show that of what it wraps.
+    # The module's own parameter: a wrapper may expose the weight of the wrapped module.
     weight = module._parameters.get("weight")
     return (
         weight is not None
@@ -95,14 +95,15 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _has_our_ops(module: nn.Module) -> bool:
-    """Modules that were built on a backend of this package: theirs to choose."""
-    own = vars(module).items()  # and what `patch` sets beside a config
+    """Whether a module was built with a backend of this package, which it keeps."""
+    own = vars(module).items()  # including what `patch` sets with a config
     names = [getattr(value, "__module__", None) for key, value in own if key != _REGISTRATION]
     return any(isinstance(name, str) and name.startswith("gqa_kernels.") for name in names)
 
 
 class _Kind(NamedTuple):
-    """Modules that an op may replace: how they look, what decides, and how a forward is bound."""
+    """A kind of module that an op may replace: the test for candidates, the check, and how a
+    forward is bound."""
 
     op: str
     holds: Callable[[nn.Module], bool]
@@ -120,7 +121,7 @@ _KINDS = (
 
 
 class _Checks:
-    """Checks, each made once for all modules of one class and with equal settings."""
+    """Checks of modules; modules of one class with equal settings are checked once."""
 
     def __init__(self) -> None:
         self._known: dict[Any, stand_ins.Binding | stand_ins.Unlike] = {}
@@ -146,7 +147,7 @@ class _Checks:
         )
 
     def _of_function(self, child: nn.Module) -> tuple:
-        """What an activation function, say, is set to, or how many parameters it has."""
+        """The settings of a child, such as an activation function, and its number of parameters."""
         num_parameters = sum(1 for _ in child.parameters())
         return (num_parameters,) if num_parameters else self._settings(child)
 
@@ -156,7 +157,7 @@ class _Checks:
             return check(module)
         except stand_ins.Unlike as reason:
             return reason
-        except Exception as error:  # whatever a stranger's forward makes of a stand-in
+        except Exception as error:  # an unknown forward may raise anything on a stand-in
             message = f"its forward cannot be checked: {type(error).__name__}: {error}"
             return stand_ins.Unlike(message)
 
@@ -169,12 +170,12 @@ def _add(
     check: Callable[[nn.Module], stand_ins.Binding],
     bind: Callable[..., partial] = partial,
 ) -> None:
-    # Accelerate calls a module's own forward, under this name, from one that it sets.
+    # Accelerate sets a forward that calls the module's own forward, stored under this name.
     attribute = "_old_forward" if "_hf_hook" in vars(module) else "forward"
     if attribute not in vars(module).get(BEFORE, ()):
         try:
             if attribute in vars(module) and not _is_hooked(module):
-                raise stand_ins.Unlike("it has a forward of its own, set on the instance")
+                raise stand_ins.Unlike("its forward is set on the instance, not by its class")
             function, *bound = check(module)
         except stand_ins.Unlike as reason:
             plan.not_replaced.append(NotReplaced(name, op, str(reason)))
@@ -191,7 +192,7 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 def _add_layers(plan: Plan, model: nn.Module, check: _Checks) -> None:
-    """Layers that add and normalise in one pass; elsewhere the norm is replaced alone."""
+    """Plans layers that add and normalise in one pass; in others only the norm is replaced."""
     bound = {id(change.module): change.value for change in plan.changes}
     following = _following_norms(model)
     for name, layer in model.named_modules():
@@ -216,9 +217,9 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def _following_norms(model: nn.Module) -> dict[int, nn.Module]:
-    """For each layer, by its id, the norm that most likely takes its output: the first norm of the
-    next layer, or after the last layer the `norm` beside the list of layers. After a wrong guess
-    one norm more is computed; results are the same."""
+    """Maps the id of each layer to the norm that most likely takes its output: the first norm of
+    the next layer or, for the last layer, the `norm` attribute of the parent of the list of layers.
+    A wrong guess costs one more norm; results do not change."""
     found = {}
     for parent in model.modules():
         for layers in (child for child in parent.children() if isinstance(child, nn.ModuleList)):
@@ -242,17 +243,17 @@ def _add_attention(plan: Plan, model: nn.Module) -> None:
         if stand_ins.uses_attention_functions(module)
     ]
     if not attentions:
-        reason = "the model has no attention that Transformers' attention functions compute"
+        reason = "the model has no attention that uses Transformers' attention functions"
         plan.not_replaced.append(NotReplaced("", "attention", reason))
         return
     from gqa_kernels.integrations import transformers as adapter
 
     reasons = {name: stand_ins.attention_reason(module) for name, module in attentions}
-    # A config chooses for all that hold it.
+    # A config chooses the attention function for all modules that share it.
     refused = {id(module.config) for name, module in attentions if reasons[name]}
     for name, module in attentions:
         if id(module.config) in refused:
-            reason = reasons[name] or "another attention under its config cannot be replaced"
+            reason = reasons[name] or "another attention with the same config cannot be replaced"
             plan.not_replaced.append(NotReplaced(name, "attention", reason))
         else:
             plan.replaced.append(Replaced(name, "attention"))
@@ -263,7 +264,7 @@ def _add_attention(plan: Plan, model: nn.Module) -> None:
         for module in replaced
         if module.config._attn_implementation != adapter.ATTENTION_NAME
     }
-    # A config may have named ours before: its model's pickles need the name too.
+    # A config may already name our attention: pickles of its model need the registration too.
     for module in (m for m in replaced if id(m.config) not in chosen):
         plan.changes.append(Change(module, _REGISTRATION, adapter.Registration()))
     if chosen:
@@ -271,9 +272,9 @@ def _add_attention(plan: Plan, model: nn.Module) -> None:
 
 
 def _config_changes(model: nn.Module, chosen: dict[int, Any], adapter: ModuleType) -> list[Change]:
-    """Copies of the model's configs, which other models may hold too, for every module that holds
-    one; the chosen ones with another attention function, whose name pickles make known."""
-    copies: dict[int, Any] = {}  # of nested configs too
+    """Plans copies of the model's configs, which other models may share, for every module that has
+    one. The copies of chosen configs name our attention function; pickles register that name."""
+    copies: dict[int, Any] = {}  # including nested configs
     changes = []
     for module in model.modules():
         config = vars(module).get("config")
@@ -281,6 +282,6 @@ def _config_changes(model: nn.Module, chosen: dict[int, Any], adapter: ModuleTyp
             changes.append(Change(module, "config", copy.deepcopy(config, copies)))
             changes.append(Change(module, _REGISTRATION, adapter.Registration()))
     for config in chosen.values():
-        # Its public name would choose for nested configs as well.
+        # Setting the public attribute would change nested configs too.
         copies[id(config)]._attn_implementation_internal = adapter.ATTENTION_NAME
     return changes

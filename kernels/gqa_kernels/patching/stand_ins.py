@@ -1,12 +1,12 @@
-"""What a module computes, found out by running its class's forward on a small stand-in.
+"""Checks what a module computes by running its class's forward on a small stand-in.
 
-A name promises nothing: two classes called RMSNorm round in different orders. So a check builds a
+Names are not enough: two classes called RMSNorm may round in different orders. So a check builds a
 bare instance of the module's class with the module's settings and tiny weights on the CPU, runs the
 class's forward and ours with the ops of plain PyTorch on the same random numbers, and compares. The
 module itself and the global random state are not touched.
 
 Each check returns what to bind, (function, *arguments after the module), or raises Unlike with the
-reason why not.
+reason.
 """
 
 import inspect
@@ -29,21 +29,21 @@ Binding = tuple[Any, ...]
 
 WIDTH = 8  # of a stand-in's hidden states
 _RECORDER = "gqa_kernels_recorder"
-_recorder_lock = threading.Lock()  # the name is one for all threads
+_recorder_lock = threading.Lock()  # all threads share the recorder's name
 
 
 class Unlike(Exception):
-    """The module computes something else than our op, or cannot be asked."""
+    """The module does not compute what our op does, or cannot be run."""
 
 
 def norm(module: nn.Module) -> Binding:
-    """An RMSNorm in one of three orders of rounding."""
+    """Checks for an RMSNorm in one of three orders of rounding."""
     _check_arguments(module, 1)
     eager, triton = EAGER.rms_norm, get_backend("triton").rms_norm
     with bench() as generator:
         x = draw(64, 33, generator=generator)
         weight = torch.rand(33, generator=generator, dtype=torch.float32, device="cpu") + 0.5
-        # A large eps, to see that it is used.
+        # A large eps shows whether it is used.
         twin = stand_in(module)
         setattr(twin, "variance_epsilon" if hasattr(module, "variance_epsilon") else "eps", 0.5)
         for ours in (forwards.rounded_norm, forwards.wide_norm, forwards.wide_offset_norm):
@@ -53,7 +53,7 @@ def norm(module: nn.Module) -> Binding:
 
 
 def torch_norm(module: nn.RMSNorm) -> Binding:
-    """torch.nn.RMSNorm, of which Llama's order of roundings is asked."""
+    """Checks for a torch.nn.RMSNorm that can be replaced, with Llama's order of roundings."""
     if module.weight is None or module.weight.dim() != 1:
         raise Unlike("it has no weight of one dimension")
     if module.eps is None:
@@ -67,7 +67,7 @@ def _check_arguments(module: nn.Module, expected: int) -> None:
         raise Unlike(f"its forward takes {count} arguments, not {expected}")
 
 
-# Of input and weight: 16 bits tell the orders of rounding apart.
+# Dtypes of input and weight: 16 bits distinguish the orders of rounding.
 _NORM_DTYPES = (
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.bfloat16),
@@ -89,12 +89,12 @@ def _same_norm(
     theirs, ours = type(twin).forward(twin, x), ours(twin, rms_norm, x)
     if dtypes[0] is torch.float32:
         return same(ours, theirs)
-    # A formula of another form differs by float32's roundings, which hardly ever show here.
+    # An equivalent formula differs by float32 roundings, which very rarely change 16-bit results.
     return theirs.dtype == ours.dtype and torch.equal(theirs, ours)
 
 
 def mlp(module: nn.Module) -> Binding:
-    """down(silu(gate) · up), with gate and up projected apart or as halves of one projection."""
+    """Checks for down(silu(gate) · up), with gate and up as two projections or halves of one."""
     _check_arguments(module, 1)
     for name in ("act_fn", "activation_fn"):
         if not has(module, name):
@@ -118,7 +118,7 @@ def mlp(module: nn.Module) -> Binding:
 
 
 def attention(module: nn.Module) -> Binding:
-    """Attention of Transformers that rotates all features, i with i + head_dim / 2."""
+    """Checks for attention of Transformers that rotates all features, i with i + head_dim / 2."""
     check_rotary_fraction(module.config)
     forward = inspect.unwrap(type(module).forward)
     home = forward.__module__
@@ -148,7 +148,7 @@ def uses_attention_functions(module: nn.Module) -> bool:
 
 
 def attention_reason(module: nn.Module) -> str:
-    """Why the kernel cannot compute the attention of a module; empty where it can."""
+    """Why the kernel cannot compute the attention of a module; empty if it can."""
     if not getattr(module, "is_causal", False):
         return "it is not causal"
     config = module.config
@@ -162,19 +162,20 @@ def attention_reason(module: nn.Module) -> str:
 
 
 def check_rotary_fraction(config: Any) -> None:
-    """Raises Unlike for a rotation of a part of the features."""
+    """Raises Unlike if only a part of the features is rotated."""
     parameters = getattr(config, "rope_parameters", None) or {}
     by_layer_type = [value for value in parameters.values() if isinstance(value, dict)]
     fractions = [p.get("partial_rotary_factor") for p in (parameters, *by_layer_type)]
     fractions.append(getattr(config, "partial_rotary_factor", None))
     for fraction in fractions:
         if fraction is not None and fraction != 1.0:
-            raise Unlike(f"it rotates a part of the features: partial_rotary_factor {fraction}")
+            raise Unlike(f"it rotates only some features: partial_rotary_factor {fraction}")
 
 
 def decoder_layer(module: nn.Module) -> Binding:
-    """A pre-norm layer; its own forward with patched norms gives the same bits in two steps."""
-    if not has(module.mlp, "down_proj"):  # one with experts may return more than a tensor
+    """Checks for a pre-norm layer whose own forward, in two steps with patched norms, gives the
+    same bits."""
+    if not has(module.mlp, "down_proj"):  # a mixture of experts may return more than a tensor
         raise Unlike("its mlp is of another kind")
     with bench() as generator:
         twin = stand_in(module)
@@ -202,17 +203,19 @@ def decoder_layer(module: nn.Module) -> Binding:
 
 
 def draw(*shape: int, generator: torch.Generator) -> Tensor:
-    """float32 whatever the default dtype: in 16 bits unlike maths would look alike."""
+    """Draws in float32 regardless of the default dtype: in 16 bits different maths may look
+    equal."""
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def stand_in(module: nn.Module) -> nn.Module:
-    """A bare instance of the module's class with its settings, without parameters or children."""
+    """Returns a bare instance of the module's class with its settings, without parameters or
+    children."""
     twin = object.__new__(type(module))
     nn.Module.__init__(twin)
     settings = {name: value for name, value in vars(module).items() if name not in vars(twin)}
     vars(twin).update(settings)
-    # An activation function is what is to be found out.
+    # The activation function is kept, because the check has to find out what it computes.
     for name in ("act_fn", "activation_fn"):
         if has(module, name):
             vars(twin)[name] = getattr(module, name)
@@ -220,7 +223,7 @@ def stand_in(module: nn.Module) -> nn.Module:
 
 
 def same(ours: Any, theirs: Any) -> bool:
-    """Equal up to some roundings, in values and structure."""
+    """Whether two results have the same structure and are equal up to some roundings."""
     if isinstance(theirs, Tensor):
         if not isinstance(ours, Tensor) or (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
             return False
@@ -236,7 +239,7 @@ def same(ours: Any, theirs: Any) -> bool:
 
 
 class Linear(nn.Module):
-    """A projection without nn.Linear's use of the global random state."""
+    """A projection that, unlike nn.Linear, does not use the global random state."""
 
     def __init__(self, rows: int, columns: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -256,7 +259,7 @@ class _Cache:
 
 
 class _Config:
-    """The module's config with our recorder as its attention function."""
+    """The module's config with the recorder as its attention function."""
 
     _attn_implementation = _RECORDER
 
@@ -295,13 +298,13 @@ def _attention_twin(module: nn.Module, generator: torch.Generator) -> nn.Module:
             vars(twin)[name] = Linear(head_dim, head_dim, generator)
     vars(twin)["o_proj"] = Linear(WIDTH, num_q * head_dim, generator)
     vars(twin)["config"] = _Config(config)
-    # In training, with a dropout, to see what becomes of it.
+    # Training mode with dropout shows whether the forward passes it on.
     vars(twin).update(training=True, attention_dropout=0.25)
     return twin
 
 
 def _run_attention(twin: nn.Module, forward: Callable[..., Any], batch: int) -> dict[str, Any]:
-    """All that an attention forward returns and passes on, with `batch` rows of angles."""
+    """Returns all that an attention forward returns and passes on, with `batch` rows of angles."""
     generator = torch.Generator().manual_seed(1)
     cache, mask = _Cache(), torch.zeros(2, 1, 3, 3, dtype=torch.float32, device="cpu")
     positions = torch.arange(3, device="cpu")
@@ -318,7 +321,7 @@ def _run_attention(twin: nn.Module, forward: Callable[..., Any], batch: int) -> 
 
 
 def cache_name(module: nn.Module) -> str:
-    """What a layer or an attention calls its cache: another name from Transformers 5.24 on."""
+    """The name of a layer's or attention's cache argument; it changed in Transformers 5.24."""
     return "cache" if _takes(module, "cache") else "past_key_values"
 
 
@@ -327,12 +330,13 @@ def _takes(module: nn.Module, name: str) -> bool:
 
 
 def has(module: nn.Module, *names: str) -> bool:
-    """Whether these are children of the module itself."""
+    """Whether the module has direct children with these names."""
     return all(module._modules.get(name) is not None for name in names)
 
 
 @contextmanager
 def bench() -> Iterator[torch.Generator]:
-    """Where stand-ins run: on the CPU, without gradients, autocast or the global random state."""
+    """A context for running stand-ins: on the CPU, without gradients or autocast, with a separate
+    random generator."""
     with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
         yield torch.Generator().manual_seed(0)

@@ -1,14 +1,16 @@
-"""From the product of a query and a key to the exponent of its weight, and which pairs exist.
+"""Converts products of queries and keys to scores, and masks pairs that do not see each other.
 
     score = q·k                              in units of softmax_scale
-          = tanh(cap_scale · q·k)            in softcaps; cap_scale = softmax_scale / softcap
+          = tanh(cap_scale · q·k)            in units of softcap; cap_scale = softmax_scale /
+          softcap
     score ← score − slope · |own_key − key|  slope in the same unit
 
-A kernel carries scores in such units and multiplies by the unit inside the exponent, so that
-without cap and slope a score is the bare product. The own key of query i is the key that it stands
-on, i + seq_len_kv − seq_len_q; it sees the keys own_key − window_left … own_key + window_right.
-Causal attention is window_right = 0. Beside the window each query may have a range of keys of its
-own, and each key may be hidden from all queries. What is None at launch costs nothing.
+Kernels keep scores in such units and multiply by the unit inside the exponent, so without cap and
+slope a score is the product itself. The own key of query i is the key that it is aligned with,
+i + seq_len_kv − seq_len_q; the query sees the keys own_key − window_left … own_key + window_right.
+Causal attention is window_right = 0. In addition to the window, each query may be limited to a
+range of keys, and keys may be hidden from all queries. Arguments that are None at launch cost
+nothing.
 """
 
 from typing import Any, NamedTuple
@@ -20,31 +22,31 @@ from gqa_kernels.primitives.tiles import LOG2_E
 
 
 class Scoring(NamedTuple):
-    """How the product of a query and a key becomes a score, and that a weight."""
+    """How products of queries and keys become scores, and scores become weights."""
 
     own_keys: Any  # of each query, in a shape that broadcasts with the scores
-    cap_scale: Any  # None without a cap
-    slope: Any  # None without a bias
+    cap_scale: Any  # None without a soft cap
+    slope: Any  # None without ALiBi
     exponent_scale: Any  # weight = exp2(exponent_scale · score) / their sum
 
 
 class Visible(NamedTuple):
-    """Which keys a tile of queries sees; None where nothing limits them."""
+    """Which keys a tile of queries sees; None stands for no limit."""
 
-    own_keys: Any  # as those of Scoring
+    own_keys: Any  # as in Scoring
     seq_len_kv: Any
     window_left: Any
     window_right: Any
     first_keys: Any  # of each query, in the shape of own_keys
     end_keys: Any
-    key_mask_ptr: Any  # of the batch entry's key 0
+    key_mask_ptr: Any  # at key 0 of the batch entry
 
 
 @triton.jit
 def _tanh(x):
-    """tanh to a few float32 roundings near 0 too, where 1 − 2 / (1 + exp 2x) cancels.
+    """tanh, exact to a few float32 roundings, also near 0, where 1 − 2 / (1 + exp 2x) cancels.
 
-    Both branches, the polynomial included: Moshier, Cephes Mathematical Library, `tanhf.c`.
+    Both branches and the polynomial: Moshier, Cephes Mathematical Library, `tanhf.c`.
     """
     square = x * x
     series = -5.70498872745e-3 * square + 2.06390887954e-2
@@ -88,16 +90,16 @@ def add_bias(scores, keys, scoring):
 
 @triton.jit
 def score(products, keys, scoring):
-    """Products of queries and keys as scores: capped, then biased."""
+    """Converts products of queries and keys to scores: caps them, then adds the bias."""
     return add_bias(cap(products, scoring.cap_scale), keys, scoring)
 
 
 @triton.jit
 def load_ranges(key_ranges_ptr, strides, batch, queries, seq_len_q, seq_len_kv):
-    """(first key, end of the keys) that each query may see, in the shape of queries.
+    """Loads (first key, end of the keys) that each query may see, in the shape of queries.
 
-    (seq_len_kv, 0) where it sees none. For kernels that have ranges: Triton 3.6 returns no tuple of
-    None.
+    (seq_len_kv, 0) for a query that sees none. Called only if there are ranges, because in Triton
+    3.6 a function cannot return a tuple of None.
     """
     exists = queries < seq_len_q
     ptrs = key_ranges_ptr + batch.to(tl.int64) * strides[0] + queries.to(tl.int64) * strides[1]
@@ -112,8 +114,8 @@ def load_ranges(key_ranges_ptr, strides, batch, queries, seq_len_q, seq_len_kv):
 def rows_that_see(
     start, end, key_ranges_ptr, strides, batch, seq_len_q, seq_len_kv, BLOCK: tl.constexpr
 ):
-    """(first query, end of the queries) whose ranges contain any of the keys start … end − 1, and
-    whether all queries between the two see all of those keys."""
+    """Returns (first query, end of the queries) whose ranges contain any of the keys start … end −
+    1, and whether all queries between the two see all of those keys."""
     first_query, end_query, num_whole = seq_len_q, 0, 0
     for first in tl.range(0, seq_len_q, BLOCK):
         queries = first + tl.arange(0, BLOCK)
@@ -130,8 +132,8 @@ def rows_that_see(
 
 @triton.jit
 def mask(scores, keys, visible):
-    """−inf where a key does not exist, is hidden, or lies outside the window or range of the
-    query."""
+    """Replaces the scores of keys that do not exist, are hidden, or are outside the window or range
+    of the query by −inf."""
     seen = keys < visible.seq_len_kv
     if visible.key_mask_ptr is not None:
         seen = tl.load(visible.key_mask_ptr + keys, mask=seen, other=0) != 0
@@ -146,12 +148,12 @@ def mask(scores, keys, visible):
 
 @triton.jit
 def key_tiles(first_own_key, visible, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(first tile, number of tiles, number of tiles at the front that need no mask) of the keys
-    that BLOCK_M queries see, the first of which stands on first_own_key.
+    """Returns (first tile, number of tiles, number of tiles at the front that need no mask) of the
+    keys that BLOCK_M queries see; the first query is aligned with first_own_key.
 
-    At least one tile, so that queries that see no key come out of the same code: all their scores
-    are −inf. A window to the left, ranges and a key mask have every tile masked: the first is short
-    beside the code for two ends, the others may hide any key.
+    There is at least one tile, so queries that see no key take the same path, with all scores −inf.
+    With a left window, ranges or a key mask, all tiles are masked: a left window leaves few tiles,
+    too few for separate code for both ends, and the others may hide any key.
     """
     seq_len_kv = visible.seq_len_kv
     LEFT: tl.constexpr = visible.window_left is not None
@@ -178,9 +180,9 @@ def key_tiles(first_own_key, visible, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
 
 @triton.jit
 def load_statistics(lse_ptr, delta_ptr, queries, seq_len_q):
-    """(lse, delta) of queries; those that do not exist weigh no key."""
+    """Loads (lse, delta) of queries; queries that do not exist get weights of 0."""
     exists = queries < seq_len_q
     lse = tl.load(lse_ptr + queries, mask=exists, other=-float("inf"))
-    # A query that sees no key has −∞; ∞ makes each of its weights 0.
+    # The lse of a query that sees no key is −∞; ∞ makes all of its weights 0.
     lse = tl.where(lse == -float("inf"), float("inf"), lse)
     return lse, tl.load(delta_ptr + queries, mask=exists, other=0.0)

@@ -18,7 +18,7 @@ def load_rows(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    """Rows start … start + BLOCK_ROWS − 1 of a matrix of num_rows × WIDTH; zero outside it."""
+    """Loads rows start … start + BLOCK_ROWS − 1 of a num_rows × WIDTH matrix; 0 outside it."""
     rows = start + tl.arange(0, BLOCK_ROWS)[:, None]
     columns = tl.arange(0, BLOCK_WIDTH)[None, :]
     mask = (rows < num_rows) & (columns < WIDTH)
@@ -29,7 +29,7 @@ class Rows(NamedTuple):
     """The keys or values of one head."""
 
     source: Any  # a descriptor of `[batch, row, head, feature]`, or a pointer to the head's row 0
-    stride: Any  # from row to row
+    stride: Any  # between rows
     batch: Any
     head: Any
     num_rows: Any
@@ -44,7 +44,7 @@ def load_tile(
     BLOCK_D: tl.constexpr,
     USE_TMA: tl.constexpr,
 ):
-    """Rows start … of one head, zero outside its rows and features."""
+    """Loads BLOCK_ROWS rows from start on of one head; 0 outside its rows and features."""
     if USE_TMA:
         tile = rows.source.load([rows.batch, start, rows.head, 0])
         return tile.reshape([BLOCK_ROWS, BLOCK_D])
@@ -65,7 +65,7 @@ def store_rows(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    """Writes rows start … start + BLOCK_ROWS − 1 of a matrix, those that exist."""
+    """Stores rows start … start + BLOCK_ROWS − 1 of a matrix, as far as they exist."""
     rows = start + tl.arange(0, BLOCK_ROWS)[:, None]
     columns = tl.arange(0, BLOCK_WIDTH)[None, :]
     mask = (rows < num_rows) & (columns < WIDTH)
@@ -74,11 +74,11 @@ def store_rows(
 
 
 class Softmax(NamedTuple):
-    """A softmax over the keys so far, and the values weighted by it: m, ℓ and O of the paper."""
+    """The state of an online softmax: m, ℓ and O of the paper, over the keys so far."""
 
     running_max: Any
     running_sum: Any
-    rounded_sum: Any  # of the weights as they multiply values, rounded; kept up where DROPPED
+    rounded_sum: Any  # the sum of the weights after rounding; updated only if DROPPED
     accumulator: Any
 
 
@@ -93,26 +93,27 @@ def empty_softmax(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
 def online_softmax_step(
     scores, softmax, exponent_scale, DROPPED: tl.constexpr = 0, EXACT: tl.constexpr = False
 ):
-    """Folds a tile of scores `[BLOCK_M, BLOCK_N]` into the running softmax.
+    """Adds a tile of scores `[BLOCK_M, BLOCK_N]` to the running softmax.
 
     Returns the tile's weights, to be multiplied by V, and the new state. The weights are
-    exp2(exponent_scale · (score − max)): the softmax scale and log2(e) cost no instruction.
+    exp2(exponent_scale · (score − max)), so the softmax scale and log2(e) cost no instruction.
     """
     new_max = tl.maximum(softmax.running_max, tl.max(scores, 1))
-    # A row that has seen no key yet: −inf − (−inf) would be NaN, −inf − 0 is a weight of 0.
+    # For a row that has seen no key yet, −inf − (−inf) would be NaN; −inf − 0 gives a weight of 0.
     anchor = tl.where(new_max == -float("inf"), 0.0, new_max) * exponent_scale
     weights = tl.math.exp2(scores * exponent_scale - anchor[:, None])
     rescale = tl.math.exp2(softmax.running_max * exponent_scale - anchor)
     if EXACT:
-        # Fused, the product above is not rounded as the anchor was: nearly 1, and again in each
-        # tile. float32 would see it; 16 bits do not, and ptxas then sinks their exponentials.
+        # In a fused multiply-add, the product above is not rounded like the anchor, so rescale
+        # would be only nearly 1, in every tile. That matters in float32 only; with 16-bit weights,
+        # this statement would make ptxas sink the exponentials.
         rescale = tl.where(softmax.running_max == new_max, 1.0, rescale)
     running_sum = softmax.running_sum * rescale + tl.sum(weights, 1)
     rounded_sum = softmax.rounded_sum
     if DROPPED > 0:
-        # From the bits: a conversion and back would cost as much as the exponential. A tie, one
-        # weight in 2¹³ or fewer, counts as rounded up: to see whether to even would take as much
-        # again, and push exponentials from under the products.
+        # Rounds the bits: a conversion and back would cost as much as the exponential. Ties, one
+        # weight in 2¹³ or fewer, are rounded up: rounding to even would cost as much again, and the
+        # exponentials would no longer overlap the products.
         bits = weights.to(tl.int32, bitcast=True) + (1 << (DROPPED - 1))
         rounded = (bits & -(1 << DROPPED)).to(tl.float32, bitcast=True)
         rounded_sum = rounded_sum * rescale + tl.sum(rounded, 1)
@@ -122,7 +123,7 @@ def online_softmax_step(
 
 @triton.jit
 def add_values(weights, value, softmax):
-    """The softmax with a tile of weighted values added to its accumulator."""
+    """Adds a tile of weighted values to the accumulator of the softmax."""
     accumulator = tl.dot(
         weights.to(value.dtype), value, softmax.accumulator, input_precision="ieee"
     )
@@ -131,7 +132,8 @@ def add_values(weights, value, softmax):
 
 @triton.jit
 def finish_softmax(softmax):
-    """(output, natural log of the running sum) of the rows; 0 and −inf for one that saw no key."""
+    """Returns (output, natural log of the running sum) of the rows; (0, −inf) for a row that saw no
+    key."""
     seen = softmax.running_sum != 0.0
     divisor = tl.where(seen, softmax.running_sum, 1.0)
     log_sum = tl.where(seen, tl.log(divisor), -float("inf"))

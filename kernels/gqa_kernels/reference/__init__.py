@@ -1,8 +1,8 @@
-"""The ops in plain PyTorch: the specification that every kernel is checked against.
+"""The ops in plain PyTorch: the specification against which every kernel is checked.
 
-Nothing here is tuned. Every function runs on any device and in any floating dtype, differentiates
-through autograd, and keeps its intermediate results in `promote_types(dtype, float32)` wherever the
-kernels keep them in float32. Evaluated in float64, a function is its own oracle.
+Nothing here is optimised. Every function runs on any device and in any floating dtype, is
+differentiable by autograd, and keeps intermediate results in `promote_types(dtype, float32)` where
+the kernels keep them in float32. Tests evaluate a function in float64 to get exact results.
 
 Layout: `[batch, seq_len, num_heads, head_dim]`. Query head h reads key/value head h // group_size,
 where group_size = num_q_heads / num_kv_heads.

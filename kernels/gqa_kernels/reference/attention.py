@@ -20,8 +20,8 @@ def attend(
     bias: Tensor | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention under a boolean mask; a query that sees no key and has no sink gives 0 and
-    lse −inf."""
+    """Softmax attention with a boolean mask. For a query that sees no key and has no sink, out is 0
+    and lse is −inf."""
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     group_size = q.shape[2] // k.shape[2]
@@ -65,7 +65,7 @@ def alibi_bias(slopes: Tensor | None, own_key: Tensor, key: Tensor) -> Tensor | 
 
 
 def in_range(key_ranges: Tensor | None, key: Tensor) -> Tensor | None:
-    """`[batch, 1, seq_len_q, seq_len_kv]`: whether a key lies in a query's range."""
+    """Whether a key is in a query's range, `[batch, 1, seq_len_q, seq_len_kv]`."""
     if key_ranges is None:
         return None
     first, end = key_ranges[:, None, :, :1], key_ranges[:, None, :, 1:]
@@ -73,7 +73,7 @@ def in_range(key_ranges: Tensor | None, key: Tensor) -> Tensor | None:
 
 
 def nonzero(key_mask: Tensor | None) -> Tensor | None:
-    """`[batch, 1, 1, seq_len_kv]`: whether a key is shown at all."""
+    """Whether a key is visible, `[batch, 1, 1, seq_len_kv]`."""
     return None if key_mask is None else (key_mask != 0)[:, None, None]
 
 
@@ -94,8 +94,8 @@ def flash_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention with grouped key/value heads.
 
-    With p = i + seq_len_kv − seq_len_q, the key that query i stands on (so that the last query
-    stands on the last key), the score of query i and key j of head h is
+    With p = i + seq_len_kv − seq_len_q, the key that query i is aligned with (the last query is
+    aligned with the last key), the score of query i and key j of head h is
 
         s = softmax_scale · qᵢ · kⱼ
         s ← softcap · tanh(s / softcap)                     with `softcap`
@@ -110,18 +110,18 @@ def flash_attention(
         causal: query i sees keys j ≤ p.
         softmax_scale: positive; None means 1 / sqrt(head_dim).
         window: (left, right): query i sees keys p − left ≤ j ≤ p + right; None does not limit a
-            side. Causal attention sees no key to the right whatever the window.
+            side. Causal attention sees no key to the right, regardless of the window.
         softcap: positive.
         sinks: `[num_q_heads]`: the score of one more key per head, whose value is 0.
         alibi_slopes: `[num_q_heads]` or `[batch, num_q_heads]`, a constant.
         key_ranges: `[batch, seq_len_q, 2]`: (first, end) of the keys that each query may see,
-            first ≤ j < end, beside all else. An empty range sees no key.
+            first ≤ j < end, in addition to all other masks. With an empty range it sees no key.
         key_mask: `[batch, seq_len_kv]`: a key with 0 is hidden from every query.
         return_lse: also return lse.
     Returns:
         out `[batch, seq_len_q, num_q_heads, head_dim]`, and with `return_lse` the natural-log
-        lse `[batch, num_q_heads, seq_len_q]` in float32. A query that sees no key gives 0, and
-        −inf or its sink.
+        lse `[batch, num_q_heads, seq_len_q]` in float32. For a query that sees no key, out is 0 and
+        lse is −inf or its sink.
     Reference: Dao et al. 2022, arXiv:2205.14135; Ainslie et al. 2023, arXiv:2305.13245. Windows:
         Beltagy et al. 2020, arXiv:2004.05150. Soft cap: Gemma Team 2024, arXiv:2408.00118. Sinks:
         OpenAI 2025, arXiv:2508.10925. ALiBi: Press et al. 2022, arXiv:2108.12409.
@@ -152,11 +152,11 @@ def flash_attention_varlen(
     alibi_slopes: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`flash_attention` of sequences packed one after another; none sees another.
+    """`flash_attention` of packed sequences; a sequence does not see the others.
 
     Sequence b has the queries cu_seqlens_q[b] … cu_seqlens_q[b + 1] − 1 and the keys
     cu_seqlens_kv[b] … cu_seqlens_kv[b + 1] − 1. Either may be empty. Rows after the last sequence
-    belong to none: they see no key and no query sees them.
+    belong to no sequence: they see no key and no query sees them.
 
     Args:
         q: `[total_q, num_q_heads, head_dim]`.
@@ -171,10 +171,10 @@ def flash_attention_varlen(
     """
     bounds_q = [min(x, q.shape[0]) for x in cu_seqlens_q.tolist()]
     bounds_kv = [min(x, k.shape[0]) for x in cu_seqlens_kv.tolist()]
-    # The rows after the last sequence, as one more sequence without keys.
+    # The rows after the last sequence become one more sequence without keys.
     bounds_q, bounds_kv = [*bounds_q, q.shape[0]], [*bounds_kv, bounds_kv[-1]]
     lengths_q, lengths_kv = ([j - i for i, j in pairwise(x)] for x in (bounds_q, bounds_kv))
-    # The gradient of a split is one tensor; that of a slice is one as large for every sequence.
+    # The gradient of a split is one tensor; each slice would have a gradient of the size of q.
     queries = q.split(lengths_q)
     keys, values = (x[: bounds_kv[-1]].split(lengths_kv) for x in (k, v))
     outs, lses = [], []

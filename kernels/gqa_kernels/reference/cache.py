@@ -8,26 +8,26 @@ from torch import Tensor
 from gqa_kernels.reference.attention import alibi_bias, attend, in_range, in_window, nonzero
 from gqa_kernels.reference.rows import apply_rope, wide
 
-MAX_NEW_TOKENS = 16  # per sequence, of `decode_attention`
+MAX_NEW_TOKENS = 16  # per sequence, in `decode_attention`
 
 # The largest value of each dtype of a quantised cache; int8's −128 is not used.
 _LARGEST_STORED = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 
 
 def _quantized(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """x / scale to the nearest value of dtype, ties to even. A scale of 0 divides by 1."""
+    """Rounds x / scale to the nearest value of dtype, ties to even. A scale of 0 divides by 1."""
     largest = _LARGEST_STORED[dtype]
     steps = (wide(x) / torch.where(scale == 0, 1.0, scale)[..., None]).clamp(-largest, largest)
-    if dtype == torch.int8:  # which has no NaN
+    if dtype == torch.int8:  # has no NaN
         steps = steps.round().nan_to_num(nan=0.0)
     return steps.to(dtype)
 
 
 def _write(cache: Tensor, slots: Tensor, x: Tensor) -> None:
-    """cache[slot] = x for each token whose slot there is, without asking the device which.
+    """cache[slot] = x for each token whose slot exists, without reading the slots on the host.
 
-    A token without a slot writes once more what another one writes; if none has a slot, what the
-    first slot holds.
+    A token without a slot repeats the write of another token; if no token has a slot, it rewrites
+    the content of the first slot.
     """
     if x.shape[0] == 0 or cache.shape[0] * cache.shape[1] == 0:
         return
@@ -54,20 +54,20 @@ def rope_append_kv(
     v_scale: Tensor | None = None,
     interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`apply_rope`, then the rotated k, as rounded to its dtype, and v go to their slots of the
-    caches. Nothing else is written.
+    """Applies `apply_rope`, then writes the rotated k, rounded to its dtype, and v to their slots
+    of the caches. Nothing else is written.
 
-    Slots count the first two dimensions of a cache as one: token p of sequence b of a contiguous
-    cache is slot b · max_seq_len + p, that at an offset in a page is page · page_size + offset.
-    A slot outside [0, number of slots) writes nothing: −1 is the way to skip a token. Of two tokens
-    with one slot either may win, feature by feature.
+    A slot is an index into the first two dimensions of a cache, flattened: token p of sequence b of
+    a contiguous cache is slot b · max_seq_len + p, the token at an offset in a page is slot
+    page · page_size + offset. A slot outside [0, number of slots), such as −1, writes nothing. If
+    two tokens have the same slot, each feature gets the value of either.
 
-    A quantised cache gets x / scale, rounded to nearest even, at most ±448 (float8_e4m3fn) or ±127
-    (int8) in size. A scale per head is given. A scale per token is what takes the head's largest
-    |x| there, max |x| / 448 or / 127, and is written too. A head of zeros has the scale 0, which
-    divides by 1. NaN or an infinity in a head makes its scale per token NaN or infinite, and with
-    it all that is read back of this head NaN; under a scale per head an infinity is stored as the
-    largest value, NaN as NaN in float8_e4m3fn and as 0 in int8.
+    A quantised cache stores x / scale, rounded to nearest even and clamped to ±448 (float8_e4m3fn)
+    or ±127 (int8). Scales per head are inputs. Scales per token are outputs: max |x| / 448 or / 127
+    over the head. A head of zeros has the scale 0, which divides by 1. With scales per token, NaN
+    or an infinity in a head makes its scale NaN or infinite and the whole dequantised head NaN;
+    with scales per head, an infinity is stored as the largest value, NaN as NaN in float8_e4m3fn
+    and as 0 in int8.
 
     Args:
         q: `[batch, seq_len, num_q_heads, head_dim]`.
@@ -77,7 +77,7 @@ def rope_append_kv(
         cos, sin: float32 `[max_seq_len, head_dim / 2]`.
         positions: integer `[batch, seq_len]`; as in `apply_rope`.
         slots: integer `[batch, seq_len]`.
-        k_scale, v_scale: of quantised caches, float32, `[num_kv_heads]` or, one per token,
+        k_scale, v_scale: for quantised caches, float32, `[num_kv_heads]` or, one per token,
             `[*k_cache.shape[:2], num_kv_heads]`.
         interleaved: as in `apply_rope`.
     Returns:
@@ -100,14 +100,15 @@ def rope_append_kv(
 
 
 def dequantized(cache: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """stored · scale in the dtype of the queries; the cache itself where it has no scale."""
+    """Returns stored · scale in the dtype of the queries; the cache itself if it has no scale."""
     if scale is None:
         return cache
     return (cache.to(scale.dtype) * scale[..., None]).to(dtype)
 
 
 def _gathered(cache: Tensor, pages: Tensor) -> Tensor:
-    """`[batch, max_pages · page_size, num_kv_heads, head_dim]`: each sequence's pages in a row."""
+    """Concatenates the pages of each sequence: `[batch, max_pages · page_size, num_kv_heads,
+    head_dim]`."""
     return cache[pages].flatten(1, 2)
 
 
@@ -132,25 +133,25 @@ def decode_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the last 1…16 tokens of each sequence over its key/value cache.
 
-    Sequence b holds `seq_lens[b]` tokens, its new ones included. New token i stands on the key
-    p = seq_lens[b] − seq_len_q + i. Causal, it sees the keys j ≤ p; otherwise all j < seq_lens[b].
-    Scores are those of `flash_attention`. What lies in the cache beyond a length, NaN included,
-    never matters. A query that sees no key gives 0.
+    Sequence b has `seq_lens[b]` tokens, including its new ones. New token i is aligned with key
+    p = seq_lens[b] − seq_len_q + i. With causal it sees the keys j ≤ p, otherwise all keys
+    j < seq_lens[b]. The scores are those of `flash_attention`. Entries of the cache beyond a length
+    have no effect, not even NaN. For a query that sees no key, out is 0.
 
-    Without `block_table` entry j of sequence b is `cache[b, j]`, and a sequence has room for
-    capacity = max_seq_len tokens. With it the cache is paged: entry j is
-    `cache[block_table[b, j // page_size], j % page_size]`, and capacity = max_pages · page_size.
-    What the table says beyond a length never matters. A page outside [0, num_pages) within it is
-    not there: its keys are hidden.
+    Without `block_table`, entry j of sequence b is `cache[b, j]`, and the capacity of a sequence is
+    max_seq_len tokens. With it the cache is paged: entry j is
+    `cache[block_table[b, j // page_size], j % page_size]`, and the capacity is max_pages ·
+    page_size. Table entries beyond a length have no effect. A page outside [0, num_pages) does not
+    exist: its keys are hidden.
 
-    A quantised cache holds value / scale, rounded to its dtype: value = stored · scale. Measured in
-    float64 on 2048 bfloat16 keys and values of head_dim 128, over 16 draws, the error that this
-    leaves in the output, root mean square over root mean square (bench/results/quantised_cache.md):
+    A quantised cache stores value / scale, rounded to its dtype: value = stored · scale. The error
+    of the output that results, root mean square over root mean square, measured in float64 on 2048
+    bfloat16 keys and values of head_dim 128, over 16 draws (bench/results/quantised_cache.md):
 
         scales                     float8_e4m3fn           int8
                                  per head  per token  per head  per token
         normal numbers             3.8 %      3.8 %     1.5 %     0.9 %
-        … and tokens of
+        … with tokens of
         log-normal size, σ = 0.5   5.6 %      5.6 %     3.9 %     1.3 %
 
     Args:
@@ -158,16 +159,16 @@ def decode_attention(
         k_cache, v_cache: `[batch, max_seq_len, num_kv_heads, head_dim]`, or paged
             `[num_pages, page_size, num_kv_heads, head_dim]`, page_size a power of two; in q's
             dtype, or both quantised, float8_e4m3fn or int8.
-        seq_lens: int32 or int64 `[batch]`, in [0, capacity], on q's device; read there only.
-            A length above the capacity counts as the capacity. None: every sequence fills it.
+        seq_lens: int32 or int64 `[batch]`, in [0, capacity], on q's device, where it is read. A
+            length above the capacity counts as the capacity. None: every length is the capacity.
         block_table: int32 `[batch, max_pages]`: the page of each page_size tokens of a sequence.
-        k_scale, v_scale: of a quantised cache, float32, `[num_kv_heads]` or, one per token,
+        k_scale, v_scale: for a quantised cache, float32, `[num_kv_heads]` or, one per token,
             `[*cache.shape[:2], num_kv_heads]`.
-        causal: False lets the new tokens see each other's keys in both directions.
+        causal: new token i sees no key after its own.
         softmax_scale: positive; None means 1 / sqrt(head_dim).
         window, softcap, sinks, alibi_slopes: as in `flash_attention`.
-        key_ranges, key_mask: as in `flash_attention`, with capacity for seq_len_kv: they name
-            positions in a sequence, wherever its pages lie.
+        key_ranges, key_mask: as in `flash_attention`, with the capacity as seq_len_kv. Their keys
+            are positions in a sequence, not in the pages.
         return_lse: also return lse, as `flash_attention` does.
     Returns:
         out `[batch, seq_len_q, num_q_heads, head_dim]`, and with `return_lse` the natural-log lse

@@ -16,13 +16,13 @@ def _scores(hidden: Tensor, weight: Tensor, softcap: float | None, temperature: 
 
 
 def _at_targets(x: Tensor, targets: Tensor) -> Tensor:
-    """Of each row the number at its target, or at the id of the row that is nearest to it."""
+    """Returns the number of each row at its target, clamped to the ids of the row."""
     nearest = targets.clamp(0, x.shape[-1] - 1).long()
     return x.gather(-1, nearest[..., None])[..., 0]
 
 
 def _token_scores(x: Tensor, targets: Tensor, need_mean: bool) -> losses.TokenScores:
-    """Of scores over a part of the vocabulary, and targets counted from its first row."""
+    """Summarises scores over a part of the vocabulary; targets count from the part's first row."""
     maximum = x.detach().amax(-1)
     x = x - maximum.masked_fill(maximum == -torch.inf, 0.0)[..., None]
     absent = (targets < 0) | (targets >= x.shape[-1])
@@ -58,25 +58,25 @@ def linear_cross_entropy(
 ) -> Tensor:
     """The loss of x = hidden · weightᵀ: −log softmax(x)[target] + z_loss · lse(x)², in nats.
 
-    The scores x are rounded to `hidden.dtype`, as a projection rounds them, and their gradient with
-    them; all else is float32, or wider where hidden is wider.
+    The scores x and their gradient are rounded to `hidden.dtype`, as in a projection; everything
+    else is float32, or wider if hidden is wider.
 
     Args:
         hidden: `[..., hidden_size]`.
         weight: `[vocab_size, hidden_size]`, in hidden's dtype; a DTensor sharded over the
             vocabulary, or with `group` this rank's part of it.
-        targets: int `[...]`, ids. One outside of the vocabulary makes loss and gradients NaN.
+        targets: int `[...]`, ids. An id outside of the vocabulary makes loss and gradients NaN.
         ignore_index: the target of rows that are not read and have neither loss nor gradient; None
             if there are none.
-        reduction: "mean" over the rows that are not ignored (NaN of none), "sum", or "none".
-        num_predictions: what "mean" divides by instead, a number or a scalar tensor: the number of
-            predictions of a whole batch, of which this is a part.
+        reduction: "mean" over the rows that are not ignored (NaN if all are), "sum", or "none".
+        num_predictions: a number or scalar tensor by which "mean" divides instead: the number of
+            predictions of the whole batch if this is a part of it.
         softcap: x ← softcap · tanh(x / softcap), as in Gemma 2.
-        z_loss: a factor; Chowdhery et al. 2022, arXiv:2204.02311, takes 1e-4.
-        group: the ranks that share the vocabulary, in order, with as many rows each. Each rank
-            gives the same hidden and targets and gets the same loss.
+        z_loss: a factor; Chowdhery et al. 2022, arXiv:2204.02311, use 1e-4.
+        group: the ranks over which the vocabulary is sharded, in order, with equal numbers of rows.
+            Each rank passes the same hidden and targets and gets the same loss.
     Returns:
-        a scalar, or with "none" `[...]`, 0 where ignored.
+        a scalar; with "none" `[...]`, 0 in ignored rows.
     """
     part = losses.part_of(weight, group)
     if part is not None:
@@ -84,7 +84,7 @@ def linear_cross_entropy(
     ignored = None if ignore_index is None else targets == ignore_index
     ids = targets
     if ignored is not None:
-        # Whatever an ignored row holds, NaN included; any id of the vocabulary will do there.
+        # Ignored rows may contain anything, including NaN, so they become 0, with a valid id.
         hidden, ids = hidden.masked_fill(ignored[..., None], 0.0), targets.masked_fill(ignored, 0)
     if part is None:
         x = _scores(hidden, weight, softcap, 1.0)
@@ -108,16 +108,16 @@ def token_log_probs(
     return_entropy: bool = False,
     group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """log p(target) in nats, where p = softmax(hidden · weightᵀ / temperature), and the entropy
-    −Σ p · log p.
+    """log p(target) in nats, where p = softmax(hidden · weightᵀ / temperature), and optionally the
+    entropy −Σ p · log p.
 
     Args:
-        hidden, weight, targets, group: as `linear_cross_entropy` takes them; a target outside of
-            the vocabulary makes its row NaN, and gradients. No target is ignored.
+        hidden, weight, targets, group: as in `linear_cross_entropy`, but no target is ignored: a
+            target outside of the vocabulary makes its row and gradients NaN.
         temperature: positive.
         return_entropy: also return the entropy.
     Returns:
-        `[...]` in float32, or wider where hidden is wider; with the entropy two of them.
+        `[...]` in float32, or wider if hidden is wider; with return_entropy, (log_probs, entropy).
     """
     part = losses.part_of(weight, group)
     if part is not None:

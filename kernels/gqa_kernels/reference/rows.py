@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in float32, or wider where it is wider: what the kernels keep in float32."""
+    """Returns x in float32, or in its own dtype if that is wider, where kernels use float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -93,7 +93,7 @@ def apply_rope(
     if positions is None:
         positions = torch.arange(q.shape[1], device=q.device).expand(q.shape[:2])
     outside = (positions < 0) | (positions >= cos.shape[0])
-    if cos.shape[0] == 0:  # no position is in the table: NaN as well
+    if cos.shape[0] == 0:  # no position is in the table, so all rows are NaN
         cos = sin = cos.new_zeros(1, cos.shape[1])
     rows = positions.clamp(0, cos.shape[0] - 1).long()
     # [batch, seq_len, 1, head_dim / 2]: one angle for all heads

@@ -10,13 +10,13 @@ def sample_tokens(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: T
     """Draws a token per row from softmax(logits / temperature), cut to its nucleus.
 
     Tokens are ordered by decreasing logit, equal logits by increasing id. The nucleus is the
-    shortest beginning of this order whose probabilities sum to `top_p` or more. The token is the
-    inverse of the nucleus' cumulative distribution at `uniform`. A row's token depends on the
-    arguments of that row alone.
+    shortest prefix of this order whose probabilities sum to `top_p` or more. The token is the
+    inverse of the nucleus' cumulative distribution at `uniform`. The token of a row depends only on
+    the arguments of that row.
 
     Args:
         logits: `[batch, vocab_size]`, in any floating dtype.
-        temperature: float32 `[batch]`, at least 0; 0 takes the first token in that order.
+        temperature: float32 `[batch]`, at least 0; 0 selects the first token in that order.
         top_p: float32 `[batch]` in (0, 1].
         uniform: float32 `[batch]` in [0, 1).
     Returns:
@@ -26,7 +26,7 @@ def sample_tokens(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: T
     logits = wide(logits)
     temperature, top_p, uniform = (x[:, None].to(logits) for x in (temperature, top_p, uniform))
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    highest = logits.amax(dim=-1, keepdim=True)  # NaN where there is one
+    highest = logits.amax(dim=-1, keepdim=True)  # NaN if the row has one
     # The maximum is subtracted before the division, which could overflow; `smallest` avoids 0 / 0.
     smallest = torch.finfo(torch.float32).tiny
     weights = ((ordered - highest) / temperature.clamp(min=smallest)).exp()
