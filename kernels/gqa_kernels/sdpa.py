@@ -22,7 +22,7 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """softmax(scale · query keyᵀ) value, as torch.nn.functional.scaled_dot_product_attention.
 
-    Batches and heads are broadcast as torch does: one of them is one for all of the others.
+    Batch and head dimensions of size 1 are broadcast, as in torch.
 
     Args:
         query: float32, float16 or bfloat16 `[batch, num_q_heads, seq_len_q, head_dim]`, any
@@ -31,14 +31,13 @@ def scaled_dot_product_attention(
             `[batch, seq_len_kv, head_dim]`.
         attn_mask: None.
         dropout_p: 0.0.
-        is_causal: query i sees keys j ≤ i, from the top left corner also where lengths differ;
-            `flash_attention` begins in the bottom right corner.
+        is_causal: query i sees keys j ≤ i: the mask is aligned to the top left corner, also if
+            lengths differ; that of `flash_attention` is aligned to the bottom right corner.
         scale: positive; None means 1 / sqrt(head_dim).
         enable_gqa: num_q_heads is a multiple of num_kv_heads, and query head h reads head
-            h // (num_q_heads / num_kv_heads). With three dimensions the first is then the heads.
+            h // (num_q_heads / num_kv_heads). In three dimensions, the first is then the heads.
     Returns:
-        out of query's shape and dtype: a view of a contiguous tensor whose second and third
-        dimensions are exchanged, so that `out.transpose(1, 2)` is contiguous.
+        out of query's shape and dtype; `out.transpose(1, 2)` is contiguous.
     Numerics: as in `flash_attention`. Under torch.autocast inputs are cast to its dtype.
     Raises:
         TypeError, ValueError: an argument of another kind, dtype, shape or device.
@@ -62,12 +61,12 @@ def scaled_dot_product_attention(
     window = None
     if is_causal:
         seq_len_q, seq_len_kv = query.shape[-2], key.shape[-2]
-        if seq_len_q < seq_len_kv:  # no query sees the rest
+        if seq_len_q < seq_len_kv:  # no query sees the remaining keys
             key, value = key[..., :seq_len_q, :], value[..., :seq_len_q, :]
-        # Query i stands on key i + seq_len_kv − seq_len_q and sees keys up to i.
+        # Query i is aligned with key i + seq_len_kv − seq_len_q and sees keys up to i.
         window = (None, seq_len_q - seq_len_kv if seq_len_q > seq_len_kv else 0)
     without_heads = query.dim() == 3
-    heads = 0 if enable_gqa else 1  # the dimension that is missing is the batch, or the heads
+    heads = 0 if enable_gqa else 1  # the missing dimension is the batch, or the heads
     if without_heads:
         query, key, value = (x.unsqueeze(heads) for x in (query, key, value))
     parts = (x.transpose(1, 2) for x in (query, key, value))
@@ -83,14 +82,15 @@ def scaled_dot_product_attention(
 
 
 def _in_own_words(error: Exception) -> Exception:
-    """What the kernel says about its arguments, said about this function's."""
+    """Returns the kernel's error with the argument names of this function."""
     names = {"q": "query", "k": "key", "v": "value", "softmax_scale": "scale"}
     pattern = r"\b(?:[qkv](?=: |'s )|softmax_scale\b)"
     return type(error)(re.sub(pattern, lambda name: names[name[0]], str(error)))
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under torch.autocast its dtype, as torch's own function does; float64 stays."""
+    """Casts tensors to the dtype of torch.autocast if it is active, as torch's own function does;
+    float64 is not cast."""
     if not isinstance(tensors[0], Tensor):
         return tensors
     kind = tensors[0].device.type
@@ -105,7 +105,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _broadcast(
     query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The tensors with one batch; heads of which keys and values have one for all queries stay.
+    """Returns the tensors with equal batches and heads, but keeps a single key/value head as it is.
 
     Raises:
         TypeError, ValueError, NotImplementedError: what `flash_attention` would check under other
@@ -117,7 +117,7 @@ def _broadcast(
         checks.same_dtype(name, x, "query", query)
     if query.dim() not in (3, 4):
         raise NotImplementedError(
-            f"query: expected 3 or 4 dimensions; got {query.dim()}. Flatten those before the heads"
+            f"query: expected 3 or 4 dimensions; got {query.dim()}. Flatten the batch dimensions"
         )
     given = tuple(key.shape)
     if key.dim() == value.dim() == query.dim() == 4:
@@ -131,7 +131,7 @@ def _broadcast(
     if not rest or not (enable_gqa or same_heads):
         heads = "num_kv_heads" if enable_gqa else num_heads
         wanted = ", ".join(map(str, (*batch, heads, "seq_len_kv", head_dim)))
-        hint = ". Fewer heads need enable_gqa=True" if rest else ""
+        hint = ". Fewer key/value heads need enable_gqa=True" if rest else ""
         raise ValueError(f"key: expected shape [{wanted}]; got {list(given)}{hint}")
     if value.shape != key.shape:
         raise ValueError(f"value: expected key's shape {list(key.shape)}; got {list(value.shape)}")
@@ -139,6 +139,6 @@ def _broadcast(
 
 
 def _expanded(x: Tensor, batch: int, heads: int) -> Tensor:
-    """x with its batch and its heads repeated, without a copy, where they are one."""
+    """Returns x with a batch or heads of size 1 expanded, without a copy."""
     sizes = [want if have == 1 else -1 for have, want in zip(x.shape, (batch, heads), strict=False)]
     return x.expand(*sizes, -1, -1) if sizes != [-1, -1] else x

@@ -1,10 +1,10 @@
-"""How each op is sharded: rules for DTensor, `torch.distributed.tensor`.
+"""Sharding rules of the ops for DTensor, `torch.distributed.tensor`.
 
     from gqa_kernels import sharding
     sharding.register()
 
-and the public functions take DTensors, forward and backward. Per dimension of the device mesh, the
-tensors of a call are all replicated or sharded on one of
+After that, the public functions accept DTensors, forward and backward. Per dimension of the device
+mesh, the tensors of a call are either all replicated or sharded on one of
 
     rms_norm, add_rms_norm    any dimension but the last; the weight is replicated, its gradient is
                               a partial sum
@@ -20,16 +20,16 @@ tensors of a call are all replicated or sharded on one of
     token_log_probs           any dimension of the targets
     sample_tokens             the rows; adamw_update has no rule and takes local tensors
 
-Of a weight that is sharded over the vocabulary, `linear_cross_entropy` and `token_log_probs` take
-the shards as they are, on a mesh of one dimension, and gather the hidden states.
+If a weight is sharded over the vocabulary, on a mesh of one dimension, `linear_cross_entropy` and
+`token_log_probs` use the shards as they are and gather the hidden states.
 
-Heads of attention are sharded where the key/value heads can be dealt out evenly, so that a query
-head stays beside the head that it reads; a single key/value head is replicated. Sinks, slopes and
-a cache's scales follow the heads. A paged cache is replicated where the batch is sharded.
+Heads of attention can be sharded if the key/value heads divide evenly, so that a query head is on
+the rank of the head that it reads; a single key/value head is replicated. Sinks, slopes and a
+cache's scales are sharded like the heads. If the batch is sharded, a paged cache is replicated.
 
-A tensor in any other placement is redistributed, as everywhere in DTensor: attention gathers a
-sharded sequence. Refused are a sharded sequence without positions, heads that the mesh does not
-divide, and a cache that is not placed as what is written to it.
+A tensor with any other placement is redistributed, as usual in DTensor: attention gathers a sharded
+sequence. These raise: a sharded sequence without positions, heads that the mesh does not divide,
+and a cache whose placement differs from that of what is written to it.
 """
 
 import importlib
@@ -43,15 +43,15 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.placement_types import Placement
 
-# No public name lets a rule say which of an op's arguments it depends on.
+# A rule needs this class to say on which of an op's arguments it depends; it has no public name.
 from torch.distributed.tensor._op_schema import RuntimeSchemaInfo  # isort: skip
 
 from gqa_kernels.runtime import library
 
-# A tensor argument as a rule sees it: shape, ndim, placements and mesh, without values.
+# A tensor argument of a rule: shape, ndim, placements and mesh, without values.
 Spec: TypeAlias = Any
-# One way to shard a call on one dimension of a mesh: the outputs' placements, and the arguments' by
-# name. An argument that is not named is replicated.
+# One way to shard a call on one dimension of a mesh: the placements of the outputs, and those of
+# the arguments by name. An argument that is not named is replicated.
 Sharding: TypeAlias = tuple[list[Placement], dict[str, Placement]]
 Rule: TypeAlias = Callable[..., Iterator[Sharding]]
 
@@ -59,7 +59,7 @@ _BATCH, _SEQUENCE, _HEADS = 0, 1, 2  # of [batch, seq_len, num_heads, head_dim]
 
 
 def _where_needed(needed: bool, placement: Placement) -> Placement:
-    """An output's placement, or that of the empty tensor which stands for it."""
+    """The placement of an output, or of the empty tensor in its place if it is not needed."""
     return placement if needed else Replicate()
 
 
@@ -154,7 +154,7 @@ def _rope_append_kv(
     v_scale: Spec | None,
     **_: Any,
 ) -> Iterator[Sharding]:
-    """What is written stays where it lies: a copy that DTensor moved would be written in vain."""
+    """Raises if DTensor would have to move a cache, because the op would then write to a copy."""
     per_token = k_scale is not None and k_scale.ndim == 3
     beside = {"v": v, "k_cache": k_cache, "v_cache": v_cache}
     beside |= {"k_scale": k_scale, "v_scale": v_scale} if per_token else {}
@@ -162,14 +162,14 @@ def _rope_append_kv(
     for name, x in beside.items():
         if tuple(x.placements) != tuple(k.placements):
             raise NotImplementedError(
-                f"{name}: expected k's placements {tuple(k.placements)}, since a cache cannot be "
-                f"written to elsewhere than where it lies; got {tuple(x.placements)}"
+                f"{name}: expected k's placements {tuple(k.placements)}, since a cache is written "
+                f"in place; got {tuple(x.placements)}"
             )
     heads = Shard(_HEADS)
     for name, x in (("k", k), ("q", q)):
         if any(placement not in (Replicate(), heads) for placement in x.placements):
             raise NotImplementedError(
-                f"{name}: expected heads that are sharded, or nothing, since slots are those of "
+                f"{name}: expected replicated tensors or sharded heads, since slots index "
                 f"the whole cache; got placements {tuple(x.placements)}"
             )
     kv_heads = _kv_heads(_HEADS, q, k, v)
@@ -211,8 +211,8 @@ def _flash_attention_backward(
 ) -> Iterator[Sharding]:
     for layout in _attention_layouts(q, k, v, cu_seqlens_q, alibi_slopes):
         if residue is None or residue.ndim != q.ndim:
-            layout.pop("residue")  # an empty tensor stands for it
-        # What several shards read has a gradient from each.
+            layout.pop("residue")  # an empty tensor
+        # A tensor that several shards read gets a gradient from each of them.
         dk = dv = Partial() if layout["k"] == Replicate() else layout["k"]
         dsinks = Partial() if layout["sinks"] == Replicate() else layout["sinks"]
         outputs = [
@@ -227,7 +227,7 @@ def _flash_attention_backward(
 def _attention_layouts(
     q: Spec, k: Spec, v: Spec, cu_seqlens_q: Spec | None, alibi_slopes: Spec | None
 ) -> Iterator[dict[str, Placement]]:
-    """Every way to shard attention, as placements of all that its two passes read or write."""
+    """Yields every way to shard attention, as placements of all tensors of both passes."""
     packed = cu_seqlens_q is not None
     per_sequence_slopes = alibi_slopes is not None and alibi_slopes.ndim == 2
     if not packed:  # q, k and v are [batch, …], lse is [batch, num_q_heads, seq_len_q]
@@ -312,7 +312,7 @@ def _token_log_probs_backward(
 
 
 def _num_shards(dim: int, *tensors: Spec) -> int:
-    """Into how many parts the mesh cuts dimension dim of one tensor or another."""
+    """Into how many shards the mesh divides dimension `dim` of these tensors."""
     sizes = tensors[0].mesh.shape
     placements = zip(*(x.placements for x in tensors), strict=True)
     return prod(
@@ -323,14 +323,14 @@ def _num_shards(dim: int, *tensors: Spec) -> int:
 
 
 def _kv_heads(dim: int, q: Spec, k: Spec, v: Spec) -> Placement | None:
-    """The placement of the key/value heads beside query heads that are sharded on `dim`; None where
-    these cannot be.
+    """The placement of the key/value heads for query heads that are sharded on `dim`; None if the
+    heads cannot be sharded.
 
-    Query head h reads key/value head h // group_size. In every shard that stays so only if all hold
-    as many key/value heads, whichever dimensions of the mesh shard them: a rule cannot tell which.
+    Query head h reads key/value head h // group_size, in every shard only if all shards have
+    equally many key/value heads, whichever mesh dimensions shard them: a rule does not know which.
 
     Raises:
-        NotImplementedError: the heads are sharded already, and cannot be.
+        NotImplementedError: the heads are already sharded and cannot be.
     """
     num_kv_heads, mesh = k.shape[dim], tuple(k.mesh.shape)
     if num_kv_heads == 1:
@@ -342,7 +342,7 @@ def _kv_heads(dim: int, q: Spec, k: Spec, v: Spec) -> Placement | None:
     num_shards = _num_shards(dim, q, k, v)
     if num_shards > 1 and (not even or num_kv_heads % num_shards):
         raise NotImplementedError(
-            f"k: expected a number of heads that the dimensions of the mesh {mesh} divide, where "
+            f"k: expected a number of heads that the dimensions of the mesh {mesh} divide, as the "
             f"heads are sharded; got {num_kv_heads}. Shard the batch, or replicate the tensors"
         )
     return Shard(dim) if even else None
@@ -370,14 +370,14 @@ RULES: dict[str, Rule] = {
 
 @cache
 def register() -> None:
-    """Teaches DTensor the ops of this package, for the whole process; again changes nothing."""
-    importlib.import_module("gqa_kernels.fused")  # which makes the ops known to PyTorch
+    """Registers the rules with DTensor for the whole process; further calls are no-ops."""
+    importlib.import_module("gqa_kernels.fused")  # registers the ops with PyTorch
     propagator = DTensor._op_dispatcher.sharding_propagator
     for name, rule in RULES.items():
         op = getattr(getattr(torch.ops, library.NAMESPACE), name).default
         register_sharding(op)(_strategy(op, rule))
-        # DTensor keeps what it derived, by the tensors of a call and all that follows its first
-        # int. The rules and the outputs depend on more: which tensors are None, what is needed.
+        # By default, DTensor caches by the tensors of a call and the arguments from the first int
+        # on. The rules and outputs depend on more: which tensors are None, which are needed.
         propagator.op_to_schema_info[op] = RuntimeSchemaInfo(static_argnum=0)
 
 

@@ -1,16 +1,16 @@
-"""Eager PyTorch whose sums are taken in one known order on every machine.
+"""Evaluates eager PyTorch with sums in one known order on every machine.
 
-How a library sums (in vectors, blocks or threads, with fused multiply-adds) depends on the
-processor, and with it the error of eager code. Under `tile_by_tile` products of matrices, sums,
-means, norms, logsumexp and softmaxes of low-precision tensors are evaluated here instead. Each
-product is rounded to float32; the terms of a tile of 128 are added to a float32 total one after
-another, then the totals of the tiles; the result is rounded once to its dtype. What the ops of this
-package use beside these are operations on single elements, which IEEE 754 defines but for the last
-bits of functions such as exp. Any other reduction is left to the library.
+How a library sums (in vectors, blocks or threads, with fused multiply-adds), and with it the error
+of eager code, depends on the processor. Under `tile_by_tile`, this module evaluates matrix
+products, sums, means, norms, logsumexp and softmaxes of low-precision tensors instead. It rounds
+each product to float32, adds the terms of a tile of 128 one by one to a float32 total, then adds
+the totals of the tiles, and rounds the result once to its dtype. The other operations that the ops
+of this package use are elementwise; IEEE 754 defines them except for the last bits of functions
+such as exp. All other reductions are left to the library.
 
-A kernel too adds up inside tiles and then over tiles, so the error of this order is what an error
-budget is derived from (`accuracy`). It is larger than that of pairwise summation, which libraries
-approximate: for n random terms one grows with sqrt(min(n, 128)) + sqrt(n / 128), the other with
+Kernels also add inside tiles and then over tiles, so error budgets are derived from the error of
+this order (`accuracy`). It is larger than that of pairwise summation, which libraries approximate:
+for n random terms it grows with sqrt(min(n, 128)) + sqrt(n / 128), that of pairwise summation with
 sqrt(log n) (Higham 2002, "Accuracy and stability of numerical algorithms", chapter 4).
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-_elementary: set[Any] = set()  # operations that were found to consist of no others
+_elementary: set[Any] = set()  # operations that do not decompose into others
 LOW_PRECISION = {torch.float32, torch.float16, torch.bfloat16}
 _TILE = 128
 
@@ -32,7 +32,7 @@ class tile_by_tile(TorchDispatchMode):
     """A context in which sums are taken in this order, forward and backward.
 
     Args:
-        order: draws the order of the terms, once for each sum; None takes them as they lie.
+        order: a generator that shuffles the terms of each sum; None keeps their order in memory.
     """
 
     def __init__(self, order: torch.Generator | None = None) -> None:
@@ -46,7 +46,7 @@ class tile_by_tile(TorchDispatchMode):
         evaluate = _SUMS.get(func)
         dtypes = {x.dtype for x in args if isinstance(x, Tensor)} if evaluate else set()
         if len(dtypes) == 1 and dtypes <= LOW_PRECISION:
-            # Refuses what the library refuses, and says what a result looks like.
+            # Raises the library's errors and gives the shape and dtype of the result.
             like = func(*_on_meta(args), **_on_meta(kwargs))
             if like.dtype in LOW_PRECISION:
                 result = torch.empty_strided(
@@ -69,7 +69,7 @@ class tile_by_tile(TorchDispatchMode):
         return terms[order.to(terms.device)]
 
     def total(self, x: Tensor, dims: Sequence[int], keepdim: bool = False) -> Tensor:
-        """The sum of a tensor over some dimensions, in float32."""
+        """Returns the sum of a tensor over some dimensions, in float32."""
         dims = sorted(dim % x.dim() for dim in dims) if x.dim() else []
         kept = [dim for dim in range(x.dim()) if dim not in dims]
         shape = [x.shape[dim] for dim in kept]
@@ -82,7 +82,7 @@ class tile_by_tile(TorchDispatchMode):
         return total
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """`[…, m, n]` times `[…, n, k]`, in float32."""
+        """Returns the product of `[…, m, n]` and `[…, n, k]`, in float32."""
         shape = (*a.shape[:-1], b.shape[-1])
         term = torch.empty(shape, dtype=torch.float32, device=a.device)
 
@@ -107,7 +107,7 @@ def _on_meta(arguments: Any) -> Any:
     return tree_map_only(Tensor, lambda x: x.to("meta"), arguments)
 
 
-# Each gets the arguments of the operation and gives its result in float32.
+# Each function takes the arguments of the operation and returns its result in float32.
 
 
 def _sum(sums: tile_by_tile, x, dim=None, keepdim=False):
@@ -127,7 +127,7 @@ def _norm(sums: tile_by_tile, x, order=2, dim=None, keepdim=False):
 
 
 def _largest(sums: tile_by_tile, x, dims):
-    """0 of no numbers."""
+    """The maximum; 0 if there are no numbers."""
     return x.amax(dims, keepdim=True) if x.numel() else sums.total(x, dims, keepdim=True)
 
 
@@ -168,7 +168,7 @@ def _mm(sums: tile_by_tile, a, b):
 
 
 def _addmm(sums: tile_by_tile, x, a, b, *, beta=1, alpha=1):
-    """A factor of 0 leaves out what it multiplies, NaN included."""
+    """beta · x + alpha · (a b); a factor of 0 removes its term, even if that is NaN."""
     product = alpha * sums.product(a, b) if alpha else a.new_zeros((), dtype=torch.float32)
     return beta * x.float() + product if beta else product
 

@@ -518,7 +518,7 @@ ON_TWO_RANKS = {
     ),
     "rope_append_kv, batch": partial(
         refuse, "rope_append_kv", append_inputs, on("q k v k_cache v_cache", BATCH),
-        "k: expected heads that are sharded, or nothing",
+        "k: expected replicated tensors or sharded heads",
     ),
     "rope_append_kv, heads that two do not divide": partial(
         refuse, "rope_append_kv", partial(append_inputs, q=6, kv=3),

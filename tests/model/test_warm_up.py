@@ -38,7 +38,7 @@ def test_no_kernel_depends_on_the_number_of_sms(found):
 
 def test_what_is_refused(found):
     no_gpu, *others = found["refusals"]
-    assert no_gpu.startswith("arch: expected the name of one, such as sm_90, where Triton drives ")
+    assert no_gpu.startswith("arch: expected a name such as sm_90, as there is no GPU that Triton ")
     assert others == [
         "arch: expected sm_80 or a later one, such as sm_90; got 'sm_75'",
         "arch: expected sm_80 or a later one, such as sm_90; got 'gfx942'",

@@ -491,7 +491,7 @@ def test_wrong_heads_and_scales(make):
         rope_append_kv(**arguments | {"v_scale": None})
     with pytest.raises(ValueError, match=r"k_scale: expected shape \[2\]; got \[1\]"):
         rope_append_kv(**arguments | {"k_scale": arguments["k_scale"][0, 0, :1]})
-    with pytest.raises(ValueError, match="v_scale: expected one per head or one per token"):
+    with pytest.raises(ValueError, match="v_scale: expected the shape of k_scale"):
         rope_append_kv(**arguments | {"v_scale": arguments["v_scale"][0, 0]})
 
 

@@ -508,7 +508,7 @@ def test_wrong_scales(draw, device):
         call(stored.view(torch.uint8), stored, one, one)
     with pytest.raises(ValueError, match=r"k_scale: expected shape \[2, 4, 1\]; got \[2, 3, 1\]"):
         call(stored, stored, each[:, :3], each)
-    with pytest.raises(ValueError, match=r"v_scale: expected one per head or one per token"):
+    with pytest.raises(ValueError, match=r"v_scale: expected the shape of k_scale"):
         call(stored, stored, each, one)
     with pytest.raises(TypeError, match=r"k_scale: expected dtype float32; got torch.float64"):
         call(stored, stored, one.double(), one)

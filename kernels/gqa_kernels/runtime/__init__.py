@@ -1,1 +1,1 @@
-"""What stands around a launch: checks, layouts, launch numbers, registration."""
+"""What a launch needs besides the kernel: checks, layouts, launch configurations, registration."""

@@ -16,16 +16,16 @@ def tensor(
     """Checks one tensor argument.
 
     Args:
-        dtypes: the ones expected; None means any.
-        shape: expected sizes; a string or None stands for any size and is shown in messages.
+        dtypes: the accepted dtypes; None accepts any.
+        shape: expected sizes; a string or None accepts any size and is shown in messages.
     Raises:
-        TypeError: not a strided tensor, or of a dtype outside `dtypes`.
+        TypeError: not a strided tensor, or a dtype outside `dtypes`.
         ValueError: another shape.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor; got {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested:
-        got = "a nested one" if value.is_nested else value.layout
+        got = "a nested tensor" if value.is_nested else value.layout
         raise TypeError(f"{name}: expected a strided tensor; got {got}")
     if dtypes is not None and value.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -36,11 +36,11 @@ def tensor(
 
 
 def _matches(actual: torch.Size, expected: tuple[int | str | None, ...]) -> bool:
-    if actual == expected:  # most often
+    if actual == expected:  # the most common case
         return True
     if len(actual) != len(expected):
         return False
-    # A loop: a generator would cost half a microsecond at every call.
+    # A loop, because a generator would cost half a microsecond per call.
     for got, want in zip(actual, expected, strict=True):
         if want is not None and type(want) is not str and got != want:
             return False

@@ -1,4 +1,4 @@
-"""Argument checks that name the argument. They read metadata only, never values."""
+"""Argument checks, whose errors name the argument. They read metadata only, never values."""
 
 import operator
 from numbers import Real
@@ -30,7 +30,7 @@ def tensor(
 
     Args:
         dtypes, shape: as in `arguments.tensor`.
-        like: another argument and its name, whose device this one shares.
+        like: name and value of another argument, which must be on the same device.
     Raises:
         TypeError, ValueError: as `arguments.tensor`; another device than that of `like`.
         NotImplementedError: a lazily negated view, a tensor with a forward-mode tangent, or one
@@ -40,14 +40,14 @@ def tensor(
     arguments.tensor(name, value, dtypes=dtypes, shape=shape)
     if value.is_neg():
         raise NotImplementedError(
-            f"{name}: expected values as stored; got a view that negates them"
+            f"{name}: expected a tensor without the negative bit; got a lazily negated view"
         )
     if is_functorch_wrapped_tensor(value):
         raise NotImplementedError(
             f"{name}: expected a tensor outside torch.func's transforms (vmap, grad, …); "
-            "got one inside. A batch dimension or torch.autograd.grad does the same"
+            "got one inside. Use a batch dimension or torch.autograd.grad instead"
         )
-    # The level first: unpacking costs as much as all other checks.
+    # The level is checked first, because unpacking costs as much as all other checks.
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
         raise NotImplementedError(f"{name}: expected no forward-mode tangent; got one")
     if like is None:
@@ -65,7 +65,7 @@ def key_limits(
     *,
     like: tuple[str, Tensor],
 ) -> None:
-    """Which keys may be seen; `sizes` are (batch, number of queries, number of keys)."""
+    """Checks key_ranges and key_mask; `sizes` is (batch, number of queries, number of keys)."""
     batch, num_queries, num_keys = sizes
     if key_ranges is not None:
         shape = (batch, num_queries, 2)
@@ -102,10 +102,10 @@ def kv_caches(
     shape: tuple[int | str, ...],
     like: tuple[str, Tensor],
 ) -> None:
-    """A key/value cache in the dtype of `like`, or quantised and with the scales that takes.
+    """Checks a key/value cache: in the dtype of `like`, or quantised with scales.
 
-    Raises, besides what `tensor` does:
-        NotImplementedError: float8_e4m3fn on a GPU whose compiler does not know it.
+    Raises, in addition to `tensor`:
+        NotImplementedError: float8_e4m3fn on a GPU whose compiler does not support it.
     """
     name, x = like
     tensor("k_cache", k_cache, dtypes=(x.dtype, *QUANTIZED), shape=shape, like=like)
@@ -136,19 +136,19 @@ def kv_caches(
         tensor(scale_name, scale, dtypes=(torch.float32,), shape=shape, like=like)
     if k_scale.dim() != v_scale.dim():
         raise ValueError(
-            f"v_scale: expected one per head or one per token, as k_scale "
+            f"v_scale: expected the shape of k_scale, one per head or one per token, "
             f"{list(k_scale.shape)}; got {list(v_scale.shape)}"
         )
     if k_cache.dtype == torch.float8_e4m3fn and not target.has_float8():
         raise NotImplementedError(
-            "k_cache: expected int8 or a dtype without 8 bits on "
+            "k_cache: expected int8 or a 16- or 32-bit dtype on "
             f"{target.current().arch}; got torch.float8_e4m3fn, which Triton compiles for sm_89 "
             "and newer"
         )
 
 
 def block_table(value: Tensor, batch: int, page_size: int, *, like: tuple[str, Tensor]) -> None:
-    """The pages of each sequence in a cache of pages of `page_size`."""
+    """Checks a block table and `page_size`, the page size of its cache."""
     tensor("block_table", value, dtypes=(torch.int32,), shape=(batch, "max_pages"), like=like)
     if page_size < 1 or page_size & (page_size - 1):
         raise NotImplementedError(
@@ -162,7 +162,7 @@ def same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None
 
 
 def softmax_scale(value: float | None, head_dim: int) -> float:
-    """The scale to use. The kernels scale inside the exponent, which needs a positive one."""
+    """Returns the scale to use. It must be positive, because kernels scale inside the exponent."""
     if value is None:
         return head_dim**-0.5
     scale = number("softmax_scale", value)
@@ -184,7 +184,7 @@ def softcap(value: float | None, softmax_scale: float) -> None:
 
 
 def window(value: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
-    """The two sides of a window of attention."""
+    """Checks and returns the two sides of an attention window."""
     if value is None:
         return None, None
     left, right = _sides("window", value)
@@ -196,27 +196,27 @@ def window(value: tuple[int | None, int | None] | None) -> tuple[int | None, int
 
 
 def window_size(value: tuple[int, int] | Tensor) -> tuple[int | None, int | None]:
-    """flash-attn's window, whose negative sides are no limit, as `window` has it."""
+    """Converts flash-attn's window, whose negative sides mean no limit, to that of `window`."""
     left, right = _sides("window_size", value)
     left, right = whole("window_size", left), whole("window_size", right)
     return (None if left < 0 else left), (None if right < 0 else right)
 
 
 def _sides(name: str, value: Any) -> Any:
-    """The value, if it is two things."""
+    """Returns the value if it is a pair."""
     is_pair = isinstance(value, (tuple, list)) and len(value) == 2
     if not is_pair and getattr(value, "shape", None) != (2,):  # an array's
         raise TypeError(f"{name}: expected (left, right); got {value!r}")
     return value
 
 
-# What numbers and flags may be is said here, for all functions. They come back as Python's own,
-# which is what schemas, compilers and launches know.
+# The checks of numbers and flags for all functions. They return Python's own types, which schemas,
+# compilers and launches need.
 
 
 def whole(name: str, value: int) -> int:
-    """The value as a Python int: numpy's are taken, and a tensor without dimensions on the CPU. To
-    read one on another device would wait for it."""
+    """Returns the value as a Python int. Accepts NumPy ints and CPU tensors without dimensions;
+    reading a tensor on another device would wait for the device."""
     if type(value) is int or isinstance(value, torch.SymInt):
         return value
     if isinstance(value, Tensor):
@@ -232,7 +232,8 @@ def whole(name: str, value: int) -> int:
 
 
 def number(name: str, value: float) -> float:
-    """The value as a Python float. Tensors are refused: reading one would wait for the device."""
+    """Returns the value as a Python float. Raises for tensors: reading one would wait for the
+    device."""
     if type(value) is float or isinstance(value, torch.SymFloat):
         return value
     if isinstance(value, Tensor | bool) or not isinstance(value, Real):
@@ -254,7 +255,7 @@ def flag(name: str, value: bool) -> bool:
 
 
 def switch(name: str, value: bool | int) -> bool:
-    """A flag of flash-attn's, which 1 and 0 are too."""
+    """Returns a flag of flash-attn's as a bool; accepts 1 and 0."""
     if isinstance(value, int | np.integer) and value in (0, 1):
         return bool(value)
     return flag(name, value)

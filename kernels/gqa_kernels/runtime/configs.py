@@ -1,7 +1,7 @@
-"""Launch numbers: how much one program owns, and with how many warps.
+"""Launch configurations: tile sizes, warps and stages.
 
-Each table is read top to bottom; the first row that covers the size wins. Rows marked "compiled"
-were chosen from compiled code (registers, spills, width of accesses) and await a GPU's word.
+The first row of a table that covers the size applies. Rows marked "compiled" were chosen from
+compiled code (registers, spills, width of accesses) and have not been measured on a GPU.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,7 @@ def row_config(table: tuple[RowConfig, ...], width: int) -> RowConfig:
     raise ValueError(f"width: expected at most {table[-1].max_width}; got {width}")
 
 
-# 40 float32 per thread: 5120 is 4 warps × 32 lanes × 5 loads of 16 bytes, so no lane idles.
+# 40 float32 per thread: 5120 is 4 warps × 32 lanes × 5 loads of 16 bytes, so no lane is idle.
 NORM_FORWARD = (  # compiled, sm_90
     RowConfig(max_width=1280, num_warps=1),
     RowConfig(max_width=2560, num_warps=2),
@@ -38,8 +38,8 @@ NORM_BACKWARD = (  # compiled, sm_90
     RowConfig(max_width=16384, num_warps=32, programs_per_sm=1),
 )
 
-# An H200's partial sums of the weight gradient are 264 rows at a width of 5120: loaded at once, by
-# two programs or more on each SM. A loop over fewer rows waits for each of its steps.
+# On an H200, the partial sums of the weight gradient have 264 rows at a width of 5120. Two or more
+# programs per SM load them in one step; a loop over fewer rows per step would wait at each step.
 NORM_SUM_ROWS = 512  # compiled, sm_90
 NORM_SUM_COLUMNS = 16
 NORM_SUM_NUM_WARPS = 8
@@ -50,7 +50,7 @@ NORM_MAX_WIDTH = NORM_FORWARD[-1].max_width
 SWIGLU_BLOCK = 1024  # compiled, sm_90
 SWIGLU_NUM_WARPS = 4
 
-# Two loads of 16 bytes per thread of each tensor in float32, one of each in 16 bits.
+# Per thread, two loads of 16 bytes of each float32 tensor, one of each 16-bit tensor.
 ADAMW_BLOCK = 1024  # compiled, sm_90
 ADAMW_NUM_WARPS = 4
 
@@ -64,20 +64,20 @@ class AttentionConfig(NamedTuple):
     num_warps: int
     num_stages: int
     ahead: bool = True  # forward: the next tile's product is issued before this tile's softmax
-    apart: bool = True  # dkdv: tiles that need no mask have a loop of their own
-    max_registers: int | None = None  # of a thread; NVIDIA alone
+    apart: bool = True  # dkdv: a separate loop for tiles that need no mask
+    max_registers: int | None = None  # per thread; NVIDIA only
 
 
 ATTENTION_FORWARD = (
-    # Small tiles, whose borders tests cross with few keys; both orders, as on sm_90.
+    # Small tiles, so that tests cross tile borders with few keys; both loops, as on sm_90.
     AttentionConfig(
         "interpreter", 2, 64, block_m=32, block_n=16, num_warps=4, num_stages=2, ahead=False
     ),
     AttentionConfig("interpreter", 2, 256, block_m=32, block_n=16, num_warps=4, num_stages=2),
     AttentionConfig("interpreter", 4, 256, block_m=32, block_n=16, num_warps=4, num_stages=2),
-    # Compiled, sm_90: with one tile of scores alive two programs share an SM, and the softmax of
-    # one issues under the products of the other. Left alone, ptxas takes more registers than that
-    # leaves where packed sequences keep a residue; two stages spill where keys are hidden.
+    # Compiled, sm_90: with one live tile of scores, two programs share an SM, and the softmax of
+    # one overlaps the products of the other. Without max_registers, ptxas would use too many
+    # registers for that if packed sequences save a residue; two stages spill with a key mask.
     AttentionConfig(
         "sm_90",
         2,
@@ -89,7 +89,7 @@ ATTENTION_FORWARD = (
         ahead=False,
         max_registers=128,
     ),
-    # Compiled, sm_90: the softmax issues under the product of the next tile. Two stages spill two
+    # Compiled, sm_90: the softmax overlaps the product of the next tile. Two stages have two spill
     # instructions at head_dim 192.
     AttentionConfig("sm_90", 2, 128, block_m=128, block_n=64, num_warps=8, num_stages=2),
     AttentionConfig("sm_90", 2, 256, block_m=128, block_n=32, num_warps=8, num_stages=3),
@@ -98,31 +98,32 @@ ATTENTION_FORWARD = (
     AttentionConfig("sm_100", 2, 256, block_m=64, block_n=64, num_warps=8, num_stages=1),
     # Compiled, gfx942: a soft cap spills with 128 rows.
     AttentionConfig("gfx", 2, 128, block_m=64, block_n=32, num_warps=8, num_stages=2),
-    # Compiled, every other target: the most that fits the registers and shared memory of all.
+    # Compiled, all other targets: the largest tiles that fit the registers and shared memory of
+    # all.
     AttentionConfig("", 2, 64, block_m=128, block_n=64, num_warps=8, num_stages=2),
     # Compiled, sm_120: a padded head spills with 128 rows.
     AttentionConfig("", 2, 120, block_m=64, block_n=32, num_warps=8, num_stages=2),
     AttentionConfig("", 2, 128, block_m=128, block_n=32, num_warps=8, num_stages=2),
     AttentionConfig("", 2, 256, block_m=32, block_n=32, num_warps=8, num_stages=2),
-    # float32 multiplies outside the tensor cores, with a whole row of operands in registers:
-    # at head_dim 256 it spills with every tile.
+    # float32 products run outside the tensor cores, with a whole row of operands in registers; at
+    # head_dim 256 every tile size spills.
     AttentionConfig("", 4, 64, block_m=32, block_n=32, num_warps=8, num_stages=1),
     AttentionConfig("", 4, 256, block_m=16, block_n=16, num_warps=8, num_stages=1),
 )
 
-# block_n keys and values stay in a program; queries pass by, block_m at a time.
+# A program keeps block_n keys and values and loops over queries, block_m at a time.
 ATTENTION_DKDV = (
     AttentionConfig("interpreter", 2, 256, block_m=16, block_n=32, num_warps=4, num_stages=2),
     AttentionConfig("interpreter", 4, 256, block_m=16, block_n=32, num_warps=4, num_stages=2),
     # Compiled, sm_90: the largest tiles that do not spill. A padded head needs more registers; the
-    # widest have none left for a second loop.
+    # widest heads leave none for a second loop.
     AttentionConfig("sm_90", 2, 64, block_m=64, block_n=64, num_warps=4, num_stages=2),
     AttentionConfig("sm_90", 2, 120, block_m=32, block_n=128, num_warps=8, num_stages=2),
     AttentionConfig("sm_90", 2, 128, block_m=64, block_n=128, num_warps=8, num_stages=2),
     AttentionConfig(
         "sm_90", 2, 256, block_m=32, block_n=64, num_warps=8, num_stages=2, apart=False
     ),
-    # Compiled, sm_100: ptxas keeps to 96 registers here, and a second loop spills one of them.
+    # Compiled, sm_100: ptxas limits this kernel to 96 registers, and a second loop spills one.
     AttentionConfig(
         "sm_100", 2, 64, block_m=32, block_n=64, num_warps=4, num_stages=2, apart=False
     ),
@@ -136,21 +137,21 @@ ATTENTION_DKDV = (
     AttentionConfig("", 4, 256, block_m=16, block_n=16, num_warps=8, num_stages=1),
 )
 
-# A soft cap keeps a second tile of scores alive, packed sequences more offsets: for them heads of
-# more than 64 features get smaller tiles.
+# A soft cap needs a second live tile of scores, and packed sequences more offsets; with either,
+# heads of more than 64 features get smaller tiles.
 ATTENTION_DKDV_SMALL = (
     AttentionConfig("sm_90", 2, 64, block_m=64, block_n=64, num_warps=4, num_stages=2),
     AttentionConfig("sm_90", 2, 128, block_m=32, block_n=128, num_warps=8, num_stages=2),
     *ATTENTION_DKDV,
 )
 
-# block_m queries stay in a program; keys and values pass by, block_n at a time.
+# A program keeps block_m queries and loops over keys and values, block_n at a time.
 ATTENTION_DQ = (
     AttentionConfig("interpreter", 2, 256, block_m=32, block_n=16, num_warps=4, num_stages=2),
     AttentionConfig("interpreter", 4, 256, block_m=32, block_n=16, num_warps=4, num_stages=2),
     # Compiled, sm_90: small enough for two programs per SM.
     AttentionConfig("sm_90", 2, 64, block_m=128, block_n=32, num_warps=8, num_stages=3),
-    # Compiled, sm_90: no spills, and nearly every exponential issues under a product.
+    # Compiled, sm_90: no spills, and nearly every exponential overlaps a product.
     AttentionConfig("sm_90", 2, 128, block_m=128, block_n=64, num_warps=8, num_stages=2),
     AttentionConfig("sm_90", 2, 256, block_m=64, block_n=32, num_warps=8, num_stages=2),
     # Compiled, gfx942.
@@ -162,10 +163,10 @@ ATTENTION_DQ = (
     AttentionConfig("", 4, 256, block_m=16, block_n=16, num_warps=8, num_stages=1),
 )
 
-# Memory-bound, as the row kernels are.
+# Memory-bound, like the row kernels.
 ATTENTION_PREPARE_BLOCK = 64
 ATTENTION_PREPARE_NUM_WARPS = 4
-ATTENTION_RANGES_BLOCK = 256  # ranges that a program reads at a time, to find the queries it has
+ATTENTION_RANGES_BLOCK = 256  # ranges that a program reads at a time to find the queries it needs
 
 
 def attention_config(
@@ -181,22 +182,23 @@ def attention_config(
     raise ValueError(f"head_dim: expected at most {table[-1].max_head_dim}; got {head_dim}")
 
 
-# A sequence is cut into chunks of a multiple of DECODE_CHUNK keys, as few as make at most
-# DECODE_MAX_SPLITS: its own length alone decides, so that its bits do not depend on its company.
-# More splits feed more SMs at batch 1, and leave more to the one program that combines them.
+# Split-KV: a sequence is split into chunks of the smallest multiple of DECODE_CHUNK keys that gives
+# at most DECODE_MAX_SPLITS splits. This depends on its length alone, so its bits do not depend on
+# the batch. More splits use more SMs at batch 1, but the program that combines them has more to do.
 DECODE_CHUNK = 256
 DECODE_MAX_SPLITS = 64
-# Programs asked for, where there are so many splits: enough for ragged batches to even out, few
-# enough that those of short sequences, which find no split, cost nothing beside the work.
+# Programs per SM if there are enough splits: enough to balance ragged batches, and few enough that
+# the programs of short sequences that find no split cost next to nothing.
 DECODE_PROGRAMS_PER_SM = 64
-# A step of the combination takes this many splits of as many queries as make so many features.
-# Compiled, sm_90: twice as much costs every program registers, and an SM one program.
+# A step of the combination processes this many splits of as many queries as give this many
+# features. Compiled, sm_90: twice as much would need more registers in every program, and one
+# program less would fit an SM.
 DECODE_COMBINE_SPLITS = 8
 DECODE_COMBINE_FEATURES = 512
 DECODE_NUM_WARPS = 4
-# Rows of the tile of a lone row, one new token of MHA: 1 multiplies vectors, 16 pads a matrix.
-# Compiled, the padded tile issues fewer instructions; a public measurement of another kernel has
-# vectors ahead by a tenth. A GPU is to say.
+# Rows of the tile for a single row, one new token of MHA: 1 multiplies vectors, 16 pads a matrix
+# tile. In compiled code the padded tile issues fewer instructions; in a public measurement of
+# another kernel, vectors were faster by a tenth. Not yet measured on a GPU.
 DECODE_LONE_ROW = 16
 
 
@@ -209,8 +211,8 @@ class DecodeConfig(NamedTuple):
 
 
 DECODE_TILES = (
-    # Compiled, every target: no spills, and on sm_90 64 KB or more in flight on each SM, where
-    # Little's law asks for 40. What a quantised cache is converted to lives in registers.
+    # Compiled, all targets: no spills, and on sm_90 at least 64 KB in flight per SM, where Little's
+    # law requires 40. The dequantised cache is in registers.
     DecodeConfig(1, 128, max_block_m=32, block_n=32, num_stages=5),
     DecodeConfig(1, 256, max_block_m=16, block_n=32, num_stages=5),
     DecodeConfig(2, 128, max_block_m=64, block_n=64, num_stages=2),
@@ -236,35 +238,35 @@ class ProductConfig(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
-    max_rows: int = 1 << 30  # of a chunk of logits
+    max_rows: int = 1 << 30  # per chunk of logits
 
     def launch(self) -> dict[str, int]:
-        """The numbers as arguments of a launch."""
+        """The configuration as launch arguments."""
         blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
         return blocks | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 LINEAR_CROSS_ENTROPY = (
-    # Chunks whose borders tests cross with few rows.
+    # Small chunks, so that tests cross chunk borders with few rows.
     ProductConfig("interpreter", 2, 32, 128, 128, num_warps=4, num_stages=2, max_rows=32),
     ProductConfig("interpreter", 4, 32, 128, 128, num_warps=4, num_stages=2, max_rows=32),
-    # Compiled, sm_90: as much as the registers hold without spills.
+    # Compiled, sm_90: the largest tiles that do not spill.
     ProductConfig("sm_90", 2, 128, 256, 64, num_warps=8, num_stages=3),
-    # Compiled, sm_100: what is added to makes twice as many columns spill.
+    # Compiled, sm_100: with twice as many columns, the accumulator that is loaded first spills.
     ProductConfig("sm_100", 2, 128, 128, 64, num_warps=8, num_stages=3),
     ProductConfig("sm_120", 2, 128, 128, 32, num_warps=8, num_stages=2),
     ProductConfig("", 2, 128, 128, 32, num_warps=8, num_stages=3),
     ProductConfig("", 4, 64, 64, 16, num_warps=8, num_stages=2),
 )
 
-# What the logits of a chunk take, unless those of one block of rows take more; see ops/.
+# The most memory for the logits of a chunk, unless one block of rows needs more; see ops/.
 LINEAR_CROSS_ENTROPY_BYTES = 256 << 20
 SOFTMAX_BLOCK = 4096
 SOFTMAX_NUM_WARPS = 8
 SCALE_BLOCK = 2048
 SCALE_NUM_WARPS = 4
 
-# Of the logits that a program reads at a time. Awaits a GPU's word.
+# The number of logits that a program reads at a time. Not yet measured on a GPU.
 SAMPLING_BLOCK = 8192
 SAMPLING_NUM_WARPS = 16
 

@@ -1,4 +1,4 @@
-"""First derivatives only: gradients that autograd cannot see into, and says so."""
+"""Gradients that raise on a second derivative, because autograd cannot differentiate them."""
 
 from typing import Any
 
@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Passes a gradient on, as a function of what it depends on, and raises when differentiated."""
+    """The identity on a gradient, as a function of the tensors on which it depends; its backward
+    raises."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, *depends_on: Tensor) -> Tensor:
@@ -24,14 +25,14 @@ class _NoSecondDerivative(torch.autograd.Function):
 def only_first(
     gradients: tuple[Tensor | None, ...], *depends_on: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Gradients that raise when differentiated.
+    """Returns gradients that raise when they are differentiated.
 
-    torch's `once_differentiable` lets a gradient pass for a constant when the incoming one is
-    constant, although it depends on the saved tensors.
+    torch's `once_differentiable` treats a gradient as constant if the incoming gradient is,
+    although it also depends on the saved tensors.
 
     Args:
-        depends_on: the saved tensors and the incoming gradients. A node that is on no path to them
-            would never be run.
+        depends_on: the saved tensors and the incoming gradients. Autograd only runs nodes that are
+            on a path to them.
     """
     on = [x for x in depends_on if x is not None]
     return tuple(x if x is None else _NoSecondDerivative.apply(x, *on) for x in gradients)

@@ -4,13 +4,13 @@
     _launch_forward((num_rows,), x_ptr=x, y_ptr=y, …, num_warps=4)
 
 launches the same binary as `_forward_kernel[(num_rows,)](x_ptr=x, y_ptr=y, …, num_warps=4,
-enable_fp_fusion=True)`, on the same device and stream, in less of the host's time. The first launch
-with a new key goes through Triton, which compiles. The binary is kept under that key, and later
-launches with the key use it directly. The key has everything that Triton specialises a binary on:
+enable_fp_fusion=True)`, on the same device and stream, in less host time. The first launch with a
+new key goes through Triton, which compiles. The binary is stored under that key, and later launches
+with the key use it directly. The key contains everything on which Triton specialises a binary:
 
 - the active driver and its current device;
 - the kernel (each has its own launcher), num_warps, num_stages and maxnreg;
-- of every argument its type, and
+- the type of every argument, and
 
   | | |
   |---|---|
@@ -22,17 +22,17 @@ launches with the key use it directly. The key has everything that Triton specia
   | `tl.constexpr` | the value |
   | float, bool, None | nothing else |
 
-Triton makes the launch itself
+Launches go through Triton itself
 
-- in its interpreter, and under a driver whose launcher is not Triton's own for NVIDIA. Another
+- in its interpreter, and with a driver whose launcher is not Triton's own for NVIDIA. Another
   launcher may specialise on more (AMD's does, on the size of a tensor) or do more than launch;
-- in versions other than 3.6 to 3.9, whose rules of specialisation were not checked;
+- in versions other than 3.6 to 3.9, whose specialisation rules were not checked;
 - while hooks observe launches or change how kernels are compiled: `launch_enter_hook`,
   `launch_exit_hook`, a kernel's pre-run hooks, `debug`, `instrumentation_mode`,
   `add_stages_inspection_hook`, or a replaced `JITFunction.run`, as some profilers install;
 - with an argument of a type that is not in the table.
 
-A direct launch omits one check of Triton's: that the globals which a kernel uses have not changed
+A direct launch omits one of Triton's checks: that the globals used by a kernel have not changed
 since it was compiled. The globals of this package's kernels are constants and types.
 """
 
@@ -50,11 +50,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 _VERSIONS = ("3.6.", "3.7.", "3.8.", "3.9.")
 _LAUNCHERS = {"triton.backends.nvidia.driver.CudaLauncher"}
-_TRITONS_GLOBALS = vars(jit)  # those of its JITFunction.run, and of no other
+_TRITONS_GLOBALS = vars(jit)  # identifies Triton's own JITFunction.run, as opposed to a replacement
 
 
 class _UnknownKind(TypeError):
-    """An argument of a type that is not in the table."""
+    """The type of an argument is not in the table."""
 
 
 # --- The key of an argument, as an expression in its name ----------------------------------------
@@ -70,14 +70,14 @@ _DESCRIPTOR = "{0}.base.dtype, *{0}.block_shape"
 
 
 def _wide(value: int) -> str:
-    """The type of an int that is no i32."""
+    """The type of an int that does not fit an i32."""
     return "i64" if -(2**63) <= value < 2**63 else "u64"
 
 
 _key_of_int = eval(f"lambda value: {_INT.format('value')}", {"_wide": _wide})
 
 
-# The tuples are strides: few different ones, which come back at every call.
+# The tuples are strides: few different ones, which recur at every call.
 @lru_cache(maxsize=4096)
 def _ints(values: tuple) -> tuple:
     if {*map(type, values)} - {int}:
@@ -86,8 +86,8 @@ def _ints(values: tuple) -> tuple:
 
 
 def _expression(parameter: Any, kind: type) -> str:
-    """What the key has of an argument of this type, beside the type: an expression in its name,
-    written {0}."""
+    """The part of the key for an argument of this type, in addition to the type, as an expression
+    in the argument's name, written {0}."""
     if parameter.is_constexpr:
         if kind not in (int, bool, type(None)):
             raise _UnknownKind
@@ -109,7 +109,8 @@ def _expression(parameter: Any, kind: type) -> str:
 
 
 def _describer(kernel: JITFunction, types: tuple[type, ...]) -> Callable[..., tuple] | None:
-    """A function from arguments of these types to their key; None if the table lacks a type."""
+    """Returns a function from arguments of these types to their key; None if the table lacks a
+    type."""
     names = kernel.arg_names
     try:
         parts = [
@@ -127,14 +128,14 @@ def _describer(kernel: JITFunction, types: tuple[type, ...]) -> Callable[..., tu
 
 @cache
 def _launches_directly(active: Any) -> bool:
-    """Whether this driver's launcher and this version of Triton are among those checked."""
+    """Whether this driver's launcher and this version of Triton are known to this module."""
     cls = getattr(active, "launcher_cls", None)
     name = f"{getattr(cls, '__module__', '')}.{getattr(cls, '__qualname__', '')}"
     return name in _LAUNCHERS and triton.__version__.startswith(_VERSIONS)
 
 
 def _is_watched() -> bool:
-    """Whether a hook or profiler observes or changes launches, and would miss direct ones."""
+    """Whether a hook or profiler that would miss direct launches observes or changes launches."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(
@@ -148,7 +149,7 @@ def _is_watched() -> bool:
 
 
 class Options(NamedTuple):
-    """Options of a launch; None is Triton's default."""
+    """Options of a launch; None means Triton's default."""
 
     num_warps: int
     num_stages: int | None
@@ -165,7 +166,7 @@ class _Launcher:
     def __init__(self, kernel: KernelInterface) -> None:
         self._kernel = kernel
         self._is_interpreted = not isinstance(kernel, JITFunction)
-        # For each tuple of argument types: the function that makes the key, and binaries by key.
+        # For each tuple of argument types: the function that computes the key, and binaries by key.
         self._binaries: dict[tuple, tuple[Callable | None, dict[tuple, CompiledKernel]]] = {}
 
     def launch(self, grid: tuple[int, ...], arguments: tuple, options: Options) -> None:
@@ -190,7 +191,7 @@ class _Launcher:
         binary = binaries.get(key)
         if binary is None:
             binary = self._by_triton(grid, arguments, options)
-            if type(binary) is CompiledKernel:  # a hook of Triton's cache may prevent compilation
+            if type(binary) is CompiledKernel:  # Triton's cache hook may prevent compilation
                 binaries[key] = binary
             return
         x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
@@ -209,7 +210,7 @@ class _Launcher:
 
 
 def launcher(kernel: KernelInterface) -> Callable[..., None]:
-    """The function that launches a kernel.
+    """Returns a function that launches a kernel.
 
     Args:
         kernel: a function decorated with `triton.jit`, whose parameters are annotated with

@@ -9,16 +9,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 def rows(x: Tensor) -> Tensor:
-    """x as `[num_rows, width]` with contiguous rows a fixed stride apart.
+    """Returns x as `[num_rows, width]` with contiguous rows a fixed stride apart.
 
-    A view wherever the strides allow it; a copy otherwise.
+    A view if the strides allow it; a copy otherwise.
     """
     flat = x.reshape(-1, x.shape[-1])
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
 def rows_and_stride(x: Tensor) -> tuple[Tensor, int]:
-    """x, or a copy, whose rows are contiguous and lie a fixed stride apart; and that stride."""
+    """Returns x, or a copy, with contiguous rows a fixed stride apart; and that stride."""
     if x.is_contiguous():
         return x, x.shape[-1]
     x = rows(x)
@@ -26,22 +26,23 @@ def rows_and_stride(x: Tensor) -> tuple[Tensor, int]:
 
 
 def contiguous_features(x: Tensor) -> Tensor:
-    """x itself when its last dimension is contiguous, a copy otherwise."""
+    """Returns x itself if its last dimension is contiguous, a copy otherwise."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def cdiv(size: int, block: int) -> int:
-    """How many blocks cover a size. `triton.cdiv` does the same, but takes microseconds."""
+    """The number of blocks that cover a size. `triton.cdiv` does the same but takes
+    microseconds."""
     return -(-size // block)
 
 
 def power_of_2(size: int) -> int:
-    """The smallest power of two that is not below `size`, which is 1 or more."""
+    """The smallest power of two that is at least `size`, which is at least 1."""
     return 1 << (size - 1).bit_length()
 
 
 def fits_tma(x: Tensor) -> bool:
-    """Whether the bulk-copy engine, which addresses in units of 16 bytes, can load from x
+    """Whether TMA, which addresses in units of 16 bytes, can load from x
     `[batch, row, head, feature]`."""
     batch, row, head, _ = x.stride()
     divisor = 16 // x.element_size()
@@ -53,10 +54,10 @@ def fits_tma(x: Tensor) -> bool:
 
 
 def descriptor(x: Tensor, block_rows: int, block_features: int) -> TensorDescriptor:
-    """For loads of tiles of one head of x `[batch, row, head, feature]`, of one element or more,
-    that `fits_tma`."""
+    """Returns a descriptor for loads of tiles of one head of a non-empty x
+    `[batch, row, head, feature]` for which `fits_tma` holds."""
     # The constructor would check the strides and the block at every call; `fits_tma` has checked
-    # the former, and the cached descriptor the latter.
+    # the strides, and the cached descriptor the block.
     found = object.__new__(TensorDescriptor)
     found.__dict__ = _descriptor_options(block_rows, block_features) | {
         "base": x,
@@ -68,20 +69,20 @@ def descriptor(x: Tensor, block_rows: int, block_features: int) -> TensorDescrip
 
 @cache
 def _descriptor_options(block_rows: int, block_features: int) -> dict[str, Any]:
-    """The attributes of a descriptor that depend on the block alone, from one that Triton's
-    constructor has made and checked."""
+    """The attributes of a descriptor that depend on the block alone, taken from one that Triton's
+    constructor has built and checked."""
     block = [1, block_rows, 1, block_features]
     example = torch.empty(block, dtype=torch.float32, device="cpu")
     return vars(TensorDescriptor(example, block, list(example.stride()), block))
 
 
 def sequence_stride(per_head: Tensor | None) -> int:
-    """The distance between the rows of `[num_heads]` or `[num_sequences, num_heads]`."""
+    """The stride between the rows of `[num_heads]` (0) or `[num_sequences, num_heads]`."""
     return per_head.stride(0) if per_head is not None and per_head.dim() == 2 else 0
 
 
 def key_mask(mask: Tensor | None) -> Tensor | None:
-    """`[batch, num_keys]` as bytes or whole numbers, contiguous along the keys."""
+    """Returns a mask `[batch, num_keys]` as bytes or integers, contiguous along the keys."""
     if mask is None:
         return None
     mask = contiguous_features(mask)

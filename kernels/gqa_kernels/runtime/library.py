@@ -1,16 +1,16 @@
-"""Each op as PyTorch knows it: a direct path for eager calls, a `torch.library` op for the rest.
+"""Registers each op with PyTorch: a direct path for eager calls, a `torch.library` op for the rest.
 
-An op is a check, a launch, a fake launch that only allocates and, where it has a gradient, what to
-save and a backward function. From these come
+An op consists of a check, a launch, a fake launch that only allocates and, if it has a gradient, a
+function that saves tensors and a backward function. This module builds from these
 
-- a `torch.autograd.Function` for eager calls on plain tensors: no dispatcher stands on the way;
-- a `torch.library` op `gqa_kernels::name` with a schema that names what it writes to (nothing, but
-  for a cache), a fake implementation and autograd, which compilers, `torch.jit.trace`, dispatch
-  modes and tensor subclasses see.
+- a `torch.autograd.Function` for eager calls on plain tensors, which bypasses the dispatcher;
+- a `torch.library` op `gqa_kernels::name` for compilers, `torch.jit.trace`, dispatch modes and
+  tensor subclasses, with a fake implementation, autograd and a schema that declares which arguments
+  it writes to (only ops on a cache or on weights do).
 
-Both run the same kernels, so that their results have the same bits. Neither knows autocast: an op
-computes in the dtypes of its arguments, inside an autocast region and outside. torch.func's
-transforms (vmap, grad, …) are refused by both.
+Both run the same kernels, so their results have the same bits. Both ignore autocast: an op computes
+in the dtypes of its arguments, inside an autocast region and outside. Both raise inside
+torch.func's transforms (vmap, grad, …).
 """
 
 import inspect
@@ -27,15 +27,15 @@ from torch.compiler import is_compiling
 from gqa_kernels.runtime import derivatives
 
 NAMESPACE = "gqa_kernels"
-# What an argument is most often, first of all tensors that belong to no subclass.
+# The most common types of arguments, including tensors of no subclass.
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float))
 _num_dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_jit_tracing = torch._C._is_tracing
 
 
 def is_traced(*values: Any) -> bool:
-    """Whether a call belongs to PyTorch's dispatcher: a compiler, `torch.jit.trace`, a mode or a
-    subclass watches."""
+    """Whether a call has to go through PyTorch's dispatcher: for a compiler, `torch.jit.trace`, a
+    mode or a tensor subclass."""
     if is_compiling() or _num_dispatch_modes() or _is_jit_tracing():
         return True
     return not _PLAIN.issuperset(map(type, values)) and any(
@@ -46,7 +46,7 @@ def is_traced(*values: Any) -> bool:
 def needs_graph(*values: Any) -> bool:
     """Whether autograd has to record an eager call."""
     if torch.is_grad_enabled():
-        # A loop: a generator would cost a microsecond at every call.
+        # A loop, because a generator would cost a microsecond per call.
         for x in values:
             if x is not None and isinstance(x, Tensor) and x.requires_grad:
                 return True
@@ -54,15 +54,14 @@ def needs_graph(*values: Any) -> bool:
 
 
 def keeps_for_gradient(*values: Any) -> bool:
-    """`needs_graph`, for what an op's arguments say of it: of a call that `torch.jit.trace` records
-    False, which is compared with one where autograd is off."""
+    """`needs_graph`, for arguments of an op that depend on it. False under `torch.jit.trace`, which
+    compares the recorded call with one without autograd."""
     return (is_compiling() or not _is_jit_tracing()) and needs_graph(*values)
 
 
 def _note_written(x: Tensor | None) -> None:
-    """Counts a write, as the dispatcher does, so that autograd notices that a tensor which it saved
-    has changed."""
-    if x is not None and not x.is_inference():  # such a one keeps no count
+    """Counts a write, like the dispatcher, so that autograd notices changes of saved tensors."""
+    if x is not None and not x.is_inference():  # inference tensors count no writes
         torch.autograd.graph.increment_version(x)
 
 
@@ -70,23 +69,24 @@ class Op:
     """One op in both forms; a public function calls it.
 
     Args:
-        launch: computes the op from arguments that were checked. The annotations of its positional
-            parameters are the schema; it takes every argument as the caller gave it, and its
-            outputs are new tensors that share no memory with an argument. An op that only writes
-            to its arguments returns None. Of several outputs, those not requested are
-            None. Keyword-only parameters are not part of the op; a call without a graph can use
-            them to leave out outputs.
-        fake: for the same arguments, the same outputs without values: sizes, strides, dtypes.
-        check: raises unless the arguments are what `launch` takes. It reads metadata only and runs
-            once for real tensors and once for fake ones. None where only this package calls the op.
-        setup_context: `(ctx, inputs, output)`: saves what `backward` needs. It runs wherever
-            autograd records.
-        backward: `(ctx, *grads)`, made of other ops.
+        launch: computes the op from checked arguments. The annotations of its positional parameters
+            are the schema; it gets every argument as the caller passed it, and returns new tensors
+            that share no memory with an argument. An op that only writes to its arguments returns
+            None. If there are several outputs, those not requested are None. Keyword-only
+            parameters are not part of the op; a call without a graph can use them to omit outputs.
+        fake: returns, for the same arguments, outputs of the same sizes, strides and dtypes without
+            values.
+        check: raises unless `launch` can take the arguments. It reads metadata only and runs once
+            for real tensors and once for fake ones. None if only this package calls the op.
+        setup_context: `(ctx, inputs, output)`: saves what `backward` needs. It runs while autograd
+            records.
+        backward: `(ctx, *grads)`, composed of other ops.
         mutates: the names of the arguments that `launch` writes to. Such an op has no gradient.
-        refuse: of an op without a gradient, of `refuse_gradient`: raises where autograd records.
+        refuse: for an op without a gradient, from `refuse_gradient`: raises while autograd records.
 
     Attributes:
-        dispatched: the `torch.library` op; it checks. It gives an empty tensor for None.
+        dispatched: the `torch.library` op, which includes the check. It returns an empty tensor in
+            place of None.
     """
 
     def __init__(
@@ -114,12 +114,12 @@ class Op:
             backward = _once_differentiable(backward)
             definition.register_autograd(backward, setup_context=setup_context)
             self._function = _function(name, launch, setup_context, backward)
-        elif refuse is not None and not mutates:  # PyTorch registers none for an op that writes
+        elif refuse is not None and not mutates:  # PyTorch allows no autograd for ops that write
             definition.register_autograd(refuse, setup_context=refuse)
         self.dispatched = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        """The op: through the dispatcher where something watches, else directly, with a graph where
+        """Calls the op: through the dispatcher if `is_traced`, otherwise directly, with a graph if
         an argument requires a gradient.
 
         Args:
@@ -129,7 +129,7 @@ class Op:
             if self._written and needs_graph(*args):
                 self._refuse()
             return self.dispatched(*args)
-        if torch.autograd._profiler_enabled():  # which sees no op where the dispatcher does not
+        if torch.autograd._profiler_enabled():  # the profiler only sees ops of the dispatcher
             with torch.profiler.record_function(self._name):
                 return self._direct(args, options)
         return self._direct(args, options)
@@ -144,15 +144,16 @@ class Op:
         return self._launch(*args, **options)
 
     def _record(self, args: tuple) -> Any:
-        """`Function.apply` without its search for torch.func's tensors, which the check refuses."""
+        """`Function.apply` without its search for torch.func's tensors, for which the check
+        raises."""
         if torch._C._are_functorch_transforms_active():
             return self._function.apply(*args)
         return super(torch.autograd.Function, self._function).apply(*args)
 
 
 def _schema(launch: Callable[..., Any]) -> inspect.Signature:
-    """What PyTorch reads a schema from: it knows neither keyword-only options nor optional
-    outputs."""
+    """Returns the signature from which PyTorch infers the schema, which has neither keyword-only
+    options nor optional outputs."""
     signature = inspect.signature(launch)
     parameters = [p for p in signature.parameters.values() if p.kind is not p.KEYWORD_ONLY]
     result = signature.return_annotation
@@ -164,7 +165,7 @@ def _schema(launch: Callable[..., Any]) -> inspect.Signature:
 def _registered(
     function: Callable[..., Any], check: Callable[..., None] | None, signature: inspect.Signature
 ) -> Callable[..., Any]:
-    """`function` as the dispatcher takes it: it checks, and an empty tensor stands for None."""
+    """Wraps `function` for the dispatcher: with the check, and an empty tensor in place of None."""
 
     def registered(*args: Any) -> Any:
         if check is not None:
@@ -180,8 +181,8 @@ def _registered(
 
 
 def refuse_gradient(doing: str, name: str = "q") -> Callable[..., NoReturn]:
-    """The function that an op without a gradient calls where autograd records: it raises, naming
-    the argument `name`."""
+    """Returns the function that an op without a gradient calls while autograd records: it raises an
+    error that names the argument `name`."""
 
     def refuse(*_: Any, **__: Any) -> NoReturn:
         raise NotImplementedError(
@@ -195,20 +196,20 @@ def refuse_gradient(doing: str, name: str = "q") -> Callable[..., NoReturn]:
 def _refuse_vmap(name: str) -> Callable[..., None]:
     def refuse(info: Any, in_dims: Any, *_: Any) -> None:
         raise NotImplementedError(
-            f"{name}: expected no torch.func.vmap; got a mapped tensor. Give the op the "
-            "dimension as one of its batch"
+            f"{name}: expected no torch.func.vmap; got a mapped tensor. Pass the mapped dimension "
+            "as part of the batch"
         )
 
     return refuse
 
 
 def _check_unbatched(grad: Tensor | None) -> None:
-    """Refuses what `torch.autograd.grad` batches by a vmap of its own, and torch.func's."""
+    """Raises for gradients batched by vmap, by `torch.autograd.grad` or by torch.func."""
     if grad is not None and (is_legacy_batchedtensor(grad) or is_functorch_wrapped_tensor(grad)):
         raise NotImplementedError(
             "grad_outputs: expected a tensor outside torch.func's transforms (vmap, "
-            "is_grads_batched, jacobian's vectorize, …); got one inside. A call of "
-            "torch.autograd.grad per vector does the same"
+            "is_grads_batched, jacobian's vectorize, …); got one inside. Call "
+            "torch.autograd.grad once per vector instead"
         )
 
 
@@ -223,20 +224,21 @@ def _function(
         setup_context(ctx, args, output)
         return output
 
-    # Forward and setup_context apart would have PyTorch bind the arguments at every call.
+    # With a separate setup_context, PyTorch would bind the arguments at every call.
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(name, (torch.autograd.Function,), members)
 
 
 def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """First derivatives only: a Function's backward whose kernels autograd cannot see into."""
+    """Wraps a Function's backward so that a second derivative raises: autograd cannot differentiate
+    its kernels."""
 
     @wraps(backward)
     def wrapper(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if not is_compiling():  # a compiler traces no check
+        if not is_compiling():  # checks are not traced
             for grad in grads:
                 _check_unbatched(grad)
-        if not torch.is_grad_enabled():  # as ever, but for create_graph
+        if not torch.is_grad_enabled():  # the usual case, without create_graph
             return backward(ctx, *grads)
         with torch.no_grad():
             results = backward(ctx, *grads)

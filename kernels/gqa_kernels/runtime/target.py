@@ -1,4 +1,4 @@
-"""What the kernels run on: the only place that asks Triton's active driver anything."""
+"""The processor that the kernels run on. Only this module queries Triton's active driver."""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -10,30 +10,30 @@ from triton.runtime import driver
 
 from gqa_kernels import interpreter
 
-# Triton fixes the mode of a kernel when it is defined, which happens after this.
+# Triton fixes the mode of a kernel when it is defined; the kernels are defined after this line.
 _IS_INTERPRETED = interpreter.is_enabled()
 if _IS_INTERPRETED:
-    interpreter.enable()  # switched on by the environment, it needs the repair all the same
+    interpreter.enable()  # TRITON_INTERPRET=1 alone does not apply the corrections
 
 
 class Target(NamedTuple):
-    """The processor that a launch is planned for."""
+    """The processor for which a launch is planned."""
 
     arch: str  # "sm_90", "gfx942", …
     num_sms: int
-    has_tma: bool  # descriptor loads run on a bulk-copy engine
-    max_warps: int  # of one program: 1024 threads
+    has_tma: bool  # hardware loads through descriptors
+    max_warps: int  # per program: 1024 threads
 
 
-# The interpreter has no processor: kernels are planned for one small enough to cross every border.
+# The interpreter's target is small, so that tests cross tile borders with small inputs.
 _INTERPRETED = Target(arch="interpreter", num_sms=4, has_tma=True, max_warps=32)
 
 
 def current() -> Target:
-    """The active device's target.
+    """Returns the active device's target.
 
     Raises:
-        RuntimeError: Triton drives no GPU here and its interpreter is off.
+        RuntimeError: there is no GPU that Triton can drive, and its interpreter is off.
     """
     if _IS_INTERPRETED:
         return _INTERPRETED
@@ -53,7 +53,7 @@ def _describe(active: Any, device: object) -> Target:
 
 
 def has_float8() -> bool:
-    """Whether kernels can convert float8_e4m3fn here: from compute capability 8.9 on."""
+    """Whether kernels can convert float8_e4m3fn here: with compute capability 8.9 or newer."""
     vendor, _, number = current().arch.partition("_")
     return vendor != "sm" or int(number) >= 89
 
@@ -88,7 +88,7 @@ _HERE = nullcontext()
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager:
-    """Makes the tensor's GPU the current one for a launch, where it is not already."""
+    """A context in which the tensor's GPU is the current device, for a launch."""
     index = tensor.get_device()  # −1 on the CPU
     if index < 0 or index == driver.active.get_current_device():
         return _HERE

@@ -26,7 +26,8 @@ def _attention_inputs(case: Case, *context: Any) -> dict[str, Any]:
 
 
 def _limits(case: Case, device: torch.device) -> dict[str, Any]:
-    """Padding on the left, and documents side by side, as masks that each query or key has."""
+    """Returns key_mask for left padding and key_ranges for packed documents, if the case has
+    them."""
     batch, seq_len_q, seq_len_kv = (
         case.sizes[name] for name in ("batch", "seq_len_q", "seq_len_kv")
     )
@@ -44,7 +45,7 @@ def _limits(case: Case, device: torch.device) -> dict[str, Any]:
 
 
 def score_inputs(case: Case, draw: Draw) -> dict[str, Any]:
-    """What the case names of that which shapes scores. Slopes are those of ALiBi's paper."""
+    """Returns the options of a case that change scores. Slopes are those of the ALiBi paper."""
     sizes = case.sizes
     heads = sizes["num_q_heads"]
     inputs = {name: sizes[name] for name in ("causal", "window", "softcap") if name in sizes}
@@ -65,7 +66,7 @@ def _attention_cost(case: Case, dtype: torch.dtype) -> Cost:
     left, right = sizes.get("window", (None, None))
     if sizes["causal"]:
         right = 0
-    own_keys = range(seq_len_kv - seq_len_q, seq_len_kv)  # the key that each query stands on
+    own_keys = range(seq_len_kv - seq_len_q, seq_len_kv)  # the key that each query is aligned with
     ends = [seq_len_kv if right is None else min(seq_len_kv, p + right + 1) for p in own_keys]
     starts = [0 if left is None else max(0, p - left) for p in own_keys]
     pairs = sum(max(0, end - start) for start, end in zip(starts, ends, strict=True))
@@ -79,7 +80,7 @@ def _attention_cost(case: Case, dtype: torch.dtype) -> Cost:
 
 
 def _attention_backward_cost(case: Case, dtype: torch.dtype) -> Cost:
-    """Reads q, k, v, out, dout and lse, writes dq, dk and dv; five products where the forward pass
+    """Reads q, k, v, out, dout and lse, writes dq, dk and dv; five products, where the forward pass
     has two."""
     sizes = case.sizes
     rows_q, rows_kv = (sizes["batch"] * sizes[f"seq_len_{side}"] for side in ("q", "kv"))
@@ -168,8 +169,8 @@ _ATTENTION_CASES = (
 
 
 def packed_lengths(case: Case) -> list[int]:
-    """Lengths of the sequences: every fifth and the last are empty, the rest from a half to one and
-    a half of their mean."""
+    """Lengths of the sequences: every fifth and the last are empty, the others are between 0.5 and
+    1.5 times their mean."""
     total, count = case.sizes["total"], case.sizes["num_sequences"]
     shares = [0 if i % 5 == 4 or i == count - 1 else 2 + i % 5 for i in range(count)]
     shares = shares if any(shares) else [1] * count
@@ -179,7 +180,7 @@ def packed_lengths(case: Case) -> list[int]:
 
 
 def _varlen_inputs(case: Case, *context: Any) -> dict[str, Any]:
-    """Queries and keys of the same lengths, as where documents are packed for training."""
+    """Queries and keys of equal lengths, as when documents are packed for training."""
     draw, sizes = Draw(case, *context), case.sizes
     total, head_dim = sizes["total"], sizes["head_dim"]
     bounds = torch.tensor([0, *packed_lengths(case)], device="cpu").cumsum(0)
@@ -196,7 +197,7 @@ def _varlen_inputs(case: Case, *context: Any) -> dict[str, Any]:
 
 
 def _varlen_cost(case: Case, dtype: torch.dtype) -> Cost:
-    """The sum of flash_attention's over the sequences."""
+    """The sum of flash_attention's costs over the sequences."""
     kept = {
         name: case.sizes[name] for name in ("num_q_heads", "num_kv_heads", "head_dim", "causal")
     }
@@ -211,7 +212,7 @@ def _varlen_cost(case: Case, dtype: torch.dtype) -> Cost:
 
 
 def _varlen_backward_cost(case: Case, dtype: torch.dtype) -> Cost:
-    """As flash_attention's."""
+    """The sum of flash_attention's backward costs over the sequences."""
     total = case.sizes["total"]
     return _backward_cost(case, dtype, total, total, _varlen_cost(case, dtype))
 

@@ -14,14 +14,16 @@ from gqa_kernels.spec.case import Case, Cost, Draw, OpSpec
 
 
 def decode_lengths(case: Case) -> list[int]:
-    """Spread from the longest down to an eighth of it, unless the case is not ragged."""
+    """Lengths between the longest and an eighth of it; all the longest if the case is not
+    ragged."""
     batch, capacity = case.sizes["batch"], case.sizes["max_seq_len"]
     spread = capacity * 7 if case.sizes.get("ragged", True) else 0
     return [capacity - i * spread // (8 * batch) for i in range(batch)]
 
 
 def quantized(x: Tensor, dtype: torch.dtype, *, per_token: bool) -> tuple[Tensor, Tensor]:
-    """(stored, scale) of `[…, num_kv_heads, head_dim]`, the largest feature at the dtype's end."""
+    """Quantises `[…, num_kv_heads, head_dim]` to (stored, scale); the largest feature becomes the
+    dtype's largest value."""
     largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
     features = x.float().abs().amax(-1)
     if not per_token:
@@ -32,7 +34,7 @@ def quantized(x: Tensor, dtype: torch.dtype, *, per_token: bool) -> tuple[Tensor
 
 
 def _spoil(x: Tensor) -> None:
-    """Fills x with what must never be read: NaN, or the int8 that is furthest off."""
+    """Fills x with values that must never be read: NaN, or the extreme int8."""
     if x.dtype == torch.float8_e4m3fn:
         x.view(torch.uint8).fill_(0x7F)
     else:
@@ -40,11 +42,11 @@ def _spoil(x: Tensor) -> None:
 
 
 def _paged(x: Tensor, block_table: Tensor, num_pages: int) -> Tensor:
-    """`[batch, max_seq_len, …]` dealt out to pages; what no sequence owns is spoilt."""
+    """Distributes `[batch, max_seq_len, …]` over pages; pages that no sequence owns are spoilt."""
     rows = x.unflatten(1, (block_table.shape[1], -1)).flatten(0, 1)
     pages = rows.new_empty(num_pages, *rows.shape[1:])
     _spoil(pages)
-    raw = torch.uint8 if x.element_size() == 1 else x.dtype  # indexing knows no float8
+    raw = torch.uint8 if x.element_size() == 1 else x.dtype  # indexing does not support float8
     pages.view(raw)[block_table.flatten().long()] = rows.view(raw)
     return pages
 
@@ -57,11 +59,11 @@ def decode_inputs(
     *,
     spoil: bool = True,
 ) -> dict[str, Any]:
-    """Caches of `decode_lengths`: contiguous, or in shuffled pages of `page_size`; of `dtype`, or
+    """Caches with `decode_lengths`: contiguous, or in shuffled pages of `page_size`; in `dtype`, or
     quantised to `cache_dtype` with scales per token or, with `scale_per_head`, per head.
 
-    spoil: fill what lies beyond the lengths with NaN, and the block table with pages that there are
-        not.
+    spoil: fill entries beyond the lengths with NaN, and those of the block table with pages that do
+        not exist.
     """
     draw, sizes = Draw(case, dtype, device, generator), case.sizes
     batch, capacity = sizes["batch"], sizes["max_seq_len"]
@@ -98,8 +100,8 @@ def decode_inputs(
 
 
 def _decode_cost(case: Case, dtype: torch.dtype) -> Cost:
-    """Reads every cache entry that a window reaches, its scale and its page's number once; two
-    products of 2 · head_dim flops per query and key, all keys counted as seen by all new tokens."""
+    """Reads every valid cache entry within the window, its scale and its page's number once; two
+    products of 2 · head_dim flops per query and key, as if all new tokens saw all keys."""
     sizes, lengths = case.sizes, decode_lengths(case)
     left, _ = sizes.get("window", (None, None))
     if left is not None:
@@ -184,8 +186,8 @@ _DECODE_CASES = (
 
 
 def _append_inputs(case: Case, *context: Any) -> dict[str, Any]:
-    """Shuffled slots of a cache of pages with room for twice the tokens; q, k and v are views of a
-    fused projection. Scales are those of heads where sizes say so, else those of tokens."""
+    """Shuffled slots of a paged cache with room for twice the tokens; q, k and v are views of a
+    fused projection. Scales are per head if sizes say so, otherwise per token."""
     draw, sizes = Draw(case, *context), case.sizes
     tokens = (sizes["batch"], sizes["seq_len"])
     heads = (sizes["num_q_heads"], sizes["num_kv_heads"], sizes["num_kv_heads"])

@@ -1,4 +1,4 @@
-"""What a row of the op table is made of."""
+"""The types of a row of the op table."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from gqa_kernels.spec.structure import REPEATING, STRUCTURES
 
 
 class Cost(NamedTuple):
-    """The algorithmic minimum of a pass."""
+    """The algorithmic minimum of a pass in flops and bytes."""
 
     read_bytes: int
     write_bytes: int
@@ -21,11 +21,11 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One shape of an op and where it comes from.
+    """One shape of an op and its source.
 
     Attributes:
-        test: small enough for the interpreter.
-        structure: of the inputs, a name of `STRUCTURES`.
+        test: whether it is small enough for the interpreter.
+        structure: that of the inputs, a name in `STRUCTURES`.
     """
 
     sizes: dict[str, Any]
@@ -42,9 +42,9 @@ class OpSpec:
     """A row of the table.
 
     Attributes:
-        tiny: the sizes of a call that takes the interpreter a moment, for tests that ask how an op
-            is called and not what it computes.
-        wrt: the arguments with gradients; none of an op without a backward pass.
+        tiny: the sizes of a call that the interpreter runs quickly, for tests of how an op is
+            called rather than of what it computes.
+        wrt: the arguments with gradients; empty for an op without a backward pass.
         backward_cost: of the backward pass, if there is one.
     """
 
@@ -69,8 +69,8 @@ class OpSpec:
 
 
 def standard_normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Standard normal float32 numbers on the generator's device; from one of the CPU, the same on
-    every machine, which those of torch.randn are not."""
+    """Standard normal float32 numbers on the generator's device. From a CPU generator they are the
+    same on every machine, unlike those of torch.randn."""
     if generator.device.type != "cpu":
         return torch.randn(shape, generator=generator, dtype=torch.float32, device=generator.device)
     (seed,) = torch.randint(2**62, (1,), generator=generator, device="cpu").tolist()
@@ -79,8 +79,8 @@ def standard_normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 
 
 class Draw:
-    """Tensors of one dtype and device from one generator, with the structure of a case; those that
-    are asked for in another dtype are standard normal."""
+    """Draws tensors of one dtype and device from one generator, with the structure of a case;
+    tensors requested in another dtype are standard normal."""
 
     def __init__(
         self, case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator

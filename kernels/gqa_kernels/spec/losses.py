@@ -9,7 +9,7 @@ from gqa_kernels.spec.case import Case, Cost, Draw, OpSpec
 
 
 def _projection(case: Case, *context: Any) -> dict[str, Any]:
-    """Logits of a standard deviation of about 1."""
+    """Inputs whose logits have a standard deviation of about 1."""
     draw, sizes = Draw(case, *context), case.sizes
     num_tokens, width, vocab_size = (
         sizes[name] for name in ("num_tokens", "hidden_size", "vocab_size")
@@ -25,7 +25,7 @@ def _projection(case: Case, *context: Any) -> dict[str, Any]:
 
 
 def _ignored_every(case: Case) -> int | None:
-    """Every how many tokens one is ignored; None if none is."""
+    """The n for which every n-th token is ignored; None if none is."""
     return case.sizes.get("ignored_every", 3)
 
 
@@ -53,7 +53,7 @@ def _cost(case: Case, dtype: torch.dtype, num_ignored: int = 0) -> Cost:
 
 
 def _backward_cost(case: Case, dtype: torch.dtype, num_ignored: int = 0) -> Cost:
-    """Reads the same, writes both gradients; two matrix products, of logits that are at hand."""
+    """Reads the same, writes both gradients; two matrix products, with the logits given."""
     read, _, flops = _cost(case, dtype, num_ignored)
     tokens, width, vocab_size = (
         case.sizes[name] for name in ("num_tokens", "hidden_size", "vocab_size")

@@ -12,8 +12,7 @@ from gqa_kernels.spec.case import Case, Cost, Draw, OpSpec
 
 
 def on_copies(update: Callable[..., None]) -> Callable[..., tuple[Tensor, ...]]:
-    """An update as a function of its arguments, which it leaves as they are: what it writes is what
-    it returns."""
+    """Wraps an update so that it returns what it would write and leaves its arguments unchanged."""
 
     @wraps(update)
     def updated(**inputs: Any) -> tuple[Tensor, ...]:
@@ -26,7 +25,7 @@ def on_copies(update: Callable[..., None]) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def _adamw_inputs(case: Case, *context: Any) -> dict[str, Any]:
-    """A model of the case's dtype that is trained by weights in float32, in the tenth step."""
+    """The tenth step of a model of the case's dtype with float32 master weights."""
     draw, sizes = Draw(case, *context), case.sizes
     shape = (sizes["num_tokens"], sizes["hidden_size"])
     gradient = draw(*shape)

@@ -37,7 +37,7 @@ def _norm_cost(case: Case, dtype: torch.dtype) -> Cost:
 
 
 def _add_norm_cost(case: Case, dtype: torch.dtype) -> Cost:
-    """Reads x, residual and weight, writes y and h; one add more than the norm."""
+    """Reads x, residual and weight, writes y and h; one more add than the norm."""
     tokens, width = case.sizes["num_tokens"], case.sizes["hidden_size"]
     size = dtype.itemsize
     return Cost((2 * tokens + 1) * width * size, 2 * tokens * width * size, 5 * tokens * width)
@@ -49,8 +49,8 @@ def _norm_backward_cost(case: Case, dtype: torch.dtype) -> Cost:
 
 
 def _add_norm_backward_cost(case: Case, dtype: torch.dtype) -> Cost:
-    """Reads h, dy, dh and weight, writes dx, which is the residual's too, and dweight; three times
-    the flops of the forward pass."""
+    """Reads h, dy, dh and weight, writes dx, which is also the gradient of the residual, and
+    dweight; three times the flops of the forward pass."""
     return _norm_backward(case, dtype, 3, _add_norm_cost)
 
 

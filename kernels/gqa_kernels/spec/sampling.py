@@ -9,8 +9,8 @@ from gqa_kernels.spec.case import Case, Cost, Draw, OpSpec
 
 
 def _inputs(case: Case, *context: Any) -> dict[str, Any]:
-    """Greedy rows, nuclei and whole distributions; `uniform` in the middle of what a token takes of
-    it, so that no rounding of a sum decides."""
+    """Rows with greedy choice, nuclei and whole distributions. `uniform` is in the middle of a
+    token's interval, so that rounding of sums does not matter."""
     draw, sizes = Draw(case, *context), case.sizes
     batch, vocab_size = sizes["num_tokens"], sizes["vocab_size"]
     logits = draw(batch, vocab_size)

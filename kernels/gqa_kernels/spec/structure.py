@@ -1,7 +1,7 @@
-"""Numbers as models have them, made of standard normal ones.
+"""Inputs with the structure of real activations, made from standard normal numbers.
 
-Random normal numbers hide what a kernel loses: their sums have no mean, none is much larger than
-the others, and no two tokens are the same.
+Standard normal inputs hide losses of precision: their mean is 0, none is much larger than the
+others, and no two tokens are equal.
 """
 
 from collections.abc import Callable
@@ -18,12 +18,12 @@ def _normal(x: Tensor, normals: Normals) -> Tensor:
 
 
 def _offset(x: Tensor, normals: Normals) -> Tensor:
-    """A mean per feature, four standard deviations large: the bias of a projection (Qwen 2)."""
+    """Adds a mean per feature of four standard deviations, like a projection's bias (Qwen 2)."""
     return x + 4.0 * normals(x.shape[-1])
 
 
 def _outliers(x: Tensor, normals: Normals) -> Tensor:
-    """One feature in sixteen is thirty times larger (Dettmers et al. 2022, arXiv:2208.07339)."""
+    """Makes one feature in sixteen thirty times larger (Dettmers et al. 2022, arXiv:2208.07339)."""
     features = torch.arange(x.shape[-1], device=x.device)
     return torch.where(features % 16 == 3, 30.0 * x, x)
 
@@ -34,18 +34,18 @@ def _heavy_tails(x: Tensor, normals: Normals) -> Tensor:
 
 
 def _token_dim(x: Tensor) -> int:
-    """Of [tokens, features] or [..., tokens, heads, features]."""
+    """The token dimension of [tokens, features] or [..., tokens, heads, features]."""
     return max(x.dim() - 3, 0)
 
 
 def _repeated(x: Tensor, normals: Normals) -> Tensor:
-    """One token, over and over."""
+    """Repeats one token."""
     dim = _token_dim(x)
     return x.narrow(dim, 0, 1).expand_as(x).contiguous() if x.dim() > 1 and x.numel() else x
 
 
 def _runs(x: Tensor, normals: Normals) -> Tensor:
-    """Every token 16 times in a row."""
+    """Repeats every token 16 times in a row."""
     if x.dim() == 1:
         return x
     dim = _token_dim(x)
@@ -53,7 +53,7 @@ def _runs(x: Tensor, normals: Normals) -> Tensor:
 
 
 def _uniform(x: Tensor, normals: Normals) -> Tensor:
-    """Between 0 and 1, as of torch.rand."""
+    """Uniform numbers between 0 and 1, as from torch.rand."""
     return 0.5 * (1.0 + torch.erf(x * 0.5**0.5))
 
 

@@ -1,9 +1,9 @@
-"""`warm_up(call)`: what a call needs compiled lies in Triton's cache before the first such call.
+"""`warm_up(call)` compiles the kernels of a call into Triton's cache ahead of time.
 
-Triton compiles a kernel when it is first launched, and keeps the binary in a directory,
-TRITON_CACHE_DIR or ~/.triton/cache, under a hash of all that it depends on: the kernels' source,
-what they are specialised for, the target, Triton and ptxas, and variables such as TRITON_DEBUG. The
-GPU itself is no part of it, so that a machine without one fills a cache for it.
+Triton compiles a kernel at its first launch and stores the binary in a directory, TRITON_CACHE_DIR
+or ~/.triton/cache, under a hash of everything that it depends on: the kernels' source, their
+specialisation, the target, Triton and ptxas, and variables such as TRITON_DEBUG. It does not depend
+on the GPU itself, so a machine without a GPU can fill a cache for one.
 """
 
 import os
@@ -17,12 +17,12 @@ from gqa_kernels.warming.workers import Outcome, compile_all
 
 
 class Report(NamedTuple):
-    """What `warm_up` found. Kernels are named by module and function, one per binary.
+    """The result of `warm_up`. Kernels are named by module and function, one entry per binary.
 
     Attributes:
-        compiled: what has been compiled.
-        were_there: what the cache held.
-        failed: (kernel, error) of each that does not compile.
+        compiled: the kernels that were compiled.
+        were_there: the kernels that were already in the cache.
+        failed: (kernel, error) of each kernel that does not compile.
     """
 
     compiled: tuple[str, ...]
@@ -36,10 +36,10 @@ class Report(NamedTuple):
 
 
 class CompilationError(RuntimeError):
-    """Kernels that do not compile; the others have been.
+    """Some kernels do not compile; all others have been compiled.
 
     Attributes:
-        report: of all of them.
+        report: the report on all kernels.
     """
 
     def __init__(self, report: Report) -> None:
@@ -54,37 +54,37 @@ def warm_up(
     jobs: int | None = None,
     progress: bool = False,
 ) -> Report:
-    """Compiles what `call()` launches of this package's kernels, in parallel processes, into
-    Triton's cache: afterwards the same call compiles nothing, in this process or another.
+    """Compiles the kernels of this package that `call()` launches into Triton's cache, in parallel
+    processes. Afterwards the same call compiles nothing, in this process or another.
 
-    The call is made once, by this process. Its launches are written down and not made, so that it
-    takes no time of a GPU; what the ops return is not initialised, and nothing that was computed
-    from it is to be used. Launches of other packages' kernels are made as ever.
+    This process runs the call once. It records the launches of this package's kernels without
+    executing them, so the call takes no GPU time; the outputs of ops are uninitialised, and results
+    computed from them must not be used. Kernels of other packages are launched as usual.
 
         model = ...  # on the GPU, patched or made with get_backend("triton")
         gqa_kernels.warm_up(lambda: model(tokens))
 
-    A binary serves every number of tokens but for corner cases (a batch with one token, a view with
-    other strides), so that a call needs few of them; a cache of another dtype or in pages, a
-    gradient and another dtype of the model are other binaries. A model of two layers launches what
-    one of many does.
+    A binary serves all numbers of tokens except for corner cases (a batch with one token, a view
+    with other strides), so few calls cover all of them. Other binaries are needed for a gradient,
+    another dtype of the model, and a cache of another dtype or in pages. A model of two layers
+    launches the same kernels as one of many.
 
-    What was interrupted goes on where it was; what is in the cache is not compiled again. The cache
-    holds absolute paths: it is found where it was made. Environment, source, and the versions of
-    Triton and its ptxas must be those of the process that is to find it. Triton 3.6 has a C
-    compiler make a launcher per signature beside, every version a library of its driver; these come
-    at the first launch.
+    Kernels in the cache are not compiled again, so an interrupted call can be repeated. The cache
+    contains absolute paths and cannot be moved. The process that uses it must have the same
+    environment, source, and versions of Triton and ptxas. Triton 3.6 also builds a launcher per
+    signature with a C compiler, and every version builds a library for its driver; both are built
+    at the first launch, not here.
 
     Args:
-        arch: "sm_90", …: compiles for a GPU that need not be there; the call's tensors are on the
-            CPU then. None: for the active GPU, where the call's tensors are.
-        jobs: processes at most; None: as many as this process may use of the CPUs.
-        progress: shows a bar on stderr, if that is a terminal; needs tqdm.
+        arch: "sm_90", …: compiles for a GPU that need not be present; the call's tensors are then
+            on the CPU. None: for the active GPU, where the call's tensors are.
+        jobs: the largest number of processes; None: the number of CPUs that this process may use.
+        progress: shows a progress bar on stderr if that is a terminal; needs tqdm.
     Raises:
-        CompilationError: kernels do not compile, after all others have been.
+        CompilationError: some kernels do not compile; all others have been compiled.
         RuntimeError: the kernels run in Triton's interpreter.
-        ValueError: arch is none that Triton compiles for, or None where it drives no GPU; jobs is
-            less than 1.
+        ValueError: Triton does not compile for arch, or arch is None without a GPU; jobs is less
+            than 1.
         ImportError: progress without tqdm.
     """
     if jobs is None:
@@ -94,7 +94,7 @@ def warm_up(
     if interpreter.is_enabled():
         raise RuntimeError(
             "warm_up: expected kernels that are compiled; got Triton's interpreter. "
-            "TRITON_INTERPRET has to be unset before the first import of triton"
+            "Unset TRITON_INTERPRET before the first import of triton"
         )
     kernels = record(call, arch)
     with closing(compile_all(kernels, jobs)) as outcomes:

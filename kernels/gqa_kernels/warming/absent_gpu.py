@@ -1,4 +1,4 @@
-"""A Triton driver for a GPU that need not be there: it compiles for one and launches nothing."""
+"""A Triton driver for a GPU that need not be present: it compiles and launches nothing."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from triton.runtime import driver
 
 
 class _Launcher:
-    """Stands where Triton's launcher would."""
+    """Stands in for Triton's launcher."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
         pass
@@ -22,7 +22,7 @@ class _Launcher:
 
 
 class _Utilities:
-    """The part of a driver that Triton asks about devices and binaries."""
+    """The part of a driver that Triton queries for devices and binaries."""
 
     def __init__(self, properties: Mapping[str, int]) -> None:
         self.properties = dict(properties)
@@ -31,7 +31,7 @@ class _Utilities:
         return self.properties
 
     def load_binary(self, *_: Any) -> tuple[None, int, int, int, int]:
-        """(module, function, registers, spills, most threads per program); none is used."""
+        """(module, function, registers, spills, maximum threads per program); all unused."""
         return None, 0, 0, 0, 1024
 
     def unload_module(self, module: object) -> None:
@@ -39,10 +39,10 @@ class _Utilities:
 
 
 class AbsentGpu(DriverBase):
-    """Compiles for `target`; tensors live on the CPU.
+    """Compiles for `target`; tensors are on the CPU.
 
     Args:
-        properties: what Triton and a plan of a launch ask of a device, by Triton's names.
+        properties: the device properties that Triton and launch planning read, by Triton's names.
     """
 
     launcher_cls = _Launcher
@@ -53,7 +53,7 @@ class AbsentGpu(DriverBase):
 
     @classmethod
     def is_active(cls) -> bool:
-        return False  # never chosen by itself
+        return False  # Triton must not choose this driver automatically
 
     def map_python_to_cpp_type(self, ty: str) -> str:
         return ty
@@ -62,7 +62,7 @@ class AbsentGpu(DriverBase):
         return self.target
 
     def get_current_device(self) -> object:
-        """Keys the caches of kernels, so it differs from target to target."""
+        """Triton keys its caches of kernels by the device, so each target has another one."""
         return self.target
 
     def set_current_device(self, device: object) -> None:
@@ -75,15 +75,15 @@ class AbsentGpu(DriverBase):
         return torch.device("cpu")
 
     def get_benchmarker(self) -> Callable[..., Sequence[float]]:
-        raise RuntimeError("benchmarker: expected none; a GPU that is not there takes no time")
+        raise RuntimeError("benchmarker: expected a GPU; got a driver without one")
 
 
 def target_named(arch: str) -> GPUTarget:
-    """The target of "sm_80", "sm_90", …
+    """Returns the target of "sm_80", "sm_90", …
 
     Raises:
-        ValueError: another name. AMD's are no exception: Triton specialises its kernels for them by
-            the sizes of tensors too, which are a GPU's own.
+        ValueError: another name, including AMD's: for AMD, Triton also specialises kernels on the
+            sizes of tensors on the GPU.
     """
     found = re.fullmatch(r"sm_([1-9][0-9]+)", arch)
     if found is None or int(found[1]) < 80:
@@ -93,7 +93,7 @@ def target_named(arch: str) -> GPUTarget:
 
 @contextmanager
 def active(gpu: DriverBase) -> Iterator[None]:
-    """Inside, `gpu` is what Triton drives; no other GPU is asked for."""
+    """A context in which `gpu` is Triton's active driver; no other GPU is queried."""
     before = driver._active
     driver.set_active(gpu)
     try:

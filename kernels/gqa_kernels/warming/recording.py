@@ -1,7 +1,7 @@
-"""The launches of a call, written down in place of being made.
+"""Records the launches of a call instead of executing them.
 
-Triton asks `knobs.runtime.jit_cache_hook` before it compiles, and neither compiles nor launches
-where that says so. What it hands over, `specialization_data`, is all that `JITFunction.preload`
+Triton calls `knobs.runtime.jit_cache_hook` before it compiles, and neither compiles nor launches if
+the hook returns True. The hook's argument `specialization_data` is all that `JITFunction.preload`
 needs to compile the same binary in another process.
 """
 
@@ -16,12 +16,12 @@ from gqa_kernels.warming.absent_gpu import AbsentGpu, active, target_named
 
 _PACKAGE = "gqa_kernels."
 
-# No kernel is compiled differently for another number of SMs, or for more shared memory.
+# The number of SMs and the size of shared memory do not affect compilation.
 _PROPERTIES = {"multiprocessor_count": 132, "max_shared_mem": 2**20, "max_num_regs": 65536}
 
 
 class Kernel(NamedTuple):
-    """A kernel, and what is to be compiled of it."""
+    """A kernel and the specialisation to compile."""
 
     module: str
     name: str
@@ -33,18 +33,19 @@ class Kernel(NamedTuple):
 
 class _AbsentGpu(AbsentGpu):
     def get_current_device(self) -> object:
-        """One of its own, for which nothing has been compiled in this process."""
+        """Returns a new device, for which nothing has been compiled in this process."""
         return self
 
 
 def record(call: Callable[[], object], arch: str | None) -> list[Kernel]:
-    """The different kernels of this package that `call()` launches, in order, none launched.
+    """Returns the distinct kernels of this package that `call()` launches, in order, without
+    executing them.
 
     Args:
-        arch: of a GPU that need not be there, tensors being on the CPU; None: the active GPU, whose
-            launches of what this process has compiled before are made, as ever.
+        arch: that of a GPU that need not be present, with tensors on the CPU; None: the active GPU,
+            on which kernels that this process has already compiled are launched as usual.
     Raises:
-        ValueError: arch is no known one, or None where Triton drives no GPU.
+        ValueError: arch is unknown, or None without a GPU.
     """
     if arch is not None:
         gpu = _AbsentGpu(target_named(arch), _PROPERTIES)
@@ -55,7 +56,7 @@ def record(call: Callable[[], object], arch: str | None) -> list[Kernel]:
         driver.active.get_current_target()
     except RuntimeError as error:
         raise ValueError(
-            "arch: expected the name of one, such as sm_90, where Triton drives no GPU "
+            "arch: expected a name such as sm_90, as there is no GPU that Triton can drive "
             f"({error}); got None"
         ) from error
     with _recorded() as kernels:

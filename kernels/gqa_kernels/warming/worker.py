@@ -1,4 +1,4 @@
-"""A process that compiles: each line of stdin is a kernel, each line of stdout what became of it.
+"""A process that compiles kernels: each line of stdin is a kernel, each line of stdout its result.
 
     python -m gqa_kernels.warming.worker
 
@@ -19,7 +19,7 @@ from gqa_kernels.warming.absent_gpu import AbsentGpu, active
 
 
 def compile_kernel(module: str, name: str, specialization: str) -> bool:
-    """Compiles into Triton's cache, unless it is there; returns whether it was."""
+    """Compiles a kernel into Triton's cache; returns whether it was already there."""
     found = []
 
     def listen(*, cache_hit: bool, **_: Any) -> None:
@@ -33,14 +33,14 @@ def compile_kernel(module: str, name: str, specialization: str) -> bool:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what the compiler prints is no answer
+    os.dup2(2, 1)  # the compiler's output goes to stderr, as stdout carries results only
     for line in sys.stdin:
         answer: dict[str, object] = {"error": None, "was_there": False}
         try:
             answer["was_there"] = compile_kernel(*json.loads(line))
-        except Exception as error:  # whatever stops a compilation stops no other
+        except Exception as error:  # a failed compilation must not stop the others
             answer["error"] = f"{type(error).__name__}: {error}"
         print(json.dumps(answer), file=answers, flush=True)
 

@@ -13,7 +13,7 @@ from gqa_kernels.warming.recording import Kernel
 
 
 class Outcome(NamedTuple):
-    """What became of a kernel."""
+    """The result of compiling a kernel."""
 
     kernel: Kernel
     was_there: bool  # in the cache
@@ -21,7 +21,7 @@ class Outcome(NamedTuple):
 
 
 class _Worker:
-    """A process of `worker.py`: started when it is wanted, and anew after it has died."""
+    """A process of `worker.py`: started on demand, and restarted if it has died."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -48,8 +48,8 @@ class _Worker:
 
 
 def _start() -> subprocess.Popen[str]:
-    # No fork, which threads and a GPU's context do not survive, and no import of the caller's
-    # __main__; but its path.
+    # A new process with the caller's import path: a fork would break threads and the GPU's context,
+    # and multiprocessing's spawn would import the caller's __main__.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return subprocess.Popen(
         [sys.executable, "-P", "-m", f"{__package__}.worker"],
@@ -61,10 +61,10 @@ def _start() -> subprocess.Popen[str]:
 
 
 def compile_all(kernels: Sequence[Kernel], jobs: int) -> Iterator[Outcome]:
-    """What became of each kernel, as they are done.
+    """Compiles kernels; yields the result of each as soon as it is done.
 
     Args:
-        jobs: processes at most.
+        jobs: the largest number of processes.
     """
     workers = [_Worker() for _ in range(min(jobs, len(kernels)))]
     idle: SimpleQueue[_Worker] = SimpleQueue()
