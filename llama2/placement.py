@@ -1,4 +1,4 @@
-"""Where a command runs: its device and its backend, chosen once and said aloud on stderr."""
+"""Chooses the device and the backend of a command and prints the choice on stderr."""
 
 import argparse
 import os
@@ -25,8 +25,9 @@ def add_options(parser: argparse._ActionsContainer) -> None:
         "--backend",
         choices=BACKENDS,
         default="auto",
-        help="auto: triton on a GPU that Triton can drive, otherwise torch, PyTorch's own fused "
-        "functions; eager is the reference, to check the others",
+        help="auto: triton on a GPU that Triton supports, otherwise torch; torch: PyTorch's fused "
+        "functions; triton: this package's kernels; eager: the reference implementation, slow, to "
+        "check the others",
     )
     add_device_option(parser)
 
@@ -45,24 +46,24 @@ class Placement(NamedTuple):
         print(f"backend: {self.backend} on {self.device}: {self.reason}", file=sys.stderr)
         if self.interpreted:
             print(
-                "The kernels run in Triton's interpreter on the CPU, which is slow: it checks "
-                "their results, and no speed is claimed.",
+                "The kernels run in Triton's interpreter on the CPU, which is slow: use it to "
+                "check results, not speed.",
                 file=sys.stderr,
             )
 
 
 def place(backend: str, device: str | None = None) -> Placement:
-    """Settles a device and a backend; "triton" on the CPU switches Triton's interpreter on.
+    """Chooses the device and the backend; "triton" on the CPU switches Triton's interpreter on.
 
-    To be called before anything imports Triton, which fixes the interpreter's mode when it defines
-    its first kernel.
+    Call it before anything imports Triton: Triton reads the interpreter's mode when it defines its
+    first kernel.
 
     Args:
-        backend: "auto" takes "triton" on a GPU that Triton can drive, otherwise "torch".
+        backend: "auto" takes "triton" on a GPU that Triton supports, otherwise "torch".
         device: None means "cuda" if there is one, otherwise "cpu".
     Raises:
-        ValueError: the backend is none of these, the device is not there, or "triton" is asked for
-            on a GPU that Triton cannot drive.
+        ValueError: the backend is unknown, the device does not exist, or the backend is "triton"
+            and Triton does not support the GPU.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
@@ -72,7 +73,7 @@ def place(backend: str, device: str | None = None) -> Placement:
         if obstacle is not None:
             return Placement(where, "torch", obstacle, interpreted=False)
         name = torch.cuda.get_device_name(where)
-        return Placement(where, "triton", f"Triton drives {name}", interpreted=False)
+        return Placement(where, "triton", f"Triton supports {name}", interpreted=False)
     if backend != "triton":
         return Placement(where, backend, "as asked for", interpreted=False)
     if where.type == "cpu":
@@ -99,7 +100,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def _obstacle(device: torch.device) -> str | None:
-    """Why "auto" does not take the kernels for this device, if it does not."""
+    """Returns why "auto" does not choose the kernels for this device; None if it does."""
     if device.type == "cpu":
         return "the device is the CPU" if torch.cuda.is_available() else "there is no GPU"
     if interpreter.is_enabled():
@@ -115,10 +116,10 @@ def _obstacle(device: torch.device) -> str | None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Of memory that a program can have there."""
+    """Returns the bytes of memory that a program can still allocate on the device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    # "free" would leave out what the system would give back from its cache.
+    # MemAvailable, unlike MemFree, counts caches that the system can drop.
     meminfo = Path("/proc/meminfo")
     text = meminfo.read_text(encoding="utf-8") if meminfo.is_file() else ""
     if found := re.search(r"MemAvailable: +(\d+) kB", text):

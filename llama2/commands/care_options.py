@@ -1,17 +1,17 @@
-"""The options that say which care is taken of texts before a model is trained on them."""
+"""The options for filtering and redacting texts before a model is trained on them."""
 
 import argparse
 import math
 
 from llama2.train.near_duplicates import LEAST_THRESHOLD, THRESHOLD
 
-_REGION = "US"  # where --redact is given without one
+_REGION = "US"  # of --redact without a REGION
 
 
 def add_care_options(group: argparse._ArgumentGroup) -> None:
-    """The options `exclude`, `redact` and `drop_near_duplicates`, which `Care` takes in this order.
+    """Adds `--exclude`, `--redact` and `--drop-near-duplicates`, the arguments of `Care` in order.
 
-    None of the last two is given as None; they need the packages of the extra `data`.
+    The last two default to None and need the packages of the extra `data`.
     """
     add = group.add_argument
     add(
@@ -19,16 +19,17 @@ def add_care_options(group: argparse._ArgumentGroup) -> None:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="leave out what a shell pattern matches, of documents' paths in their source and of "
-        "sources' names, such as '*.md', 'private/*'; repeatable",
+        help="leave out documents whose path in their source, or whose source's name, matches a "
+        "shell pattern such as '*.md' or 'private/*'; repeatable",
     )
     add(
         "--redact",
         nargs="?",
         const=_REGION,
         metavar="REGION",
-        help="put <EMAIL_ADDRESS>, <PHONE_NUMBER> and <IP_ADDRESS> in the place of these; "
-        f"national telephone numbers are those of REGION, by default {_REGION}",
+        help="replace e-mail addresses, telephone numbers and IP addresses by <EMAIL_ADDRESS>, "
+        f"<PHONE_NUMBER> and <IP_ADDRESS>; REGION is the country of national telephone numbers; "
+        f"default: {_REGION}",
     )
     add(
         "--drop-near-duplicates",
@@ -36,8 +37,8 @@ def add_care_options(group: argparse._ArgumentGroup) -> None:
         type=_similarity,
         const=THRESHOLD,
         metavar="THRESHOLD",
-        help="leave out texts that share this part of their five-word sequences with an earlier "
-        f"one, by Jaccard's measure; by default {THRESHOLD}",
+        help="leave out texts whose five-word sequences have at least this Jaccard similarity with "
+        f"those of an earlier text; default: {THRESHOLD}",
     )
 
 

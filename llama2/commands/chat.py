@@ -17,15 +17,15 @@ from llama2.taught_format import taught_format
 from llama2.tokenizer import Tokenizer
 
 _NOTES = {
-    SHIPPED: "the shipped model continues Python source; it was never taught to answer",
-    SHIPPED_CHAT: "the shipped chat model knows small tasks alone, such as 'What is the "
-    "opposite of hot?' or 'Sort 9 2 8 from small to large.'; its README.md names them all",
+    SHIPPED: "the shipped model continues Python source; it was not trained to answer",
+    SHIPPED_CHAT: "the shipped chat model can only do small tasks, such as 'What is the "
+    "opposite of hot?' or 'Sort 9 2 8 from small to large.'; its README.md lists them",
 }
 _COMMANDS = "/reset forgets the conversation, /exit leaves"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `run`."""
+    """Adds the options of `run`."""
     add_generation_options(parser, max_new_tokens=512, chat=True)
     parser.add_argument("--system", metavar="TEXT", help="instructions for the conversation")
 
@@ -59,20 +59,20 @@ def chat(
 ) -> None:
     """Reads lines from stdin and streams answers to stdout, until /exit or the end of the input.
 
-    A conversation is never shortened: when it has filled the model's context, the next line is
-    refused with the way out.
+    It never shortens the conversation: once the context is full, it refuses the next line and names
+    the commands that help.
 
     Args:
         stops: ids that end an answer.
         system: instructions that hold for the whole conversation.
         form: of the conversation, see `encode_prompt`.
-        max_new_tokens: of one answer, which is shorter where the context ends.
+        max_new_tokens: of one answer; fewer where the context ends.
         settings: `generate`'s temperature, top_p and seed.
     Raises:
-        ValueError: the system prompt holds one of the chat format's tags, or fills the context; or
-            a setting is wrong.
+        ValueError: the system prompt contains one of the chat format's tags or fills the context;
+            or a setting is wrong.
     """
-    check_settings(max_new_tokens=max_new_tokens, **settings)  # before anything is asked
+    check_settings(max_new_tokens=max_new_tokens, **settings)  # before the first question
     max_seq_len = generator.model.config.max_seq_len
     opening = [] if system is None else [{"role": "system", "content": system}]
     _tokens(max_seq_len, tokenizer, form, [*opening, {"role": "user", "content": ""}])
@@ -102,7 +102,7 @@ def chat(
             print()
             kept = without_tags(answer)
             if kept != answer:
-                _note("the answer's tags of the chat format are left out of the conversation")
+                _note("removed the chat format's tags from the answer that the conversation keeps")
             history = [*asked, {"role": "assistant", "content": kept}]
 
 
@@ -122,8 +122,8 @@ def _tokens(
     tokens = encode_prompt(tokenizer, messages, form)
     if len(tokens) >= max_seq_len:
         raise ValueError(
-            f"the context is full: the conversation takes {len(tokens)} tokens, of which the "
-            f"model sees {max_seq_len}, its answer included"
+            f"the context is full: the conversation takes {len(tokens)} tokens; the model's "
+            f"context holds {max_seq_len}, with the answer"
         )
     return tokens
 

@@ -1,4 +1,4 @@
-"""The command `llama2 evaluate`: tasks of lm-eval, asked of a checkpoint."""
+"""The command `llama2 evaluate`: runs tasks of lm-eval on a checkpoint."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ _PACKAGES = ("lm-eval", "datasets")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Asks the tasks' questions, prints the table of results, writes them to a file and returns 0.
+    """Runs the tasks, prints the table of results, writes them to a file and returns 0.
 
     Raises:
         OSError, ValueError, NotImplementedError, ImportError, FloatingPointError: about an option,
@@ -65,15 +65,15 @@ def _check_sizes(arguments: argparse.Namespace) -> None:
 
 
 def _check_out(out: Path) -> None:
-    """What cannot be written is better known before the work than after it."""
+    """Refuses an output that cannot be written, before the evaluation instead of after it."""
     if out.is_dir():
         raise IsADirectoryError(f"--out: expected a file; got a directory, {out}")
     out.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _tasks(folders: list[Path], patterns: list[str]) -> tuple[TaskManager, list[str]]:
-    """What knows the tasks, and the names that the patterns match. lm-eval's own tasks, which are
-    thousands of files, are read only if a pattern matches none in the folders.
+    """Returns lm-eval's task manager and the names of the tasks that match the patterns. lm-eval's
+    own tasks, thousands of files, are read only if a pattern matches no task in the folders.
 
     Raises:
         ValueError: a pattern matches no task; a folder or a file in it cannot be read.
@@ -99,13 +99,14 @@ def _tasks(folders: list[Path], patterns: list[str]) -> tuple[TaskManager, list[
 
 
 def _answers(folder: Path, lm: Llama2LM) -> Path:
-    """Where answers are kept: lm-eval tells questions apart, but not who answered them."""
+    """Returns the cache of this model's answers: lm-eval's cache distinguishes questions, not
+    models."""
     folder.mkdir(parents=True, exist_ok=True)
     return folder / lm.digest()
 
 
 def _record(arguments: argparse.Namespace, results: dict[str, Any]) -> dict[str, Any]:
-    """lm-eval's results, among them the tasks' versions and settings, and what made them."""
+    """Returns lm-eval's results, with the tasks' versions and settings, and what produced them."""
     about = {"checkpoint": str(arguments.checkpoint.resolve())} | made_with(arguments, _PACKAGES)
-    # git_hash is the commit of whatever folder the command was run in.
+    # lm-eval's git_hash is that of the working directory, which may be another repository.
     return about | {name: value for name, value in results.items() if name != "git_hash"}

@@ -13,21 +13,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=path,
         required=True,
         metavar="DIR",
-        help="Hugging Face's or Meta's files with tokenizer.model",
+        help="directory with Hugging Face's or Meta's files and tokenizer.model",
     )
     add(
         "--tasks",
         type=_names,
         required=True,
         metavar="NAME,…",
-        help="tasks, groups and tags of lm-eval or of --task-path; * stands for any characters",
+        help="tasks, groups and tags of lm-eval or of --task-path; * matches any characters",
     )
     add(
         "--out",
         type=path,
         required=True,
         metavar="FILE",
-        help="the results and what they were made with, as JSON",
+        help="the results, with versions and settings, as JSON",
     )
     add(
         "--task-path",
@@ -35,34 +35,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="DIR",
-        help="a folder of YAML tasks of your own; repeatable. Relative paths of data in them begin "
-        "in the working directory",
+        help="a folder of your own YAML tasks; repeatable. Relative data paths in them start at "
+        "the working directory",
     )
+    add("--num-fewshot", type=integer, metavar="N", help="examples per prompt; default: the task's")
     add(
-        "--num-fewshot", type=integer, metavar="N", help="examples in a prompt; default: the task's"
+        "--limit",
+        type=integer,
+        metavar="N",
+        help="questions per task, for a quick test; default: all",
     )
-    add("--limit", type=integer, metavar="N", help="questions of a task, for a try; default: all")
     add(
         "--apply-chat-template",
         action="store_true",
-        help="ask in Llama 2's chat format, with examples as earlier turns",
+        help="write prompts in Llama 2's chat format, with examples as earlier turns",
     )
-    add("--system-instruction", metavar="TEXT", help="what a prompt begins with")
-    add("--batch-size", type=integer, default=16, metavar="N", help="default: %(default)s")
+    add("--system-instruction", metavar="TEXT", help="text at the beginning of every prompt")
+    add(
+        "--batch-size",
+        type=integer,
+        default=16,
+        metavar="N",
+        help="sequences per call; default: %(default)s",
+    )
     add(
         "--max-length",
         type=integer,
         metavar="N",
-        help="tokens that the model is given at once; default: the checkpoint's context length",
+        help="the longest context in tokens; default: the checkpoint's context length",
     )
     add_options(parser)
-    add("--dtype", choices=DTYPES, help="default: the checkpoint's")
+    add("--dtype", choices=DTYPES, help="dtype of the weights; default: the checkpoint's")
     add(
         "--cache",
         type=path,
         metavar="DIR",
-        help="a folder of your own where answers are kept, so that an interrupted evaluation goes "
-        "on; those of other weights are told apart",
+        help="a folder that keeps answers, so that an interrupted evaluation resumes; answers of "
+        "other weights are kept apart",
     )
 
 

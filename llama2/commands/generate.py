@@ -1,4 +1,4 @@
-"""The command `llama2 generate`: continues one prompt as a stream, or several as a batch."""
+"""The command `llama2 generate`: streams the continuation of one prompt, or continues a batch."""
 
 import argparse
 import io
@@ -13,20 +13,22 @@ from llama2.stops import stop_ids
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `run`."""
+    """Adds the options of `run`."""
     add_generation_options(parser, max_new_tokens=128)
     parser.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="give it again for a batch"
+        "--prompt", action="append", metavar="TEXT", help="text to continue; repeat it for a batch"
     )
-    parser.add_argument("--prompt-file", metavar="FILE", help="a UTF-8 text; - is stdin")
+    parser.add_argument(
+        "--prompt-file", metavar="FILE", help="a UTF-8 text file to continue; - reads stdin"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints each prompt with its continuation and returns 0.
 
     Raises:
-        OSError, ValueError, NotImplementedError, ImportError: as `load`; there is no prompt, or one
-            is not UTF-8; or as `Generator.generate`.
+        OSError, ValueError, NotImplementedError, ImportError: as `load` and `Generator.generate`;
+            or there is no prompt, or one is not UTF-8.
     """
     prompts = [require_utf8("--prompt", prompt) for prompt in arguments.prompt or ()]
     if arguments.prompt_file is not None:

@@ -1,4 +1,4 @@
-"""The files of `llama2 serve-offline`: lines of prompts, lines of results."""
+"""The files of `llama2 serve-offline`: JSON lines of prompts and of results."""
 
 import json
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from llama2.tokenizer import Tokenizer
 
 SETTINGS = {"max_new_tokens": int, "temperature": float, "top_p": float, "seed": int}
 _RESULT_KEYS = {"id", "text", "num_new_tokens", "finish_reason"}
-_BEGIN, _THEN = '{"id": ', ', "text": "'  # in every line that `result_line` makes, around the id
+_BEGIN, _THEN = '{"id": ', ', "text": "'  # around the id in every line of `result_line`
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Line:
     number: int
     id: str | int
     prompt: str
-    settings: dict[str, float | int]  # those that it has of SETTINGS
+    settings: dict[str, float | int]  # the SETTINGS that the line sets
 
 
 def read_prompts(path: Path, complaints: Complaints) -> Iterator[Line]:
@@ -34,7 +34,7 @@ def read_prompts(path: Path, complaints: Complaints) -> Iterator[Line]:
                 line = _parse(number, raw)
                 if line.id in first:
                     raise ValueError(
-                        f"id: expected another than line {first[line.id]}'s; got {line.id!r}"
+                        f"id: expected an id other than line {first[line.id]}'s; got {line.id!r}"
                     )
             except ValueError as error:
                 complaints.add(path, number, error)
@@ -61,7 +61,7 @@ def _parse(number: int, raw: bytes) -> Line:
     for name, text in (("prompt", prompt), ("id", str(id))):
         try:
             text.encode()
-        except UnicodeEncodeError as error:  # JSON can escape half a character
+        except UnicodeEncodeError as error:  # JSON can contain half of a surrogate pair
             raise ValueError(f"{name}: expected whole characters; {error}") from error
     settings = {name: value[name] for name in SETTINGS if name in value}
     for name, setting in settings.items():
@@ -73,11 +73,11 @@ def _parse(number: int, raw: bytes) -> Line:
 
 
 def resume(path: Path) -> tuple[dict[str | int, bool], int]:
-    """By the ids of the results that are there whether one is an error; and where a half-written
-    last line begins.
+    """Returns whether each result of a file is an error, by id, and the offset of a partial last
+    line.
 
     Raises:
-        ValueError: the file holds something else than results.
+        ValueError: the file contains something other than results.
     """
     failed = {}
 
@@ -91,14 +91,14 @@ def resume(path: Path) -> tuple[dict[str | int, bool], int]:
 
 
 def _is_begun(raw: bytes) -> bool:
-    """Returns whether a line without an end can be what a killed run leaves of a result."""
+    """Returns whether a line without a line end can be the beginning of a result."""
     text = raw.decode(errors="ignore")
     if len(text) <= len(_BEGIN) or not text.startswith(_BEGIN):
         return _BEGIN.startswith(text)
     try:
         _, end = json.JSONDecoder().raw_decode(text, len(_BEGIN))
     except ValueError:
-        return text[len(_BEGIN)] in '"-'  # an id that is cut
+        return text[len(_BEGIN)] in '"-'  # a truncated id
     rest = text[end:]
     if len(rest) <= len(_THEN) or not rest.startswith(_THEN):
         return _THEN.startswith(rest)

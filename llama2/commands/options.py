@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they ask for."""
+"""Options that several commands share, and the objects that they describe."""
 
 import argparse
 import math
@@ -22,14 +22,15 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def path(text: str) -> Path:
-    """Returns a path that an option names; an empty one would be the present directory."""
+    """Returns the path that an option names; refuses the empty path, which is the working
+    directory."""
     if not text:
         raise argparse.ArgumentTypeError("expected a path; got ''")
     return Path(text)
 
 
 def integer(text: str) -> int:
-    """Returns an int of 64 bits: arithmetic on sizes and the seeds of generators take no other."""
+    """Returns an int of 64 bits, the range of sizes and of random seeds."""
     try:
         number = int(text)
     except ValueError:  # also of thousands of digits
@@ -60,11 +61,11 @@ def add_generation_options(
     several: bool = False,
     sampled: bool = False,
 ) -> None:
-    """The options of `load`, `make_generator` and `sampling`.
+    """Adds the options that `load`, `make_generator` and `sampling` read.
 
     Args:
         chat: the default checkpoint is the shipped chat model.
-        several: --checkpoint can be repeated, and is a list.
+        several: --checkpoint can be repeated; its value is a list.
         sampled: the default temperature is 1, not 0, and the default seed 0, not a new one.
     """
     add = parser.add_argument
@@ -73,9 +74,9 @@ def add_generation_options(
         "--checkpoint",
         type=path,
         metavar="DIR",
-        help="Hugging Face's or Meta's files with tokenizer.model; "
+        help="directory with Hugging Face's or Meta's files and tokenizer.model; "
         + (
-            "repeated, their results stand side by side"
+            "repeat it to compare checkpoints side by side"
             if several
             else f"default: a small {kind} that comes with this package"
         ),
@@ -86,35 +87,35 @@ def add_generation_options(
         ),
     )
     add_options(parser)
-    add("--dtype", choices=DTYPES, help="default: the checkpoint's")
+    add("--dtype", choices=DTYPES, help="dtype of the weights; default: the checkpoint's")
     add(
         "--kv-cache-dtype",
         choices=CACHE_DTYPES,
         default="auto",
-        help="of the key/value cache: auto, the default, is the model's; fp8 and int8 round, in "
-        "half the memory of 16 bits",
+        help="dtype of the key/value cache: auto, the default, is the model's dtype; fp8 and int8 "
+        "quantise the cache, which takes half the memory of 16 bits",
     )
     add(
         "--max-new-tokens",
         type=integer,
         default=max_new_tokens,
         metavar="N",
-        help="default: %(default)s",
+        help="the most new tokens per sequence; default: %(default)s",
     )
     add(
         "--temperature",
         type=float,
         default=1.0 if sampled else 0.0,
         metavar="T",
-        help="default: " + ("1" if sampled else "0, the likeliest token"),
+        help="sampling temperature; default: " + ("1" if sampled else "0, the likeliest token"),
     )
-    add("--top-p", type=float, default=1.0, metavar="P", help="default: 1, no cut")
+    add("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling; default: 1, off")
     add(
         "--seed",
         type=integer,
         default=0 if sampled else None,
         metavar="N",
-        help="default: " + ("0" if sampled else "another one every time"),
+        help="random seed; default: " + ("0" if sampled else "a new one each time"),
     )
 
 
@@ -126,7 +127,7 @@ def load(arguments: argparse.Namespace) -> tuple[Llama2, Tokenizer]:
             `Tokenizer` and `check_fits`.
     """
     placement = place(arguments.backend, arguments.device)
-    checkpoint.load_config(arguments.checkpoint)  # what is no checkpoint has no tokenizer either
+    checkpoint.load_config(arguments.checkpoint)  # so that the error is not about the tokenizer
     tokenizer = Tokenizer(arguments.checkpoint / "tokenizer.model")  # before gigabytes of weights
     if arguments.backend == "auto" or placement.interpreted:
         placement.announce()
@@ -139,13 +140,13 @@ def load(arguments: argparse.Namespace) -> tuple[Llama2, Tokenizer]:
 
 
 def make_generator(arguments: argparse.Namespace, model: Llama2, tokenizer: Tokenizer) -> Generator:
-    """It draws no id that the tokenizer lacks."""
+    """Returns a generator that never samples an id which the tokenizer lacks."""
     dtype = CACHE_DTYPES[arguments.kv_cache_dtype]
     return Generator(model, cache_dtype=dtype, vocab_size=tokenizer.vocab_size)
 
 
 def sampling(arguments: argparse.Namespace) -> dict[str, float | int | None]:
-    """What `generate` takes beside the prompts."""
+    """Returns the keyword arguments of `generate`."""
     names = ("max_new_tokens", "temperature", "top_p", "seed")
     return {name: getattr(arguments, name) for name in names}
 
@@ -155,8 +156,8 @@ def shape_named(name: str | None) -> ModelConfig:
     model's.
 
     Raises:
-        ValueError: there is no such shape, or its file is malformed.
-        NotImplementedError: a config.json asks for other maths than Llama 2's.
+        ValueError: the name is unknown, or the file is malformed.
+        NotImplementedError: a config.json describes a model that differs from Llama 2.
     """
     if name is None:
         return read_config(SHIPPED)

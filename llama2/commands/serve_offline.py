@@ -1,4 +1,4 @@
-"""The command `llama2 serve-offline`: a file of prompts continued by continuous batching."""
+"""The command `llama2 serve-offline`: continues a file of prompts by continuous batching."""
 
 import argparse
 import contextlib
@@ -21,7 +21,7 @@ from llama2.stops import stop_ids
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `run`."""
+    """Adds the options of `run`."""
     add_generation_options(parser, max_new_tokens=128)
     add = parser.add_argument
     add(
@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help='JSON lines {"prompt": TEXT, "id": …}; max_new_tokens, temperature, top_p and seed '
-        "beside them go before the options; an id that is left out is the line's number",
+        help='JSON lines {"prompt": TEXT, "id": …}; a line may set max_new_tokens, temperature, '
+        "top_p and seed, which override the options; the default id is the line's number",
     )
     add(
         "--out",
@@ -38,20 +38,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="FILE",
         help='JSON lines {"id": …, "text": …, "num_new_tokens": …, "finish_reason": "stop", '
-        '"length" or "error"}, with an "error" that says why, as they finish; ids that are there '
-        "already are not done again. - is stdout, where nothing is resumed, as in a pipe",
+        '"length" or "error"}, in the order in which they finish; "error" gives the reason. '
+        "Prompts whose ids the file already has are skipped. - is stdout; stdout and pipes cannot "
+        "be resumed",
     )
     add_cache_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Continues each prompt of a file and writes results as they finish.
+    """Continues each prompt of a file and writes each result when it is finished.
 
-    A killed run leaves whole lines and at most a part of one: the next run cuts that and does what
-    is missing. A bad line is reported with its number and left out.
+    A killed run leaves whole lines and at most one partial line; the next run cuts the partial line
+    off and continues the missing prompts. A bad line is reported with its number and skipped.
 
     Returns:
-        0; 1 if a line was bad or ended in an error, in an earlier run too.
+        0; 1 if a line was bad or ended in an error, in this run or an earlier one.
     Raises:
         OSError, ValueError, ImportError, FloatingPointError: about a file, an option or the model.
     """
@@ -72,14 +73,13 @@ def run(arguments: argparse.Namespace) -> int:
             num_done, done = _go_on(lines, arguments, complaints)
     before = [done[line.id] for line in lines if line.id in done]
     print(
-        f"{num_done} prompts done, {len(before)} were done before, {complaints.count} lines are "
-        "bad",
+        f"{num_done} prompts done, {len(before)} were done before, {complaints.count} bad lines",
         file=sys.stderr,
     )
     if any(before):
         print(
-            f"{sum(before)} of those that were done before are errors: without their lines in "
-            f"{out} they are done again",
+            f"{sum(before)} of those that were done before are errors: remove their lines from "
+            f"{out} to run them again",
             file=sys.stderr,
         )
     return 1 if complaints.count or any(before) else 0
@@ -90,14 +90,14 @@ def is_stdout(out: Path) -> bool:
 
 
 def _utf8_stdout() -> TextIO:
-    """Results are JSON, which is UTF-8 whatever the terminal shows."""
+    """Returns stdout set to UTF-8, the encoding of JSON, whatever the terminal's is."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="strict")
     return sys.stdout
 
 
 def _is_stream(out: Path) -> bool:
-    """Returns whether what is written there cannot be read again: stdout, a pipe, a device."""
+    """Returns whether the output cannot be read back: stdout, a pipe or a device."""
     if is_stdout(out):
         return True
     if not out.exists() or out.is_file():
@@ -110,10 +110,11 @@ def _is_stream(out: Path) -> bool:
 def _go_on(
     lines: list[Line], arguments: argparse.Namespace, complaints: Complaints
 ) -> tuple[int, dict[str | int, bool]]:
-    """Adds what is missing to the file. Returns how many it did, and what was there."""
+    """Appends the missing results to the file. Returns their number, and what the file had
+    before."""
     with arguments.out.open("a", encoding="utf-8") as file:
         lock_output(file)
-        done, end = resume(arguments.out)  # another run may have ended just now
+        done, end = resume(arguments.out)  # again: another run may have ended since
         todo = [line for line in lines if line.id not in done]
         num_done = _continue(todo, lines, file, arguments, complaints, end=end)
     return num_done, done
@@ -128,7 +129,7 @@ def _continue(
     *,
     end: int | None = None,
 ) -> int:
-    """Writes the results of `todo` to a file, which is cut at `end` first. Returns their number."""
+    """Cuts a file at `end`, appends the results of `todo` and returns their number."""
     tqdm = require("tqdm").tqdm
     model, tokenizer = load(arguments)
     stops = stop_ids(tokenizer, arguments.checkpoint)
@@ -183,7 +184,7 @@ def _continue(
 
 
 def _check_options(arguments: argparse.Namespace, model: Llama2, cache: PagedKVCache) -> None:
-    """A wrong option is one complaint, not one about every line."""
+    """Checks the options once, so that a wrong one is not reported for every line."""
     sampling = {name: getattr(arguments, name) for name in ("temperature", "top_p", "seed")}
     check_request(model, cache, Request([0], min(arguments.max_new_tokens, 1), **sampling))
 

@@ -1,4 +1,4 @@
-"""Text in and text out: generation through a tokenizer."""
+"""Generation from text to text, through a tokenizer."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -15,8 +15,7 @@ def stream_text(
     stops: Iterable[int],
     **settings: Any,
 ) -> Iterator[str]:
-    """Yields the continuation of one prompt, piece by piece, until the document ends or
-    `max_new_tokens`.
+    """Yields the continuation of one prompt in pieces, until the document ends or `max_new_tokens`.
 
     Args:
         prompt: token ids, as `encode` and `encode_chat` give them.
@@ -39,7 +38,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str, max_seq_len: int) -> list[int
     """Returns the ids of `text`.
 
     Raises:
-        ValueError: they are more than a model takes; said at once of a text that is far too long.
+        ValueError: there are more than `max_seq_len`; a text that is far too long is not tokenised.
     """
     least = tokenizer.least_ids(text)
     if least > max_seq_len:
@@ -50,7 +49,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str, max_seq_len: int) -> list[int
 
 
 def require_utf8(name: str, text: str) -> str:
-    """`text` as the UTF-8 that it was before Python decoded it, in whatever locale.
+    """Returns `text` decoded as UTF-8, whatever locale Python decoded it with.
 
     Raises:
         ValueError: it was not UTF-8.

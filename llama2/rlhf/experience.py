@@ -87,8 +87,8 @@ def experiences(batch: Sequence[Measured], config: PPOConfig) -> list[Experience
 def _of_groups(
     batch: Sequence[Measured], scores: np.ndarray, config: PPOConfig
 ) -> list[Experience]:
-    """Returns every token has its answer's score relative to the group's, and the penalties to
-    come."""
+    """Returns experiences whose token advantages are the answer's score relative to its group plus
+    the sum of the KL penalties from that token on."""
     learnt = []
     for each, score in zip(batch, scores, strict=True):
         penalties = token_rewards(0.0, each.log_ratios, config.kl_weight)
