@@ -1,28 +1,29 @@
 """Parameters, flops and bytes of a model shape, and shapes with other numbers of key/value heads.
 
-Everything here is arithmetic on a `ModelConfig`: computed, not measured.
+Every number is computed from a `ModelConfig`; none is measured.
 """
 
 from dataclasses import replace
 
 from llama2.config import ModelConfig
 
-# How a model with fewer key/value heads gets back the parameters that it loses, if at all.
+# Whether and how a model with fewer key/value heads gets the lost parameters back; see `matched`.
 MATCHINGS = ("same_ffn", "exact", "paper")
 
 # Touvron et al. 2023, arXiv:2307.09288, section A.2.1: the feed-forward layers' factors in the
 # ablation of table 18. The paper gives them for one 30B model: MQA, and GQA with 8 heads.
 PAPER_FACTOR_MQA, PAPER_FACTOR_GQA = 1.33, 1.3
-PAPER_WIDTH_MULTIPLE = 8  # ours: the paper does not say how it rounds
+PAPER_WIDTH_MULTIPLE = 8  # our choice: the paper does not say how it rounds
 
-_MOST_HEADS = 4096  # of which all divisors are tried
+_MOST_HEADS = 4096  # `head_counts` tries all divisors
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """Parameters of `Llama2(config)`, norms included, tied embeddings counted once.
+    """Returns the number of parameters of `Llama2(config)`, norms included, tied embeddings counted
+    once.
 
-    Per layer: hidden · head_dim · (2 num_q_heads + 2 num_kv_heads) + 3 hidden · intermediate
-    + 2 hidden; beyond them the embedding, the head and the last norm.
+    Per layer: hidden · head_dim · (2 num_q_heads + 2 num_kv_heads) + 3 hidden · intermediate + 2
+    hidden; plus the embedding, the head and the last norm.
     """
     norms = (2 * config.num_layers + 1) * config.hidden_size
     embeddings = 1 if config.tie_word_embeddings else 2
@@ -31,34 +32,35 @@ def num_parameters(config: ModelConfig) -> int:
 
 
 def kv_parameters(config: ModelConfig) -> int:
-    """Parameters of all projections to keys and values: the part that num_kv_heads decides."""
+    """Returns the number of parameters of all projections to keys and values, which num_kv_heads
+    determines."""
     return 2 * config.num_layers * config.hidden_size * config.num_kv_heads * config.head_dim
 
 
 def layers_parameters(config: ModelConfig) -> int:
-    """Parameters of all projections of all layers: what a step reads of them, but for norms."""
+    """Returns the number of parameters of all projections of all layers, without the norms."""
     q_and_o = 2 * config.hidden_size * config.num_q_heads * config.head_dim
     ffn = 3 * config.hidden_size * config.intermediate_size
     return config.num_layers * (q_and_o + ffn) + kv_parameters(config)
 
 
 def product_flops_per_token(config: ModelConfig, *, head: bool = True) -> int:
-    """Forward flops of one token in the projections: 2 per weight. The look-up of an embedding
-    has none."""
+    """Returns the forward flops of one token in the projections: 2 per weight. An embedding lookup
+    counts none."""
     weights = layers_parameters(config)
     return 2 * (weights + config.vocab_size * config.hidden_size * head)
 
 
 def attention_flops_per_pair(config: ModelConfig) -> int:
-    """Forward flops of one query and one key that it sees, in all layers: q·k and the sum of
-    values are 2 · head_dim each per query head, however few key/value heads there are."""
+    """Returns the forward flops of one query attending to one key, in all layers: 2 · head_dim per
+    query head for q·k and as many for the sum of values, whatever the number of key/value heads."""
     return 4 * config.num_layers * config.num_q_heads * config.head_dim
 
 
 def flops_per_token(config: ModelConfig, context: int) -> int:
-    """Forward flops of one token that attends to `context` keys, its own included.
+    """Returns the forward flops of one token that attends to `context` keys, including its own.
 
-    Matrix products, the head among them, at 2 flops per multiply-add; softmax, norms, rotary
+    Counts matrix products, the head's too, at 2 flops per multiply-add; softmax, norms, rotary
     embeddings and SwiGLU are not counted.
     """
     _check_positive("context", context)
@@ -66,16 +68,16 @@ def flops_per_token(config: ModelConfig, context: int) -> int:
 
 
 def mean_flops_per_token(config: ModelConfig, seq_len: int) -> int:
-    """`flops_per_token` averaged over a causal sequence, whose tokens see (seq_len + 1) / 2 keys
-    on average. Training a token costs about three times that."""
+    """Returns `flops_per_token` averaged over a causal sequence, whose tokens attend to (seq_len +
+    1) / 2 keys on average. Training costs about three times as many flops per token."""
     _check_positive("seq_len", seq_len)
-    # Exact: the flops of a pair are a multiple of four.
+    # Exact: the flops per pair are a multiple of four.
     return product_flops_per_token(config) + attention_flops_per_pair(config) * (seq_len + 1) // 2
 
 
 def kv_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2) -> int:
-    """Bytes that a cache keeps of each token: keys and values of every layer, 2 bytes a value
-    in bfloat16."""
+    """Returns the bytes per token of a key/value cache over all layers; 2 bytes per value in
+    bfloat16."""
     _check_positive("bytes_per_value", bytes_per_value)
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * bytes_per_value
 
@@ -84,34 +86,32 @@ def head_counts(config: ModelConfig) -> tuple[int, ...]:
     """Returns every possible num_kv_heads, from MQA (1) to MHA (num_q_heads).
 
     Raises:
-        ValueError: more query heads than any model has, whose divisors would fill pages.
+        ValueError: num_q_heads is larger than that of any real model.
     """
     if config.num_q_heads > _MOST_HEADS:
-        raise ValueError(
-            f"num_q_heads: expected at most {_MOST_HEADS}, to try all that divide them; "
-            f"got {config.num_q_heads}"
-        )
+        raise ValueError(f"num_q_heads: expected at most {_MOST_HEADS}; got {config.num_q_heads}")
     return tuple(k for k in range(1, config.num_q_heads + 1) if config.num_q_heads % k == 0)
 
 
 def matched(config: ModelConfig, num_kv_heads: int, matching: str) -> ModelConfig:
-    """`config` with another number of key/value heads, and feed-forward layers as `matching` says.
+    """Returns `config` with another number of key/value heads, and feed-forward layers as
+    `matching` says.
 
-    - "same_ffn": nothing else changes; the model gets smaller with fewer heads.
-    - "exact": the parameters of the projections to keys and values go to the feed-forward layers,
-      intermediate_size + 2 · head_dim · (old − new num_kv_heads) / 3, or the nearest whole width
-      where that is none: `unmatched_parameters` says what is left. Widths are not rounded to what
-      a GPU likes.
+    - "same_ffn": nothing else changes; a model with fewer heads is smaller.
+    - "exact": the feed-forward layers get the parameters that the projections lose:
+      intermediate_size + 2 · head_dim · (old − new num_kv_heads) / 3, rounded to the nearest
+      integer; `unmatched_parameters` returns the remainder. Widths are not rounded to multiples
+      that suit a GPU.
     - "paper": intermediate_size times the factor of Llama 2's ablation (arXiv:2307.09288, A.2.1),
       1.33 for MQA and 1.3 for every other count, to the nearest multiple of 8. The paper gives 1.3
-      for 8 heads of its 30B model alone, and both factors add more than MHA's heads held: the
-      models that they make are larger than the one that they are compared to.
+      only for 8 heads of its 30B model. Both factors add more parameters than MHA's heads have, so
+      these models are larger than the MHA model they are compared to.
 
-    The same count gives `config` itself.
+    With the same count it returns `config` unchanged.
 
     Raises:
-        ValueError: another matching; a count that does not divide num_q_heads; "paper" with a
-            config that is not MHA; "exact" where nothing would remain of the feed-forward layers.
+        ValueError: `matching` is unknown; num_kv_heads does not divide num_q_heads; "paper" with a
+            config that is not MHA; "exact" would remove the feed-forward layers.
     """
     if matching not in MATCHINGS:
         raise ValueError(f"matching: expected one of {', '.join(MATCHINGS)}; got {matching!r}")
@@ -121,11 +121,11 @@ def matched(config: ModelConfig, num_kv_heads: int, matching: str) -> ModelConfi
     width = config.intermediate_size
     if matching == "exact":
         freed = 2 * config.head_dim * (config.num_kv_heads - num_kv_heads)
-        width += (freed + 1) // 3  # to the nearest: thirds are never halfway
+        width += (freed + 1) // 3  # round to nearest: a third is never halfway
         if width < 1:
             raise ValueError(
-                f"num_kv_heads: expected feed-forward layers with {-freed} / 3 columns to spare; "
-                f"got intermediate_size {config.intermediate_size}"
+                f"num_kv_heads: expected an intermediate_size above {-freed} / 3; got "
+                f"{config.intermediate_size}"
             )
     elif matching == "paper":
         if config.num_kv_heads != config.num_q_heads:
@@ -139,7 +139,7 @@ def matched(config: ModelConfig, num_kv_heads: int, matching: str) -> ModelConfi
 
 
 def unmatched_parameters(config: ModelConfig, num_kv_heads: int, matching: str) -> int:
-    """By how many parameters `matched` exceeds `config`; negative where it has fewer."""
+    """Returns how many more parameters `matched` has than `config`; negative if it has fewer."""
     return num_parameters(matched(config, num_kv_heads, matching)) - num_parameters(config)
 
 

@@ -1,4 +1,4 @@
-"""How many pages a cache needs for the sequences at hand, and how many fit in memory."""
+"""The number of cache pages that given sequences need and that fit in memory."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from llama2.placement import free_bytes
 
 
 def page_bytes(config: ModelConfig, dtype: torch.dtype, page_size: int) -> int:
-    """Keys and values of the tokens of a page, in all layers."""
+    """Returns the bytes of the keys and values of one page, in all layers."""
     return kv_bytes_per_token(config, dtype.itemsize) * page_size
 
 
@@ -23,12 +23,11 @@ def fitting_pages(
     dtype: torch.dtype,
     device: torch.device,
 ) -> int:
-    """Pages that `max_batch` of the longest sequences fill, at most those that fit in half of the
-    free memory, of which there may be none.
+    """Returns the number of pages that the `max_batch` longest sequences fill, limited to half of
+    the free memory; it can be 0.
 
     Args:
-        lengths: tokens of the sequences, their new ones included; the model's max_seq_len at most
-            counts.
+        lengths: tokens per sequence, new tokens included; each counts as at most max_seq_len.
     """
     longest = sorted(min(length, config.max_seq_len) for length in lengths)[-max_batch:]
     wanted = sum(-(-max(length, 1) // page_size) for length in longest)

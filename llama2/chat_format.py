@@ -1,4 +1,4 @@
-"""Llama 2's chat format as text: its tags, and what messages look like between them.
+"""Llama 2's chat format as text: its tags and how messages are written between them.
 
 Source: Touvron et al. 2023, arXiv:2307.09288, and the released chat models.
 """
@@ -10,24 +10,23 @@ _BEGIN_INSTRUCTION, _END_INSTRUCTION = "[INST]", "[/INST]"
 _BEGIN_SYSTEM, _END_SYSTEM = "<<SYS>>", "<</SYS>>"
 CHAT_TAGS = (_BEGIN_INSTRUCTION, _END_INSTRUCTION, _BEGIN_SYSTEM, _END_SYSTEM)
 
-# How a dialogue is written: with these tags as the released chat models, or as the paper describes
-# fine-tuning, with a special token between prompt and answer; see finetune/encoding.py.
+# "chat": with these tags, as for the released chat models; "separator": with a special token
+# between prompt and answer, as the paper describes fine-tuning; see finetune/encoding.py.
 FORMATS = ("chat", "separator")
 
 Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": text}
 
 
 def check_messages(messages: Sequence[Message], *, last: str = "user") -> None:
-    """Raises unless messages are an optional system, then user and assistant in turn.
+    """Checks that messages are an optional system message, then user and assistant in turn.
 
     Args:
-        last: the role of the last: "user" where an answer is asked for, "assistant" where all are
-            given.
+        last: the role of the last message: "user" if an answer is to be generated, "assistant" if
+            all answers are given.
     Raises:
-        TypeError: a message has no role or a content that is no text.
-        ValueError: the roles are in another order, or a content holds one of the format's tags,
-            which are plain text to a tokenizer: a content that holds one could speak for another
-            role.
+        TypeError: a message has no role, or its content is not a string.
+        ValueError: the roles are in another order, or a content contains one of the format's tags.
+            Tags are plain text to the tokenizer, so such a content could impersonate another role.
     """
     for index, message in enumerate(messages):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
@@ -37,7 +36,7 @@ def check_messages(messages: Sequence[Message], *, last: str = "user") -> None:
         content = message["content"]
         if not isinstance(content, str):
             raise TypeError(
-                f"messages[{index}]: expected a content of text; got {type(content).__name__}"
+                f"messages[{index}]: expected a string as content; got {type(content).__name__}"
             )
         found = [tag for tag in CHAT_TAGS if tag in content]
         if found:
@@ -50,23 +49,23 @@ def check_messages(messages: Sequence[Message], *, last: str = "user") -> None:
     alternating = (["user", "assistant"] * len(turns))[: len(turns)]
     if not turns or turns != alternating or turns[-1] != last:
         raise ValueError(
-            "messages: expected an optional system, then user and assistant in turn, ending "
-            f"with {last}; got roles {', '.join(map(str, roles)) or 'none':.80}"
+            "messages: expected an optional system message, then user and assistant in turn, "
+            f"ending with {last}; got roles {', '.join(map(str, roles)) or 'none':.80}"
         )
 
 
 def split_turns(
     messages: Sequence[Message], *, system_in_every_turn: bool = False
 ) -> list[tuple[str, str | None]]:
-    """(prompt, answer) of each turn of messages that `check_messages` accepts.
+    """Returns (prompt, answer) of each turn of messages that `check_messages` accepts.
 
-    Contents are stripped. A prompt is the user's content, the first after the system's between its
-    tags and as it is: `<<SYS>>\\n{system}\\n<</SYS>>\\n\\n{user}`. The answer of a turn that has
-    none is None.
+    Contents are stripped. A prompt is the user's content; the system's content, between its tags
+    and unstripped, precedes the first: `<<SYS>>\\n{system}\\n<</SYS>>\\n\\n{user}`. The answer of a
+    turn without one is None.
 
     Args:
-        system_in_every_turn: the system's content is put before every prompt, as Ghost attention
-            does to sample answers.
+        system_in_every_turn: the system's content precedes every prompt, as Ghost attention does to
+            sample answers.
     """
     system = ""
     if messages[0]["role"] == "system":
@@ -82,18 +81,18 @@ def split_turns(
 
 
 def instruction(prompt: str) -> str:
-    """What the model is given of a turn: `[INST] {prompt} [/INST]`."""
+    """Returns the text of a turn up to the answer: `[INST] {prompt} [/INST]`."""
     return f"{_BEGIN_INSTRUCTION} {prompt} {_END_INSTRUCTION}"
 
 
 def answered(prompt: str, answer: str) -> str:
-    """Returns a finished turn: `[INST] {prompt} [/INST] {answer} `."""
+    """Returns the text of a finished turn: `[INST] {prompt} [/INST] {answer} `."""
     return f"{instruction(prompt)} {answer} "
 
 
 def chat_turns(messages: Sequence[Message], *, system_in_every_turn: bool = False) -> list[str]:
-    """Returns the texts of a chat between BOS and EOS, the last without the answer that is asked
-    for.
+    """Returns the texts of a chat's turns, each to be put between BOS and EOS; the last has no
+    answer.
 
     Raises:
         TypeError, ValueError: as `check_messages`.
@@ -104,15 +103,15 @@ def chat_turns(messages: Sequence[Message], *, system_in_every_turn: bool = Fals
 
 
 def without_tags(text: str) -> str:
-    """Returns a text of a model as a conversation goes on with it: without the format's tags, which
-    would speak for others."""
-    while any(tag in text for tag in CHAT_TAGS):  # a removal can put another one together
+    """Returns a model's text without the format's tags, as the conversation continues with it: tags
+    could impersonate another role."""
+    while any(tag in text for tag in CHAT_TAGS):  # a removal can form a new tag
         for tag in CHAT_TAGS:
             text = text.replace(tag, "")
     return text
 
 
-# The formats for Transformers' `apply_chat_template`, which gives the ids that we train on: the
+# The formats for Transformers' `apply_chat_template`, which produces the ids that we train on. The
 # space after BOS is the one that SentencePiece puts before a text.
 _TEMPLATE = """\
 {%- set system = '' -%}
@@ -144,7 +143,7 @@ CHAT_TEMPLATES = {
 
 
 def format_of(chat_template: object) -> str:
-    """Returns the format that a checkpoint's chat template is written in; "chat" unless it is
-    another of ours."""
+    """Returns the format of a checkpoint's chat template; "chat" unless it is one of our other
+    templates."""
     found = [name for name, template in CHAT_TEMPLATES.items() if template == chat_template]
     return found[0] if found else "chat"

@@ -1,4 +1,4 @@
-"""What made a result: the command, the packages, the machine, and the commit of the checkout."""
+"""Provenance of a result: the command, the packages, the machine and the commit of the checkout."""
 
 import argparse
 import platform
@@ -12,10 +12,10 @@ import torch
 
 
 def made_with(arguments: argparse.Namespace, packages: Iterable[str] = ()) -> dict[str, Any]:
-    """What a result's file says of its making.
+    """Returns the provenance that a result file records.
 
     Args:
-        packages: beside gqa-kernels and torch.
+        packages: packages to record besides gqa-kernels and torch.
     """
     return {
         "command": vars(arguments).get("command_line"),
@@ -27,8 +27,8 @@ def made_with(arguments: argparse.Namespace, packages: Iterable[str] = ()) -> di
 
 
 def commit_of(file: Path) -> str | None:
-    """Returns the checkout's commit, with "+changes" where it is not clean; None where there is no
-    git, no checkout, or one that does not track the file, such as another project's around an
+    """Returns the checkout's commit, with "+changes" if it is not clean; None if there is no git,
+    no checkout, or a checkout that does not track the file, such as another project's around an
     install."""
     file = file.resolve()
 

@@ -1,4 +1,4 @@
-"""The `llama2` command: its subcommands, and what becomes of their errors."""
+"""The `llama2` command: its subcommands and the reporting of their errors."""
 
 import argparse
 import importlib
@@ -54,15 +54,16 @@ _EXAMPLES = """examples:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line `argv`, by default the process's.
+    """Runs the command line `argv`; the default is the process's.
 
     Returns:
-        The exit status: 0; 1 if the demo's backends differ or a kernel of warm-up does not compile;
-        2 after a one-line complaint on stderr about what the user gave; 130 after Ctrl-C.
+        The exit status: 0; 1 if part of the work failed, as the command describes, for example if a
+            kernel of warm-up does not compile; 2 after a one-line error message on stderr about the
+            user's input; 130 after Ctrl-C.
     """
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows "?"
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the terminal lacks becomes "?"
         sys.stdout.reconfigure(errors="replace")
     argv = sys.argv[1:] if argv is None else argv
     with notes():
@@ -77,9 +78,9 @@ def _answered(arguments: argparse.Namespace) -> int:
             raise ValueError("stdout: expected an open one for the result; got a closed one")
         status = arguments.run(arguments)
         if sys.stdout is not None:
-            sys.stdout.flush()  # Python's own at exit comes too late for a complaint
+            sys.stdout.flush()  # a failing flush at exit could not be reported
         return status
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, closed the pipe
         _let_go_of_stdout()
         return 0
     except KeyboardInterrupt:
@@ -89,18 +90,18 @@ def _answered(arguments: argparse.Namespace) -> int:
         _let_go_of_stdout()
         return complain("llama2", error)
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # as a CPU says it
+        if "can't allocate memory" not in str(error):  # PyTorch's error on a CPU
             raise
         return complain("llama2", error)
 
 
 def _prints(arguments: argparse.Namespace) -> bool:
-    """Returns whether a command's result goes to stdout, and not to a file alone."""
+    """Returns whether a command prints its result to stdout, not only to a file."""
     return arguments.run is not serve_offline.run or serve_offline.is_stdout(arguments.out)
 
 
 def _let_go_of_stdout() -> None:
-    """What cannot be written is dropped: Python would try once more at exit."""
+    """Drops output that cannot be written; otherwise Python would try again at exit."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -119,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, help_line, add_arguments, run in (
         ("generate", "continue a text", generate.add_arguments, generate.run),
-        ("chat", "converse with a chat model", chat.add_arguments, chat.run),
+        ("chat", "chat with a model", chat.add_arguments, chat.run),
         (
             "serve-offline",
             "continue a file of prompts",
@@ -128,61 +129,61 @@ def _parser() -> argparse.ArgumentParser:
         ),
         (
             "evaluate",
-            "measure a model by tasks of lm-eval",
+            "evaluate a model on tasks of lm-eval",
             evaluate_options.add_arguments,
             _on_request("evaluate", "evaluation"),
         ),
         (
             "demo",
-            "the backends eager and triton side by side on the shipped model",
+            "compare the backends eager and triton on the shipped model",
             add_device_option,
             _on_request("demo", "models"),
         ),
         (
             "pretrain",
-            "train a model from scratch or go on with one",
+            "train a model from scratch or from a checkpoint",
             pretrain_options.add_arguments,
             _on_request("pretrain", "models"),
         ),
         (
             "sft",
-            "teach a model to answer, by dialogues",
+            "fine-tune a model on dialogues",
             sft_options.add_arguments,
             _on_request("sft", "models"),
         ),
         (
             "reward",
-            "teach a model which of two answers is preferred",
+            "train a reward model on pairs of answers",
             reward_options.add_arguments,
             _on_request("reward", "models"),
         ),
         (
             "ppo",
-            "teach a chat model what reward models reward",
+            "train a chat model by PPO against reward models",
             ppo_options.add_arguments,
             _on_request("ppo", "models"),
         ),
         (
             "ghost-attention",
-            "dialogues that teach a chat model to go on obeying",
+            "make dialogues that train a model to keep following an instruction",
             ghost_attention.add_arguments,
             ghost_attention.run,
         ),
         (
             "obedience",
-            "how long a chat model obeys an instruction",
+            "measure for how many turns a model follows an instruction",
             obedience.add_arguments,
             obedience.run,
         ),
         (
             "answer",
-            "answer held-out dialogues and compare",
+            "answer held-out dialogues and compare with their answers",
             answer.add_arguments,
             answer.run,
         ),
         (
             "rejection-sample",
-            "the best of several answers by a reward model",
+            "sample answers and keep the one with the highest reward",
             rejection_sample.add_arguments,
             rejection_sample.run,
         ),
@@ -194,25 +195,25 @@ def _parser() -> argparse.ArgumentParser:
         ),
         (
             "align",
-            "all stages of a chat model's making, in small",
+            "run every stage of making a chat model, on a small model",
             align_options.add_arguments,
             _on_request("align", "align"),
         ),
         (
             "convert",
-            "a checkpoint with fewer key/value heads",
+            "convert a checkpoint to fewer key/value heads",
             convert.add_arguments,
             convert.run,
         ),
         (
             "tradeoff",
-            "what each number of key/value heads costs",
+            "compare numbers of key/value heads in speed, memory and quality",
             tradeoff_options.add_arguments,
             _on_request("tradeoff", "tradeoff"),
         ),
         (
             "warm-up",
-            "compile a model's kernels ahead of its first call",
+            "compile a model's kernels before its first call",
             warm_up.add_arguments,
             warm_up.run,
         ),
@@ -224,7 +225,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _on_request(name: str, extra: str) -> Run:
-    """`run` of a command whose module is imported only now: it needs packages of an extra."""
+    """Returns the `run` of a command whose module is imported on the call, as it needs an extra's
+    packages."""
 
     def run(arguments: argparse.Namespace) -> int:
         try:

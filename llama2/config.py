@@ -3,8 +3,8 @@
 import sys
 from dataclasses import dataclass
 
-MAX_SIZE = 2**31 - 1  # more is a mistake
-MAX_SEQ_LEN = 2**20  # so is a longer table of angles
+MAX_SIZE = 2**31 - 1  # a larger size is a mistake
+MAX_SEQ_LEN = 2**20  # the longest table of RoPE angles
 
 
 @dataclass(frozen=True)
@@ -15,9 +15,9 @@ class ModelConfig:
     in Meta's checkpoints, or (i, i + head_dim / 2) as in Hugging Face's.
 
     Raises:
-        ValueError: a size is no int from 1 to MAX_SIZE, a constant no positive number, a flag
-            neither True nor False, num_q_heads is not a multiple of num_kv_heads, or head_dim is
-            odd.
+        ValueError: a size is not an int from 1 to MAX_SIZE, a constant is not a positive number, a
+            flag is neither True nor False, num_q_heads is not a multiple of num_kv_heads, or
+            head_dim is odd.
     """
 
     vocab_size: int
@@ -67,7 +67,7 @@ def is_size(value: object, most: int = MAX_SIZE) -> bool:
 
 
 def is_positive(value: object) -> bool:
-    """Returns whether it is a positive number that a float holds."""
+    """Returns whether `value` is a positive number that a float can represent."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and 0 < value <= sys.float_info.max
 
@@ -86,8 +86,8 @@ def _published(
     )
 
 
-# Touvron et al. 2023, arXiv:2307.09288, table 1. The 34B model was never released: its
-# intermediate size is Code Llama 34B's.
+# Touvron et al. 2023, arXiv:2307.09288, table 1. The 34B model was never released; its intermediate
+# size is that of Code Llama 34B.
 PUBLISHED = {
     "7B": _published(4096, 11008, 32, 32, 32),
     "13B": _published(5120, 13824, 40, 40, 40),

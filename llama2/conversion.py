@@ -1,14 +1,14 @@
-"""Fewer key/value heads for a trained model: each group of them becomes one.
+"""Conversion of a trained model to fewer key/value heads: each group of heads becomes one head.
 
-A conversion works on one attention layer at a time, from its weights and, for the methods that look
-at data, from the second moment of its inputs. `low_rank` and `aligned` use what a layer's output
-does not depend on: with RoPE's pairs of features as complex numbers, head i's
+A conversion works on one attention layer at a time, from its weights and, for the methods that use
+data, the second moment of its inputs. `low_rank` and `aligned` use transformations that do not
+change a layer's output. With RoPE's pairs of features as complex numbers, head i's
 
 - values may be transformed by any invertible A: v → A v, o → o A⁻¹;
 - keys may be multiplied by any complex number c per pair: k → c k, q → q / c̄, as the score is
   Re(q · k̄) and RoPE multiplies q and k by phases.
 
-Heads of a group that differ by no more than that become one without any loss.
+Heads of a group that differ only by such transformations become one head without loss.
 """
 
 from collections.abc import Iterator
@@ -24,12 +24,13 @@ from llama2.model import Llama2
 METHODS = ("low_rank", "aligned", "mean", "first", "random")
 NEEDS_DATA = ("low_rank", "aligned")
 
-# Of the power that equally long features have on average. A feature with less, made as strong as
-# the others, would be so long that its rounding to 16 bits drowned what it is mixed with.
+# Least power of a feature, relative to the mean power of equally long features. Scaled to the power
+# of the others, a weaker feature would be so long that its rounding to 16 bits would drown the
+# features it is mixed with.
 _HARDLY_SEEN = 2**-8
-# Of the mean power: a direction with less counts as never excited, and gets that much.
+# Relative to the mean power: a direction with less power counts as unused and gets this power.
 _NARROW, _UNSEEN = 2**-40, 2**-20
-_ROUNDING = 1e-12  # of the same: far above float64's errors, far below what any input has
+_ROUNDING = 1e-12  # likewise: far above float64's errors, far below the power of any input
 
 
 class AttentionWeights(NamedTuple):
@@ -46,7 +47,8 @@ class AttentionWeights(NamedTuple):
 
 
 class _Heads(NamedTuple):
-    """The same by groups that become one head, in float64, RoPE's pairs of q and k as complex.
+    """The projections in float64, by groups that become one head; RoPE's pairs of q and k are
+    complex.
 
     q `[groups, heads, queries, pairs, hidden_size]`, k `[groups, heads, pairs, hidden_size]`,
     v `[groups, heads, head_dim, hidden_size]`, o `[groups, heads, queries, hidden_size, head_dim]`.
@@ -68,21 +70,22 @@ def convert_layer(
     second_moment: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> AttentionWeights:
-    """Returns the projections of a layer with `num_kv_heads` key/value heads; query heads stay as
-    many.
+    """Returns the projections of a layer with `num_kv_heads` key/value heads and as many query
+    heads.
 
-    Consecutive key/value heads form a group, of which each method makes one head:
+    Consecutive key/value heads form a group. The methods make one head of a group:
 
     - "low_rank": values: the products o · v of the group's query heads, stacked, are replaced by
       their best approximation of rank head_dim; keys: per RoPE pair, the keys of the group, each
-      weighted by the power of its queries, by their best approximation of rank one over the complex
-      numbers, whose coefficients go to the queries. Best: least mean square over the inputs.
+      weighted by the power of its queries, are replaced by their best approximation of rank one
+      over the complex numbers, whose coefficients go to the queries. Best means least mean square
+      over the inputs.
     - "aligned": values are rotated onto the group's first head (orthogonal Procrustes), keys turned
       onto it by one angle per RoPE pair, which changes no output (see `aligned`); then the mean.
     - "mean": the mean of the heads (Ainslie et al. 2023, arXiv:2305.13245).
     - "first": the first head. "random": N(0, 0.02²), as a new model has: that paper's baselines.
 
-    If the count is the layer's own, the weights are returned as they are.
+    If the count is the layer's own, it returns the weights unchanged.
 
     Args:
         weights: any floating dtype; computed in float64, returned in the same dtypes.
@@ -91,7 +94,7 @@ def convert_layer(
             and "aligned".
         generator: on the CPU, for "random".
     Raises:
-        ValueError: the count does not divide the layer's, the method is none of `METHODS`,
+        ValueError: the count does not divide the layer's, the method is not in `METHODS`,
             `second_moment` is missing or of another shape, or head_dim exceeds hidden_size for
             "low_rank".
     """
@@ -141,10 +144,10 @@ def aligned(
     second_moment: Tensor,
     interleaved: bool = False,
 ) -> AttentionWeights:
-    """Returns the re-parametrisation before "aligned" takes the mean: as many heads, the same
-    outputs.
+    """Returns the aligned heads of which "aligned" takes the mean: as many heads and the same
+    outputs as before.
 
-    Value heads: A = U Wᵀ of the singular value decomposition v₁ E[x xᵀ] vᵢᵀ = U S Wᵀ. Keys: the
+    Value heads: A = U Wᵀ from the singular value decomposition v₁ E[x xᵀ] vᵢᵀ = U S Wᵀ. Keys: the
     phase of Σ k₁ k̄ᵢ per pair.
     """
     old_count = weights.k.shape[0] // head_dim
@@ -163,8 +166,7 @@ def convert(
     calibration: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Llama2:
-    """Returns a new model with `num_kv_heads` key/value heads, made from `model`; see
-    `convert_layer`.
+    """Returns a copy of `model` with `num_kv_heads` key/value heads; see `convert_layer`.
 
     Args:
         ops: the new model's backend.
@@ -201,8 +203,8 @@ def convert(
 
 @torch.no_grad()
 def second_moments(model: Llama2, tokens: Tensor) -> list[Tensor]:
-    """E[x xᵀ] of the inputs of each layer's attention, float64, over int tokens
-    `[batch, seq_len]`."""
+    """Returns E[x xᵀ] of the inputs of each layer's attention, float64, over int tokens `[batch,
+    seq_len]`."""
     sums: list[Tensor] = []
     hooks = [
         layer.self_attn.register_forward_pre_hook(
@@ -219,7 +221,7 @@ def second_moments(model: Llama2, tokens: Tensor) -> list[Tensor]:
 
 
 def second_moment(x: Tensor) -> Tensor:
-    """E[x xᵀ] over all rows of `[…, hidden_size]`, float64."""
+    """Returns E[x xᵀ] over all rows of `[…, hidden_size]`, float64."""
     rows = x.flatten(0, -2).double()
     return rows.mT @ rows / len(rows)
 
@@ -228,7 +230,7 @@ def second_moment(x: Tensor) -> Tensor:
 
 
 def _pairs(x: Tensor, interleaved: bool) -> Tensor:
-    """`[…, head_dim, hidden_size]` as complex `[…, head_dim / 2, hidden_size]`."""
+    """Returns `[…, head_dim, hidden_size]` as complex `[…, head_dim / 2, hidden_size]`."""
     if interleaved:
         return torch.complex(x[..., 0::2, :], x[..., 1::2, :])
     return torch.complex(*x.chunk(2, dim=-2))
@@ -259,12 +261,12 @@ def _join(heads: _Heads, like: AttentionWeights, interleaved: bool) -> Attention
     return AttentionWeights(*(x.to(old) for x, old in zip((q, k, v, o), like, strict=True)))
 
 
-# The methods that look at data.
+# The methods that use data.
 
 
 def _everywhere(moment: Tensor) -> Tensor:
-    """E[x xᵀ], of a narrow text with a little power in the directions that it never excites: what
-    heads do there, where no output was seen, is kept as well as one head can."""
+    """Returns E[x xᵀ] with a little power in directions that the text does not use, so that what
+    heads do there is kept as well as one head can."""
     power = moment.diagonal().mean() * torch.eye(
         len(moment), dtype=moment.dtype, device=moment.device
     )
@@ -275,9 +277,9 @@ def _everywhere(moment: Tensor) -> Tensor:
 def _align(heads: _Heads, moment: Tensor) -> _Heads:
     cross = heads.v[:, :1] @ moment @ heads.v.mT
     left, _, right = torch.linalg.svd(cross)
-    turn = left @ right  # onto the first head; the first head's own is the identity
+    turn = left @ right  # onto the first head; that of the first head is the identity
     phase = torch.sgn(_inner(heads.k[:, :1], heads.k, moment))[..., None]
-    phase = phase.where(phase != 0, 1)  # a key that says nothing stays
+    phase = phase.where(phase != 0, 1)  # a zero key stays
     return _Heads(
         q=heads.q * phase[:, :, None],
         k=heads.k * phase,
@@ -287,31 +289,32 @@ def _align(heads: _Heads, moment: Tensor) -> _Heads:
 
 
 def _inner(a: Tensor, b: Tensor, moment: Tensor) -> Tensor:
-    """E[(a x) conj(b x)] per row of complex `[…, hidden_size]`."""
+    """Returns E[(a x) conj(b x)] per row of complex `[…, hidden_size]`."""
     return ((a @ moment.to(a.dtype)) * b.conj()).sum(-1)
 
 
 def _power_and_length(x: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
-    """E[|x ·|²] per row of `[…, hidden_size]`, and what it would be were all inputs alike."""
+    """Returns E[|x ·|²] per row of `[…, hidden_size]`, and its value for isotropic inputs."""
     return _inner(x, x, moment).real, x.abs().square().sum(-1) * moment.diagonal().mean()
 
 
 def _share_keys(heads: _Heads, moment: Tensor) -> _Heads:
-    """Rank one per group and pair: kᵢ ≈ cᵢ κ, so that the queries of head i become c̄ᵢ q."""
+    """Approximates keys at rank one per group and pair: kᵢ ≈ cᵢ κ; the queries of head i become c̄ᵢ
+    q."""
     k = heads.k.transpose(1, 2)  # [groups, pairs, heads, hidden_size]
     power = _inner(heads.q, heads.q, moment).real.sum(2).mT  # [groups, pairs, heads]
     weight = power.clamp(min=0).sqrt()[..., None]
-    weight = weight.where(weight.amax(2, keepdim=True) > 0, 1)  # no query asks for this pair
+    weight = weight.where(weight.amax(2, keepdim=True) > 0, 1)  # no query uses this pair
     rows = weight * k
     gram = rows @ moment.to(k.dtype) @ rows.mH
     direction = torch.linalg.eigh(gram).eigenvectors[..., -1:]  # of the largest eigenvalue
     shared = direction.mH @ rows  # [groups, pairs, 1, hidden_size]
-    # As much power as the heads had on average; without any, no query asks for the key.
+    # The mean power of the heads; without any power, no query uses the key.
     old = _inner(k, k, moment).real.mean(-1, keepdim=True)
     new, length = _power_and_length(shared, moment)
     seen = new > _ROUNDING * length
     scale = (old / new).sqrt().where(seen, 1)[..., None]
-    # direction / weight, but for heads of no weight too: the projection onto the shared key.
+    # The projection onto the shared key: direction / weight, defined for heads of weight 0 too.
     coefficient = (_inner(k, shared, moment) / new).where(seen, 0)[..., None] / scale
     return heads._replace(
         q=heads.q * coefficient.transpose(1, 2).conj()[:, :, None],
@@ -320,14 +323,14 @@ def _share_keys(heads: _Heads, moment: Tensor) -> _Heads:
 
 
 def _share_values(heads: _Heads, moment: Tensor) -> _Heads:
-    """Rank head_dim per group: [oₕ vₕ]ₕ ≈ [o′ₕ]ₕ v′."""
+    """Approximates values at rank head_dim per group: [oₕ vₕ]ₕ ≈ [o′ₕ]ₕ v′."""
     groups, count, queries, _, head_dim = heads.o.shape
-    # o = basis · r: the basis changes no distance, so that r is approximated in its place.
+    # o = basis · r: the basis preserves distances, so approximating r is enough.
     basis, r = torch.linalg.qr(heads.o)
     rows = (r @ heads.v[:, :, None]).flatten(1, 3)  # [groups, count · queries · head_dim, hidden]
     directions = torch.linalg.eigh(rows @ moment @ rows.mT).eigenvectors[..., -head_dim:]
     shared = directions.mT @ rows
-    # Rows of the heads' mean power, in the basis that is nearest to the first head's.
+    # Rows with the heads' mean power, in the basis nearest to that of the first head.
     old, length = (of.mean((1, 2))[:, None, None] for of in _power_and_length(heads.v, moment))
     new, new_length = (of[..., None] for of in _power_and_length(shared, moment))
     seen = new > _HARDLY_SEEN * new_length

@@ -1,4 +1,5 @@
-"""A checkpoint directory with fewer key/value heads, made layer by layer: no model is ever held."""
+"""Conversion of a checkpoint directory to fewer key/value heads, layer by layer, without the whole
+model in memory."""
 
 import hashlib
 import json
@@ -23,7 +24,7 @@ from llama2.decoder import DecoderLayer, RotaryTable
 from llama2.model import Llama2
 from llama2.storage import finish_staged, is_unfinished, staged
 
-# What belongs to a model whatever its heads. Not its card and its measurements: they are others.
+# Files that do not depend on the heads. The model card and measurements do, and are not copied.
 _KEPT_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -34,7 +35,7 @@ _KEPT_FILES = (
     "NOTICE*",
     "USE_POLICY*",
 )
-_BATCH_TOKENS = 4096  # that go through a layer at once
+_BATCH_TOKENS = 4096  # tokens that go through a layer at once
 
 
 def convert_checkpoint(
@@ -48,17 +49,17 @@ def convert_checkpoint(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Writes `source` with `num_kv_heads` key/value heads as a Hugging Face directory, `target`.
+    """Writes `source` with `num_kv_heads` key/value heads to `target`, in Hugging Face's layout.
 
-    `conversion.convert_layer` makes the heads, from what goes into each layer of the original model
-    in float32. Tensors keep their dtypes, and those that a conversion does not touch their bits:
-    with the same count, all of them. Of config.json only num_key_value_heads changes; the files of
-    the tokenizer, generation_config.json and licences are copied. Meta's interleaved q and k are
-    permuted to Hugging Face's half-split pairs. Files appear in `target` once all are complete; the
-    same call finishes what one that was killed then has left.
+    `conversion.convert_layer` makes the heads, from the float32 inputs of each layer of the
+    original model. Tensors keep their dtypes; those that the conversion does not change keep their
+    bits, with the same count all of them. In config.json only num_key_value_heads changes; the
+    files of the tokenizer, generation_config.json and licences are copied. Meta's interleaved q and
+    k are permuted to Hugging Face's half-split pairs. Files appear in `target` once all are
+    complete; if a call is killed while they are moved there, the same call finishes.
 
-    In memory at once: one layer, its conversion in float64, the calibration's hidden states, one
-    shard. The embedding and the head count as a layer each.
+    Memory holds at most one layer, its conversion in float64, the hidden states of the calibration
+    and one shard. The embedding and the head count as a layer each.
 
     Args:
         source: a directory that `checkpoint.load` reads.
@@ -70,11 +71,11 @@ def convert_checkpoint(
         device: where layers are computed.
     Raises:
         CheckpointError, NotImplementedError: as `checkpoint.load`.
-        ValueError: as `check_conversion`; `calibration` is missing or no tokens of the model's;
-            `max_shard_bytes` is not positive; `target` has what an interrupted call with other
-            arguments has left, or a stranger's files in the folder for it.
-        FloatingPointError: a weight or hidden state of a source that is to be converted is not
-            finite.
+        ValueError: as `check_conversion`; `calibration` is missing or not tokens of the model;
+            `max_shard_bytes` is not positive; `target` has files of an interrupted call with other
+            arguments, or unknown files in its staging folder.
+        FloatingPointError: a weight or hidden state of the source is not finite and heads are
+            converted.
     """
     source, target = Path(source), Path(target)
     checkpoint, model = open_checkpoint(source, get_backend("eager"))
@@ -99,7 +100,7 @@ def convert_checkpoint(
     conversion = _Conversion(checkpoint, model, num_kv_heads, method, generator, device)
     shards = plan_shards(conversion.sizes(), max_shard_bytes)
     with staged(target, WEIGHT_FILES, last=hf.LAST_FILES, request=request) as folder:
-        check_conversion(config, num_kv_heads, method, target)  # alone with it only now
+        check_conversion(config, num_kv_heads, method, target)  # again, now that `target` is locked
         write_shards(folder, shards, conversion.tensors(calibration if needs_data else None))
         hf.write_config(folder, conversion.settings(source))
         for pattern in _KEPT_FILES:
@@ -108,22 +109,22 @@ def convert_checkpoint(
 
 
 def check_conversion(config: ModelConfig, num_kv_heads: int, method: str, target: Path) -> None:
-    """What `convert_checkpoint` refuses before it reads a weight.
+    """Checks the arguments of `convert_checkpoint` that can be checked before it reads a weight.
 
     Raises:
-        ValueError: the method is none of `METHODS`, the count does not divide the model's, or
-            `target` has files: none is ever overwritten.
+        ValueError: the method is not in `METHODS`, the count does not divide the model's, or
+            `target` has files, which are never overwritten.
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}; got {method!r}")
     if num_kv_heads < 1 or config.num_kv_heads % num_kv_heads:
         raise ValueError(
-            f"num_kv_heads: expected a divisor of the checkpoint's {config.num_kv_heads}, as heads "
-            f"can only become fewer; got {num_kv_heads}"
+            f"num_kv_heads: expected a divisor of the checkpoint's {config.num_kv_heads}; got "
+            f"{num_kv_heads}"
         )
     if target.exists() and not target.is_dir():
         raise ValueError(f"target: expected a directory; got a file, {target}")
-    # Hidden: what a killed run left.
+    # Hidden files are those of a killed run.
     if target.is_dir() and (
         found := sorted(file.name for file in target.iterdir() if file.name[0] != ".")
     ):
@@ -133,12 +134,12 @@ def check_conversion(config: ModelConfig, num_kv_heads: int, method: str, target
 
 
 def _digest(*parts: bytes) -> str:
-    """Returns the beginning of a SHA-256, to tell two requests apart."""
+    """Returns the beginning of a SHA-256, which distinguishes requests."""
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def _versions(checkpoint: Checkpoint) -> Iterator[bytes]:
-    """Names, sizes and times of the files with the tensors."""
+    """Yields names, sizes and modification times of the files that hold the tensors."""
     for file in sorted({stored.file for stored in checkpoint.tensors.values()}):
         found = file.stat()
         yield f"{file.name}\0{found.st_size}\0{found.st_mtime_ns}\0".encode(
@@ -170,7 +171,7 @@ def _check_calibration(tokens: Tensor | None, config: ModelConfig, method: str) 
 
 
 class _Calibration:
-    """The hidden states of the calibration's tokens, from layer to layer."""
+    """The hidden states of the calibration tokens, advanced layer by layer."""
 
     @torch.inference_mode()
     def __init__(
@@ -181,7 +182,8 @@ class _Calibration:
 
     @torch.inference_mode()
     def advance(self, layer: DecoderLayer) -> Tensor:
-        """E[x xᵀ] of the inputs of the layer's attention. The states then are its outputs."""
+        """Returns E[x xᵀ] of the inputs of the layer's attention and replaces the states by the
+        layer's outputs."""
         moment = torch.zeros((), dtype=torch.float64, device=self._hidden.device)
         batch, seq_len = self._hidden.shape[:2]
         for rows in self._hidden.split(max(_BATCH_TOKENS // seq_len, 1)):
@@ -189,15 +191,17 @@ class _Calibration:
             moment = moment + second_moment(x) * (len(rows) / batch)
             torch.add(*layer(rows, None, self._rope, None, None), out=rows)
             if not rows.isfinite().all():
-                raise FloatingPointError("hidden states: expected finite numbers; got others")
+                raise FloatingPointError(
+                    "hidden states: expected finite numbers; got NaN or infinity"
+                )
         return moment
 
 
 @dataclass(frozen=True)
 class _Conversion:
-    """A checkpoint with another number of heads, as tensors that are made when they are asked for.
+    """A checkpoint with another number of heads, whose tensors are computed on request.
 
-    `model` is the original on the meta device, except for the layer that is being run.
+    `model` is the original model on the meta device, except for the layer that is being run.
     """
 
     checkpoint: Checkpoint
@@ -212,7 +216,7 @@ class _Conversion:
         return replace(self.model.config, num_kv_heads=self.num_kv_heads)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each tensor by its key, in the order of `tensors`."""
+        """Returns the bytes of each tensor by its key, in the order of `tensors`."""
         with torch.device("meta"):
             converted = Llama2(self._config, get_backend("eager"))
         return {
@@ -221,7 +225,7 @@ class _Conversion:
         }
 
     def settings(self, source: Path) -> dict[str, Any]:
-        """Returns the content of config.json: the source's own, where it has one."""
+        """Returns the content of config.json, based on the source's if it has one."""
         file = source / hf.CONFIG_FILE
         if file.is_file():
             return json.loads(file.read_bytes()) | {"num_key_value_heads": self.num_kv_heads}

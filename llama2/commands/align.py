@@ -1,4 +1,5 @@
-"""The command `llama2 align`: every stage of a chat model's making, and what each one changes."""
+"""The command `llama2 align`: runs every stage of making a chat model and reports what each one
+changes."""
 
 import argparse
 import json
@@ -18,12 +19,11 @@ from llama2.checkout import made_with
 from llama2.storage import locked, read_json, write_text
 from llama2.train.state import check_identity
 
-_PRESET = "preset.json"  # of which preset the chains of a folder are
+_PRESET = "preset.json"  # the preset of a folder's chains
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs a chain of each seed, or what is missing of it, and writes the page of all that are
-    finished.
+    """Runs the missing stages of each seed's chain and writes the page of all finished chains.
 
     Returns:
         0; 1 if a chain failed.
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     preset = PRESETS[args.preset]
     seeds = preset.seeds if args.seeds is None else tuple(args.seeds)
     if len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise ValueError(f"seeds: expected different ints of at least 0; got {list(seeds)}")
+        raise ValueError(f"seeds: expected distinct ints of at least 0; got {list(seeds)}")
     check_folder(args.out)
     args.out.mkdir(parents=True, exist_ok=True)
     with locked(args.out):
@@ -41,14 +41,14 @@ def run(args: argparse.Namespace) -> int:
         failed = _run_all(preset, seeds, args.out)
         finished = [seed for seed in seeds if seed not in failed]
         for seed in failed:
-            print(f"seed {seed} failed: {log_of(args.out, seed)} says why", file=sys.stderr)
+            print(f"seed {seed} failed; see {log_of(args.out, seed)}", file=sys.stderr)
         if finished:
             _write(args, preset, finished, failed)
     return 1 if failed else 0
 
 
 def _claim(out: Path, preset: Preset) -> None:
-    """Says in `out` of which preset its chains are, and refuses another one there."""
+    """Records the preset in `out`; raises ValueError if `out` has chains of another preset."""
     identity = {"preset": json.loads(json.dumps(asdict(preset) | {"seeds": None}))}
     file = out / _PRESET
     if file.exists():
@@ -69,7 +69,7 @@ def _run_all(preset: Preset, seeds: Sequence[int], out: Path) -> list[int]:
             return run_chains(preset, seeds, out, progress)
         except KeyboardInterrupt:
             bar.close()
-            print("interrupted; the same command goes on", file=sys.stderr)
+            print("interrupted; the same command resumes", file=sys.stderr)
             raise
 
 
@@ -93,4 +93,4 @@ def _write(
         print(preset.caution)
     for found in findings(chains):
         print(f"- {found.text}")
-    print(f"{page}, and the same as {page.with_suffix('.md').name}")
+    print(f"wrote {page} and {page.with_suffix('.md').name}")

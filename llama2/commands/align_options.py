@@ -12,21 +12,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=PRESETS,
         default="cpu",
-        help="cpu: less than 20 minutes on two cores; smoke: a minute, in which every stage runs "
-        "and nothing is learnt; default: %(default)s",
+        help="cpu: less than 20 minutes on two cores; smoke: a minute, runs every stage without "
+        "learning anything; default: %(default)s",
     )
     add(
         "--out",
         type=path,
         required=True,
         metavar="DIR",
-        help="page, results and plots, and in a folder of each seed models, data and log; what is "
-        "there is not done again",
+        help="directory for the page, results and plots, and for each seed's models, data and log; "
+        "finished stages are not repeated",
     )
     add(
         "--seeds",
         type=integer,
         nargs="+",
         metavar="N",
-        help="each has a chain of its own, all of them side by side; default: the preset's",
+        help="run a chain of stages for each seed, in parallel; default: the preset's seeds",
     )

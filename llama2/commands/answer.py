@@ -1,4 +1,4 @@
-"""The command `llama2 answer`: a model's answers beside those of held-out dialogues."""
+"""The command `llama2 answer`: compares a model's answers with those of held-out dialogues."""
 
 import argparse
 import sys
@@ -27,35 +27,35 @@ _KEYS = ("source", "messages", "answer", "expected")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `run`."""
+    """Adds the options of `run`."""
     add_job_options(
         parser,
-        data="dialogues whose last answer is the expected one",
+        data="dialogues; the last answer of each is the expected one",
         out="the prompts with the model's answers and the expected ones",
     )
     add = parser.add_argument
-    add("--summary", type=path, metavar="FILE", help="the table's numbers, as JSON")
+    add("--summary", type=path, metavar="FILE", help="write the table's numbers as JSON")
     add(
         "--sheet",
         type=path,
         metavar="FILE",
-        help="a page, HTML, that shows prompts with both answers in an order that --seed draws "
-        "(default here: 0), for a person to say which is better",
+        help="write an HTML page that shows prompts with both answers, in an order drawn by --seed "
+        "(default here: 0), on which a person marks the better one",
     )
     add(
         "--sample",
         type=integer,
         default=180,
         metavar="N",
-        help="prompts on the page; default: %(default)s, as in Llama 2's paper",
+        help="prompts on the --sheet page; default: %(default)s, as in Llama 2's paper",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Answers the last question of each dialogue, whose earlier answers are given, and prints of
-    each source the share of answers that are the dialogue's own, stripped and to the letter.
+    """Answers the last question of each dialogue, with the dialogue's own earlier answers, and
+    prints for each source the share of stripped answers that equal the expected ones.
 
-    Interrupted, it goes on.
+    An interrupted run resumes.
 
     Returns:
         0; 1 if a line was bad or an answer ended in an error.
@@ -85,8 +85,8 @@ def run(arguments: argparse.Namespace) -> int:
         write_text(arguments.sheet, page)
     before = len(dialogues) - len(todo)
     print(
-        f"{len(records) - before} answers done, {before} were done before, {complaints.count} "
-        "lines are bad",
+        f"{len(records) - before} answers done, {before} were done before, {complaints.count} bad "
+        "lines",
         file=sys.stderr,
     )
     return 1 if complaints.count else 0
@@ -117,7 +117,7 @@ def _answer(
 
 
 def count(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Returns how many answers there are and how many are exact: of all, and of each source."""
+    """Returns the numbers of answers and of exact answers, of all dialogues and by source."""
     total, sources = {"answers": 0, "exact": 0}, {}
     for record in records:
         of_source = sources.setdefault(record["source"], {"answers": 0, "exact": 0})
@@ -128,7 +128,7 @@ def count(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(counted: dict[str, Any]) -> str:
-    """Returns a row for each source and one for all."""
+    """Returns a table with a row for each source and one for all."""
     rows = [*counted["sources"].items(), ("all", counted["all"])]
     width = max(len(name) for name, _ in [*rows, ("source", {})])
     lines = [f"{'source':<{width}}  answers  exact   share"]

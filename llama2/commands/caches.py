@@ -1,4 +1,4 @@
-"""The cache of a command that serves many prompts at once: its options, and its size."""
+"""The paged cache of commands that serve many prompts at once: options and size."""
 
 import argparse
 from collections.abc import Sequence
@@ -12,27 +12,28 @@ from llama2.placement import free_bytes
 
 
 def add_cache_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `make_cache`, but for --kv-cache-dtype, which is one of generation's."""
+    """Adds the options that `make_cache` reads, except --kv-cache-dtype, which
+    `add_generation_options` adds."""
     add = parser.add_argument
-    add("--max-batch", type=int, default=16, metavar="N", help="prompts at once; default: 16")
-    add("--page-size", type=int, default=16, metavar="N", help="tokens of a page; default: 16")
+    add("--max-batch", type=int, default=16, metavar="N", help="most prompts at once; default: 16")
+    add("--page-size", type=int, default=16, metavar="N", help="tokens per page; default: 16")
     add(
         "--num-pages",
         type=int,
         metavar="N",
-        help="of the key/value cache; default: as many as --max-batch of the prompts at hand can "
-        "fill, and fit in half of the free memory. With fewer, prompts wait for each other",
+        help="pages of the key/value cache; default: as many as --max-batch of the given prompts "
+        "can fill, up to half of the free memory. With fewer pages, prompts wait for others to "
+        "finish",
     )
 
 
 def make_cache(
     arguments: argparse.Namespace, model: Llama2, lengths: Sequence[int]
 ) -> PagedKVCache:
-    """Returns an empty cache for sequences of at most these numbers of tokens, their new ones
-    included.
+    """Returns an empty cache for sequences of at most these lengths in tokens, new tokens included.
 
     Raises:
-        ValueError: an option that is wrong, or asks for more than the free memory.
+        ValueError: an option is wrong or needs more than the free memory.
     """
     weight, config = model.lm_head.weight, model.cache_config
     dtype = CACHE_DTYPES[arguments.kv_cache_dtype] or weight.dtype
@@ -49,21 +50,21 @@ def make_cache(
         )
         if num_pages < 1:
             raise ValueError(
-                f"--num-pages: expected memory for a page of {size:,} bytes; got none. A "
-                "smaller --page-size or --kv-cache-dtype fp8 takes less"
+                f"--num-pages: expected memory for a page of {size:,} bytes; got none. A smaller "
+                "--page-size or --kv-cache-dtype fp8 needs less"
             )
     elif num_pages * size > (free := free_bytes(weight.device)):
         raise ValueError(
-            f"--num-pages: expected at most {free // size:,} pages of {size:,} bytes, "
-            f"the free memory's; got {num_pages:,}"
+            f"--num-pages: expected at most the {free // size:,} pages of {size:,} bytes that fit "
+            f"in the free memory; got {num_pages:,}"
         )
-    # A step reads as many pages of every row as a sequence can have.
+    # A decode step reads as many pages of every row as the longest sequence can have.
     longest = min(max(lengths, default=1), config.max_seq_len)
     return PagedKVCache(
         replace(config, max_seq_len=longest),
         num_pages=num_pages,
         page_size=arguments.page_size,
-        # A prompt at work has a page, so that more rows would stay empty.
+        # Every running prompt has at least one page, so more rows than pages would stay empty.
         max_batch=min(arguments.max_batch, max(len(lengths), 1), max(num_pages, 1)),
         dtype=dtype,
         device=weight.device,

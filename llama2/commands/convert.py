@@ -1,4 +1,5 @@
-"""The command `llama2 convert`: a checkpoint with fewer key/value heads, and what that saves."""
+"""The command `llama2 convert`: converts a checkpoint to fewer key/value heads and prints the
+savings."""
 
 import argparse
 import shlex
@@ -19,54 +20,66 @@ from llama2.placement import add_device_option, place
 from llama2.storage import is_unfinished
 from llama2.tokenizer import Tokenizer, check_fits
 
-_TOKENS = 16384  # of the calibration, unless asked otherwise
-_LONGEST = 1024  # tokens of a calibration sequence, unless asked otherwise
+_TOKENS = 16384  # default of --calibration-tokens
+_LONGEST = 1024  # default of --seq-len
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `run`."""
+    """Adds the options of `run`."""
     add = parser.add_argument
-    add("source", type=path, metavar="SOURCE", help="Hugging Face's or Meta's files")
-    add("target", type=path, metavar="TARGET", help="a new directory, of Hugging Face's files")
-    add("--num-kv-heads", type=integer, required=True, metavar="N", help="a divisor of SOURCE's")
-    add("--method", choices=METHODS, default="low_rank", help="default: %(default)s")
+    add("source", type=path, metavar="SOURCE", help="checkpoint in Hugging Face's or Meta's files")
+    add("target", type=path, metavar="TARGET", help="new directory for Hugging Face's files")
+    add(
+        "--num-kv-heads",
+        type=integer,
+        required=True,
+        metavar="N",
+        help="a divisor of SOURCE's number",
+    )
+    add(
+        "--method",
+        choices=METHODS,
+        default="low_rank",
+        help="how heads are merged; default: %(default)s",
+    )
     add(
         "--text",
         type=path,
         metavar="PATH",
-        help=f"a text or a directory of texts such as the model will see, for "
-        f"{' and '.join(NEEDS_DATA)}; default: Python's standard library",
+        help=f"calibration text for {' and '.join(NEEDS_DATA)}: a file or a directory of texts "
+        "like those that the model will read; default: Python's standard library",
     )
     add(
         "--calibration-tokens",
         type=integer,
         metavar="N",
-        help=f"of the text, a few times the model's hidden size; default: {_TOKENS}",
+        help=f"tokens of calibration text, a few times the model's hidden size; default: {_TOKENS}",
     )
     add(
         "--seq-len",
         type=integer,
         metavar="N",
-        help=f"tokens of a calibration sequence; default: {_LONGEST}, or the model's longest",
+        help=f"tokens per calibration sequence; default: {_LONGEST}, or the model's longest if "
+        "shorter",
     )
     add(
         "--seed",
         type=integer,
         metavar="N",
-        help="of the text's places, and of random; default: 0",
+        help="random seed of the calibration windows and of --method random; default: 0",
     )
     add(
         "--max-shard-bytes",
         type=integer,
         default=MAX_SHARD_BYTES,
         metavar="N",
-        help="size of a weights' file; default: %(default)s",
+        help="largest size of a weight file; default: %(default)s",
     )
     add_device_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Converts, prints what became smaller, and says how to train on; returns 0.
+    """Converts a checkpoint, prints what became smaller and how to train it further, and returns 0.
 
     Raises:
         OSError, ValueError, ImportError, FloatingPointError: as `convert_checkpoint`, or about an
@@ -101,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_use(arguments: argparse.Namespace, needs_data: bool, draws: bool) -> None:
-    """Refuses options that would change nothing."""
+    """Raises ValueError for options that would have no effect."""
     for name, used in (
         ("text", needs_data),
         ("calibration_tokens", needs_data),
@@ -110,20 +123,22 @@ def _check_use(arguments: argparse.Namespace, needs_data: bool, draws: bool) -> 
     ):
         if not used and (value := getattr(arguments, name)) is not None:
             raise ValueError(
-                f"--{name.replace('_', '-')}: expected a --method that uses it, to fewer heads; "
-                f"got {value} with {arguments.method} to {arguments.num_kv_heads}"
+                f"--{name.replace('_', '-')}: expected it only with a --method that uses it, to "
+                f"fewer heads; got {value} with {arguments.method} to {arguments.num_kv_heads}"
             )
 
 
 def _calibration(arguments: argparse.Namespace, config: ModelConfig, seed: int) -> Tensor:
-    """int64 `[batch, seq_len]`: windows at random places of the text's training part."""
+    """Returns int64 `[batch, seq_len]`: windows at random places of the text's training part."""
     from llama2.train.data import corpus_documents, random_batch, token_stream
 
     length = arguments.seq_len
     if length is None:
         length = min(_LONGEST, config.max_seq_len)
     if not 1 <= length <= config.max_seq_len:
-        raise ValueError(f"--seq-len: expected 1 to the model's {config.max_seq_len}; got {length}")
+        raise ValueError(
+            f"--seq-len: expected from 1 to the model's {config.max_seq_len}; got {length}"
+        )
     num_tokens = arguments.calibration_tokens
     if num_tokens is None:
         num_tokens = _TOKENS
@@ -134,17 +149,15 @@ def _calibration(arguments: argparse.Namespace, config: ModelConfig, seed: int) 
     file = arguments.source / "tokenizer.model"
     if not file.is_file():
         raise FileNotFoundError(
-            f"{file}: expected a SentencePiece model, to make tokens of the calibration text; got "
-            f"none. --method mean needs no text, and llama2.convert_checkpoint takes tokens that "
-            f"another tokenizer made"
+            f"{file}: expected a SentencePiece model to tokenise the calibration text; got none. "
+            "--method mean needs no text, and the function llama2.convert_checkpoint accepts "
+            "tokens of another tokenizer"
         )
     documents = [document for document in corpus_documents(arguments.text) if not document.held_out]
     tokenizer = Tokenizer(file)
     check_fits(tokenizer, config.vocab_size, file)
     if tokenizer.eos_id < 0:
-        raise ValueError(
-            f"{file}: expected a tokenizer with EOS, to end each text; got one without"
-        )
+        raise ValueError(f"{file}: expected a tokenizer with an EOS token; got one without")
     stream = token_stream(documents, tokenizer)
     if len(stream) <= length:
         raise ValueError(
@@ -167,9 +180,8 @@ def _report(target: Path, old: ModelConfig, new: ModelConfig) -> None:
         print(f"  {name:<34}{before:>16,} → {after:>14,}  ({after / before:.1%})")
     if new != old:
         print(
-            "Conversion costs quality. Training on for α = 5 % of the N steps of the original's "
-            "training, as in arXiv:2305.13245, is\n"
-            f"  llama2 pretrain --init {shlex.quote(str(target))} "
-            "--alpha 0.05 --of-steps N --warmup-steps M "
-            "--work DIR --out DIR\nwith M a small part of those steps."
+            "Conversion lowers quality. To train further for α = 5 % of the original training's N "
+            f"steps, as in arXiv:2305.13245:\n  llama2 pretrain --init {shlex.quote(str(target))} "
+            "--alpha 0.05 --of-steps N --warmup-steps M --work DIR --out DIR\nwhere M is a small "
+            "part of those steps."
         )

@@ -1,5 +1,5 @@
-"""`llama2 demo`: one model on the backends "eager" and "triton", the kernels' errors, and on a GPU
-their speed."""
+"""The command `llama2 demo`: runs one model on the backends "eager" and "triton" and shows the
+kernels' errors and, on a GPU, their speed."""
 
 import argparse
 import statistics
@@ -32,7 +32,7 @@ SPEED_TOKENS, SPEED_RUNS = 128, 5
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Shows the shipped model on `--device`.
+    """Runs the shipped model on `--device` and prints the comparison.
 
     Returns:
         0; 1 if the backends give different tokens or an error exceeds its budget.
@@ -63,8 +63,9 @@ def _introduce(model: Llama2, placement: Placement) -> None:
     )
     if placement.interpreted:
         print(
-            "The Triton kernels run in Triton's interpreter on the CPU, which checks their results."
-            "\nNo speed is claimed: that takes a GPU."
+            "The Triton kernels run in Triton's interpreter on the CPU, which checks their "
+            "results."
+            "\nIt says nothing about their speed: that takes a GPU."
         )
     else:
         print(f"The Triton kernels run on {torch.cuda.get_device_name(placement.device)}.")
@@ -74,7 +75,7 @@ def _introduce(model: Llama2, placement: Placement) -> None:
 
 
 def _compare_tokens(eager: Llama2, triton: Llama2, tokenizer: Tokenizer) -> bool:
-    _heading("Greedy text from the backends eager and triton, float32")
+    _heading("Greedy decoding on the backends eager and triton, float32")
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
     on_eager = _continue(eager, prompts, tokenizer, "eager")
     on_triton = _continue(triton, prompts, tokenizer, "triton")
@@ -91,7 +92,7 @@ def _compare_tokens(eager: Llama2, triton: Llama2, tokenizer: Tokenizer) -> bool
             )
     if on_eager == on_triton:
         counts = " and ".join(str(len(new)) for new in on_eager)
-        print(f"✓ {counts} new tokens: eager and triton give the same ones.")
+        print(f"✓ {counts} new tokens: eager and triton agree.")
     return on_eager == on_triton
 
 
@@ -106,7 +107,8 @@ def _continue(
 
 
 def _first_difference(theirs: list[int], ours: list[int]) -> int | None:
-    """None only if the lists are equal: equal so far, both would end at the same stop token."""
+    """Returns the first place at which two lists differ; None if they are equal. Neither is a
+    prefix of the other, as both end at the same stop token."""
     pairs = enumerate(zip(theirs, ours, strict=False))
     return next((step for step, (one, other) in pairs if one != other), None)
 
@@ -121,19 +123,19 @@ def _logit_gap(model: Llama2, tokens: list[int], chosen: int, other: int) -> flo
 
 
 def _compare_errors(device: torch.device) -> bool:
-    # Only now: these modules import Triton, whose mode is settled by the time a demo runs.
+    # Imported late: these modules import Triton, whose mode `place` has to set first.
     from gqa_kernels.accuracy import measure
     from gqa_kernels.spec import IN_PLACE_OPS, OPS
 
-    _heading("Error of each output and gradient against float64, beside its budget")
+    _heading("Error of each output and gradient against float64, and its budget")
     print(
-        "The budget is twice the error of the same maths in eager PyTorch, plus one rounding.\n"
-        f"Of {CASES_PER_OP} shapes per kernel, the one that uses more of it.\n"
+        "The budget is twice the error of the same maths in eager PyTorch, plus one "
+        f"rounding.\nShown is the worse of {CASES_PER_OP} shapes per kernel.\n"
     )
     jobs = [
         (spec, case, dtype)
-        for spec in (*OPS, *IN_PLACE_OPS)  # what these return depends on no cache
-        # Of the small cases every third, so that wide rows and grouped heads are among the first.
+        for spec in (*OPS, *IN_PLACE_OPS)  # their results do not depend on a cache
+        # Every third small case, so that wide rows and grouped heads are among them.
         for case, dtype in product(spec.test_cases()[::3][:CASES_PER_OP], DTYPES)
     ]
     worst: dict[tuple[str, str], dict[torch.dtype, Measured]] = {}
@@ -169,7 +171,7 @@ def _compare_speed(folder: Path, eager: Placement, triton: Placement) -> None:
     print(
         f"Greedy, prompts of 128 tokens, {SPEED_TOKENS} new ones; prefill included; median of "
         f"{SPEED_RUNS} runs after a warm-up. A decode step is a CUDA graph.\nA model this small "
-        "shows the cost of launches, not of the arithmetic.\n"
+        "shows the cost of launches, not of arithmetic.\n"
     )
     print(f"{'batch':>8}{'eager':>14}{'triton':>14}")
     models = [_load(folder, placement, torch.bfloat16) for placement in (eager, triton)]

@@ -1,4 +1,4 @@
-"""What commands share that ask a model about each dialogue of a file and can be interrupted."""
+"""What the resumable commands share that ask a model about each dialogue of a file."""
 
 import argparse
 import copy
@@ -33,8 +33,8 @@ from llama2.tokenizer import Tokenizer
 
 Asked = TypeVar("Asked", Dialogue, TaggedPrompt)
 
-WRITTEN = ("out", "all_samples", "summary", "sheet")  # options that name files to be written
-_WEIGHTS = "weights_crc32"  # of a result
+WRITTEN = ("out", "all_samples", "summary", "sheet")  # options that name output files
+_WEIGHTS = "weights_crc32"  # key of a result
 _BEGIN = b'{"place": "'  # of every line of results
 
 
@@ -46,11 +46,11 @@ def add_job_options(
     several: bool = False,
     sampled: bool = False,
 ) -> None:
-    """The options of the functions below.
+    """Adds the options that the functions of this module read.
 
     Args:
-        data: what dialogues the command takes.
-        out: what a line of --out is.
+        data: which dialogues the command accepts.
+        out: what --out receives.
         several, sampled: as of `add_generation_options`.
     """
     add_generation_options(parser, max_new_tokens=256, chat=True, several=several, sampled=sampled)
@@ -68,13 +68,14 @@ def add_job_options(
         type=path,
         required=True,
         metavar="FILE",
-        help=f"{out}; written as they finish, in no certain order. Dialogues that are there "
-        'already, by their "place", are not done again',
+        help=f"{out}; written as they finish, in any order. Dialogues that the file has "
+        'already, by their "place", are skipped',
     )
     add(
         "--format",
         choices=FORMATS,
-        help="of the prompts; default: the one that the checkpoint was taught, otherwise chat",
+        help="format of the prompts; default: the one that the checkpoint was trained on, "
+        "otherwise chat",
     )
     add_cache_options(parser)
 
@@ -84,13 +85,13 @@ def read_data(
     complaints: Complaints,
     read: Callable[[Path, Refuse], Iterable[Asked]] = read_dialogues,
 ) -> list[Asked]:
-    """Returns the dialogues of --data, or what else `read` makes of its lines; each other line is a
-    complaint.
+    """Returns the dialogues of --data, or what else `read` returns for its lines, and reports bad
+    lines.
 
     Raises:
-        ValueError: --out, or what else is written, is one of the files, or would be the next time,
-            or is no file; or two of what is written are one file.
-        OSError: there is no such file.
+        ValueError: an output file is one of the input files, or a later run would read it as one,
+            or it is not a regular file; or two outputs are the same file.
+        OSError: --data does not exist.
     """
     data, places = arguments.data, {}
     for name in WRITTEN:
@@ -98,18 +99,19 @@ def read_data(
         if written is None:
             continue
         check_apart(option_of(name), written, "--data", data)
-        # Path.resolve raises RuntimeError where a link leads to itself; opening it names the file.
+        # Path.resolve raises RuntimeError for a link to itself; opening it raises an error that
+        # names it.
         other = places.setdefault(os.path.realpath(written), option_of(name))
         if other != option_of(name):
             raise ValueError(
-                f"{option_of(name)}: expected another file than {other}'s; got {written}"
+                f"{option_of(name)}: expected a file other than {other}'s; got {written}"
             )
     return list(read(data, complaints.add))
 
 
 def check_apart(option: str, out: Path, source_option: str, source: Path) -> None:
-    """Raises a ValueError unless results can be written to `out`, a file that can be read again
-    and is none of those that `source` names, not the next time either.
+    """Raises ValueError unless `out` is a file that can be read back and that neither this run nor
+    a later one reads as part of `source`.
 
     Args:
         source: a file of JSON lines or a directory of *.jsonl.
@@ -117,9 +119,9 @@ def check_apart(option: str, out: Path, source_option: str, source: Path) -> Non
     is_read = any(out.exists() and file.samefile(out) for file in dialogue_files(source))
     folder = os.path.dirname(os.path.realpath(out))
     if is_read or (source.is_dir() and out.suffix == ".jsonl" and os.path.samefile(folder, source)):
-        raise ValueError(f"{option}: expected another file than {source_option}'s; got {out}")
+        raise ValueError(f"{option}: expected a file other than {source_option}'s; got {out}")
     if out.exists() and not out.is_file():
-        raise ValueError(f"{option}: expected a file that can be read again; got {out}")
+        raise ValueError(f"{option}: expected a regular file, which can be read back; got {out}")
 
 
 def option_of(name: str) -> str:
@@ -127,11 +129,11 @@ def option_of(name: str) -> str:
 
 
 class Key(NamedTuple):
-    """What a result is of.
+    """What a result belongs to.
 
     Attributes:
         place: FILE:LINE, without the file's directory.
-        checkpoint: as --checkpoint names it.
+        checkpoint: the value of --checkpoint.
     """
 
     place: str
@@ -150,7 +152,7 @@ class Results:
     """The lines of --out.
 
     Attributes:
-        done: the records that are there.
+        done: the records that the file has.
     """
 
     def __init__(
@@ -161,7 +163,7 @@ class Results:
         self._is_begun = False
 
     def begin(self) -> None:
-        """Cuts a half-written last line: only once nothing about the options can be wrong."""
+        """Cuts a partial last line off. Call it once all options have been checked."""
         if not self._is_begun:
             self._file.truncate(self._end)
             self._is_begun = True
@@ -172,14 +174,14 @@ class Results:
         try:
             while line:
                 line = line[self._file.write(line) :]
-        except OSError as error:  # which names no file
+        except OSError as error:  # its message names no file
             raise OSError(f"{self._file.name}: expected to write a result; {error}") from error
         self.done[key] = record
 
 
 def weights_of(*checkpoints: Path) -> dict[str, str]:
-    """Returns the CRC-32 of the weights of checkpoints, by their names in options; reads all of
-    them."""
+    """Returns the CRC-32 of each checkpoint's weights, by the checkpoint's path; reads all
+    weights."""
     return {str(checkpoint): weights_crc32(checkpoint) for checkpoint in checkpoints}
 
 
@@ -193,17 +195,18 @@ def results(
     settings: Mapping[str, Any] | None = None,
     option: str = "--out",
 ) -> Iterator[Results]:
-    """A file of results, held so that no other run writes to it.
+    """Opens a file of results and locks it against other runs.
 
     Args:
-        asked: what is to be in it.
-        keys: what a record has, beside others; "messages" among them.
-        weights: `weights_of` the models that are asked; records say which weights those have.
-        settings: what every record has to say, such as the "checkpoint", under some of these keys.
-        option: that names the file.
+        asked: the dialogues or prompts whose results it will contain.
+        keys: keys that every record has; "messages" is one of them.
+        weights: `weights_of` the models that are asked, which records store.
+        settings: values that every record must have under some of these keys, such as "checkpoint".
+        option: the option that names the file.
     Raises:
-        ValueError: another run holds it; it has something else than such records, or one of another
-            question than the one asked at its place, of other settings, or of other weights.
+        ValueError: another run holds the lock; or the file contains something other than such
+            records, or a record with another question at its place, other settings or other
+            weights.
     """
     questions = {place_of(each): _questions(each.messages) for each in asked}
     done: dict[Key, dict[str, Any]] = {}
@@ -214,7 +217,7 @@ def results(
         done[Key(record["place"], record["checkpoint"])] = record
         _questions(record["messages"])
 
-    # Unbuffered: what could not be written is not tried once more when the file is closed.
+    # Unbuffered, so that closing the file does not retry a failed write.
     with out.open("ab", buffering=0) as file:
         lock_output(file, option=option)
         end = resume(out, take, _is_begun, option=option)
@@ -226,14 +229,14 @@ def results(
             if difference is not None:
                 name, wanted, found = difference
                 raise ValueError(
-                    f"{option}: expected results with {name} {wanted}; {out} has results with "
-                    f"{name} {found}. Name another file, or ask as when this one was begun"
+                    f"{option}: expected results with {name} {wanted}; got {name} {found} in "
+                    f"{out}. Name another file, or use the options with which this file was begun"
                 )
             found = _questions(record["messages"])
             if key.place in questions and found != questions[key.place][: len(found)]:
                 raise ValueError(
-                    f"{option}: expected results of these dialogues; got one of another dialogue "
-                    f"at {key.place} in {out}"
+                    f"{option}: expected results of these dialogues; got another dialogue at "
+                    f"{key.place} in {out}"
                 )
         yield Results(file, done, end, weights)
 
@@ -241,7 +244,7 @@ def results(
 def _differences(
     settings: Mapping[str, Any], record: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any, Any]]:
-    """(name, what is wanted, what a record says) of settings, nested ones too, that it says
+    """Yields (name, wanted, found) of each setting, nested ones too, that a record has
     otherwise."""
     for name, wanted in settings.items():
         found = record.get(name)
@@ -270,10 +273,10 @@ def make_sampler(
     whole: bool,
     system_in_every_turn: bool = False,
 ) -> Sampler:
-    """Returns the model of --checkpoint, with a cache for the dialogues at hand.
+    """Returns a sampler for the model of --checkpoint, with a cache for the given dialogues.
 
     Args:
-        whole: all answers of a dialogue are asked for, not its last alone.
+        whole: all answers of a dialogue are sampled, not only the last.
     Raises:
         OSError, ValueError, NotImplementedError, ImportError: as `load` and `sampler_for`.
     """
@@ -294,14 +297,14 @@ def sampler_for(
     num_samples: int = 1,
     system_in_every_turn: bool = False,
 ) -> Sampler:
-    """Returns a model with a cache for what it will be asked.
+    """Returns a sampler for a model, with a cache for what it will be asked.
 
     Args:
-        asked: of each sequence, the messages before its last answer and the number of answers that
-            the model gives in it.
-        num_samples: how often each is asked.
+        asked: for each sequence, the messages before its last answer, and the number of answers
+            that the model gives.
+        num_samples: answers to each question.
     Raises:
-        ValueError, NotImplementedError: as `make_cache`; or an option about sampling is wrong.
+        ValueError, NotImplementedError: as `make_cache`; or a sampling option is wrong.
     """
     form, most = form_of(arguments), model.config.max_seq_len
     lengths = []
@@ -310,7 +313,7 @@ def sampler_for(
             ids = encode_for(
                 tokenizer, messages, form, most, system_in_every_turn=system_in_every_turn
             )
-        except ValueError:  # said when it is asked
+        except ValueError:  # reported when it is asked
             lengths += [most] * num_samples
             continue
         lengths += [len(ids) + num_answers * arguments.max_new_tokens] * num_samples
@@ -326,19 +329,19 @@ def sampler_for(
 
 
 def form_of(arguments: argparse.Namespace) -> str:
-    """--format, or what it stands for where it is not given."""
+    """Returns --format, or its default for the checkpoint."""
     return arguments.format or taught_format(arguments.checkpoint)
 
 
 def write_summary(arguments: argparse.Namespace, counted: dict[str, Any]) -> None:
-    """Writes what was counted to --summary, if that is given, with what made it."""
+    """Writes the counts, and what made them, to --summary, if that is given."""
     if arguments.summary is not None:
         summary = {"data": str(arguments.data)} | counted | {"made_with": made_with(arguments)}
         write_text(arguments.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 
 
 def with_checkpoint(arguments: argparse.Namespace, checkpoint: Path) -> argparse.Namespace:
-    """Returns the options for one of several checkpoints."""
+    """Returns the options with one of several checkpoints."""
     arguments = copy.copy(arguments)
     arguments.checkpoint = checkpoint
     return arguments

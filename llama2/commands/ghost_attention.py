@@ -1,4 +1,5 @@
-"""The command `llama2 ghost-attention`: dialogues that teach a model to go on obeying.
+"""The command `llama2 ghost-attention`: makes dialogues that train a model to keep following a
+system message.
 
 Source: Touvron et al. 2023, arXiv:2307.09288, section 3.3.
 """
@@ -29,28 +30,28 @@ from llama2.finetune.dialogues import Dialogue, to_record, utf8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `run`."""
+    """Adds the options of `run`."""
     add_job_options(
         parser,
-        data="dialogues whose system message all answers are to obey",
-        out="the dialogues with the model's answers, of which the last alone bears a loss",
+        data="dialogues with a system message that every answer should follow",
+        out="the dialogues with the model's answers; only the last one has a loss",
     )
     parser.add_argument(
         "--instructions",
         type=path,
         metavar="FILE",
-        help="one a line: dialogues without a system message get one of these, drawn by --seed "
-        "(default here: 0). Without this option they are passed over",
+        help="instructions, one per line: a dialogue without a system message gets one of them, "
+        "drawn by --seed (default here: 0). Without this option such dialogues are skipped",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Samples every answer of each dialogue with the system message before every question, and
-    writes the dialogue with the system message before the first question alone.
+    writes the dialogue with the system message before the first question only.
 
-    A dialogue of which an answer is empty or cut is left out and named; the next run tries it
-    again. A killed run leaves whole lines and at most a part of one: the next run cuts that and
-    does what is missing.
+    A dialogue with an empty or truncated answer is reported and left out; the next run tries it
+    again. A killed run leaves whole lines and at most one partial line; the next run cuts the
+    partial line off and does the missing dialogues.
 
     Returns:
         0; 1 if a line was bad or a dialogue ended in an error.
@@ -87,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _sample(
     arguments: argparse.Namespace, todo: list[Dialogue], out: Results, complaints: Complaints
 ) -> int:
-    """Returns the number of dialogues that are left out."""
+    """Writes the missing dialogues and returns the number of those left out."""
     tqdm = require("tqdm").tqdm
     sampler = make_sampler(arguments, todo, whole=True, system_in_every_turn=True)
     out.begin()
@@ -117,8 +118,8 @@ def _sample(
 def under_instruction(
     dialogue: Dialogue, instructions: Sequence[str], seed: int | None
 ) -> Dialogue:
-    """Returns the dialogue; if it has no system message, with one of the instructions as that,
-    drawn by the seed and the dialogue's place."""
+    """Returns the dialogue; one without a system message gets one of the instructions as its system
+    message, drawn from the seed and the dialogue's place."""
     if dialogue.messages[0]["role"] == "system" or not instructions:
         return dialogue
     rng = random.Random(f"{seed or 0} {place_of(dialogue)}")
@@ -127,10 +128,10 @@ def under_instruction(
 
 
 def read_instructions(file: Path, complaints: Complaints) -> list[str]:
-    """Returns the lines of a file, stripped, without blank ones.
+    """Returns the stripped lines of a file without the blank ones.
 
     Raises:
-        ValueError: it has none.
+        ValueError: there are none.
     """
     instructions = []
     with file.open("rb") as lines:
@@ -146,5 +147,5 @@ def read_instructions(file: Path, complaints: Complaints) -> list[str]:
             if text:
                 instructions.append(text)
     if not instructions:
-        raise ValueError(f"--instructions: expected a line with one; got none in {file}")
+        raise ValueError(f"--instructions: expected at least one instruction; got none in {file}")
     return instructions

@@ -1,4 +1,4 @@
-"""Files of JSON lines: what is wrong with a line, and results that a killed run goes on with."""
+"""JSON-lines files: reports of bad lines, and result files that a killed run resumes from."""
 
 import fcntl
 import json
@@ -15,7 +15,7 @@ _NOT_OURS = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
 class Complaints:
-    """Says on stderr what is wrong with a line, unless it is silent, and counts."""
+    """Counts bad lines and, with `speaks`, reports each one on stderr."""
 
     def __init__(self, *, speaks: bool = True) -> None:
         self.count, self._speaks = 0, speaks
@@ -33,16 +33,16 @@ def resume(
     *,
     option: str = "--out",
 ) -> int:
-    """Hands over the records of a file of results and returns where a half-written last line
-    begins: the size of all that are whole.
+    """Passes each record of a result file to `take` and returns the size of all whole lines, which
+    is where a partial last line begins.
 
     Args:
-        take: is called with each record; it raises a ValueError, TypeError, KeyError or
-            AttributeError for one that the command did not write.
-        is_begun: whether a last line without an end can be the beginning of such a record.
-        option: that names the file.
-    Raises:
-        ValueError: the file holds something else than results.
+        take: called with each record; it raises ValueError, TypeError, KeyError or AttributeError
+            for a record that the command did not write.
+        is_begun: returns whether a last line without a line end can be the beginning of a record.
+        option: the option that names the file.
+        Raises:
+        ValueError: the file contains something other than results.
     """
     if not path.exists():
         return 0
@@ -57,18 +57,18 @@ def resume(
                 take(json.loads(raw))
             except _NOT_OURS as error:
                 raise ValueError(
-                    f"{option}: expected results of this command; got something else in line "
-                    f"{number} of {path}"
+                    f"{option}: expected results of this command; got another line at "
+                    f"{path}:{number}"
                 ) from error
             end += len(raw)
     return end
 
 
 def lock_output(file: IO[Any], *, option: str = "--out") -> None:
-    """For as long as the file is open: two runs would both do what is missing.
+    """Locks an output file while it is open, so that two runs do not do the same work.
 
     Raises:
-        ValueError: another run has it.
+        ValueError: another run holds the lock.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -86,14 +86,14 @@ def read_and_make(
     kind: str,
     speaks: bool,
 ) -> tuple[list[Any], Counter[str], int]:
-    """What `make` makes of the records of files, how many there are by their source, and how many
-    lines are bad, each of which is named on stderr.
+    """Reads the records of files and returns what `make` returns for each, their number by source,
+    and the number of bad lines. Reports each bad line on stderr.
 
     Args:
-        read: the records of a file, with their `source`, `file` and `line`.
-        make: raises a ValueError for a record that cannot be taken.
-        kind: what a record is called.
-        speaks: whether this process shows anything.
+        read: returns the records of a file, each with `source`, `file` and `line`.
+        make: raises ValueError for a record that cannot be used.
+        kind: what messages call a record.
+        speaks: whether this process prints anything.
     Raises:
         ValueError: no record is left.
     """
@@ -115,7 +115,6 @@ def read_and_make(
                 sources[record.source] += 1
     if not made:
         raise ValueError(
-            f"{paths[0]}: expected at least one {kind}; got none beside {complaints.count} bad "
-            "lines"
+            f"{paths[0]}: expected at least one {kind}; got none and {complaints.count} bad lines"
         )
     return made, sources, complaints.count

@@ -1,4 +1,4 @@
-"""Where a command that trains is computed: in one process, or in those that torchrun started."""
+"""Where a training command runs: in one process or in those that torchrun started."""
 
 import argparse
 import contextlib
@@ -21,7 +21,7 @@ from llama2.train.pretrain import TrainConfig
 
 @dataclass(frozen=True)
 class Machine:
-    """One process, or with a `mesh` all processes that it holds."""
+    """One process, or, with a `mesh`, all of its processes."""
 
     placement: Placement
     mesh: DeviceMesh | None = None
@@ -32,14 +32,14 @@ class Machine:
 
     @property
     def size(self) -> int:
-        """Processes."""
+        """The number of processes."""
         return 1 if self.mesh is None else self.mesh.size()
 
     def check(self, config: TrainConfig, batch: str = "batch_size") -> None:
         """Raises ValueError for a recipe that these processes cannot follow.
 
         Args:
-            batch: what the command calls the rows of a step.
+            batch: the option that sets the rows of a step.
         """
         if self.mesh is None:
             return
@@ -52,12 +52,12 @@ class Machine:
             )
         if config.bf16 and parallel.DATA not in self.mesh.mesh_dim_names:
             raise ValueError(
-                "bf16: expected more processes than share one model; got "
-                f"{self.mesh.size()}, which all share one"
+                f"bf16: expected more processes than --tp; got {self.mesh.size()}, which all share "
+                "one model"
             )
 
     def sharded(self, model: AnyDecoder, config: TrainConfig) -> AnyDecoder:
-        """Returns the model as it is trained here; the same one in one process."""
+        """Returns the model sharded over the mesh; in one process the model itself."""
         if self.mesh is None:
             return model
         return parallel.parallelize(
@@ -68,12 +68,13 @@ class Machine:
         )
 
     def whole(self, model: AnyDecoder) -> AnyDecoder | None:
-        """Returns the model that was trained, in the process that writes; None in all others."""
+        """Returns the whole trained model in the process that writes, None in the others."""
         return model if self.mesh is None else gathered(model)
 
     @contextlib.contextmanager
     def writer_first(self) -> Iterator[None]:
-        """All processes do the same, the one that writes before the others, who find its files."""
+        """Runs the block in the process that writes first and then in the others, which find its
+        files."""
         if self.mesh is not None and not self.execution.speaks:
             dist.barrier()
         yield
@@ -83,7 +84,7 @@ class Machine:
 
 @contextlib.contextmanager
 def machine(args: argparse.Namespace) -> Iterator[Machine]:
-    """The machine that `add_machine` of training_options.py asks for.
+    """Yields the machine that the options of `add_machine` specify.
 
     Raises:
         ValueError: as `place`, `use_threads` and `make_mesh`; or `--tp` without torchrun.
@@ -92,7 +93,9 @@ def machine(args: argparse.Namespace) -> Iterator[Machine]:
         use_threads(args.threads)
     if "RANK" not in os.environ:
         if args.tp != 1:
-            raise ValueError(f"tp: expected torchrun to start the processes; got {args.tp} alone")
+            raise ValueError(
+                f"tp: expected processes started by torchrun; got --tp {args.tp} without torchrun"
+            )
         yield Machine(place(args.backend, args.device))
         return
     device = args.device

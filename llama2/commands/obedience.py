@@ -1,7 +1,8 @@
-"""The command `llama2 obedience`: how long a model obeys an instruction that it was given once.
+"""The command `llama2 obedience`: measures for how many turns a model follows an instruction that
+it was given once.
 
-Source: what Touvron et al. 2023, arXiv:2307.09288, section 3.3 and appendix A.3.5 measure of Ghost
-attention, with a regular expression in place of a reader.
+Source: the evaluation of Ghost attention in Touvron et al. 2023, arXiv:2307.09288, section 3.3 and
+appendix A.3.5; a regular expression replaces the human reader.
 """
 
 import argparse
@@ -30,23 +31,25 @@ from llama2.finetune.dialogues import Dialogue
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `run`."""
+    """Adds the options of `run`."""
     add_job_options(
         parser,
-        data='dialogues with a system message and, beside the messages, "obeys": REGEX, which is '
-        "found in every answer that obeys it",
-        out="the dialogues with the models' answers, and which of these obeyed",
+        data='dialogues with a system message and the key "obeys": REGEX; an answer that '
+        "contains a match follows the message",
+        out="the dialogues with the models' answers, and which answers obeyed",
         several=True,
     )
-    parser.add_argument("--summary", type=path, metavar="FILE", help="the table's numbers, as JSON")
+    parser.add_argument(
+        "--summary", type=path, metavar="FILE", help="write the table's numbers as JSON"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Asks each dialogue's questions with the system message before the first alone, and prints
-    of each turn the share of answers that obey it.
+    """Asks each dialogue's questions with the system message before the first one only, and prints
+    the share of answers that obey it for each turn.
 
-    A dialogue's line states by `"obeys"`, a regular expression that is searched for in the stripped
-    answer, what obeying is. Earlier answers are the model's own. Interrupted, it goes on.
+    `"obeys"` of a dialogue's line is a regular expression: an answer obeys if its stripped text
+    contains a match. Earlier answers are the model's own. An interrupted run resumes.
 
     Returns:
         0; 1 if a line was bad or a dialogue ended in an error.
@@ -55,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     checkpoints = arguments.checkpoint
     if len({str(checkpoint) for checkpoint in checkpoints}) < len(checkpoints):
-        raise ValueError("--checkpoint: expected each one once; got one twice")
+        raise ValueError("--checkpoint: expected different checkpoints; got one twice")
     complaints = Complaints()
     read = read_data(arguments, complaints)
     dialogues = [
@@ -108,12 +111,12 @@ def _ask(
 
 
 def obeys(pattern: str, answer: str) -> bool:
-    """Returns whether the pattern is found in the stripped answer."""
+    """Returns whether the stripped answer contains a match of the pattern."""
     return re.search(pattern, answer.strip()) is not None
 
 
 def count(out: Results, dialogues: Iterable[Dialogue], checkpoint: Path) -> dict[str, Any]:
-    """Of each turn how many answers were asked for and how many of them obeyed."""
+    """Counts, for each turn, the answers that were asked for and those that obeyed."""
     keys = [key_of(dialogue, checkpoint) for dialogue in dialogues]
     obeyed = [out.done[key]["obeyed"] for key in keys if key in out.done]
     turns = []
@@ -124,7 +127,7 @@ def count(out: Results, dialogues: Iterable[Dialogue], checkpoint: Path) -> dict
 
 
 def table(counted: Sequence[dict[str, Any]]) -> str:
-    """Returns a row for each turn, a column for each checkpoint."""
+    """Returns a table with a row for each turn and a column for each checkpoint."""
     names = [each["checkpoint"] for each in counted]
     cells = [[_share(turn) for turn in each["turns"]] for each in counted]
     widths = [max(map(len, [name, *column])) for name, column in zip(names, cells, strict=True)]

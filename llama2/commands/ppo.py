@@ -1,4 +1,4 @@
-"""The command `llama2 ppo`: a chat model learns what reward models reward."""
+"""The command `llama2 ppo`: trains a chat model by PPO against reward models."""
 
 import argparse
 from collections import Counter
@@ -42,12 +42,12 @@ from llama2.tokenizer import Tokenizer, check_fits
 from llama2.train.corpora import TOKENIZER
 from llama2.train.pretrain import TrainConfig
 
-_LARGE = 30e9  # parameters from which on the paper's 34B and 70B are nearer than its 13B
-_LAST = 10  # iterations whose mean is reported
+_LARGE = 30e9  # from this many parameters on, the settings of the paper's 34B and 70B models apply
+_LAST = 10  # the report is the mean of the last iterations
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains a policy on prompts, writes its checkpoint, and returns 0.
+    """Trains a policy on prompts, writes its checkpoint and returns 0.
 
     Raises:
         OSError, ValueError, NotImplementedError: what a user can cause; the message says what.
@@ -138,7 +138,7 @@ def _tune(
 
 
 def _config(args: argparse.Namespace, shape: ModelConfig) -> PPOConfig:
-    """Returns the options, with the paper's β for a model of this size."""
+    """Returns the settings, with the paper's β for a model of this size by default."""
     given = {name: getattr(args, name) for name in asdict(PPOConfig())}
     if given["kl_weight"] is None:
         given["kl_weight"] = 0.005 if num_parameters(shape) >= _LARGE else 0.01
@@ -147,8 +147,8 @@ def _config(args: argparse.Namespace, shape: ModelConfig) -> PPOConfig:
         raise ValueError(f"max_batch: expected at least 1; got {args.max_batch}")
     if config.max_new_tokens >= shape.max_seq_len:
         raise ValueError(
-            f"max_new_tokens: expected less than the model's max_seq_len ({shape.max_seq_len}), so "
-            f"that a prompt has room; got {config.max_new_tokens}"
+            f"max_new_tokens: expected less than the model's max_seq_len ({shape.max_seq_len}), to "
+            f"leave room for a prompt; got {config.max_new_tokens}"
         )
     return config
 
@@ -160,7 +160,7 @@ def _read(
     shape: ModelConfig,
     speaks: bool,
 ) -> tuple[list[Question], Counter[str], int]:
-    """Returns the prompts, their number by source, and how many lines are bad, each named on
+    """Returns the prompts, their number by source and the number of bad lines; each is reported on
     stderr."""
     room = shape.max_seq_len - args.max_new_tokens
 
@@ -172,7 +172,7 @@ def _read(
                 f"{args.max_new_tokens}; got {len(ids)}"
             )
         if prompt.is_safety and args.safety_reward is None:
-            raise ValueError("safety: expected --safety-reward for a prompt tagged so; got none")
+            raise ValueError("safety: expected --safety-reward for a safety prompt; got none")
         return Question(ids, prompt.is_safety)
 
     read = read_and_make(args.data, read_prompts, encode, kind="prompt", speaks=speaks)
@@ -185,9 +185,10 @@ def _compute_dtype(args: argparse.Namespace) -> torch.dtype:
 
 
 def _others(args: argparse.Namespace, shape: ModelConfig, computer: Machine) -> int:
-    """Bytes in each process of the critic, which is trained, the reference and reward models."""
+    """Returns the bytes per process of the critic, which is trained, the reference and the reward
+    models."""
     paths = [path for path in (args.reward, args.safety_reward) if path is not None]
-    # One that is no reward model is refused when it is loaded.
+    # Loading refuses a checkpoint that is not a reward model.
     shapes = [hf.read_config(path, hf.SCALAR) for path in paths if checkpoint.is_scalar(path)]
     sizes = [num_parameters(each) for each in shapes]
     trained = 0 if args.group_size else 16 * sum(sizes[:1])
@@ -198,8 +199,8 @@ def _others(args: argparse.Namespace, shape: ModelConfig, computer: Machine) -> 
 def _actors(
     args: argparse.Namespace, computer: Machine, config: PPOConfig, step: TrainConfig
 ) -> Actors:
-    """Returns the models, as they are used here. The critic is the reward model of helpfulness once
-    more: its own tensors, which are trained."""
+    """Returns the models, on their device and sharded. The critic is a second, trained copy of the
+    reward model of helpfulness."""
     ops, device = computer.placement.ops, computer.placement.device
     trained = {"dtype": torch.float32, "device": device}
     frozen = {"dtype": _compute_dtype(args), "device": device}
@@ -209,7 +210,7 @@ def _actors(
         return model if computer.mesh is None else parallelize(model, computer.mesh)
 
     rows = config.micro_batch_size or config.mini_batch_size
-    most = rows * step.seq_len  # in one forward pass, as `Judge` asks for it
+    most = rows * step.seq_len  # tokens of one forward pass of `Judge`
 
     def scorer(path: Path | None) -> Scorer | None:
         if path is None:
@@ -228,7 +229,7 @@ def _actors(
 
 
 def _weights_of(args: argparse.Namespace) -> dict[str, str | None]:
-    """What tells whether the models that a run loads again when it goes on are the same."""
+    """Returns checksums of the models' weights: a resumed run has to load the same models."""
     return {
         f"{name}_crc32": None if path is None else checkpoint.weights_crc32(path)
         for name in ("init", "reward", "safety_reward")

@@ -1,4 +1,4 @@
-"""The command `llama2 pretrain`: data, model, training, and the checkpoint that it ends in."""
+"""The command `llama2 pretrain`: trains a model on texts and writes its checkpoint."""
 
 import argparse
 from dataclasses import asdict
@@ -37,7 +37,7 @@ from llama2.train.shards import Mixture
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains what the options ask for and returns 0.
+    """Trains a model as the options specify, writes its checkpoint and returns 0.
 
     Raises:
         OSError, ValueError, NotImplementedError: what a user can cause; the message says what.
@@ -98,17 +98,18 @@ def _shape(args: argparse.Namespace) -> ModelConfig:
         return model_config(args)
     given = ([] if args.shape is None else ["shape"]) + list(given_sizes(args))
     if given:
-        raise ValueError(f"init: expected no other shape than the checkpoint's; got {given[0]}")
+        raise ValueError(
+            f"init: expected no option that changes the checkpoint's shape; got {given[0]}"
+        )
     return checkpoint.load_config(args.init)
 
 
 def _check_texts(args: argparse.Namespace) -> None:
-    """No text may be among those for training and evaluation at once, nor change by the run itself;
-    no checkpoint may be lost."""
+    """Checks that no text is used twice, and the folders as `check_folders`."""
     texts = [path for path, _ in args.text]
     for one, other in combinations(texts, 2):
         if is_within(one, other) or is_within(other, one):
-            raise ValueError(f"text: expected texts outside of {one}; got {other}")
+            raise ValueError(f"text: expected no text inside another, {one}; got {other}")
     check_folders(args, [*texts, *([args.held_out] if args.held_out else [])])
 
 
@@ -117,7 +118,9 @@ def _initial_model(args: argparse.Namespace, shape: ModelConfig, placement: Plac
         options = {"dtype": torch.float32, "device": placement.device}
         return checkpoint.load(args.init, placement.ops, **options)
     torch.manual_seed(args.seed)
-    return Llama2(shape, placement.ops).to(placement.device)  # the same draws for every device
+    return Llama2(shape, placement.ops).to(
+        placement.device
+    )  # made on the CPU, so that the weights do not depend on the device
 
 
 def _evaluate(

@@ -1,4 +1,4 @@
-"""The options of `llama2 pretrain`, and the shape and the number of steps that they ask for."""
+"""The options of `llama2 pretrain`, and the shape and number of steps that they specify."""
 
 import argparse
 from dataclasses import replace
@@ -12,16 +12,16 @@ from llama2.config import PUBLISHED, ModelConfig
 _SIZES = {
     "num_layers": "decoder layers",
     "hidden_size": "width of the residual stream",
-    "num_q_heads": "query heads, of head_dim = hidden size / query heads",
-    "num_kv_heads": "key/value heads: as many as query heads are MHA, less GQA, one MQA",
+    "num_q_heads": "query heads; head_dim = hidden size / query heads",
+    "num_kv_heads": "key/value heads: as many as query heads is MHA, fewer GQA, one MQA",
     "intermediate_size": "width of the feed-forward layers",
     "max_seq_len": "longest sequence",
-    "vocab_size": "ids",
+    "vocab_size": "vocabulary size",
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_folders(parser, work=" and tokenised texts")
+    add_folders(parser, work=", and for the tokenised texts")
     _add_model(parser.add_argument_group("model"))
     _add_data(parser.add_argument_group("data"))
     _add_recipe(parser.add_argument_group("recipe"))
@@ -39,31 +39,41 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     for name, meaning in _SIZES.items():
         option = f"--{name.replace('_', '-')}"
         add(option, type=int, metavar="N", help=f"{meaning}; default: the shape's")
-    add("--init", type=Path, metavar="CHECKPOINT", help="go on from its weights, in its shape")
+    add(
+        "--init",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="start from this checkpoint's weights, with its shape",
+    )
 
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     weighted = {"type": _weighted, "action": "append", "default": [], "metavar": "PATH[=WEIGHT]"}
-    add("--data", **weighted, help="token shards: a .npy file or a directory of them; repeatable")
+    add(
+        "--data",
+        **weighted,
+        help="token shards: a .npy file or a directory of them, and their weight; repeatable",
+    )
     add(
         "--text",
         **weighted,
-        help="a text file or a directory of them; repeatable; default, without --data too: "
-        "Python's standard library",
+        help="a text file or a directory of them, and their weight in the mixture; repeatable; "
+        "default, if there is no --data either: Python's standard library",
     )
     add(
         "--tokenizer",
         type=Path,
         metavar="FILE",
-        help="a SentencePiece model; default: that of --init, or without --data the shipped one",
+        help="a SentencePiece model; default: that of --init, or the shipped one if there is no "
+        "--data",
     )
     add(
         "--held-out",
         type=Path,
         metavar="PATH",
-        help="texts for evaluation; default: one in 20 files of each --text, or the last 5 %% of a "
-        "single one",
+        help="texts for evaluation; default: every 20th file of each --text, or the last 5 %% of a "
+        "single file",
     )
     add_care_options(group)
 
@@ -71,20 +81,30 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
 def _add_recipe(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--steps", type=int, metavar="N", help="optimiser steps")
-    add("--alpha", type=float, metavar="SHARE", help="uptraining: this share of --of-steps")
-    add("--of-steps", type=int, metavar="N", help="steps of the pre-training that --alpha is of")
+    add(
+        "--alpha",
+        type=float,
+        metavar="SHARE",
+        help="uptraining: train for this share of --of-steps",
+    )
+    add(
+        "--of-steps",
+        type=int,
+        metavar="N",
+        help="steps of the original pre-training, of which --alpha is a share",
+    )
     add_recipe(
         group, row="sequence", batch_size=16, peak_lr=3e-4, warmup_steps=2000, save_every=500
     )
 
 
 def _weighted(text: str) -> tuple[Path, float]:
-    """PATH or PATH=WEIGHT; a path that is there may have an equals sign in it."""
+    """Parses PATH or PATH=WEIGHT; an existing path may contain an equals sign."""
     path, equals, weight = text.rpartition("=")
     if not equals or Path(text).exists():
         path, weight = text, "1"
     try:
-        if path:  # an empty one would be the present directory
+        if path:  # an empty path would be the working directory
             return Path(path), float(weight)
     except ValueError:
         pass
@@ -92,11 +112,11 @@ def _weighted(text: str) -> tuple[Path, float]:
 
 
 def model_config(args: argparse.Namespace) -> ModelConfig:
-    """Returns the shape that `--shape` names, with the sizes that are given instead of its own.
+    """Returns the shape that `--shape` names, with the given sizes in place of its own.
 
     Raises:
-        ValueError: there is no such shape, its file is malformed, or the sizes do not fit together.
-        NotImplementedError: a config.json asks for other maths than Llama 2's.
+        ValueError: the shape is unknown, its file is malformed, or the sizes do not fit together.
+        NotImplementedError: a config.json describes a model that differs from Llama 2.
     """
     sizes = given_sizes(args)
     base = shape_named(args.shape)
@@ -117,10 +137,11 @@ def given_sizes(args: argparse.Namespace) -> dict[str, int]:
 
 
 def num_steps(args: argparse.Namespace) -> int:
-    """`--steps`, or the share `--alpha` of `--of-steps`, rounded.
+    """Returns `--steps`, or `--alpha` times `--of-steps`, rounded.
 
     Raises:
-        ValueError: neither is given, both, or half of the second; or the share is not positive.
+        ValueError: not exactly one of `--steps` and the pair `--alpha`, `--of-steps` is given, or
+            `--alpha` is not in (0, 1].
     """
     given = [args.steps is not None, args.alpha is not None, args.of_steps is not None]
     if given == [True, False, False]:
@@ -133,7 +154,7 @@ def num_steps(args: argparse.Namespace) -> int:
     steps = round(args.alpha * args.of_steps) if 0 < args.alpha <= 1 else 0
     if steps < 1:
         raise ValueError(
-            f"alpha: expected a share in (0, 1] that makes a step of {args.of_steps}; "
+            f"alpha: expected a share in (0, 1] that is at least one of the {args.of_steps} steps; "
             f"got {args.alpha}"
         )
     return steps

@@ -1,4 +1,5 @@
-"""The command `llama2 rejection-sample`: the best of several answers to each prompt, to be learnt.
+"""The command `llama2 rejection-sample`: samples answers to each prompt and keeps the best for
+training.
 
 Source: Touvron et al. 2023, arXiv:2307.09288, section 3.2.3.
 """
@@ -54,11 +55,11 @@ _ALL = ("messages", "source", "samples", "round")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `run`."""
+    """Adds the options of `run`."""
     add_job_options(
         parser,
         data="prompts, whose last message is from the user (an answer after it is dropped), or "
-        '{"prompt": TEXT}; "safety": true tags a prompt that provokes unsafe answers',
+        '{"prompt": TEXT}; "safety": true marks a prompt that provokes unsafe answers',
         out="each prompt with its best answer, as sft reads it",
         sampled=True,
     )
@@ -68,21 +69,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=integer,
         required=True,
         metavar="K",
-        help="answers to each prompt, of which the one with the highest reward is written",
+        help="answers to sample per prompt; the one with the highest reward is written",
     )
     add(
         "--reward",
         type=path,
         required=True,
         metavar="DIR",
-        help="the reward model, of helpfulness where there are two",
+        help="the reward model; of helpfulness if there are two",
     )
     add(
         "--safety-reward",
         type=path,
         metavar="DIR",
-        help="a reward model of safety: its reward counts for prompts that are tagged so, and for "
-        "answers to which it gives a probability below 0.15",
+        help="a reward model of safety; its reward counts for safety prompts and for answers to "
+        "which it gives a probability below 0.15",
     )
     add(
         "--earlier",
@@ -90,24 +91,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PATH",
-        help="what earlier rounds wrote to --out, or other dialogues: their answers to the same "
-        "prompts are scored too, and the best of all is written; repeatable",
+        help="--out of an earlier round, or other dialogues: their answers to the same prompts "
+        "compete too; repeatable",
     )
     add(
         "--all-samples",
         type=path,
         metavar="FILE",
-        help="JSON lines: each prompt with all answers and their rewards",
+        help="write JSON lines with each prompt, all answers and their rewards",
     )
-    add("--summary", type=path, metavar="FILE", help="counts and mean rewards, as JSON")
+    add("--summary", type=path, metavar="FILE", help="write counts and mean rewards as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Samples answers to each prompt, writes the one with the highest reward, and prints the mean
     reward of the best of the first 1, 2, 4, … of them.
 
-    An answer that is empty or cut is not chosen; a prompt without any other is named and left out.
-    Interrupted, it goes on.
+    An empty or truncated answer is never chosen; a prompt without another answer is reported and
+    left out. An interrupted run resumes.
 
     Returns:
         0; 1 if a line was bad or a prompt ended in an error.
@@ -151,8 +152,7 @@ def run(arguments: argparse.Namespace) -> int:
     write_summary(arguments, settings | counted)
     print(
         f"{len(records) - num_before} prompts done, {num_before} were done before, {len(left_out)} "
-        f"are left out, {num_other} earlier answers are to other prompts, {complaints.count} lines "
-        "are bad",
+        f"left out, {num_other} earlier answers to other prompts, {complaints.count} bad lines",
         file=sys.stderr,
     )
     return 1 if complaints.count else 0
@@ -162,11 +162,11 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.samples < 1:
         raise ValueError(f"--samples: expected at least 1; got {arguments.samples}")
     if arguments.samples > 1 and arguments.temperature == 0:
-        raise ValueError("--temperature: expected more than 0 for answers that differ; got 0")
+        raise ValueError("--temperature: expected more than 0, so that answers differ; got 0")
     taught = taught_format(arguments.reward)
     if form_of(arguments) != taught:
         raise ValueError(
-            f"--format: expected the reward model's, {taught}; got {form_of(arguments)}"
+            f"--format: expected that of the reward model, {taught}; got {form_of(arguments)}"
         )
     for name in WRITTEN:
         written = getattr(arguments, name, None)
@@ -180,13 +180,13 @@ def _check_tags(
     keys: Sequence[Key],
     out: Results,
 ) -> None:
-    """Raises a ValueError if a prompt was judged with another tag than it has now."""
+    """Raises ValueError if a prompt was judged with another "safety" than it has now."""
     for prompt, key in zip(prompts, keys, strict=True):
         found = out.done.get(key, {}).get("safety", prompt.is_safety)
         if found != prompt.is_safety:
             raise ValueError(
-                f"--out: expected results of prompts with these tags; got one with safety {found} "
-                f"at {key.place} in {arguments.out}: other tags need another file"
+                f'--out: expected results of prompts with the same "safety"; got safety {found} '
+                f"at {key.place} in {arguments.out}. Name another file"
             )
 
 
@@ -200,8 +200,8 @@ def _read_earlier(
 
 
 def _round(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the answers of a round and their rewards depend on, in JSON's types: results of others
-    are not gone on with."""
+    """Returns, in JSON's types, the settings on which a round's answers and rewards depend. A run
+    resumes results only if they have the same settings."""
     names = ("samples", "temperature", "top_p", "seed", "max_new_tokens", "dtype")
     safety = arguments.safety_reward
     return {name: getattr(arguments, name) for name in (*names, "kv_cache_dtype")} | {
@@ -224,21 +224,23 @@ def _sample(
     settings: dict[str, Any],
     complaints: Complaints,
 ) -> list[Judged]:
-    """Writes what is missing, and returns the prompts without an answer that can be chosen.
+    """Writes the missing results and returns the prompts without an answer that can be chosen.
 
     Args:
-        files: --out, then --all-samples, if that is given.
-        settings: of the round.
+        files: the results of --out and, if given, of --all-samples.
+        settings: those of `_round`.
     """
     tqdm = require("tqdm").tqdm
     model, tokenizer = load(arguments)
-    judge = _judge(arguments, model, tokenizer)  # before the cache, which takes of what is left
+    judge = _judge(
+        arguments, model, tokenizer
+    )  # before the cache, whose size depends on the memory left
     asked = [(prompt.messages, 1) for prompt in todo]
     sampler = sampler_for(arguments, model, tokenizer, asked, num_samples=arguments.samples)
     num_unjudged = sum(prompt.is_safety for prompt in todo) if judge.safety is None else 0
     if num_unjudged:
         print(
-            f"{num_unjudged} prompts are tagged as safety and judged as all others: there is no "
+            f"note: {num_unjudged} safety prompts are judged like all others, as there is no "
             "--safety-reward",
             file=sys.stderr,
         )
@@ -258,7 +260,7 @@ def _sample(
                 complaints.add(prompt.file, prompt.line, error)
                 progress.update()
                 continue
-            # --out last: what is there is done, in the other file too.
+            # --out last: a prompt that --out has is then in the other file too.
             for file in others:
                 if key not in file.done:
                     file.write(key, every_sample(judged) | {"round": settings})
@@ -268,7 +270,7 @@ def _sample(
                 faults = _counted(judged.faults)
                 print(
                     f"{prompt.file}:{prompt.line}: left out: none of {len(answers)} answers can be "
-                    "learnt: " + ", ".join(f"{n} {fault}" for fault, n in faults.items()),
+                    "trained on: " + ", ".join(f"{n} {fault}" for fault, n in faults.items()),
                     file=sys.stderr,
                 )
             elif key not in out.done:
@@ -278,7 +280,7 @@ def _sample(
 
 
 def _judge(arguments: argparse.Namespace, model: Llama2, tokenizer: Tokenizer) -> Judge:
-    """Returns the reward models, on the device of the model whose answers they judge."""
+    """Returns a judge of the reward models, on the device of the model whose answers they judge."""
     ops = place(arguments.backend, arguments.device).ops
     scorers = []
     for folder in (arguments.reward, arguments.safety_reward):
@@ -296,8 +298,8 @@ def _judge(arguments: argparse.Namespace, model: Llama2, tokenizer: Tokenizer) -
 
 
 def best_sample(judged: Judged) -> dict[str, Any]:
-    """Returns the record of a prompt with its best answer: a dialogue that `read_dialogues` reads,
-    of which that answer alone bears a loss."""
+    """Returns the record of a prompt with its best answer: a dialogue as `read_dialogues` reads it,
+    in which only that answer has a loss."""
     number, num_samples = judged.best, len(judged.answers)
     earlier = judged.earlier[number - num_samples] if number >= num_samples else None
     answer = judged.answers[number] if earlier is None else earlier
@@ -313,7 +315,7 @@ def best_sample(judged: Judged) -> dict[str, Any]:
 
 
 def every_sample(judged: Judged) -> dict[str, Any]:
-    """Returns the record of a prompt with all of its answers."""
+    """Returns the record of a prompt with all its answers."""
     prompt = judged.prompt
     return {
         "messages": list(prompt.messages),
@@ -339,13 +341,13 @@ def count(
     left_out: Sequence[Judged],
     num_samples: int,
 ) -> dict[str, Any]:
-    """What a summary says of a round.
+    """Returns the counts and means of a round for its summary.
 
     Args:
-        records: of --out.
-        prompts: of --data.
-        left_out: those without an answer that can be learnt.
-        num_samples: answers to each.
+        records: those of --out.
+        prompts: those of --data.
+        left_out: prompts without an answer that can be trained on.
+        num_samples: answers to each prompt.
     """
     faults = sum((Counter(record["faults"]) for record in records), Counter())
     for judged in left_out:
@@ -368,8 +370,8 @@ def _counted(faults: Sequence[str | None]) -> dict[str, int]:
 
 
 def table(counted: dict[str, Any]) -> str:
-    """Returns the mean reward of the best of the first 1, 2, 4, … answers, and of what was
-    chosen."""
+    """Returns a table of the mean reward of the best of the first 1, 2, 4, … answers, and of the
+    chosen ones."""
     means = counted["best_of"]
     rows = [
         (str(number), f"{mean:.4f}")

@@ -1,4 +1,4 @@
-"""The command `llama2 reward`: a model is taught which of two answers is preferred."""
+"""The command `llama2 reward`: trains a reward model on pairs of answers."""
 
 import argparse
 from collections import Counter
@@ -45,7 +45,7 @@ from llama2.train.pretrain import TrainConfig
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains a reward model on comparisons, writes its checkpoint, and returns 0.
+    """Trains a reward model on comparisons, writes its checkpoint and returns 0.
 
     Raises:
         OSError, ValueError, NotImplementedError: what a user can cause; the message says what.
@@ -125,7 +125,7 @@ def _read(
     speaks: bool,
     margins: str = "none",
 ) -> tuple[list[Pair], Counter[str], int]:
-    """Returns the pairs, their number by source, and how many lines are bad, each named on
+    """Returns the pairs, their number by source and the number of bad lines; each is reported on
     stderr."""
 
     def encode(comparison: Comparison) -> Pair:
@@ -162,12 +162,12 @@ def _report(record: dict[str, Any], out: Path) -> None:
         return
     before, after = record["held_out"]["before"], record["held_out"]["after"]
     print(
-        f"  held out: {before['accuracy']:.1%} of {before['pairs']:,} pairs right before, "
+        f"  held out: accuracy {before['accuracy']:.1%} on {before['pairs']:,} pairs before, "
         f"{after['accuracy']:.1%} after; loss {before['loss']:.4f} before, {after['loss']:.4f} "
         "after"
     )
     for rating, counts in after["by_rating"].items():
         print(
-            f"    {rating}: {counts['correct']:,} of {counts['pairs']:,} right, scores "
-            f"{counts['mean_difference']:.3f} apart"
+            f"    {rating}: {counts['correct']:,} of {counts['pairs']:,} right, mean score "
+            f"difference {counts['mean_difference']:.3f}"
         )

@@ -14,13 +14,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--init",
         type=Path,
         metavar="CHECKPOINT",
-        help="a chat model, which gets a new head, or a reward model to go on with; default: the "
-        "small chat model that comes with this package",
+        help="a chat model, which gets a new head, or a reward model to train further; default: "
+        "the small chat model that comes with this package",
     )
     add_lines(
         parser.add_argument_group("data"),
         form='{"prompt": …, "chosen": …, "rejected": …, "rating": …}',
-        bad="are no comparison, too long, or without the rating that --margins asks for",
+        bad="are not comparisons, are too long, or lack the rating that --margins needs",
         held_out="comparisons",
     )
     recipe = parser.add_argument_group("recipe")
@@ -29,13 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=1.0,
         metavar="X",
-        help="how often every comparison comes; default: 1",
+        help="passes over the data; default: 1",
     )
     recipe.add_argument(
         "--margins",
         choices=MARGINS,
-        help="what the loss asks the scores of a pair to differ by, by its rating: small 1, 2/3, "
-        "1/3, 0; large 3, 2, 1, 0; default: small if every line has a rating, otherwise none",
+        help="the loss's margin between the scores of a pair, by its rating: small 1, 2/3, 1/3, 0; "
+        "large 3, 2, 1, 0; default: small if every line has a rating, otherwise none",
     )
     sizes = {"text": "prompt and answer", "batch_size": 512}
     add_recipe(recipe, row="pair", **sizes, peak_lr=1e-5, warmup_steps=None, save_every=100)

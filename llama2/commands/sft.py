@@ -1,4 +1,4 @@
-"""The command `llama2 sft`: a model is taught to answer, by dialogues."""
+"""The command `llama2 sft`: fine-tunes a model on dialogues."""
 
 import argparse
 from dataclasses import asdict, replace
@@ -38,7 +38,7 @@ from llama2.train.pretrain import TrainConfig
 
 
 def run(args: argparse.Namespace) -> int:
-    """Tunes a model on dialogues, writes its checkpoint, and returns 0.
+    """Fine-tunes a model on dialogues, writes its checkpoint and returns 0.
 
     Raises:
         OSError, ValueError, NotImplementedError: what a user can cause; the message says what.
@@ -75,7 +75,7 @@ def _tune(
     config = replace(limits, steps=data.steps)
     summary = (
         f"{len(training.encoded):,} dialogues in {data.num_rows:,} rows of {config.seq_len}, "
-        f"{data.waste:.1%} of their places empty"
+        f"{data.waste:.1%} of it padding"
     )
     announce(args, computer, config, summary)
     options = {"dtype": torch.float32, "device": computer.placement.device}
@@ -124,7 +124,7 @@ def _read(
     speaks: bool,
     held_out: bool = False,
 ) -> tuple[Dialogues, int]:
-    """Returns the dialogues, and how many lines are none or too long, each of which is named on
+    """Returns the dialogues and the number of lines that are bad or too long; each is reported on
     stderr."""
     found, complaints = Dialogues(), Complaints(speaks=speaks)
 
@@ -146,8 +146,8 @@ def _read(
     if not found.encoded:
         left_out = sum(counts.excluded + counts.near_duplicates for counts in found.counts.values())
         raise ValueError(
-            f"{paths[0]}: expected at least one dialogue; got none beside {complaints.count} bad "
-            f"lines and {left_out} that are excluded or repeat others"
+            f"{paths[0]}: expected at least one dialogue; got {complaints.count} bad lines and "
+            f"{left_out} dialogues that are excluded or near-duplicates"
         )
     return found, complaints.count
 

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--init",
         type=Path,
         metavar="CHECKPOINT",
-        help="the model to be tuned; default: the small base model that comes with this package",
+        help="the model to fine-tune; default: the small base model that comes with this package",
     )
     _add_data(parser.add_argument_group("data"))
     recipe = parser.add_argument_group("recipe")
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=2.0,
         metavar="X",
-        help="how often every dialogue comes; default: 2",
+        help="passes over the data; default: 2",
     )
     add_recipe(recipe, row="row", batch_size=64, peak_lr=2e-5, warmup_steps=0, save_every=100)
     add_machine(parser.add_argument_group("machine"))
@@ -34,14 +34,15 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     add_lines(
         group,
         form='{"messages": [{"role": …, "content": …}, …]} or {"prompt": …, "completion": …}',
-        bad="are no dialogue or too long",
+        bad="are not dialogues or too long",
         held_out="dialogues",
     )
     group.add_argument(
         "--format",
         choices=FORMATS,
         default="chat",
-        help="chat: [INST] prompt [/INST] answer, as the released models; separator: a special "
-        "token between prompt and answer, as the paper describes it; default: chat",
+        help="how dialogues are written: chat: [INST] prompt [/INST] answer, as the released "
+        "models expect; separator: a special token between prompt and answer, as the paper "
+        "describes; default: chat",
     )
     add_care_options(group)

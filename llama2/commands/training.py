@@ -1,4 +1,4 @@
-"""What the commands that train share: the recipe, the run's folders, the checkpoint at its end."""
+"""What the training commands share: the recipe, the run's folders and the final checkpoint."""
 
 import argparse
 import contextlib
@@ -38,11 +38,11 @@ from llama2.train.pretrain import Batches, TrainConfig
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
-_LAST_STEPS = 100  # whose mean is called the final loss
+_LAST_STEPS = 100  # the final loss is their mean
 
 
 def train_config(args: argparse.Namespace, shape: ModelConfig, steps: int) -> TrainConfig:
-    """Returns the recipe that `add_recipe` of training_options.py asks for."""
+    """Returns the recipe that the options of `add_recipe` specify."""
     warmup_steps = args.warmup_steps
     if warmup_steps is None:  # as the paper's reward models; its section 3.2.2
         warmup_steps = max(5, 3 * steps // 100)
@@ -69,8 +69,8 @@ def train_config(args: argparse.Namespace, shape: ModelConfig, steps: int) -> Tr
 def note_warm_up(config: TrainConfig) -> None:
     if config.warmup_steps >= config.steps:
         print(
-            f"note: the warm-up of {config.warmup_steps} steps does not end in {config.steps}, so "
-            "the learning rate never falls",
+            f"note: the warm-up takes {config.warmup_steps} of {config.steps} steps, so the "
+            "learning rate never decays",
             file=sys.stderr,
         )
 
@@ -83,22 +83,22 @@ def check_memory(
     predicts_all: bool,
     beside: int = 0,
 ) -> None:
-    """What cannot fit is refused before hours are spent on its data.
+    """Raises ValueError for training that cannot fit in memory, before the data are read.
 
     Args:
-        predicts_all: every token of a row bears a loss.
-        beside: bytes that other models take in each process.
+        predicts_all: every token of a row has a loss.
+        beside: bytes that other models need in each process.
     """
     free = free_bytes(machine.placement.device)
-    # In float32: weights, gradients and Adam's two moments. Each process begins with all weights.
+    # Weights, gradients and Adam's two moments in float32. Each process first loads all weights.
     state = max(16 // machine.size, 4) * num_parameters(shape) + beside
     if state > free:
         raise ValueError(
-            f"shape: expected one whose training fits in the {free:,} bytes of free memory; got "
-            f"{num_parameters(shape):,} parameters, which take {state:,}"
+            f"shape: expected a model whose training fits in the {free:,} bytes of free memory; "
+            f"got {num_parameters(shape):,} parameters, which need {state:,}"
         )
-    # Of a forward pass at least its logits in float32, which the kernels never have whole; of a
-    # step all its ids.
+    # A lower bound: the float32 logits of a forward pass, which the kernels never store whole, and
+    # the ids of a step.
     rows = config.batch_size // machine.execution.num_parts
     micro = config.micro_batch_size or rows
     has_logits = predicts_all and machine.placement.backend == "eager"
@@ -112,7 +112,7 @@ def check_memory(
         if needed > memory:
             raise ValueError(
                 f"{name}: expected sequences that fit in the {memory:,} bytes of free memory; got "
-                f"{size:,}, which take {needed:,} at least"
+                f"{size:,}, which need at least {needed:,}"
             )
 
 
@@ -132,25 +132,28 @@ def check_folders(args: argparse.Namespace, inputs: list[Path]) -> None:
         for text in inputs:
             if is_within(path, text):
                 raise ValueError(
-                    f"{name}: expected a directory outside of the texts {text}, which it would "
-                    f"change; got {path}"
+                    f"{name}: expected a directory outside of the texts {text}, which the run must "
+                    f"not change; got {path}"
                 )
         for option in ("init", "reward", "safety_reward"):
             model = getattr(args, option, None)
             if model is not None and is_within(model, path) and is_within(path, model):
                 option = option.replace("_", "-")
-                raise ValueError(f"{name}: expected another directory than --{option}; got {path}")
+                raise ValueError(f"{name}: expected a directory other than --{option}; got {path}")
     if (args.out / meta.CONFIG_FILE).exists():
-        raise ValueError(f"out: expected no checkpoint of Meta's layout there; got {args.out}")
+        raise ValueError(
+            f"out: expected a directory without a checkpoint in Meta's layout; got {args.out}"
+        )
 
 
 @contextlib.contextmanager
 def owned(args: argparse.Namespace, machine: Machine) -> Iterator[str]:
-    """Keeps `--work` and `--out` for this run, whose id it gives; in one process of several."""
+    """Locks `--work` and `--out` for this run and yields its id; of several processes, one does so
+    and the others get ""."""
     if not machine.execution.speaks:
         yield ""
         return
-    for folder in (args.work, args.out):  # what cannot be written is better known before the run
+    for folder in (args.work, args.out):  # so that a directory that cannot be written fails now
         folder.mkdir(parents=True, exist_ok=True)
     with locked(args.work):
         begun = (args.work / STATE).exists() or any(args.work.glob("step-*"))
@@ -159,16 +162,16 @@ def owned(args: argparse.Namespace, machine: Machine) -> Iterator[str]:
             yield run_id
 
 
-# What `tune` calls, with the shape of --init, the recipe of one step, and the run's id.
+# Called by `tune` with the shape of --init, the recipe of one step and the run's id.
 Tune = Callable[[argparse.Namespace, Machine, ModelConfig, TrainConfig, str], None]
 
 
 def tune(args: argparse.Namespace, shape: ModelConfig, body: Tune) -> int:
-    """Calls `body` once all is checked that can be known before the data are read; returns 0.
+    """Checks all that can be checked before the data are read, calls `body` and returns 0.
 
     Args:
-        args: with `data` and `held_out`, of a run that goes on with --init.
-        shape: of --init.
+        args: options with `data` and `held_out`, of a run that starts from --init.
+        shape: that of --init.
     Raises:
         OSError, ValueError, NotImplementedError: what a user can cause; the message says what.
     """
@@ -183,16 +186,16 @@ def tune(args: argparse.Namespace, shape: ModelConfig, body: Tune) -> int:
 
 
 def check_lines(args: argparse.Namespace, num_bad: int, expected: str) -> None:
-    """Raises ValueError where lines are bad, unless --skip-bad-lines takes the others."""
+    """Raises ValueError if lines are bad, unless --skip-bad-lines is given."""
     if num_bad and not args.skip_bad_lines:
         raise ValueError(
-            f"data: expected {expected} in every line; see the bad lines above ({num_bad:,}). "
-            "--skip-bad-lines leaves them out"
+            f"data: expected {expected} in every line; got the bad lines above ({num_bad:,}). "
+            "--skip-bad-lines skips them"
         )
 
 
 def announce(args: argparse.Namespace, machine: Machine, config: TrainConfig, summary: str) -> None:
-    """Says on stderr what is about to be trained, and where."""
+    """Prints on stderr what will be trained and on which device."""
     if machine.execution.speaks:
         note_warm_up(config)
         print(f"{summary}; {config.steps:,} steps", file=sys.stderr)
@@ -202,16 +205,19 @@ def announce(args: argparse.Namespace, machine: Machine, config: TrainConfig, su
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C waits for the end of a step, whose state is then saved; a second one does not."""
+    """Makes Ctrl-C stop the run after the current step, which is then saved; a second Ctrl-C stops
+    it at once."""
     asked = []
 
     def interrupt(*_: object) -> None:
         if asked:
             raise KeyboardInterrupt
         asked.append(True)
-        print("\nstopping after this step; Ctrl-C again does not wait", file=sys.stderr)
+        print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
 
-    if threading.current_thread() is not threading.main_thread():  # no other gets signals
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # only the main thread receives signals
         yield lambda: False
         return
     before = signal.signal(signal.SIGINT, interrupt)
@@ -231,9 +237,9 @@ def train(
     *,
     counts_tokens: bool = True,
 ) -> list[dict[str, float]]:
-    """`pretrain.train` of a sharded model; Ctrl-C saves the step where one process runs alone.
+    """Calls `pretrain.train` on a sharded model; in a run of one process, Ctrl-C saves the step.
 
-    Returns the log, and leaves weights that bfloat16 can hold, as the checkpoint stores them.
+    Returns the log. Afterwards the weights are rounded to bfloat16, as the checkpoint stores them.
     """
     with interruptible(machine) as asked_to_stop:
         log = pretrain.train(
@@ -254,37 +260,37 @@ def train(
 
 @contextlib.contextmanager
 def interruptible(machine: Machine) -> Iterator[Callable[[], bool]]:
-    """Around a run that stops and saves when it is asked to: by Ctrl-C, where one process runs
-    alone. Says on stderr what was saved."""
-    # torchrun's processes get signals at different steps, and a step is all processes'.
+    """Yields a function that returns whether Ctrl-C asked a run of one process to stop, and prints
+    on stderr what the run saved."""
+    # torchrun's processes receive signals at different steps, but all must take part in a step.
     alone = machine.mesh is None
     try:
         with _interrupts() if alone else contextlib.nullcontext(lambda: False) as asked_to_stop:
             yield asked_to_stop
     except KeyboardInterrupt as stopped:
         if str(stopped):
-            print(f"{stopped}; the same command goes on", file=sys.stderr)
+            print(f"{stopped}; the same command resumes", file=sys.stderr)
         raise
 
 
 @torch.no_grad()
 def round_to_bfloat16(model: nn.Module) -> None:
-    """Leaves weights that bfloat16 can hold, as a checkpoint stores them."""
+    """Rounds the weights to bfloat16 in place, as a checkpoint stores them."""
     for parameter in model.parameters():
         parameter.copy_(parameter.bfloat16())
 
 
 def final_loss(log: list[dict[str, float]]) -> float:
-    """Over the last steps."""
+    """Returns the mean loss of the last steps."""
     return fmean(step["loss"] for step in log[-_LAST_STEPS:])
 
 
 def text_files(tokenizer_file: Path | None, init: Path | None) -> dict[str, Path | str]:
-    """What a checkpoint says of texts, by the names of its files: its tokenizer, and what ends a
-    text, without which Transformers' `generate` goes on after an answer's end.
+    """Returns a checkpoint's text files by name: the tokenizer and generation_config.json, without
+    whose stop ids Transformers' `generate` continues after an answer's end.
 
     Args:
-        init: the checkpoint that a run begins with; what its generation_config.json says is kept.
+        init: the checkpoint that the run starts from; its generation_config.json is kept.
     Raises:
         ValueError: one of them is malformed.
     """
@@ -304,7 +310,7 @@ def text_files(tokenizer_file: Path | None, init: Path | None) -> dict[str, Path
 
 
 def with_template(file: Path | str | None, form: str) -> str:
-    """Returns a tokenizer_config.json that says how a dialogue is written."""
+    """Returns the text of a tokenizer_config.json with the chat template of a dialogue format."""
     settings = {} if file is None else read_json(Path(file))
     if not isinstance(settings, dict):
         raise ValueError(f"{file}: expected a JSON object; got {settings!r:.60}")
@@ -318,12 +324,14 @@ def export(
     record: dict[str, Any],
     files: Mapping[str, Path | str],
 ) -> None:
-    """Writes the checkpoint of the run, and `record`, whose "run" is its id, there and to `--work`.
+    """Writes the checkpoint of the run to `--out`, and `record` to `--out` and `--work`.
 
     Args:
-        files: by their names in the checkpoint, files to be copied and texts to be written.
+        record: a JSON object, whose "run" is the run's id.
+        files: by their names in the checkpoint, files to copy and texts to write.
     Raises:
-        FloatingPointError: a weight is not finite: the last step, whose loss was, went too far.
+        FloatingPointError: a weight is not finite: the last step, whose loss was still finite,
+            overflowed.
     """
     whole = machine.whole(model)
     if whole is not None:
@@ -347,5 +355,5 @@ def _check_finite(model: Decoder) -> None:
         if not weight.isfinite().all():
             raise FloatingPointError(
                 f"{name}: expected finite weights after the last step; got NaN or infinity. No "
-                "checkpoint was written; a lower learning rate needs a new run"
+                "checkpoint was written; start a new run with a lower learning rate"
             )

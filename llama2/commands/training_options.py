@@ -1,4 +1,4 @@
-"""Options that the commands that train share."""
+"""Options that the training commands share."""
 
 import argparse
 from pathlib import Path
@@ -7,19 +7,25 @@ from llama2.placement import add_options
 
 
 def add_folders(parser: argparse.ArgumentParser, work: str) -> None:
-    """`--work`, `--out` and `--tensorboard`.
+    """Adds `--work`, `--out` and `--tensorboard`.
 
     Args:
-        work: what else than state and log the first receives.
+        work: what `--work` receives besides the state and the log.
     """
     add = parser.add_argument
-    add("--work", type=Path, required=True, metavar="DIR", help=f"state, log{work}")
+    add(
+        "--work",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help=f"directory for the saved state and the log{work}",
+    )
     add(
         "--out",
         type=Path,
         required=True,
         metavar="DIR",
-        help="the checkpoint at the end, in bfloat16 and Hugging Face's layout",
+        help="directory for the final checkpoint, in bfloat16 and Hugging Face's layout",
     )
     add(
         "--tensorboard",
@@ -33,12 +39,12 @@ def add_folders(parser: argparse.ArgumentParser, work: str) -> None:
 def add_lines(
     group: argparse._ArgumentGroup, *, form: str, bad: str, held_out: str | None = None
 ) -> None:
-    """`--data`, `--skip-bad-lines` and, if there can be any, `--held-out`.
+    """Adds `--data`, `--skip-bad-lines` and, with `held_out`, `--held-out`.
 
     Args:
-        form: a line of the data.
-        bad: what is wrong with lines that are left out.
-        held_out: what evaluation takes.
+        form: the format of a line of the data.
+        bad: what makes a line bad, for example "are too long".
+        held_out: what `--held-out` contains.
     """
     add = group.add_argument
     add(
@@ -50,11 +56,16 @@ def add_lines(
         help=f"JSON lines {form}: a file, or a directory of *.jsonl; repeatable",
     )
     if held_out is not None:
-        add("--held-out", type=Path, metavar="PATH", help=f"{held_out} for evaluation, likewise")
+        add(
+            "--held-out",
+            type=Path,
+            metavar="PATH",
+            help=f"{held_out} for evaluation, in the same format",
+        )
     add(
         "--skip-bad-lines",
         action="store_true",
-        help=f"train without lines that {bad}; by default they are named and nothing is trained",
+        help=f"skip lines that {bad}; by default the command names them and does not train",
     )
 
 
@@ -68,26 +79,31 @@ def add_recipe(
     warmup_steps: int | None,
     save_every: int,
 ) -> None:
-    """What `train_config` reads, but for the number of steps; defaults are the command's.
+    """Adds the options that `train_config` reads, with the command's defaults.
 
     Args:
-        row: what a row of a batch is called.
-        text: what has `--seq-len` tokens at most, where it is not the row.
-        warmup_steps: None means a share of all steps.
+        row: what help texts call a row of a batch.
+        text: what `--seq-len` limits, if that is not the row.
+        warmup_steps: None means 3 % of all steps, at least 5.
     """
     add = group.add_argument
-    steps_to_peak = "steps to reach it"
+    steps_to_peak = "steps of linear warm-up to the peak"
     if warmup_steps is None:
         steps_to_peak += "; default: 3 %% of all, at least 5"
     for name, kind, default, meaning in (
         ("--batch-size", int, batch_size, f"{row}s per step"),
-        ("--micro-batch-size", int, None, f"{row}s per forward pass; default: all of a step"),
-        ("--seq-len", int, None, f"tokens per {text or row}; default: the model's longest"),
-        ("--peak-lr", float, peak_lr, "highest learning rate"),
+        (
+            "--micro-batch-size",
+            int,
+            None,
+            f"{row}s per forward pass; default: those of a whole step",
+        ),
+        ("--seq-len", int, None, f"tokens per {text or row}; default: the model's max_seq_len"),
+        ("--peak-lr", float, peak_lr, "peak learning rate"),
         ("--warmup-steps", int, warmup_steps, steps_to_peak),
-        ("--weight-decay", float, 0.1, "of the matrices"),
-        ("--seed", int, 0, "of the data's order, and of weights that are drawn"),
-        ("--save-every", int, save_every, "steps between states"),
+        ("--weight-decay", float, 0.1, "applied to matrices, not to norms"),
+        ("--seed", int, 0, "random seed of the order of the data and of new weights"),
+        ("--save-every", int, save_every, "steps between saved states"),
     ):
         shown = "" if default is None else "; default: %(default)s"
         add(name, type=kind, default=default, metavar="X", help=meaning + shown)
@@ -95,23 +111,24 @@ def add_recipe(
 
 
 def add_precision(group: argparse._ArgumentGroup) -> None:
-    """Of a training step: `--bf16` and `--activation-checkpointing`."""
+    """Adds `--bf16` and `--activation-checkpointing`."""
     add = group.add_argument
     add(
         "--bf16",
         action="store_true",
-        help="compute in bfloat16; weights stay float32. With --tp it needs more processes than "
-        "share one model",
+        help="compute in bfloat16; weights stay in float32. Under torchrun it needs more processes "
+        "than --tp",
     )
     add(
         "--activation-checkpointing",
         action="store_true",
-        help="compute layers twice instead of keeping their activations; the bits are the same",
+        help="recompute layers in the backward pass instead of storing activations; results are "
+        "bit-identical",
     )
 
 
 def add_machine(group: argparse._ArgumentGroup) -> None:
-    """What `machine` reads."""
+    """Adds the options that `machine` reads."""
     add = group.add_argument
     add("--threads", type=int, metavar="N", help="CPU threads; default: PyTorch's choice")
     add(
@@ -119,7 +136,7 @@ def add_machine(group: argparse._ArgumentGroup) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="under torchrun, processes that share one model; default: 1. Each such group takes "
-        "its part of a batch",
+        help="tensor parallelism: under torchrun, the number of processes that share one model; "
+        "default: 1. Each such group computes a part of the batch",
     )
     add_options(group)

@@ -1,4 +1,4 @@
-"""The command `llama2 warm-up`: compiles what the first request would wait for."""
+"""The command `llama2 warm-up`: compiles the kernels that the first request would wait for."""
 
 import argparse
 import sys
@@ -15,44 +15,57 @@ from llama2.warm_up import DEFAULT_USES, USES, call_all
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `run`."""
+    """Adds the options of `run`."""
     add = parser.add_argument
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument(
         "--checkpoint",
         type=path,
         metavar="DIR",
-        help="of its shape and dtype; default: the small model of Python source that comes with "
-        "this package",
+        help="compile for its shape and dtype; default: the small model of Python source that "
+        "comes with this package",
     )
     shape.add_argument(
         "--shape",
         metavar="NAME",
-        help=f"{', '.join(PUBLISHED)}, or a JSON file of ModelConfig's fields, in bfloat16",
+        help=f"compile for a published shape in bfloat16 ({', '.join(PUBLISHED)}), or for that of "
+        "a JSON file of ModelConfig's fields",
     )
-    add("--dtype", choices=DTYPES, help="another than the checkpoint's, or bfloat16")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="dtype of the weights; default: the checkpoint's, or bfloat16 with --shape",
+    )
     add(
         "--kv-cache-dtype",
         choices=CACHE_DTYPES,
         default="auto",
-        help="of the key/value cache, as the other commands take it",
+        help="dtype of the key/value cache, as for the other commands",
     )
-    add("--page-size", type=integer, default=16, metavar="N", help="of serve; default: 16")
+    add(
+        "--page-size",
+        type=integer,
+        default=16,
+        metavar="N",
+        help="tokens per page of serve's cache; default: 16",
+    )
     add(
         "--for",
         dest="uses",
         type=_uses,
         default=DEFAULT_USES,
         metavar="USE,…",
-        help=f"some of {', '.join(USES)}; prefixes: prompts of serve that begin as others did and "
-        f"go on for up to 16 tokens; default: {','.join(DEFAULT_USES)}",
+        help=f"what to compile for: some of {', '.join(USES)}; prefixes: prompts of serve that "
+        "share a prefix with earlier ones and add up to 16 tokens; default: "
+        f"{','.join(DEFAULT_USES)}",
     )
     add(
         "--arch",
         metavar="sm_NN",
-        help="of a GPU that need not be there, such as sm_90; default: this machine's",
+        help="compile for this GPU architecture, such as sm_90, without such a GPU; default: this "
+        "machine's GPU",
     )
-    add("--jobs", type=integer, metavar="N", help="processes; default: one per CPU")
+    add("--jobs", type=integer, metavar="N", help="compiler processes; default: one per CPU")
 
 
 def _uses(text: str) -> tuple[str, ...]:
@@ -63,17 +76,19 @@ def _uses(text: str) -> tuple[str, ...]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compiles, and prints how many kernels it has compiled and how many were there.
+    """Compiles the kernels and prints how many it compiled and how many were compiled before.
 
     Returns:
-        0; 1 if a kernel does not compile, which stderr names.
+        0; 1 if a kernel does not compile; stderr names it.
     Raises:
         OSError, ValueError, NotImplementedError, ImportError: about an option.
     """
     if interpreter.is_enabled():
-        raise ValueError("TRITON_INTERPRET: expected it to be unset; got it set")
+        raise ValueError("TRITON_INTERPRET: expected an unset variable; got a set one")
     if arguments.arch is None and not torch.cuda.is_available():
-        raise ValueError("--arch: expected one, such as sm_90, where there is no GPU; got none")
+        raise ValueError(
+            "--arch: expected an architecture, such as sm_90, on a machine without a GPU; got none"
+        )
     config, dtype = _shape(arguments)
 
     def call() -> None:
