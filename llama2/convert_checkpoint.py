@@ -233,7 +233,8 @@ class _Conversion:
         return hf.config_json(self._config, reduce(torch.promote_types, dtypes))
 
     def tensors(self, calibration: Tensor | None) -> Iterator[tuple[str, Tensor]]:
-        """Keys and tensors, of one layer at a time; `calibration` gives the layers' moments."""
+        """Yields keys and tensors, layer by layer; the layers' second moments come from
+        `calibration`."""
         embedding = self._read("embed_tokens.weight")
         states = None
         if calibration is not None:
@@ -282,7 +283,8 @@ class _Conversion:
         return self.checkpoint.tensors[self.checkpoint.key_of(name)].dtype
 
     def _read(self, name: str) -> Tensor:
-        """In memory of its own: tensors of a pickle may share theirs, which no shard may."""
+        """Reads a tensor into its own memory: tensors of a pickle may share memory, those of a
+        shard must not."""
         stored = self.checkpoint.tensors[self.checkpoint.key_of(name)].read()
         weight = stored.clone(memory_format=torch.contiguous_format)
         if self.num_kv_heads != self.model.config.num_kv_heads:
@@ -292,5 +294,5 @@ class _Conversion:
     def _check_finite(self, name: str, weight: Tensor) -> None:
         if not weight.isfinite().all():
             raise FloatingPointError(
-                f"{self.checkpoint.key_of(name)}: expected finite numbers; got others"
+                f"{self.checkpoint.key_of(name)}: expected finite numbers; got NaN or infinity"
             )

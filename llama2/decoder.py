@@ -1,8 +1,8 @@
-"""The network below its head: token ids to states. It knows kernels only as `ops`: a module of
-functions.
+"""The network below its head, from token ids to hidden states. `ops`, a module of functions,
+provides the kernels.
 
-Parameters carry Hugging Face's names without the leading `model.`, so that checkpoints map
-one to one. Reference: Touvron et al. 2023, arXiv:2307.09288.
+Parameters have Hugging Face's names without the leading `model.`, so that checkpoints map one to
+one. Reference: Touvron et al. 2023, arXiv:2307.09288.
 """
 
 import itertools
@@ -42,7 +42,7 @@ class RotaryTable(nn.Module):
         try:
             super()._apply(fn, recurse)
             self.move(self.cos.device)
-        except NotImplementedError:  # from the meta device nothing can be copied
+        except NotImplementedError:  # tensors on the meta device cannot be copied
             self.move(fn(torch.empty(0, dtype=torch.float32, device="cpu")).device)
         return self
 
@@ -57,11 +57,12 @@ class RMSNorm(nn.Module):
         settings = {"dtype": torch.get_default_dtype(), "device": torch.get_default_device()}
         self.weight = nn.Parameter(torch.ones(config.hidden_size, **settings))
         self.eps = config.norm_eps
-        # The functions, not the module: copies and pickles of a model carry them by name.
+        # The functions, not the module: a copy or pickle of a model refers to functions by name.
         self.rms_norm, self.add_rms_norm = ops.rms_norm, ops.add_rms_norm
 
     def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(normalised, residual) of x + residual; the first norm of the network has no residual."""
+        """Returns (normalised, residual) of x + residual; the first norm of the network has no
+        residual."""
         if residual is None:
             return self.rms_norm(x, self.weight, self.eps), x
         return self.add_rms_norm(x, residual, self.weight, self.eps)
@@ -153,9 +154,9 @@ def _projected(
     joint: JointProjection,
     step: CacheStep | None,
 ) -> Sequence[Tensor]:
-    """Returns the output of each projection: by one product in a step on a cache without gradients.
-    A call without a cache never uses it, so that its bits do not depend on whether autograd
-    records."""
+    """Returns the output of each projection, from one joint product if the call is a step on a
+    cache without gradients. A call without a cache never uses it, so that its bits do not depend on
+    whether autograd records."""
     if step is None or torch.is_grad_enabled():
         return [projection(x) for projection in projections]
     return joint(x, *projections)
@@ -178,7 +179,7 @@ class DecoderLayer(nn.Module):
         step: CacheStep | None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(output, residual): their sum is the layer's output, added by the norm that follows."""
+        """Returns (output, residual), whose sum is the layer's output; the next norm adds them."""
         x, residual = self.input_layernorm(x, residual)
         x = self.self_attn(x, rope, positions, step, cu_seqlens)
         x, residual = self.post_attention_layernorm(x, residual)
@@ -186,18 +187,18 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A Llama 2 decoder below its head, whose ops are a backend: `get_backend("triton")` on a GPU,
-    `get_backend("torch")` elsewhere, `get_backend("eager")` to check either.
+    """A Llama 2 decoder below its head. Its ops are a backend: `get_backend("triton")` on a GPU,
+    `get_backend("torch")` elsewhere, or `get_backend("eager")` to check either.
 
-    A model is a subclass, which adds its head and then calls `reset_parameters`: weights are drawn
-    from N(0, 0.02²), the two projections that write to the residual stream from
-    N(0, 0.02² / (2 · num_layers)).
+    A subclass adds its head and then calls `reset_parameters`, which draws weights from N(0, 0.02²)
+    and the two projections that write to the residual stream from N(0, 0.02² / (2 · num_layers)).
 
     Attributes:
-        config: read at construction. One that takes its place later changes nothing in the network;
-            its max_seq_len may be smaller.
-        activation_checkpointing: keep of each layer its input only and run it again for its
-            gradients, which have the same bits: less memory for a third more arithmetic.
+        config: read at construction. Replacing it later does not change the network; the new
+            max_seq_len may be smaller.
+        activation_checkpointing: store only the input of each layer and recompute the layer in the
+            backward pass. Gradients have the same bits; training takes less memory and a third more
+            arithmetic.
     """
 
     activation_checkpointing = False
@@ -211,7 +212,7 @@ class Decoder(nn.Module):
         self.rope = RotaryTable(config)
         # The network does not use it; the training step does.
         self.adamw_update = ops.adamw_update
-        # The function, not the method: copies and pickles of a model carry it by name.
+        # The function, not the method: a copy or pickle of a model refers to it by name.
         self.register_load_state_dict_post_hook(_after_loading)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -220,13 +221,14 @@ class Decoder(nn.Module):
         return self
 
     def _keep_whole(self) -> None:
-        """The rotary table has values where the weights have."""
+        """Gives the rotary table values if the weights have values."""
         weight = self.embed_tokens.weight
         if self.rope.cos.is_meta and not weight.is_meta:
             self.rope.move(weight.device)
 
     def _after_loading(self) -> None:
-        """`load_state_dict` puts other parameters into the model, if its `assign` is true."""
+        """Restores invariants after `load_state_dict`, which with `assign=True` replaces
+        parameters."""
         self._after_moving()
 
     def _after_moving(self) -> None:
@@ -237,8 +239,8 @@ class Decoder(nn.Module):
 
     @property
     def cache_config(self) -> ModelConfig:
-        """The configuration of a cache for this model: its own, with the layers that it has now and
-        the heads that this process has of it."""
+        """The configuration of a cache for this model: its own, with its present layers and this
+        process's share of the heads."""
         attention = self.layers[0].self_attn
         heads = {"num_q_heads": attention.num_q_heads, "num_kv_heads": attention.num_kv_heads}
         return replace(self.config, num_layers=len(self.layers), **heads)
@@ -246,14 +248,14 @@ class Decoder(nn.Module):
     def fuse_projections(self) -> None:
         """Makes steps on a cache without gradients compute q, k and v by one matrix product, and
         gate and up by another. It moves these weights next to each other in memory; they remain the
-        same parameters. `Generator` and `serve` call it on a GPU, where it saves launches; on a CPU
-        reading parts of one output costs more than it saves. If parameters are moved later, for
-        example by `to(…)`, the projections are computed one by one again until the next call of
-        this method.
+        same parameters. `Generator` and `serve` call it on a GPU, where it saves launches; on a
+        CPU, reading parts of one output costs more than it saves. If parameters are moved later,
+        for example by `to(…)`, projections are computed separately until the next call of this
+        method.
 
-        Weights that FSDP shards are not moved, nor are those whose memory another tensor refers to,
-        such as a state dict's. `safetensors.torch.save_model` refuses a model whose weights were
-        moved; `save_file` of its state dict does not.
+        It does not move weights that FSDP shards, nor weights whose memory another tensor uses,
+        such as a tensor of a state dict. `safetensors.torch.save_model` refuses a model whose
+        weights were moved; `save_file` of its state dict does not.
         """
         if any(hasattr(module, "reshard") for module in self.modules()):
             return
@@ -267,19 +269,19 @@ class Decoder(nn.Module):
         rows = self.rope.cos.shape[0]
         if self.config.max_seq_len > rows:
             raise ValueError(
-                f"config: expected a max_seq_len of at most {rows}, where the rotary table ends "
-                f"that was made at construction; got {self.config.max_seq_len}"
+                f"config: expected a max_seq_len of at most {rows}, the length of the rotary table "
+                f"made at construction; got {self.config.max_seq_len}"
             )
         device = self.embed_tokens.weight.device
         if self.rope.cos.is_meta and device.type != "meta":
             raise ValueError(
-                f"rope: expected its table on {device}, as the weights; got it on meta. "
+                f"rope: expected its table on {device}, like the weights; got it on meta. "
                 "`model.rope.move(device)` computes it there"
             )
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws all weights anew; those of norms are one."""
+        """Draws all weights again; those of norms become 1."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
@@ -296,31 +298,32 @@ class Decoder(nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """Final normalised states `[batch, seq_len, hidden_size]` of int tokens `[batch, seq_len]`.
+        """Returns the final normalised states `[batch, seq_len, hidden_size]` of int tokens
+        `[batch, seq_len]`.
 
         With a cache, the tokens continue its sequences: any number into an empty cache, at most 16
         per sequence later. Rows of a first call may be right-padded; `num_valid` int `[batch]` then
-        counts each row's tokens, and the states of the padding are meaningless. A cache is a
-        `KVCache`, or a batch that a `PagedKVCache` made, which says what the tokens are. Where it
-        is quantised, tokens that begin a sequence attend to each other's exact keys and values,
-        all others to what the cache holds, of themselves too.
+        is the number of tokens of each row, and the states of the padding are meaningless. A cache
+        is a `KVCache`, or a batch of a `PagedKVCache`, which specifies the tokens. With a quantised
+        cache, tokens that begin a sequence attend to each other's exact keys and values; all other
+        tokens attend to the quantised ones, including their own.
 
         Packed sequences are tokens `[1, total]`, one sequence after another, with their bounds in
-        `cu_seqlens`, int32 or int64 `[num_sequences + 1]`, from 0 and never decreasing: sequence b
-        is the tokens cu_seqlens[b] … cu_seqlens[b + 1] − 1. Each gets the states that it gets
-        alone; it may be empty. Bounds beyond the tokens end there; the states of tokens after the
-        last sequence are finite and meaningless. `total` may exceed `max_seq_len`, a sequence may
-        not: bounds are read on the device, where no error can be raised, and the states of a
-        sequence that is longer are NaN.
+        `cu_seqlens`, int32 or int64 `[num_sequences + 1]`, starting at 0 and non-decreasing:
+        sequence b is the tokens cu_seqlens[b] … cu_seqlens[b + 1] − 1. Each gets the same states as
+        alone; it may be empty. Bounds beyond `total` count as `total`; the states of tokens after
+        the last sequence are finite and meaningless. `total` may exceed `max_seq_len`, but a
+        sequence may not: bounds are read on the device, where no error can be raised, so the states
+        of a longer sequence are NaN.
 
         Raises:
-            ValueError: the tokens do not fit in `max_seq_len` or in the cache, or their shape or
-                that of `num_valid` or `cu_seqlens` is another; `num_valid` without an empty cache;
-                `cu_seqlens` with a cache; a cache of another number of heads or layers; a rotary
-                table on the meta device, or too short for the `config` that the model has now.
-            TypeError: the cache is of another dtype than the model's, float8_e4m3fn and int8, or
-                `cu_seqlens` of another than int32 and int64.
-            NotImplementedError: more than 16 tokens per sequence into a cache that is not empty.
+            ValueError: the tokens do not fit in `max_seq_len` or in the cache; tokens, `num_valid`
+                or `cu_seqlens` has the wrong shape; `num_valid` without an empty cache;
+                `cu_seqlens` with a cache; a cache with another number of heads or layers; a rotary
+                table on the meta device, or one too short for the present `config`.
+            TypeError: the cache's dtype is not the model's, float8_e4m3fn or int8, or that of
+                `cu_seqlens` is not int32 or int64.
+            NotImplementedError: more than 16 tokens per sequence with a cache that is not empty.
         """
         if tokens.dim() != 2:
             raise ValueError(f"tokens: expected [batch, seq_len]; got {list(tokens.shape)}")
@@ -334,7 +337,9 @@ class Decoder(nn.Module):
             arguments.tensor("num_valid", num_valid, shape=(batch,), dtypes=arguments.INTS)
         if cu_seqlens is not None:
             if cache is not None:
-                raise ValueError("cu_seqlens: expected no cache with packed sequences; got one")
+                raise ValueError(
+                    "cu_seqlens: expected packed sequences without a cache; got a cache"
+                )
             positions, step = positions_of(tokens, cu_seqlens), None
         elif cache is None:
             if seq_len > self.config.max_seq_len:
@@ -351,7 +356,7 @@ class Decoder(nn.Module):
                     f"float8_e4m3fn or int8; got {stored.keys.dtype}"
                 )
             num_kv_heads = self.layers[0].self_attn.num_kv_heads
-            if stored.keys.shape[3] != num_kv_heads:  # a single head would be written to all
+            if stored.keys.shape[3] != num_kv_heads:  # a single head would be broadcast to all
                 raise ValueError(
                     f"cache: expected {num_kv_heads} key/value heads, those of cache_config; "
                     f"got {stored.keys.shape[3]}"

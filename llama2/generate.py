@@ -1,4 +1,4 @@
-"""Token generation: a ragged batch, one key/value cache, steps that a GPU replays."""
+"""Token generation for ragged batches, with one key/value cache and CUDA graphs of decode steps."""
 
 import functools
 import itertools
@@ -17,7 +17,7 @@ from llama2.decoding.sampling import check_sampling, is_whole, uniform_draws
 from llama2.decoding.weights import addresses, in_own_dtype
 from llama2.model import Llama2
 
-# On a GPU sizes are rounded up, so that calls of other sizes find the same cache and graphs.
+# On a GPU sizes are rounded up, so that calls of similar sizes reuse the cache and the graphs.
 _CAPACITY_UNIT = 256
 _BATCH_UNIT = 8
 
@@ -32,25 +32,25 @@ def generate(
     stop_ids: Iterable[int] = (),
     seed: int | None = None,
 ) -> list[list[int]]:
-    """Continues every prompt, on the model's device and in its dtype, under torch.autocast too.
+    """Continues every prompt, on the model's device and in its dtype, also under torch.autocast.
 
-    A `Generator` does the same call after call with one cache and the same CUDA graphs.
+    A `Generator` does the same and reuses its cache and CUDA graphs from call to call.
 
     Args:
-        prompts: token ids, of any lengths; a model expects BOS first (`Tokenizer.encode`).
+        prompts: token ids of any lengths; a model expects BOS first (`Tokenizer.encode`).
         max_new_tokens: most tokens to add to each prompt; 0 adds none.
         temperature: divides the logits; 0 takes the likeliest token.
-        top_p: draws among the fewest likeliest tokens whose probabilities reach this sum.
+        top_p: samples from the smallest set of likeliest tokens whose probabilities sum to this.
         stop_ids: tokens that end their sequence, usually `[tokenizer.eos_id]`.
-        seed: what is drawn for prompt i depends on the seed and i alone: not on the rest of the
-            batch, nor on the device. None takes a new seed at every call.
+        seed: the random numbers of prompt i depend only on the seed and i, not on the rest of the
+            batch or the device. None uses a new seed for every call.
     Returns:
-        The new tokens of each prompt. A sequence that was stopped ends with its stop token, which
-        tells it from one that ran out of `max_new_tokens`.
+        The new tokens of each prompt. A stopped sequence ends with its stop token; one that reached
+        `max_new_tokens` does not.
     Raises:
-        ValueError: no prompt, or an empty one; a token or stop id outside the vocabulary; a prompt
-            that with `max_new_tokens` exceeds `max_seq_len`; a temperature that is negative or not
-            finite; a top_p outside (0, 1]; a negative seed.
+        ValueError: there is no prompt, or one is empty; a token or stop id is outside the
+            vocabulary; a prompt plus `max_new_tokens` exceeds `max_seq_len`; the temperature is
+            negative or not finite; top_p is outside (0, 1]; the seed is negative.
         FloatingPointError: the model's logits are NaN or infinite.
     """
     return Generator(model).generate(
@@ -66,37 +66,36 @@ def generate(
 def stream(
     model: Llama2, prompts: Sequence[Sequence[int]], **settings: Any
 ) -> Iterator[tuple[int, int]]:
-    """`generate`, with its settings, a token at a time: (index of the prompt, new token), step
-    after step.
+    """Yields the tokens of `generate`, with its settings, one at a time: (index of the prompt, new
+    token), step by step.
 
-    The arguments are checked by the call itself, before the first token is asked for.
+    The call itself checks the arguments, before the first token is requested.
     """
     return Generator(model).stream(prompts, **settings)
 
 
 class Generator:
-    """Continues prompts with one model, call after call.
+    """Continues prompts with one model and reuses its buffers from call to call.
 
-    It keeps its cache between calls, and on a GPU the CUDA graphs of its decode steps: one per
-    batch size, rounded up to 1, 2, 4 or a multiple of 8, and kind of sampling (greedy or not). A
-    step is run once, captured once and then replayed: no launch by launch, no allocation and no
-    wait for the device. Its tokens are those of the step as it is. A call that needs a longer
-    cache or more rows, and one after the model's parameters have moved or its layers have changed,
-    begins anew. It is for one thread and one stream of a GPU at a time; a copy, or what a pickle
-    gives, begins with nothing of its caches.
+    It keeps its cache between calls and, on a GPU, the CUDA graphs of its decode steps: one per
+    batch size (rounded up to 1, 2, 4 or a multiple of 8) and kind of sampling (greedy or not). A
+    step is run once, captured once and then replayed, without separate launches, allocations or
+    waits for the device; replays give the same tokens. A call that needs a longer cache or more
+    rows, or that comes after the model's parameters have moved or its layers have changed, makes a
+    new cache and new graphs. Use it from one thread and one CUDA stream at a time. Copies and
+    pickles do not include the caches.
 
     Args:
-        cache_dtype: of the cache; None: the model's. float8_e4m3fn and int8 halve its memory and
-            its reads, or better, and round (`KVCache`).
-        capture: whether steps are captured. None: on a GPU, unless a module of the model has
-            forward hooks, which a replay would not call (tensor parallelism uses such hooks).
-        vocab_size: ids from here on are never drawn: a tokenizer's, where the model has more. None:
-            the model's.
+        cache_dtype: dtype of the cache; None means the model's. float8_e4m3fn and int8 quantise the
+            cache, which takes at most half the memory and the reads (`KVCache`).
+        capture: whether steps are captured. None captures on a GPU, unless a module of the model
+            has forward hooks, which a replay would not call (tensor parallelism uses such hooks).
+        vocab_size: ids from this one on are never sampled; for a tokenizer with fewer ids than the
+            model. None means the model's.
     Raises:
-        ValueError: `capture` without a GPU, or of a model with hooks; a vocab_size that is not
-            positive or above the model's.
-        TypeError: from `generate` and `stream`: a cache_dtype that is neither the model's nor one
-            of those.
+        ValueError: `capture` without a GPU or with a model that has hooks; a vocab_size that is not
+            positive or exceeds the model's.
+        TypeError: raised by `generate` and `stream`: cache_dtype is none of these.
     """
 
     def __init__(
@@ -114,11 +113,11 @@ class Generator:
         self._batches: dict[int, DecodeBatch] = {}  # by their number of rows
         self._made_for: list[object] = []
         self._calls = itertools.count()
-        self._current = -1  # the call that has the cache
+        self._current = -1  # the call that uses the cache
         can_capture(model, capture)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Of a copy or a pickle: made as this one was, with a lock and caches of its own."""
+        """Makes a copy or pickle with the same settings, its own lock and no caches."""
         settings = {"cache_dtype": self._cache_dtype, "capture": self._capture}
         settings["vocab_size"] = self._vocab_size
         return functools.partial(type(self), **settings), (self.model,)
@@ -141,22 +140,23 @@ class Generator:
         stop_ids: Iterable[int] = (),
         seed: int | None = None,
     ) -> Iterator[tuple[int, int]]:
-        """See the function `stream`. One call at a time has the cache: asking an earlier one for
-        more tokens raises RuntimeError, as does a thread that asks while another one does."""
+        """See the function `stream`. One call at a time uses the cache: requesting more tokens of
+        an earlier call raises RuntimeError, as does a request while another thread's is running."""
         stop_ids = as_stop_ids(stop_ids)
         check_tokens(self.model.config, prompts, max_new_tokens, stop_ids)
         check_sampling(temperature, top_p, seed)
-        prompts = [list(prompt) for prompt in prompts]  # as they were checked
+        prompts = [list(prompt) for prompt in prompts]  # a copy, so that they stay as checked
         return self._alone(
             self._stream(prompts, max_new_tokens, temperature, top_p, stop_ids, seed)
         )
 
     def _alone(self, steps: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-        """Yields the same, one thread at a time."""
+        """Yields the same tokens; raises RuntimeError if two threads request one at the same
+        time."""
         while True:
             if not self._lock.acquire(blocking=False):
                 raise RuntimeError(
-                    "stream: expected one thread at a time on a Generator; got another"
+                    "stream: expected one thread at a time on a Generator; got a second one"
                 )
             try:
                 with in_own_dtype(self.model):
@@ -180,7 +180,7 @@ class Generator:
         if max_new_tokens == 0:
             return
         self._current = call = next(self._calls)
-        # The last new token is never fed back, so it needs no room.
+        # The last new token is never an input, so it needs no place in the cache.
         batch = self._batch(len(prompts), max(map(len, prompts)) + max_new_tokens - 1)
         draws = [uniform_draws(seed, index, max_new_tokens) for index in range(len(prompts))]
         uniform = torch.from_numpy(np.stack(draws))
@@ -196,7 +196,7 @@ class Generator:
                 yield index, tokens[index]
                 if self._current != call:
                     raise RuntimeError(
-                        "stream: expected one call at a time on a Generator; got another since"
+                        "stream: expected the latest call on a Generator; got an earlier one"
                     )
             running = [index for index in running if tokens[index] not in stop_ids]
             if not running:
@@ -205,7 +205,7 @@ class Generator:
     def _batch(self, rows: int, capacity: int) -> DecodeBatch:
         model, weight = self.model, self.model.lm_head.weight
         if on_gpu(model):
-            model.fuse_projections()  # before addresses are taken: it may move parameters
+            model.fuse_projections()  # may move parameters, so before their addresses are recorded
             rows = rounded_batch(rows)
             units = -(-capacity // _CAPACITY_UNIT)
             capacity = min(units * _CAPACITY_UNIT, model.config.max_seq_len)
@@ -218,7 +218,7 @@ class Generator:
             held = len(self._cache.seq_lens), self._cache.capacity
         needed = max(rows, held[0]), max(capacity, held[1])
         if needed != held:
-            self._batches, self._cache = {}, None  # first, so that its memory can be had again
+            self._batches, self._cache = {}, None  # first, to free their memory
             settings = {"dtype": self._cache_dtype or weight.dtype, "device": weight.device}
             self._cache = KVCache(model.cache_config, *needed, **settings)
         if rows not in self._batches:
@@ -229,18 +229,18 @@ class Generator:
 
 
 def drawn_ids(config: ModelConfig, vocab_size: int | None) -> int:
-    """Returns how many of the model's ids may be drawn."""
+    """Returns how many of the model's ids may be sampled."""
     if vocab_size is None:
         return config.vocab_size
     if not is_whole(vocab_size) or not 1 <= vocab_size <= config.vocab_size:
         raise ValueError(
-            f"vocab_size: expected 1 to the model's {config.vocab_size}; got {vocab_size!r}"
+            f"vocab_size: expected from 1 to the model's {config.vocab_size}; got {vocab_size!r}"
         )
     return vocab_size
 
 
 def rounded_batch(batch: int) -> int:
-    """1, 2, 4 or a multiple of 8."""
+    """Rounds a batch size up to 1, 2, 4 or a multiple of 8."""
     if batch <= 4:
         return 1 << (batch - 1).bit_length()
     return -(-batch // _BATCH_UNIT) * _BATCH_UNIT
@@ -277,7 +277,7 @@ def check_tokens(
 def check_settings(
     *, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None
 ) -> None:
-    """Raises ValueError for what `generate` refuses with any prompt."""
+    """Raises ValueError for settings that `generate` refuses."""
     _check_count(max_new_tokens)
     check_sampling(temperature, top_p, seed)
 

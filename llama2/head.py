@@ -1,4 +1,5 @@
-"""The loss of hidden states by the projection onto the vocabulary, which itself makes no logits."""
+"""The loss of hidden states under the projection onto the vocabulary, without storing the
+logits."""
 
 from collections.abc import Callable
 
@@ -10,21 +11,21 @@ from llama2.targets import IGNORED
 
 
 def check_targets(head: nn.Module, tokens: Tensor, targets: Tensor | None, reduction: str) -> None:
-    """Raises unless `Llama2.forward` can give what it is asked for; see there."""
+    """Checks the arguments of `Llama2.forward`; see there for the errors."""
     if targets is None:
         if reduction != "none":
-            raise ValueError(f"targets: expected some with reduction {reduction!r}; got None")
+            raise ValueError(f"targets: expected a tensor with reduction {reduction!r}; got None")
         return
     arguments.tensor("targets", targets, dtypes=arguments.INTS, shape=tuple(tokens.shape))
     check_head(head)
 
 
 def check_head(head: nn.Module) -> None:
-    """Raises NotImplementedError for a head that is more than its weight."""
+    """Raises NotImplementedError unless the head is a plain nn.Linear without a bias."""
     if type(head).forward is not nn.Linear.forward or head.bias is not None:
         raise NotImplementedError(
-            "lm_head: expected torch.nn.Linear's forward and no bias, where the loss makes no "
-            f"logits; got {head}"
+            "lm_head: expected a plain torch.nn.Linear without a bias, as the loss does not "
+            f"compute logits; got {head}"
         )
 
 
@@ -35,7 +36,7 @@ def head_loss(
     targets: Tensor,
     reduction: str,
 ) -> Tensor:
-    """`linear_cross_entropy`, under autocast in its dtype, as the projection would be."""
+    """Calls `linear_cross_entropy`; under autocast in autocast's dtype, like the projection."""
     hidden, weight = _in_autocast_dtype(hidden, weight)
     return linear_cross_entropy(hidden, weight, targets, ignore_index=IGNORED, reduction=reduction)
 
@@ -47,7 +48,7 @@ def head_log_probs(
     targets: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """`token_log_probs` with the entropy, under autocast as `head_loss`."""
+    """Calls `token_log_probs` with the entropy; under autocast as `head_loss`."""
     hidden, weight = _in_autocast_dtype(hidden, weight)
     return token_log_probs(hidden, weight, targets, temperature=temperature, return_entropy=True)
 

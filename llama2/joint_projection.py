@@ -5,9 +5,9 @@ In a decode step every kernel reads its weights once. One product instead of thr
 bytes with two launches fewer. `fuse` moves the weights next to each other in one allocation; they
 remain the parameters of their own modules, under their own names.
 
-Only steps on a cache and without gradients are computed in this way. In training the gradients of
-the parts would first have to be concatenated, which moves more bytes than are saved by no longer
-adding up the gradients of the input.
+Only steps on a cache without gradients use the joint product. In training, the gradients of the
+parts would have to be concatenated first; that moves more bytes than are saved by not adding up the
+gradients of the input.
 """
 
 from collections import Counter
@@ -94,8 +94,8 @@ def memory_of(weight: Tensor) -> int:
 
 
 def _num_holders(x: Tensor) -> int:
-    """Returns how many tensors refer to the allocation of x, and what else does: one number more
-    for every one that is not x."""
+    """Returns the number of references to the allocation of x, by tensors and others, including x
+    itself."""
     return torch._C._storage_Use_Count(x.untyped_storage()._cdata)
 
 

@@ -1,4 +1,4 @@
-"""The Llama 2 network, whole: a decoder and its projection onto the vocabulary.
+"""The whole Llama 2 network: a decoder and its projection onto the vocabulary.
 
 Reference: Touvron et al. 2023, arXiv:2307.09288.
 """
@@ -16,8 +16,8 @@ from llama2.targets import check_ids, divisor, targets_of
 
 
 class Llama2(Decoder):
-    """A Llama 2 model whose ops are a backend, such as `get_backend("triton")`; weights and
-    attributes as `Decoder` has them."""
+    """A Llama 2 model whose ops are a backend, such as `get_backend("triton")`; attributes and
+    initial weights as for `Decoder`."""
 
     def __init__(self, config: ModelConfig, ops: ModuleType) -> None:
         super().__init__(config, ops)
@@ -29,8 +29,8 @@ class Llama2(Decoder):
         self.reset_parameters()
 
     def _keep_whole(self) -> None:
-        """And head and embedding are one parameter as long as the config says so, whatever has
-        replaced either."""
+        """Also ties head and embedding again, if the config ties them and one of them has been
+        replaced."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         super()._keep_whole()
@@ -42,7 +42,7 @@ class Llama2(Decoder):
         if head is not embedding and not head.is_meta and not torch.equal(head, embedding):
             raise ValueError(
                 "lm_head.weight: expected the values of embed_tokens.weight, as "
-                "tie_word_embeddings is true; got others"
+                "tie_word_embeddings is true; got different values"
             )
         super()._after_loading()
 
@@ -56,11 +56,12 @@ class Llama2(Decoder):
         targets: Tensor | None = None,
         reduction: str = "none",
     ) -> Tensor:
-        """Logits `[batch, seq_len, vocab_size]`; see `hidden_states`.
+        """Returns logits `[batch, seq_len, vocab_size]`; see `hidden_states` for the arguments.
 
-        With targets, int `[batch, seq_len]`, ids or IGNORED, no logits but the `reduction` of
-        `linear_cross_entropy`. Raises ValueError for targets of another shape, or a reduction
-        without any; NotImplementedError for an `lm_head` that is more than its weight.
+        With targets, int `[batch, seq_len]`, ids or IGNORED, it returns the loss of
+        `linear_cross_entropy` with `reduction` instead. Raises ValueError for targets of the wrong
+        shape, or a reduction without targets; NotImplementedError for an `lm_head` that is not a
+        plain `nn.Linear` without a bias.
         """
         check_targets(self.lm_head, tokens, targets, reduction)
         hidden = self.hidden_states(tokens, cache, num_valid, cu_seqlens=cu_seqlens)
@@ -77,38 +78,38 @@ class Llama2(Decoder):
         cu_seqlens: Tensor | None = None,
         num_predictions: Tensor | None = None,
     ) -> Tensor:
-        """Returns mean next-token cross-entropy in nats over int tokens `[batch, seq_len + 1]`.
+        """Returns the mean next-token cross-entropy in nats over int tokens `[batch, seq_len + 1]`.
 
-        Every token but the first of its sequence is predicted once, and every prediction weighs the
-        same:
+        Every token except the first of its sequence is predicted once; all predictions have the
+        same weight:
 
-        - padded: only the first `num_valid` tokens of each row count, int `[batch]`, each in
-          [0, seq_len + 1]. What pads a row on the right is any id of the vocabulary; it changes
+        - padded: only the first `num_valid` tokens of each row count, int `[batch]`, each in [0,
+          seq_len + 1]. The padding on the right may be any ids of the vocabulary; it changes
           neither the loss nor a gradient.
         - packed: tokens `[1, total]` with `cu_seqlens`, as `hidden_states` takes them. The first
           token of a sequence is not predicted, nor is any token after the last sequence.
 
-        Where no token is to be predicted, the loss is NaN. With `num_predictions`, a scalar, it is
-        the sum over the predictions divided by that: losses of parts of a batch, divided by
-        `targets.count_predictions` of the whole, add up to the whole's.
+        Without any prediction the loss is NaN. With `num_predictions`, a scalar, the loss is the
+        sum over the predictions divided by it: losses of parts of a batch, with
+        `targets.count_predictions` of the whole batch, add up to the loss of the whole.
 
         Raises:
-            ValueError: tokens of less than two columns, which have nothing to predict, or another
-                shape of an argument; both `num_valid` and `cu_seqlens`.
+            ValueError: tokens with fewer than two columns, an argument of the wrong shape, or both
+                `num_valid` and `cu_seqlens`.
             TypeError: as `hidden_states`.
         """
         targets = targets_of(tokens, num_valid, cu_seqlens)
         check_ids(tokens, self.config.vocab_size)
         count = divisor(targets, num_predictions)
-        # Causal attention keeps what pads a row on the right from all tokens before it.
+        # Causal attention hides the padding on the right from all tokens before it.
         total = self(tokens[:, :-1], cu_seqlens=cu_seqlens, targets=targets, reduction="sum")
         return total / count
 
     def token_losses(
         self, tokens: Tensor, targets: Tensor, *, cu_seqlens: Tensor | None = None
     ) -> Tensor:
-        """−log p(target) in nats at each token, `[batch, seq_len]`, in float32 or wider; 0 where
-        the target is IGNORED.
+        """Returns −log p(target) in nats at each token, `[batch, seq_len]`, in float32 or wider; 0
+        where the target is IGNORED.
 
         Args:
             tokens: int `[batch, seq_len]`; packed with `cu_seqlens`, as `hidden_states` takes them.
@@ -125,9 +126,9 @@ class Llama2(Decoder):
         cu_seqlens: Tensor,
         temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """(log p(target), entropy of p) in nats at some of the tokens, `[num_places]` each in
-        float32 or wider, both with gradients, where p = softmax(logits / temperature). The other
-        tokens cost no projection onto the vocabulary.
+        """Returns (log p(target), entropy of p) in nats at some of the tokens, `[num_places]` each
+        in float32 or wider, both with gradients, where p = softmax(logits / temperature). Other
+        tokens are not projected onto the vocabulary.
 
         Args:
             tokens: int `[1, total]`, packed with `cu_seqlens`, as `hidden_states` takes them.
@@ -135,7 +136,7 @@ class Llama2(Decoder):
             targets: int64 `[num_places]`, ids.
             temperature: positive.
         Raises:
-            NotImplementedError: an `lm_head` that is more than its weight.
+            NotImplementedError: `lm_head` is not a plain `nn.Linear` without a bias.
         """
         check_head(self.lm_head)
         hidden = self.hidden_states(tokens, cu_seqlens=cu_seqlens)[0].index_select(0, places)

@@ -3,10 +3,10 @@
     mesh = init_device_mesh("cuda", (4, 2), mesh_dim_names=("dp", "tp"))
     parallelize(model, mesh)
 
-Tensor parallelism deals out heads, columns of the feed-forward layers and the vocabulary: a rank
-computes whole activations of its own heads, and two sums over the ranks per layer put them
-together. Shoeybi et al. 2019, arXiv:1909.08053. FSDP deals out parameters, gradients and optimiser
-states, and gathers a layer's parameters when it runs. Rajbhandari et al. 2019, arXiv:1910.02054.
+Tensor parallelism splits heads, columns of the feed-forward layers and the vocabulary among the
+ranks: each rank computes its own heads and columns, and two all-reduces per layer add the results
+up. Shoeybi et al. 2019, arXiv:1909.08053. FSDP shards parameters, gradients and optimiser states,
+and gathers a layer's parameters when the layer runs. Rajbhandari et al. 2019, arXiv:1910.02054.
 
 The model's ops see plain local tensors, on any backend.
 """
@@ -38,7 +38,7 @@ from llama2.decoder import AnyDecoder, Decoder
 from llama2.model import Llama2
 from llama2.targets import count_predictions
 
-DATA, TENSOR = "dp", "tp"  # what the dimensions of a mesh are called
+DATA, TENSOR = "dp", "tp"  # names of mesh dimensions
 
 
 def parallelize(
@@ -51,36 +51,39 @@ def parallelize(
 ) -> AnyDecoder:
     """Shards `model` in place over `mesh` and returns it.
 
-    On "tp", all ranks take the same tokens and get the same logits; `generate` works. On "dp", each
-    takes its own tokens; the model trains and computes logits, it does not generate. An optimiser
-    is made afterwards, from the new parameters.
+    On "tp", all ranks take the same tokens and return the same logits; `generate` works. On "dp",
+    each rank takes its own tokens; the model can train and compute logits, but not generate. Make
+    the optimiser afterwards, from the new parameters.
 
     Args:
-        model: on the mesh's device, with the same weights in every rank; or on the meta device, to
-            be given memory by `to_empty` and weights by a checkpoint.
+        model: on the mesh's device, with the same weights on every rank; or on the meta device, to
+            get memory by `to_empty` and weights from a checkpoint.
         mesh: its dimensions are "dp", "tp", or both in this order.
         param_dtype: with "dp", the dtype that layers compute in; parameters, gradients and
-            optimiser states keep theirs, sums of gradients are taken in float32.
-        recompute_layers: a layer keeps only its input for the backward pass, and runs again in it.
+            optimiser states keep their dtype; gradients are summed in float32.
+        recompute_layers: store only the input of each layer and recompute the layer in the backward
+            pass.
         reshard_after_forward: with "dp", free a layer's parameters after the forward pass and
             gather them again for the backward pass.
     Raises:
-        ValueError: dimensions of other names, a "tp" that does not divide the heads or the
-            intermediate size, `param_dtype` without "dp", weights that differ between ranks,
-            tied embeddings on the meta device, where leaving it would part them.
+        ValueError: the dimensions have other names; "tp" does not divide the heads or the
+            intermediate size; `param_dtype` without "dp"; weights differ between ranks; tied
+            embeddings are on the meta device, as `to_empty` would untie them.
     """
     names = mesh.mesh_dim_names
     if names not in ((DATA,), (TENSOR,), (DATA, TENSOR)):
         raise ValueError(f"mesh: expected dimensions ('dp',), ('tp',) or ('dp', 'tp'); got {names}")
     if param_dtype is not None and DATA not in names:
         raise ValueError(
-            f"param_dtype: expected None without 'dp', where the model's dtype is that of its "
-            f"layers; got {param_dtype}"
+            "param_dtype: expected None without 'dp', as layers then compute in the model's "
+            f"dtype; got {param_dtype}"
         )
     if not model.embed_tokens.weight.is_meta:
         _check_same_weights(model, mesh)
     elif model.config.tie_word_embeddings:
-        raise ValueError("model: expected memory for tied word embeddings; got the meta device")
+        raise ValueError(
+            "model: expected tied word embeddings on a real device; got the meta device"
+        )
     if TENSOR in names:
         _shard_tensors(model, mesh[TENSOR])
     if recompute_layers:
@@ -97,33 +100,34 @@ def parallelize(
         for layer in model.layers:
             shard(layer)
         shard(model)
-        if isinstance(model, Llama2):  # a second way into the model, which gathers weights too
+        if isinstance(model, Llama2):  # a second forward method that needs gathered weights
             register_fsdp_forward_method(model, "log_probs_at")
     return model
 
 
 @torch.no_grad()
 def _check_same_weights(model: Decoder, mesh: DeviceMesh) -> None:
-    """Nothing copies weights between ranks: shards of different models would make one of none."""
+    """Raises ValueError if weights differ between ranks; no rank copies its weights to the
+    others."""
     total = sum(parameter.sum(dtype=torch.float64) for parameter in model.parameters())
     bounds = torch.stack([total, -total])
     for group in mesh.get_all_groups():
         dist.all_reduce(bounds, dist.ReduceOp.MAX, group)
     if not bounds[0].equal(-bounds[1]):
         raise ValueError(
-            "model: expected the same weights in every rank, from one seed or one checkpoint; got "
+            "model: expected the same weights on every rank, from one seed or one checkpoint; got "
             f"sums between {-bounds[1].item()} and {bounds[0].item()}"
         )
 
 
 def _shard_tensors(model: Decoder, mesh: DeviceMesh) -> None:
-    """Norms and the head of a `ScalarModel` stay plain parameters, the same in every rank, as are
-    their gradients."""
+    """Shards parameters over "tp". Norms and the head of a `ScalarModel` stay plain parameters,
+    which with their gradients are the same on every rank."""
     size = mesh.size()
     for name in ("num_q_heads", "num_kv_heads", "intermediate_size"):
         value = getattr(model.config, name)
         if value % size:
-            raise ValueError(f"{name}: expected a multiple of tp, which is {size}; got {value}")
+            raise ValueError(f"{name}: expected a multiple of tp ({size}); got {value}")
     whole = Replicate()
     projections = {
         "self_attn.q_proj": ColwiseParallel(),
@@ -133,8 +137,8 @@ def _shard_tensors(model: Decoder, mesh: DeviceMesh) -> None:
         "mlp.gate_proj": ColwiseParallel(),
         "mlp.up_proj": ColwiseParallel(),
         "mlp.down_proj": RowwiseParallel(),
-        # Made one DTensor for all projections that read it, so that their gradients are added
-        # before they are summed over the ranks.
+        # One DTensor for all projections that read it, so that their gradients are added before the
+        # all-reduce.
         "self_attn": PrepareModuleInput(
             input_layouts=(whole, None, None, None, None),
             desired_input_layouts=(whole, None, None, None, None),
@@ -145,9 +149,9 @@ def _shard_tensors(model: Decoder, mesh: DeviceMesh) -> None:
     plan["embed_tokens"] = RowwiseParallel(input_layouts=whole)
     if isinstance(model, Llama2):
         plan["lm_head"] = ColwiseParallel(output_layouts=whole)
-    # Every rank has the weights: no copies from the first.
+    # Every rank has the weights, so nothing is broadcast from the first.
     parallelize_module(model, mesh, plan, src_data_rank=None)
-    if model.config.tie_word_embeddings:  # sharding made two parameters of one
+    if model.config.tie_word_embeddings:  # sharding untied them
         model.lm_head.weight = model.embed_tokens.weight
     for layer in model.layers:
         layer.self_attn.num_q_heads //= size
@@ -162,8 +166,9 @@ def loss(
     num_valid: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """This rank's share of `Llama2.loss` of the tokens of all ranks of "dp", however many each
-    predicts: the mean of the shares is the loss, and the gradients that FSDP leaves are its own."""
+    """Returns this rank's share of `Llama2.loss` over the tokens of all ranks of "dp", whatever
+    number each predicts: the loss is the mean of the shares, and the gradients after FSDP's
+    reduction are its gradients."""
     if DATA not in mesh.mesh_dim_names:
         return model.loss(tokens, num_valid=num_valid, cu_seqlens=cu_seqlens)
     count = count_predictions(tokens, num_valid=num_valid, cu_seqlens=cu_seqlens)

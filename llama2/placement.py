@@ -20,7 +20,7 @@ def add_device_option(parser: argparse._ActionsContainer) -> None:
 
 
 def add_options(parser: argparse._ActionsContainer) -> None:
-    """`--backend` and `--device`, the arguments of `place`."""
+    """Adds `--backend` and `--device`, the arguments of `place`."""
     parser.add_argument(
         "--backend",
         choices=BACKENDS,

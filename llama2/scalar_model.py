@@ -12,13 +12,13 @@ from llama2.decoder import Decoder
 
 
 class ScalarModel(Decoder):
-    """A Llama 2 decoder whose head gives one number for each token, s_t = w · h_t.
+    """A Llama 2 decoder with a scalar head: one number per token, s_t = w · h_t.
 
-    Of a sequence the number at its last token has seen all of it. For a reward model that is the
-    logit of the reward, which lies in (0, 1). The head is drawn as the decoder's weights are, from
-    N(0, 0.02²); it is never tied to the embedding.
+    The number at the last token depends on the whole sequence; for a reward model it is the logit
+    of the reward, which is in (0, 1). The head's weights are drawn like the decoder's, from N(0,
+    0.02²); the head is never tied to the embedding.
 
-    Source: Touvron et al. 2023, arXiv:2307.09288, section 3.2.2. Parameters carry the names of
+    Source: Touvron et al. 2023, arXiv:2307.09288, section 3.2.2. Parameters have the names of
     Transformers' LlamaForSequenceClassification without the leading `model.`.
     """
 
@@ -30,11 +30,11 @@ class ScalarModel(Decoder):
 
     @classmethod
     def from_decoder(cls, decoder: Decoder, ops: ModuleType, *, seed: int) -> Self:
-        """Returns a model that begins with the weights of a decoder, in its dtype and on its
-        device, in training mode.
+        """Returns a model with the weights of a decoder, in its dtype and on its device, in
+        training mode.
 
         Args:
-            seed: of the head, which is drawn unless the decoder has one, as a ScalarModel has.
+            seed: random seed of the head, which is drawn unless the decoder is a ScalarModel.
         """
         weight = decoder.embed_tokens.weight
         with torch.device("meta"):
@@ -51,11 +51,10 @@ class ScalarModel(Decoder):
 
     def forward(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
         """Returns the number at each token, float32 or wider `[batch, seq_len]`, of int tokens
-        `[batch, seq_len]`; packed with `cu_seqlens`, as `hidden_states` takes them, whose errors it
-        raises.
+        `[batch, seq_len]`; packed with `cu_seqlens` as for `hidden_states`, with the same errors.
 
-        The head computes in float32: neighbouring numbers of 16 bits are too far apart to tell
-        which of two answers is better.
+        The head computes in float32: 16 bits are too coarse to decide which of two answers is
+        better.
         """
         hidden = self.hidden_states(tokens, cu_seqlens=cu_seqlens)
         wide = torch.promote_types(hidden.dtype, torch.float32)

@@ -19,17 +19,18 @@ from llama2.decoding.weights import fingerprint, in_own_dtype
 from llama2.generate import as_stop_ids, check_tokens, drawn_ids
 from llama2.model import Llama2
 
-_NO_TOKEN = -2  # fills up stop_ids; −1 is drawn from logits that are not finite
+_NO_TOKEN = -2  # pads stop_ids; −1 marks a token sampled from logits that are not finite
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt of token ids to be continued; all else as in `generate`.
+    """A prompt of token ids to continue; the other settings are as in `generate`.
 
-    What is drawn depends on the seed alone; None takes a new one.
+    The random numbers depend only on the seed; None uses a new one.
 
     Attributes:
-        stop: called after each new token with all of them; the request ends where it says True.
+        stop: called after each new token with all new tokens; the request ends when it returns
+            True.
     """
 
     prompt: Sequence[int]
@@ -46,11 +47,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Result:
-    """The new tokens of request number `index`; the last is a stop token if one stopped it.
+    """The new tokens of request number `index`; the last one is the stop token if there was one.
 
     Attributes:
-        error: why it ended with fewer tokens than it should have: the model's logits are NaN or
-            infinite. Otherwise None.
+        error: why the request ended early: the model's logits are NaN or infinite. Otherwise None.
     """
 
     index: int
@@ -71,7 +71,7 @@ class Result:
 class _Running:
     index: int
     request: Request
-    uniform: np.ndarray  # float32 [max_new_tokens], what `sample` draws by
+    uniform: np.ndarray  # float32 [max_new_tokens], the random numbers of `sample`
     new: list[int] = field(default_factory=list)
     row: int = -1
     error: str | None = None
@@ -82,11 +82,11 @@ class _Running:
 
 
 def seed_of(seed: int | None, *place: int) -> int | None:
-    """Returns a seed for one of many requests: requests at different places draw apart, and alike
-    in a run that is resumed. None stays None.
+    """Returns a seed for one of many requests, which differs between places and is the same in a
+    resumed run. None stays None.
 
     Args:
-        place: whole numbers of at least 0.
+        place: ints of at least 0.
     """
     if seed is None:
         return None
@@ -94,11 +94,11 @@ def seed_of(seed: int | None, *place: int) -> int | None:
 
 
 def check_request(model: Llama2, cache: PagedKVCache, request: Request) -> None:
-    """Whether `serve` can finish a request.
+    """Checks that `serve` can finish a request.
 
     Raises:
-        TypeError: it is none.
-        ValueError: as `generate`, or because its tokens fill more pages than the cache has.
+        TypeError: `request` is not a Request.
+        ValueError: as `generate`, or its tokens need more pages than the cache has.
     """
     if not isinstance(request, Request):
         raise TypeError(f"request: expected a Request; got a {type(request).__name__}")
@@ -106,7 +106,7 @@ def check_request(model: Llama2, cache: PagedKVCache, request: Request) -> None:
     check_sampling(request.temperature, request.top_p, request.seed)
     if request.max_new_tokens == 0:
         return
-    # The last new token is never fed back, so it needs no room.
+    # The last new token is never an input, so it needs no place in the cache.
     num_tokens = len(request.prompt) + request.max_new_tokens - 1
     pages = cache.pages_for(num_tokens)
     if pages > cache.num_pages:
@@ -116,8 +116,8 @@ def check_request(model: Llama2, cache: PagedKVCache, request: Request) -> None:
         )
     if num_tokens > cache.max_seq_len:
         raise ValueError(
-            f"max_seq_len: expected a cache of at least {num_tokens} tokens; "
-            f"got {cache.max_seq_len}"
+            f"max_seq_len: expected a cache for at least {num_tokens} tokens; got "
+            f"{cache.max_seq_len}"
         )
 
 
@@ -130,48 +130,48 @@ def serve(
     capture: bool | None = None,
     vocab_size: int | None = None,
 ) -> Iterator[Result]:
-    """Continues every request, on the model's device and in its dtype, under torch.autocast too;
-    results come as they finish.
+    """Continues every request, on the model's device and in its dtype, also under torch.autocast;
+    yields results in the order in which they finish.
 
-    A step gives each running request one token, and requests that have just been admitted their
-    first. Requests are taken in order, when a row and pages are free. Those with one and the same
-    prompt that start in one step share it: it goes through the model once. Others share full pages
-    with earlier ones that begin alike. When pages run out, the request that was admitted last gives
-    its pages back and goes on later, from the tokens it has.
-    Greedy tokens are those of `generate`, up to the roundings of another batch; draws are those of
-    `generate` for the request alone, with the request's seed.
+    A step adds one token to each running request and the first token to each request admitted in
+    this step. Requests are admitted in order, when a row and pages are free. Requests with the same
+    prompt that start in the same step share its prefill. Other requests share full pages with
+    earlier requests that have the same prefix. When pages run out, the request admitted last is
+    preempted: it frees its pages and later resumes from its tokens. Greedy tokens are those of
+    `generate`, up to rounding differences between batch sizes; sampled tokens use the random
+    numbers of `generate` for the request alone, with the request's seed.
 
     Args:
-        requests: read one at a time, as there is room.
-        cache: of the model's `cache_config`, dtype and device, empty or not. It is left without
-            the requests' rows, whether the iterator ends, fails or is closed. What an earlier call
-            left is found again if it had the same weights, which are read once for that; they are
-            not to change before the iterator ends.
-        max_batch: most requests at once; None means as many as the cache has rows.
+        requests: read one at a time, when there is room.
+        cache: of the model's `cache_config`, dtype and device, empty or not. The requests' rows are
+            freed when the iterator ends, fails or is closed. Pages of an earlier call are reused if
+            it had the same weights: `serve` reads the weights once to compare them, and they must
+            not change before the iterator ends.
+        max_batch: most requests at once; None means the cache's number of rows.
         capture: whether decode steps are captured in CUDA graphs, as in `Generator`.
         vocab_size: as in `Generator`.
     Raises:
-        ValueError: a request that `check_request` refuses, when it is read; `max_batch` outside
-            [1, cache.max_batch], a cache of which sequences are in use, when called.
+        ValueError: on the call: `max_batch` is outside [1, cache.max_batch], or sequences of the
+            cache are in use; later: `check_request` refuses a request.
     """
     most = cache.max_batch if max_batch is None else max_batch
     if not 1 <= most <= cache.max_batch:
-        raise ValueError(f"max_batch: expected 1 to the cache's {cache.max_batch}; got {most}")
+        raise ValueError(f"max_batch: expected from 1 to the cache's {cache.max_batch}; got {most}")
     if cache.num_free_rows < cache.max_batch:
         raise ValueError(
-            f"cache: expected no sequence in it; got {cache.max_batch - cache.num_free_rows}"
+            f"cache: expected no sequences in use; got {cache.max_batch - cache.num_free_rows}"
         )
     drawn = drawn_ids(model.config, vocab_size)
     return _Server(model, cache, most, can_capture(model, capture), drawn).run(requests)
 
 
 class _Server:
-    """One call of `serve`: the requests that run and wait, and what each step does with them.
+    """The state of one call of `serve`: running and waiting requests, and the work of a step.
 
     Attributes:
-        ahead: whether the model's next step is enqueued before the tokens of the last are read, so
-            that a GPU has work while the host plans. A request that ends at a stop token has then
-            gone through one step more than it needed.
+        ahead: whether the model's next step is enqueued before the host reads the last step's
+            tokens, so that the GPU works while the host plans. A request that ends at a stop token
+            then goes through one step more than needed.
     """
 
     def __init__(
@@ -181,10 +181,10 @@ class _Server:
         self.decoder = PagedDecode(model, cache, vocab_size, capture=capture)
         self.ahead = on_gpu(model)
         self.running: list[_Running] = []  # in the order of admission
-        self.waiting: deque[_Running] = deque()  # read or preempted, first to be admitted first
+        self.waiting: deque[_Running] = deque()  # read or preempted; the first is admitted first
         self.done: list[_Running] = []
         self._rows = np.empty(0, dtype=np.int64)  # of `running`
-        self._drawn: Callable[[], np.ndarray] | None = None  # the last draw's tokens, until read
+        self._drawn: Callable[[], np.ndarray] | None = None  # the last sampled tokens, until read
         # By row: the last token that was read; max_new_tokens; stop_ids; whether it has a `stop`.
         self._tokens = np.zeros(cache.max_batch, dtype=np.int64)
         self._limits = np.zeros(cache.max_batch, dtype=np.int64)
@@ -225,8 +225,9 @@ class _Server:
             yield _Running(index, request, uniform)
 
     def _decode(self) -> None:
-        """Passes the last token of every running request that needs another one through the model.
-        When pages run out, requests end or are preempted, the youngest first."""
+        """Passes the last token of every request that needs another one through the model. When
+        pages run out, it collects tokens so that requests can end, and preempts the request
+        admitted last."""
         while True:
             has_more = self.decoder.num_drawn[self._rows] < self._limits[self._rows]
             rows = self._rows[has_more]
@@ -252,10 +253,10 @@ class _Server:
     def _admit(self, incoming: Iterator[_Running]) -> None:
         """Starts requests in order until one does not fit.
 
-        One whose tokens are those of another that starts in the same step is a fork of it, which
-        takes no page yet. Each running request keeps a free page to grow into: forks copy their
-        last page to it, if that is not full, and a request that was preempted would otherwise come
-        back at once, to be preempted again.
+        A request with the same tokens as another that starts in the same step is a fork of it and
+        takes no page yet. One free page per running request is kept for growth: a fork copies its
+        last page there, if that page is not full, and a preempted request would otherwise be
+        admitted at once and preempted again.
         """
         started: dict[tuple[int, ...], int] = {}  # rows by tokens
         while len(self.running) < self.max_batch:
@@ -267,7 +268,7 @@ class _Server:
             request = self.waiting[0]
             if request.request.max_new_tokens == 0:
                 self.done.append(self.waiting.popleft())
-                break  # to hand it over before more are read
+                break  # to yield its result before more are read
             tokens = tuple(request.tokens)
             leader = started.get(tokens)
             pages = self.cache.pages_to_admit(tokens) if leader is None else 0
@@ -283,7 +284,7 @@ class _Server:
                 self.decoder.states[request.row] = self.decoder.states[leader]
 
     def _prefill(self, row: int) -> None:
-        """All pending tokens of a row go through the model."""
+        """Passes all pending tokens of a row through the model."""
         with in_own_dtype(self.model):
             batch = self.cache.prefill(row)
             states = self.model.hidden_states(batch.tokens, batch)
@@ -302,12 +303,12 @@ class _Server:
         )
 
     def _draw(self) -> None:
-        """Draws a token for every running request; `_collect` reads it."""
+        """Samples a token for every running request; `_collect` reads it."""
         with in_own_dtype(self.model):
             self._drawn = self.decoder.draw(self._rows)
 
     def _collect(self) -> None:
-        """Reads the tokens that were drawn last, and ends requests that have all of theirs."""
+        """Reads the tokens that were sampled last and ends finished requests."""
         if self._drawn is None:
             return
         self._tokens, self._drawn = self._drawn().copy(), None
@@ -333,7 +334,7 @@ class _Server:
                     f"model: expected finite logits; got NaN or infinity at new token "
                     f"{len(running.new)} in {self.decoder.states.dtype}"
                 )
-                self.cache.forget()  # what no other request may find
+                self.cache.forget()  # no other request may reuse its pages
             self.done.append(running)
         left = (~has_ended).nonzero()[0]
         self.running = [self.running[index] for index in left.tolist()]

@@ -1,4 +1,4 @@
-"""What ends a text: ids of a tokenizer and of a checkpoint, and strings."""
+"""Ends of a text: stop ids of a tokenizer and of a checkpoint, and stop strings."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,11 +8,11 @@ from llama2.tokenizer import StreamDecoder, Tokenizer
 
 
 def stop_ids(tokenizer: Tokenizer, folder: Path | None = None) -> list[int]:
-    """EOS; BOS, which would begin another document; and what a checkpoint's generation_config.json
-    says ends a text.
+    """Returns the stop ids: EOS, BOS, which would begin another document, and the EOS ids of a
+    checkpoint's generation_config.json.
 
     Raises:
-        CheckpointError: that file is malformed.
+        CheckpointError: generation_config.json is malformed.
     """
     ids = [tokenizer.eos_id, tokenizer.bos_id]
     if folder is not None and (file := folder / "generation_config.json").is_file():
@@ -25,10 +25,11 @@ def stop_ids(tokenizer: Tokenizer, folder: Path | None = None) -> list[int]:
 
 
 class StopStrings:
-    """Whether the text of new tokens holds one of some strings: `Request.stop` of one request.
+    """A `Request.stop` that ends a request once the text of its new tokens contains one of some
+    strings.
 
     Args:
-        strings: an empty one stands for none.
+        strings: empty strings are ignored.
     """
 
     def __init__(self, tokenizer: Tokenizer, strings: Sequence[str]) -> None:
@@ -37,7 +38,8 @@ class StopStrings:
         self._text, self._num_read = "", 0
 
     def __call__(self, tokens: Sequence[int]) -> bool:
-        """Of a list that grows between the calls."""
+        """Returns whether to stop; `tokens` must be the list of the earlier calls, possibly
+        longer."""
         begin = len(self._text)
         self._text += "".join(map(self._decoder.push, tokens[self._num_read :]))
         self._num_read = len(tokens)

@@ -1,4 +1,4 @@
-"""Writing so that nothing is lost: files that are replaced whole, folders that one run holds."""
+"""Crash-safe writing: atomic replacement of files, and folders that one run locks."""
 
 import fcntl
 import json
@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 _STAGING = ".saving"
-_MARK = ".mode"  # the first file in the staging folder: without it, the others are a stranger's
-_COMPLETE = ".complete"  # there once all that is to move is
+_MARK = ".mode"  # the first file in the staging folder; without it the folder is not ours
+_COMPLETE = ".complete"  # exists once the staging folder is complete
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` that takes its place when the block ends.
+    """Yields a temporary path next to `path`; when the block ends, that file replaces `path`
+    atomically.
 
-    `path` holds the old file or the new one, never half of one, whenever the process is killed or
-    the machine stops.
+    Whenever the process is killed or the machine stops, `path` holds the whole old or the whole new
+    file.
     """
-    partial = path.with_name(path.name + ".partial")  # a killed process's is written over
+    partial = path.with_name(path.name + ".partial")  # one of a killed process is overwritten
     yield partial
     with partial.open("rb+") as written:
         os.fsync(written.fileno())
@@ -29,16 +30,16 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file that is never there in part; UTF-8, line ends as they are."""
+    """Writes a text file atomically, in UTF-8, with line ends unchanged."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")
 
 
 def read_json(path: Path) -> Any:
-    """What a file that one of these functions wrote holds.
+    """Reads a JSON file.
 
     Raises:
-        ValueError: it is no JSON any more; the message names it.
+        ValueError: the file is not JSON; the message names it.
     """
     try:
         return json.loads(path.read_bytes())
@@ -48,11 +49,11 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def reading(path: Path, complaint: str) -> Iterator[None]:
-    """Whatever damaged bytes raise inside becomes a ValueError that names the file; bad bytes can
-    fail anywhere in zip, pickle, headers and mmap. An OSError stays as it is.
+    """Converts any error of the block except OSError into a ValueError that names the file: damaged
+    bytes can fail anywhere in zip, pickle, headers and mmap.
 
     Args:
-        complaint: what was expected, up to the error's own words.
+        complaint: the message between the file's name and the error, which says what was expected.
     """
     try:
         yield
@@ -64,12 +65,13 @@ def reading(path: Path, complaint: str) -> Iterator[None]:
 
 @contextmanager
 def locked(folder: Path, file: str = ".") -> Iterator[None]:
-    """Keeps other processes that lock `folder` out of it; the lock of a killed process is gone.
+    """Locks `folder` against other processes that use this function; a killed process loses its
+    lock.
 
     Args:
-        file: one in `folder` that bears the lock instead: for what does not concern all who do.
+        file: a file in `folder` to lock instead, for a lock that not every user of `folder` needs.
     Raises:
-        ValueError: another process has it.
+        ValueError: another process holds the lock.
     """
     descriptor = os.open(folder / file, os.O_RDONLY)
     try:
@@ -90,16 +92,17 @@ def staged(
     last: tuple[str, ...] = (),
     request: dict[str, Any] | None = None,
 ) -> Iterator[Path]:
-    """A folder whose files move into `path` when the block ends, under their own names.
+    """Yields a staging folder whose files move into `path` when the block ends.
 
-    If the block raises, the files of `path` are as before. If not, files there whose names match
-    the regular expression `obsolete` and were not written now, an earlier checkpoint's, go. Killed
-    at any moment, `path` holds what it held, or `finish_staged` gives it all of what was written.
+    If the block raises, the files of `path` stay as they are. Otherwise files in `path` whose names
+    match the regular expression `obsolete` and were not written now, those of an earlier
+    checkpoint, are removed. If the process is killed, either `path` is as before or `finish_staged`
+    completes the move.
 
     Args:
-        last: the files that say what the others are. Those of an earlier checkpoint go before
-            anything moves and the new ones come at the end, so that no moment shows a mixture.
-        request: what the files were made from, in JSON's types, for `finish_staged`.
+        last: files that describe the others. The old ones are removed before any file moves and the
+            new ones move last, so that `path` never looks like a complete mixture.
+        request: the arguments that produced the files, in JSON's types, for `finish_staged`.
     Raises:
         ValueError: another process is writing to `path`, or as `finish_staged`.
     """
@@ -115,13 +118,13 @@ def staged(
             names = sorted(os.listdir(folder), key=lambda name: (name in last, name))
             names.remove(_MARK)
             for name in names:
-                # safetensors makes files that their owner alone may read
+                # safetensors makes files that only their owner can read
                 os.chmod(folder / name, mark.stat().st_mode)
                 _sync(folder / name)
             plan = {"names": names, "obsolete": obsolete, "last": list(last), "request": request}
             write_text(folder / _COMPLETE, json.dumps(plan))
         except BaseException:
-            with suppress(OSError):  # which would hide the reason
+            with suppress(OSError):  # it would hide the first error
                 _clear(folder)
             raise
         finish_staged(path, locking=False)
@@ -130,15 +133,16 @@ def staged(
 def finish_staged(
     path: Path, *, request: dict[str, Any] | None = None, locking: bool = True
 ) -> bool:
-    """Moves into `path` what a killed `staged` had written whole, and clears what it had not.
+    """Moves the files of a killed `staged` into `path` if they are complete, and removes them
+    otherwise.
 
     Args:
-        request: that must have been `staged`'s; None takes any.
+        request: must equal that of `staged`; None accepts any.
     Returns:
-        whether there was something whole.
+        Whether there were complete files.
     Raises:
-        ValueError: another process is writing to `path`; what is whole there was asked for by
-            another request, is damaged or a stranger's: then nothing changes.
+        ValueError: another process is writing to `path`; or the complete files are of another
+            request, damaged or unknown. Then nothing changes.
     """
     folder = path / _STAGING
     if not folder.is_dir():
@@ -154,7 +158,7 @@ def finish_staged(
         _check_request(path, plan.get("request"), request)
     names = plan["names"]
     for name in plan["last"]:
-        if name not in names or (folder / name).exists():  # then that in `path` is an earlier one's
+        if name not in names or (folder / name).exists():  # then `path` has an earlier one
             (path / name).unlink(missing_ok=True)
     for name in names:
         if (folder / name).exists():
@@ -172,14 +176,14 @@ def _read_plan(file: Path) -> dict[str, Any]:
     try:
         for name in (*plan["names"], *plan["last"]):
             if name in ("", "..") or Path(name).name != name:
-                raise ValueError(f"{name!r} is no file's name")
+                raise ValueError(f"{name!r} is not a file name")
         re.compile(plan["obsolete"])
         if not isinstance(plan.get("request"), dict | None):
             raise ValueError(f"its request is {plan['request']!r:.60}")
     except (KeyError, TypeError, ValueError, re.error) as error:
         raise ValueError(
-            f"{file}: expected what an interrupted writer of {file.parent.parent} has left; "
-            f"got {error!r}"
+            f"{file}: expected the plan of an interrupted write to {file.parent.parent}; got "
+            f"{error!r}"
         ) from error
     return plan
 
@@ -187,24 +191,24 @@ def _read_plan(file: Path) -> dict[str, Any]:
 def _check_request(path: Path, found: dict[str, Any] | None, request: dict[str, Any]) -> None:
     if found is None:
         raise ValueError(
-            f"{path}: expected what this command has left; got a checkpoint that another command "
-            "wrote and has to finish"
+            f"{path}: expected an interrupted write of this command; got one of another command, "
+            "which has to finish it"
         )
     for name, value in request.items():
         if found.get(name) != value:
             raise ValueError(
-                f"{name}: expected {found.get(name)!r} to finish what an interrupted run has left "
-                f"in {path}; got {value!r}. Without that directory, all begins anew"
+                f"{name}: expected {found.get(name)!r}, to finish the interrupted run in {path}; "
+                f"got {value!r}. Remove that directory to start again"
             )
 
 
 def _clear(folder: Path) -> None:
-    """Removes a staging folder, its mark at the end."""
+    """Removes a staging folder, its mark file last."""
     names = os.listdir(folder)
     if names and not {_MARK, _COMPLETE} & set(names):
         raise ValueError(
-            f"{folder}: expected the files of an interrupted writer of this program; got others, "
-            f"such as {min(names)}: move them to another place"
+            f"{folder}: expected files of an interrupted write of this program; got others, such "
+            f"as {min(names)}. Move them elsewhere"
         )
     for name in sorted(names, key=lambda name: name == _MARK):
         (folder / name).unlink()
@@ -212,8 +216,7 @@ def _clear(folder: Path) -> None:
 
 
 def is_unfinished(path: Path) -> bool:
-    """Returns whether some files of `path` may be an earlier checkpoint's, others the next
-    one's."""
+    """Returns whether an interrupted `staged` may have left files of two checkpoints in `path`."""
     return (path / _STAGING / _COMPLETE).is_file()
 
 

@@ -1,4 +1,4 @@
-"""What a loss predicts: the next token everywhere but where padding and packing leave it out."""
+"""Targets of a loss: the next token everywhere except where padding or packing excludes it."""
 
 import torch
 from torch import Tensor
@@ -6,14 +6,14 @@ from torch import Tensor
 from gqa_kernels.positions import packed_positions
 from gqa_kernels.runtime import arguments
 
-IGNORED = -100  # a target that counts for nothing
+IGNORED = -100  # a target without a loss
 
 
 def check_ids(tokens: Tensor, vocab_size: int) -> None:
-    """Raises unless tokens of a CPU are ids; a GPU would have to be waited for.
+    """Checks the ids of tokens on the CPU; on a GPU the check would have to wait for the device.
 
     Raises:
-        TypeError: they are no whole numbers.
+        TypeError: the tokens are not ints.
         ValueError: one is outside [0, vocab_size).
     """
     if torch.compiler.is_compiling() or type(tokens) is not Tensor or tokens.device.type != "cpu":
@@ -27,15 +27,14 @@ def check_ids(tokens: Tensor, vocab_size: int) -> None:
 
 
 def positions_of(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Positions of packed tokens; those after the last sequence are at 0, as though each began
-    one."""
+    """Returns the positions of packed tokens; tokens after the last sequence have position 0."""
     if tokens.shape[0] != 1:
         raise ValueError(f"tokens: expected [1, total] with cu_seqlens; got {list(tokens.shape)}")
     return packed_positions(cu_seqlens, tokens.shape[1])
 
 
 def targets_of(tokens: Tensor, num_valid: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """Returns the token to predict at each place but the last, or IGNORED; see `Llama2.loss`."""
+    """Returns the token to predict at each place except the last, or IGNORED; see `Llama2.loss`."""
     if tokens.dim() != 2 or tokens.shape[1] < 2:
         raise ValueError(
             f"tokens: expected [batch, seq_len + 1] with seq_len ≥ 1; got {list(tokens.shape)}"
@@ -62,7 +61,7 @@ def count_predictions(
 
 
 def divisor(targets: Tensor, num_predictions: Tensor | float | None) -> Tensor | float:
-    """What the sum of the losses is divided by."""
+    """Returns the number that divides the sum of the losses."""
     if num_predictions is None:
         return (targets != IGNORED).sum()
     if isinstance(num_predictions, Tensor) and num_predictions.dim():

@@ -1,4 +1,4 @@
-"""The format of dialogues that a checkpoint was taught."""
+"""The dialogue format on which a checkpoint was trained."""
 
 from pathlib import Path
 
@@ -7,10 +7,11 @@ from llama2.checkpoint.files import Settings
 
 
 def taught_format(folder: Path) -> str:
-    """One of `chat_format.FORMATS`: "chat" unless the checkpoint's template is another of ours.
+    """Returns one of `chat_format.FORMATS`: "chat" unless the checkpoint's template is one of our
+    others.
 
-    The template is that of chat_template.jinja, where newer versions of Transformers put it,
-    otherwise that of tokenizer_config.json.
+    The template is read from chat_template.jinja, where newer versions of Transformers write it, or
+    else from tokenizer_config.json.
 
     Raises:
         CheckpointError: tokenizer_config.json is malformed.

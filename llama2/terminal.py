@@ -1,4 +1,5 @@
-"""What a command says on stderr: notes that cannot be written stop no work, errors are a line."""
+"""Messages on stderr: a message that cannot be written never stops the work, and an error is one
+line."""
 
 import contextlib
 import io
@@ -10,7 +11,7 @@ from typing import TextIO
 
 import torch
 
-# What a user can cause. Anything else is a defect and keeps its traceback.
+# Errors that a user can cause. Any other error is a defect and keeps its traceback.
 COMPLAINTS = (
     OSError,
     ValueError,
@@ -23,7 +24,7 @@ COMPLAINTS = (
 
 
 class _Notes:
-    """A stream that goes silent for good at the first error of the device, such as a full one."""
+    """A stream that drops all output after the first OSError, for example of a full disk."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -49,43 +50,44 @@ class _Notes:
 
 
 def complain_of_line(path: Path, number: int, error: Exception) -> None:
-    """Says on stderr what is wrong with a line of a file."""
+    """Reports a bad line of a file on stderr."""
     print(f"{path}:{number}: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def discard(stream: TextIO) -> None:
-    """What a stream still holds, and gets from now on, goes nowhere; Python flushes it at exit."""
+    """Redirects a stream to the null device, so that Python's flush at exit cannot fail."""
     with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())
 
 
 @contextlib.contextmanager
 def notes() -> Iterator[None]:
-    """Makes stderr one that can be written to, also where it is closed or full, for a while."""
+    """Replaces stderr during the block by a stream that never fails, even if stderr is closed or
+    full."""
     with contextlib.ExitStack() as opened:
         stream = sys.stderr
-        if stream is None:  # closed: print would take stdout instead, and tqdm fail
+        if stream is None:  # closed: print would write to stdout, and tqdm would fail
             stream = opened.enter_context(open(os.devnull, "w", encoding="utf-8"))
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows "?"
+        if isinstance(stream, io.TextIOWrapper):  # a character that the terminal lacks becomes "?"
             stream.reconfigure(errors="replace")
         opened.enter_context(contextlib.redirect_stderr(_Notes(stream)))
         yield
 
 
 def complain(program: str, error: BaseException) -> int:
-    """Says in a line what a user did wrong, and returns the exit status for it."""
+    """Prints a user's error as one line on stderr and returns the exit status, 2."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, MemoryError | RuntimeError) and "memory" in text.lower():
         text = (
-            "expected memory for this call; a smaller batch, fewer new tokens, --dtype bfloat16 or "
-            f"--kv-cache-dtype fp8 take less, where the command has them. {text}"
+            "expected enough memory for this call; a smaller batch, fewer new tokens, --dtype "
+            f"bfloat16 or --kv-cache-dtype fp8 need less, if the command has them. {text}"
         )
     print(f"{program}: {text}", file=sys.stderr)
     return 2
 
 
 def answered(program: str, run: Callable[[], None]) -> int:
-    """Runs a program: 0, 2 after a complaint, or 130 after Ctrl-C."""
+    """Runs a program and returns its exit status: 0, 2 after an error, or 130 after Ctrl-C."""
     with notes():
         try:
             run()

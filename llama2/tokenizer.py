@@ -1,4 +1,4 @@
-"""Text to token ids and back, and the Llama 2 chat prompt, over a SentencePiece model."""
+"""Conversion between text and token ids, and Llama 2's chat prompt, with a SentencePiece model."""
 
 import codecs
 from collections.abc import Iterable, Sequence
@@ -14,12 +14,12 @@ class Tokenizer:
     """A SentencePiece model read from `path`, such as the `tokenizer.model` of a checkpoint.
 
     With Llama's switches (byte fallback, identity normaliser, no whitespace collapse)
-    `decode(encode(text)) == text` for every text without U+2581, which SentencePiece itself writes
-    for a space. Control tokens are never found in text: "<s>" is encoded as three characters.
+    `decode(encode(text)) == text` for every text without U+2581, which SentencePiece uses for a
+    space. Text never encodes to control tokens: "<s>" becomes three characters.
 
     Attributes:
         vocab_size: number of ids.
-        bos_id, eos_id, pad_id: control ids; −1 where the model has none (Llama 2 has no pad).
+        bos_id, eos_id, pad_id: control ids; −1 if the model has none (Llama 2 has no pad).
 
     Raises:
         ImportError: sentencepiece is not installed.
@@ -46,15 +46,15 @@ class Tokenizer:
         self.bos_id: int = self._model.bos_id()
         self.eos_id: int = self._model.eos_id()
         self.pad_id: int = self._model.pad_id()
-        # Whether a text gets a space before its first word (a dummy prefix), as Llama's does.
+        # Whether SentencePiece puts a space before the first word (a dummy prefix), as for Llama.
         self.adds_space = "".join(self._model.EncodeAsPieces("a")).startswith("▁")
         self._bytes = [self._token_bytes(token) for token in range(self.vocab_size)]
 
     @cached_property
     def _most_bytes(self) -> int | None:
-        """Of a text, that an id can stand for: the longest piece's, where a text is not changed
-        before it is split and has no unknown characters, of which a run would be one id. As the
-        pieces are written: a "▁" of theirs stands for one of the text, too."""
+        """Returns the most bytes of text that one id can represent: those of the longest piece.
+        None if the normaliser changes text, or if there are unknown characters, a run of which is
+        one id. Counts the pieces as written, with "▁", which can be a "▁" of the text."""
         if self.decode(self.encode(_OFTEN_CHANGED)) != _OFTEN_CHANGED:
             return None
         return max(len(self._model.IdToPiece(id).encode()) for id in range(self.vocab_size))
@@ -70,11 +70,11 @@ class Tokenizer:
         return piece.replace("▁", " ").encode()
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
-        """Ids of `text`, after BOS if `bos` and there is one, and before EOS if `eos`.
+        """Returns the ids of `text`, after BOS if `bos` and there is one, and before EOS if `eos`.
 
         Raises:
-            TypeError: `text` is no str.
-            ValueError: it has half a character (a lone surrogate), or there is no EOS.
+            TypeError: `text` is not a str.
+            ValueError: it contains a lone surrogate, or `eos` without an EOS in the model.
         """
         if not isinstance(text, str):
             raise TypeError(f"text: expected a str; got {type(text).__name__}")
@@ -83,20 +83,20 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"text: expected whole characters; {error}") from error
+            raise ValueError(f"text: expected no lone surrogates; {error}") from error
         tokens = self._model.EncodeAsIds(text)
         return [self.bos_id] * (bos and self.bos_id >= 0) + tokens + [self.eos_id] * eos
 
     def least_ids(self, text: str) -> int:
-        """Returns how many ids `text` has at least, found without splitting it, which takes minutes
-        for tens of megabytes."""
+        """Returns a lower bound of the number of ids of `text`, without encoding it, which takes
+        minutes for tens of megabytes."""
         return len(text.encode()) // self._most_bytes if self._most_bytes else 0
 
     def decode(self, tokens: Iterable[int], *, continues: bool = False) -> str:
-        """Text of whole ids: control tokens give nothing, malformed UTF-8 gives U+FFFD.
+        """Returns the text of all ids: control tokens give no text, malformed UTF-8 gives U+FFFD.
 
         Args:
-            continues: as of `StreamDecoder`.
+            continues: as for `StreamDecoder`.
         Raises:
             ValueError: an id is outside [0, vocab_size).
         """
@@ -106,15 +106,15 @@ class Tokenizer:
     def encode_chat(
         self, messages: Sequence[Message], *, system_in_every_turn: bool = False
     ) -> list[int]:
-        """Ids of a Llama 2 chat prompt, to which the model's answer is the continuation:
+        """Returns the ids of a Llama 2 chat prompt, which the model's answer continues:
 
         `<s>[INST] <<SYS>>\\n{system}\\n<</SYS>>\\n\\n{user} [/INST] {answer} </s><s>[INST] …`
 
         Args:
             messages: `{"role": …, "content": …}`: an optional "system", then "user" and "assistant"
-                in turn, a "user" last. Contents are stripped; the first user's after the system's
-                has been put before it, between its tags and as it is.
-            system_in_every_turn: it is put before every user's content.
+                in turn, a "user" last. Contents are stripped; the first user's after the system's,
+                unstripped and between its tags, has been put before it.
+            system_in_every_turn: put the system's content before every user's.
         Returns:
             One BOS and one EOS for each finished turn, one BOS for the last.
         Raises:
@@ -127,27 +127,27 @@ class Tokenizer:
         return tokens + self.encode(last, bos=True)
 
     def check_ends(self) -> None:
-        """Raises ValueError for a tokenizer without BOS or EOS, which a chat needs."""
+        """Raises ValueError if the tokenizer lacks BOS or EOS, which a chat needs."""
         if min(self.bos_id, self.eos_id) < 0:
-            raise ValueError("messages: expected a tokenizer with BOS and EOS; got another")
+            raise ValueError("messages: expected a tokenizer with BOS and EOS; got one without")
 
 
 def check_fits(tokenizer: Tokenizer, vocab_size: int, where: Path) -> None:
-    """Raises ValueError, which begins with `where`, if a model of `vocab_size` lacks an id."""
+    """Raises ValueError, beginning with `where`, if the tokenizer has more ids than the model."""
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
-            f"{where}: expected a tokenizer of at most the model's {vocab_size} ids; "
-            f"got one of {tokenizer.vocab_size}"
+            f"{where}: expected a tokenizer with at most the model's {vocab_size} ids; got "
+            f"{tokenizer.vocab_size}"
         )
 
 
 class StreamDecoder:
-    """Turns ids, one at a time, into pieces of text whose concatenation is the whole text.
+    """Converts ids, one at a time, into pieces of text that concatenate to the whole text.
 
-    A character whose bytes are spread over several ids appears with the last of them.
+    A character whose bytes are spread over several ids is returned with the last of them.
 
     Args:
-        continues: the ids continue a text, so a leading space is theirs. Otherwise they begin one,
+        continues: the ids continue a text, so a leading space is kept. Otherwise they begin a text,
             and the space that SentencePiece puts before the first word is dropped.
     """
 
@@ -157,13 +157,15 @@ class StreamDecoder:
         self._drop_space = not continues and tokenizer.adds_space
 
     def push(self, token: int) -> str:
-        """Returns the text that `token` completes, possibly none.
+        """Returns the text that `token` completes, possibly "".
 
         Raises:
             ValueError: `token` is outside [0, vocab_size).
         """
         if not 0 <= token < self._tokenizer.vocab_size:
-            raise ValueError(f"token: expected 0 to {self._tokenizer.vocab_size - 1}; got {token}")
+            raise ValueError(
+                f"token: expected from 0 to {self._tokenizer.vocab_size - 1}; got {token}"
+            )
         data = self._tokenizer._bytes[token]
         if self._drop_space and data:
             self._drop_space = False
@@ -172,5 +174,5 @@ class StreamDecoder:
         return self._utf8.decode(data)
 
     def finish(self) -> str:
-        """What is left: U+FFFD if the last character is incomplete, otherwise nothing."""
+        """Returns the rest: U+FFFD if the last character is incomplete, otherwise ""."""
         return self._utf8.decode(b"", final=True)

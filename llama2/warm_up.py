@@ -1,9 +1,9 @@
-"""One call of each kind that a model of a shape serves: what has to be compiled for it.
+"""Calls that launch every kernel that a model of a given shape needs, to compile them in advance.
 
-`gqa_kernels.warm_up` writes down what they launch, and no kernel runs: weights and results are
-whatever the memory held. The calls are those that users make, on a model of one layer, which
-launches all that one of many does: its first norm adds no residual, its second does, and nobody
-reads the sum of the last.
+`gqa_kernels.warm_up` records the launches without running a kernel: weights and results are
+uninitialised memory. The calls are those that users make, on a model of one layer, which launches
+the same kernels as one of many layers: its first norm adds no residual, its second does, and the
+sum of the last norm is unused.
 """
 
 from collections.abc import Callable, Iterable
@@ -31,8 +31,9 @@ from llama2.train.execution import OneProcess
 USES = ("generate", "serve", "prefixes", "evaluate", "train")
 DEFAULT_USES = ("generate", "serve")
 
-_PROMPT = 33  # tokens: more than a decode step takes, and no multiple of 16
-_BATCHES = (1, 2, 8)  # one sequence; addresses of a row's settings that 16 divides not, and divides
+_PROMPT = 33  # tokens: more than a decode step takes, and not a multiple of 16
+# One sequence; then row settings at addresses that are not, and that are, multiples of 16.
+_BATCHES = (1, 2, 8)
 
 
 def call_all(
@@ -45,24 +46,24 @@ def call_all(
     cache_dtype: torch.dtype | None = None,
     page_size: int = 16,
 ) -> None:
-    """Makes the calls of `uses`, which are some of USES.
+    """Makes the calls of `uses`, a subset of USES.
 
-    - generate: a prompt, and steps on a contiguous cache, of one sequence and of a batch.
-    - serve: the same on pages; a rest of more than 16 tokens of a prompt whose beginning is shared.
-    - prefixes: rests of 1 to 16 tokens, which are a binary each.
-    - evaluate: logits, losses of padded and of packed texts; no gradients.
+    - generate: prefill and decode steps on a contiguous cache, for one sequence and for a batch.
+    - serve: the same on a paged cache, and more than 16 tokens after a shared prefix.
+    - prefixes: 1 to 16 tokens after a shared prefix, each of which needs its own binary.
+    - evaluate: logits and losses of padded and packed texts, without gradients.
     - train: a step of pre-training, and one on packed rows of dialogues; in bfloat16 with weights
       in float32.
 
-    Left out are kernels of reward models, of PPO and of models that are split over processes.
+    Kernels of reward models, of PPO and of models sharded over processes are not included.
 
     Args:
-        config: of the model, however many layers it has.
-        dtype: of the model, in training of what computes the gradients.
+        config: of the model; the number of layers does not matter.
+        dtype: of the model; in training, the dtype that computes the gradients.
         device: where the kernels are launched.
-        cache_dtype: of the caches; None: the model's.
+        cache_dtype: of the caches; None means the model's.
     Raises:
-        ValueError: a page_size that is no power of two; a dtype that training does not take.
+        ValueError: page_size is not a power of two, or training does not support dtype.
     """
     config = replace(config, num_layers=1)
     model = _without_values(config, ops, dtype, device)
@@ -82,15 +83,16 @@ def call_all(
 def _without_values(
     config: ModelConfig, ops: ModuleType, dtype: torch.dtype, device: torch.device | str
 ) -> Llama2:
-    """Returns a model whose memory is never written to, so that on a CPU it costs none."""
+    """Returns a model with uninitialised weights: memory that is never written costs nothing on a
+    CPU."""
     with torch.device("meta"):
         model = Llama2(config, ops)
     return model.to(dtype).to_empty(device=device)
 
 
 class _Zeros(TorchFunctionMode):
-    """What the ops return without having computed it is 0, so that logits are finite, and so are
-    products, which nobody waits for."""
+    """Makes the uncomputed results of ops 0, so that logits are finite, and skips matrix
+    products."""
 
     def __torch_function__(
         self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -104,12 +106,13 @@ class _Zeros(TorchFunctionMode):
         return result
 
 
-# Tokens are drawn: where the likeliest are taken, a kernel less is launched.
+# The calls sample: greedy decoding launches one kernel less.
 
 
 def _generate(model: Llama2, cache_dtype: torch.dtype | None) -> None:
     generator = Generator(model, cache_dtype=cache_dtype, capture=False)
-    # With a new token it fills what 16 divides, as caches on a GPU do: their strides are rounded.
+    # The prompt and a new token fill a multiple of 16, as the strides of caches on a GPU are
+    # rounded.
     prompt = [0] * min(31, model.config.max_seq_len - 1)
     for batch in _BATCHES:
         for prompts in ([prompt] * batch, [prompt[:1]] * batch):
@@ -124,8 +127,8 @@ def _serve(
     rests: Iterable[int] = (1, _PROMPT),
     batches: Iterable[int] = _BATCHES,
 ) -> None:
-    """Prompts of a token, and of `rests` more than the page of which they find what the first of
-    them leaves. 16 divides the length of one block table's rows, and not that of the next."""
+    """Serves prompts of one token, and prompts with `rests` tokens after a shared first page. The
+    row length of one block table is a multiple of 16, that of the next is not."""
     dtype, device = model.lm_head.weight.dtype, model.lm_head.weight.device
     config = model.cache_config
     lengths = [1, *(page_size + rest for rest in rests)]
@@ -160,7 +163,7 @@ def _evaluate(model: Llama2) -> None:
 
 
 class _Uninitialised(OneProcess):
-    """A step whose loss and gradients are what the memory held goes on all the same."""
+    """An execution in which a step with uninitialised loss and gradients does not raise."""
 
     def mean(self, value: Tensor) -> Tensor:
         return torch.zeros_like(value)
@@ -174,7 +177,7 @@ def _train(
 ) -> None:
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(
-            f"dtype: expected torch.float32 or torch.bfloat16, in which models train; got {dtype}"
+            f"dtype: expected torch.float32 or torch.bfloat16 for training; got {dtype}"
         )
     length = min(_PROMPT, config.max_seq_len)
     recipe = pretrain.TrainConfig(1, 1, length, bf16=dtype == torch.bfloat16)
@@ -182,7 +185,7 @@ def _train(
     optimizer = pretrain.make_optimizer(model, recipe)
     worker = _without_values(config, ops, dtype, device) if recipe.bf16 else model
     for weight in model.parameters() if recipe.bf16 else ():
-        # AdamW's own would be written to, and so take memory on a CPU.
+        # AdamW would write zeros to its moments, which would take memory on a CPU.
         moments = {name: torch.empty_like(weight) for name in ("exp_avg", "exp_avg_sq")}
         step = torch.zeros((), dtype=torch.float32, device="cpu")
         optimizer.state[weight] = {"step": step, **moments}
@@ -191,7 +194,7 @@ def _train(
     packed = PackedRows(tokens[:1, :-1], tokens[:1, 1:], bounds, 1.0)
     for rows, objective in (
         (tokens, pretrain.next_token),
-        (tokens[:1], pretrain.next_token),  # whose targets lie at an address of their own
+        (tokens[:1], pretrain.next_token),  # its targets have another alignment
         (packed, answer_loss),
     ):
         pretrain.train_step(model, optimizer, rows, 0, recipe, worker, objective, _Uninitialised())

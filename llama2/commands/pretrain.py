@@ -118,9 +118,8 @@ def _initial_model(args: argparse.Namespace, shape: ModelConfig, placement: Plac
         options = {"dtype": torch.float32, "device": placement.device}
         return checkpoint.load(args.init, placement.ops, **options)
     torch.manual_seed(args.seed)
-    return Llama2(shape, placement.ops).to(
-        placement.device
-    )  # made on the CPU, so that the weights do not depend on the device
+    # Made on the CPU, so that the weights do not depend on the device.
+    return Llama2(shape, placement.ops).to(placement.device)
 
 
 def _evaluate(

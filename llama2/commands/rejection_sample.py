@@ -232,9 +232,7 @@ def _sample(
     """
     tqdm = require("tqdm").tqdm
     model, tokenizer = load(arguments)
-    judge = _judge(
-        arguments, model, tokenizer
-    )  # before the cache, whose size depends on the memory left
+    judge = _judge(arguments, model, tokenizer)  # before the cache, which takes free memory
     asked = [(prompt.messages, 1) for prompt in todo]
     sampler = sampler_for(arguments, model, tokenizer, asked, num_samples=arguments.samples)
     num_unjudged = sum(prompt.is_safety for prompt in todo) if judge.safety is None else 0
