@@ -1,1 +1,1 @@
-"""What a model keeps of the tokens before: contiguous or in pages."""
+"""Key/value caches: contiguous and paged."""

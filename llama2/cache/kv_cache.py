@@ -1,4 +1,4 @@
-"""The keys and values of the tokens that a batch of sequences has seen."""
+"""The contiguous key/value cache of a batch of sequences."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -10,18 +10,18 @@ from torch import Tensor
 
 from llama2.config import ModelConfig
 
-# What a cache stores in, by the names that a command line has for it; None: the model's dtype.
+# The dtypes of a cache by their names on the command line; None means the model's dtype.
 CACHE_DTYPES = {"auto": None, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 class KeyValues(NamedTuple):
-    """What a cache stores, of all layers or of one.
+    """The tensors of a cache, of all layers or of one.
 
     Attributes:
-        keys, values: `[num_layers, …, num_kv_heads, head_dim]`, two dimensions in place of the
-            dots: one entry per key/value head, never expanded to the query heads.
-        k_scale, v_scale: float32 `[num_layers, …, num_kv_heads]` where keys and values are
-            quantised, float8_e4m3fn or int8: a key is its entry times its scale. Otherwise None.
+        keys, values: `[num_layers, …, num_kv_heads, head_dim]`, where the dots are two dimensions;
+            one entry per key/value head, not repeated for the query heads.
+        k_scale, v_scale: float32 `[num_layers, …, num_kv_heads]` if keys and values are quantised
+            to float8_e4m3fn or int8: a key is its entry times its scale. Otherwise None.
     """
 
     keys: Tensor
@@ -37,7 +37,7 @@ class KeyValues(NamedTuple):
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> "KeyValues":
-        """Of all layers of a model, with `shape` in place of the dots."""
+        """Returns zeros for all layers of a model, with `shape` in place of the dots."""
         scale_shape = (config.num_layers, *shape, config.num_kv_heads)
         keys, values = (
             torch.zeros((*scale_shape, config.head_dim), dtype=dtype, device=device)
@@ -55,12 +55,12 @@ class KeyValues(NamedTuple):
         return KeyValues(*(None if x is None else function(x) for x in self))
 
     def of_layers(self) -> "Iterator[KeyValues]":
-        """What each layer has of it."""
+        """Yields the tensors of each layer."""
         return (self.map(itemgetter(layer)) for layer in range(len(self.keys)))
 
     def gather(self, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Returns the keys and values of one layer at `slots`, each `[len(slots), num_kv_heads,
-        head_dim]`, in a dtype that they are rounded to once."""
+        head_dim]`, rounded once to `dtype`."""
         keys, values, *scales = self.map(lambda x: x.flatten(0, 1)[slots])
         return tuple(
             x if scale is None else (x.float() * scale[..., None]).to(dtype)
@@ -69,17 +69,19 @@ class KeyValues(NamedTuple):
 
 
 class CacheStep(NamedTuple):
-    """Where one call's new tokens go in a cache, and what they attend to; the same for all layers.
+    """Where a call writes its new tokens in a cache, and what they attend to; the same for all
+    layers.
 
     Attributes:
-        stored: of all layers; slots count through its two dimensions after the layers'.
-        positions: int `[batch, seq_len]` in their sequences.
-        slots: int64 `[batch, seq_len]`; −1 for what is not to be written.
-        seq_lens: int `[batch]`, the new tokens included; None where sequences begin here, so that
-            the new tokens are all there is to attend to.
-        block_table: int32 `[batch, max_pages]` of a paged cache, otherwise None.
-        context: int64 `[num_tokens]`: the slots of all tokens of the only sequence, the new ones
-            included, where these are more than `decode_attention` takes.
+        stored: the tensors of all layers; slots index the two dimensions after the layers',
+            flattened.
+        positions: int `[batch, seq_len]`, of the tokens in their sequences.
+        slots: int64 `[batch, seq_len]`; −1 for tokens that are not written.
+        seq_lens: int `[batch]`, new tokens included; None if the sequences begin with this call, so
+            that the new tokens attend only to each other.
+        block_table: int32 `[batch, max_pages]` for a paged cache, otherwise None.
+        context: int64 `[num_tokens]`, the slots of all tokens of the only sequence, new ones
+            included, if there are more new tokens than `decode_attention` takes.
     """
 
     stored: KeyValues
@@ -90,12 +92,13 @@ class CacheStep(NamedTuple):
     context: Tensor | None = None
 
     def of_layers(self) -> "Iterator[CacheStep]":
-        """Returns the same with what is stored of each layer."""
+        """Yields the step with the tensors of each layer."""
         return (self._replace(stored=stored) for stored in self.stored.of_layers())
 
 
 class Cache(Protocol):
-    """What `Llama2` asks of a cache: once before its layers, once after them."""
+    """The interface through which `Llama2` uses a cache: one call before its layers, one after
+    them."""
 
     stored: KeyValues
 
@@ -105,7 +108,7 @@ class Cache(Protocol):
 
 
 class Stored:
-    """What holds `stored`, and gives its keys and values by their own names too."""
+    """A cache with `stored` and the attributes `keys` and `values` for its tensors."""
 
     stored: KeyValues
 
@@ -121,15 +124,15 @@ class Stored:
 class KVCache(Stored):
     """Contiguous key/value cache with a length per sequence.
 
-    `stored` is `[num_layers, batch, capacity, …]`, `seq_lens` int32 `[batch]` on the device; what
-    lies beyond a sequence's length is never read.
+    `stored` is `[num_layers, batch, capacity, …]`, `seq_lens` int32 `[batch]` on the device;
+    entries beyond a sequence's length are never read.
 
     Args:
-        dtype: the model's; or float8_e4m3fn or int8, which round each head of a token by a scale of
-            its own. Tokens of a first call attend to each other as they are, later ones to what the
-            cache holds of them.
+        dtype: the model's, or float8_e4m3fn or int8, which quantise with one scale per token and
+            head. Tokens of the first call attend to each other's exact keys and values, later ones
+            to the quantised ones.
     Raises:
-        ValueError: `capacity` exceeds the model's `max_seq_len`, whose rotary table ends there.
+        ValueError: `capacity` exceeds the model's `max_seq_len`, the length of its rotary table.
     """
 
     def __init__(
@@ -143,7 +146,7 @@ class KVCache(Stored):
     ) -> None:
         if not 0 < capacity <= config.max_seq_len:
             raise ValueError(
-                f"capacity: expected 1 to max_seq_len ({config.max_seq_len}); got {capacity}"
+                f"capacity: expected from 1 to max_seq_len ({config.max_seq_len}); got {capacity}"
             )
         self.stored = KeyValues.zeros(config, (batch, capacity), dtype, device)
         self.capacity = capacity
@@ -151,7 +154,7 @@ class KVCache(Stored):
         self.num_written = 0  # on the host: an upper bound of seq_lens, known without a sync
 
     def reserve(self, batch: int, num_tokens: int) -> CacheStep:
-        """Returns the next tokens of every sequence.
+        """Returns the step of the next tokens of every sequence.
 
         Raises:
             ValueError: the cache is for another batch, or cannot hold that many more tokens.
@@ -174,7 +177,8 @@ class KVCache(Stored):
         return CacheStep(self.stored, positions, slots, seq_lens)
 
     def first(self, batch: int) -> "KVCache":
-        """Returns the first `batch` sequences, to be begun anew, as a cache in the same memory."""
+        """Returns an empty cache for `batch` sequences in the memory of the first `batch`
+        sequences."""
         part = copy.copy(self)
         part.stored = self.stored.map(lambda x: x[:, :batch])
         part.seq_lens = self.seq_lens[:batch].zero_()
@@ -182,6 +186,6 @@ class KVCache(Stored):
         return part
 
     def advance(self, num_tokens: int, valid: Tensor | None = None) -> None:
-        """Counts the tokens just written; `valid` int `[batch]` when rows were right-padded."""
+        """Counts the tokens just written; `valid` int `[batch]` if rows were right-padded."""
         self.num_written += num_tokens
         self.seq_lens += num_tokens if valid is None else valid.to(self.seq_lens.dtype)

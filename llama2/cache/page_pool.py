@@ -1,6 +1,6 @@
-"""Which page of a paged cache holds what: free pages, reference counts, contents to share.
+"""The pages of a paged cache: free pages, reference counts and contents to share.
 
-Host bookkeeping alone: no tensor, no device. Kwon et al. 2023, arXiv:2309.06180.
+Bookkeeping on the host only, without tensors. Kwon et al. 2023, arXiv:2309.06180.
 """
 
 import hashlib
@@ -11,16 +11,16 @@ import numpy as np
 
 
 class OutOfPages(RuntimeError):
-    """A cache has fewer free pages than were asked for. Nothing was changed."""
+    """A cache has fewer free pages than requested. Nothing was changed."""
 
 
 def page_digests(
     tokens: Sequence[int] | np.ndarray, page_size: int, before: bytes = b""
 ) -> Iterator[bytes]:
-    """For each full page of `tokens`, a digest of all tokens from the first to the page's last.
+    """Yields, for each full page of `tokens`, a digest of all tokens up to the end of the page.
 
-    `before` is the digest of the page before the first, where `tokens` go on. Two prefixes with
-    one digest are not to be found: it is SHA-256.
+    `before` is the digest of the preceding page, if `tokens` continue a sequence. Digests are
+    SHA-256, so collisions are not expected.
     """
     ids = np.asarray(tokens, dtype=np.int64)
     for end in range(page_size, len(ids) + 1, page_size):
@@ -29,36 +29,36 @@ def page_digests(
 
 
 class PagePool:
-    """Pages 0 … num_pages − 1, each free or referred to by one sequence or several.
+    """Pages 0 … num_pages − 1, each free or referenced by one or more sequences.
 
-    A page whose content was named stays findable by that name after its last reference is gone,
-    until pages run out: then the least recently used content is forgotten first.
+    The content of a named page can be found by its digest even after the last reference is
+    released. When pages run out, the least recently used content is dropped first.
     """
 
     def __init__(self, num_pages: int) -> None:
         self._references = np.zeros(num_pages, dtype=np.int64)
-        self._blank = list(reversed(range(num_pages)))  # free, with nothing worth keeping
+        self._blank = list(reversed(range(num_pages)))  # free, without content to find
         self._kept: OrderedDict[int, None] = OrderedDict()  # free but findable, oldest use first
         self._page_of: dict[bytes, int] = {}
         self._name_of: dict[int, bytes] = {}
 
     @property
     def num_free(self) -> int:
-        """Pages that `take` can give, those with findable content included."""
+        """The number of pages that `take` can return, including free ones with content to find."""
         return len(self._blank) + len(self._kept)
 
     @property
     def num_named(self) -> int:
-        """Pages whose content can be found."""
+        """The number of pages whose content can be found."""
         return len(self._page_of)
 
     def references(self, page: int) -> int:
         return int(self._references[page])
 
     def shared(self, pages: np.ndarray) -> list[int]:
-        """For sequences that are about to write to `pages`, one page each: the indices of those
-        that have to copy theirs, because another sequence still refers to it after the earlier
-        ones in the list have made their copies."""
+        """Returns, for sequences that will write to `pages`, one page each, the indices of those
+        that must copy their page first: another sequence still references it after the earlier ones
+        in the list have copied theirs."""
         found: list[int] = []
         num_left: dict[int, int] = {}
         for index in (self._references[pages] > 1).nonzero()[0].tolist():
@@ -69,10 +69,10 @@ class PagePool:
         return found
 
     def take(self, count: int) -> list[int]:
-        """`count` pages with one reference each, whatever they hold.
+        """Returns `count` pages with one reference each; their content is undefined.
 
         Raises:
-            OutOfPages: there are fewer.
+            OutOfPages: fewer pages are free.
         """
         if count > self.num_free:
             raise OutOfPages(f"num_pages: expected {count} free pages; got {self.num_free}")
@@ -94,10 +94,10 @@ class PagePool:
         self._references[pages] += 1
 
     def release(self, pages: Sequence[int]) -> None:
-        """One reference less to each page of a sequence.
+        """Removes one reference from each page of a sequence.
 
-        From the last page to the first: a page is of use only with all those before it, so the
-        last is to be forgotten first.
+        It releases the last page first, so that it is dropped first: a page is only useful with all
+        pages before it.
         """
         self._references[pages] -= 1
         for page, references in zip(pages[::-1], self._references[pages][::-1], strict=True):
@@ -109,22 +109,21 @@ class PagePool:
                 self._blank.append(page)
 
     def name(self, page: int, digest: bytes) -> None:
-        """Makes a page's content findable, unless another page has it already."""
+        """Records a page's content under its digest, unless another page already has it."""
         if digest not in self._page_of:
             self._page_of[digest], self._name_of[page] = page, digest
 
     def forget(self) -> None:
-        """Makes no content findable any more."""
+        """Drops all recorded contents."""
         self._page_of.clear()
         self._name_of.clear()
         self._blank += reversed(self._kept)
         self._kept.clear()
 
     def find(self, digests: Iterable[bytes]) -> list[int]:
-        """Returns the pages of the longest run of `digests`, from the first on, whose contents are
-        there.
+        """Returns the pages with the contents of the longest prefix of `digests` that is present.
 
-        They may be free: they hold their contents until the next `take`.
+        The pages may be free; they keep their contents until the next `take`.
         """
         pages = []
         for digest in digests:
@@ -134,6 +133,6 @@ class PagePool:
         return pages
 
     def num_taken(self, pages: Iterable[int]) -> int:
-        """Returns how many of `pages` are free, so that a reference to them takes them from
+        """Returns how many of `pages` are free, by which references to them would reduce
         `num_free`."""
         return sum(page in self._kept for page in pages)

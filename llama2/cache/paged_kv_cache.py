@@ -1,6 +1,6 @@
-"""A key/value cache in pages, which sequences share where they begin alike.
+"""A paged key/value cache, in which sequences with the same prefix share pages.
 
-Token t of a sequence lies in page `block_table[row, t // page_size]` at t % page_size. Kwon et al.
+Token t of a sequence is in page `block_table[row, t // page_size]` at t % page_size. Kwon et al.
 2023, arXiv:2309.06180.
 """
 
@@ -21,15 +21,15 @@ from llama2.config import ModelConfig
 
 @dataclass
 class _Sequence:
-    pages: list[int]  # with room for all tokens
-    digests: list[bytes] = field(default_factory=list)  # of the full pages that are cached
+    pages: list[int]  # enough for all tokens
+    digests: list[bytes] = field(default_factory=list)  # of the full pages that have been written
 
 
 class PagedKVCache(Stored):
     """Key/value cache of up to `max_batch` sequences in pages of `page_size` tokens.
 
-    A sequence is a row, from `admit` or `fork` until `free`. Its tokens are pending until a batch
-    of it has gone through the model:
+    A sequence has a row from `admit` or `fork` until `free`. Its tokens are pending until a batch
+    with them has gone through the model:
 
         row = cache.admit(prompt)
         batch = cache.prefill(row)
@@ -39,26 +39,26 @@ class PagedKVCache(Stored):
         states = model.hidden_states(batch.tokens, batch)[row]
         …
 
-    Every method raises ValueError for a row that is not in use. A row may also `grow` by a token
-    whose id only the device has so far; `tell` then gives its id to the cache.
+    Methods raise ValueError for a row that is not in use. A row may also `grow` by a token whose id
+    is so far only on the device; `tell` passes the id to the cache later.
 
-    Pages are shared by sequences that begin with the same tokens, as far as these fill pages, and
-    by forks. A page that others read is copied before a sequence writes to it. What a freed
-    sequence leaves in full pages is found again until pages run out; the least recently used goes
-    first. That is what one model left, with weights that have not changed: `serve` sees to it by
-    `computed_with`; who calls a model himself has to `forget` it otherwise.
+    Forks share pages, and so do sequences with the same prefix, as far as it fills pages. A shared
+    page is copied before a sequence writes to it. Full pages of freed sequences are reused until
+    pages run out; the least recently used is dropped first. Reuse needs one model with unchanged
+    weights: `serve` checks that by `computed_with`; other callers must call `forget` after a
+    change.
 
-    All bookkeeping is on the host and waits for no device: what was enqueued before is done before.
+    All bookkeeping is on the host and never waits for the device, which works in order.
 
     Attributes:
         stored: `[num_layers, num_pages, page_size, …]`.
-        block_table: int32 `[max_batch, max_pages]` on the device; −1 where a row has no page.
-        seq_lens: int32 `[max_batch]` on the device: the lengths in the last batch that was made,
-            its pending tokens included; 0 for rows that were not part of it.
+        block_table: int32 `[max_batch, max_pages]` on the device; −1 for unused entries.
+        seq_lens: int32 `[max_batch]` on the device: the lengths in the latest batch, pending tokens
+            included; 0 for rows that are not in it.
     Args:
-        dtype: as of `KVCache`.
+        dtype: as for `KVCache`.
     Raises:
-        ValueError: a size below 1, a page_size that is no power of two.
+        ValueError: a size is below 1, or page_size is not a power of two.
     """
 
     def __init__(
@@ -81,21 +81,21 @@ class PagedKVCache(Stored):
         self.stored = KeyValues.zeros(config, (num_pages, page_size), dtype, device)
         self._table = np.full((max_batch, self.pages_for(self.max_seq_len)), -1, dtype=np.int32)
         self.block_table = torch.full(self._table.shape, -1, dtype=torch.int32, device=device)
-        self._table_is_sent = True  # to block_table
+        self._table_is_sent = True  # whether block_table on the device is up to date
         self.seq_lens = torch.zeros(max_batch, dtype=torch.int32, device=device)
         self._pool = PagePool(num_pages)
         self._sequences: dict[int, _Sequence] = {}
         self._ids = np.zeros((max_batch, self.max_seq_len), dtype=np.int64)
         self._lengths = np.zeros(max_batch, dtype=np.int64)  # pending tokens included
-        self._num_known = np.zeros(max_batch, dtype=np.int64)  # whose ids the host knows
-        self._num_cached = np.zeros(max_batch, dtype=np.int64)  # whose keys and values are written
-        self._batch: PagedBatch | None = None  # the last that was made, until rows change
-        self._config: ModelConfig | None = None  # of the model that fills it, with _weights
+        self._num_known = np.zeros(max_batch, dtype=np.int64)  # tokens with ids known here
+        self._num_cached = np.zeros(max_batch, dtype=np.int64)  # tokens that have been written
+        self._batch: PagedBatch | None = None  # the latest one, until rows change
+        self._config: ModelConfig | None = None  # with _weights: the model that fills the cache
         self._weights: Tensor | None = None
 
     @property
     def num_free_pages(self) -> int:
-        """Pages that can be had, those included whose contents would be forgotten for it."""
+        """Pages that can be taken, including those whose contents would be dropped."""
         return self._pool.num_free
 
     @property
@@ -103,32 +103,32 @@ class PagedKVCache(Stored):
         return self.max_batch - len(self._sequences)
 
     def num_tokens(self, row: int) -> int:
-        """Tokens of a sequence, pending ones included."""
+        """Returns the number of tokens of a sequence, pending ones included."""
         self._sequence(row)
         return int(self._lengths[row])
 
     def pages_for(self, num_tokens: int) -> int:
-        """Pages that as many tokens fill, the last perhaps in part."""
+        """Returns the number of pages that `num_tokens` tokens need."""
         return -(-num_tokens // self.page_size)
 
     def pages_to_admit(self, tokens: Sequence[int]) -> int:
-        """Returns how many of the free pages `admit` would take."""
+        """Returns how many free pages `admit` would take."""
         _, shared = self._shared(tokens)
         return self.pages_for(len(tokens)) - len(shared) + self._pool.num_taken(shared)
 
     def admit(self, tokens: Sequence[int]) -> int:
-        """Returns a row for a new sequence. Its tokens are pending, but for those in pages that are
-        shared; the last token always is, as what follows it is wanted.
+        """Returns a row for a new sequence. Its tokens are pending, except those in shared pages;
+        the last token is always pending, as its output is needed.
 
         Raises:
-            ValueError: no token, or more than `max_seq_len`; no free row.
+            ValueError: there are no tokens or more than `max_seq_len`, or no row is free.
             OutOfPages: too few are free. Nothing was changed.
         """
         if not 1 <= len(tokens) <= self.max_seq_len:
-            raise ValueError(f"tokens: expected 1 to {self.max_seq_len}; got {len(tokens)}")
+            raise ValueError(f"tokens: expected from 1 to {self.max_seq_len}; got {len(tokens)}")
         row = self._free_row()
         digests, shared = self._shared(tokens)
-        self._pool.refer(shared)  # before others are taken, which might be these
+        self._pool.refer(shared)  # first, so that `take` cannot return them
         try:
             pages = [*shared, *self._pool.take(self.pages_for(len(tokens)) - len(shared))]
         except Exception:
@@ -138,7 +138,7 @@ class PagedKVCache(Stored):
         return row
 
     def extend(self, row: int, tokens: Sequence[int]) -> None:
-        """Adds pending tokens to a sequence, and pages where they are needed.
+        """Adds pending tokens to a sequence, and pages if needed.
 
         Raises:
             ValueError: more than `max_seq_len` tokens in all.
@@ -151,20 +151,20 @@ class PagedKVCache(Stored):
         self._num_known[row] = self._lengths[row]
 
     def grow(self, rows: Sequence[int] | np.ndarray) -> None:
-        """Adds to each of `rows` a pending token whose id only the device has, and pages where they
-        are needed. Until `tell` has given the ids, only `decode` and `free` may be called for rows.
+        """Adds to each of `rows` a pending token whose id is only on the device, and pages if
+        needed. Until `tell` is called, only `decode` and `free` may be called for these rows.
 
         Raises:
-            ValueError: a sequence of `max_seq_len` tokens.
+            ValueError: a sequence already has `max_seq_len` tokens.
             OutOfPages: too few are free. Nothing was changed.
         """
         self._make_room(self._rows(rows), 1)
 
     def tell(self, rows: Sequence[int] | np.ndarray, tokens: Sequence[int] | np.ndarray) -> None:
-        """Gives the cache the ids of the tokens by which `rows` have grown, one per row.
+        """Passes the ids of the tokens by which `rows` have grown, one per row.
 
         Raises:
-            ValueError: a row whose tokens are all known.
+            ValueError: all tokens of a row are known.
         """
         rows = np.asarray(rows, dtype=np.int64)
         known = self._num_known[rows]
@@ -176,10 +176,10 @@ class PagedKVCache(Stored):
             self._name_pages(row)
 
     def fork(self, row: int) -> int:
-        """Returns a row for a second sequence with all tokens of `row`; it shares all its pages.
+        """Returns a row for a second sequence with all tokens of `row`, which shares all its pages.
 
         Raises:
-            ValueError: `row` has pending tokens; no free row.
+            ValueError: `row` has pending tokens, or no row is free.
         """
         self._check_told(row)
         parent = self._sequences[row]
@@ -193,7 +193,7 @@ class PagedKVCache(Stored):
         return child
 
     def free(self, row: int) -> None:
-        """Ends a sequence, whether or not it has pending tokens."""
+        """Ends a sequence, with or without pending tokens."""
         self._pool.release(self._sequence(row).pages)
         del self._sequences[row]
         self._table[row], self._table_is_sent = -1, False
@@ -201,14 +201,13 @@ class PagedKVCache(Stored):
         self._batch = None
 
     def forget(self) -> None:
-        """No sequence finds what others left from now on: for a model whose weights have changed,
-        and after logits that were not finite."""
+        """Stops the reuse of written pages, after a change of weights or logits that were not
+        finite."""
         self._pool.forget()
 
     def computed_with(self, config: ModelConfig, weights: Tensor) -> None:
-        """From here on a model with this configuration and with weights of this fingerprint fills
-        the cache: what was filled with others is forgotten. Waits for the device if there is
-        something to forget."""
+        """Declares the model that fills the cache from now on, by configuration and fingerprint of
+        its weights; drops another model's contents. Waits for the device if there are contents."""
         if self._pool.num_named and (
             self._config != config or not torch.equal(self._weights, weights)
         ):
@@ -216,28 +215,29 @@ class PagedKVCache(Stored):
         self._config, self._weights = config, weights
 
     def prefill(self, row: int) -> "PagedBatch":
-        """Returns the pending tokens of one sequence, any number: `[1, num_pending]`.
+        """Returns a batch of the pending tokens, any number, of one sequence: `[1, num_pending]`.
 
         Raises:
-            ValueError: it has none.
+            ValueError: there are none.
         """
         self._batch = PagedBatch(self, [row], alone=True)
         return self._batch
 
     def decode(self, rows: Sequence[int]) -> "PagedBatch":
-        """Returns the pending tokens of `rows`, at most 16 of each: `[max_batch, most pending]`.
+        """Returns a batch of the pending tokens, at most 16, of each of `rows`: `[max_batch, most
+        pending]`.
 
-        They stand at the end of their rows; what stands before them, and in rows that are not
-        asked for, is written nowhere, and its states are meaningless.
+        The tokens are right-aligned; padding before them, and rows that are not requested, are not
+        written, and their states are meaningless.
 
         Raises:
-            ValueError: no pending tokens; a row with more.
+            ValueError: there are no pending tokens, or a row has more than 16.
         """
         self._batch = PagedBatch(self, rows, alone=False)
         return self._batch
 
     def _shared(self, tokens: Sequence[int]) -> tuple[list[bytes], list[int]]:
-        """Digests and pages of cached content that `tokens` begin with, without the last token."""
+        """Returns digests and pages of written content that is a prefix of `tokens[:-1]`."""
         digests = list(page_digests(tokens[:-1], self.page_size))
         pages = self._pool.find(digests)
         return digests[: len(pages)], pages
@@ -269,14 +269,16 @@ class PagedKVCache(Stored):
     def _check_told(self, row: int) -> None:
         self._sequence(row)
         if untold := self._lengths[row] - self._num_known[row]:
-            raise ValueError(f"row: expected one that knows its tokens; got {row}, {untold} untold")
+            raise ValueError(
+                f"row: expected one whose tokens are all known; got {row} with {untold} unknown"
+            )
 
     def _make_room(self, rows: np.ndarray, count: int) -> None:
-        """Adds `count` pending tokens to each row: takes pages for them, and first copies a row's
-        last page if the row would write to it and other sequences read it.
+        """Adds `count` pending tokens to each row and takes pages for them; first copies a row's
+        last page if the row would write to it and other sequences share it.
 
         Raises:
-            ValueError, OutOfPages: no room in a row, too few pages. Nothing was changed.
+            ValueError, OutOfPages: a row or the pool is full. Nothing was changed.
         """
         lengths = self._lengths[rows]
         left = self.max_seq_len - max(lengths.tolist(), default=0)
@@ -309,7 +311,7 @@ class PagedKVCache(Stored):
         return pages * self.page_size + positions % self.page_size
 
     def _name_pages(self, row: int) -> None:
-        """Makes full pages findable, once their entries are written and their ids known."""
+        """Names full pages whose entries are written and whose ids are known."""
         sequence = self._sequences[row]
         done = len(sequence.digests)
         num_ready = min(int(self._num_cached[row]), int(self._num_known[row]))
@@ -321,7 +323,7 @@ class PagedKVCache(Stored):
 
 
 class PagedBatch:
-    """The pending tokens of some rows, for one call of `Llama2`, which takes it as its cache."""
+    """The pending tokens of some rows; the cache argument of one call of `Llama2`."""
 
     def __init__(
         self, cache: PagedKVCache, rows: Sequence[int] | np.ndarray, *, alone: bool
@@ -332,11 +334,11 @@ class PagedBatch:
         self._num_pending = totals - cache._num_cached[rows]
         width = max(self._num_pending.tolist(), default=0)
         if width == 0 or (width > MAX_NEW_TOKENS and not alone):
-            most = "" if alone else f" to {MAX_NEW_TOKENS}"
-            raise ValueError(f"rows: expected 1{most} pending tokens; got {width}")
-        self._places = np.zeros(1, dtype=np.int64) if alone else rows  # of the rows in the batch
+            most = "at least 1" if alone else f"from 1 to {MAX_NEW_TOKENS}"
+            raise ValueError(f"rows: expected {most} pending tokens; got {width}")
+        self._places = np.zeros(1, dtype=np.int64) if alone else rows  # in the batch
         self._shape = (1 if alone else cache.max_batch, width)
-        ago = np.arange(width, 0, -1)  # tokens stand at the end
+        ago = np.arange(width, 0, -1)  # tokens are right-aligned
         is_pending = ago <= self._num_pending[:, None]
         at = np.where(is_pending, totals[:, None] - ago, 0)
         new = np.zeros((2, *self._shape), dtype=np.int64)
@@ -362,7 +364,7 @@ class PagedBatch:
 
     @functools.cached_property
     def tokens(self) -> Tensor:
-        """The tokens of the call: int64 `[batch, seq_len]` on the device.
+        """The tokens to pass to the model, int64 `[batch, seq_len]` on the device.
 
         Raises:
             ValueError: a row has grown by a token whose id `tell` has not given.
@@ -375,12 +377,12 @@ class PagedBatch:
         return to_device(tokens, self._cache.seq_lens.device)
 
     def reserve(self, batch: int, num_tokens: int) -> CacheStep:
-        """Where the tokens go.
+        """Returns the step of these tokens.
 
         Raises:
-            ValueError: the call has other tokens than these, or since it was made the cache has
-                extended or freed a sequence or made another batch: the lengths and the block table
-                on the device are the last one's.
+            ValueError: the shape is not that of `tokens`; or the cache has since extended or freed
+                a sequence or made another batch, which changes lengths and block table on the
+                device.
         """
         if (batch, num_tokens) != self._shape:
             raise ValueError(
@@ -388,11 +390,11 @@ class PagedBatch:
                 f"got {[batch, num_tokens]}"
             )
         if self._cache._batch is not self:
-            raise ValueError("cache: expected the batch that was made last, once; got another")
+            raise ValueError("cache: expected the latest batch, once; got an older or used one")
         return self._step
 
     def advance(self, num_tokens: int, valid: Tensor | None = None) -> None:
-        """The tokens have been written: they are no longer pending."""
+        """Records that the tokens have been written and are no longer pending."""
         cache, rows, totals = self._cache, self._rows, self._totals
         cache._batch = None
         cache._num_cached[rows] = totals

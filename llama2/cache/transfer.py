@@ -1,4 +1,4 @@
-"""Copies between the host and a device that the host does not wait for."""
+"""Asynchronous copies between the host and a device."""
 
 from collections.abc import Callable
 

@@ -1,1 +1,1 @@
-"""One step of generation, its state on the device and the choice of a token."""
+"""Decode steps, their state on the device, and sampling."""

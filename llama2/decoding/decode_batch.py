@@ -1,9 +1,8 @@
-"""A batch that is being continued: its state on the device, and the step that adds a token.
+"""A batch of sequences on a contiguous cache: its state on the device and its decode step.
 
-The step reads and writes tensors of fixed addresses and asks the device nothing, so that on a GPU
-it is captured once and replayed. A row ends on the device too: at a stop token, or where its logits
-are not finite. From then on it attends to nothing and writes nothing; neither do rows that no
-prompt has.
+The step reads and writes tensors at fixed addresses and never synchronises, so that on a GPU it can
+be captured once and replayed. The device also ends rows, at a stop token or when logits are not
+finite. Ended rows, and rows without a prompt, attend to nothing and write nothing.
 """
 
 import contextlib
@@ -22,13 +21,13 @@ from llama2.model import Llama2
 
 
 class DecodeBatch:
-    """Continues up to as many prompts as `cache` has rows, time and again.
+    """Continues batches of up to as many prompts as `cache` has rows.
 
     Args:
-        cache: what the rows have seen; nobody else writes to it.
-        vocab_size: ids below it can be drawn.
-        capture: whether steps are captured in CUDA graphs. The model's parameters stay where they
-            are then.
+        cache: the rows' keys and values; nothing else may write to it.
+        vocab_size: only ids below it are sampled.
+        capture: whether steps are captured in CUDA graphs. The model's parameters must then keep
+            their addresses.
     """
 
     def __init__(self, model: Llama2, cache: KVCache, vocab_size: int, *, capture: bool) -> None:
@@ -36,7 +35,7 @@ class DecodeBatch:
         self._vocab_size = vocab_size
         batch, config = len(cache.seq_lens), model.config
         self._device = device = cache.seq_lens.device
-        self._ahead = 1 if device.type == "cuda" else 0  # steps enqueued while one is read
+        self._ahead = 1 if device.type == "cuda" else 0  # steps enqueued before one is read
         self._rows = torch.arange(batch, device=device)
         self._running = torch.zeros(batch, dtype=torch.bool, device=device)
         self._tokens = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -56,13 +55,15 @@ class DecodeBatch:
         top_p: float,
         stop_ids: Sequence[int],
     ) -> Iterator[list[int]]:
-        """Yields the new tokens of all rows, step after step; −1 where logits are not finite.
+        """Yields the new tokens of all rows, step by step; −1 for a row whose logits are not
+        finite.
 
-        On a GPU a step is enqueued before the tokens of the one before it are waited for: the GPU
-        waits for nobody.
+        On a GPU, a step is enqueued before the host waits for the tokens of the previous one, so
+        that the GPU never idles.
 
         Args:
-            uniform: float32 `[number of prompts, steps]` on the CPU, what `sample` draws by.
+            uniform: float32 `[number of prompts, steps]` on the CPU, the random numbers of
+                `sample`.
         """
         num_steps, greedy = uniform.shape[1], temperature == 0
         with self._on_device():
@@ -123,7 +124,7 @@ class DecodeBatch:
         self._running &= (drawn >= 0) & ~self._is_stop[self._tokens]
 
     def reserve(self, batch: int, num_tokens: int) -> CacheStep:
-        """Where the running rows' tokens go, as `Llama2` asks a cache."""
+        """Returns the step of the running rows' tokens; part of the `Cache` interface."""
         lengths, running = self._cache.seq_lens, self._running
         slots = torch.where(running, self._rows * self._cache.capacity + lengths, -1)
         seq_lens = torch.where(running, lengths + 1, 0)
@@ -133,7 +134,7 @@ class DecodeBatch:
         self._cache.seq_lens += self._running
 
     def _fetch(self, index: int, host: Tensor) -> Callable[[], np.ndarray]:
-        """Enqueues the copy of a step's tokens; what is returned waits for it."""
+        """Enqueues the copy of a step's tokens and returns a function that waits for it."""
         host = host[index]
         with self._on_device():
             return to_host(self._drawn[index, : len(host)], host)

@@ -1,4 +1,4 @@
-"""Work that is enqueued again and again, as one CUDA graph."""
+"""Repeated GPU work as a CUDA graph."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +10,8 @@ Call = Callable[[], Any]
 
 
 def record(call: Call) -> Call:
-    """Returns the replay of a CUDA graph of what `call` enqueues on the current device, which it
-    does not run. Kernels that it launches have been launched before."""
+    """Captures `call` in a CUDA graph on the current device and returns the replay; capturing does
+    not run it. Every kernel that `call` launches must have been launched before."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
@@ -19,7 +19,7 @@ def record(call: Call) -> Call:
 
 
 def captured(call: Call, num_warm_up_calls: int) -> Call:
-    """Returns the replay of a CUDA graph of one call, made after calls that warm it up."""
+    """Makes `num_warm_up_calls` calls, captures one in a CUDA graph and returns the replay."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -30,11 +30,11 @@ def captured(call: Call, num_warm_up_calls: int) -> Call:
 
 
 class Step:
-    """A call that is made again and again on the same tensors. Made once as it is, it is captured
-    and replayed from then on, if `capture` asks for that.
+    """A repeated call on the same tensors: with `capture` it runs once, is captured, and from then
+    on replayed.
 
-    The call is handed over each time, so that whoever owns both is freed without a search for
-    cycles, and a cache with it.
+    The call is passed each time instead of stored: a reference cycle with its owner would keep the
+    owner and its cache alive until garbage collection.
     """
 
     def __init__(self, *, capture: bool) -> None:
@@ -49,11 +49,12 @@ class Step:
 
 
 def can_capture(model: nn.Module, asked: bool | None) -> bool:
-    """Returns whether a model's steps are captured: `asked`, or if that is None, on a GPU, unless a
-    module has forward hooks, which a replay would not call (tensor parallelism uses such hooks).
+    """Returns whether to capture a model's steps: `asked`, or if that is None, whether the model is
+    on a GPU and has no module with forward hooks, which a replay would not call (tensor parallelism
+    uses such hooks).
 
     Raises:
-        ValueError: it is asked for without a GPU, or of a model with hooks.
+        ValueError: `asked` is true without a GPU, or for a model with hooks.
     """
     hooked = [
         name

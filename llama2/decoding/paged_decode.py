@@ -1,8 +1,8 @@
-"""Decode steps of a batch in a paged cache, on tensors with fixed addresses, so that a CUDA graph
-can replay them.
+"""Decode steps on a paged cache, with tensors at fixed addresses, so that a CUDA graph can replay
+them.
 
-The tokens that a step draws stay on the device, where the next step reads them: it can be enqueued
-before the host knows them.
+The sampled tokens stay on the device, where the next step reads them; it can be enqueued before the
+host knows them.
 """
 
 from collections.abc import Callable
@@ -20,12 +20,12 @@ from llama2.model import Llama2
 
 
 class PagedDecode:
-    """Decodes the token that each row drew last, and draws ids below `vocab_size` from the states
-    of rows.
+    """Decodes the latest token of each row and samples ids below `vocab_size` from the rows'
+    states.
 
     Attributes:
         states: `[max_batch, hidden_size]`, of each row's last token.
-        num_drawn: int64 `[max_batch]` on the host, how many tokens each row has drawn.
+        num_drawn: int64 `[max_batch]` on the host, the number of tokens sampled for each row.
     """
 
     def __init__(
@@ -46,7 +46,8 @@ class PagedDecode:
         self._on_host = torch.zeros(
             rows, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda"
         )
-        # By row: the uniform numbers of all its tokens; uniform, temperature, top_p of the next.
+        # By row: the uniform numbers of all its tokens; then uniform, temperature and top_p of the
+        # next.
         self._uniform = np.zeros((rows, model.config.max_seq_len), dtype=np.float32)
         self._next = np.zeros(self._settings.shape, dtype=np.float32)
         self.num_drawn = np.zeros(rows, dtype=np.int64)
@@ -56,19 +57,18 @@ class PagedDecode:
     def begin(
         self, row: int, num_drawn: int, uniform: np.ndarray, temperature: float, top_p: float
     ) -> None:
-        """Sets how tokens are drawn for a row, from the states that it has.
+        """Sets the sampling of a row, whose state is in `states`.
 
         Args:
-            uniform: float32 `[max_new_tokens]`, a uniform number for each token, of which the
-                first `num_drawn` are used already.
+            uniform: float32 `[max_new_tokens]`, a uniform number per token; the first `num_drawn`
+                have been used.
         """
         self.num_drawn[row] = num_drawn
         self._uniform[row, : len(uniform)] = uniform
         self._next[1:, row] = in_float32(temperature), top_p
 
     def decode(self, batch: PagedBatch) -> None:
-        """Puts the states of the tokens that the batch's rows drew last, one per row, into
-        `states`."""
+        """Decodes the latest token of each row of the batch and writes its state to `states`."""
         where = batch.reserve(*self._tokens.shape)
         if self._where is None:
             positions, slots = self._places
@@ -78,8 +78,9 @@ class PagedDecode:
         batch.advance(1)
 
     def draw(self, rows: np.ndarray) -> Callable[[], np.ndarray]:
-        """Draws a token of each of `rows`. What is returned waits for the device and gives the
-        tokens of all rows, −1 where logits are not finite; it is to be called before the next draw.
+        """Samples a token for each of `rows`. Returns a function that waits for the device and
+        returns the tokens of all rows, −1 where logits are not finite; call it before the next
+        `draw`.
         """
         greedy = not self._next[1, rows].any()
         if not greedy:
@@ -100,9 +101,9 @@ class PagedDecode:
         self._tokens.copy_(self._drawn.clamp(min=0)[:, None])
 
     def reserve(self, batch: int, num_tokens: int) -> CacheStep:
-        """Where the batch's tokens go, as `Llama2` asks a cache. The lengths and the block table
-        are the cache's own."""
+        """Returns the step of the batch's tokens, with the lengths and block table of the cache;
+        part of the `Cache` interface."""
         return self._where
 
     def advance(self, num_tokens: int, valid: Tensor | None = None) -> None:
-        """Nothing: a replay does not come here, `decode` counts."""
+        """Does nothing: a replay does not call it, and `decode` counts the tokens."""

@@ -1,4 +1,4 @@
-"""Drawing a token from logits, with what is drawn settled beforehand by numbers in [0, 1)."""
+"""Sampling of tokens from logits by given uniform numbers in [0, 1)."""
 
 import math
 import secrets
@@ -18,14 +18,14 @@ def sample(
     temperature: float | Tensor = 1.0,
     top_p: float | Tensor = 1.0,
 ) -> Tensor:
-    """Draws a token per row with the op `sample_tokens`; see `gqa_kernels.reference`.
+    """Samples a token per row with the op `sample_tokens`; see `gqa_kernels.reference`.
 
     Args:
         sample_tokens: the op, of a backend.
-        logits: `[batch, vocab_size]`, any floating dtype that the backend takes.
+        logits: `[batch, vocab_size]`, any floating dtype that the backend supports.
         uniform: float32 `[batch]` in [0, 1).
         temperature: of all rows, or float32 `[batch]`; 0 takes the likeliest token. The number 0
-            spares the order of the others.
+            avoids sorting.
         top_p: of all rows, or float32 `[batch]`.
     Returns:
         int64 `[batch]`; −1 for a row with NaN, with +infinity, or with −infinity only.
@@ -38,27 +38,27 @@ def sample(
 
 
 def _of_rows(logits: Tensor, value: float | Tensor) -> Tensor:
-    """float32 `[batch]`."""
+    """Returns float32 `[batch]` on the logits' device."""
     if isinstance(value, Tensor):
         return value
     return logits.new_full(logits.shape[:1], in_float32(value), dtype=torch.float32)
 
 
 def in_float32(temperature: float) -> float:
-    """Returns a temperature that float32 holds: at the hottest all tokens are equally likely
-    already."""
+    """Clips a temperature to float32's range; at its largest number all tokens are equally likely
+    anyway."""
     return min(temperature, torch.finfo(torch.float32).max)
 
 
 def uniform_draws(seed: int | None, index: int, count: int) -> np.ndarray:
-    """float32 `[count]` in [0, 1), which follow from (seed, index), the first of them whatever the
-    count; None takes a new seed."""
+    """Returns float32 `[count]` in [0, 1), determined by (seed, index); a larger count extends the
+    same sequence. None uses a new seed."""
     seed = secrets.randbits(64) if seed is None else seed
     return np.random.default_rng((seed, index)).random(count, dtype=np.float32)
 
 
 def check_sampling(temperature: float, top_p: float, seed: int | None) -> None:
-    """Raises ValueError unless these are what `generate` takes."""
+    """Raises ValueError for sampling settings that `generate` refuses."""
     if not _is_number(temperature) or not 0 <= temperature < math.inf:  # false for NaN
         raise ValueError(f"temperature: expected a finite number ≥ 0; got {temperature!r}")
     if not _is_number(top_p) or not 0 < top_p <= 1:
@@ -68,7 +68,8 @@ def check_sampling(temperature: float, top_p: float, seed: int | None) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    """Not a tensor, which would have to be waited for."""
+    """Returns whether it is a number, not a tensor, whose value would need a device
+    synchronisation."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 

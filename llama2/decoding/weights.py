@@ -1,4 +1,4 @@
-"""A model's weights, as what outlives a call depends on them: where they lie, and what they are."""
+"""Addresses and fingerprints of a model's weights, on which CUDA graphs and cached pages depend."""
 
 import contextlib
 
@@ -10,23 +10,23 @@ from llama2.model import Llama2
 
 
 def tensors_of(model: nn.Module) -> list[Tensor]:
-    """Its parameters and buffers, those of a module that is used twice at each of its places."""
+    """Returns the parameters and buffers; those of a module that is used twice appear twice."""
     every = {"remove_duplicate": False}
     named = *model.named_parameters(**every), *model.named_buffers(**every)
     return [x for _, x in named]
 
 
 def addresses(model: nn.Module) -> list[tuple[int, torch.dtype]]:
-    """Where a graph that is replayed reads them."""
+    """Returns the addresses and dtypes that a replayed graph reads."""
     return [(x.data_ptr(), x.dtype) for x in tensors_of(model)]
 
 
 def fingerprint(model: nn.Module) -> Tensor:
-    """int64, a number per tensor, which other values hardly ever have.
+    """Returns int64, a hash of each tensor's values.
 
-    All weights are read, as in a decode step, and nobody waits for it. Their addresses and versions
-    would not do: memory is used again, and neither fused optimisers nor writes through `.data`
-    count as a version.
+    It reads all weights, as a decode step does, without a device synchronisation. Addresses and
+    versions would not be enough: memory is reused, and neither fused optimisers nor writes through
+    `.data` increase a tensor's version.
     """
     tensors = tensors_of(model)
     sums = {id(x): _sum_of_bits(x) for x in tensors}
@@ -35,11 +35,11 @@ def fingerprint(model: nn.Module) -> Tensor:
 
 
 def _sum_of_bits(x: Tensor) -> Tensor:
-    """Returns the bits of each row as whole numbers, times the row's number: a sum that wraps, so
-    that its order does not matter, and to which no change is too small."""
-    if hasattr(x, "full_tensor"):  # sharded: all ranks are to come to one conclusion
+    """Returns the wrapping sum over rows of the row's bits, as ints, times the row's number. Its
+    order does not matter, and a change of any single bit changes it."""
+    if hasattr(x, "full_tensor"):  # sharded: all ranks must get the same result
         x = x.full_tensor()
-    if is_traceable_wrapper_subclass(x):  # as of quantised weights
+    if is_traceable_wrapper_subclass(x):  # for example quantised weights
         parts = [getattr(x, name) for name in x.__tensor_flatten__()[0]]
         return torch.stack([_sum_of_bits(part) for part in parts]).sum()
     rows = (x.detach().flatten(1) if x.dim() > 1 else x.detach().view(-1, 1)).contiguous()
@@ -50,8 +50,8 @@ def _sum_of_bits(x: Tensor) -> Tensor:
 
 
 def in_own_dtype(model: Llama2) -> contextlib.AbstractContextManager[object]:
-    """Where autocast is off: a cache is of the model's dtype, and so are keys and values to be. A
-    model of several dtypes, which cannot do without autocast, is left to it."""
+    """Disables autocast in the block, as keys and values must have the cache's dtype, the model's.
+    A model of several dtypes, which needs autocast, keeps it."""
     kind = model.lm_head.weight.device.type
     if torch.is_autocast_enabled(kind):
         dtypes = {x.dtype for x in model.parameters() if x.is_floating_point()}
