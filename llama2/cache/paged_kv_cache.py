@@ -206,8 +206,8 @@ class PagedKVCache(Stored):
         self._pool.forget()
 
     def computed_with(self, config: ModelConfig, weights: Tensor) -> None:
-        """Declares the model that fills the cache from now on, by configuration and fingerprint of
-        its weights; drops another model's contents. Waits for the device if there are contents."""
+        """Declares the model that fills the cache, by configuration and fingerprint of its weights;
+        drops another model's contents. Waits for the device if there are contents."""
         if self._pool.num_named and (
             self._config != config or not torch.equal(self._weights, weights)
         ):
@@ -215,7 +215,7 @@ class PagedKVCache(Stored):
         self._config, self._weights = config, weights
 
     def prefill(self, row: int) -> "PagedBatch":
-        """Returns a batch of the pending tokens, any number, of one sequence: `[1, num_pending]`.
+        """Returns the pending tokens of one sequence, any number: `[1, num_pending]`.
 
         Raises:
             ValueError: there are none.
@@ -224,8 +224,7 @@ class PagedKVCache(Stored):
         return self._batch
 
     def decode(self, rows: Sequence[int]) -> "PagedBatch":
-        """Returns a batch of the pending tokens, at most 16, of each of `rows`: `[max_batch, most
-        pending]`.
+        """Returns the pending tokens of `rows`, at most 16 of each: `[max_batch, most pending]`.
 
         The tokens are right-aligned; padding before them, and rows that are not requested, are not
         written, and their states are meaningless.
@@ -269,9 +268,7 @@ class PagedKVCache(Stored):
     def _check_told(self, row: int) -> None:
         self._sequence(row)
         if untold := self._lengths[row] - self._num_known[row]:
-            raise ValueError(
-                f"row: expected one whose tokens are all known; got {row} with {untold} unknown"
-            )
+            raise ValueError(f"row: expected one with known tokens; got {row}, {untold} unknown")
 
     def _make_room(self, rows: np.ndarray, count: int) -> None:
         """Adds `count` pending tokens to each row and takes pages for them; first copies a row's

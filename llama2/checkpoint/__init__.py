@@ -1,7 +1,7 @@
 """Checkpoints: `load` reads Hugging Face's and Meta's directories, `save_hf` and `save_meta` write;
 `load_scalar` reads Hugging Face's of a reward model.
 
-Which of the two a directory is shows in its configuration: config.json or params.json.
+The configuration file tells the layouts apart: config.json or params.json.
 """
 
 import zlib
@@ -37,30 +37,30 @@ __all__ = [
     "weights_crc32",
 ]
 
-# The small models that come with this package: of Python source, and one that was taught to answer.
+# The small models that come with this package: of Python source, and one trained to answer.
 SHIPPED = Path(__file__).parents[1] / "checkpoints" / "stdlib"
 SHIPPED_CHAT = SHIPPED.with_name("chat")
-_QUIET_BYTES = 2**30  # read in about a second: no progress bar
-_CHUNK = 2**24  # bytes read at once where no tensor is made of them
+_QUIET_BYTES = 2**30  # read in about a second, so without a progress bar
+_CHUNK = 2**24  # bytes read at once for a checksum
 
 
 def load_config(path: str | Path) -> ModelConfig:
     """Returns the configuration of a checkpoint directory.
 
-    Hugging Face's is all in config.json; Meta's params.json needs the shapes of the weights too,
-    so that they must be there.
+    Hugging Face's config.json is complete; Meta's params.json is read together with the shapes of
+    the weights, which must be present.
 
     Raises:
         CheckpointError: the checkpoint is malformed; the message names the file and the key.
-        NotImplementedError: a key asks for other maths than Llama 2's; the message names it.
+        NotImplementedError: a key describes a model that differs from Llama 2; the message names
+            it.
     """
     folder = Path(path)
     return _format(folder).read_config(folder)
 
 
 def load_dtype(path: str | Path) -> torch.dtype:
-    """Returns the dtype that `load` gives the parameters of a checkpoint directory, unless it is
-    told one.
+    """Returns the dtype that `load` gives the parameters of a checkpoint directory by default.
 
     Raises:
         CheckpointError, NotImplementedError, ImportError: as `load`.
@@ -79,22 +79,23 @@ def load(
 ) -> Llama2:
     """Returns the model of a checkpoint directory, in eval mode.
 
-    Files are memory-mapped and all keys, shapes and dtypes checked before any memory is allocated;
-    then tensors are copied one by one, so that the peak is the model and its largest tensor.
-    Meta's q and k stay interleaved: the model's config says `rope_interleaved`.
+    It memory-maps the files, checks all keys, shapes and dtypes before it allocates memory, and
+    copies tensors one by one: peak memory is the model and its largest tensor. Meta's q and k stay
+    interleaved, with `rope_interleaved` in the model's config.
 
     Args:
         path: a directory with config.json and model.safetensors or pytorch_model.bin, or their
             shards with an index; or with params.json and consolidated.NN.pth.
         ops: the backend, such as `get_backend("triton")`.
-        dtype: of the parameters; None means the one that config.json declares, else the tensors'
-            own, which must then be one.
-        max_seq_len: length of the rotary table; None means the checkpoint's context length, for
+        dtype: of the parameters; None means the one that config.json declares, otherwise that of
+            the tensors, which must be the same for all.
+        max_seq_len: length of the rotary table; None means the checkpoint's context length; for
             Meta's directories, which do not record it, Llama 2's 4096.
     Raises:
         CheckpointError: the checkpoint is malformed; the message names the file and the key.
-        NotImplementedError: a key asks for other maths than Llama 2's; the message names it.
-        ValueError: `dtype` is no type of weights, or `max_seq_len` is not positive.
+        NotImplementedError: a key describes a model that differs from Llama 2; the message names
+            it.
+        ValueError: `dtype` is not a dtype of weights, or `max_seq_len` is not positive.
         ImportError: a package of the extra `models` is missing.
     """
     _check_dtype(dtype)
@@ -102,7 +103,7 @@ def load(
 
 
 def is_scalar(path: str | Path) -> bool:
-    """Returns whether a checkpoint directory is one of `load_scalar`.
+    """Returns whether a checkpoint directory is a reward model, which `load_scalar` loads.
 
     Raises:
         CheckpointError: as `load_config`.
@@ -118,10 +119,9 @@ def load_scalar(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> ScalarModel:
-    """Returns the model of a directory of `LlamaForSequenceClassification` with one label: a reward
-    model.
+    """Returns the reward model of a directory of `LlamaForSequenceClassification` with one label.
 
-    Arguments and errors: as `load`; NotImplementedError for a directory of another architecture.
+    Arguments and errors are those of `load`; raises NotImplementedError for another architecture.
     """
     _check_dtype(dtype)
     folder = Path(path)
@@ -134,11 +134,11 @@ def load_scalar(
 
 
 def weights_crc32(path: str | Path) -> str:
-    """CRC-32 of the files of weights in a checkpoint directory, 8 hexadecimal digits: what tells
-    whether it holds what it held before, wherever it lies. All bytes are read.
+    """Returns the CRC-32 of a checkpoint directory's weight files, 8 hexadecimal digits, to detect
+    changed weights. Reads all bytes.
 
     Raises:
-        CheckpointError: it is no checkpoint directory.
+        CheckpointError: it is not a checkpoint directory.
     """
     folder, digest = Path(path), 0
     _format(folder)
@@ -160,7 +160,7 @@ def _check_dtype(dtype: torch.dtype | None) -> None:
 def _filled(
     checkpoint: Checkpoint, model: AnyDecoder, dtype: torch.dtype | None, device: torch.device | str
 ) -> AnyDecoder:
-    """Returns a model without memory, given some and the stored tensors."""
+    """Allocates memory for a model on the meta device, loads the stored tensors and returns it."""
     model.to(_common_dtype(checkpoint) if dtype is None else dtype).to_empty(device=device)
     _copy(checkpoint, model)
     return model.eval()
@@ -169,11 +169,11 @@ def _filled(
 def open_checkpoint(
     path: str | Path, ops: ModuleType, *, max_seq_len: int | None = None
 ) -> tuple[Checkpoint, Llama2]:
-    """Returns the stored tensors of a directory, all of them checked, and their model without
+    """Returns the stored tensors of a directory, once all are checked, and their model without
     memory.
 
-    The model is on the meta device. Its parameters' names give the tensors' keys by
-    `Checkpoint.key_of`. Arguments and errors: as `load`.
+    The model is on the meta device. `Checkpoint.key_of` maps its parameters' names to the tensors'
+    keys. Arguments and errors are those of `load`.
     """
     folder = Path(path)
     checkpoint = _format(folder).read_checkpoint(folder)
@@ -192,10 +192,10 @@ def _built(
 ) -> AnyDecoder:
     """Returns the model of a checkpoint, without memory, once all its tensors are checked."""
     config = checkpoint.config
-    if config.num_layers > len(checkpoint.tensors):  # before as many layers are built
+    if config.num_layers > len(checkpoint.tensors):  # before that many layers are built
         raise CheckpointError(
-            f"{folder}: expected tensors of the {config.num_layers} layers that its configuration "
-            f"names; got {len(checkpoint.tensors)} tensors"
+            f"{folder}: expected tensors for the {config.num_layers} layers of its configuration; "
+            f"got {len(checkpoint.tensors)} tensors"
         )
     with torch.device("meta"):
         model = kind(config, ops)
@@ -208,8 +208,8 @@ def _format(folder: Path) -> ModuleType:
     found = [module for module in (hf, meta) if (folder / module.CONFIG_FILE).is_file()]
     if is_unfinished(folder):
         raise CheckpointError(
-            f"{folder}: expected a whole checkpoint; got one whose writing was interrupted. The "
-            "command that wrote it finishes it"
+            f"{folder}: expected a complete checkpoint; got one whose writing was interrupted. The "
+            "command that wrote it can finish it"
         )
     if not found and (kind := _other_kind(folder)):
         raise CheckpointError(f"{folder}: {kind}")
@@ -222,14 +222,17 @@ def _format(folder: Path) -> ModuleType:
 
 
 def _other_kind(folder: Path) -> str | None:
-    """What a path is that is no checkpoint of these formats, and the way to one."""
+    """Returns a message for common paths that are not checkpoints of these formats, with advice;
+    otherwise None."""
     if not folder.exists() and len(folder.parts) == 2:
         return (
             "expected a directory; got none. If it is a name on a hub, download it first, for "
             "example by `hf download NAME --local-dir DIR`"
         )
     if folder.suffix == ".gguf" or (folder.is_dir() and any(folder.glob("*.gguf"))):
-        return "expected safetensors, .bin or .pth; got GGUF, which is not read: take the original"
+        return (
+            "expected safetensors, .bin or .pth; got GGUF, which is not supported: use the original"
+        )
     if (folder / "adapter_config.json").is_file():
         return (
             "expected a whole model; got an adapter. Merge it into its base model first, for "
@@ -262,7 +265,8 @@ def _common_dtype(checkpoint: Checkpoint) -> torch.dtype:
     if len(examples) > 1:
         kinds = " and ".join(f"{dtype} ({key})" for dtype, key in examples.items())
         raise CheckpointError(
-            f"dtype: expected one, as the checkpoint declares none and mixes {kinds}; got None"
+            "dtype: expected an explicit dtype, as the checkpoint declares none and mixes "
+            f"{kinds}; got None"
         )
     return next(iter(examples))
 

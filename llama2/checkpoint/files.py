@@ -1,6 +1,6 @@
 """The files of a checkpoint: JSON, safetensors and pickles, opened without reading their tensors.
 
-What the tensors mean is the business of `hf` and `meta`.
+`hf` and `meta` interpret the tensors.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llama2.config import MAX_SIZE, ModelConfig, is_positive, is_size
 
-FLOATS = {  # by safetensors' names
+FLOATS = {  # by their names in safetensors
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -32,7 +32,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A floating-point tensor in a file; `read` brings it into memory."""
+    """A floating-point tensor in a file; `read` loads it."""
 
     file: Path
     shape: tuple[int, ...]
@@ -46,7 +46,8 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a format's reader finds in a directory: the stored tensors by their keys in the files.
+    """The stored tensors of a directory by their keys in the files, as a format's reader finds
+    them.
 
     `dtype` is the one that the configuration declares; `key_of` gives the key of a parameter of
     a `Decoder` by its name.
@@ -59,9 +60,9 @@ class Checkpoint:
 
 
 class Settings(dict[str, Any]):
-    """A JSON object whose complaints name the file and the key.
+    """A JSON object whose errors name the file and the key.
 
-    An absent key and null are the same: the default holds.
+    An absent key and null both mean the default.
     """
 
     def __init__(self, where: str, content: Any) -> None:
@@ -74,7 +75,7 @@ class Settings(dict[str, Any]):
     def read(cls, file: Path) -> "Settings":
         try:
             content = json.loads(file.read_bytes())
-        except (ValueError, RecursionError) as error:  # also of a number of thousands of digits
+        except (ValueError, RecursionError) as error:  # also for a number of thousands of digits
             raise CheckpointError(f"{file}: expected JSON; {error}") from error
         return cls(str(file), content)
 
@@ -117,7 +118,7 @@ class Settings(dict[str, Any]):
 
 
 def require(module: str) -> ModuleType:
-    """Returns an optional dependency, imported when it is needed.
+    """Imports an optional dependency and returns it.
 
     Raises:
         ImportError: it is not installed; the message says how to install it.
@@ -133,11 +134,11 @@ def require(module: str) -> ModuleType:
 def open_tensors(file: Path) -> dict[str, StoredTensor]:
     """Returns the tensors of a safetensors file or of a `torch.save`d state dict, memory-mapped.
 
-    Pickles are opened with `weights_only=True`: a file that asks for any other code is refused.
+    Pickles are opened with `weights_only=True`, which refuses files that run other code.
 
     Raises:
-        CheckpointError: the file is truncated, corrupt or no state dict, or holds a tensor whose
-            dtype is not in FLOATS.
+        CheckpointError: the file is truncated, corrupt or not a state dict, or contains a tensor
+            whose dtype is not in FLOATS.
     """
     _refuse_pointer(file)
     return _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file)
@@ -170,10 +171,10 @@ def _refuse_pointer(file: Path) -> None:
 
 
 def _open_pickle(file: Path) -> dict[str, StoredTensor]:
-    mmap = zipfile.is_zipfile(file)  # PyTorch before 1.6 wrote another kind, which is read whole
+    mmap = zipfile.is_zipfile(file)  # PyTorch before 1.6 wrote another format
     try:
         state = torch.load(file, map_location="cpu", mmap=mmap, weights_only=True)
-    except Exception as error:  # bad bytes can fail anywhere inside zip, pickle and torch
+    except Exception as error:  # damaged bytes can fail anywhere in zip, pickle and torch
         raise CheckpointError(
             f"{file}: expected a state dict that loads with weights_only=True; "
             f"{type(error).__name__}: {error}"
@@ -191,8 +192,8 @@ def _open_pickle(file: Path) -> dict[str, StoredTensor]:
             raise _wrong_dtype(file, key, tensor.dtype)
         if tensor.layout is not torch.strided or tensor.device.type != "cpu":
             raise CheckpointError(
-                f"{file}: {key}: expected a dense tensor with its values; got one of "
-                f"{tensor.layout} on {tensor.device}"
+                f"{file}: {key}: expected a dense tensor with values; got one of {tensor.layout} "
+                f"on {tensor.device}"
             )
         tensors[key] = StoredTensor(
             file, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor

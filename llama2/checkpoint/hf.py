@@ -1,8 +1,8 @@
 """Hugging Face's directories: config.json and model.safetensors or pytorch_model.bin, or shards.
 
 Source of the format: transformers' LlamaConfig, LlamaForCausalLM and, of a `ScalarModel`,
-LlamaForSequenceClassification with one label, versions 4 and 5. Parameters are a `Decoder`'s with a
-leading `model.`, and those of a head; q and k rotate in half-split pairs.
+LlamaForSequenceClassification with one label, versions 4 and 5. Parameters have the names of
+`Decoder` with a leading `model.`, plus those of a head; RoPE rotates q and k in half-split pairs.
 """
 
 import json
@@ -37,8 +37,8 @@ CONFIG_FILE = "config.json"
 LAST_FILES = (INDEX_FILE, CONFIG_FILE)
 LANGUAGE, SCALAR = "LlamaForCausalLM", "LlamaForSequenceClassification"
 _HEADS = ("lm_head.weight", "score.weight")
-# One number for a text, at its last token: the last that is no pad. Id 0 is that of unknown pieces,
-# which no text ends with.
+# One number for a text, at its last token that is not padding. The pad id is 0, the id of unknown
+# pieces, with which no text ends.
 _ONE_LABEL = {
     "architectures": [SCALAR],
     "id2label": {"0": "LABEL_0"},
@@ -52,19 +52,20 @@ def read_config(path: Path, architecture: str = LANGUAGE) -> ModelConfig:
     """Returns the config.json of a directory, with LlamaConfig's defaults for optional keys.
 
     Args:
-        architecture: what it is to be of, where it says so.
+        architecture: the expected architecture, if the file names one.
     Raises:
         CheckpointError: a key is missing or malformed.
-        NotImplementedError: a key asks for other maths than Llama 2's.
+        NotImplementedError: a key describes a model that differs from Llama 2.
     """
     return _config(Settings.read(path / CONFIG_FILE), architecture)
 
 
 def read_architecture(path: Path) -> str:
-    """What the config.json of a directory says that it is of; LANGUAGE where it says nothing.
+    """Returns the architecture that the config.json of a directory names; LANGUAGE if it names
+    none.
 
     Raises:
-        CheckpointError: it is malformed.
+        CheckpointError: the file is malformed.
     """
     found = Settings.read(path / CONFIG_FILE).get("architectures", [LANGUAGE])
     return found[0] if isinstance(found, list) and len(found) == 1 else str(found)
@@ -74,15 +75,15 @@ def read_checkpoint(path: Path, architecture: str = LANGUAGE) -> Checkpoint:
     """Returns the configuration and the stored tensors of a directory.
 
     Raises:
-        CheckpointError, NotImplementedError: as `read_config`; or the weights' files or their
-            index are malformed.
+        CheckpointError, NotImplementedError: as `read_config`; or the weight files or their index
+            are malformed.
     """
     settings = Settings.read(path / CONFIG_FILE)
     config = _config(settings, architecture)
     tensors = {
         key: stored
         for key, stored in _open_weights(path).items()
-        # a buffer that early versions stored; it follows from the config
+        # a buffer that early versions stored; the config determines it
         if not key.endswith("rotary_emb.inv_freq")
     }
     if config.tie_word_embeddings:
@@ -101,7 +102,7 @@ def _config(settings: Settings, architecture: str) -> ModelConfig:
     if "head_dim" not in settings and hidden_size % num_q_heads:
         raise CheckpointError(
             f"{settings.where}: hidden_size: expected a multiple of num_attention_heads "
-            f"({num_q_heads}) where head_dim is not given; got {hidden_size}"
+            f"({num_q_heads}) if head_dim is not given; got {hidden_size}"
         )
     return settings.model_config(
         vocab_size=settings.size("vocab_size"),
@@ -134,8 +135,8 @@ def _refuse_other_maths(settings: Settings, architecture: str) -> None:
             )
     if "quantization_config" in settings:
         raise NotImplementedError(
-            f"{settings.where}: quantization_config: expected none; "
-            f"got {settings['quantization_config']!r:.80}"
+            f"{settings.where}: quantization_config: expected an unquantised model; got "
+            f"{settings['quantization_config']!r:.80}"
         )
 
 
@@ -180,20 +181,21 @@ def _open_shards(index: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{index}: weight_map: expected files by key; got none")
     keys_in: dict[Path, set[str]] = {}
     for key, name in weight_map.items():
-        # A name with a folder in it would let a downloaded index open any file of the machine.
+        # A name with a folder would let a downloaded index open any file of the machine.
         if not isinstance(name, str) or Path(name).name != name:
             raise CheckpointError(
                 f"{index}: {key}: expected the name of a file in the same directory; got {name!r}"
             )
         if not (index.parent / name).is_file():
             raise CheckpointError(
-                f"{index.parent / name}: missing shard: {index.name} has {key} there"
+                f"{index.parent / name}: missing shard: {index.name} lists {key} in it"
             )
         keys_in.setdefault(index.parent / name, set()).add(key)
     tensors = {}
     for file, keys in keys_in.items():
         shard = open_tensors(file)
-        # Named or stored, not both: a buffer that follows from the config, and a head that is tied.
+        # Keys that may be either listed or stored: a buffer that the config determines, and a tied
+        # head.
         free = {key for key in keys ^ shard.keys() if key.endswith("rotary_emb.inv_freq")}
         for kind, differing in (
             ("missing", keys - shard.keys() - free - {"lm_head.weight"}),
@@ -215,7 +217,7 @@ def _drop_tied_head(tensors: dict[str, StoredTensor]) -> None:
     if not same_kind or not torch.equal(head.read(), embedding.read()):
         raise CheckpointError(
             f"{head.file}: lm_head.weight: expected the values of model.embed_tokens.weight, as "
-            "tie_word_embeddings is true; got others"
+            "tie_word_embeddings is true; got different values"
         )
     del tensors["lm_head.weight"]
 
@@ -227,15 +229,15 @@ def save_hf(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a directory that `transformers.LlamaForCausalLM.from_pretrained` and `load` read, or
-    of a `ScalarModel` `LlamaForSequenceClassification.from_pretrained` and `load_scalar`.
+    """Writes a directory that `transformers.LlamaForCausalLM.from_pretrained` and `load` read; for
+    a `ScalarModel`, one for `LlamaForSequenceClassification.from_pretrained` and `load_scalar`.
 
     Files appear under their names only once all are complete; an earlier checkpoint's safetensors
     in `path` are replaced. Interleaved q and k are permuted to Hugging Face's half-split pairs.
 
     Args:
-        path: a directory, made if missing.
-        dtype: of the stored tensors; None means the model's, the widest if it has several.
+        path: a directory, created if missing.
+        dtype: of the stored tensors; None means the model's, or the widest if it has several.
         max_shard_bytes: size above which the tensors are spread over several files; one tensor is
             never split.
     Raises:

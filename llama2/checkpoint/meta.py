@@ -1,9 +1,9 @@
 """Meta's directories: params.json and consolidated.NN.pth, one file per rank of tensor parallelism.
 
-Source of the format: the keys, axes and formulas of github.com/meta-llama/llama. q and k rotate in
-interleaved pairs, and stay so. params.json gives neither the FFN size (it follows from dim,
-multiple_of and ffn_dim_multiplier) nor, in Llama 2, the vocabulary (vocab_size is −1) nor the
-context length: the first two are read from the weights' shapes, the last is Llama 2's.
+Source of the format: the keys, axes and formulas of github.com/meta-llama/llama. RoPE rotates q and
+k in interleaved pairs, which are kept. params.json contains neither the FFN size (which follows
+from dim, multiple_of and ffn_dim_multiplier) nor, for Llama 2, the vocabulary size (it is −1) nor
+the context length. The first two are read from the weights' shapes, the last is Llama 2's.
 """
 
 import json
@@ -26,7 +26,7 @@ from llama2.storage import staged
 
 CONFIG_FILE = "params.json"
 
-# Our module: Meta's, and the axis that its ranks split (None: every rank has a copy).
+# By our module's name: Meta's name and the axis that ranks split (None: every rank has a copy).
 _MODULES = {
     "embed_tokens": ("tok_embeddings", 1),
     "input_layernorm": ("attention_norm", None),
@@ -71,8 +71,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: params.json or a shard is malformed, a shard is missing, or shards differ
             in their keys, shapes or dtypes.
-        NotImplementedError: params.json has an unknown key that is neither null nor false; or the
-            shards cannot divide the key/value heads, so that they would hold copies of them.
+        NotImplementedError: params.json has an unknown key that is neither null nor false; or there
+            are more shards than key/value heads, so that shards hold copies of heads.
     """
     params = Settings.read(path / CONFIG_FILE)
     for key in sorted(params.keys() - _KNOWN_PARAMS):
@@ -89,7 +89,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if num_kv_heads % len(shards):
         raise NotImplementedError(
             f"{params.where}: n_kv_heads: expected a multiple of the number of shards "
-            f"({len(shards)}), as more shards hold copies of wk and wv; got {num_kv_heads}"
+            f"({len(shards)}), as otherwise shards hold copies of wk and wv; got {num_kv_heads}"
         )
     tensors = _merge(path, shards, dim)
     if params.get("vocab_size") == -1:
@@ -116,7 +116,8 @@ def _key_of(name: str) -> str:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """("layers.3.", "attention.wq") of "layers.3.attention.wq.weight", in either naming."""
+    """Splits "layers.3.attention.wq.weight" into ("layers.3.", "attention.wq"), in either
+    naming."""
     layer = re.match(r"(layers\.\d+\.)?", name)[0]
     return layer, name.removeprefix(layer).removesuffix(".weight")
 
@@ -143,13 +144,13 @@ def _open_shards(path: Path) -> list[dict[str, StoredTensor]]:
             found = ", ".join(sorted(names)) or "no consolidated.NN.pth"
             raise CheckpointError(f"{path / name}: missing shard; found {found}")
         shard = open_tensors(path / name)
-        shard.pop("rope.freqs", None)  # a buffer; it follows from the config
+        shard.pop("rope.freqs", None)  # a buffer; the config determines it
         shards.append(shard)
     return shards
 
 
 def _check_count(path: Path, shards: list[dict[str, StoredTensor]], dim: int) -> None:
-    """Holds the number of shards against the part of the queries' rows that the first one has."""
+    """Checks the number of shards against the share of the queries' rows in the first one."""
     rows = _rows(shards[0], "layers.0.attention.wq.weight", path)
     if rows and dim % rows == 0 and dim // rows != len(shards):
         raise CheckpointError(
@@ -194,13 +195,13 @@ def save_meta(model: Llama2, path: str | Path, num_shards: int = 1) -> None:
     """Writes params.json and `num_shards` files consolidated.NN.pth, split as Llama 2's are.
 
     Files appear under their names only once all are complete; an earlier checkpoint's shards in
-    `path` are replaced. Half-split q and k are permuted to Meta's interleaved pairs. A tied head
-    is written as a tensor of its own. The context length is not in the format: on `load`, give
-    `max_seq_len` if it is not 4096.
+    `path` are replaced. Half-split q and k are permuted to Meta's interleaved pairs. A tied head is
+    written as a separate tensor. The format does not record the context length: pass `max_seq_len`
+    to `load` if it is not 4096.
 
     Raises:
-        ValueError: `num_shards` does not divide every split size, or head_dim is not
-            hidden_size / num_q_heads, which the format takes for granted.
+        ValueError: `num_shards` does not divide every split size, or head_dim is not hidden_size /
+            num_q_heads, which the format assumes.
     """
     config = model.config
     for name in ("num_q_heads", "num_kv_heads", "intermediate_size", "vocab_size", "hidden_size"):
@@ -226,8 +227,8 @@ def save_meta(model: Llama2, path: str | Path, num_shards: int = 1) -> None:
 
 
 def _part(model: Llama2, name: str, rank: int, num_shards: int) -> Tensor:
-    """Returns a rank's part of a parameter, in memory of its own: torch.save writes a view's whole
-    base."""
+    """Returns a copy of a rank's part of a parameter: torch.save would write the whole base of a
+    view."""
     config, weight = model.config, model.get_parameter(name).detach()
     module = _split(name)[1]
     if not config.rope_interleaved and module in ("self_attn.q_proj", "self_attn.k_proj"):
@@ -240,8 +241,8 @@ def _part(model: Llama2, name: str, rank: int, num_shards: int) -> Tensor:
 
 
 def _params_json(config: ModelConfig) -> dict[str, int | float]:
-    # Meta computes the FFN size as ⌊8/3 · dim⌋, times ffn_dim_multiplier, rounded up to a multiple
-    # of multiple_of: with the size itself for multiple_of, anything not larger gives the size.
+    # Meta computes the FFN size as ⌊8/3 · dim⌋ times ffn_dim_multiplier, rounded up to a multiple
+    # of multiple_of. With multiple_of equal to the size, any product up to the size gives the size.
     base = int(8 * config.hidden_size / 3)
     params = {
         "dim": config.hidden_size,
@@ -254,6 +255,6 @@ def _params_json(config: ModelConfig) -> dict[str, int | float]:
     }
     if base > config.intermediate_size:
         params["ffn_dim_multiplier"] = config.intermediate_size / base
-    if config.rope_theta != 10000.0:  # Llama 2's own code has no such parameter
+    if config.rope_theta != 10000.0:  # Llama 2's original code lacks this parameter
         params["rope_theta"] = config.rope_theta
     return params

@@ -17,7 +17,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 def plan_shards(sizes: dict[str, int], max_shard_bytes: int) -> list[list[str]]:
     """Returns the keys of each shard, in order, from the bytes of each tensor by its key.
 
-    A tensor is never split: one that is larger than `max_shard_bytes` is a shard of its own.
+    Tensors are never split: one larger than `max_shard_bytes` is alone in its shard.
 
     Raises:
         ValueError: `max_shard_bytes` is not positive.
@@ -37,12 +37,12 @@ def plan_shards(sizes: dict[str, int], max_shard_bytes: int) -> list[list[str]]:
 def write_shards(
     folder: Path, shards: list[list[str]], tensors: Iterable[tuple[str, Tensor]]
 ) -> None:
-    """Writes the files of `plan_shards`, whose names match WEIGHT_FILES; holds one shard's tensors.
+    """Writes the files of `plan_shards`, whose names match WEIGHT_FILES; holds one shard in memory.
 
     Args:
         tensors: keys and contiguous tensors on the CPU, in the order of `shards`.
     Raises:
-        OSError: a file cannot be written, for example as the disk is full.
+        OSError: a file cannot be written, for example because the disk is full.
     """
     save_file = require("safetensors.torch").save_file
     write_error = require("safetensors").SafetensorError
@@ -59,7 +59,7 @@ def write_shards(
             raise OSError(f"{folder / file}: expected to write it; {error}") from error
         weight_map |= dict.fromkeys(shard, file)
         total_size += sum(tensor.nbytes for tensor in shard.values())
-        del shard  # before the next one's tensors come
+        del shard  # before the next shard is loaded
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")

@@ -1,1 +1,1 @@
-"""What a trained model can: bits of text, recall."""
+"""Evaluation of trained models: bits per byte of text, recall, lm-eval."""

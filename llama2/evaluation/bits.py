@@ -1,7 +1,6 @@
-"""How well a model predicts text that it has not seen, in bits: comparable between tokenizers.
+"""Bits that a model needs per byte of unseen text, which is comparable between tokenizers.
 
-Tokens are predicted in windows that start without context, so that the figures are upper bounds of
-what a sliding window would give.
+Each window starts without context, so the results are upper bounds of those of a sliding window.
 """
 
 import math
@@ -20,13 +19,13 @@ from llama2.model import Llama2
 def bits_per_byte(
     model: Llama2, stream: np.ndarray, num_bytes: int, *, seq_len: int, batch_size: int = 16
 ) -> float:
-    """Σ −log₂ p(token) / num_bytes of a stream of ids.
+    """Returns Σ −log₂ p(token) / num_bytes of a stream of ids.
 
-    Every id of `stream` but the first is predicted once, in windows of `seq_len`.
+    Every id of `stream` except the first is predicted once, in windows of `seq_len`.
 
     Args:
         stream: integer token ids `[num_tokens]`.
-        num_bytes: length in UTF-8 of the text that the ids stand for.
+        num_bytes: bytes of the text in UTF-8.
     """
     num_windows = (len(stream) - 1) // seq_len
     whole = np.arange(num_windows)[:, None] * seq_len + np.arange(seq_len + 1)
@@ -44,15 +43,15 @@ def bits_per_byte(
 def bits_per_document(
     model: Llama2, documents_tokens: Sequence[np.ndarray], seq_len: int, batch_size: int = 16
 ) -> list[float]:
-    """Σ −log₂ p(token) of each document, so that a sum over documents can be split by document.
+    """Returns Σ −log₂ p(token) of each document.
 
-    Every id of a document but its first is predicted once, in windows of `seq_len` that belong to
-    that document alone. Windows of equal length are computed together, at most `batch_size`; with
-    the size of these batches a sum changes in the last digits only.
+    Every id of a document except its first is predicted once, in windows of `seq_len` that contain
+    only this document. Windows of equal length are computed in batches of at most `batch_size`; the
+    size of a batch changes a sum only in the last digits.
 
     Args:
-        documents_tokens: integer ids `[num_tokens]` of each document, as a rule from BOS to EOS; of
-            less than two there is nothing to predict, and the sum is 0.
+        documents_tokens: integer ids `[num_tokens]` of each document, usually from BOS to EOS; for
+            fewer than two ids the sum is 0.
         seq_len: predicted tokens per window, at most the model's `max_seq_len`.
     """
     windows: defaultdict[int, list[tuple[int, np.ndarray]]] = defaultdict(list)
@@ -74,6 +73,6 @@ def bits_per_document(
 
 
 def _nats(model: Llama2, windows: np.ndarray) -> Tensor:
-    """Σ −log p over each row's ids `[batch, seq_len + 1]` but its first, in float64."""
+    """Returns Σ −log p over each row's ids `[batch, seq_len + 1]` except the first, in float64."""
     tokens = torch.from_numpy(windows.astype(np.int64)).to(next(model.parameters()).device)
     return model.token_losses(tokens[:, :-1], tokens[:, 1:]).double().sum(1)

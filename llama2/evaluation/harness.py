@@ -1,7 +1,8 @@
-"""A model as lm-eval asks it: `Llama2LM`, which lm-eval knows as `llama2` once this is imported.
+"""The interface to lm-eval: `Llama2LM`, which importing this module registers as the model
+`llama2`.
 
-A request is treated as lm-eval's own `hf` model treats it, so that the numbers compare: BOS before
-a text, the beginning cut off what is too long, the same windows of a document. Gao et al.,
+It handles requests like lm-eval's own `hf` model, so that results are comparable: BOS before a
+text, long texts truncated on the left, the same windows of a document. Gao et al.,
 doi:10.5281/zenodo.12608602.
 """
 
@@ -40,11 +41,11 @@ from llama2.tokenizer import Tokenizer, check_fits
 
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
 _CHAT_FORMAT = "<s>[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{user} [/INST] {answer} </s><s>[INST] …"
-# Between the turns of a rendered chat. No message holds [INST], so that none can end a turn.
+# Between the turns of a rendered chat. No message contains [INST], so none can end a turn.
 _NEXT_TURN = re.compile(r"</s><s>(?=\[INST\] )")
 _PAGE_SIZE = 16
 _SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
-# What changes nothing: with these values, and while no token is drawn.
+# Settings that have no effect: with these values, or without sampling.
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0}
 _OF_DRAWS = {"top_k", "min_p", "typical_p", "seed"}
 
@@ -53,17 +54,17 @@ _log = logging.getLogger(f"lm_eval.{__name__}")
 
 @register_model("llama2")
 class Llama2LM(TemplateLM):
-    """A checkpoint of this package's formats on any backend.
+    """A checkpoint that this package can load, on any backend.
 
     Args:
         checkpoint: a directory with tokenizer.model.
-        backend, device: as of `place`.
+        backend, device: as for `place`.
         dtype: float32, float16 or bfloat16; "auto" is the checkpoint's.
-        batch_size: sequences at once.
-        max_length: tokens that the model is given at once; None is the checkpoint's context length.
+        batch_size: sequences per call.
+        max_length: the longest context in tokens; None is the checkpoint's context length.
     Raises:
         OSError, ValueError, NotImplementedError, ImportError: as `place`, `checkpoint.load`,
-            `Tokenizer` and `check_fits`; another dtype, a size below 1.
+            `Tokenizer` and `check_fits`; or the dtype is unknown, or a size is below 1.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Llama2LM(TemplateLM):
         max_length = None if max_length is None else _size("max_length", max_length)
         self.folder = Path(checkpoint)
         placement = place(backend, device)
-        load_config(self.folder)  # what is no checkpoint has no tokenizer either
+        load_config(self.folder)  # so that the error is not about the tokenizer
         self.tokenizer = Tokenizer(self.folder / "tokenizer.model")
         if backend == "auto" or placement.interpreted:
             placement.announce()
@@ -102,10 +103,11 @@ class Llama2LM(TemplateLM):
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> "Llama2LM":
-        """What --model_args says goes before what --batch_size and --device say."""
+        """Makes a model from command-line options; --model_args overrides --batch_size and
+        --device."""
         more = {k: v for k, v in (additional_config or {}).items() if v is not None}
         if more.get("device") == "cuda:0" and not torch.cuda.is_available():
-            del more["device"]  # which lm-eval says where a user says nothing
+            del more["device"]  # lm-eval's default, not the user's choice
         return cls(**{**more, **arg_dict})
 
     @classmethod
@@ -124,7 +126,7 @@ class Llama2LM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context."""
+        """The token before a text without context."""
         return self.tokenizer.bos_id if self.tokenizer.bos_id >= 0 else self.tokenizer.eos_id
 
     @property
@@ -132,7 +134,8 @@ class Llama2LM(TemplateLM):
         return str(self.folder.resolve()).replace("/", "__")
 
     def digest(self) -> str:
-        """Of the weights and of all else that an answer depends on, hexadecimal."""
+        """Returns a hexadecimal digest of the weights and of all else on which an answer
+        depends."""
         dtype = self.model.lm_head.weight.dtype
         settings = (__version__, self.model.config, dtype, self.backend_name)
         parts = (
@@ -143,7 +146,7 @@ class Llama2LM(TemplateLM):
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval adds to its results."""
+        """Returns the information that lm-eval adds to its results."""
         weights = list(self.model.parameters())
         return {
             "checkpoint": str(self.folder),
@@ -154,39 +157,41 @@ class Llama2LM(TemplateLM):
         }
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Returns the only one there is.
+        """Returns the only chat template, Llama 2's.
 
         Raises:
-            ValueError: another one is asked for by name, or the checkpoint was taught another.
+            ValueError: another template is requested by name, or the checkpoint was trained on
+                another format.
         """
         if chat_template:
             self._check_format()
         if isinstance(chat_template, str):
             raise ValueError(
-                "chat_template: expected no name, as there is only Llama 2's; "
-                f"got {chat_template!r}"
+                "chat_template: expected no name, as Llama 2's is the only one; got "
+                f"{chat_template!r}"
             )
         return _CHAT_FORMAT if chat_template else None
 
     def _check_format(self) -> None:
         if self.format != "chat":
             raise ValueError(
-                "chat_template: expected a checkpoint that was taught Llama 2's chat format; "
-                f"got {self.folder} of the format {self.format}"
+                "chat_template: expected a checkpoint trained on Llama 2's chat format; got "
+                f"{self.folder} with the format {self.format}"
             )
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Returns the text of a chat, which `tok_encode` gives the ids of `Tokenizer.encode_chat`.
+        """Returns the text of a chat, which `tok_encode` encodes to the ids of
+        `Tokenizer.encode_chat`.
 
         Args:
-            add_generation_prompt: False means that the last message is the answer's beginning.
+            add_generation_prompt: False means that the last message is the beginning of the answer.
         Raises:
-            TypeError, ValueError: as `Tokenizer.encode_chat`; the checkpoint was taught another
-                format.
+            TypeError, ValueError: as `Tokenizer.encode_chat`; or the checkpoint was trained on
+                another format.
         """
-        self._check_format()  # lm-eval does not always ask for the template's name first
+        self._check_format()  # lm-eval does not always call `chat_template` first
         answer = ""
         if not add_generation_prompt:
             *chat_history, begun = chat_history
@@ -196,8 +201,8 @@ class Llama2LM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: object
     ) -> list[int]:
-        """Ids after BOS, unless `add_special_tokens` is False. A leading <s> is that BOS; between
-        the turns of a rendered chat, </s><s> is EOS and BOS."""
+        """Returns the ids after BOS, or without BOS if `add_special_tokens` is False. A leading <s>
+        is that BOS; between the turns of a rendered chat, </s><s> is EOS and BOS."""
         if add_special_tokens is False:
             return self.tokenizer.encode(string, bos=False)
         if not string.startswith("<s>"):
@@ -216,8 +221,8 @@ class Llama2LM(TemplateLM):
         for (_, text), context, continuation in requests:
             if len(continuation) > self.max_length:
                 raise ValueError(
-                    f"continuation: expected at most max_length ({self.max_length}) tokens; "
-                    f"got {len(continuation)}, of {text!r:.60}"
+                    f"continuation: expected at most max_length ({self.max_length}) tokens; got "
+                    f"{len(continuation)} in {text!r:.60}"
                 )
             inputs = (context + continuation)[:-1]
             num_cut += len(inputs) > self.max_length
@@ -232,8 +237,8 @@ class Llama2LM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """log p of each text, in windows of max_length that predict every token once, the BOS that
-        `tok_encode` puts before it too, as `hf` does."""
+        """Returns log p of each text, in windows of max_length that predict every token once,
+        including, as in `hf`, the BOS that `tok_encode` adds."""
         windows, request_of = [], []
         for number, request in enumerate(requests):
             pairs = get_rolling_token_windows(
@@ -263,8 +268,8 @@ class Llama2LM(TemplateLM):
         return scores(self.model, windows, greedy=greedy, **sizes)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """As `hf` generates: until a string of `until` or the end of the text, at most
-        `max_gen_toks` tokens, by default 256; a context keeps its last max_length − max_gen_toks.
+        """Generates as `hf` does: until a string of `until`, the end of the text or `max_gen_toks`
+        tokens (default: 256); a context keeps its last max_length − max_gen_toks tokens.
 
         Raises:
             ValueError, NotImplementedError: about a setting.
@@ -288,7 +293,7 @@ class Llama2LM(TemplateLM):
             prepared.append(Request(prompt[-room:], setting["max_gen_toks"], **drawn, **limits))
         self._say_what_was_cut(num_cut, len(requests))
         answers = [""] * len(requests)
-        # In an order in which the beginnings that prompts share are found in the cache.
+        # Sorted, so that the cache can reuse shared prefixes.
         order = sorted(range(len(requests)), key=lambda index: prepared[index].prompt)
         results = serve(
             self.model,
@@ -307,7 +312,7 @@ class Llama2LM(TemplateLM):
         return answers
 
     def _settings(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """`until`, `max_gen_toks`, `temperature`, `top_p` and `seed` of a request."""
+        """Returns `until`, `max_gen_toks`, `temperature`, `top_p` and `seed` of a request."""
         given = dict(normalize_gen_kwargs(asked))
         temperature = given.get("temperature", 0.0) if given["do_sample"] else 0.0
         for name in sorted(given.keys() - _SETTINGS):
@@ -316,7 +321,7 @@ class Llama2LM(TemplateLM):
                     f"generation_kwargs: expected {', '.join(sorted(_SETTINGS))}; "
                     f"got {name}={given[name]!r:.60}"
                 )
-        # Of torch's generator, whose seed lm-eval sets.
+        # From torch's generator, which lm-eval seeds.
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu").item()
         top_p = given.get("top_p", 1.0)
         return {**given, "temperature": temperature, "top_p": top_p, "seed": seed}
@@ -343,8 +348,8 @@ class Llama2LM(TemplateLM):
     def _say_what_was_cut(self, num_cut: int, num_requests: int) -> None:
         if num_cut:
             _log.warning(
-                "%d of %d requests are longer than the %d tokens of max_length: their beginnings "
-                "were left out",
+                "%d of %d requests are longer than the %d tokens of max_length and were truncated "
+                "on the left",
                 num_cut,
                 num_requests,
                 self.max_length,
@@ -352,7 +357,7 @@ class Llama2LM(TemplateLM):
 
 
 def _size(name: str, value: int | str) -> int:
-    """Returns a number from 1 on, of a command line perhaps."""
+    """Returns an int of at least 1; accepts a string from a command line."""
     if not str(value).isdecimal() or int(value) < 1:
-        raise ValueError(f"{name}: expected a number from 1 on; got {value!r}")
+        raise ValueError(f"{name}: expected an int of at least 1; got {value!r}")
     return int(value)

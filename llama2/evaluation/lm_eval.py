@@ -1,4 +1,4 @@
-"""lm-eval's own command line, which has no hook for other packages' models, with ours known to it:
+"""lm-eval's own command line with the model `llama2` registered, as it has no plug-in mechanism:
 
 python -m llama2.evaluation.lm_eval --model llama2 --model_args checkpoint=DIR --tasks …
 """

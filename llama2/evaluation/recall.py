@@ -1,15 +1,15 @@
-"""Two tasks that ask a model for what stands earlier in its own context, token for token.
+"""Two tasks in which a model must repeat tokens from earlier in its context.
 
-The loss on text hides a small model's lost capacity to remember: most tokens need no more than the
-last few. Here every scored token is random, and can be known from the keys and values alone.
+The loss on text hides that a small model remembers less, as most tokens depend only on the last
+few. Here every scored token is random and can only be known from cached keys and values.
 
-- lookup: BOS, NUM_KEYS pairs in random order, each of them one token, no key twice; then a key and
-  its value, again and again. Scored: the values.
-- copy: BOS, a random string of COPY_LENGTH tokens again and again. Scored: all but the first time.
+- lookup: BOS, NUM_KEYS pairs of a key and a value, one token each, in random order without repeated
+  keys; then keys with their values, repeatedly. The values are scored.
+- copy: BOS, then a random string of COPY_LENGTH tokens, repeated. All repetitions are scored.
 
-The ids are those of Llama's byte pieces and the vocabulary's last, which text hardly uses; rows of
-the tasks belong to the training data of the models that they are asked of. After the associative
-recall of Arora et al. 2023, arXiv:2312.04927.
+The ids are those of Llama's byte pieces and the last of the vocabulary, which text hardly uses; the
+models' training data must contain rows of the tasks. After the associative recall of Arora et al.
+2023, arXiv:2312.04927.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from llama2.model import Llama2
 NUM_KEYS, NUM_VALUES = 8, 16
 COPY_LENGTH, NUM_LETTERS = 16, 32
 BOS = 1
-FIRST_BYTE = 3  # of Llama's 256 byte pieces
+FIRST_BYTE = 3  # the first of Llama's 256 byte pieces
 MIN_VOCAB_SIZE = FIRST_BYTE + NUM_KEYS * NUM_VALUES + NUM_KEYS + NUM_VALUES
 MIN_SEQ_LEN = 2 * COPY_LENGTH
 
@@ -32,10 +32,11 @@ Rows = Callable[[np.random.Generator, int, int, int], np.ndarray]
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of row, int64 `[num_rows, seq_len + 1]` of (generator, num_rows, seq_len, vocab_size).
+    """A task: `rows` makes int64 `[num_rows, seq_len + 1]` from (generator, num_rows, seq_len,
+    vocab_size).
 
-    Columns `first_scored`, `first_scored + stride`, … are scored; `chance` is the share of them
-    that a guess among all that is possible there gets right.
+    Columns `first_scored`, `first_scored + stride`, … are scored; `chance` is the accuracy of
+    guessing among all possible tokens.
     """
 
     rows: Rows
@@ -76,7 +77,7 @@ TASKS = {
 
 
 def check(seq_len: int, vocab_size: int) -> None:
-    """Raises ValueError if rows of `seq_len` tokens of that vocabulary cannot hold the tasks."""
+    """Raises ValueError if `seq_len` or `vocab_size` is too small for the tasks."""
     if seq_len < MIN_SEQ_LEN:
         raise ValueError(f"seq_len: expected at least {MIN_SEQ_LEN} for recall; got {seq_len}")
     if vocab_size < MIN_VOCAB_SIZE:
@@ -89,7 +90,7 @@ def check(seq_len: int, vocab_size: int) -> None:
 def recall(
     model: Llama2, *, seq_len: int, num_rows: int, seed: int, batch_size: int = 16
 ) -> dict[str, float]:
-    """Returns the share of scored tokens that are the model's likeliest, by task.
+    """Returns the share of scored tokens that the model predicts as the likeliest, by task.
 
     Raises:
         ValueError: as `check`.
@@ -104,7 +105,7 @@ def recall(
         right = 0
         for batch in torch.from_numpy(rows).to(device).split(batch_size):
             likeliest = model(batch[:, :-1]).argmax(-1)
-            # The prediction of column c stands at c − 1.
+            # Column c is predicted at position c − 1.
             shifted = slice(task.first_scored - 1, None, task.stride)
             right += (likeliest[:, shifted] == batch[:, scored]).sum().item()
         shares[name] = right / rows[:, scored].size

@@ -1,4 +1,4 @@
-"""Losses of the tokens that follow a text, in batches: what comparing continuations takes."""
+"""Batched losses of continuations of texts."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -10,19 +10,19 @@ from tqdm import tqdm
 from llama2.head import head_loss
 from llama2.model import Llama2
 
-_MOST_LOGITS = 2**24  # at once, when the likeliest tokens are sought
+_MOST_LOGITS = 2**24  # logits at once when the likeliest tokens are computed
 
 
 class Window(NamedTuple):
-    """`targets` are what is to follow the last len(targets) of the inputs."""
+    """Inputs, and `targets` that follow the last len(targets) inputs."""
 
     inputs: tuple[int, ...]
     targets: list[int]
 
 
 class Score(NamedTuple):
-    """Of window number `index`: −log p of its targets in nats, and the model's likeliest tokens in
-    their places, where these were asked for."""
+    """The score of window number `index`: −log p of its targets in nats and, if requested, the
+    model's likeliest tokens in their places."""
 
     index: int
     losses: list[float]
@@ -38,21 +38,22 @@ def scores(
     greedy: bool,
     show_progress: bool = True,
 ) -> Iterator[Score]:
-    """Yields the scores of all windows, those with the most inputs first.
+    """Yields the scores of all windows, the longest first.
 
-    Windows are packed, not padded, and only the states before targets meet the vocabulary. Windows
-    with the same inputs, as of answers that are one letter, go through the model once.
+    Windows are packed, not padded, and only states that predict targets are projected onto the
+    vocabulary. Windows with the same inputs, as for answers of one letter, go through the model
+    once.
 
     Args:
-        batch_size: different inputs at once.
-        greedy: whether the likeliest tokens are sought, which takes a second projection.
+        batch_size: distinct inputs per call.
+        greedy: whether to compute the likeliest tokens, which takes a second projection.
     Raises:
-        ValueError: more inputs than the model's max_seq_len.
+        ValueError: a window has more inputs than the model's max_seq_len.
         FloatingPointError: the model computes NaN.
     """
     same: dict[tuple[int, ...], list[int]] = {}
     for index, window in enumerate(windows):
-        if len(window.inputs) > model.config.max_seq_len:  # in a pack it would give NaN
+        if len(window.inputs) > model.config.max_seq_len:  # packed, its states would be NaN
             raise ValueError(
                 f"windows[{index}]: expected at most max_seq_len ({model.config.max_seq_len}) "
                 f"inputs; got {len(window.inputs)}"
@@ -74,8 +75,8 @@ def scores(
 
 
 def _states(model: Llama2, windows: list[Window]) -> tuple[Tensor, Tensor]:
-    """(states `[num_targets, hidden_size]`, from which targets `[num_targets]` are predicted), of
-    windows of which those with the same inputs are neighbours."""
+    """Returns (states `[num_targets, hidden_size]`, targets `[num_targets]` that they predict) of
+    windows, in which those with the same inputs are adjacent."""
     tokens, bounds, places, targets = [], [0], [], []
     last = None
     for window in windows:
@@ -100,7 +101,9 @@ def _losses(model: Llama2, states: Tensor, targets: Tensor) -> list[float]:
     op, weight = model.linear_cross_entropy, model.lm_head.weight
     losses = head_loss(op, states[None], weight, targets[None], "none")[0]
     if losses.isnan().any():
-        raise FloatingPointError(f"model: expected log-likelihoods; got NaN in {states.dtype}")
+        raise FloatingPointError(
+            f"model: expected finite log-likelihoods; got NaN in {states.dtype}"
+        )
     return losses.tolist()
 
 
