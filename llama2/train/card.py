@@ -1,4 +1,4 @@
-"""A model card beside a checkpoint: what it was trained on and how, from the record of its run."""
+"""The model card of a checkpoint: its training data and method, from the record of its run."""
 
 import hashlib
 import re
@@ -15,20 +15,20 @@ _SIGNED = re.compile(r"(?s)(.*)<!-- run (\w+), SHA-256 of what is above (\w{64})
 
 
 def write_card(out: Path, text: str, run_id: str) -> None:
-    """Writes README.md with a last line that says whose it is.
+    """Writes README.md with a last line that identifies the run.
 
-    One that is there stays, unless this run wrote it and nobody has changed it since; stderr then
-    says so.
+    It keeps an existing file, and reports that on stderr, unless this run wrote it and nobody has
+    changed it since.
     """
     file = out / NAME
     if not _is_free(file, run_id):
         print(
-            f"{file}: left as it is, as it is not what this run has written; training.json says "
-            "what the checkpoint was trained on",
+            f"{file}: kept, as this run did not write it; training.json describes the training of "
+            "the checkpoint",
             file=sys.stderr,
         )
         return
-    # Names of files may be any bytes.
+    # File names may contain any bytes.
     text = text.encode(errors="surrogateescape").decode(errors="replace")
     write_text(file, f"{text}\n<!-- run {run_id}, SHA-256 of what is above {_sum(text)} -->\n")
 
@@ -50,8 +50,8 @@ def card(name: str, made_by: str, record: dict[str, Any]) -> str:
     """Returns the card of a checkpoint, in Markdown.
 
     Args:
-        name: of the model.
-        made_by: what has trained it, in a few words.
+        name: the model's name.
+        made_by: the command that trained it.
         record: as training.json: parameters, init, tokens_seen, sources, care, held_out,
             final_train_loss, command.
     """
@@ -69,8 +69,8 @@ def card(name: str, made_by: str, record: dict[str, Any]) -> str:
         "|---|--:|--:|--:|--:|---|--:|",
         *(_row(source, counts) for source, counts in record["sources"].items()),
         "",
-        "Tokens are those that were trained on, a token counted each time; epochs how often the "
-        "source was seen, more than once where its weight is large.",
+        "Tokens are the tokens of training, with repetitions; epochs are passes over the source, "
+        "more than one if its weight is large.",
         "",
         *(f"- {line}" for line in _care(record["care"])),
         f"- {_held_out(record)}",
@@ -81,7 +81,7 @@ def card(name: str, made_by: str, record: dict[str, Any]) -> str:
 
 
 def _row(source: str, counts: dict[str, Any]) -> str:
-    name = _quoted(Path(source).name).replace("|", "\\|")  # a table's, even within code
+    name = _quoted(Path(source).name).replace("|", "\\|")  # it would end a table cell
     cells = [name, f"{counts['tokens']:,}", f"{counts['epochs']:.2f}"]
     if "documents" in counts:
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in counts["redacted"].items())
@@ -93,7 +93,7 @@ def _row(source: str, counts: dict[str, Any]) -> str:
 
 
 def _care(care: dict[str, Any]) -> list[str]:
-    """What was asked for, a line each."""
+    """Returns a line for each option of care."""
     libraries = care["libraries"]
     patterns = ", ".join(map(_quoted, care["exclude"]))
     lines = [f"Excluded documents and sources: {patterns}" if patterns else "Nothing was excluded."]
@@ -102,7 +102,7 @@ def _care(care: dict[str, Any]) -> list[str]:
         lines.append(
             "E-mail addresses, telephone numbers and IP addresses were replaced by placeholders "
             f"({names}; national telephone numbers: {care['redact']}). Names, postal addresses and "
-            "what the patterns do not find are still there."
+            "what the patterns do not match remain."
         )
     else:
         lines.append("Personal information was not redacted.")
@@ -128,7 +128,7 @@ def _held_out(record: dict[str, Any]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """As code, whatever its characters."""
+    """Returns the text as Markdown code, whatever characters it contains."""
     text = " ".join(text.split())
     ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     space = " " if len(ticks) > 1 else ""

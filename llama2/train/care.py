@@ -1,5 +1,5 @@
-"""The care that Llama 2's paper takes of its data: sources left out, personal information removed,
-no document twice; and how many that were.
+"""Filtering of training data as in Llama 2's paper: excluded sources, removed personal information,
+no duplicate documents; with counts.
 
 Reference: Touvron et al. 2023, arXiv:2307.09288, section 2.1.
 """
@@ -29,10 +29,10 @@ class CareCounts:
     """What was done to the documents of a source.
 
     Attributes:
-        documents: that stay.
-        excluded: left out by a pattern.
-        redacted: placeholders in the documents that stay, by kind.
-        near_duplicates: left out as they are nearly an earlier document.
+        documents: kept documents.
+        excluded: documents left out by a pattern.
+        redacted: placeholders in the kept documents, by kind.
+        near_duplicates: documents left out because they are near-duplicates of earlier ones.
     """
 
     documents: int = 0
@@ -45,7 +45,8 @@ class CareCounts:
 
 
 def described(counts: dict[str, Any]) -> str:
-    """What `CareCounts.to_json` says was left out or replaced, for people; may be empty."""
+    """Returns a readable summary of what `CareCounts.to_json` says was left out or replaced; may be
+    empty."""
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in counts["redacted"].items())
     parts = (
         f"{counts['excluded']:,} documents excluded" if counts["excluded"] else "",
@@ -58,23 +59,23 @@ def described(counts: dict[str, Any]) -> str:
 
 
 def is_excluded(names: Sequence[str], patterns: Sequence[str]) -> bool:
-    """Returns whether one of the names of a document, such as its path in its corpus and the
-    corpus's name, is what one of the shell patterns describes.
+    """Returns whether one of a document's names, such as its path in its corpus and the corpus's
+    name, matches one of the shell patterns.
 
-    `*` matches any characters, "/" too: `*.md` is for every depth, `private/*` for all below. Case
-    matters.
+    `*` matches any characters, including "/": `*.md` matches at every depth, `private/*` everything
+    below. Patterns are case-sensitive.
     """
     return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 class Care:
-    """Takes care of documents, one corpus after another, and counts.
+    """Filters and redacts documents, one corpus after another, and counts what it does.
 
     Args:
         exclude: patterns of `is_excluded`.
         redact: the region of a `Redactor`, or None for no redaction.
-        threshold: of `NearDuplicates`, or None to keep them; a corpus is compared with those
-            before it, too.
+        threshold: of `NearDuplicates`, or None to keep near-duplicates; a corpus is also compared
+            with earlier ones.
     Raises:
         ImportError, ValueError: as `Redactor` and `NearDuplicates`.
     """
@@ -106,25 +107,25 @@ class Care:
         return self.options | {"libraries": {library: version(library) for library in libraries}}
 
     def excludes(self, *names: str) -> bool:
-        """As `is_excluded`; notes which patterns are of use."""
+        """Returns `is_excluded` and records which patterns matched."""
         matching = [pattern for pattern in self.options["exclude"] if is_excluded(names, [pattern])]
         self._used.update(matching)
         return bool(matching)
 
     def report_unused(self) -> None:
-        """Says on stderr which patterns matched nothing; one may be misspelt."""
+        """Reports on stderr the patterns that matched nothing, which may be misspelt."""
         for pattern in self.options["exclude"]:
             if pattern not in self._used:
                 print(f"exclude: no document or source matches {pattern!r}", file=sys.stderr)
 
     def redact(self, text: str) -> tuple[str, Counter[str]]:
-        """As `Redactor`; the text itself where none was asked for."""
+        """Redacts a text as `Redactor`; returns it unchanged without redaction."""
         return (text, Counter()) if self._redactor is None else self._redactor.redact(text)
 
     def repeats(self, text: str, *, held_out: bool = False) -> bool:
-        """Returns whether a text is one too many: nearly one before it, with a threshold; where it
-        is held out, nearly or letter by letter one for training. What stays of those is
-        remembered."""
+        """Returns whether a text is a repetition: with a threshold, a near-duplicate of an earlier
+        text; if it is held out, an exact or near duplicate of a training text. Remembers the
+        training texts that are kept."""
         is_near = self._kept is not None and self._kept.is_near(text, keep=not held_out)
         digest = hashlib.sha256(text.encode()).digest()
         if held_out:
@@ -136,7 +137,7 @@ class Care:
     def training(
         self, name: str, documents: Sequence[Document]
     ) -> tuple[list[Document], CareCounts]:
-        """Returns the documents that stay of a corpus for training, redacted."""
+        """Returns the documents of a training corpus that are kept, redacted."""
         counts, kept = CareCounts(), []
         for document, redacted in self._cleaned(name, documents, counts):
             if self.repeats(document.text):
@@ -150,11 +151,11 @@ class Care:
     def evaluation(
         self, name: str, documents: Sequence[Document], counts: CareCounts
     ) -> list[Document]:
-        """Returns the documents that stay of those held out, redacted, once all for training are
-        known.
+        """Returns the held-out documents that are kept, redacted. Call it after all training
+        documents.
 
-        Left out, and added to `near_duplicates`, are those that are also for training, letter by
-        letter or, with a threshold, nearly. They are not compared with each other.
+        It leaves out, and counts in `near_duplicates`, exact duplicates of training documents and,
+        with a threshold, near-duplicates. Held-out documents are not compared with each other.
         """
         kept = []
         for document, redacted in self._cleaned(name, documents, counts):
@@ -169,7 +170,7 @@ class Care:
     def _cleaned(
         self, name: str, documents: Sequence[Document], counts: CareCounts
     ) -> Iterator[tuple[Document, Counter[str]]]:
-        """Yields the documents that no pattern excludes, and what was redacted in each."""
+        """Yields the documents that no pattern excludes, with counts of redactions."""
         slow = self._redactor is not None or self._kept is not None
         settings = {"unit": "document", "leave": False, "disable": not (slow and documents)}
         for document in tqdm(documents, desc=f"cleaning {name}", **settings):

@@ -1,4 +1,4 @@
-"""The data of `llama2 pretrain`: token shards, texts made into shards, and texts held out."""
+"""The data of `llama2 pretrain`: token shards, texts tokenised into shards, and held-out texts."""
 
 import argparse
 import hashlib
@@ -27,8 +27,7 @@ TOKENIZER = "tokenizer.model"
 
 
 def tokenizer_file_of(args: argparse.Namespace) -> Path | None:
-    """Returns the tokenizer of the texts and of the checkpoint; None where only its ids are
-    known."""
+    """Returns the tokenizer of the texts and of the checkpoint; None if the data are only ids."""
     if args.tokenizer is not None:
         return args.tokenizer
     if args.init is not None and (args.init / TOKENIZER).is_file():
@@ -46,11 +45,11 @@ class Corpora:
 
     Attributes:
         sources: token shards with their weights.
-        held_out: documents for evaluation, none of them for training.
-        care: of the texts: what was asked for, and of those held out what was done.
-        counts: what was done to each source of texts, by the path of its shards, or by its name
-            where nothing is left of it.
-        digests: of the texts of those shards, in order, where care was taken of them.
+        held_out: documents for evaluation, not used for training.
+        care: the options for the texts, and the counts of the held-out ones.
+        counts: the counts of each source of texts, by the path of its shards, or by its name if
+            none of its documents are kept.
+        digests: of the texts of those shards, in order, if they were filtered.
     """
 
     sources: list[tuple[Path, float]]
@@ -60,7 +59,8 @@ class Corpora:
     digests: list[str] | None = None
 
     def record(self, shares: dict[str, tuple[int, float]]) -> dict[str, dict[str, Any]]:
-        """By source: the tokens and epochs that `Mixture.shares` gives, and of texts the counts."""
+        """Returns, by source, the tokens and epochs of `Mixture.shares`, and for texts the
+        counts."""
         record: dict[str, dict[str, Any]] = {}
         for name in dict.fromkeys((*shares, *self.counts)):
             tokens, epochs = shares.get(name, (0, 0.0))
@@ -73,14 +73,14 @@ class Corpora:
 def corpora_of(
     args: argparse.Namespace, tokenizer_file: Path | None, shape: ModelConfig
 ) -> Corpora:
-    """Token shards, those of texts made where they are not there, and documents held out.
+    """Returns the token shards, after making missing ones from texts, and the held-out documents.
 
-    Patterns exclude documents and whole sources, shards too; personal information and
-    near-duplicates are those of texts alone, as shards have no documents any more.
+    Patterns exclude documents and whole sources, including shards. Redaction and removal of
+    near-duplicates apply only to texts, as shards no longer contain documents.
 
     Raises:
         OSError, ValueError: as `corpus_documents` and `write_shards`; or the tokenizer has more ids
-            than the model, or no BOS or EOS for texts; or nothing is left to train on.
+            than the model, or lacks BOS or EOS for texts; or nothing is left to train on.
         ImportError: as `Care`.
     """
     care = Care(args.exclude, args.redact, args.drop_near_duplicates)
@@ -91,13 +91,13 @@ def corpora_of(
         else:
             corpora.sources.append((path, weight))
     if corpora.sources and (args.redact or args.drop_near_duplicates):
-        print("note: token shards are taken as they are; only texts are cleaned", file=sys.stderr)
+        print("note: token shards are used unchanged; only texts are cleaned", file=sys.stderr)
     if tokenizer_file is not None:
         _add_texts(corpora, care, args, tokenizer_file, shape)
     care.report_unused()
     if not corpora.sources:
         raise ValueError(
-            f"exclude: expected a source to train on; got {args.exclude}, which leave none"
+            f"exclude: expected patterns that leave a source to train on; got {args.exclude}"
         )
     corpora.care = care.described() | corpora.care
     return corpora
@@ -114,9 +114,11 @@ def _add_texts(
     check_fits(tokenizer, shape.vocab_size, tokenizer_file)
     has_texts = args.text or args.held_out or not args.data
     if has_texts and min(tokenizer.bos_id, tokenizer.eos_id) < 0:
-        raise ValueError(f"{tokenizer_file}: expected a tokenizer with BOS and EOS; got another")
+        raise ValueError(
+            f"{tokenizer_file}: expected a tokenizer with BOS and EOS; got one without"
+        )
     held_out: dict[str, list[Document]] = {}
-    if args.held_out and args.data and not args.text:  # otherwise they come with the first corpus
+    if args.held_out and args.data and not args.text:  # otherwise the first corpus brings them
         held_out[_name_of(args.held_out)] = text_documents(args.held_out)
     digests = []
     for path, weight in args.text or ([] if args.data else [(None, 1.0)]):
@@ -140,16 +142,16 @@ def _add_texts(
 
 
 def _name_of(path: Path) -> str:
-    return Path(os.path.realpath(path)).name  # where a link leads to itself, opening it names it
+    return Path(os.path.realpath(path)).name  # a link to itself fails on opening
 
 
 def _nothing_is_left(path: Path, all_counts: dict[str, CareCounts], counts: CareCounts) -> None:
     all_counts[str(path)] = counts
-    print(f"{path}: nothing is left of it to train on", file=sys.stderr)
+    print(f"{path}: no documents are left to train on", file=sys.stderr)
 
 
 def _hold_out(corpora: Corpora, care: Care, by_name: dict[str, list[Document]]) -> None:
-    """Adds the documents for evaluation that are not among those for training, each once."""
+    """Adds the held-out documents that are not training documents, each once."""
     counts, seen = CareCounts(), {}
     for name, documents in by_name.items():
         unique = [document for document in dict.fromkeys(documents) if document.text]
@@ -159,8 +161,8 @@ def _hold_out(corpora: Corpora, care: Care, by_name: dict[str, list[Document]]) 
     if counts.near_duplicates:
         nearly = " or nearly so" if care.options["near_duplicates"] else ""
         print(
-            f"{counts.near_duplicates} of {counts.documents + counts.near_duplicates} texts for "
-            f"evaluation are left out, as they are also among those for training{nearly}",
+            f"{counts.near_duplicates} of {counts.documents + counts.near_duplicates} held-out "
+            f"texts are left out, as they are training texts{nearly}",
             file=sys.stderr,
         )
     corpora.care["held_out"] = counts.to_json()
@@ -169,9 +171,10 @@ def _hold_out(corpora: Corpora, care: Care, by_name: dict[str, list[Document]]) 
 def _tokenised(
     name: str, documents: list[Document], tokenizer: Tokenizer, tokenizer_file: Path, folder: Path
 ) -> Path:
-    """Shards of the documents, made only where those of the same texts and tokenizer are not there.
+    """Returns shards of the documents; makes them unless those of the same texts and tokenizer
+    exist.
 
-    Other texts get another folder, so that a run whose texts have changed is told from the first.
+    Other texts get another folder, so that a run with changed texts is detected.
     """
     digest = hashlib.sha256(tokenizer_file.read_bytes())
     add_documents(digest, documents)

@@ -1,4 +1,4 @@
-"""A corpus: texts of one's own, or the standard library that every Python carries; and batches."""
+"""Corpora, from text files or Python's standard library, and batches of random windows."""
 
 import os
 import sys
@@ -17,9 +17,9 @@ from torch import Tensor
 from llama2.tokenizer import Tokenizer
 from llama2.train.pretrain import TrainConfig
 
-# Other people's packages, the test suite (twice the size of all the rest), and 120 tables of codes.
+# Third-party packages, the test suite (twice the size of the rest) and 120 tables of encodings.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
-# Written when Python is built: they hold that machine's paths.
+# Written when Python is built; they contain paths of that machine.
 _BUILD_RECORDS = ("_sysconfigdata", "config-")
 _HELD_OUT_ONE_IN = 20
 _HELD_OUT_OF_ONE_FILE = 0.05
@@ -27,9 +27,9 @@ _HELD_OUT_OF_ONE_FILE = 0.05
 
 @dataclass(frozen=True)
 class Document:
-    """A text, and its path relative to the corpus, "/" between the parts.
+    """A text and its path relative to the corpus, with "/" as separator.
 
-    `kept_back` says whether it is for evaluation only; None leaves that to its path.
+    `kept_back` says whether it is only for evaluation; None decides by its path.
     """
 
     path: str
@@ -38,10 +38,11 @@ class Document:
 
     @property
     def held_out(self) -> bool:
-        """Whether it is for evaluation only: as said, or one path in 20, by CRC-32 of the path."""
+        """Whether it is only for evaluation: `kept_back`, or else one path in 20, by CRC-32 of the
+        path."""
         if self.kept_back is not None:
             return self.kept_back
-        path = self.path.encode(errors="surrogateescape")  # names of files may be any bytes
+        path = self.path.encode(errors="surrogateescape")  # file names may contain any bytes
         return zlib.crc32(path) % _HELD_OUT_ONE_IN == 0
 
     @property
@@ -57,7 +58,7 @@ def read_sources(folder: Path) -> list[Document]:
         path = file.relative_to(folder)
         if _SKIPPED_FOLDERS.intersection(path.parts) or path.parts[0].startswith(_BUILD_RECORDS):
             continue
-        with tokenize.open(file) as opened:  # decodes as the file's own coding line says
+        with tokenize.open(file) as opened:  # decodes by the file's coding line
             documents.append(Document(path.as_posix(), opened.read()))
     return sorted(documents, key=lambda document: document.path)
 
@@ -67,30 +68,30 @@ def stdlib_documents() -> list[Document]:
     prose."""
     from pydoc_data.topics import topics
 
-    manual = "pydoc_data/topics.py"  # one long literal: its texts are read instead
+    manual = "pydoc_data/topics.py"  # one long literal, whose texts are read instead
     sources = read_sources(Path(sysconfig.get_path("stdlib")))
     prose = [Document(f"{manual}:{name}", text) for name, text in sorted(topics.items())]
     return [document for document in sources if document.path != manual] + prose
 
 
 def text_documents(path: Path) -> list[Document]:
-    """Returns every UTF-8 text file under a directory, in the order of their paths; or the parts of
-    a file.
+    """Returns every UTF-8 text file under a directory, in the order of their paths, or the parts of
+    a single file.
 
-    Hidden files and folders are left out, and so are links to folders. So are files that are no
-    UTF-8 or contain a zero byte: how many is said on stderr. One path in 20 is held out. Of a
-    single file the last whole lines are, at most 5 % of its characters; without a line border
-    there, it is all for training.
+    It skips hidden files and folders and links to folders, and files that are not UTF-8 or contain
+    a zero byte, whose number it reports on stderr. One path in 20 is held out. Of a single file,
+    the last whole lines are held out, at most 5 % of its characters; without a line break there,
+    the whole file is for training.
 
     Raises:
-        FileNotFoundError: there is nothing at `path`.
+        FileNotFoundError: `path` does not exist.
         OSError: a file or folder cannot be read.
-        ValueError: there is no text in it.
+        ValueError: it contains no text.
     """
     if path.is_file():
         text = _decoded(path)
         if not text:
-            raise ValueError(f"{path}: expected a UTF-8 text that is not empty; got another file")
+            raise ValueError(f"{path}: expected a non-empty UTF-8 text file; got another file")
         return _split_at_a_line(path.name, text)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: expected a text file or a directory of them; got none")
@@ -102,15 +103,15 @@ def text_documents(path: Path) -> list[Document]:
         else:
             documents.append(Document(file.relative_to(path).as_posix(), text))
     if num_skipped:
-        print(f"{path}: {num_skipped} files are no UTF-8 text and left out", file=sys.stderr)
+        print(f"{path}: skipped {num_skipped} files that are not UTF-8 text", file=sys.stderr)
     if not any(document.text for document in documents):
         raise ValueError(f"{path}: expected a UTF-8 text file; got {num_skipped} others")
     return sorted(documents, key=lambda document: document.path)
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Yields the files under a folder that are not hidden. `Path.rglob` would pass over what it may
-    not read."""
+    """Yields the files under a folder that are not hidden. `Path.rglob` would silently skip folders
+    that cannot be read."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -140,12 +141,12 @@ def _split_at_a_line(name: str, text: str) -> list[Document]:
 
 
 def corpus_documents(path: Path | None, held_out: Path | None = None) -> list[Document]:
-    """Returns the documents of a text file or directory, None for those of the standard library.
+    """Returns the documents of a text file or directory; for None, those of the standard library.
 
     Args:
-        held_out: a text file or directory that is held out, all of it; `path` then is for training,
-            all of it. None holds out what `Document` and `text_documents` say, which of a few files
-            may be none: a line on stderr then says so.
+        held_out: a text file or directory to hold out; all of `path` is then for training. None
+            holds out what `Document` and `text_documents` describe; with few files that may be
+            nothing, which is reported on stderr.
     Raises:
         OSError, ValueError: as `text_documents`; or one of the paths is inside the other, or all
             texts are held out.
@@ -160,21 +161,22 @@ def corpus_documents(path: Path | None, held_out: Path | None = None) -> list[Do
     if all(document.held_out for document in documents):
         raise ValueError(
             f"{path}: expected texts for training; got {len(documents)} that are all held out by "
-            "their paths; --held-out PATH gives others for evaluation"
+            "their paths. Use --held-out PATH for evaluation texts"
         )
     if not any(document.held_out for document in documents):
-        by_path = f"one file in {_HELD_OUT_ONE_IN} is by its path and there are {len(documents)}"
+        by_path = f"one path in {_HELD_OUT_ONE_IN} is held out and there are only {len(documents)}"
         reason = "no line begins in its last 5 %" if path and path.is_file() else by_path
         print(
-            f"{path}: nothing is held out, as {reason}; --held-out PATH gives texts for evaluation",
+            f"{path}: nothing is held out, as {reason}. Use --held-out PATH for evaluation texts",
             file=sys.stderr,
         )
     return documents
 
 
 def is_within(inner: Path, outer: Path) -> bool:
-    """Returns whether `inner` is `outer`, or below it, whatever links lead there."""
-    # Path.resolve raises RuntimeError where a link leads to itself; opening it names the file.
+    """Returns whether `inner` is `outer` or below it, after resolving links."""
+    # Path.resolve raises RuntimeError for a link to itself; opening it raises an error that names
+    # it.
     return Path(os.path.realpath(inner)).is_relative_to(os.path.realpath(outer))
 
 
@@ -182,11 +184,11 @@ def add_documents(digest: Any, documents: list[Document]) -> None:
     """Updates a `hashlib` digest with the paths and texts of documents, in order."""
     for document in documents:
         named = f"{document.path}\0{document.text}\0"
-        digest.update(named.encode(errors="surrogateescape"))  # names may be any bytes
+        digest.update(named.encode(errors="surrogateescape"))  # names may contain any bytes
 
 
 def document_ids(document: Document, tokenizer: Tokenizer) -> np.ndarray:
-    """int32 `[num_tokens]`, from BOS to EOS."""
+    """Returns the document's ids from BOS to EOS, int32 `[num_tokens]`."""
     return np.array(tokenizer.encode(document.text, bos=True, eos=True), dtype=np.int32)
 
 
@@ -197,7 +199,7 @@ def token_stream(documents: list[Document], tokenizer: Tokenizer) -> np.ndarray:
 
 
 class RandomWindows:
-    """Batches of `random_batch` for a run: windows at random places of a stream in memory.
+    """The batches of a run by `random_batch`: windows at random places of a stream in memory.
 
     Args:
         stream: integer ids `[num_tokens]`.
@@ -207,7 +209,7 @@ class RandomWindows:
         self._stream, self._config = stream, config
 
     def batch(self, step: int) -> Tensor:
-        """int64 `[batch_size, seq_len + 1]`; see `random_batch`."""
+        """Returns int64 `[batch_size, seq_len + 1]`; see `random_batch`."""
         config = self._config
         sizes = {"batch_size": config.batch_size, "seq_len": config.seq_len}
         return random_batch(self._stream, **sizes, seed=config.seed, step=step)
@@ -220,7 +222,7 @@ class RandomWindows:
 def random_batch(
     stream: np.ndarray, *, batch_size: int, seq_len: int, seed: int, step: int
 ) -> Tensor:
-    """Windows of the stream at random places: a function of `seed` and `step` alone.
+    """Returns windows of the stream at random places, determined by `seed` and `step` alone.
 
     Args:
         stream: integer `[num_tokens]`.

@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node 2 -m llama2.train.distributed --tp 2 --work build/distributed
 
-On GPUs with nccl and the kernels, on the CPU with gloo and the backend "torch". Killed, the same
-command continues from `--work`, on any number of processes: the data of a step, and with it the
-loss but for roundings, do not depend on it. `--work` also receives `log.jsonl`, a line per step.
-`--out` takes one run, as that of `llama2 pretrain`.
+It uses nccl and the kernels on GPUs, gloo and the backend "torch" on the CPU. If the run is killed,
+the same command resumes from `--work`, on any number of processes: the data of a step do not depend
+on their number, and the loss differs only by rounding. `--work` also receives `log.jsonl`, a line
+per step. `--out` belongs to one run, as for `llama2 pretrain`.
 """
 
 import argparse
@@ -48,7 +48,8 @@ from llama2.train.stdlib_checkpoint import MODEL
 
 
 def make_mesh(device_type: str, tp: int) -> DeviceMesh:
-    """Returns all processes, `tp` neighbours to a model; dimensions of one process are left out.
+    """Returns a mesh of all processes, in which `tp` neighbours share a model; dimensions of size 1
+    are left out.
 
     Raises:
         ValueError: tp does not divide the number of processes.
@@ -62,8 +63,8 @@ def make_mesh(device_type: str, tp: int) -> DeviceMesh:
 
 
 class Sharded:
-    """The `Execution` of a model that `parallelize` sharded over `mesh`; its states load on any
-    number of processes."""
+    """The `Execution` of a model sharded over `mesh` by `parallelize`; its states can be loaded on
+    any number of processes."""
 
     is_sharded = True
 
@@ -76,7 +77,8 @@ class Sharded:
             self.num_parts, self._part = data.size(), data.get_local_rank()
 
     def check_rows(self, batch_size: int, name: str = "batch_size") -> None:
-        """Raises ValueError for a batch that the models do not divide, which it calls `name`."""
+        """Raises ValueError, naming the argument `name`, if the models cannot divide the batch
+        equally."""
         if batch_size % self.num_parts:
             raise ValueError(
                 f"{name}: expected a multiple of the {self.num_parts} models; got {batch_size}"
@@ -103,8 +105,8 @@ class Sharded:
     ) -> int:
         if (folder / STATE).exists():
             raise ValueError(
-                f"{folder}: expected the state of a run on several processes; got {STATE}, of one "
-                "in one process, without torchrun"
+                f"{folder}: expected the state of a run under torchrun; got {STATE}, of a run "
+                "without torchrun"
             )
         return load_sharded_state(folder, model, optimizer, identity)
 
@@ -128,13 +130,13 @@ def train(
     *,
     save_every: int = 500,
 ) -> list[dict[str, float]]:
-    """`pretrain.train` of a model that `parallelize` sharded over `mesh`, without micro-batches;
-    `folder` is one that all processes see.
+    """Calls `pretrain.train` on a model sharded over `mesh` by `parallelize`, without
+    micro-batches. All processes must see `folder`.
 
     Raises:
-        ValueError: as `pretrain.train`; `config` asks for micro-batches, or for bfloat16 or
-            activation checkpointing, which `parallelize` gives, or for a batch that the models do
-            not divide.
+        ValueError: as `pretrain.train`; or `config` has micro-batches, bfloat16 or activation
+            checkpointing, the last two of which are arguments of `parallelize`; or the models
+            cannot divide the batch equally.
         FloatingPointError: as `pretrain.train`.
     """
     execution = Sharded(mesh)
@@ -157,13 +159,13 @@ def train(
 
 
 def gathered(model: AnyDecoder) -> AnyDecoder | None:
-    """Returns the whole model of all processes, on the CPU of the first, None in the others; every
-    process calls it."""
+    """Gathers the sharded model and returns it on the CPU of the first process, None in the others.
+    Every process calls it."""
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=whole)
     if dist.get_rank() != 0:
         return None
-    # Sharding makes a class of its own of the model's.
+    # Sharding replaces the model's class.
     kind = ScalarModel if isinstance(model, ScalarModel) else Llama2
     alone = kind(model.config, get_backend("torch"))
     alone.load_state_dict(state)
@@ -171,7 +173,8 @@ def gathered(model: AnyDecoder) -> AnyDecoder | None:
 
 
 def _dealt_back(own: Sequence[Any], group: dist.ProcessGroup | None) -> list[Any]:
-    """Items that were dealt out over a group, or over all processes, in their order."""
+    """Gathers items that were distributed over a group, or all processes, and returns them in
+    order."""
     size = dist.get_world_size(group)
     shares: list[Any] = [None] * size
     dist.all_gather_object(shares, list(own), group=group)
@@ -182,9 +185,9 @@ def _dealt_back(own: Sequence[Any], group: dist.ProcessGroup | None) -> list[Any
 
 
 def replica(model: Llama2, ops: ModuleType, dtype: torch.dtype) -> Llama2:
-    """Returns the whole model of all processes, in each of them, on its device, to be used without
-    the others; every process calls it. One tensor at a time is whole in the dtype it is trained
-    in."""
+    """Gathers the sharded model in every process, on its device and in `dtype`, for use without
+    communication. Every process calls it. Only one tensor at a time is whole in its training
+    dtype."""
     with torch.device("meta"):
         alone = Llama2(model.config, ops)
     weights = {}
@@ -196,8 +199,8 @@ def replica(model: Llama2, ops: ModuleType, dtype: torch.dtype) -> Llama2:
 
 
 def export(model: Llama2, out: Path) -> None:
-    """Writes the whole model of all processes, with the shipped tokenizer, for `llama2 generate`;
-    every process calls it."""
+    """Gathers the sharded model and writes it, with the shipped tokenizer, for `llama2 generate`.
+    Every process calls it."""
     alone = gathered(model)
     if alone is not None:
         save_hf(alone, out, dtype=torch.bfloat16)
@@ -213,29 +216,33 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Train a small Llama 2 on Python's standard library, on several processes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--work", type=Path, required=True, help="directory of the state")
+    parser.add_argument("--work", type=Path, required=True, help="directory for state and log")
     parser.add_argument(
-        "--out", type=Path, help="directory of the checkpoint at the end, in Hugging Face's layout"
+        "--out", type=Path, help="directory for the final checkpoint, in Hugging Face's layout"
     )
     parser.add_argument("--tp", type=int, default=1, help="processes that share one model")
     parser.add_argument("--steps", type=int, default=50, help="optimiser steps")
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences per step, of all")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="sequences per step, over all processes"
+    )
     parser.add_argument("--seq-len", type=int, default=128, help="tokens per sequence")
-    parser.add_argument("--peak-lr", type=float, default=2.5e-3, help="highest learning rate")
-    parser.add_argument("--warmup-steps", type=int, default=10, help="steps to reach it")
-    parser.add_argument("--save-every", type=int, default=25, help="steps between states")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the data's order")
+    parser.add_argument("--peak-lr", type=float, default=2.5e-3, help="peak learning rate")
+    parser.add_argument(
+        "--warmup-steps", type=int, default=10, help="steps of linear warm-up to the peak"
+    )
+    parser.add_argument("--save-every", type=int, default=25, help="steps between saved states")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of weights and data")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains; returns 0, or 2 after a sentence on stderr about what the user gave."""
+    """Trains and returns 0, or 2 after a one-line error on stderr about the user's input."""
     return answered("llama2.train.distributed", lambda: _run(_parse(arguments)))
 
 
 def _run(args: argparse.Namespace) -> None:
     if "RANK" not in os.environ:
-        raise ValueError("RANK: expected torchrun, which sets it; got a start without it")
+        raise ValueError("RANK: expected a process started by torchrun, which sets it; got none")
     config = TrainConfig(
         steps=args.steps,
         batch_size=args.batch_size,
@@ -279,7 +286,8 @@ def _run(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def _owned(work: Path, out: Path | None) -> Iterator[str | None]:
-    """Keeps `out` for the run in `work`, whose id the first process is given."""
+    """Locks `out` for the run in `work`; yields the run's id in the first process, None in the
+    others."""
     if out is None or dist.get_rank() != 0:
         yield None
         return

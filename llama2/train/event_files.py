@@ -36,9 +36,9 @@ def scalar_writer(folder: Path | None, first_step: int) -> Iterator[ScalarWriter
     """Opens a new event file in `folder`; None opens none.
 
     Args:
-        first_step: the next step of the run. TensorBoard drops steps from this one on that earlier
-            files of the folder hold: a killed run wrote them after its last saved state, and the
-            resumed run writes them again.
+        first_step: the next step of the run. TensorBoard drops the scalars of this and later steps
+            from earlier files of the folder: a killed run wrote them after its last saved state,
+            and the resumed run writes them again.
     Raises:
         ImportError: as `check_tensorboard`.
     """
@@ -53,7 +53,7 @@ def scalar_writer(folder: Path | None, first_step: int) -> Iterator[ScalarWriter
 
 
 def check_tensorboard() -> None:
-    """Raises ImportError, which names the extra to install, where tensorboard is missing."""
+    """Raises ImportError, which names the extra to install, if tensorboard is missing."""
     try:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Where a run is computed: in one process, or spread over several (`distributed.py`)."""
+"""Where a run is computed: in one process, or in several (`distributed.py`)."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from llama2.train.objectives import Rows
 from llama2.train.state import Identity, load_state, save_state
 
 STATE = "state.pt"
-_MOST_THREADS = 1024  # OpenMP crashes where the system has no more
+_MOST_THREADS = 1024  # OpenMP crashes if the system runs out of threads
 
 
 def use_threads(count: int) -> None:
@@ -24,28 +24,28 @@ def use_threads(count: int) -> None:
 
 
 class Execution(Protocol):
-    """How a run is spread over processes, and how its state is kept."""
+    """How a run is distributed over processes, and how its state is saved."""
 
     speaks: bool  # whether this process writes the log and shows the progress
-    num_parts: int  # into which the rows of a batch are dealt out
-    is_sharded: bool  # whether sharding settled the dtype and the recomputation of layers
+    num_parts: int  # parts into which the rows of a batch are split
+    is_sharded: bool  # whether `parallelize` chose dtype and recomputation
 
     def own_rows(self, batch: Rows) -> Rows:
         """Returns the rows of a step's batch that this process computes."""
         ...
 
     def collected(self, own: Sequence[Any]) -> list[Any]:
-        """What all processes made of their `own_rows`, an object a row, in the order of the batch;
-        whole in every process."""
+        """Returns, in every process, the objects that all processes made of their `own_rows`, one
+        per row, in the order of the batch."""
         ...
 
     def spread(self, items: Sequence[Any], work: Callable[[Sequence[Any]], list[Any]]) -> list[Any]:
-        """`work(items)`, an object an item in their order, of which every process does a share
-        without the others; whole in every process."""
+        """Returns `work(items)`, one object per item in order, in every process; each process
+        computes a share of the items without communication."""
         ...
 
     def mean(self, value: Tensor) -> Tensor:
-        """Of the processes' values."""
+        """Returns the mean of the processes' values."""
         ...
 
     def grad_norm(self, gradients: Iterable[Tensor]) -> Tensor:
@@ -55,7 +55,8 @@ class Execution(Protocol):
     def load(
         self, folder: Path, model: Decoder, optimizer: torch.optim.Optimizer, identity: Identity
     ) -> int:
-        """Restores the state in `folder` and returns the steps done; 0 where there is none."""
+        """Restores the state in `folder` and returns the number of steps done; 0 without a
+        state."""
         ...
 
     def save(
@@ -66,7 +67,7 @@ class Execution(Protocol):
         step: int,
         identity: Identity,
     ) -> None:
-        """Leaves the state after `step` steps in `folder`, which never holds half of one."""
+        """Saves the state after `step` steps in `folder`, atomically."""
         ...
 
 
@@ -97,8 +98,8 @@ class OneProcess:
     ) -> int:
         if found := sorted(folder.glob("step-*")):
             raise ValueError(
-                f"{folder}: expected the state of a run in one process; got {found[0].name}, of "
-                "one on several, under torchrun"
+                f"{folder}: expected the state of a run without torchrun; got {found[0].name}, of "
+                "a run under torchrun"
             )
         path = folder / STATE
         return load_state(path, model, optimizer, identity) if path.exists() else 0

@@ -1,4 +1,4 @@
-"""Steps that are logged and saved, so that a killed run goes on with the same bits."""
+"""The training loop: steps are logged and saved, so that a killed run resumes bit for bit."""
 
 import json
 import os
@@ -31,25 +31,26 @@ def run_steps(
     shown: str = "loss",
     tensorboard: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Does the steps that are left of a run and returns the records of its log, one per step.
+    """Does the remaining steps of a run and returns the records of its log, one per step.
 
     `folder` receives a state, every `save_every` steps and at the end, and `log.jsonl`, a line per
-    step: "step", what `do_step` returns, and "seconds" (so far). If it holds a state, the run
-    resumes from it, whenever it was killed.
+    step: "step", what `do_step` returns, and "seconds" (so far). If `folder` has a state, the run
+    resumes from it.
 
     Args:
         model, optimizer: all that the steps change.
-        identity: what a run has to share with the state that it resumes from.
-        do_step: a step by its number, a function of that, the model and the optimizer alone. What
-            it raises ends the run; nothing of that step is saved.
+        identity: what a run must share with the state from which it resumes.
+        do_step: does the step of the given number, which must depend only on the number, the model
+            and the optimizer. Its errors end the run; nothing of that step is saved.
         execution: the processes; every one of them calls this.
-        asked_to_stop: is asked after each step; if it says so, the step is saved and the run ends.
-        unit, shown: what the progress calls a step, and which number of the record it shows.
+        asked_to_stop: called after each step; if it returns True, the step is saved and the run
+            ends.
+        unit, shown: the progress bar's name of a step, and the field of the record that it shows.
         tensorboard: a directory for TensorBoard event files, which get the numbers of the log.
     Raises:
-        KeyboardInterrupt: it was asked to stop, and is saved.
-        ValueError: the state in `folder` is of another run, or has done more steps than that, or
-            its log is incomplete; `save_every` is not positive.
+        KeyboardInterrupt: `asked_to_stop` returned True; the step is saved.
+        ValueError: the state in `folder` is of another run or has more than `num_steps` steps, its
+            log is incomplete, or `save_every` is not positive.
     """
     if save_every < 1:
         raise ValueError(f"save_every: expected at least 1; got {save_every}")
@@ -58,8 +59,7 @@ def run_steps(
     first_step = execution.load(folder, model, optimizer, identity)
     if first_step > num_steps:
         raise ValueError(
-            f"{unit}s: expected at least the {first_step} that the run in {folder} has done; got "
-            f"{num_steps}"
+            f"{unit}s: expected at least the {first_step} of the run in {folder}; got {num_steps}"
         )
     seconds_before = cut_log(log_path, first_step) if execution.speaks else 0.0
     started = time.perf_counter() - seconds_before
@@ -84,7 +84,7 @@ def run_steps(
             progress.set_postfix({shown: f"{record[shown]:.3f}"})
             stops = asked_to_stop() and step + 1 < num_steps
             if (step + 1) % save_every == 0 or step + 1 == num_steps or stops:
-                if execution.speaks:  # no state without the records that come before it
+                if execution.speaks:  # the log must reach the disk before the state
                     os.fsync(log.fileno())
                     scalars.flush()
                 execution.save(folder, model, optimizer, step + 1, identity)

@@ -1,4 +1,4 @@
-"""Texts that are nearly those that came before: MinHash and locality-sensitive hashing."""
+"""Detection of near-duplicate texts by MinHash and locality-sensitive hashing."""
 
 import hashlib
 import re
@@ -14,24 +14,25 @@ _SHINGLE = 5  # words
 _PERMUTATIONS = 128
 _SEED = 1
 _LEAST_RECALL = 0.999
-_CHUNK = 2**14  # shingles at once, each of which is 8 bytes for every permutation
+_CHUNK = 2**14  # shingles at once; each takes 8 bytes per permutation
 _WORD = re.compile(r"\w+")
-_FACTOR = 0x9E3779B97F4A7C15  # odd, so that no word of a shingle loses bits
+_FACTOR = 0x9E3779B97F4A7C15  # odd, so that multiplication loses no bits
 
 
 class NearDuplicates:
-    """Texts that were kept, and whether another is a near-duplicate of one of them.
+    """A set of kept texts that detects near-duplicates of them.
 
     Two texts are near-duplicates if the sets A and B of their shingles, five words in a row without
-    regard to case and punctuation, have |A ∩ B| / |A ∪ B| ≥ `threshold`; texts of less than five
-    words, if they are equal. A word is what `\\w+` matches: in scripts without spaces a whole
-    phrase is one.
+    regard to case and punctuation, have |A ∩ B| / |A ∪ B| ≥ `threshold`; texts of fewer than five
+    words only if they are equal. A word is a match of `\\w+`; in scripts without spaces that is a
+    whole phrase.
 
-    Pairs are proposed by MinHash signatures, of which a band of r values has to agree: r is as
-    large as finds a pair just at the threshold with a probability of at least 99.9 %, of more
-    similar texts more. Their true similarity then decides, of shingles as 64-bit hashes, so that
-    nothing is dropped by chance. Seeds and hashes are fixed: the same texts in the same order give
-    the same result. Kept are 8 bytes for a distinct shingle, about as much as the text.
+    Candidate pairs are those whose MinHash signatures agree in a band of r values. r is the largest
+    number that finds a pair exactly at the threshold with a probability of at least 99.9 %; more
+    similar pairs are found with a higher probability. The exact similarity, on 64-bit hashes of
+    shingles, then decides, so that nothing is dropped by chance. Seeds and hashes are fixed: the
+    same texts in the same order give the same result. Memory is 8 bytes per distinct shingle, about
+    as much as the text.
 
     References: Broder 1997, "On the resemblance and containment of documents"; Lee et al. 2022,
     arXiv:2107.06499.
@@ -53,7 +54,7 @@ class NearDuplicates:
                 f"finding near-duplicates needs {error.name}: pip install gqa-kernels[data]"
             ) from error
         self._threshold = threshold
-        # The hashes of the shingles are 64 bits already.
+        # Shingles are 64-bit hashes already.
         self._empty = MinHash(_PERMUTATIONS, seed=_SEED, hashfunc=int, scheme="affine64")
         self._index = MinHashLSH(num_perm=_PERMUTATIONS, params=_bands(threshold))
         self._kept: list[np.ndarray] = []
@@ -63,7 +64,7 @@ class NearDuplicates:
         """Returns whether `text` is a near-duplicate of one that was kept.
 
         Args:
-            keep: from now on `text` is one of those, if it is not.
+            keep: add `text` to the kept texts if it is not a near-duplicate.
         """
         shingles = _shingles(text)
         if not len(shingles):
@@ -92,13 +93,14 @@ class NearDuplicates:
 
 
 def near_duplicates(texts: Iterable[str], threshold: float = THRESHOLD) -> list[int]:
-    """Which of the texts to drop so that no near-duplicate of a text that stays comes after it.
+    """Returns the indices of the texts to drop, so that no kept text is a near-duplicate of an
+    earlier kept one.
 
-    The first of several stays. Each text that is dropped is near one that stays, not only near
-    another that is dropped. See `NearDuplicates`.
+    The first of several near-duplicates is kept. Each dropped text is a near-duplicate of a kept
+    one, not only of another dropped one. See `NearDuplicates`.
 
     Returns:
-        indices, in order.
+        Indices in ascending order.
     Raises:
         ImportError, ValueError: as `NearDuplicates`.
     """
@@ -107,8 +109,8 @@ def near_duplicates(texts: Iterable[str], threshold: float = THRESHOLD) -> list[
 
 
 def _bands(threshold: float) -> tuple[int, int]:
-    """(bands, values in each): of texts just as similar as the threshold, with the probability
-    1 − (1 − threshold^r)^bands one band or more agree."""
+    """Returns (bands, r values in each): for texts exactly as similar as the threshold, at least
+    one band agrees with probability 1 − (1 − threshold^r)^bands."""
     for r in range(_PERMUTATIONS // 2, 1, -1):
         bands = _PERMUTATIONS // r
         if 1 - (1 - threshold**r) ** bands >= _LEAST_RECALL:
@@ -117,7 +119,7 @@ def _bands(threshold: float) -> tuple[int, int]:
 
 
 def _shingles(text: str) -> np.ndarray:
-    """uint64 `[num_shingles]`: the hashes of the distinct shingles, in ascending order."""
+    """Returns uint64 `[num_shingles]`, the hashes of the distinct shingles in ascending order."""
     hashes = [_word_hash(word) for word in _WORD.findall(text.casefold())]
     count = max(0, len(hashes) - _SHINGLE + 1)
     words, shingles = np.array(hashes, dtype=np.uint64), np.zeros(count, dtype=np.uint64)

@@ -1,4 +1,4 @@
-"""What training minimises, and the rows of a batch that it is a mean over."""
+"""Training objectives and the interface of batches."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, Self
@@ -10,7 +10,7 @@ from llama2.model import Llama2
 
 
 class Rows(Protocol):
-    """A batch: as a tensor `[batch_size, …]` can be indexed, split and moved, rows first."""
+    """A batch, which can be indexed, split and moved like a tensor `[batch_size, …]`."""
 
     @property
     def device(self) -> torch.device: ...
@@ -24,11 +24,11 @@ class Rows(Protocol):
     def to(self, device: torch.device) -> Self: ...
 
 
-# The loss by a model of one micro-batch of rows, a scalar: a mean over rows, of which that over the
-# micro-batches and processes of a step is the step's loss.
+# The loss of a model on one micro-batch, a scalar mean over rows. The step's loss is the mean over
+# its micro-batches and processes.
 Objective = Callable[[Any, Any], Tensor]
 
 
 def next_token(model: Llama2, tokens: Tensor) -> Tensor:
-    """`Llama2.loss` of tokens `[batch, seq_len + 1]`, each row whole: pre-training."""
+    """Returns `Llama2.loss` of tokens `[batch, seq_len + 1]` without padding: pre-training."""
     return model.loss(tokens)

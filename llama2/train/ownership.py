@@ -1,4 +1,5 @@
-"""Whose a directory is: a run has an id in `--work`, which the checkpoint's directory names."""
+"""Ownership of directories: a run has an id in `--work`, and its checkpoint's directory records
+it."""
 
 import json
 import secrets
@@ -9,18 +10,18 @@ from typing import Any
 
 from llama2.storage import locked, write_text
 
-_START = "start.json"  # in the folder of the work
-_CLAIM = ".claimed"  # in that of the checkpoint, until it is written
-RECORD = "training.json"  # with the checkpoint, and a copy in the folder of the work
+_START = "start.json"  # in --work
+_CLAIM = ".claimed"  # in --out, until the checkpoint is written
+RECORD = "training.json"  # in --out with the checkpoint, and a copy in --work
 
 
 def run_id_of(work: Path, init: Path | None = None, *, begun: bool = False) -> str:
-    """Returns the id of the run in `work`, drawn at its first start.
+    """Returns the id of the run in `work`, which is drawn at its first start.
 
-    A state says which weights it has, not which it began with; that is recorded with the id.
+    The initial weights are recorded with the id, as a state has only its current weights.
 
     Args:
-        begun: the run has a state, which has to be of this `init`.
+        begun: the run has a state, which must have begun with this `init`.
     Raises:
         ValueError: the record is damaged, or the state began with other weights.
     """
@@ -31,10 +32,10 @@ def run_id_of(work: Path, init: Path | None = None, *, begun: bool = False) -> s
             found = json.loads(file.read_bytes())
             found["init"]
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{file}: expected what a run began with; {error!r}") from error
+            raise ValueError(f"{file}: expected the record of a run's start; {error!r}") from error
     if begun and found and found["init"] != start:
         raise ValueError(
-            f"{work}: expected the init of the run there, {found['init']}; got {start}"
+            f"{work}: expected --init {found['init']}, with which the run there began; got {start}"
         )
     run_id = found.get("run") or secrets.token_hex(8)
     write_text(file, json.dumps({"init": start, "run": run_id}))
@@ -43,31 +44,30 @@ def run_id_of(work: Path, init: Path | None = None, *, begun: bool = False) -> s
 
 @contextmanager
 def claimed(out: Path, run_id: str) -> Iterator[None]:
-    """Takes a directory for the checkpoint of a run, and keeps other runs out of it.
+    """Claims a directory for the checkpoint of a run and locks it against other runs.
 
     Raises:
-        ValueError: it has files that this run has not written, or another run is on its way there.
+        ValueError: it has files that this run did not write, or another run has claimed it.
     """
     out.mkdir(parents=True, exist_ok=True)
-    _check_free(out, run_id)  # before anything is written there
+    _check_free(out, run_id)  # before writing there
     (out / _CLAIM).touch()
     with locked(out, _CLAIM):
         _check_free(out, run_id)
-        # In place, as the lock is on this very file. A kill leaves it empty: then it is nobody's.
+        # In place, as this file carries the lock. A kill may leave it empty; then it has no owner.
         (out / _CLAIM).write_text(json.dumps({"run": run_id}), encoding="utf-8")
         yield
 
 
 def _check_free(out: Path, run_id: str) -> None:
-    """Raises ValueError if `out` has files that this run has not written."""
+    """Raises ValueError if `out` has files that this run did not write."""
     if run_id in (_owner(out / _CLAIM), _owner(out / RECORD)):
         return
-    # A claim without a checkpoint that nobody holds any more keeps nobody out.
+    # A claim file alone, without a checkpoint or a lock, does not exclude other runs.
     found = sorted(file.name for file in out.iterdir() if not file.name.startswith(_CLAIM))
     if found:
         raise ValueError(
-            f"out: expected a new directory, one without files, or this run's own; got {out} with "
-            f"{found[0]}"
+            f"out: expected a new or empty directory, or this run's own; got {out} with {found[0]}"
         )
 
 
@@ -79,7 +79,8 @@ def _owner(file: Path) -> str | None:
 
 
 def check_held(out: Path, run_id: str) -> None:
-    """Raises ValueError if `out` is no longer the run's, as somebody has cleared it meanwhile."""
+    """Raises ValueError if the run has lost its claim to `out`, for example because it was
+    cleared."""
     owner = _owner(out / _CLAIM)
     if owner != run_id:
         raise ValueError(
@@ -90,7 +91,7 @@ def check_held(out: Path, run_id: str) -> None:
 
 
 def finish(out: Path, record: dict[str, Any]) -> None:
-    """Writes what a run says of its checkpoint, its id under "run", in place of the claim."""
+    """Writes the record of a run, with its id under "run", to `out` and removes the claim."""
     write_record(out, record)
     (out / _CLAIM).unlink(missing_ok=True)
 

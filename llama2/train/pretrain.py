@@ -1,4 +1,5 @@
-"""Pre-training as Llama 2's paper gives it: AdamW, warm-up and cosine, clipping, exact resume.
+"""Pre-training as in Llama 2's paper: AdamW, warm-up and cosine schedule, clipping; with exact
+resume.
 
 Reference: Touvron et al. 2023, arXiv:2307.09288, section 2.2.
 """
@@ -32,13 +33,13 @@ class TrainConfig:
         seq_len: predicted tokens per sequence.
         micro_batch_size: sequences per forward pass; None means `batch_size`. Gradients of the
             micro-batches accumulate to the batch's.
-        weight_decay: of the matrices; norms have none (our choice: the paper does not say).
+        weight_decay: applied to matrices, not to norms (our choice: the paper does not say).
         final_lr_fraction: learning rate of the last step, as a fraction of the peak.
-        bf16: run a copy of the model in bfloat16 throughout; weights, the sum of gradients over
-            micro-batches and optimiser stay float32.
-        seed: of the order of the data.
-        activation_checkpointing: as the attribute of `Decoder`. It changes no bit, so a resumed
-            run may choose anew.
+        bf16: compute with a copy of the model in bfloat16; weights, the sum of gradients over
+            micro-batches and the optimiser's state stay float32.
+        seed: random seed of the order of the data.
+        activation_checkpointing: as for `Decoder`. It does not change results, so a resumed run may
+            change it.
 
     Raises:
         ValueError: a size or `peak_lr` is not positive, `warmup_steps` or `weight_decay` is
@@ -86,17 +87,17 @@ class Batches(Protocol):
     """The data of a run."""
 
     def batch(self, step: int) -> Rows:
-        """Returns the rows of a step, a function of it alone: int64 `[batch_size, seq_len + 1]`, or
-        what else the objective takes."""
+        """Returns the rows of a step, determined by its number alone: int64 `[batch_size, seq_len +
+        1]`, or what the objective takes instead."""
         ...
 
     def identity(self) -> dict[str, Any]:
-        """What JSON can hold, and two runs must share for one to resume the other."""
+        """Returns, in JSON's types, what two runs must share for one to resume the other."""
         ...
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Learning rate of `step`, counted from 0.
+    """Returns the learning rate of `step`, counted from 0.
 
     Linear to the peak over `warmup_steps` (peak · (step + 1) / warmup_steps), then
     floor + (peak − floor) · (1 + cos(π · progress)) / 2, progress 0 at the first step after the
@@ -110,9 +111,9 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW whose matrices decay, and all else does not.
+    """Returns AdamW with weight decay for matrices only.
 
-    The parameters of a group are all on one mesh, or all whole, as the fused step requires. The
+    All parameters of a group are on the same mesh or all unsharded, as the fused step requires. The
     optimiser is fused, unless `make_worker` makes a worker with copies of the weights:
     `update.step_with_copies` then does the step.
     """
@@ -135,7 +136,7 @@ def make_worker(model: Decoder, config: TrainConfig) -> Decoder:
     """Returns the model that computes the gradients of a step: `model`, or with bf16 a copy in
     bfloat16.
 
-    Autocast is no substitute: it would hand the ops float32 residuals with bfloat16 updates.
+    Autocast would not do: it would pass float32 residuals and bfloat16 updates to the ops.
     """
     worker = copy.deepcopy(model).bfloat16() if config.bf16 else model
     worker.activation_checkpointing = config.activation_checkpointing
@@ -152,16 +153,16 @@ def train_step(
     objective: Objective = next_token,
     execution: Execution = OneProcess(),  # noqa: B008  (it has no state)
 ) -> tuple[float, float]:
-    """One optimiser step on `batch`, on the model's device.
+    """Does one optimiser step on `batch`, on the model's device.
 
     Args:
-        batch: as `Batches` gives it; whole in every process of `execution`.
-        worker: what `make_worker` returned, with the weights of `model`. Afterwards both have the
-            new weights. None makes one.
+        batch: from `Batches`; every process of `execution` passes the whole batch.
+        worker: from `make_worker`, with the weights of `model`; afterwards both have the new
+            weights. None makes one.
     Returns:
-        (loss, gradient norm before clipping): the loss is that of the batch.
+        (loss of the batch, gradient norm before clipping).
     Raises:
-        FloatingPointError: either is not finite. The weights are as before the step.
+        FloatingPointError: either is not finite. The weights are unchanged.
     """
     optimizer.zero_grad(set_to_none=True)
     worker = make_worker(model, config) if worker is None else worker
@@ -181,8 +182,8 @@ def train_step(
     if not (total + norm).isfinite():
         raise FloatingPointError(
             f"step {step}: expected a finite loss and gradient norm; got {total.item()} and "
-            f"{norm.item()}. The last saved state is untouched; a lower learning rate needs a new "
-            "run"
+            f"{norm.item()}. The last saved state is unchanged; start a new run with a lower "
+            "learning rate"
         )
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
@@ -196,7 +197,7 @@ def train_step(
 
 
 def _gradients(worker: Decoder, model: Decoder) -> dict[nn.Parameter, Tensor]:
-    """Returns the gradients by weight of `model`: its own where it has one, otherwise the
+    """Returns the gradients by weight of `model`: its own gradient if there is one, otherwise the
     worker's."""
     pairs = zip(model.parameters(), worker.parameters(), strict=True)
     found = {
@@ -206,7 +207,7 @@ def _gradients(worker: Decoder, model: Decoder) -> dict[nn.Parameter, Tensor]:
 
 
 def _hand_over_gradients(worker: Decoder, model: Decoder) -> None:
-    """Adds the worker's gradients to the model's, in float32, and leaves it none."""
+    """Adds the worker's gradients to the model's in float32 and clears them."""
     for copied, weight in zip(worker.parameters(), model.parameters(), strict=True):
         if copied.grad is not None:
             added = weight.grad is not None
@@ -217,7 +218,7 @@ def _hand_over_gradients(worker: Decoder, model: Decoder) -> None:
 def run_identity(model: Decoder, data: Batches, config: TrainConfig) -> Identity:
     """Returns the shapes, the recipe and the data of a run."""
     recipe = asdict(config)
-    del recipe["activation_checkpointing"]  # changes no bit
+    del recipe["activation_checkpointing"]  # does not change results
     return {
         "model_config": asdict(model.config),
         "train_config": recipe,
@@ -241,30 +242,31 @@ def train(
     """Trains `model` in place on `data` and returns the records of the log, one per step.
 
     `folder` receives a state, every `save_every` steps and at the end, and `log.jsonl`, a line per
-    step: step, loss, lr, grad_norm, tokens (so far), seconds (so far). If it holds a state, the run
-    resumes from it, bit for bit as though it had never stopped (on CUDA as far as its kernels are
-    deterministic), whenever it was killed.
+    step: step, loss, lr, grad_norm, tokens (so far), seconds (so far). If `folder` has a state, the
+    run resumes from it, bit for bit as if it had never stopped (on CUDA if its kernels are
+    deterministic).
 
     Args:
-        objective: what each step minimises, of its rows.
-        counts_tokens: False of rows that have lengths of their own: the log has no "tokens".
+        objective: the loss of rows that each step minimises.
+        counts_tokens: False for rows of different lengths: the log then has no "tokens".
         execution: the processes; every one of them calls this.
-        asked_to_stop: is asked after each step; if it says so, the step is saved and the run ends.
+        asked_to_stop: called after each step; if it returns True, the step is saved and the run
+            ends.
         tensorboard: a directory for TensorBoard event files, which get the numbers of the log.
     Raises:
-        KeyboardInterrupt: it was asked to stop, and is saved.
-        ValueError: the state in `folder` is of another run or its log is incomplete; `save_every`
+        KeyboardInterrupt: `asked_to_stop` returned True; the step is saved.
+        ValueError: the state in `folder` is of another run, its log is incomplete, or `save_every`
             is not positive; or as the batches of `data`.
         FloatingPointError: a loss or gradient is not finite; such a step is never saved.
     """
-    device = model.rope.cos.device  # of parameters that are sharded, too
+    device = model.rope.cos.device  # also for sharded parameters
     optimizer = make_optimizer(model, config)
     model.train()
     worker = None
 
     def do_step(step: int) -> dict[str, float]:
         nonlocal worker
-        if worker is None:  # only now: the weights that a run resumes from are loaded
+        if worker is None:  # now that the weights of a resumed run are loaded
             worker = model if execution.is_sharded else make_worker(model, config)
         batch = data.batch(step).to(device)
         loss, grad_norm = train_step(

@@ -1,5 +1,5 @@
-"""Personal information in texts, replaced by placeholders: e-mail addresses, telephone numbers, IP
-addresses."""
+"""Replacement of personal information in texts by placeholders: e-mail addresses, telephone
+numbers, IP addresses."""
 
 import ipaddress
 import re
@@ -31,7 +31,7 @@ _BEFORE_A_VERSION = re.compile(
     re.IGNORECASE,
 )
 _VERSION_REACH = 24  # characters before a number
-# Seven digits with little between them: the matcher is slow, and most lines have no number at all.
+# Seven digits with little between them; only such lines go to the slow matcher.
 _MAYBE_PHONE = re.compile(r"\d(?:[^\w\n]{0,4}\d){6}")
 _GROUPED = re.compile(r"0|.*[-./()]")
 _DECIMAL = re.compile(r"\+(\d+)\.\d+")
@@ -40,33 +40,34 @@ _DECIMAL = re.compile(r"\+(\d+)\.\d+")
 class Redactor:
     """Replaces personal information by "<EMAIL_ADDRESS>", "<PHONE_NUMBER>" and "<IP_ADDRESS>".
 
-    These are presidio's names. Such a placeholder is nobody's, unlike an invented address or
-    number, can be told from text, and contains nothing that a second pass would find. The result
-    depends on the text, the region and the libraries' versions alone.
+    These are presidio's names. Unlike an invented address or number, a placeholder cannot belong to
+    anybody, is distinct from text, and is not matched by a second pass. The result depends only on
+    the text, the region and the libraries' versions.
 
     E-mail addresses: in Latin letters, at most 64 characters before the "@", under a top-level
-    domain of the public suffix list, which tells them from matrix products (`x@self.weight`), file
-    names (`logo@2x.png`) and versions (`left-pad@1.3.0`). Message ids and the likes of
-    `git@github.com` are taken for addresses. Not found: `example.com`, `.net` and `.org` (RFC
-    2606), domains that are not public (`root@localhost`), quoted local parts, "name at host".
+    domain of the public suffix list, which distinguishes them from matrix products
+    (`x@self.weight`), file names (`logo@2x.png`) and versions (`left-pad@1.3.0`). Message ids and
+    names such as `git@github.com` count as addresses. Not found: `example.com`, `.net` and `.org`
+    (RFC 2606), domains that are not public (`root@localhost`), quoted local parts, "name at host".
 
-    Telephone numbers: what libphonenumber calls valid. International ones, from "+", in any
-    grouping, unless a letter or digit comes right before or a dot after other digits than the
-    country's (`+35236450.6`). National ones of one region only in the region's own grouping, with
-    a hyphen, dot, slash or parenthesis, or from a 0: bare digits and columns of numbers, such as
-    2147483647 and 256 512 1024, would be valid numbers of the United States. Not found: numbers
-    that go on in the next line, without an area code, or short ones such as 112.
+    Telephone numbers: those that libphonenumber calls valid. International numbers, beginning with
+    "+", are found in any grouping, except directly after a letter or digit, or with a dot after
+    digits that are not the country code (`+35236450.6`). National numbers of one region are found
+    only in the region's grouping, with a hyphen, dot, slash or parenthesis, or with a leading 0:
+    bare digits and columns of numbers, such as 2147483647 and 256 512 1024, would be valid numbers
+    of the United States. Not found: numbers that continue on the next line, numbers without an area
+    code, and short numbers such as 112.
 
-    IP addresses: by `ipaddress`, those of the internet: not private, local, reserved or multicast
-    ones, which identify nobody elsewhere; of version 6 those of 2000::/3 with at least two groups
-    at the beginning, which tells them from slices. Four numbers from 0 to 255 between dots may be
-    a version or a section instead. They are taken for one after "v", "version", "release", "build",
-    "section" and the like, after `==` or `>=`, after a name and a hyphen or slash
-    (`nginx/1.18.0.12`), beside further parts, and where three or four of them are below 10, as in
+    IP addresses: global ones according to `ipaddress`, not private, local, reserved or multicast
+    ones, which identify nobody elsewhere; for version 6 those of 2000::/3 that begin with at least
+    two groups, which distinguishes them from slices. Four numbers from 0 to 255 between dots may
+    also be a version or a section. They count as one after "v", "version", "release", "build",
+    "section" and similar words, after `==` or `>=`, after a name and a hyphen or slash
+    (`nginx/1.18.0.12`), next to further parts, and if three or four of them are below 10, as in
     "1.2.3.4" and "8.2.4.44", which are 1 of 4,000 addresses.
 
     Args:
-        region: whose national telephone numbers are found: a two-letter code of ISO 3166-1.
+        region: the region of national telephone numbers, a two-letter code of ISO 3166-1.
     Raises:
         ImportError: a package of the extra `data` is missing.
         ValueError: libphonenumber does not know the region.
@@ -89,7 +90,7 @@ class Redactor:
         self._suffixes = PublicSuffixList(accept_unknown=False, only_icann=True)
 
     def redact(self, text: str) -> tuple[str, Counter[str]]:
-        """Returns the text with placeholders, and how many there are of each kind of `KINDS`."""
+        """Returns the text with placeholders, and their number by kind of `KINDS`."""
         counts: Counter[str] = Counter()
         if "@" in text:
             text = _replaced(_EMAIL, text, self._email, EMAIL, counts)
@@ -101,7 +102,7 @@ class Redactor:
         return text, counts
 
     def _email(self, match: re.Match[str]) -> str:
-        """Returns the address in a match: up to the last label that is a top-level domain."""
+        """Returns the address in a match, up to the last label that is a top-level domain."""
         local, _, domain = match[0].partition("@")
         labels = domain.split(".")
         while len(labels) > 1 and not self._is_top_level(labels[-1]):
@@ -136,7 +137,7 @@ def _replaced(
     kind: str,
     counts: Counter[str],
 ) -> str:
-    """Replaces what `accept` returns of each match, the beginning of it or nothing."""
+    """Replaces the beginning of each match that `accept` returns; "" replaces nothing."""
 
     def replacement(match: re.Match[str]) -> str:
         found = accept(match)

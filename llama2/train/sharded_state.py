@@ -1,7 +1,8 @@
-"""What a killed run on several processes leaves behind, and a run on any number picks up.
+"""Saved states of runs on several processes, which a run on any number of processes can load.
 
 A folder holds `step-N`, a directory of `torch.distributed.checkpoint`, for the last state saved.
-Its `.metadata` is a pickle, which can run code when it is read: load what you have saved yourself.
+Its `.metadata` is a pickle, which can run code when it is read: load only states that you saved
+yourself.
 """
 
 import json
@@ -27,7 +28,7 @@ from llama2.train.state import Identity, check_identity
 
 _STATE = re.compile(r"step-(\d+)")
 _IDENTITY = "identity.json"
-# The optimizer's by parameters: its groups are those of the mesh that the state is written from.
+# The optimizer's state by parameter, as its groups depend on the mesh that writes it.
 _BY_PARAMETER = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -38,21 +39,21 @@ def save_sharded_state(
     step: int,
     identity: Identity,
 ) -> None:
-    """Writes what resuming after `step` steps needs; every rank calls it.
+    """Writes the state after `step` steps; every rank calls it.
 
-    The folder always holds a whole state: the old one goes when the new one is there.
+    The folder always has a complete state: the old one is removed once the new one is complete.
 
     Args:
-        identity: of the run, as `pretrain.run_identity` gives it.
+        identity: of the run, from `pretrain.run_identity`.
     Raises:
-        ValueError: the folder holds a state after as many steps or more.
+        ValueError: the folder has a state after as many steps or more.
     """
     newest = max(_states(folder), default=-1)
     if newest >= step:
         raise ValueError(f"step: expected one after the {newest} saved in {folder}; got {step}")
     partial = folder / f"step-{step}.partial"
     if _first_rank():
-        shutil.rmtree(partial, ignore_errors=True)  # a killed run's
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed run
         folder.mkdir(parents=True, exist_ok=True)
     _wait()
     weights, moments = get_state_dict(model, optimizer, options=_BY_PARAMETER)
@@ -74,17 +75,17 @@ def load_sharded_state(
     optimizer: torch.optim.Optimizer | None = None,
     identity: Identity | None = None,
 ) -> int:
-    """Restores the newest state of a folder, on as many processes as there are now; every rank
-    calls it.
+    """Restores the newest state of a folder on the present number of processes; every rank calls
+    it.
 
     Args:
-        optimizer: None reads the weights alone.
-        identity: of the run that goes on; None takes a state of any.
+        optimizer: None reads only the weights.
+        identity: of the run to resume; None accepts the state of any run.
     Returns:
-        the number of steps done; 0 where the folder holds no state, and nothing changes.
+        The number of steps done; 0 if the folder has no state, and nothing changes.
     Raises:
         ValueError: the state is of another run; names the first difference.
-        torch.distributed.checkpoint.CheckpointException: the state is of a model of other shapes.
+        torch.distributed.checkpoint.CheckpointException: the state is of a model with other shapes.
     """
     states = _states(folder)
     if not states:
@@ -116,7 +117,7 @@ def load_sharded_state(
 
 
 def _states(folder: Path) -> dict[int, Path]:
-    """Returns the whole states of a folder by their steps."""
+    """Returns the complete states of a folder by their steps."""
     if not folder.is_dir():
         return {}
     found = {path: _STATE.fullmatch(path.name) for path in folder.iterdir()}

@@ -1,7 +1,7 @@
-"""Token shards on disk, and batches from a weighted mixture of them that are never all in memory.
+"""Token shards on disk, and batches from a weighted mixture of them, without loading them whole.
 
 A shard is a `.npy` file of token ids, integers `[num_tokens]`; a source is a shard or a directory
-of them. Documents lie in it one after another, each from BOS to EOS.
+of them. Documents follow each other, each from BOS to EOS.
 """
 
 import math
@@ -21,8 +21,8 @@ from llama2.storage import reading
 from llama2.train.pretrain import TrainConfig
 
 _OPEN_SHARDS = 64  # each holds a file descriptor
-_EDGE = 2**16  # ids at each end of a shard that tell it from another
-_WEIGHTS = (1e-100, 1e100)  # whose sums and shares neither overflow nor vanish
+_EDGE = 2**16  # ids at each end of a shard that go into its checksum
+_WEIGHTS = (1e-100, 1e100)  # their sums and shares neither overflow nor underflow
 
 
 def write_shards(
@@ -30,19 +30,21 @@ def write_shards(
 ) -> None:
     """Writes the ids of `arrays`, one after another, as a directory of shards.
 
-    They are uint16 where the vocabulary allows, otherwise uint32. The directory appears under its
-    name once it is complete; what a killed process left beside it is written over.
+    Ids are uint16 if the vocabulary allows, otherwise uint32. The directory gets its name once it
+    is complete; leftovers of a killed process are overwritten.
 
     Args:
         arrays: integers `[num_tokens]` each, such as documents.
-        shard_tokens: ids per shard; the last may have less.
+        shard_tokens: ids per shard; the last may have fewer.
     Raises:
-        FileExistsError: there is something at `folder`.
+        FileExistsError: `folder` exists.
         ValueError: an array is not integers `[num_tokens]`, an id is not in [0, vocab_size), or
-            there is none.
+            there are no ids.
     """
     if folder.exists():
-        raise FileExistsError(f"{folder}: expected nothing there; got a file or directory")
+        raise FileExistsError(
+            f"{folder}: expected a path that does not exist; got a file or directory"
+        )
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens: expected at least 1; got {shard_tokens}")
     partial = folder.with_name(folder.name + ".partial")
@@ -81,23 +83,23 @@ def _check_ids(name: str, tokens: np.ndarray, vocab_size: int) -> None:
 
 
 def _open(file: Path) -> np.ndarray:
-    """Returns a shard, mapped into memory."""
+    """Returns a memory-mapped shard."""
     with reading(file, "expected a whole .npy file of integers;"):
-        shard = np.lib.format.open_memmap(file, mode="r")  # never unpickles, as np.load may
+        shard = np.lib.format.open_memmap(file, mode="r")  # never unpickles, unlike np.load
     _check_kind(str(file), shard)
     return shard
 
 
 def _opener() -> Callable[[Path], np.ndarray]:
-    """`_open` that keeps the shards used last open."""
+    """Returns an `_open` that keeps the most recently used shards open."""
     return lru_cache(_OPEN_SHARDS)(_open)
 
 
 class TokenSource:
-    """The windows of one source: `seq_len + 1` ids each, that overlap by one.
+    """The windows of one source: `seq_len + 1` ids each, overlapping by one.
 
-    Every id of a shard but its first is predicted by one window, but for those at its end that do
-    not fill one; no window crosses from a shard to the next. Shards are in the order of names.
+    Every id of a shard except the first is predicted in one window, except ids at the end that do
+    not fill one; no window spans two shards. Shards are in the order of their names.
 
     Attributes:
         files: the shards.
@@ -106,10 +108,10 @@ class TokenSource:
 
     Args:
         path: a `.npy` file, or a directory whose `.npy` files are the shards.
-        open_shard: maps a file into memory; sources that share one share what it keeps open.
+        open_shard: memory-maps a file; sources may share one, and with it the open files.
     Raises:
         FileNotFoundError: there is no `.npy` file.
-        ValueError: a shard is not a whole `.npy` file of integers `[num_tokens]`, or none of them
+        ValueError: a shard is not a complete `.npy` file of integers `[num_tokens]`, or no shard
             fills a window.
     """
 
@@ -129,7 +131,7 @@ class TokenSource:
         self._open = _opener() if open_shard is None else open_shard
         lengths = [len(self._open(file)) for file in self.files]
         self.num_tokens = sum(lengths)
-        # Where the windows of a shard end, counted over all of them.
+        # The cumulative number of windows at the end of each shard.
         self._ends = np.cumsum([max(length - 1, 0) // seq_len for length in lengths])
         self.num_windows = int(self._ends[-1])
         if not self.num_windows:
@@ -139,10 +141,10 @@ class TokenSource:
             )
 
     def window(self, index: int) -> np.ndarray:
-        """int64 `[seq_len + 1]` of the window `index`, from 0 to num_windows − 1.
+        """Returns window `index`, from 0 to num_windows − 1, as int64 `[seq_len + 1]`.
 
         Raises:
-            ValueError: an id of it is not in the vocabulary; names the shard.
+            ValueError: an id is not in the vocabulary; names the shard.
         """
         number = int(np.searchsorted(self._ends, index, side="right"))
         first = int(self._ends[number - 1]) if number else 0
@@ -152,7 +154,7 @@ class TokenSource:
         return ids.astype(np.int64)
 
     def crc32(self) -> int:
-        """CRC-32 of the shards' lengths and of the ids at their ends, not of all their ids."""
+        """Returns the CRC-32 of the shards' lengths and of the ids at both ends, not of all ids."""
         value = 0
         for file in self.files:
             shard = self._open(file)
@@ -162,26 +164,26 @@ class TokenSource:
 
 
 class Mixture:
-    """The batches of a run from several sources, each as often as its weight says.
+    """The batches of a run from several sources in proportion to their weights.
 
-    Row n = step · batch_size + i of the run is drawn by stride scheduling: the j-th row of source s
-    has the deadline (j + ½) / w_s, where the weights w add up to 1, and rows go by deadline, of
-    equal ones the lower s first. Of any n rows source s has n · w_s, give or take
-    ½ + w_s · num_sources / 2. Its j-th row is a window that a permutation of its own gives, another
-    in every epoch, so that none comes twice before all came. All of it is a function of the step
-    and the configuration: a resumed run needs no state.
+    Row n = step · batch_size + i of the run is chosen by stride scheduling: the j-th row of source
+    s has the deadline (j + ½) / w_s, where the weights w sum to 1; rows are ordered by deadline,
+    ties by s. Of the first n rows, source s has n · w_s, within ½ + w_s · num_sources / 2. Its j-th
+    row is a window chosen by a permutation per source and epoch, so that every window is used once
+    before any is repeated. All of this is determined by the step and the configuration: a resumed
+    run needs no state.
 
     Reference: Waldspurger and Weihl 1995, MIT/LCS/TM-528.
 
     Args:
-        sources: paths, as `TokenSource` takes them, and weights, which need not add up to 1.
-        config: gives batch_size, seq_len and the seed of the permutations.
-        vocab_size: ids have to be below it.
-        texts: what tells the texts that the sources were made of from others, for the run's
-            identity: `TokenSource.crc32` does not see all of them.
+        sources: paths, as for `TokenSource`, and weights, which need not sum to 1.
+        config: its batch_size, seq_len and seed, that of the permutations, are used.
+        vocab_size: ids must be below it.
+        texts: digests of the texts from which the sources were made, for the run's identity:
+            `TokenSource.crc32` does not cover all ids.
     Raises:
-        FileNotFoundError, ValueError: as `TokenSource`; a weight is not in [1e-100, 1e100], a
-            shard is there twice, or there is no source.
+        FileNotFoundError, ValueError: as `TokenSource`; a weight is not in [1e-100, 1e100], a shard
+            occurs twice, or there is no source.
     """
 
     def __init__(
@@ -210,10 +212,10 @@ class Mixture:
         total = math.fsum(weight for _, weight in sources)
         self._weights = [weight / total for _, weight in sources]
         self._config, self._texts = config, texts
-        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # of the present epoch, by source
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # of the current epoch, by source
 
     def counts(self, num_rows: int) -> list[int]:
-        """Returns how many of the first `num_rows` rows of a run each source has."""
+        """Returns how many of the first `num_rows` rows of a run come from each source."""
         # By the time t the sources have Σ floor(t · w + ½) rows, within half their number of t. So
         # these are less than num_rows, and all due before the last of those.
         time = num_rows - len(self._weights)
@@ -227,7 +229,8 @@ class Mixture:
         return deadlines.index(min(deadlines))
 
     def rows_of(self, step: int) -> list[tuple[int, int]]:
-        """(s, j) of each row of a batch: the j-th row of source s in this run, both from 0."""
+        """Returns (s, j) of each row of a batch: it is the j-th row of source s in this run, both
+        from 0."""
         counts, rows = self.counts(step * self._config.batch_size), []
         for _ in range(self._config.batch_size):
             source = self._next(counts)
@@ -254,7 +257,7 @@ class Mixture:
         return int(self._orders[source][1][place])
 
     def shares(self, steps: int) -> dict[str, tuple[int, float]]:
-        """(tokens, epochs) that each source gives to the first `steps` steps, by its path."""
+        """Returns (tokens, epochs) of each source in the first `steps` steps, by its path."""
         counts = self.counts(steps * self._config.batch_size)
         return {
             name: (count * self._config.seq_len, count / source.num_windows)

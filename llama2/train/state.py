@@ -1,4 +1,4 @@
-"""What a killed run leaves behind and a resumed run picks up: a state and a log."""
+"""The saved state and the log of a run, from which a killed run resumes."""
 
 import json
 from collections.abc import Callable
@@ -10,9 +10,9 @@ from torch import nn
 
 from llama2.storage import reading, replacing
 
-LOG = "log.jsonl"  # in a run's folder, a line per step
+LOG = "log.jsonl"  # in a run's folder; a line per step
 
-# What two runs must share for one to resume the other: names and values by their kind.
+# What two runs must share for one to resume the other: values by kind and name.
 Identity = dict[str, dict[str, Any]]
 
 
@@ -23,11 +23,10 @@ def save_state(
     step: int,
     identity: Identity,
 ) -> None:
-    """Writes all that resuming after `step` steps needs; `path` holds the old state or the new one,
-    never half of one.
+    """Writes all that resuming after `step` steps needs, atomically.
 
     Raises:
-        OSError: it cannot be written, for example as the disk is full.
+        OSError: it cannot be written, for example because the disk is full.
     """
     state = {
         **identity,
@@ -38,7 +37,7 @@ def save_state(
     with replacing(path) as partial:
         try:
             torch.save(state, partial)
-        except RuntimeError as error:  # torch's, of a write that failed
+        except RuntimeError as error:  # PyTorch's error for a failed write
             raise OSError(f"{partial}: expected to write the state; {error}") from error
 
 
@@ -48,8 +47,8 @@ def load_state(
     """Restores what `save_state` wrote and returns the number of steps done.
 
     Raises:
-        ValueError: the state is of another model, recipe or stream; names the first difference.
-            Or the file is damaged, or no state.
+        ValueError: the state is of another model, recipe or stream, with the first difference; or
+            the file is damaged or not a state.
     """
     state = read_state(path)
     check_identity(path, state, identity)
@@ -59,7 +58,8 @@ def load_state(
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What `save_state` wrote, on the CPU; ValueError for a file that is damaged, or no state."""
+    """Returns what `save_state` wrote, on the CPU; raises ValueError for a damaged or other
+    file."""
     with reading(path, "expected a saved state; got"):
         state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not state.keys() >= {"step", "model", "optimizer"}:
@@ -68,19 +68,19 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def check_identity(path: Path, found: dict[str, Any], identity: Identity) -> None:
-    """Raises a ValueError that names the first difference between two runs, if there is one."""
+    """Raises ValueError with the first difference between two runs, if there is one."""
     values = found if isinstance(found, dict) else {}
     if missing := [kind for kind in identity if not isinstance(values.get(kind), dict)]:
         raise ValueError(
-            f"{path}: expected what identifies a run, {', '.join(identity)}; got no {missing[0]}"
+            f"{path}: expected a run's identity ({', '.join(identity)}); got no {missing[0]}"
         )
     for kind, expected in identity.items():
         for name, value in expected.items():
             if found[kind].get(name) != value:
                 raise ValueError(
-                    f"{path}: expected the state of a run with {kind} {name}={value!r}; "
-                    f"got {found[kind].get(name)!r}. Its own data and options go on with it; "
-                    "others need another folder"
+                    f"{path}: expected the state of a run with {kind} {name}={value!r}; got "
+                    f"{found[kind].get(name)!r}. Resume it with its own data and options, or use "
+                    "another folder"
                 )
 
 
@@ -116,8 +116,8 @@ def records_so_far(
     A last line without a line end is left out: the run is writing it, or was killed meanwhile.
 
     Args:
-        complain: is called with the path, the number and the error of every other line that is
-            not a record; such lines are left out too.
+        complain: called with the path, the number and the error of every other line that is not a
+            record; such lines are left out too.
     """
     records = []
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -130,12 +130,12 @@ def records_so_far(
 
 
 def cut_log(path: Path, count: int) -> float:
-    """Keeps the first `count` lines and returns the seconds that the last of them says.
+    """Truncates the log to its first `count` lines and returns the "seconds" of the last one.
 
-    A killed run may have logged steps that it never saved, the last of them in half a line.
+    A killed run may have logged steps that it did not save, the last one as a partial line.
 
     Raises:
-        ValueError: there are less than `count` whole lines.
+        ValueError: there are fewer than `count` whole lines.
     """
     found = []
     if path.exists():
@@ -143,8 +143,7 @@ def cut_log(path: Path, count: int) -> float:
     whole = [line for line in found if line.endswith("\n")]
     if len(whole) < count:
         raise ValueError(
-            f"{path}: expected the {count} records that come before the saved state; "
-            f"got {len(whole)}"
+            f"{path}: expected the {count} records before the saved state; got {len(whole)}"
         )
     kept = whole[:count]
     records = _parsed(path, kept)

@@ -1,10 +1,10 @@
-"""Makes the small checkpoint of this package from nothing but Python's own standard library:
+"""Makes this package's small checkpoint from Python's standard library alone:
 
     python -m llama2.train.stdlib_checkpoint --out build/stdlib/checkpoint --work build/stdlib
 
-trains a tokenizer and a model and writes a directory in Hugging Face's layout, a new one or this
-run's own. Killed, the same command continues from `--work`. On one machine the same Python, PyTorch
-and number of threads give the same bits.
+trains a tokenizer and a model and writes them to a directory in Hugging Face's layout, which must
+be new or this run's own. If it is killed, the same command resumes from `--work`. On one machine,
+the same Python, PyTorch and number of threads give the same bits.
 """
 
 import argparse
@@ -53,8 +53,8 @@ MODEL = ModelConfig(
     max_seq_len=256,
 )
 
-# What transformers needs to read the same tokenizer, and to know where a text ends. A generated BOS
-# would begin another document, so it ends the text as EOS does.
+# Settings with which transformers reads the same tokenizer and stops generation. A generated BOS
+# would begin another document, so it ends the text like EOS.
 TOKENIZER_CONFIG = {
     "tokenizer_class": "LlamaTokenizer",
     "bos_token": "<s>",
@@ -90,8 +90,8 @@ licenses that Python lists for incorporated software.
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> bytes:
-    """Returns a SentencePiece model with Llama 2's switches, and runs of spaces as pieces for
-    indentation.
+    """Trains and returns a SentencePiece model with Llama 2's switches, and with runs of spaces as
+    pieces for indentation.
 
     Llama 2: BPE, digits split, byte fallback, identity normaliser, no whitespace collapse, pieces
     of at most 16 characters, coverage 0.99995, unk 0, bos 1, eos 2, no pad. Here a text is a whole
@@ -129,15 +129,19 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         description="Train a small Llama 2 on Python's standard library.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, required=True, help="directory of the checkpoint")
-    parser.add_argument("--work", type=Path, required=True, help="directory of log and state")
+    parser.add_argument("--out", type=Path, required=True, help="directory for the checkpoint")
+    parser.add_argument("--work", type=Path, required=True, help="directory for log and state")
     parser.add_argument("--steps", type=int, default=5000, help="optimiser steps")
     parser.add_argument("--batch-size", type=int, default=4, help="sequences per step")
-    parser.add_argument("--micro-batch-size", type=int, default=4, help="sequences at a time")
+    parser.add_argument(
+        "--micro-batch-size", type=int, default=4, help="sequences per forward pass"
+    )
     parser.add_argument("--seq-len", type=int, default=256, help="tokens per sequence")
-    parser.add_argument("--peak-lr", type=float, default=2.5e-3, help="highest learning rate")
-    parser.add_argument("--warmup-steps", type=int, default=200, help="steps to reach it")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the data's order")
+    parser.add_argument("--peak-lr", type=float, default=2.5e-3, help="peak learning rate")
+    parser.add_argument(
+        "--warmup-steps", type=int, default=200, help="steps of linear warm-up to the peak"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed of weights and data")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of PyTorch")
     return parser.parse_args(arguments)
 
@@ -171,7 +175,7 @@ def _export(model: Llama2, tokenizer_model: bytes, record: dict[str, Any], out: 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains; returns 0, or 2 after a sentence on stderr about what the user gave."""
+    """Trains and returns 0, or 2 after a one-line error on stderr about the user's input."""
     arguments = sys.argv[1:] if arguments is None else arguments
     args = _parse(arguments)
     return answered("llama2.train.stdlib_checkpoint", lambda: _run(args, arguments))
@@ -212,7 +216,7 @@ def _train(
     torch.manual_seed(args.seed)
     model = Llama2(MODEL, get_backend("torch"))
     log = train(model, RandomWindows(stream, config), config, args.work, save_every=100)
-    model.bfloat16().float()  # the held-out figure is of the weights as they are stored
+    model.bfloat16().float()  # evaluate the weights as they are stored
     record = {
         "run": run_id,
         "command": f"python -m llama2.train.stdlib_checkpoint {command}",

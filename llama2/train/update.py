@@ -1,6 +1,6 @@
-"""The end of a training step: clipping and the optimiser's update.
+"""Gradient clipping and the optimiser's update.
 
-Clipping is a scale that the optimiser divides gradients by as it reads them, not a pass over them.
+Clipping takes no pass over the gradients: the optimiser divides them by a scale as it reads them.
 If a model in 16 bits computes the gradients (the worker) and the weights are float32, the update
 reads the worker's gradients in 16 bits and writes both the weights and the worker's weights.
 """
@@ -25,13 +25,13 @@ def grad_norm(gradients: Iterable[Tensor]) -> Tensor:
 
 
 def clipping_scale(norm: Tensor, max_norm: float) -> Tensor:
-    """Returns the number to divide gradients of this norm by, so that their norm is at most
-    `max_norm`; float32, as AdamW's fused step requires."""
+    """Returns the divisor that reduces gradients of this norm to a norm of at most `max_norm`;
+    float32, as AdamW's fused step requires."""
     return ((norm + _SMALLEST_NORM) / max_norm).clamp(min=1.0).float()
 
 
 def step_fused(optimizer: torch.optim.AdamW, grad_scale: Tensor) -> None:
-    """A step of PyTorch's fused AdamW on the gradients divided by `grad_scale`."""
+    """Does a step of PyTorch's fused AdamW on the gradients divided by `grad_scale`."""
     optimizer.grad_scale = grad_scale  # the attribute that torch.amp.GradScaler sets
     try:
         optimizer.step()
@@ -47,14 +47,14 @@ def step_with_copies(
     grad_scale: Tensor,
     adamw_update: Callable[..., None],
 ) -> None:
-    """A step of `optimizer`, with its state, on float32 weights that have copies in another dtype.
-    Afterwards the copies are the new weights, rounded.
+    """Does a step of `optimizer`, with its state, on float32 weights that have copies in another
+    dtype. Afterwards the copies are the rounded new weights.
 
     Args:
         optimizer: not fused, so that its step counts are on the CPU.
         gradients: by weight, in any dtype; a weight without a gradient is not changed.
         copies: by weight, for every weight that has a gradient.
-        adamw_update: the op, of a backend.
+        adamw_update: the op of a backend.
     """
     for group in optimizer.param_groups:
         beta1, beta2 = group["betas"]
