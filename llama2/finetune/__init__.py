@@ -1,1 +1,1 @@
-"""From a base model to a chat model."""
+"""Supervised fine-tuning of a base model to a chat model."""

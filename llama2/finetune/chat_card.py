@@ -1,10 +1,10 @@
-"""Writes the card of the chat model that this package ships, from what its making has measured:
+"""Writes the card of the shipped chat model from the measurements of its training:
 
     python -m llama2.finetune.chat_card --checkpoint DIR --results bench/results/chat
 
-`--results` holds the summaries that `llama2 answer` and `llama2 obedience` wrote:
-answers_base.json, answers_sft.json and answers_chat.json of the model before fine-tuning, after it,
-and after Ghost attention; obedience.json of the last two. `make chat-model` runs all of it.
+`--results` has the summaries of `llama2 answer` and `llama2 obedience`: answers_base.json,
+answers_sft.json and answers_chat.json of the model before fine-tuning, after it, and after Ghost
+attention; obedience.json of the last two. `make chat-model` runs all steps.
 """
 
 import argparse
@@ -58,11 +58,10 @@ torch {torch} on {device}, at commit {commit}.
 
 
 def card(results: dict[str, Any], parameters: int) -> str:
-    """Returns the card.
+    """Returns the text of the card.
 
     Args:
-        results: the content of the summaries, by their names: "answers_" and each of STAGES,
-            "obedience".
+        results: the summaries by name: "answers_" plus each of STAGES, and "obedience".
     """
     answers = {stage: results[f"answers_{stage}"] for stage in STAGES}
     rows = [("family", "answers", "base", "fine-tuned", "and Ghost attention")]
@@ -103,7 +102,8 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes README.md; returns 0, or 2 after a sentence on stderr about what the user gave."""
+    """Writes README.md and returns 0, or 2 after a one-line error on stderr about the user's
+    input."""
     parser = argparse.ArgumentParser(
         prog="python -m llama2.finetune.chat_card",
         description="Write the card of the shipped chat model.",

@@ -1,4 +1,4 @@
-"""Dialogues asked anew: their users' turns, one after another, of a model."""
+"""Conversations: a model answers the user turns of dialogues, one after another."""
 
 import zlib
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,7 @@ from llama2.chat_format import Message
 from llama2.finetune.dialogues import Dialogue
 from llama2.finetune.sampling import Answer, Prompt, Sampler
 
-_ROUNDS = 4  # of the cache's rows, that are asked turn by turn before others begin
+_ROUNDS = 4  # a group is this many times the cache's rows
 
 
 @dataclass
@@ -18,9 +18,9 @@ class Conversation:
     """A dialogue's questions and a model's answers.
 
     Attributes:
-        answers: to its first turns; to all of them unless there is a fault or an error.
-        fault: of the next answer, which ended it: "empty" or "cut".
-        error: what else ended it: no room in the context, logits that are not finite.
+        answers: the answers to the first turns; to all of them unless there is a fault or an error.
+        fault: the fault of the next answer that ended the conversation: "empty" or "cut".
+        error: another reason for its end: the context is full, or logits are not finite.
     """
 
     dialogue: Dialogue
@@ -30,7 +30,7 @@ class Conversation:
 
     @property
     def messages(self) -> list[Message]:
-        """The dialogue's messages with these answers, up to the last of them."""
+        """The dialogue's messages with these answers, up to the last answer."""
         opening, questions = _parts(self.dialogue)
         messages = list(opening)
         for question, answer in zip(questions, self.answers, strict=False):
@@ -54,14 +54,16 @@ def converse(
     system_in_every_turn: bool,
     whole_only: bool,
 ) -> Iterator[Conversation]:
-    """Asks each dialogue's questions in turn; each answer goes on as history of the next question.
+    """Asks each dialogue's questions in turn; each answer becomes part of the next question's
+    history.
 
-    Dialogues come as they finish. Groups of a few times the cache's rows are asked turn by turn,
-    each turn in one batch, so that a killed run loses no more than a group.
+    It yields conversations as they finish. Groups of a few times the cache's rows are asked turn by
+    turn, each turn in one batch, so that a killed run loses at most one group.
 
     Args:
-        system_in_every_turn: the system message is put before every question, not the first alone.
-        whole_only: an answer that is empty or cut is a fault, which ends its conversation.
+        system_in_every_turn: put the system message before every question, not only before the
+            first.
+        whole_only: an empty or truncated answer is a fault and ends the conversation.
     """
     waiting = iter(dialogues)
     while group := list(islice(waiting, _ROUNDS * sampler.cache.max_batch)):
@@ -74,7 +76,7 @@ def converse(
 def _ask(
     sampler: Sampler, going: list[Conversation], in_every_turn: bool, whole_only: bool
 ) -> Iterator[Conversation]:
-    """One turn of each. Gives those that end with it."""
+    """Asks one turn of each conversation and yields those that end with it."""
     prompts, asked = [], []
     for conversation in going:
         messages = [*conversation.messages, conversation._next_question]
@@ -103,8 +105,8 @@ def _ask(
 def answer_last(
     sampler: Sampler, dialogues: Iterable[Dialogue]
 ) -> Iterator[tuple[Dialogue, Answer | ValueError]]:
-    """Yields the model's answer to the last question of each dialogue, whose earlier answers are
-    given; or why there is none. As they finish."""
+    """Yields, as they finish, the model's answer to the last question of each dialogue, with the
+    dialogue's own earlier answers; or the error that prevented it."""
     prompts, asked = [], []
     for dialogue in dialogues:
         try:
@@ -120,9 +122,8 @@ def answer_last(
 
 
 def ghost_dialogue(conversation: Conversation) -> Dialogue:
-    """Returns the dialogue that Ghost attention trains on, of a conversation whose model was given
-    the system message in every turn: it stands in the first, and the last answer alone bears a
-    loss.
+    """Returns the dialogue on which Ghost attention trains: the system message, which the model got
+    in every turn, is only in the first, and only the last answer has a loss.
 
     Source: Touvron et al. 2023, arXiv:2307.09288, section 3.3.
     """
@@ -135,7 +136,7 @@ def ghost_dialogue(conversation: Conversation) -> Dialogue:
 
 
 def place_numbers(file: Path, line: int) -> tuple[int, int]:
-    """Where a dialogue stands, as numbers to draw by: its file's name, and the line."""
+    """Returns the place of a dialogue, file name and line, as numbers for a random seed."""
     return zlib.crc32(file.name.encode(errors="surrogateescape")), line
 
 

@@ -1,4 +1,4 @@
-"""Dialogues for fine-tuning: JSON lines, in the forms that Transformers and TRL read."""
+"""Dialogues for fine-tuning: JSON lines in the formats of Transformers and TRL."""
 
 import json
 import re
@@ -13,21 +13,21 @@ T = TypeVar("T")
 
 _FORMS = '"messages", or "prompt" and "completion"'
 
-# What is told of a line that is no dialogue: the file, the line's number and why.
+# Called with the file, the line's number and the error of a line that is not a dialogue.
 Refuse = Callable[[Path, int, Exception], None]
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A conversation of which answers are to be learnt.
+    """A conversation with answers to train on.
 
     Attributes:
         messages: an optional "system", then "user" and "assistant" in turn, an "assistant" last.
-        trained: of each answer, whether its tokens bear a loss.
-        source: where it is from, as its line says; otherwise the file's name.
-        file, line: where it stands, lines from 1.
-        obeys: a regular expression that is found (`re.search`) in every stripped answer that obeys
-            the system message, where the line states one.
+        trained: for each answer, whether its tokens have a loss.
+        source: the line's "source", otherwise the file's name.
+        file, line: its place; lines count from 1.
+        obeys: the line's "obeys", a regular expression: an answer obeys the system message if its
+            stripped text contains a match (`re.search`). None without one.
     """
 
     messages: tuple[Message, ...]
@@ -39,39 +39,37 @@ class Dialogue:
 
 
 def read_dialogues(path: Path, refuse: Refuse) -> Iterator[Dialogue]:
-    """Yields the dialogues of a file of JSON lines, or of all `*.jsonl` of a directory, one at a
-    time.
+    """Yields the dialogues of a JSON-lines file, or of all `*.jsonl` of a directory.
 
     A line is one of
 
     - `{"messages": [{"role": ROLE, "content": TEXT}, …]}`, roles "system", "user" and "assistant";
-      an assistant's message with `"weight": 0` bears no loss;
+      an assistant's message with `"weight": 0` has no loss;
     - `{"prompt": TEXT, "completion": TEXT}`, one turn;
-    - `{"prompt": [messages], "completion": [messages]}`, of which only the completion's answers
-      bear a loss.
+    - `{"prompt": [messages], "completion": [messages]}`, in which only the completion's answers
+      have a loss.
 
-    A `"source"` beside them names where the dialogue is from, `"obeys"` is a regular expression
-    that tells whether an answer obeys the system message; other keys are left alone, blank lines
-    passed over. A key whose value is null counts as absent: tables whose rows have different keys
-    are written so.
+    Optional keys are `"source"`, the dialogue's origin, and `"obeys"`, a regular expression that
+    decides whether an answer obeys the system message. Other keys and blank lines are ignored. A
+    key with the value null counts as absent, as in tables whose rows have different keys.
 
     Args:
-        refuse: is called for each line that is no dialogue; it may raise.
+        refuse: called for each line that is not a dialogue; it may raise.
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: `path` does not exist.
     """
     return read_lines(path, parse_dialogue, refuse)
 
 
 def read_lines(path: Path, parse: Callable[[bytes, Path, int], T], refuse: Refuse) -> Iterator[T]:
-    """What the lines of a file of JSON lines, or of all `*.jsonl` of a directory, hold, one at a
-    time; blank lines are passed over.
+    """Yields what `parse` returns for the lines of a JSON-lines file, or of all `*.jsonl` of a
+    directory, without blank lines.
 
     Args:
-        parse: of a line's bytes, its file and its number from 1.
-        refuse: is called for each line of which `parse` raises a TypeError or ValueError.
+        parse: called with a line's bytes, its file and its number from 1.
+        refuse: called for each line for which `parse` raises TypeError or ValueError.
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: `path` does not exist.
     """
     for file in dialogue_files(path):
         with file.open("rb") as lines:
@@ -91,7 +89,7 @@ def dialogue_files(path: Path) -> list[Path]:
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise FileNotFoundError(
-            f"{path}: expected a file of JSON lines or a directory of *.jsonl; got none"
+            f"{path}: expected a JSON-lines file or a directory of *.jsonl; got none"
         )
     return files
 
@@ -100,7 +98,7 @@ def parse_dialogue(raw: bytes, file: Path, number: int) -> Dialogue:
     """Returns the dialogue of a line; see `read_dialogues`.
 
     Raises:
-        TypeError, ValueError: it is no dialogue; says why.
+        TypeError, ValueError: it is not a dialogue; the message gives the reason.
     """
     value = parse_object(raw, number)
     prompt, answers = parts_of(value)
@@ -113,18 +111,18 @@ def parse_dialogue(raw: bytes, file: Path, number: int) -> Dialogue:
         if message["role"] == "assistant"
     ]
     if not any(trained):
-        raise ValueError("messages: expected an answer that bears a loss; got none")
+        raise ValueError("messages: expected at least one answer with a loss; got none")
     return Dialogue(plain, tuple(trained), source_of(value, file), file, number, _obeys(value))
 
 
 def parse_object(raw: bytes, number: int) -> dict[str, Any]:
-    """Returns the JSON object of a line, without the keys whose value is null.
+    """Returns the JSON object of a line without keys whose value is null.
 
     Raises:
-        TypeError, ValueError: it is none; says why.
+        TypeError, ValueError: it is not a JSON object; the message gives the reason.
     """
     try:
-        value = json.loads(utf8(raw, number))  # bytes would be read as UTF-16, too
+        value = json.loads(utf8(raw, number))  # json.loads would also accept UTF-16 bytes
     except UnicodeDecodeError as error:
         raise ValueError(f"line: expected UTF-8; {error}") from error
     except (ValueError, RecursionError) as error:
@@ -135,13 +133,13 @@ def parse_object(raw: bytes, number: int) -> dict[str, Any]:
 
 
 def plain_messages(messages: Sequence[Message], *, last: str) -> tuple[Message, ...]:
-    """Messages with a role and a content and no other key.
+    """Returns the messages reduced to role and content.
 
     Args:
-        last: the role of the last.
+        last: the role of the last message.
     Raises:
-        TypeError, ValueError: as `check_messages`; or a content, but for the system's, is blank, or
-            has half a character.
+        TypeError, ValueError: as `check_messages`; or a content, except the system's, is blank, or
+            one contains a lone surrogate.
     """
     check_messages(messages, last=last)
     for index, message in enumerate(messages):
@@ -150,34 +148,35 @@ def plain_messages(messages: Sequence[Message], *, last: str) -> tuple[Message, 
 
 
 def source_of(value: dict[str, Any], file: Path) -> str:
-    """Returns the "source" of a line's object; the file's name where it has none.
+    """Returns the "source" of a line's object, or the file's name if it has none.
 
     Raises:
-        TypeError, ValueError: it is no text, or an empty one.
+        TypeError, ValueError: it is not a string, or it is empty.
     """
     source = value.get("source", printable_name(file))
     if not isinstance(source, str) or not source:
-        raise TypeError(f"source: expected a text; got {source!r:.60}")
+        raise TypeError(f"source: expected a string; got {source!r:.60}")
     _check_whole("source", source)
     return source
 
 
 def printable_name(file: Path) -> str:
-    """Returns the name of a file, as UTF-8 can hold it: in a file system it may be any bytes."""
+    """Returns a file's name with replacements for bytes that are not UTF-8."""
     return file.name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def utf8(raw: bytes, number: int) -> str:
-    """Returns the text of a line, without the mark that editors put at the beginning of a file."""
+    """Returns the text of a line, without a byte-order mark at the beginning of the file."""
     return raw.decode("utf-8-sig" if number == 1 else "utf-8")
 
 
 def parts_of(value: dict[str, Any]) -> tuple[list[Message], list[Message]]:
-    """Of a line's object, messages that bear no loss, and those after them whose answers may.
+    """Returns the messages of a line's object without a loss, and the following ones, whose answers
+    may have a loss.
 
     Raises:
-        TypeError, ValueError: it has not the keys of a dialogue, or other values than lists and
-            texts there. What the lists hold is not looked at.
+        TypeError, ValueError: the keys are not those of a dialogue, or their values are not lists
+            or strings. The contents of lists are not checked.
     """
     if ("messages" in value) == ("prompt" in value or "completion" in value):
         raise ValueError(f"line: expected {_FORMS}; got the keys {sorted(value)!s:.80}")
@@ -217,17 +216,15 @@ def _obeys(value: dict[str, Any]) -> str | None:
 def _check_content(index: int, message: Message) -> None:
     content = message["content"]
     if not content.strip() and message["role"] != "system":
-        raise ValueError(
-            f"messages[{index}]: expected a content that is not empty; got {content!r}"
-        )
+        raise ValueError(f"messages[{index}]: expected a non-empty content; got {content!r}")
     _check_whole(f"messages[{index}]", content)
 
 
 def _check_whole(name: str, text: str) -> None:
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON can escape half a character
-        raise ValueError(f"{name}: expected whole characters; {error}") from error
+    except UnicodeEncodeError as error:  # JSON can contain half of a surrogate pair
+        raise ValueError(f"{name}: expected no lone surrogates; {error}") from error
 
 
 def _weight(index: int, message: Message) -> bool:
@@ -240,12 +237,13 @@ def _weight(index: int, message: Message) -> bool:
 
 
 def to_line(dialogue: Dialogue) -> str:
-    """Returns the JSON line that `parse_dialogue` reads as this dialogue, but for file and line."""
+    """Returns the JSON line from which `parse_dialogue` reads this dialogue, except file and
+    line."""
     return json.dumps(to_record(dialogue), ensure_ascii=False) + "\n"
 
 
 def to_record(dialogue: Dialogue) -> dict[str, Any]:
-    """What `to_line` writes."""
+    """Returns the JSON object of `to_line`."""
     weights = iter(dialogue.trained)
     messages = [
         {**message, "weight": 0}

@@ -1,9 +1,9 @@
-"""Dialogues as token ids, and which of them bear a loss: two formats.
+"""Dialogues as token ids with a mask of the loss, in two formats.
 
-"chat" is that of the released chat models. "separator" is the one that the paper describes for
-supervised fine-tuning: prompts and answers one after another, a special token between them. The
-vocabulary of 32,000 has no such token, so BOS is used: no text is ever encoded to it, every Llama
-vocabulary has it, and a model knows from pre-training that a new text begins after it.
+"chat" is the format of the released chat models. "separator" is the one that the paper describes
+for supervised fine-tuning: prompts and answers in sequence with a special token between them. The
+vocabulary of 32,000 has no such token, so BOS is used: text never encodes to it, every Llama
+vocabulary has it, and in pre-training a new text begins after it.
 
 Source: Touvron et al. 2023, arXiv:2307.09288, section 3.1.
 """
@@ -24,8 +24,8 @@ class Encoded:
 
     Attributes:
         ids: int32 `[num_tokens]`.
-        is_trained: bool `[num_tokens]`: those that are predicted with a loss, an answer's tokens
-            and the EOS after it.
+        is_trained: bool `[num_tokens]`: whether the token is a target with a loss, as an answer's
+            tokens and the EOS after it are.
     """
 
     ids: np.ndarray
@@ -38,9 +38,9 @@ def encode_dialogue(tokenizer: Tokenizer, dialogue: Dialogue, form: str = "chat"
     - "chat": `<s>[INST] {prompt} [/INST] {answer} </s>` for each turn;
     - "separator": `<s>{prompt}<s>{answer}</s>` for each turn.
 
-    The prompt's ids are those that `encode_prompt` gives, so that training and generation see the
-    same; where a tokenizer joins the end of a prompt with the beginning of its answer, that piece
-    is the answer's.
+    The prompt's ids are those of `encode_prompt`, so that training and generation agree. If the
+    tokenizer joins the end of a prompt with the beginning of its answer, that piece belongs to the
+    answer.
 
     Raises:
         ValueError: the tokenizer has no BOS or EOS.
@@ -69,8 +69,7 @@ def encode_prompt(
     *,
     system_in_every_turn: bool = False,
 ) -> list[int]:
-    """Returns the ids to which the answer of the last user is the continuation; see
-    `encode_dialogue`.
+    """Returns the ids that the answer to the last user message continues; see `encode_dialogue`.
 
     Raises:
         TypeError, ValueError: as `Tokenizer.encode_chat`.
@@ -91,6 +90,6 @@ def _separated(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def _num_shared(one: list[int], other: list[int]) -> int:
-    """Returns how many ids two lists have in common at their beginnings."""
+    """Returns the length of the common prefix of two lists."""
     pairs = zip(one, other, strict=False)
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -1,7 +1,7 @@
-"""Families of small tasks on words, lists and numbers, each with the answer that is right.
+"""Families of small tasks on words, lists and numbers, each with its right answer.
 
-A family is a function of a generator. What it draws are its operands; how it asks is one of several
-phrasings. An answer is bare, without a full stop, so that it is right or wrong as a whole.
+A family is a function that draws operands and one of several phrasings from a random generator. An
+answer has no full stop, so that it is right or wrong as a whole.
 """
 
 from collections.abc import Callable
@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 
 class Task(NamedTuple):
-    """A request and its answer. Where two tasks of a family share their operands, knowing the one
-    is knowing the other: they belong to the same side of a split."""
+    """A request and its answer. Two tasks of a family with the same operands need the same
+    knowledge, so they belong to the same side of a split."""
 
     operands: tuple[Any, ...]
     request: str
@@ -20,7 +20,7 @@ class Task(NamedTuple):
 
 class Family(NamedTuple):
     draw: Callable[[Random], Task]
-    weight: float  # how often it is drawn, in proportion
+    weight: float  # relative frequency
 
 
 FAMILIES: dict[str, Family] = {}
@@ -99,14 +99,14 @@ def _ask_in_any_order(rng: Random, phrasings: tuple[str, ...], answer: Any, *num
 
 
 def _fact(rng: Random, phrasings: tuple[str, ...], subject: str, answer: str) -> Task:
-    """Of a table that has to be known: held out can be a phrasing of the subject, not itself."""
+    """Makes a task about a fact that must be known: only a phrasing of it can be held out, not the
+    fact."""
     phrasing = rng.choice(phrasings)
     return Task((subject, phrasing), phrasing.format(subject), answer)
 
 
 def word(rng: Random) -> str:
-    """Returns a short noun, or as often a made-up word: of those there are enough never to meet
-    again."""
+    """Returns a short noun or, equally often, a made-up word, which hardly ever repeats."""
     if rng.random() < 0.5:
         return rng.choice(SHORT_NOUNS)
     made = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(2))

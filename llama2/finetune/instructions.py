@@ -1,21 +1,21 @@
-"""Writes dialogues to fine-tune a small chat model on, and others to ask it:
+"""Writes dialogues to fine-tune a small chat model and to evaluate it:
 
     python -m llama2.finetune.instructions --out build/instructions
 
-- train.jsonl: single requests, some of them under an instruction of the form "Begin every answer
-  with …", which a system message or the request itself carries; dialogues of several turns, without
-  a system message. So a model of it obeys in the turn that has the instruction and tends to forget
-  it later, which is what Ghost attention mends.
-- held_out.jsonl: the same, of operands that train.jsonl does not have in that family; of facts,
-  which have to be known, of phrasings in which train.jsonl does not ask for them. The last answer
-  of each dialogue is the one to be asked for.
+- train.jsonl: single requests, some with an instruction such as "Begin every answer with …" in a
+  system message or in the request, and dialogues of several turns without a system message. A model
+  trained on them obeys in the turn with the instruction and tends to forget it later; Ghost
+  attention corrects that.
+- held_out.jsonl: the same with operands that train.jsonl does not have in that family; for facts,
+  which must be known, with phrasings that train.jsonl does not use for them. The last answer of
+  each dialogue is the one to ask for.
 - ghost.jsonl, ghost_held_out.jsonl: dialogues of several turns under a system message that all
-  answers obey, of operands of train.jsonl and of others: to build Ghost attention's data and to
-  measure it.
+  answers obey, with operands of train.jsonl and with held-out ones: to make Ghost attention's data
+  and to measure its effect.
 
-A line is `{"messages": [{"role": …, "content": …}, …], "source": …}`, the source a family's name,
-"system", "instructed" or "turns"; with a system message it has "obeys", too, the regular expression
-by which `llama2 obedience` measures. Everything follows from the seed.
+A line is `{"messages": [{"role": …, "content": …}, …], "source": …}`, where the source is a
+family's name, "system", "instructed" or "turns". A line with a system message also has "obeys", the
+regular expression for `llama2 obedience`. The seed determines everything.
 
 Source: the kinds of data of Touvron et al. 2023, arXiv:2307.09288, sections 3.1 and 3.3, in
 miniature.
@@ -35,21 +35,23 @@ from llama2.finetune.instruction_families import FAMILIES, Task, word
 from llama2.storage import write_text
 from llama2.terminal import answered
 
-_HELD_OUT_SHARE = 8  # one in so many of a family's operands
-# Not asked under an instruction: what they say has a form of its own.
+_HELD_OUT_SHARE = 8  # one in this many of a family's operands
+# Not asked under an instruction, as their answers have a form already.
 _UNBOUND = ("refusal", "greeting", "identity")
-# With the system message in every turn, as Ghost attention samples, so many fit in 256 tokens.
+# As many turns as fit in 256 tokens with the system message in every turn, as Ghost attention
+# samples.
 _GHOST_CHARACTERS = 220
 Dialogue = dict[str, Any]
 
 
 class Instruction(NamedTuple):
-    """A form that answers shall have.
+    """An instruction on the form of answers.
 
     Attributes:
-        pattern: its text, with or without a place for a word.
-        form: an obedient answer, with places for the plain one and the word.
-        obeyed: a regular expression that is found in obedient answers, with a place for the word.
+        pattern: its text, optionally with a placeholder for a word.
+        form: an obedient answer, with placeholders for the plain answer and the word.
+        obeyed: a regular expression that matches in obedient answers, with a placeholder for the
+            word.
     """
 
     pattern: str
@@ -57,8 +59,8 @@ class Instruction(NamedTuple):
     obeyed: str
 
     def word_of(self, text: str) -> str | None:
-        """Returns the word of an instruction of this pattern, "" if that has none; None for
-        another."""
+        """Returns the word of an instruction of this pattern, "" if the pattern has none; None for
+        another instruction."""
         before, place, after = self.pattern.partition("{word}")
         if not place:
             return "" if text == self.pattern else None
@@ -87,11 +89,11 @@ def _instruction_of(text: str) -> tuple[Instruction, str]:
 
 
 def obeyed_by(instruction: str) -> str:
-    """Returns a regular expression that is found in the answers, right or wrong, that have the form
-    which the instruction asks for.
+    """Returns a regular expression that matches in answers, right or wrong, of the form that the
+    instruction asks for.
 
     Raises:
-        ValueError: an instruction that this script does not write.
+        ValueError: it is not an instruction of this script.
     """
     form, asked = _instruction_of(instruction)
     return form.obeyed.replace("{word}", re.escape(asked))
@@ -110,15 +112,15 @@ def obedient(instruction: str, answer: str) -> str:
 
 
 def is_held_out(family: str, operands: tuple[Any, ...]) -> bool:
-    """Returns the side of the split, a hash of what is asked."""
+    """Returns whether a task is held out, by a hash of its family and operands."""
     return zlib.crc32(repr((family, operands)).encode()) % _HELD_OUT_SHARE == 0
 
 
 class _Writer:
-    """Draws dialogues of one side of the split.
+    """Draws the dialogues of one side of the split.
 
     Args:
-        evenly: every family as often as the others, not by its weight.
+        evenly: draw all families equally often instead of by weight.
     """
 
     def __init__(self, rng: Random, *, held_out: bool, evenly: bool) -> None:
@@ -141,7 +143,7 @@ class _Writer:
                 return pattern.format(word=asked)
 
     def _bound_task(self, instruction: str) -> Task:
-        """One whose answer the instruction changes."""
+        """Draws a task whose answer the instruction changes."""
         while True:
             name, task = self._task()
             plain = task.answer
@@ -150,7 +152,7 @@ class _Writer:
                 return task._replace(answer=formed)
 
     def _instructed(self) -> Task:
-        """Returns a task whose request brings an instruction, before it or after it."""
+        """Draws a task with an instruction before or after its request."""
         instruction = self._instruction()
         task = self._bound_task(instruction)
         parts = [instruction, task.request]
@@ -206,11 +208,11 @@ def _dialogue(tasks: Sequence[Task], source: str, *, system: str | None = None) 
 
 
 def dialogues(seed: int, count: int) -> dict[str, list[Dialogue]]:
-    """Returns the dialogues of each file by its name, `count` of them in train.jsonl and a tenth as
-    many in each of the others.
+    """Returns the dialogues of each file by name: `count` in train.jsonl and a tenth as many in
+    each other file.
 
     Raises:
-        ValueError: a count below 10.
+        ValueError: `count` is below 10.
     """
     if count < 10:
         raise ValueError(f"count: expected at least 10; got {count}")
@@ -232,15 +234,14 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes the files; returns 0, or 2 after a sentence on stderr about what the user gave."""
+    """Writes the files and returns 0, or 2 after a one-line error on stderr about the user's
+    input."""
     parser = argparse.ArgumentParser(
         prog="python -m llama2.finetune.instructions",
-        description="Write dialogues to fine-tune a small chat model on, and others to ask it.",
+        description="Write dialogues to fine-tune a small chat model and to evaluate it.",
     )
-    parser.add_argument("--out", type=Path, required=True, help="directory of the files")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of all that is drawn; default: %(default)s"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="directory for the files")
+    parser.add_argument("--seed", type=int, default=0, help="random seed; default: %(default)s")
     parser.add_argument(
         "--count",
         type=int,

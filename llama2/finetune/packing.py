@@ -1,7 +1,7 @@
 """Dialogues packed into rows of equal length, and the loss of their answers.
 
-Several dialogues share a row. None attends to another, and each has the positions that it has
-alone, so that its loss and gradients are those of the dialogue by itself.
+Several dialogues share a row. They do not attend to each other, and the positions of each start at
+0, so that its loss and gradients are those of the dialogue alone.
 """
 
 import zlib
@@ -21,19 +21,20 @@ from llama2.train.epochs import Epochs
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Deals out items to rows by best fit, longest first: each goes where the least room is left.
+    """Assigns items to rows by best fit decreasing: longest first, each to the row with the least
+    room in which it fits.
 
     Args:
-        lengths: of the items, from 1 to `capacity`.
+        lengths: lengths of the items, from 1 to `capacity`.
     Returns:
-        the items' numbers, row by row.
+        The items' indices, row by row.
     Raises:
-        ValueError: an item fits in no row.
+        ValueError: an item is longer than a row.
     Reference: Johnson 1973, "Near-optimal bin packing algorithms" (best fit decreasing).
     """
     rows: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}  # the rows that have as much room left
-    rooms: list[int] = []  # its keys, least first
+    by_room: dict[int, list[int]] = {}  # rows by the room left in them
+    rooms: list[int] = []  # its keys in ascending order
     for item in sorted(range(len(lengths)), key=lambda item: -lengths[item]):
         length = lengths[item]
         if not 1 <= length <= capacity:
@@ -61,10 +62,10 @@ class PackedRows:
 
     Attributes:
         tokens: int64 `[rows, seq_len]`.
-        targets: int64 `[rows, seq_len]`: the next token where it bears a loss, otherwise IGNORED.
-        bounds: int32 `[rows, num_sequences + 1]`: where the dialogues of a row begin, from 0, and
-            end. What no dialogue fills is the last sequence, empty ones after it.
-        predictions_per_row: tokens that bear a loss in the whole batch, divided by its rows.
+        targets: int64 `[rows, seq_len]`: the next token if it has a loss, otherwise IGNORED.
+        bounds: int32 `[rows, num_sequences + 1]`: the beginnings of a row's dialogues, from 0, and
+            the end. The padding is the last sequence, followed by empty ones.
+        predictions_per_row: tokens with a loss in the whole batch, divided by its number of rows.
     """
 
     tokens: Tensor
@@ -93,18 +94,18 @@ class PackedRows:
         return replace(self, **{name: change(getattr(self, name)) for name in names})
 
     def cu_seqlens(self) -> Tensor:
-        """Returns the bounds of all rows one after another, int32, from 0."""
+        """Returns the bounds of all rows concatenated into one sequence, int32, from 0."""
         rows = torch.arange(len(self), dtype=torch.int32, device=self.device)
         ends = self.bounds[:, 1:] + rows[:, None] * self.tokens.shape[1]
         return torch.cat([self.bounds[:1, 0], ends.flatten()])
 
 
 def answer_loss(model: Llama2, rows: PackedRows) -> Tensor:
-    """Σ −log p(target) / (predictions_per_row · rows), in nats.
+    """Returns Σ −log p(target) / (predictions_per_row · rows), in nats.
 
-    The mean of it over equal parts of a batch, be they micro-batches or those of processes, is the
-    batch's mean over all its predictions, however many each part has. Tokens that are not predicted
-    cost no projection onto the vocabulary.
+    Its mean over equal parts of a batch, such as micro-batches or the parts of processes, is the
+    mean over all predictions of the batch, whatever number each part has. Tokens without a loss are
+    not projected onto the vocabulary.
     """
     targets = rows.targets.reshape(1, -1)
     tokens = rows.tokens.reshape(1, -1)
@@ -113,10 +114,10 @@ def answer_loss(model: Llama2, rows: PackedRows) -> Tensor:
 
 
 def pack_rows(dialogues: Sequence[Sequence[Encoded]], seq_len: int) -> PackedRows:
-    """Returns the rows that hold these dialogues, one list to a row; a list may be empty.
+    """Returns rows of the given dialogues, one list per row; a list may be empty.
 
-    Of a dialogue of n ids the first n − 1 are put in and the last n − 1 are predicted, as far as
-    they bear a loss.
+    Of a dialogue of n ids, the first n − 1 are inputs and the last n − 1 are targets where they
+    have a loss.
     """
     rows = len(dialogues)
     width = max(map(len, dialogues)) + 2
@@ -137,22 +138,22 @@ def pack_rows(dialogues: Sequence[Sequence[Encoded]], seq_len: int) -> PackedRow
 
 
 class PackedDialogues:
-    """The batches of a run: every epoch all rows once, in an order of its own.
+    """The batches of a run: every row once per epoch, in a different order each epoch.
 
-    The dialogues are packed once. The last batch is filled up with empty rows, which weigh nothing.
+    The dialogues are packed once. Empty rows without weight fill up the last batch.
 
     Attributes:
         num_rows: rows of an epoch.
         steps: batches of all epochs.
-        num_predictions: tokens of an epoch that bear a loss.
-        waste: the share of the rows' places that no dialogue fills.
+        num_predictions: tokens of an epoch with a loss.
+        waste: the share of padding in the rows.
 
     Args:
         dialogues: of at most seq_len + 1 ids each.
-        epochs: how often all rows come; of a part of an epoch the first rows of its order come.
-        seed: of the orders.
+        epochs: passes over all rows; a partial epoch takes the first rows of its order.
+        seed: random seed of the orders.
     Raises:
-        ValueError: there is no dialogue or one does not fit; `epochs` is not positive.
+        ValueError: there are no dialogues, one does not fit, or `epochs` is not positive.
     """
 
     def __init__(

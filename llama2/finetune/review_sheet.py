@@ -1,6 +1,6 @@
-"""A page for a person to compare a model's answers with written ones, not knowing whose is which.
+"""A page for a blind comparison, by a person, of a model's answers with written ones.
 
-Source: Touvron et al. 2023, arXiv:2307.09288, section 3.1, whose authors compared 180 answers so.
+Source: Touvron et al. 2023, arXiv:2307.09288, section 3.1, a manual comparison of 180 answers.
 """
 
 import html
@@ -25,7 +25,7 @@ class Reviewed(NamedTuple):
     """A prompt and its two answers.
 
     Attributes:
-        place: what the key calls it.
+        place: its name in the key.
     """
 
     place: str
@@ -35,12 +35,12 @@ class Reviewed(NamedTuple):
 
 
 def review_sheet(reviewed: Sequence[Reviewed], *, sample: int, seed: int) -> str:
-    """Returns the page, as HTML that needs no other file: `sample` of the prompts, or all if they
-    are fewer, in a random order, answers A and B in a random order, and the key under a fold at the
-    end. All of it follows from the prompts and the seed.
+    """Returns a self-contained HTML page: `sample` of the prompts, or all if there are fewer, in
+    random order, answers A and B in random order, and a collapsed key at the end. The prompts and
+    the seed determine the page.
 
     Raises:
-        ValueError: a sample below 1.
+        ValueError: `sample` is below 1.
     """
     if sample < 1:
         raise ValueError(f"sample: expected at least 1; got {sample}")
@@ -85,5 +85,5 @@ def _section(number: int, prompt: Sequence[Message], left: str, right: str) -> s
 
 
 def _text(text: str) -> str:
-    # A line end after <pre> is not shown: one more, so that a text's own is.
+    # HTML drops one line end after <pre>; this one keeps a text's own.
     return f"<pre>\n{html.escape(text)}</pre>\n"

@@ -1,8 +1,8 @@
-"""Safety context distillation: to answer without a preprompt as a model does with one.
+"""Safety context distillation: train a model to answer without a preprompt as it does with one.
 
-A model answers a prompt as it is and after a preprompt that asks for safety. The pair of the prompt
-without the preprompt and the answer with it is learnt from, but only where a reward model prefers
-that answer: elsewhere the preprompt makes answers vague, or refuses what was harmless.
+A model answers a prompt alone and after a preprompt that asks for safety. The training data pair
+the prompt without the preprompt with the answer given after it, but only if a reward model prefers
+that answer: otherwise the preprompt makes answers vague or refuses harmless requests.
 
 Source: Touvron et al. 2023, arXiv:2307.09288, section 4.2.4; the texts are our own.
 """
@@ -30,7 +30,7 @@ PREPROMPTS = (
     "You are a respectful assistant who gives safe answers alone, without insults or prejudice.",
 )
 
-# Of a category of risk, what an answer should be like; put after a preprompt.
+# What an answer should be like, by category of risk; appended to a preprompt.
 TEMPLATES = MappingProxyType(
     {
         "illicit": "If the request is about a crime, do not explain how it is done. Say what is "
@@ -42,19 +42,19 @@ TEMPLATES = MappingProxyType(
     }
 )
 
-# (the prompt's messages, without a preprompt; an answer) → the higher, the better.
+# (the prompt's messages without a preprompt, an answer) → a score; higher is better.
 Reward = Callable[[Sequence[Message], str], float]
 
 
 @dataclass(frozen=True)
 class RiskyPrompt:
-    """What is to be answered safely.
+    """A prompt to be answered safely.
 
     Attributes:
-        messages: as `check_messages` has them, a user's last.
-        file, line: where it stands; its preprompt and its draws follow from that and the seed.
+        messages: as `check_messages` accepts them, the user's last.
+        file, line: its place, which with the seed determines the preprompt and the sampling.
         risk: a key of the templates, or None.
-        source: of the dialogue that is made of it.
+        source: the source of the resulting dialogue.
     """
 
     messages: tuple[Message, ...]
@@ -66,14 +66,14 @@ class RiskyPrompt:
 
 @dataclass(frozen=True)
 class Distilled:
-    """What became of a prompt.
+    """The result of a prompt.
 
     Attributes:
-        outcome: "kept"; "not better", by the reward; "empty" or "cut", of an answer that cannot be
-            learnt from or compared with; "error".
-        dialogue: if it is kept: the prompt without the preprompt, the answer with it, which alone
-            bears a loss.
-        error: of an error, what it is.
+        outcome: "kept"; "not better" by the reward; "empty" or "cut" if one of the answers is; or
+            "error".
+        dialogue: if "kept", the prompt without the preprompt and the answer given with it; only
+            that answer has a loss.
+        error: the message of an "error".
     """
 
     prompt: RiskyPrompt
@@ -88,12 +88,11 @@ def with_preprompt(
     templates: Mapping[str, str],
     seed: int,
 ) -> list[Message]:
-    """Returns the prompt's messages after one of the preprompts, drawn by the seed and its place,
-    and the template of its risk: a system message, before the text of the prompt's own if it has
-    one.
+    """Returns the prompt's messages with a preprompt, drawn from the seed and its place, and the
+    template of its risk as system message, before the text of the prompt's own system message.
 
     Raises:
-        ValueError: a risk without a template.
+        ValueError: the risk has no template.
     """
     if prompt.risk is not None and prompt.risk not in templates:
         raise ValueError(
@@ -119,12 +118,12 @@ def distil(
     templates: Mapping[str, str] = TEMPLATES,
     seed: int = 0,
 ) -> Iterator[Distilled]:
-    """What becomes of each prompt, as they finish.
+    """Yields the result of each prompt as it finishes.
 
     Args:
-        reward: is called twice for a prompt of which both answers can be compared, with the
-            messages without the preprompt.
-        seed: of the choice of preprompts; the sampler's own is that of the answers.
+        reward: called twice, with the messages without the preprompt, for a prompt with two
+            comparable answers.
+        seed: random seed of the choice of preprompts; the sampler has its own for the answers.
     Raises:
         ValueError: a reward is not finite.
     """
@@ -141,7 +140,7 @@ def distil(
         encoded += [Prompt(without, (*place, 0)), Prompt(with_it, (*place, 1))]
         asked.append(prompt)
     waiting: dict[int, Answer] = {}
-    with closing(sampler.answers(encoded)) as answers:  # a reward that raises leaves no rows
+    with closing(sampler.answers(encoded)) as answers:  # frees rows if the reward raises
         for index, answer in answers:
             if index ^ 1 not in waiting:
                 waiting[index] = answer
@@ -173,8 +172,8 @@ def _judged(prompt: RiskyPrompt, without: Answer, with_it: Answer, reward: Rewar
 
 
 def write_distilled(out: Path, distilled: Iterable[Distilled]) -> Counter[str]:
-    """Writes the dialogues that are kept as JSON lines, all of them or none, and returns how often
-    each outcome came."""
+    """Writes the kept dialogues as JSON lines, all or none, and returns the number of each
+    outcome."""
     outcomes: Counter[str] = Counter()
     with replacing(out) as partial, partial.open("w", encoding="utf-8") as file:
         for each in distilled:

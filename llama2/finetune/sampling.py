@@ -18,8 +18,8 @@ class Settings:
     """How answers are sampled; temperature, top_p and seed as in `generate`.
 
     Attributes:
-        max_new_tokens: of one answer, which is shorter where the context ends.
-        stop_ids: what ends an answer.
+        max_new_tokens: most tokens of an answer; fewer where the context ends.
+        stop_ids: ids that end an answer.
         form: one of `chat_format.FORMATS`.
     """
 
@@ -32,11 +32,11 @@ class Settings:
 
 
 class Prompt(NamedTuple):
-    """Ids to be answered.
+    """The ids of a prompt to answer.
 
     Attributes:
-        place: whole numbers by which the answer is drawn, beside the seed. Prompts at different
-            places draw apart; the same place draws the same in a run that is resumed.
+        place: ints that, with the seed, determine the random numbers of the answer, which differ
+            between places and are the same in a resumed run.
     """
 
     ids: Sequence[int]
@@ -44,13 +44,13 @@ class Prompt(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a model answered.
+    """A model's answer.
 
     Attributes:
-        text: stripped, without the chat format's tags: as a conversation goes on with it.
-        finish_reason: "stop", "length" (it is cut) or "error".
-        num_new_tokens: the one that stopped it included.
-        error: of "error", why.
+        text: the stripped text without the chat format's tags, as a conversation continues with it.
+        finish_reason: "stop", "length" (truncated) or "error".
+        num_new_tokens: number of tokens, including the stop token.
+        error: the reason of an "error".
     """
 
     text: str
@@ -60,17 +60,17 @@ class Answer(NamedTuple):
 
     @property
     def fault(self) -> str | None:
-        """What forbids learning from an answer without an error: it is "empty" or "cut"."""
+        """Why an answer cannot be trained on: it is "empty" or "cut"; None if it can."""
         if self.finish_reason == "length":
             return "cut"
         return None if self.text else "empty"
 
 
 class Sampler:
-    """Answers prompts with one model, in one cache, whose pages later calls find again.
+    """Answers prompts with one model and one cache, whose pages later calls reuse.
 
     Args:
-        cache: of the model, in which no sequence is in use.
+        cache: a cache of the model without sequences in use.
     Raises:
         ValueError: a setting is wrong.
     """
@@ -89,7 +89,7 @@ class Sampler:
     def encode(
         self, messages: Sequence[Message], *, system_in_every_turn: bool = False
     ) -> list[int]:
-        """Returns the ids of a prompt, as `encode_prompt` gives them.
+        """Returns the ids of a prompt by `encode_prompt`.
 
         Raises:
             TypeError, ValueError: as `encode_prompt`; or they leave no room for an answer.
@@ -103,7 +103,7 @@ class Sampler:
         )
 
     def answers(self, prompts: Iterable[Prompt]) -> Generator[tuple[int, Answer], None, None]:
-        """(index of the prompt, answer), as they finish; prompts are read as there is room.
+        """Yields (index of the prompt, answer) as they finish; reads prompts when there is room.
 
         Raises:
             ValueError: a prompt leaves no room for an answer.
@@ -116,7 +116,7 @@ class Sampler:
 
     def _request(self, prompt: Prompt) -> Request:
         settings = self.settings
-        room = max(self.max_seq_len - len(prompt.ids), 1)  # without any, serve says so
+        room = max(self.max_seq_len - len(prompt.ids), 1)  # without room, serve raises
         return Request(
             prompt.ids,
             min(settings.max_new_tokens, room),
@@ -141,11 +141,11 @@ def encode_for(
     *,
     system_in_every_turn: bool = False,
 ) -> list[int]:
-    """Returns the ids of a prompt after which there is room for an answer.
+    """Returns the ids of a prompt that leaves room for an answer.
 
     Raises:
-        TypeError, ValueError: as `encode_prompt`; or there is none, which is said at once of texts
-            that are far too long.
+        TypeError, ValueError: as `encode_prompt`; or there is no room. Texts that are far too long
+            are refused without encoding them.
     """
     expected = f"messages: expected fewer tokens before an answer than the context's {max_seq_len}"
     least = sum(tokenizer.least_ids(message["content"].strip()) for message in messages)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the dialogues of a run, and the loss on those that it does not see.
+"""Supervised fine-tuning: the dialogues of a run and the held-out loss.
 
 Source: Touvron et al. 2023, arXiv:2307.09288, section 3.1.
 """
@@ -22,11 +22,11 @@ from llama2.train.execution import Execution
 
 @dataclass
 class Dialogues:
-    """Encoded dialogues, and what is told of them by source.
+    """Encoded dialogues with counts by source.
 
     Attributes:
-        num_predictions: tokens that bear a loss, by source.
-        counts: what was done to the dialogues of a source.
+        num_predictions: tokens with a loss, by source.
+        counts: what was done to the dialogues, by source.
     """
 
     encoded: list[Encoded] = field(default_factory=list)
@@ -39,7 +39,7 @@ class Dialogues:
         self.num_predictions[dialogue.source] += int(encoded.is_trained.sum())
 
     def record(self) -> dict[str, Any]:
-        """What JSON can hold: tokens of answers, and what `CareCounts` counts, by source."""
+        """Returns tokens of answers and `CareCounts`, by source, in JSON's types."""
         return {
             source: {"answer_tokens": self.num_predictions[source]} | counts.to_json()
             for source, counts in sorted(self.counts.items())
@@ -54,11 +54,11 @@ def taken(
     *,
     held_out: bool = False,
 ) -> Encoded | None:
-    """Returns a dialogue with every content redacted, encoded; None for one to be left out.
+    """Returns an encoded dialogue with redacted contents; None if it is to be left out.
 
-    Patterns are compared with its source and the name of its file; of near-duplicates and of what
-    is both for training and held out, all contents together count. What `encode` refuses is
-    neither counted nor remembered, so that another that is like it can stay.
+    Patterns are matched with its source and its file's name. Its concatenated contents decide on
+    near-duplicates and on overlap of training and held-out data. A dialogue that `encode` refuses
+    is neither counted nor remembered, so that a similar one can be kept.
 
     Raises:
         ValueError: as `encode`.
@@ -80,10 +80,10 @@ def taken(
 
 
 def encode_within(tokenizer: Tokenizer, dialogue: Dialogue, form: str, seq_len: int) -> Encoded:
-    """`encode_dialogue` of one that fits in a row.
+    """Returns `encode_dialogue` of a dialogue that fits in a row.
 
     Raises:
-        ValueError: it takes more than seq_len + 1 tokens; nothing is cut.
+        ValueError: it has more than seq_len + 1 tokens; it is not truncated.
     """
     least = sum(tokenizer.least_ids(message["content"].strip()) for message in dialogue.messages)
     encoded = None if least > seq_len + 1 else encode_dialogue(tokenizer, dialogue, form)
@@ -102,10 +102,10 @@ def held_out_loss(
     batch_size: int,
     execution: Execution,
 ) -> float:
-    """Returns mean −log p in nats over all tokens that bear a loss; every process calls it.
+    """Returns the mean −log p in nats over all tokens with a loss; every process calls it.
 
     Args:
-        batch_size: rows of a forward pass in each of the execution's parts of a batch.
+        batch_size: rows per forward pass in each of the execution's parts of a batch.
     """
     num_parts = execution.num_parts
     rows = pack([len(dialogue.ids) - 1 for dialogue in dialogues], seq_len)
@@ -116,7 +116,7 @@ def held_out_loss(
     starts = range(0, len(rows), size)
     for start in tqdm(starts, desc="held out", leave=False, disable=not execution.speaks):
         members = [[dialogues[n] for n in row] for row in rows[start : start + size]]
-        members += [[]] * (size - len(members))  # the parts of all processes are equal
+        members += [[]] * (size - len(members))  # all processes get equal parts
         batch = pack_rows(members, seq_len).to(model.rope.cos.device)
         predictions = batch.predictions_per_row * len(batch)
         loss = execution.mean(answer_loss(model, execution.own_rows(batch)))
