@@ -41,7 +41,7 @@ def resume(
             for a record that the command did not write.
         is_begun: returns whether a last line without a line end can be the beginning of a record.
         option: the option that names the file.
-        Raises:
+    Raises:
         ValueError: the file contains something other than results.
     """
     if not path.exists():

@@ -16,16 +16,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--preset",
         choices=PRESETS,
-        help="the study: cpu, a quarter of an hour on two cores; gpu, larger models on one GPU, "
-        "best with a --text of your own; none, speed and memory on paper alone; "
-        "default: cpu",
+        help="the study: cpu: 15 minutes on two cores; gpu: larger models on one GPU, best with "
+        "your own --text; none: only computed speed and memory; default: cpu",
     )
     add("--out", type=path, required=True, metavar="DIR", help="report, result, log and plots")
     add(
         "--work",
         type=path,
         metavar="DIR",
-        help="what a killed study goes on from; default: build/tradeoff-PRESET",
+        help="directory from which a killed study resumes; default: build/tradeoff-PRESET",
     )
     _add_study(parser.add_argument_group("study"))
     _add_deployment(parser.add_argument_group("deployment"))
@@ -43,7 +42,7 @@ def _add_study(group: argparse._ArgumentGroup) -> None:
         "--held-out",
         type=path,
         metavar="PATH",
-        help="texts for evaluation; default: one in 20 files, or the last 5 %% of a single one",
+        help="texts for evaluation; default: every 20th file, or the last 5 %% of a single file",
     )
     add("--seeds", type=integer, nargs="+", metavar="N", help="default: the preset's")
     add("--steps", type=integer, metavar="N", help="of a model from scratch; default: the preset's")
@@ -52,7 +51,7 @@ def _add_study(group: argparse._ArgumentGroup) -> None:
         "--results",
         type=path,
         metavar="FILE",
-        help="the result of an earlier study, for a new page without training",
+        help="make a new page from the result of an earlier study, without training",
     )
     add_options(group)
 
@@ -63,13 +62,14 @@ def _add_deployment(group: argparse._ArgumentGroup) -> None:
         "--shape",
         default="7B",
         metavar="|".join((*PUBLISHED, "FILE.json")),
-        help="that is to be deployed; default: %(default)s",
+        help="the shape to deploy; default: %(default)s",
     )
     add(
         "--gpu",
         default="H200",
         metavar="NAME",
-        help=f"{', '.join(GPUS)}; or MEMORY_GIB,TB_PER_S,TFLOPS; default: %(default)s",
+        help=f"the GPU to deploy on: {', '.join(GPUS)}, or MEMORY_GIB,TB_PER_S,TFLOPS; default: "
+        "%(default)s",
     )
     add("--context", type=integer, default=4096, metavar="N", help="expected tokens per sequence")
     add(
@@ -77,7 +77,8 @@ def _add_deployment(group: argparse._ArgumentGroup) -> None:
         type=_batch,
         default=32,
         metavar="N|max",
-        help="sequences expected to decode together, or max, as many as fit; default: %(default)s",
+        help="expected sequences that decode together, or max for as many as fit; default: "
+        "%(default)s",
     )
     add("--tp", type=integer, default=1, metavar="N", help="GPUs that share the model")
     add(
@@ -85,7 +86,7 @@ def _add_deployment(group: argparse._ArgumentGroup) -> None:
         type=number,
         default=0.8,
         metavar="SHARE",
-        help="of the fastest count's tokens/s that will do; default: %(default)s",
+        help="acceptable share of the fastest count's tokens/s; default: %(default)s",
     )
     add("--no-measure", action="store_true", help="time no decode steps on a GPU that is there")
 
@@ -95,5 +96,5 @@ def _batch(text: str) -> int | None:
     if text == "max":
         return None
     if not text.isdecimal() or not text.strip("0"):
-        raise argparse.ArgumentTypeError(f"expected a number from 1 on, or max; got {text!r:.60}")
+        raise argparse.ArgumentTypeError(f"expected an int of at least 1, or max; got {text!r:.60}")
     return integer(text)

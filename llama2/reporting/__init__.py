@@ -1,1 +1,1 @@
-"""What pages of results are made of: blocks and their renderings, plots, statistics over seeds."""
+"""Building blocks of result pages: blocks and their renderings, plots, statistics over seeds."""

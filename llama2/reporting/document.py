@@ -1,7 +1,7 @@
-"""A page as a list of blocks, and its two renderings: one HTML file, or Markdown beside SVG files.
+"""A page as a list of blocks, rendered to one HTML file or to Markdown with SVG files.
 
-A number is tagged with where it comes from: a column of a table, a figure and a sentence carry a
-tag, which both renderings print.
+Numbers are tagged with their origin: table columns, figures and sentences have a tag, which both
+renderings print.
 """
 
 import html
@@ -26,7 +26,7 @@ class Contents:
 
 @dataclass(frozen=True)
 class Sentence:
-    """Text with the origin of its numbers; None where it has none but settings."""
+    """A text with the origin of its numbers; None for a text without numbers except settings."""
 
     text: str
     tag: Tag | None = None
@@ -45,7 +45,7 @@ class Items:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of figures with one origin, or, without a tag, of names and settings."""
+    """A column of numbers with one origin or, without a tag, of names and settings."""
 
     name: str
     tag: Tag | None = None
@@ -62,7 +62,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot; `name` is that of its file, `svg` the whole file."""
+    """A plot; `name` is its file's name, `svg` the whole file."""
 
     name: str
     svg: str
@@ -108,7 +108,7 @@ pre { background: var(--soft); padding: .8rem; overflow-x: auto; white-space: pr
 
 
 def to_html(title: str, blocks: Sequence[Block]) -> str:
-    """One self-contained file: styles and plots inside, no script, nothing fetched."""
+    """Returns one self-contained HTML file: styles and plots inline, no script, no network."""
     body = "\n".join(_html_block(block, blocks) for block in blocks)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -119,13 +119,13 @@ def to_html(title: str, blocks: Sequence[Block]) -> str:
 
 
 def to_markdown(title: str, blocks: Sequence[Block]) -> str:
-    """Returns the same blocks; a figure refers to the file `name`.svg beside it."""
+    """Returns the blocks as Markdown; a figure refers to `name`.svg in the same directory."""
     body = "\n\n".join(_markdown_block(block, blocks) for block in blocks)
     return f"# {_mark(title)}\n\n{body}\n"
 
 
 def printable(text: str) -> str:
-    """File names may hold any character: those that cannot be shown are replaced."""
+    """Replaces characters that cannot be shown, which file names may contain."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
@@ -201,7 +201,7 @@ def _class(column: Column) -> str:
 
 
 def _inline(name: str, svg: str, caption: str) -> str:
-    """Returns the svg element alone, its ids made unique on the page by the plot's name."""
+    """Returns the svg element alone, with ids made unique on the page by the plot's name."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     return svg.replace("<svg", f'<svg role="img" aria-label="{_escape(caption)}"', 1).strip()

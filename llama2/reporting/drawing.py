@@ -1,8 +1,8 @@
-"""How the page's plots look: the style, the colours, the axes, and SVG text of the same bytes.
+"""The look of plots: style, colours, axes; files are reproducible byte for byte.
 
-Numbers of heads, which have an order, are colours of viridis; kinds of runs are colours of Okabe
-and Ito's palette: both can be told apart by readers who do not see all colours, and every series
-has a marker of its own as well.
+Numbers of heads, which are ordered, have colours of viridis; kinds of runs have colours of Okabe
+and Ito's palette. Both can be distinguished by colour-blind readers, and every series has its own
+marker as well.
 """
 
 import io
@@ -24,9 +24,9 @@ _STYLE = {
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "legend.frameon": False,
-    "svg.fonttype": "path",  # looks the same wherever it is opened
+    "svg.fonttype": "path",  # looks the same in every viewer
     "svg.hashsalt": "tradeoff",
-    "text.parse_math": False,  # a name with a $ is a name
+    "text.parse_math": False,  # names may contain $
 }
 _NO_METADATA = {  # no time, no version
     "svg": dict.fromkeys(("Creator", "Date", "Format", "Type")),
@@ -38,14 +38,15 @@ _MARKERS = "osD^vP*X<>"
 
 
 def image(draw: Callable[[], Figure], form: str) -> bytes:
-    """Draws in this module's style, which ends with the call, and returns the file's contents.
+    """Draws a figure in this module's style, which does not outlast the call, and returns the
+    file's contents.
 
     Args:
         form: "svg" or "png".
     """
     written = io.BytesIO()
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a reader's own settings would change the bytes
+        matplotlib.rcdefaults()  # the user's settings would change the bytes
         matplotlib.rcParams.update(_STYLE)
         settings = {"metadata": _NO_METADATA[form], "bbox_inches": "tight", "dpi": _DPI}
         draw().savefig(written, format=form, **settings)
@@ -70,7 +71,7 @@ def legend(figure: Figure, axes: Axes) -> None:
 
 
 def plain_log(axes: Axes, name: str) -> None:
-    """A logarithmic axis with numbers such as 2k, the more of them the shorter its range."""
+    """Makes an axis logarithmic, with ticks such as 2k; more ticks for a shorter range."""
     axes.set(**{f"{name}scale": "log"})
     axis = axes.xaxis if name == "x" else axes.yaxis
     low, high = axis.get_view_interval()
@@ -81,7 +82,7 @@ def plain_log(axes: Axes, name: str) -> None:
 
 
 def head_colours(counts: Iterable[int]) -> dict[int, tuple[Any, str]]:
-    """Returns a colour and a marker for each count, dark for many heads."""
+    """Returns a colour and a marker for each count; more heads are darker."""
     ordered = sorted(counts, reverse=True)
     shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(ordered)))
     return {

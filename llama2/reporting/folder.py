@@ -1,26 +1,25 @@
-"""The folder of a page: what may be written over there."""
+"""Checks that a page does not overwrite foreign files."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-_BEGINNING = 1000  # bytes in which a file says whose it is
+_BEGINNING = 1000  # bytes in which a file has its mark
 PAGE = ("report.html", "report.md")
 
 
 def page_marks(title: str) -> dict[str, str]:
-    """Returns the marks, as of `check_own_files`, of a page's two files."""
+    """Returns the marks of a page's two files for `check_own_files`."""
     return dict(zip(PAGE, (f"<title>{title}</title>", f"# {title}\n"), strict=True))
 
 
 def check_own_files(folder: Path, marks: Mapping[str, str], plots: Iterable[str] = ()) -> None:
-    """Refuses a folder where a page, or its data, would replace what is none.
+    """Raises ValueError if a page, or its data, would replace other files of a folder.
 
     Args:
-        marks: by the names of files, what stands in the beginning of one of an earlier page.
+        marks: by file name, a text at the beginning of that file in an earlier page.
         plots: names of files that belong to the page if there is one.
     Raises:
-        ValueError: a file has the name, but not the beginning of one of these; or a plot has no
-            page.
+        ValueError: a file has such a name but not its mark, or there is a plot without a page.
     """
     for name, mark in marks.items():
         file = folder / name
@@ -36,4 +35,4 @@ def check_own_files(folder: Path, marks: Mapping[str, str], plots: Iterable[str]
 
 
 def _foreign(file: Path) -> str:
-    return f"out: expected a directory in which {file.name} is of an earlier page; got {file}"
+    return f"out: expected a directory whose {file.name} is of an earlier page; got {file}"

@@ -1,10 +1,9 @@
-"""Imports matplotlib, whatever the reader's environment asks for: a package that draws imports this
-in its `__init__`, before any of its modules."""
+"""Imports matplotlib independently of the environment variable MPLBACKEND. A package that draws
+imports this module in its `__init__`, before any of its modules."""
 
 import os
 
-# Plots are drawn without a backend. One that a reader's environment names and matplotlib does not
-# know would end its import.
+# Plots are drawn without a backend. The import fails if MPLBACKEND names an unknown one.
 _asked = os.environ.pop("MPLBACKEND", None)
 try:
     import matplotlib  # noqa: F401

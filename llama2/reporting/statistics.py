@@ -1,6 +1,6 @@
-"""What a few seeds and a few held-out files can tell: intervals, a noise floor, paired differences.
+"""Statistics over a few seeds and held-out files: intervals, a noise floor, paired differences.
 
-Everything is plain arithmetic on numbers; which runs to compare is for the caller to say.
+All functions are plain arithmetic; the caller decides which runs to compare.
 """
 
 import math
@@ -22,7 +22,7 @@ class Estimate:
 
     @property
     def excludes_zero(self) -> bool | None:
-        """Whether the interval leaves 0 out ("told apart"); None without an interval."""
+        """Whether the interval excludes 0; None without an interval."""
         if self.low is None or self.high is None:
             return None
         return self.low > 0 or self.high < 0
@@ -30,7 +30,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Noise:
-    """Spread of runs that differ in their seed alone: `sd`, and √2 · sd of two such runs."""
+    """Spread of runs that differ only in their seed: `sd`, and √2 · sd for the difference of two
+    runs."""
 
     sd: float
     n: int
@@ -42,7 +43,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class FileDifference:
-    """Difference in bits per byte with the 95 % interval over which files were held out."""
+    """Difference in bits per byte with its 95 % interval over the choice of held-out files."""
 
     mean: float
     low: float
@@ -55,8 +56,8 @@ def t_critical(df: int, confidence: float = 0.95) -> float:
     """Returns the t with P(|T| ≤ t) = `confidence` for Student's distribution, `df` degrees of
     freedom.
 
-    Bisection over θ = atan(t / √df) of the closed form for whole `df` in Abramowitz and Stegun,
-    Handbook of Mathematical Functions (1964), 26.7.3 and 26.7.4.
+    Computed by bisection over θ = atan(t / √df) of the closed form for integer `df` in Abramowitz
+    and Stegun, Handbook of Mathematical Functions (1964), 26.7.3 and 26.7.4.
 
     Raises:
         ValueError: df is below 1, or confidence is not between 0 and 1.
@@ -87,7 +88,7 @@ def mean_estimate(values: Sequence[float]) -> Estimate:
     """Returns mean ± t(0.975, n − 1) · sd / √n; no interval for n = 1.
 
     Raises:
-        ValueError: no values, or one that is not finite.
+        ValueError: there are no values, or one is not finite.
     """
     if not values:
         raise ValueError("values: expected at least one; got none")
@@ -101,12 +102,13 @@ def mean_estimate(values: Sequence[float]) -> Estimate:
 
 
 def share_estimate(shares: Sequence[float]) -> Estimate:
-    """`mean_estimate` of shares over seeds, the interval cut to what a share can be.
+    """Returns `mean_estimate` of shares over seeds, with the interval clipped to [0, 1].
 
-    Over seeds, not binomial over tokens: tokens of one model are not independent trials.
+    The interval is over seeds, not binomial over tokens, as tokens of one model are not independent
+    trials.
 
     Raises:
-        ValueError: a share is not within 0 to 1, or there is none.
+        ValueError: a share is not in [0, 1], or there are none.
     """
     if not all(0 <= share <= 1 for share in shares):
         raise ValueError(f"shares: expected numbers from 0 to 1; got {list(shares)}")
@@ -117,12 +119,12 @@ def share_estimate(shares: Sequence[float]) -> Estimate:
 
 
 def paired_difference(variant: Mapping[int, float], baseline: Mapping[int, float]) -> Estimate:
-    """Returns mean of variant − baseline over the seeds that both have, with its interval.
+    """Returns the mean of variant − baseline over the seeds that both have, with its interval.
 
-    Pairing takes out what a seed does to both alike, such as the order of the data.
+    Pairing removes effects of a seed on both, such as the order of the data.
 
     Raises:
-        ValueError: no seed is in both.
+        ValueError: no seed is in common.
     """
     seeds = sorted(variant.keys() & baseline.keys())
     if not seeds:
@@ -133,7 +135,8 @@ def paired_difference(variant: Mapping[int, float], baseline: Mapping[int, float
 
 
 def noise_floor(values: Sequence[float]) -> Noise | None:
-    """Standard deviation over seeds (n − 1 in the denominator); None of a single seed."""
+    """Returns the standard deviation over seeds (n − 1 in the denominator); None for a single
+    seed."""
     return Noise(stdev(values), len(values)) if len(values) > 1 else None
 
 
@@ -145,17 +148,17 @@ def file_bootstrap(
     resamples: int = 2000,
     seed: int = 0,
 ) -> FileDifference:
-    """Paired bootstrap over held-out files of Σ bits / Σ bytes, variant − baseline.
+    """Returns the paired bootstrap over held-out files of Σ bits / Σ bytes, variant − baseline.
 
     Files are drawn with replacement, the same ones for both sides; bits are averaged over seeds
-    first, so the interval speaks of files alone. Its ends are the 2.5 % and 97.5 % quantiles
-    (Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13).
+    first, so the interval covers only the choice of files. Its ends are the 2.5 % and 97.5 %
+    quantiles (Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13).
 
     Args:
         variant_bits, baseline_bits: `[num_seeds, num_files]`, rows matched by seed.
         num_bytes: `[num_files]`, all positive.
     Raises:
-        ValueError: shapes do not fit, or num_bytes is not positive throughout.
+        ValueError: shapes do not match, or num_bytes is not all positive.
     """
     shape = variant_bits.shape
     if len(shape) != 2 or 0 in shape or baseline_bits.shape != shape:
@@ -179,9 +182,10 @@ def file_bootstrap(
 
 
 def gap_closed(plain: float, better: float, control: float) -> float | None:
-    """(plain − better) / (plain − control): 0 is no gain on `plain`, 1 is as good as the control.
+    """Returns (plain − better) / (plain − control): 0 is no gain over `plain`, 1 is as good as the
+    control.
 
-    None where `plain` is no worse than the control: there is no gap to close.
+    Returns None if `plain` is not worse than the control, as there is no gap to close.
     """
     gap = plain - control
     return (plain - better) / gap if gap > 0 else None

@@ -1,1 +1,1 @@
-"""Learning from preferences: reward models, rejection sampling, PPO."""
+"""Reinforcement learning from human feedback: reward models, rejection sampling, PPO."""

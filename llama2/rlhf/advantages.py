@@ -1,26 +1,27 @@
-"""From the scores of answers to the advantages of their tokens, in float64 on the host.
+"""Advantages of tokens from the scores of answers, in float64 on the host.
 
 An answer of n tokens is an episode: token t is the action in the state before it, whose value the
-critic gave. Scores are whitened over the batch and lie on the last token; every token pays for
-leaving the reference: R = whiten(score) − β · Σ (log π − log π_ref), as in Touvron et al. 2023,
-arXiv:2307.09288, section 3.2.3. What follows from these rewards is ours, as the paper says nothing
-of it: generalised advantages (Schulman et al. 2016, arXiv:1506.02438) for PPO with a critic, and
-advantages relative to a prompt's other answers (Shao et al. 2024, arXiv:2402.03300) without one.
+critic estimates. Scores are whitened over the batch and added to the last token's reward; every
+token has a KL penalty: R = whiten(score) − β · Σ (log π − log π_ref), as in Touvron et al. 2023,
+arXiv:2307.09288, section 3.2.3. The paper does not say how advantages follow from these rewards;
+our choices are generalised advantages (Schulman et al. 2016, arXiv:1506.02438) for PPO with a
+critic, and advantages relative to a prompt's other answers (Shao et al. 2024, arXiv:2402.03300)
+without one.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-# Of float32 scores: a spread that is less than this part of the largest is one of roundings.
+# Relative spread of float32 scores below which it is rounding error.
 _NO_SPREAD = 1e-6
 
 
 def whitened(values: np.ndarray) -> np.ndarray:
-    """(values − mean) / std, float64 in any shape, std that of the population.
+    """Returns (values − mean) / std, float64 in any shape, with the population's std.
 
-    Values that differ by no more than roundings of float32 (a std of at most 1e-6 of the largest
-    magnitude) say nothing: they become 0, not noise of magnitude 1.
+    Values that differ only by float32 rounding (a std of at most 1e-6 times the largest magnitude)
+    become 0 instead of noise of magnitude 1.
     """
     values = np.asarray(values, dtype=np.float64)
     if not values.size:
@@ -33,9 +34,10 @@ def whitened(values: np.ndarray) -> np.ndarray:
 
 
 def token_rewards(score: float, log_ratios: np.ndarray, kl_weight: float) -> np.ndarray:
-    """Rewards of an answer's tokens, `[n]`: −β · (log π − log π_ref), plus the score on the last.
+    """Returns the rewards of an answer's tokens, `[n]`: −β · (log π − log π_ref), plus the score
+    for the last token.
 
-    Their sum is score − β · KL, where KL is its estimate from this one answer.
+    Their sum is score − β · KL, where KL is estimated from this one answer.
 
     Args:
         log_ratios: log π − log π_ref, `[n]`, n ≥ 1, in nats.
@@ -49,13 +51,14 @@ def token_rewards(score: float, log_ratios: np.ndarray, kl_weight: float) -> np.
 def generalised_advantages(
     rewards: np.ndarray, values: np.ndarray, discount: float, trace_decay: float
 ) -> np.ndarray:
-    """A_t = δ_t + γ·λ·A_{t+1}, where δ_t = r_t + γ·V_{t+1} − V_t; nothing follows the last token.
+    """Returns A_t = δ_t + γ·λ·A_{t+1}, where δ_t = r_t + γ·V_{t+1} − V_t, with A and V zero after
+    the last token.
 
-    The return that a critic is to predict is A + V. With V = 0 and γ = λ = 1, A_t is the sum of the
-    rewards from t on.
+    The critic's target is the return A + V. With V = 0 and γ = λ = 1, A_t is the sum of the rewards
+    from t on.
 
     Args:
-        rewards, values: `[n]`, values[t] of the state before token t.
+        rewards, values: `[n]`, values[t] is that of the state before token t.
         discount, trace_decay: γ and λ.
     """
     rewards, values = np.float64(rewards), np.float64(values)
@@ -73,7 +76,7 @@ def whitened_tokens(advantages: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def relative_to_group(scores: np.ndarray, group_size: int) -> np.ndarray:
-    """Each score whitened over the answers to its prompt, which stand one after another.
+    """Returns each score whitened over the answers to its prompt, which are consecutive.
 
     Args:
         scores: `[num_prompts · group_size]`.
@@ -83,8 +86,8 @@ def relative_to_group(scores: np.ndarray, group_size: int) -> np.ndarray:
 
 
 def explained_variance(returns: np.ndarray, values: np.ndarray) -> float | None:
-    """1 − var(returns − values) / var(returns): 1 of a critic that foresees everything, 0 of a
-    constant one; None where all returns are equal."""
+    """Returns 1 − var(returns − values) / var(returns): 1 for a perfect critic, 0 for a constant
+    one; None if all returns are equal."""
     variance = np.var(np.float64(returns))
     if variance == 0.0:
         return None

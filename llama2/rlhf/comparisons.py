@@ -1,4 +1,4 @@
-"""Comparisons of two answers for reward modelling: JSON lines, in the forms that TRL reads.
+"""Comparisons of two answers for reward modelling: JSON lines in the formats of TRL.
 
 Source: Touvron et al. 2023, arXiv:2307.09288, sections 3.2.1 and 3.2.2, table 27.
 """
@@ -18,23 +18,23 @@ from llama2.finetune.dialogues import (
     source_of,
 )
 
-# By how much the chosen answer is better, as the paper's annotators say it.
+# How much better the chosen answer is, in the paper's words.
 RATINGS = ("significantly better", "better", "slightly better", "negligibly better or unsure")
 
-# What the loss asks the scores of the two answers to differ by, for each of RATINGS.
+# The loss's margin between the two scores, for each of RATINGS.
 MARGINS = {"none": (0, 0, 0, 0), "small": (1, 2 / 3, 1 / 3, 0), "large": (3, 2, 1, 0)}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two answers to the same messages, of which one is preferred.
+    """Two answers to the same messages, one of which is preferred.
 
     Attributes:
         messages: an optional "system", then "user" and "assistant" in turn, a "user" last.
-        chosen, rejected: the texts of the answers; stripped they differ.
-        rating: one of RATINGS; None where the line has none.
-        source: where it is from, as its line says; otherwise the file's name.
-        file, line: where it stands, lines from 1.
+        chosen, rejected: the texts of the answers, which differ after stripping.
+        rating: one of RATINGS; None if the line has none.
+        source: the line's "source", otherwise the file's name.
+        file, line: its place; lines count from 1.
     """
 
     messages: tuple[Message, ...]
@@ -47,23 +47,23 @@ class Comparison:
 
 
 def read_comparisons(path: Path, refuse: Refuse) -> Iterator[Comparison]:
-    """Yields the comparisons of a file of JSON lines, or of all `*.jsonl` of a directory, one at a
-    time.
+    """Yields the comparisons of a JSON-lines file, or of all `*.jsonl` of a directory.
 
     A line is one of
 
-    - `{"prompt": PROMPT, "chosen": ANSWER, "rejected": ANSWER}`, where PROMPT is a text or a list
-      of messages that ends with a user's, ANSWER a text or a list of one assistant's message;
-    - `{"chosen": [messages], "rejected": [messages]}`, two dialogues that share all messages but
+    - `{"prompt": PROMPT, "chosen": ANSWER, "rejected": ANSWER}`, where PROMPT is a string or a list
+      of messages that ends with a user's, and ANSWER is a string or a list of one assistant's
+      message;
+    - `{"chosen": [messages], "rejected": [messages]}`, two dialogues with the same messages except
       the last.
 
-    A `"rating"` beside them is one of RATINGS, a `"source"` names where the comparison is from;
-    other keys are left alone, blank lines passed over. A key whose value is null counts as absent.
+    Optional keys are `"rating"`, one of RATINGS, and `"source"`, the comparison's origin. Other
+    keys and blank lines are ignored. A key with the value null counts as absent.
 
     Args:
-        refuse: is called for each line that is no comparison; it may raise.
+        refuse: called for each line that is not a comparison; it may raise.
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: `path` does not exist.
     """
     return read_lines(path, parse_comparison, refuse)
 
@@ -72,7 +72,7 @@ def parse_comparison(raw: bytes, file: Path, number: int) -> Comparison:
     """Returns the comparison of a line; see `read_comparisons`.
 
     Raises:
-        TypeError, ValueError: it is no comparison; says why.
+        TypeError, ValueError: it is not a comparison; the message gives the reason.
     """
     value = parse_object(raw, number)
     if missing := {"chosen", "rejected"} - value.keys():
@@ -86,7 +86,7 @@ def parse_comparison(raw: bytes, file: Path, number: int) -> Comparison:
             name: [*prompt, *_answer(name, value[name])] for name in ("chosen", "rejected")
         }
     else:
-        expected = 'messages where there is no "prompt"'
+        expected = 'messages without a "prompt"'
         dialogues = {
             name: _messages(name, value[name], expected) for name in ("chosen", "rejected")
         }
@@ -98,11 +98,12 @@ def parse_comparison(raw: bytes, file: Path, number: int) -> Comparison:
     chosen, rejected = dialogues.values()
     if chosen[:-1] != rejected[:-1]:
         raise ValueError(
-            "rejected: expected the messages of chosen, but for the last; got others, and no prompt"
+            "rejected: expected the messages of chosen, except the last; got others, without a "
+            "prompt"
         )
     answers = chosen[-1]["content"], rejected[-1]["content"]
     if answers[0].strip() == answers[1].strip():
-        raise ValueError(f"rejected: expected another answer than chosen; got {answers[1]!r:.60}")
+        raise ValueError(f"rejected: expected an answer other than chosen; got {answers[1]!r:.60}")
     return Comparison(chosen[:-1], *answers, _rating(value), source_of(value, file), file, number)
 
 
@@ -115,10 +116,10 @@ def _prompt(content: Any) -> list[Message]:
 
 
 def _listed(name: str, content: Any, role: str) -> list[Message]:
-    """Messages; a text is one of that role."""
+    """Returns a list of messages; a string becomes one message with the given role."""
     if isinstance(content, str):
         return [{"role": role, "content": content}]
-    return _messages(name, content, "a text or a list of messages")
+    return _messages(name, content, "a string or a list of messages")
 
 
 def _messages(name: str, content: Any, expected: str) -> list[Message]:
@@ -131,7 +132,7 @@ def _answer(name: str, content: Any) -> list[Message]:
     answer = _listed(name, content, "assistant")
     if len(answer) != 1:
         raise ValueError(
-            f"{name}: expected a text or one message beside a prompt; got {len(answer)} messages"
+            f"{name}: expected a string or one message with a prompt; got {len(answer)} messages"
         )
     return answer
 
@@ -144,13 +145,13 @@ def _rating(value: dict[str, Any]) -> str | None:
 
 
 def margin_of(rating: str | None, margins: str) -> float:
-    """What the loss asks the scores of a pair to differ by.
+    """Returns the loss's margin between the scores of a pair.
 
     Args:
         rating: one of RATINGS, or None.
-        margins: a key of MARGINS; only "none" takes a pair without rating.
+        margins: a key of MARGINS; only "none" accepts a pair without a rating.
     Raises:
-        ValueError: there is no rating, or no such margins.
+        ValueError: the rating is missing, or `margins` is unknown.
     """
     if margins not in MARGINS:
         raise ValueError(f"margins: expected one of {', '.join(MARGINS)}; got {margins!r}")
@@ -158,13 +159,13 @@ def margin_of(rating: str | None, margins: str) -> float:
         return 0.0
     if rating is None:
         raise ValueError(
-            f"rating: expected one of {', '.join(RATINGS)} where margins are {margins}; got none"
+            f"rating: expected one of {', '.join(RATINGS)} with margins {margins}; got none"
         )
     return float(MARGINS[margins][RATINGS.index(rating)])
 
 
 def to_line(comparison: Comparison) -> str:
-    """Returns the JSON line that `parse_comparison` reads as this comparison, but for file and
+    """Returns the JSON line from which `parse_comparison` reads this comparison, except file and
     line."""
     record = {
         "prompt": list(comparison.messages),

@@ -1,4 +1,4 @@
-"""From what the models say of rollouts to what is learnt from them, on the host alone."""
+"""Training targets of PPO from the models' outputs on rollouts, computed on the host."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,13 +21,13 @@ from llama2.rlhf.rewards import combined
 
 @dataclass(frozen=True)
 class Measured:
-    """A rollout and what the models say of it, before any of them learns.
+    """A rollout and the models' outputs on it before the gradient steps.
 
     Attributes:
-        helpful, safety: logits of the two rewards; without a safety model None.
+        helpful, safety: logits of the two rewards; safety is None without a safety model.
         log_probs, entropies: float32 `[n]`, of each answer token under the policy, in nats.
-        reference_log_probs: likewise under the reference.
-        values: float32 `[n]`, the critic's; None without one.
+        reference_log_probs: the same under the reference.
+        values: float32 `[n]`, the critic's; None without a critic.
     """
 
     rollout: Rollout
@@ -50,7 +50,7 @@ class Measured:
 
 
 def check_finite(batch: Sequence[Measured], iteration: int) -> None:
-    """Raises FloatingPointError unless everything in it is finite."""
+    """Raises FloatingPointError unless all numbers of the batch are finite."""
     for name, numbers in (
         ("score of the helpfulness reward model", [each.helpful for each in batch]),
         ("score of the safety reward model", [each.safety for each in batch]),
@@ -64,13 +64,13 @@ def check_finite(batch: Sequence[Measured], iteration: int) -> None:
         if count := np.count_nonzero(~np.isfinite(every)):
             raise FloatingPointError(
                 f"iteration {iteration}: expected every {name} to be finite; got {count:,} of "
-                f"{every.size:,} that are not. The last saved state is untouched"
+                f"{every.size:,} that are not. The last saved state is unchanged"
             )
 
 
 def experiences(batch: Sequence[Measured], config: PPOConfig) -> list[Experience]:
-    """What is to be learnt from a whole batch; with `group_size`, from prompts of as many answers
-    each, one after another."""
+    """Returns the experiences of a whole batch; with `group_size`, the answers to each prompt are
+    consecutive."""
     scores = np.array([each.score for each in batch], dtype=np.float64)
     if config.group_size:
         return _of_groups(batch, relative_to_group(scores, config.group_size), config)
@@ -100,17 +100,18 @@ def _of_groups(
 def described(
     batch: Sequence[Measured], learnt: Sequence[Experience], config: PPOConfig
 ) -> dict[str, Any]:
-    """What the log says of the answers of an iteration and of the models that judged them:
+    """Returns the log's fields about the answers of an iteration and the models that judged them:
 
-    - reward, reward_helpful, reward_safety: mean logits, of the reward that counts and of each;
-    - objective: mean of score − β · Σ (log π − log π_ref) over answers. Of whitened scores, which
-      are learnt from, the mean is always 0;
+    - reward, reward_helpful, reward_safety: mean logits of the reward that counts and of each
+      model;
+    - objective: mean of score − β · Σ (log π − log π_ref) over answers. The whitened scores used
+      for training always have mean 0;
     - kl, kl_per_token: mean of Σ (log π − log π_ref) over answers, and of its terms over tokens;
       kl_k3_per_token: mean of exp(−x) − 1 + x over the same terms x, which is never negative.
       Schulman 2020, "Approximating KL divergence", calls these estimates k1 and k3;
-    - entropy: mean over tokens of the policy's, in nats;
-    - explained_variance: of the returns by the critic's values;
-    - answer_tokens_mean, answer_tokens_max; cut: the share of answers without an end.
+    - entropy: mean over tokens of the policy's entropy, in nats;
+    - explained_variance: that of the returns by the critic's values;
+    - answer_tokens_mean, answer_tokens_max; cut: the share of truncated answers.
     """
     scores = np.array([each.score for each in batch], dtype=np.float64)
     ratios = [each.log_ratios for each in batch]

@@ -1,23 +1,23 @@
 """Proximal policy optimisation of a chat model against reward models.
 
-An iteration draws a batch of answers, has them scored, and makes one gradient step of the policy
-and one of the critic on each of its mini-batches, in order.
+An iteration samples a batch of answers, scores them, and does one gradient step of the policy and
+one of the critic on each mini-batch, in order.
 
 From the paper (Touvron et al. 2023, arXiv:2307.09288, section 3.2.3 and appendix A.3): AdamW with
 its settings, the constant learning rate, clipping of gradients, sizes of batch and mini-batch, one
-step per mini-batch, the clip range, β, the reward that counts of the two, its whitened logit, the
+step per mini-batch, the clip range, β, the choice between the two rewards, its whitened logit, the
 KL penalty to the supervised model.
 
-Ours, as the paper says nothing of it: the critic, a model of its own that begins as the
-helpfulness reward model and learns at the policy's rate; γ = 1 and λ = 0.95 of generalised
-advantages; whitening them over the batch; the clipped value loss, with the policy's range; the mean
-over tokens in both losses; no dropout, no bonus for entropy.
+Our choices where the paper gives none: the critic, a separate model that is initialised from the
+helpfulness reward model and trained with the policy's learning rate; generalised advantages with γ
+= 1 and λ = 0.95, whitened over the batch; the clipped value loss, with the policy's range; the mean
+over tokens in both losses; no dropout, no entropy bonus.
 
-With `group_size` > 0 there is no critic: a prompt has as many answers, and the advantage of an
-answer's tokens is its score relative to its group's (Shao et al. 2024, arXiv:2402.03300). The KL
-penalty stays where the paper has it, in the reward: each token's advantage has −β times the
-log-ratios from it on. That is no group's to normalise, or it would be all that is learnt from
-answers of equal scores.
+With `group_size` > 0 there is no critic: each prompt has that many answers, and the advantage of an
+answer's tokens is its score relative to its group (Shao et al. 2024, arXiv:2402.03300). The KL
+penalty stays in the reward, as in the paper: each token's advantage includes −β times the sum of
+the log-ratios from that token on. It is not normalised by the group; otherwise a group with equal
+scores would be trained on the penalty alone.
 """
 
 import time
@@ -55,12 +55,12 @@ from llama2.train.pretrain import make_optimizer, make_worker, train_step
 
 @dataclass(frozen=True)
 class Actors:
-    """The models of a run, on one device, all sharded alike or none.
+    """The models of a run, on one device, all sharded in the same way or none.
 
     Attributes:
-        policy: is trained.
-        critic: is trained; None with `group_size`. It shares no weight with the policy.
-        reference: where the policy began, frozen, in the dtype that the policy computes in.
+        policy: the trained policy.
+        critic: the trained critic; None with `group_size`. It shares no weights with the policy.
+        reference: the frozen initial policy, in the dtype in which the policy computes.
     """
 
     policy: Llama2
@@ -83,13 +83,12 @@ def train(
     tensorboard: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Trains the policy and the critic in place and returns the records of the log, one per
-    iteration; states, log and resuming as in `pretrain.train`. A state is of the end of an
-    iteration: what was drawn and learnt of one that is killed is drawn and learnt again, on a CPU
-    to the same bits.
+    iteration. States, log and resuming are as in `pretrain.train`. States are saved at the end of
+    an iteration: a killed iteration is repeated, on a CPU bit for bit.
 
     Args:
         inputs: what else two runs must share for one to resume the other, such as reward models.
-        tensorboard: as of `pretrain.train`.
+        tensorboard: as for `pretrain.train`.
     Raises:
         KeyboardInterrupt, ValueError: as `pretrain.train`.
         FloatingPointError: a logit, score, log-probability, value, loss or gradient is not finite,
@@ -98,7 +97,7 @@ def train(
     """
     loop = _Loop(actors, questions, sampler, config, execution)
     recipe = asdict(config)
-    # A rate that is constant makes the first iterations of longer runs those of shorter ones.
+    # With a constant learning rate, longer runs begin with the same iterations as shorter ones.
     del recipe["activation_checkpointing"], recipe["iterations"]
     identity = {
         "model_config": asdict(actors.policy.config),
@@ -123,19 +122,19 @@ def train(
 
 
 def ratio_bound(device: torch.device, clip_range: float) -> float:
-    """Returns the largest |ρ − 1| before the first step of an iteration that is no error.
+    """Returns the largest |ρ − 1| before the first step of an iteration that counts as correct.
 
     Old and new log-probabilities come from the same weights and kernels on the same micro-batches.
-    On a CPU they are the same to the bit: 0, in every dtype, in one process and in several. On GPUs
-    the libraries for matrix products and for sums over a network promise no order of their sums.
-    There the bound is the clip range: below it no ratio of that step is clipped, so that its
-    gradient is the unclipped one. What was found is in the log.
+    On a CPU they are bit-identical, so the bound is 0, for every dtype and number of processes. On
+    GPUs, the libraries for matrix products and all-reduces do not guarantee the order of their
+    sums. There the bound is the clip range: below it, no ratio of that step is clipped, so its
+    gradient is the unclipped one. The log records the actual deviation.
     """
     return 0.0 if device.type == "cpu" else clip_range
 
 
 class _Loop:
-    """One run; `trained` and `optimizer` are what its state has."""
+    """One run; its state consists of `trained` and `optimizer`."""
 
     def __init__(
         self,
@@ -147,7 +146,7 @@ class _Loop:
     ) -> None:
         if (actors.critic is None) != (config.group_size > 0):
             raise ValueError(
-                "critic: expected one if and only if group_size is 0; got "
+                "critic: expected a critic if and only if group_size is 0; got "
                 f"{'none' if actors.critic is None else 'one'} with {config.group_size}"
             )
         self.actors, self.config, self.execution = actors, config, execution
@@ -156,16 +155,16 @@ class _Loop:
         self.step_config = config.step_config(actors.policy.config.max_seq_len)
         models = {"policy": actors.policy, "critic": actors.critic}
         models = {name: model for name, model in models.items() if model is not None}
-        # One state and one optimizer of both, so that no kill parts them. A step of one leaves the
-        # other as it is: AdamW passes over parameters without a gradient.
+        # One state and one optimizer for both, so that they are saved together. A step of one model
+        # does not change the other: AdamW skips parameters without a gradient.
         self.trained = nn.ModuleDict(models)
         self.optimizer = make_optimizer(self.trained, self.step_config)
         self.seconds: dict[str, float] = {}
 
     @cached_property
     def workers(self) -> dict[str, Decoder]:
-        """The models that compute the gradients. They are made in the first iteration, when the
-        weights that a run resumes from have been loaded."""
+        """The models that compute the gradients, made in the first iteration, after the weights of
+        a resumed run have been loaded."""
         sharded = self.execution.is_sharded
         return {
             name: model if sharded else make_worker(model, self.step_config)
@@ -173,7 +172,7 @@ class _Loop:
         }
 
     def iteration(self, number: int) -> dict[str, Any]:
-        """Returns the record of an iteration, done from drawing to the last gradient step."""
+        """Does an iteration, from sampling to the last gradient step, and returns its record."""
         gathers = self.sampler.gathers
         with self._timed("rollout"):
             batch = self.questions.batch(number)
@@ -197,7 +196,7 @@ class _Loop:
         self.seconds[part] = round(time.perf_counter() - started, 3)
 
     def _measured(self, rollouts: Sequence[Rollout]) -> list[Measured]:
-        """What reward models, policy, reference and critic say of the answers."""
+        """Returns the outputs of the reward models, policy, reference and critic on the answers."""
         config, device = self.config, self.device
 
         def measure(part: Sequence[Rollout]) -> list[Measured]:
@@ -210,7 +209,7 @@ class _Loop:
                 numbers.append(answer_values(self.workers["critic"], part, device))
             ends = np.cumsum([len(rollout.answer) for rollout in part])[:-1]
             columns = [np.split(each.cpu().numpy(), ends) for each in numbers]
-            columns += [[None] * len(part)] * (4 - len(columns))  # there is no critic
+            columns += [[None] * len(part)] * (4 - len(columns))  # without a critic
             rows = zip(part, scores, *columns, strict=True)
             return [Measured(rollout, *score, *tokens) for rollout, score, *tokens in rows]
 
@@ -223,7 +222,8 @@ class _Loop:
         )
 
     def _learn(self, learnt: Sequence[Experience], number: int) -> dict[str, Any]:
-        """Returns a gradient step of each model per mini-batch; what the log says of them all."""
+        """Does a gradient step of each model per mini-batch and returns the log's fields about
+        them."""
         config, steps = self.config, []
         size = config.mini_batch_size
         for start in range(0, len(learnt), size):
@@ -260,7 +260,7 @@ class _Loop:
     def _step(
         self, name: str, rows: Ragged, step: int, objective: Callable[..., torch.Tensor]
     ) -> tuple[float, float]:
-        """(loss, gradient norm) of a gradient step of one model."""
+        """Does a gradient step of one model and returns (loss, gradient norm)."""
         try:
             return train_step(
                 self.trained[name],
@@ -280,6 +280,6 @@ class _Loop:
         if not deviation <= bound:
             raise FloatingPointError(
                 f"iteration {number}: expected ratios to the old policy that differ from 1 by at "
-                f"most {bound:g} before the first step; got {deviation:g}. Its forward pass does "
-                "not repeat its bits"
+                f"most {bound:g} before the first step; got {deviation:g}. The forward pass is not "
+                "reproducible"
             )

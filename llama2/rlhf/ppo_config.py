@@ -1,4 +1,4 @@
-"""The settings of a PPO run, those of the paper where it gives them.
+"""The settings of a PPO run; defaults are the paper's where it gives them.
 
 Source: Touvron et al. 2023, arXiv:2307.09288, section 3.2.3 and appendix A.3.
 """
@@ -11,21 +11,22 @@ from llama2.train.pretrain import TrainConfig
 
 @dataclass(frozen=True)
 class PPOConfig:
-    """A run. The defaults are the paper's where it gives them, those of the 7B and 13B models.
+    """The settings of a run. Defaults are the paper's for its 7B and 13B models, where it gives
+    them.
 
     Attributes:
-        iterations: 200 to 400 in the paper. A run that is resumed may have more.
+        iterations: 200 to 400 in the paper. A resumed run may have more.
         batch_size: answers per iteration.
         mini_batch_size: answers per gradient step.
-        micro_batch_size: answers per forward pass; None means all that a process has of a step.
+        micro_batch_size: answers per forward pass; None means all of a process's answers of a step.
         clip_range: ε of both losses.
         kl_weight: β; 0.005 in the paper for 34B and 70B.
         discount, trace_decay: γ and λ.
-        group_size: answers per prompt, without a critic; 0 means PPO with one.
-        bf16, seed, activation_checkpointing: as of `TrainConfig`.
+        group_size: answers per prompt without a critic; 0 means PPO with a critic.
+        bf16, seed, activation_checkpointing: as for `TrainConfig`.
 
     Raises:
-        ValueError: as `TrainConfig`; or a number is out of its range or does not divide another.
+        ValueError: as `TrainConfig`; or a number is out of range or not a divisor where it must be.
     """
 
     iterations: int = 200
@@ -51,9 +52,7 @@ class PPOConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1; got {getattr(self, name)}")
         if self.group_size < 0 or self.group_size == 1:
-            raise ValueError(
-                f"group_size: expected 0, or 2 or more answers to compare; got {self.group_size}"
-            )
+            raise ValueError(f"group_size: expected 0 or at least 2; got {self.group_size}")
         sizes = {"mini_batch_size": self.mini_batch_size, "group_size": self.samples}
         for name, divisor in sizes.items():
             if self.batch_size % divisor:
@@ -79,15 +78,15 @@ class PPOConfig:
         for name in ("discount", "trace_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected from 0 to 1; got {getattr(self, name)}")
-        self.step_config(1)  # refuses the rest
+        self.step_config(1)  # checks the other settings
 
     @property
     def samples(self) -> int:
-        """Answers to each prompt."""
+        """Answers per prompt."""
         return self.group_size or 1
 
     def step_config(self, seq_len: int) -> TrainConfig:
-        """Returns the recipe of a gradient step, of either model, on rows of at most `seq_len`
+        """Returns the recipe of a gradient step of either model on rows of at most `seq_len`
         tokens."""
         return TrainConfig(
             steps=self.iterations * (self.batch_size // self.mini_batch_size),

@@ -1,14 +1,14 @@
-"""What PPO minimises over a micro-batch of answers: the clipped losses of a policy and of a critic.
+"""The clipped losses of PPO over a micro-batch of answers, for a policy and for a critic.
 
 Both are means over tokens: the sum over a micro-batch's answer tokens is divided by the
-mini-batch's answer tokens per row, times the micro-batch's rows. The mean of that over equal parts
-of a mini-batch, be they micro-batches or those of processes, is the mini-batch's mean over its
-tokens, however many each part has (as `packing.answer_loss`), and every token weighs the same,
-whether its answer is long or short.
+mini-batch's answer tokens per row, times the micro-batch's rows. The mean over equal parts of a
+mini-batch, such as micro-batches or the parts of processes, is the mini-batch's mean over its
+tokens, whatever number each part has (as for `packing.answer_loss`). All tokens have the same
+weight, in long and short answers.
 
-The policy's loss is PPO's (Schulman et al. 2017, arXiv:1707.06347, equation 7), with the range that
-Llama 2's paper gives. The critic's loss and its clipping are ours, as the paper has none: those of
-the implementations of the same authors.
+The policy's loss is PPO's (Schulman et al. 2017, arXiv:1707.06347, equation 7), with the range of
+Llama 2's paper. That paper gives no critic's loss; ours, with its clipping, is that of
+implementations by PPO's authors.
 """
 
 from collections.abc import Sequence
@@ -25,12 +25,12 @@ from llama2.scalar_model import ScalarModel
 
 @dataclass(frozen=True)
 class Rollout:
-    """A prompt and what the policy answered, as ids that nothing encodes again.
+    """A prompt and the policy's answer as ids, which are never decoded and encoded again.
 
     Attributes:
         answer: the new tokens, at least one; the last is the stop token unless `is_cut`.
-        is_safety: the prompt is tagged as written to provoke an unsafe answer.
-        is_cut: the answer ended at the most tokens that it may have.
+        is_safety: the prompt is marked as written to provoke an unsafe answer.
+        is_cut: the answer was truncated at `max_new_tokens`.
     """
 
     prompt: Sequence[int]
@@ -45,13 +45,13 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Experience:
-    """A rollout and what is learnt from it, a number per answer token each, `[n]`.
+    """A rollout and its training targets, `[n]` numbers each, one per answer token.
 
     Attributes:
-        log_probs: float32 or wider, in nats, under the policy that the iteration began with.
+        log_probs: float32 or wider, in nats, under the policy at the beginning of the iteration.
         advantages: float64.
-        values, returns: of the critic before the iteration, float32 or wider, and what it is to
-            predict, float64; None without a critic.
+        values, returns: the critic's values before the iteration, float32 or wider, and its
+            targets, float64; None without a critic.
     """
 
     rollout: Rollout
@@ -62,8 +62,9 @@ class Experience:
 
 
 def _places(rollouts: Sequence[Rollout], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """(tokens `[1, total]`, cu_seqlens, places int64 `[num_answer_tokens]`): all rollouts packed,
-    without their last tokens, and where in `total` an answer's token is the next."""
+    """Returns (tokens `[1, total]`, cu_seqlens, places int64 `[num_answer_tokens]`): all rollouts
+    packed without their last tokens, and the places in `total` whose next token belongs to an
+    answer."""
     sequences = [rollout.ids[:-1] for rollout in rollouts]
     starts = np.cumsum([0, *map(len, sequences)])
     places = [
@@ -77,10 +78,10 @@ def _places(rollouts: Sequence[Rollout], device: torch.device) -> tuple[Tensor, 
 def answer_log_probs(
     policy: Llama2, rollouts: Sequence[Rollout], temperature: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(log-probabilities, entropies) of all answer tokens, one rollout after another,
-    `[num_answer_tokens]` in float32 or wider, in nats, of softmax(logits / temperature), from which
-    they were drawn. Prompt tokens cost no projection onto the vocabulary. The entropies have no
-    gradient."""
+    """Returns (log-probabilities, entropies) of all answer tokens, one rollout after another,
+    `[num_answer_tokens]` in float32 or wider, in nats, under softmax(logits / temperature), the
+    sampling distribution. Prompt tokens are not projected onto the vocabulary. The entropies have
+    no gradient."""
     tokens, cu_seqlens, places = _places(rollouts, device)
     ids = np.concatenate([np.asarray(rollout.answer, dtype=np.int64) for rollout in rollouts])
     targets = torch.from_numpy(ids).to(device)
@@ -100,7 +101,8 @@ def answer_values(critic: ScalarModel, rollouts: Sequence[Rollout], device: torc
 def clipped_policy_losses(
     log_ratio: Tensor, advantages: Tensor, clip_range: float
 ) -> tuple[Tensor, Tensor]:
-    """(−min(ρ·A, clip(ρ, 1 − ε, 1 + ε)·A), ρ) of each token, ρ = π / π_old = exp(log_ratio)."""
+    """Returns (−min(ρ·A, clip(ρ, 1 − ε, 1 + ε)·A), ρ) of each token, where ρ = π / π_old =
+    exp(log_ratio)."""
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.minimum(ratio * advantages, clipped * advantages), ratio
@@ -109,19 +111,20 @@ def clipped_policy_losses(
 def clipped_value_losses(
     values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float
 ) -> Tensor:
-    """max((V − G)², (V_old + clip(V − V_old, −ε, ε) − G)²) / 2 of each token: a value that has gone
-    further than ε from the old one is pulled no further."""
+    """Returns max((V − G)², (V_old + clip(V − V_old, −ε, ε) − G)²) / 2 of each token: values more
+    than ε away from the old ones get no gradient that moves them further."""
     near = old_values + (values - old_values).clamp(-clip_range, clip_range)
     return torch.maximum((values - returns).square(), (near - returns).square()) / 2
 
 
 def tokens_per_row(rows: Sequence[Experience]) -> float:
-    """Of a whole mini-batch, what the losses of its parts are divided by per row."""
+    """Returns the answer tokens per row of a whole mini-batch, by which the losses of its parts are
+    divided."""
     return sum(len(row.rollout.answer) for row in rows) / len(rows)
 
 
 class PolicyLoss:
-    """The `Objective` of a mini-batch's parts for the policy, which also notes what it saw.
+    """The `Objective` of a mini-batch's parts for the policy, which also collects statistics.
 
     Args:
         per_row: `tokens_per_row` of the mini-batch.
@@ -148,8 +151,9 @@ class PolicyLoss:
         return losses.sum() / (self._per_row * len(rows))
 
     def seen(self) -> dict[str, float]:
-        """Of the micro-batches so far: the largest |ρ − 1|, and sums over tokens of those whose
-        ratio was outside of the clip range and of the divergence from the old policy."""
+        """Returns statistics of the micro-batches so far: the largest |ρ − 1|, the number of tokens
+        whose ratio was outside the clip range, and the sum over tokens of the divergence from the
+        old policy."""
         deviation, clipped, divergence = torch.stack(self._noted).T
         return {
             "ratio_deviation": deviation.max().item(),
@@ -159,7 +163,7 @@ class PolicyLoss:
 
 
 class ValueLoss:
-    """The `Objective` of a mini-batch's parts for the critic; arguments as of `PolicyLoss`."""
+    """The `Objective` of a mini-batch's parts for the critic; arguments as for `PolicyLoss`."""
 
     def __init__(self, per_row: float, clip_range: float) -> None:
         self._per_row, self._clip_range = per_row, clip_range
@@ -174,5 +178,6 @@ class ValueLoss:
 
 
 def _joined(parts: Sequence[np.ndarray], like: Tensor) -> Tensor:
-    """`[num_answer_tokens]`, on the device and in the dtype of what it is compared with."""
+    """Returns the concatenated parts, `[num_answer_tokens]`, on the device and in the dtype of
+    `like`."""
     return torch.from_numpy(np.concatenate(parts)).to(like)

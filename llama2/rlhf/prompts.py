@@ -1,4 +1,4 @@
-"""Prompts that a model is to answer and reward models are to judge: JSON lines."""
+"""Prompts for a model to answer and for reward models to judge: JSON lines."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ from llama2.finetune.dialogues import (
 
 @dataclass(frozen=True)
 class TaggedPrompt:
-    """A conversation whose last message is to be answered.
+    """A conversation with a last message to answer.
 
     Attributes:
         messages: an optional "system", then "user" and "assistant" in turn, a "user" last.
-        is_safety: whether the line tags it as written to provoke an unsafe answer: the safety
-            reward alone counts.
-        source: where it is from, as its line says; otherwise the file's name.
-        file, line: where it stands, lines from 1.
+        is_safety: whether the line marks it as written to provoke an unsafe answer; then only the
+            safety reward counts.
+        source: the line's "source", otherwise the file's name.
+        file, line: its place; lines count from 1.
     """
 
     messages: tuple[Message, ...]
@@ -36,8 +36,7 @@ class TaggedPrompt:
 
 
 def read_prompts(path: Path, refuse: Refuse) -> Iterator[TaggedPrompt]:
-    """Yields the prompts of a file of JSON lines, or of all `*.jsonl` of a directory, one at a
-    time.
+    """Yields the prompts of a JSON-lines file, or of all `*.jsonl` of a directory.
 
     A line is one of
 
@@ -45,15 +44,15 @@ def read_prompts(path: Path, refuse: Refuse) -> Iterator[TaggedPrompt]:
     - `{"prompt": TEXT}` or `{"prompt": [messages]}`, likewise;
     - a dialogue as `read_dialogues` reads it, whose last answer is dropped.
 
-    Beside them, `"safety": true` tags a prompt as written to provoke an unsafe answer, `"source"`
-    names where it is from; other keys are left alone, blank lines passed over, and a key whose
-    value is null counts as absent.
+    Optional keys are `"safety"`, true for a prompt that is written to provoke an unsafe answer, and
+    `"source"`, its origin. Other keys and blank lines are ignored, and a key with the value null
+    counts as absent.
 
     Args:
-        refuse: is called for each line that is no prompt, with the file, the line's number and a
-            TypeError or ValueError that says why; it may raise.
+        refuse: called for each line that is not a prompt, with the file, the line's number and a
+            TypeError or ValueError with the reason; it may raise.
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: `path` does not exist.
     """
     return read_lines(path, parse_prompt, refuse)
 
@@ -62,7 +61,7 @@ def parse_prompt(raw: bytes, file: Path, number: int) -> TaggedPrompt:
     """Returns the prompt of a line; see `read_prompts`.
 
     Raises:
-        TypeError, ValueError: it is no prompt; says why.
+        TypeError, ValueError: it is not a prompt; the message gives the reason.
     """
     value = parse_object(raw, number)
     messages = _messages(value)
@@ -83,7 +82,7 @@ def _messages(value: dict[str, Any]) -> tuple[Message, ...]:
             prompt = [{"role": "user", "content": prompt}]
         if not isinstance(prompt, list):
             raise TypeError(
-                f"prompt: expected a text or a list of messages; got a {type(prompt).__name__}"
+                f"prompt: expected a string or a list of messages; got a {type(prompt).__name__}"
             )
         return plain_messages(prompt, last="user")
     before, after = parts_of(value)

@@ -1,4 +1,4 @@
-"""Batches whose rows have lengths of their own."""
+"""Batches with rows of different lengths."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from llama2.cache.paged_kv_cache import to_device
 
-_MULTIPLE = 64  # lengths of packed tokens; fewer of them to allocate and compile for
+_MULTIPLE = 64  # packed lengths are rounded up to this, for fewer allocations and compilations
 
 
 @dataclass(frozen=True)
 class Ragged:
-    """A batch, or a part of one, as `objectives.Rows` has it: its rows are any objects on the host,
-    such as pairs of answers. An objective packs them, on `device`.
+    """A batch, or a part of one, with the interface of `objectives.Rows`. Its rows are any objects
+    on the host, such as pairs of answers; an objective packs them on `device`.
     """
 
     items: Sequence[Any]
@@ -36,11 +36,12 @@ class Ragged:
 
 
 def packed(sequences: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Sequences of ids one after another, as `Llama2.hidden_states` takes them packed.
+    """Packs sequences of ids for `Llama2.hidden_states`.
 
     Returns:
-        tokens int64 `[1, total]` and bounds int32 `[num_sequences + 1]`, on the device, which waits
-        for nobody. What fills `total` up to a multiple of 64 belongs to no sequence.
+        Tokens int64 `[1, total]` and bounds int32 `[num_sequences + 1]` on the device, copied
+        without a synchronisation. Padding fills `total` up to a multiple of 64 after the last
+        sequence.
     """
     lengths = [len(sequence) for sequence in sequences]
     bounds = np.cumsum([0, *lengths], dtype=np.int32)

@@ -1,4 +1,4 @@
-"""Rejection sampling: several answers to each prompt, of which the best by a reward is learnt.
+"""Rejection sampling: several answers per prompt, of which the one with the highest reward is kept.
 
 Source: Touvron et al. 2023, arXiv:2307.09288, section 3.2.3.
 """
@@ -23,10 +23,10 @@ from llama2.tokenizer import Tokenizer
 def sample_answers(
     sampler: Sampler, prompts: Iterable[TaggedPrompt], num_samples: int
 ) -> Iterator[tuple[TaggedPrompt, list[Answer] | ValueError]]:
-    """Each prompt with all answers that were sampled to it, or why there are none: no room in the
-    context, or logits that are not finite. As they finish.
+    """Yields, as they finish, each prompt with its sampled answers, or with the error that
+    prevented them: no room in the context, or logits that are not finite.
 
-    The first answer is the one that `answer_last` gives with the same settings.
+    The first answer is that of `answer_last` with the same settings.
     """
     asked = []
     for prompt in prompts:
@@ -51,20 +51,21 @@ def sample_answers(
 
 
 def _place(prompt: TaggedPrompt, number: int) -> tuple[int, ...]:
-    """By which a sample is drawn: the first as an only answer."""
+    """Returns the place that determines a sample's random numbers; the first is that of a single
+    answer."""
     place = place_numbers(prompt.file, prompt.line)
     return (*place, number) if number else place
 
 
 class Earlier(NamedTuple):
-    """An answer of an earlier round; `place` is its FILE:LINE."""
+    """An answer of an earlier round; `place` is FILE:LINE."""
 
     place: str
     text: str
 
 
 def earlier_answers(rounds: Iterable[Dialogue]) -> dict[tuple[tuple[str, str], ...], list[Earlier]]:
-    """Returns the last answers of dialogues, by what stands before them as `asked_of` gives it."""
+    """Returns the last answers of dialogues, by `asked_of` the preceding messages."""
     answers = defaultdict(list)
     for dialogue in rounds:
         place = f"{printable_name(dialogue.file)}:{dialogue.line}"
@@ -74,7 +75,8 @@ def earlier_answers(rounds: Iterable[Dialogue]) -> dict[tuple[tuple[str, str], .
 
 
 def asked_of(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
-    """Messages as what is the same for a model: without the blanks around contents."""
+    """Returns messages as a key that is equal if they are the same for a model: contents are
+    stripped."""
     return tuple((message["role"], message["content"].strip()) for message in messages)
 
 
@@ -86,10 +88,11 @@ class Judged:
         prompt: the prompt.
         answers: those of this round, in the order of samples.
         earlier: those of earlier rounds.
-        faults: what forbids learning from an answer of this round: it is "empty", "cut", or "long":
-            with its prompt longer than a reward model's context. None where nothing does.
-        rewards: of `answers`; None where there is a fault.
-        earlier_rewards: of `earlier`; None where it is too long.
+        faults: why an answer of this round cannot be trained on: it is "empty", "cut", or "long",
+            with its prompt longer than a reward model's context. None for an answer without a
+            fault.
+        rewards: of `answers`; None for one with a fault.
+        earlier_rewards: of `earlier`; None for one that is too long.
     """
 
     prompt: TaggedPrompt
@@ -101,24 +104,24 @@ class Judged:
 
     @property
     def best(self) -> int | None:
-        """The number of the answer with the highest reward, the first of equals, those of `earlier`
-        counted on after those of this round; None if none has a reward."""
+        """The index of the answer with the highest reward in `answers` followed by `earlier`; the
+        first if there are several. None if no answer has a reward."""
         rewards = [*self.rewards, *self.earlier_rewards]
         usable = [number for number, reward in enumerate(rewards) if reward is not None]
         return max(usable, key=lambda number: rewards[number], default=None)
 
 
 class Judge:
-    """Rewards of answers, of one reward model or of two (see `combined`).
+    """Computes rewards of answers with one or two reward models (see `combined`).
 
-    An answer is scored as a whole dialogue in the format that it was sampled in, with the EOS at
-    its end. The answers to one prompt are scored by one call, so that the same answers get the same
-    bits whatever other prompts there are, in a run that goes on after a kill, too.
+    It scores the whole dialogue, in the format of sampling and with EOS at its end. All answers to
+    a prompt are scored in one call, so that rewards are bit-identical whatever the other prompts
+    are, also in a resumed run.
 
     Args:
         form: one of `chat_format.FORMATS`.
         max_tokens: the context of the reward models.
-        safety: None to judge by `helpful` alone.
+        safety: None to use only `helpful`.
     """
 
     def __init__(
@@ -135,7 +138,7 @@ class Judge:
     def __call__(
         self, prompt: TaggedPrompt, answers: Sequence[Answer], earlier: Sequence[Earlier] = ()
     ) -> Judged:
-        """Scores the answers that are not empty or cut.
+        """Scores the answers that are neither empty nor cut.
 
         Raises:
             ValueError: a reward is not finite.
@@ -161,7 +164,7 @@ class Judge:
         )
 
     def _rewards(self, prompt: TaggedPrompt, texts: Sequence[str]) -> Mapping[str, float]:
-        """Of those that fit in the context."""
+        """Returns the rewards, by text, of the answers that fit in the context."""
         encoded = {
             text: encode_dialogue(self.tokenizer, dialogue_of(prompt, text), self.form).ids.tolist()
             for text in texts
@@ -179,7 +182,7 @@ class Judge:
 
 
 def dialogue_of(prompt: TaggedPrompt, answer: str) -> Dialogue:
-    """Returns a prompt with an answer, which alone bears a loss."""
+    """Returns a prompt with an answer; only the answer has a loss."""
     num_given = sum(message["role"] == "assistant" for message in prompt.messages)
     return Dialogue(
         (*prompt.messages, {"role": "assistant", "content": answer}),
@@ -191,14 +194,13 @@ def dialogue_of(prompt: TaggedPrompt, answer: str) -> Dialogue:
 
 
 def best_of(rewards: Iterable[Sequence[float | None]], num_samples: int) -> list[float]:
-    """Returns the mean over prompts of the highest reward among the first 1, 2, …, `num_samples`
-    answers to each that have a reward; where fewer have one, among all of them.
+    """Returns the means over prompts of the highest reward among the first 1, 2, …, `num_samples`
+    answers with a reward; if a prompt has fewer, among all of them.
 
     Args:
-        rewards: of each prompt's answers; prompts of which no answer has one do not count.
+        rewards: of each prompt's answers; prompts without any reward do not count.
     Returns:
-        `num_samples` numbers, of which none is less than the one before it; none at all if no
-        answer has a reward.
+        `num_samples` non-decreasing numbers; an empty list if no answer has a reward.
     """
     usable = [[reward for reward in each if reward is not None] for each in rewards]
     usable = [each for each in usable if each]

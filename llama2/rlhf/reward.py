@@ -1,4 +1,4 @@
-"""Reward models: pairs of answers as ids, the ranking loss, and accuracy on held-out pairs.
+"""Reward models: pairs of answers as ids, the ranking loss and the accuracy on held-out pairs.
 
 Source: Touvron et al. 2023, arXiv:2307.09288, section 3.2.2.
 """
@@ -33,9 +33,9 @@ class Pair:
 
     Attributes:
         chosen, rejected: int32 `[num_tokens]`: the messages, the answer and the EOS after it.
-        rating: as of the comparison.
-        margin: what the loss asks their scores to differ by.
-        weight: of its loss in a batch; 0 for one that only fills the batch up.
+        rating: that of the comparison.
+        margin: the loss's margin between the scores.
+        weight: the weight of its loss in a batch; 0 for padding of the batch.
     """
 
     chosen: np.ndarray
@@ -52,25 +52,26 @@ _FILLING = Pair(_ONE_TOKEN, _ONE_TOKEN, weight=0.0)
 def answer_ids(
     tokenizer: Tokenizer, messages: Sequence[Message], answer: str, form: str, seq_len: int
 ) -> np.ndarray:
-    """What a reward model scores: the ids, int32 `[num_tokens]`, that `encode_dialogue` gives of
-    messages and an answer to them, EOS at the end.
+    """Returns the ids that a reward model scores, int32 `[num_tokens]`: messages and an answer,
+    encoded by `encode_dialogue`, with EOS at the end.
 
     Args:
         messages: as `check_messages` accepts them, a "user" last.
         form: one of `chat_format.FORMATS`.
         seq_len: the most tokens.
     Raises:
-        ValueError: it takes more; nothing is cut. Or the tokenizer has no BOS or EOS.
+        ValueError: there are more tokens, which are not truncated; or the tokenizer lacks BOS or
+            EOS.
     """
     dialogue = (*messages, {"role": "assistant", "content": answer})
     trained = (True,) * sum(message["role"] == "assistant" for message in dialogue)
-    # What is trained on may have a token more: its last is predicted and never read.
+    # A training row may have one token more: its last token is only a target.
     place = {"source": "", "file": Path(), "line": 0}
     return encode_within(tokenizer, Dialogue(dialogue, trained, **place), form, seq_len - 1).ids
 
 
 def encode_pair(tokenizer: Tokenizer, comparison: Comparison, form: str, seq_len: int) -> Pair:
-    """Returns the `answer_ids` of both answers; arguments as there.
+    """Returns the pair with `answer_ids` of both answers; see there for the arguments.
 
     Raises:
         ValueError: as `answer_ids`; names the answer.
@@ -86,12 +87,13 @@ def encode_pair(tokenizer: Tokenizer, comparison: Comparison, form: str, seq_len
 
 
 def with_margins(pairs: Sequence[Pair], margins: str) -> list[Pair]:
-    """Returns the pairs with the margins of their ratings; arguments and errors as `margin_of`."""
+    """Returns the pairs with the margins of their ratings; errors as `margin_of`."""
     return [replace(pair, margin=margin_of(pair.rating, margins)) for pair in pairs]
 
 
 def score_pairs(model: ScalarModel, rows: Ragged) -> tuple[Tensor, Tensor]:
-    """(chosen, rejected): the scores of the pairs' answers at their last tokens, float32 `[pairs]`.
+    """Returns (chosen, rejected), the scores of the pairs' answers at their last tokens, float32
+    `[pairs]`.
 
     All answers of the rows are packed into one sequence of tokens.
     """
@@ -102,7 +104,7 @@ def score_pairs(model: ScalarModel, rows: Ragged) -> tuple[Tensor, Tensor]:
 
 
 def ranking_loss(model: ScalarModel, rows: Ragged) -> Tensor:
-    """Returns mean over pairs of weight · −log σ(r_chosen − r_rejected − margin), float32, in
+    """Returns the mean over pairs of weight · −log σ(r_chosen − r_rejected − margin), float32, in
     nats."""
     chosen, rejected = score_pairs(model, rows)
     settings = {"dtype": torch.float32, "device": chosen.device}
@@ -112,19 +114,19 @@ def ranking_loss(model: ScalarModel, rows: Ragged) -> Tensor:
 
 
 class PairBatches:
-    """The batches of a run: every epoch all pairs once, in an order of its own.
+    """The batches of a run: every pair once per epoch, in a different order each epoch.
 
-    The last batch is filled up with pairs of weight 0; its others weigh as much more, so that its
+    Pairs of weight 0 fill up the last batch; the weight of the others is increased, so that the
     loss is the mean over them.
 
     Attributes:
         steps: batches of all epochs.
 
     Args:
-        epochs: how often all pairs come; of a part of an epoch the first pairs of its order come.
-        seed: of the orders.
+        epochs: passes over all pairs; a partial epoch takes the first pairs of its order.
+        seed: random seed of the orders.
     Raises:
-        ValueError: there is no pair; `epochs` is not positive.
+        ValueError: there are no pairs, or `epochs` is not positive.
     """
 
     def __init__(self, pairs: Sequence[Pair], *, batch_size: int, epochs: float, seed: int) -> None:
@@ -160,10 +162,10 @@ def _filled(pairs: Sequence[Pair], size: int) -> list[Pair]:
 def differences(
     model: ScalarModel, pairs: Sequence[Pair], *, batch_size: int, execution: Execution
 ) -> Tensor:
-    """r_chosen − r_rejected of each pair, float64 `[pairs]`; every process calls it.
+    """Returns r_chosen − r_rejected of each pair, float64 `[pairs]`; every process calls it.
 
     Args:
-        batch_size: pairs of a forward pass in each of the execution's parts of a batch.
+        batch_size: pairs per forward pass in each of the execution's parts of a batch.
     """
     num_parts, device = execution.num_parts, model.rope.cos.device
     size = min(batch_size, -(-len(pairs) // num_parts)) * num_parts
@@ -177,23 +179,23 @@ def differences(
         chosen, rejected = score_pairs(model, execution.own_rows(rows))
         found[places] = (chosen - rejected).double()
     model.train(was_training)
-    # Each process has zeros where others have scores.
+    # Each process has zeros in place of the others' scores.
     return execution.mean(found)[: len(pairs)] * num_parts
 
 
 def evaluate(
     model: ScalarModel, pairs: Sequence[Pair], *, batch_size: int, execution: Execution
 ) -> dict[str, Any]:
-    """What a model makes of pairs, as JSON can hold it; every process calls it.
+    """Returns statistics of a model on pairs, in JSON's types; every process calls it.
 
     Args:
-        pairs: at least one; their margins are left alone.
-        batch_size: as of `differences`.
+        pairs: at least one; their margins are ignored.
+        batch_size: as for `differences`.
     Returns:
-        `pairs`; `correct`, those whose chosen answer has the higher score, a tie not among them;
+        `pairs`; `correct`, the number whose chosen answer has the higher score, without ties;
         `accuracy`, their share; `mean_difference` of the scores; `loss`, the mean of
-        −log σ(r_chosen − r_rejected) in nats; and in `by_rating` the same of the pairs of each
-        rating that occurs, None called "unrated".
+        −log σ(r_chosen − r_rejected) in nats; and `by_rating`, the same for the pairs of each rating;
+        "unrated" stands for None.
     Raises:
         FloatingPointError: a score is not finite.
     """

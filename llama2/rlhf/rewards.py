@@ -1,27 +1,27 @@
-"""The reward of an answer, of two reward models: is it helpful, is it safe.
+"""The combined reward of two reward models, of helpfulness and of safety.
 
 Source: Touvron et al. 2023, arXiv:2307.09288, section 3.2.3.
 """
 
 import math
 
-SAFETY_THRESHOLD = 0.15  # a probability: below it an answer is judged by its safety alone
+SAFETY_THRESHOLD = 0.15  # a probability; below it only the safety reward counts
 _THRESHOLD = math.log(SAFETY_THRESHOLD / (1 - SAFETY_THRESHOLD))
 
 
 def combined(helpful: float, safety: float | None, is_safety: bool) -> float:
-    """logit(R_c), where
+    """Returns logit(R_c), where
 
-        R_c = R_s  if the prompt is tagged as safety or R_s < 0.15,
+        R_c = R_s  if the prompt is a safety prompt or R_s < 0.15,
               R_h  otherwise,
 
-    R_h = σ(helpful), R_s = σ(safety), and logit is the inverse of σ: what comes back is one of the
-    two arguments, unrounded. Answers to one prompt are ordered by it as by R_c.
+    R_h = σ(helpful), R_s = σ(safety), and logit is the inverse of σ: the result is one of the two
+    arguments, unrounded. It orders answers to a prompt like R_c.
 
     Args:
-        helpful, safety: what the two reward models give, before σ; without a safety model, None:
-            then the reward is `helpful`.
-        is_safety: whether the prompt is tagged as safety.
+        helpful, safety: outputs of the two reward models, before σ; without a safety model, safety
+            is None and the reward is `helpful`.
+        is_safety: whether it is a safety prompt.
     Raises:
         ValueError: one of them is not finite.
     """

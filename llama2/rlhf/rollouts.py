@@ -1,17 +1,16 @@
-"""Answers that a policy draws, and what the models say of them.
+"""Sampling of a policy's answers, and evaluation of models on them.
 
-Answers are drawn by `serve`, with the weights that are being trained: in one process by the very
-module, where each process has a part of the weights by a whole copy in each, which is gathered once
-per iteration and dropped when all have answered.
+`serve` samples answers with the weights that are being trained: in one process with the trained
+module itself; with sharded weights, with a whole copy in each process, gathered once per iteration
+and freed after sampling.
 
-What decodes is not what trains: decode steps bring one token of each of many sequences, training
-brings packed sequences whole, and their matrix products and attention sum in other orders. The
-log-probabilities of the drawing therefore differ in their last bits from those of a training step,
-in bfloat16 by as much as its roundings. The answers come from the former. The log-probabilities
-that PPO divides by come from the latter (`by_parts`): they are computed by the forward pass of a
-training step, on the micro-batches of the training steps that follow, so that the ratio before the
-first step is 1, on a CPU to the bit (`ppo.ratio_bound`). Where the vocabulary has ids that the
-tokenizer lacks, those are never drawn, though the model may give them a little probability.
+Decoding and training sum in different orders: a decode step computes one token of many sequences, a
+training step whole packed sequences. Log-probabilities at sampling therefore differ from those of a
+training step in the last bits, in bfloat16 by its rounding errors. Answers are sampled by decode
+steps, but the log-probabilities by which PPO divides (`by_parts`) come from the forward pass of a
+training step, on the micro-batches of the following training steps. So the ratio before the first
+step is 1, on a CPU exactly (`ppo.ratio_bound`). Ids that the tokenizer lacks are never sampled,
+although the model may give them a small probability.
 """
 
 import zlib
@@ -39,21 +38,21 @@ Score = Callable[[Sequence[Sequence[int]]], list[float]]  # such as a Scorer: a 
 
 
 class Question(NamedTuple):
-    """A prompt as ids, tagged as one about safety or not."""
+    """A prompt as ids, and whether it is a safety prompt."""
 
     ids: Sequence[int]
     is_safety: bool = False
 
 
 class Questions:
-    """The prompts of a run: every epoch all of them once, in an order of its own.
+    """The prompts of a run: every prompt once per epoch, in a different order each epoch.
 
     Args:
-        iterations: of the run. One with more goes through the same prompts at first.
-        per_iteration: prompts of an iteration.
-        seed: of the orders.
+        iterations: number of iterations; a run with more begins with the same prompts.
+        per_iteration: prompts per iteration.
+        seed: random seed of the orders.
     Raises:
-        ValueError: there is none.
+        ValueError: there are no prompts.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class Questions:
         return [self._questions[row] for row in self._epochs.rows(iteration)]
 
     def identity(self) -> dict[str, Any]:
-        """What two runs must share for one to resume the other."""
+        """Returns what two runs must share for one to resume the other."""
         digest = 0
         for question in self._questions:
             ids = np.array([question.is_safety, *question.ids], dtype=np.int64)
@@ -82,21 +81,21 @@ class Questions:
 
 @dataclass
 class Sampler:
-    """Draws the answers of an iteration.
+    """Samples the answers of an iteration.
 
     Attributes:
-        max_new_tokens: of an answer. One that has not ended by then is cut: it is kept, and its
-            score lies on the last token that it has.
-        stop_ids: what ends an answer, and belongs to it.
-        temperature: of the drawing; there is no nucleus: the policy draws from all that it trains.
-        seed: with iteration and place in the batch it settles what is drawn.
-        vocab_size: ids from here on are never drawn.
-        samples: answers to each prompt, which follow one another.
+        max_new_tokens: most tokens of an answer. A truncated answer is kept; its score is added to
+            its last token.
+        stop_ids: ids that end an answer and belong to it.
+        temperature: sampling temperature. There is no nucleus sampling: the policy samples from the
+            distribution that it trains.
+        seed: determines the random numbers, with iteration and place in the batch.
+        vocab_size: ids from this one on are never sampled.
+        samples: answers per prompt, which are consecutive.
         max_batch: sequences at once, in each process.
-        ops: of the copies that several processes need.
-        dtype: of those copies.
-        execution: the processes; prompts are dealt out over all of them.
-        gathers: times that the weights were gathered so far.
+        ops, dtype: of the copies of a sharded model.
+        execution: the processes, among which prompts are distributed.
+        gathers: how often the weights have been gathered.
     """
 
     max_new_tokens: int
@@ -114,7 +113,7 @@ class Sampler:
     def __call__(
         self, policy: Llama2, questions: Sequence[Question], iteration: int
     ) -> list[Rollout]:
-        """Returns the answers, in the order of the prompts; every process calls it and gets all.
+        """Returns all answers in the order of the prompts; every process calls it.
 
         Raises:
             FloatingPointError: the policy's logits are not finite.
@@ -138,7 +137,8 @@ class Sampler:
     def _drawn(
         self, model: Llama2, share: Sequence[tuple[int, Question]], iteration: int
     ) -> list[list[tuple[list[int], str]]]:
-        """Of each prompt the answers' tokens and why they ended: "stop", "length" or an error."""
+        """Returns, for each prompt, the answers' tokens and finish reasons: "stop", "length" or an
+        error."""
         if not share:
             return []
         requests = [
@@ -165,7 +165,7 @@ class Sampler:
         ]
 
     def _cache(self, model: Llama2, prompts: Sequence[int]) -> PagedKVCache:
-        """For prompts of these lengths; freed before the training steps need its memory."""
+        """Returns a cache for prompts of these lengths; it is freed before the training steps."""
         weight, config = model.lm_head.weight, model.cache_config
         where = {"dtype": weight.dtype, "device": weight.device}
         rows = min(self.max_batch, len(prompts))
@@ -179,24 +179,24 @@ class Sampler:
                 f"max_new_tokens: expected answers whose keys and values fit in memory, {needed} "
                 f"pages of {_PAGE_SIZE} tokens; got room for {num_pages}"
             )
-        # A step reads as many pages of every row as a sequence can have.
+        # A decode step reads as many pages of every row as the longest sequence can have.
         config = replace(config, max_seq_len=longest)
         return PagedKVCache(config, num_pages=num_pages, **sizes, **where)
 
 
 @dataclass(frozen=True)
 class Judge:
-    """The reward models: one of helpfulness and, if there is one, one of safety.
+    """The reward models of helpfulness and, optionally, of safety.
 
-    Each gives the logits of rewards for token sequences, prompt and answer, in one forward pass:
-    where processes share its weights, all have to make as many.
+    Each returns the reward logits of token sequences, prompt and answer, in one forward pass:
+    processes that share its weights must make the same number of passes.
     """
 
     helpful: Score
     safety: Score | None = None
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[tuple[float, float | None]]:
-        """(helpfulness, safety) of each rollout, logits."""
+        """Returns the logits (helpfulness, safety) of each rollout."""
         sequences = [rollout.ids for rollout in rollouts]
         helpful = self.helpful(sequences)
         safety = [None] * len(helpful) if self.safety is None else self.safety(sequences)
@@ -211,8 +211,8 @@ def by_parts(
     micro_batch_size: int | None,
     execution: Execution,
 ) -> list[Any]:
-    """What `compute` makes of the rollouts, an object each: without gradients, in the micro-batches
-    and processes in which training steps take them, mini-batch by mini-batch."""
+    """Returns the objects that `compute` makes of the rollouts, one each, without gradients and in
+    the same mini-batches, micro-batches and processes as in training steps."""
     found: list[Any] = []
     for start in range(0, len(rollouts), mini_batch_size):
         own = execution.own_rows(Ragged(rollouts[start : start + mini_batch_size]))

@@ -1,4 +1,4 @@
-"""What a reward model says of texts."""
+"""Scores of texts by a reward model."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,11 +15,11 @@ _TOKENIZER = "tokenizer.model"
 
 
 class Scorer:
-    """Scores sequences of ids, prompt and answer: the number at the last one, the reward's logit.
+    """Scores sequences of ids, prompt and answer, by the reward's logit at the last id.
 
     Args:
-        model: in eval mode or not; it has no dropout.
-        max_tokens: of a forward pass, unless one sequence has more.
+        model: the reward model; its mode does not matter, as it has no dropout.
+        max_tokens: most tokens per forward pass, unless one sequence has more.
     """
 
     def __init__(self, model: ScalarModel, *, max_tokens: int = 16384) -> None:
@@ -29,7 +29,8 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        """Returns a score for each sequence, as it is alone up to the roundings of another batch.
+        """Returns a score for each sequence, the same as alone up to rounding differences between
+        batch sizes.
 
         Raises:
             ValueError: a sequence is empty or longer than the model's context.
@@ -38,7 +39,7 @@ class Scorer:
         for index, sequence in enumerate(sequences):
             if not 1 <= len(sequence) <= most:
                 raise ValueError(
-                    f"sequences[{index}]: expected 1 to {most} tokens; got {len(sequence)}"
+                    f"sequences[{index}]: expected from 1 to {most} tokens; got {len(sequence)}"
                 )
         device = self.model.rope.cos.device
         scores: list[float] = []
@@ -67,14 +68,15 @@ def load_reward_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> ScalarModel:
-    """Returns the reward model of a checkpoint directory, which is to score what a policy writes.
+    """Returns the reward model of a checkpoint directory, after checking that it can score a
+    policy's answers.
 
     Args:
         policy: the policy's checkpoint directory.
-        dtype, device: as of `checkpoint.load`.
+        dtype, device: as for `checkpoint.load`.
     Raises:
-        ValueError: it is no reward model; it has another tokenizer, size of vocabulary or format of
-            dialogues than the policy, or a shorter context.
+        ValueError: it is not a reward model; or its tokenizer, vocabulary size or dialogue format
+            differs from the policy's, or its context is shorter.
         OSError, NotImplementedError, ImportError: as `checkpoint.load_scalar`.
     """
     if not is_scalar(path):
