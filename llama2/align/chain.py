@@ -1,4 +1,5 @@
-"""A chain of stages in a process of its own, whose output is a file; what is done stays done."""
+"""A chain of stages in a separate process with its output in a file; finished stages are not
+repeated."""
 
 import importlib
 import json
@@ -21,22 +22,22 @@ from llama2.align.stages import Files, Stage, stages
 from llama2.storage import read_json, write_text
 
 _LOG = "log.txt"
-_POLL = 0.5  # seconds between looks at what is done
-_PATIENCE = 60.0  # seconds that a chain has to save its state
+_POLL = 0.5  # seconds between updates of the progress
+_PATIENCE = 60.0  # seconds for a chain to save its state
 
 
 def folder_of(out: Path, seed: int) -> Path:
-    """Where the chain of a seed is."""
+    """Returns the folder of a seed's chain."""
     return out / f"seed-{seed}"
 
 
 def log_of(out: Path, seed: int) -> Path:
-    """What the chain of a seed has printed."""
+    """Returns the file with the output of a seed's chain."""
     return folder_of(out, seed) / _LOG
 
 
 def num_done(preset: Preset, out: Path, seed: int) -> int:
-    """Stages of a chain that are done."""
+    """Returns the number of finished stages of a chain."""
     folder = folder_of(out, seed)
     return sum(Files(folder).done(stage).exists() for stage in stages(preset, seed, folder))
 
@@ -44,18 +45,18 @@ def num_done(preset: Preset, out: Path, seed: int) -> int:
 def run_chains(
     preset: Preset, seeds: Sequence[int], out: Path, progress: Callable[[int], None]
 ) -> list[int]:
-    """Runs the chains of all seeds side by side, each in a process with one thread, and returns the
-    seeds whose chain failed; the others' are done.
+    """Runs the chains of all seeds in parallel, each in a process with one thread, and returns the
+    seeds whose chain failed; all others are finished.
 
-    Stages that are done are not done again; one that was interrupted goes on as its command does.
-    Ctrl-C ends the chains once their commands have saved what they can. When this process ends in
-    another way, the chains end at once.
+    Finished stages are not repeated; an interrupted one resumes as its command does. Ctrl-C ends
+    the chains after their commands have saved what they can. If this process ends in another way,
+    the chains end at once.
 
     Args:
-        progress: is called now and then with the number of stages that are done.
+        progress: called regularly with the number of finished stages.
     """
     todo = [seed for seed in seeds if num_done(preset, out, seed) < _num_stages(preset, out, seed)]
-    context = get_context("spawn")  # not forked: threads of PyTorch that hold a lock would hold it
+    context = get_context("spawn")  # not fork, which would copy locks held by PyTorch's threads
     processes = {seed: context.Process(target=_run, args=(preset, seed, out)) for seed in todo}
     try:
         with _rare_progress():
@@ -72,8 +73,8 @@ def run_chains(
 
 @contextmanager
 def _rare_progress() -> Iterator[None]:
-    """Processes that are started write their progress, which goes to files, every 30 seconds: tqdm
-    reads the variable when it is imported, which comes before anything that they are to do."""
+    """Makes child processes, whose output goes to files, write their progress only every 30
+    seconds: tqdm reads the variable when it is imported, before any of their work."""
     name = "TQDM_MININTERVAL"
     before = os.environ.get(name)
     os.environ[name] = "30"
@@ -90,7 +91,7 @@ def _num_stages(preset: Preset, out: Path, seed: int) -> int:
 
 
 def _end(processes: Sequence[SpawnProcess]) -> None:
-    """Interrupts those that are still at work."""
+    """Interrupts the processes that are still running."""
     begun = [process for process in processes if process.pid is not None]
     for process in begun:
         if process.is_alive():
@@ -103,8 +104,8 @@ def _end(processes: Sequence[SpawnProcess]) -> None:
 
 
 def _run(preset: Preset, seed: int, out: Path) -> None:
-    """What the process of a chain does."""
-    os.setpgrp()  # a terminal's Ctrl-C goes to the first process alone, which passes it on
+    """Runs a chain; the main function of its process."""
+    os.setpgrp()  # so that a terminal's Ctrl-C only reaches the parent, which passes it on
     _end_with_parent()
     folder = folder_of(out, seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +116,7 @@ def _run(preset: Preset, seed: int, out: Path) -> None:
     try:
         for _ in run_chain(preset, seed, folder):
             pass
-    except KeyboardInterrupt:  # the command has said what it saved
+    except KeyboardInterrupt:  # the command has reported what it saved
         sys.exit(130)
     except ChainError as error:
         print(error, file=sys.stderr, flush=True)
@@ -133,14 +134,15 @@ def _end_with_parent() -> None:
 
 
 class ChainError(Exception):
-    """A stage did not end as it should."""
+    """A stage failed."""
 
 
 def run_chain(preset: Preset, seed: int, folder: Path) -> Iterator[Stage]:
-    """Runs the stages that are not done, in this process, and gives each when it is.
+    """Runs the unfinished stages in this process and yields each when it is finished.
 
     Raises:
-        ChainError: a command ended with another status than 0, or a stage was done by another one.
+        ChainError: a command ended with a status other than 0, or a stage was done by another
+            command.
     """
     torch.set_num_threads(1)
     files = Files(folder)
@@ -155,7 +157,7 @@ def run_chain(preset: Preset, seed: int, folder: Path) -> Iterator[Stage]:
         if status == 130:  # after Ctrl-C
             raise KeyboardInterrupt
         if status:
-            raise ChainError(f"{stage.name}: expected the command to end with 0; got {status}")
+            raise ChainError(f"{stage.name}: expected exit status 0; got {status}")
         record = {
             "command": list(stage.command),
             "seconds": round(time.perf_counter() - began, 2),
@@ -180,6 +182,6 @@ def _check_same(done: Path, stage: Stage) -> None:
     found = read_json(done)
     if found.get("command") != list(stage.command):
         raise ChainError(
-            f"{done}: expected a stage that was done by {' '.join(stage.command)}; got "
-            f"{' '.join(found.get('command', []))}. Another chain needs another folder"
+            f"{done}: expected a stage done by {' '.join(stage.command)}; got "
+            f"{' '.join(found.get('command', []))}. Use another folder for another chain"
         )

@@ -1,4 +1,5 @@
-"""What the files of chains say: of each model what it answers, of each training how it went."""
+"""Measurements from the files of chains: the answers of each model and the course of each
+training."""
 
 import json
 from collections import defaultdict
@@ -21,15 +22,15 @@ Numbers = dict[str, Any]
 
 
 def measured(preset: Preset, seed: int, out: Path) -> Numbers:
-    """Returns a finished chain, in JSON's types.
+    """Returns the measurements of a finished chain, in JSON's types.
 
     Returns:
-        "stages": of each the command, and the seconds that it took; "sft": the loss along
-        supervised fine-tuning; "reward": of each reward model what its record says of held-out
-        comparisons; "rounds": of each round of rejection sampling the mean reward of the best of
-        the first 1, 2, … answers; "ppo": the log; "models": of each model `families` and "obeyed",
-        by turn how many answers were asked for and how many obeyed; "examples": what the models
-        answer to the first request of each family.
+        "stages": the command and the seconds of each; "sft": the loss during supervised
+        fine-tuning; "reward": each reward model's results on held-out comparisons; "rounds": for
+        each round of rejection sampling, the mean reward of the best of the first 1, 2, … answers;
+        "ppo": the log; "models": for each model `families` and "obeyed", by turn the number of
+        answers and of those that obeyed; "examples": the models' answers to the first request of
+        each family.
     """
     files = Files(folder_of(out, seed))
     obeyed = {
@@ -58,11 +59,11 @@ def measured(preset: Preset, seed: int, out: Path) -> Numbers:
 
 
 def families(records: Sequence[Numbers]) -> dict[str, dict[str, int]]:
-    """Of each family how many answers there are, how many are exact, how many are right, hedged or
-    not, and how many refuse.
+    """Returns, for each family, the numbers of answers, of exact ones, of right ones, hedged or
+    not, and of refusals.
 
     Args:
-        records: what `llama2 answer` wrote.
+        records: the records of `llama2 answer`.
     """
     found = defaultdict(lambda: {"answers": 0, "exact": 0, "right": 0, "refused": 0})
     for record in records:
@@ -76,11 +77,11 @@ def families(records: Sequence[Numbers]) -> dict[str, dict[str, int]]:
 
 
 def examples(answers: Mapping[str, Sequence[Numbers]]) -> list[Numbers]:
-    """Of each family its first request, in the order of the data: "request", "expected", the right
-    answer, and "answers" by model.
+    """Returns the first request of each family, in the order of the data: "request", "expected"
+    (the right answer) and "answers" by model.
 
     Args:
-        answers: what `llama2 answer` wrote of each model, in any order.
+        answers: the records of `llama2 answer` for each model, in any order.
     """
     by_line = {
         name: {line_of(record): record for record in records} for name, records in answers.items()
@@ -100,19 +101,20 @@ def examples(answers: Mapping[str, Sequence[Numbers]]) -> list[Numbers]:
 
 
 def curve(values: Sequence[float], points: int = _CURVE_POINTS) -> list[tuple[int, float]]:
-    """(number of values so far, mean of a part's values) of at most `points` equal parts."""
+    """Returns (number of values so far, mean of the part's values) of at most `points` equal
+    parts."""
     points = min(points, len(values))
     bounds = [len(values) * point // points for point in range(points + 1)] if points else []
     return [(b, fmean(values[a:b])) for a, b in pairwise(bounds)]
 
 
 def exact_share(model: Numbers) -> float:
-    """Of harmless requests, those that are answered to the letter."""
+    """Returns the share of harmless requests that are answered exactly."""
     return _share(model, "exact", misdeeds=False)
 
 
 def right_share(model: Numbers) -> float:
-    """Of harmless requests, those whose answer is right, hedged or not."""
+    """Returns the share of harmless requests with a right answer, hedged or not."""
     return _share(model, "right", misdeeds=False)
 
 
@@ -125,7 +127,8 @@ def refused_harmless(model: Numbers) -> float:
 
 
 def obeyed_share(model: Numbers, turn: int) -> float:
-    """Of the answers of a turn, from 1, those that obey an instruction before the first."""
+    """Returns the share of a turn's answers, counted from 1, that obey an instruction before the
+    first turn."""
     counts = model["obeyed"][turn - 1]
     return counts["obeyed"] / counts["asked"]
 

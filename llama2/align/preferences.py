@@ -1,16 +1,15 @@
-"""A reader's preference, as a program: which of two answers is better, and by how much.
+"""A program in place of human annotators: which of two answers is better, and by how much.
 
     python -m llama2.align.preferences --preset cpu --seed 0 --answers answers.jsonl --out DIR
 
-makes comparisons for `llama2 reward` from what `llama2 answer` wrote, whose prompts stand in its
-data as often as they are to be answered.
+makes comparisons for `llama2 reward` from the output of `llama2 answer`, in whose data each prompt
+occurs once per answer.
 
-Helpfulness: the grade of an answer is 1 where it is the right one to the letter, otherwise 0.6
-times its similarity to it, and −0.5 where it says nothing, or refuses what is harmless. Safety: of
-answers to a misdeed a refusal is better than anything else; of answers to what is harmless none is
-better than another, but for help with a misdeed, which is worse than all. How much better one is
-than another is rated by the difference of their grades, in the words of Touvron et al. 2023,
-arXiv:2307.09288, section 3.2.1.
+Helpfulness: the grade of an answer is 1 if it equals the right one, otherwise 0.6 times its
+similarity to it, and −0.5 if it is empty or refuses a harmless request. Safety: a refusal is the
+best answer to a misdeed; answers to harmless requests are equally good, except help with a misdeed,
+which is worse than all others. The difference of two grades gives the rating, in the words of
+Touvron et al. 2023, arXiv:2307.09288, section 3.2.1.
 """
 
 import argparse
@@ -31,7 +30,7 @@ from llama2.rlhf.comparisons import RATINGS
 from llama2.storage import write_text
 from llama2.terminal import answered
 
-_LEAST = (0.75, 0.5, 0.25, 0.05)  # difference of grades that has each of RATINGS
+_LEAST = (0.75, 0.5, 0.25, 0.05)  # least difference of grades for each of RATINGS
 HELPFULNESS, SAFETY = "helpfulness", "safety"
 _INEXACT = 0.6
 _NO_ANSWER = -0.5
@@ -42,13 +41,13 @@ Comparison = dict[str, Any]
 
 @dataclass
 class Answered:
-    """A prompt, its right answer and what a model answered.
+    """A prompt, its right answer and a model's answers.
 
     Attributes:
-        messages: of the prompt, the last from the user.
+        messages: those of the prompt, the last from the user.
         source: the prompt's family.
         expected: the right answer.
-        answers: each stripped.
+        answers: the stripped answers.
     """
 
     messages: list[dict[str, str]]
@@ -61,7 +60,7 @@ class Answered:
         return self.expected == REFUSAL
 
     def grade(self, answer: str) -> float:
-        """Returns how good an answer is: of a misdeed by safety, of all else by helpfulness."""
+        """Returns the grade of an answer: by safety for a misdeed, otherwise by helpfulness."""
         if self.is_misdeed:
             return float(refuses(answer))
         return helpful_grade(answer, self.expected)
@@ -72,8 +71,8 @@ def refuses(answer: str) -> bool:
 
 
 def similarity(one: str, other: str) -> float:
-    """1 − d / n, where d is the least number of characters to insert, delete or replace that makes
-    one text the other (Levenshtein 1966), n the longer one's length; 1 of two empty ones."""
+    """Returns 1 − d / n, where d is the edit distance of the texts (Levenshtein 1966) and n the
+    length of the longer one; 1 for two empty texts."""
     row = list(range(len(other) + 1))
     for number, character in enumerate(one, 1):
         before, row[0] = row[0], number
@@ -86,7 +85,7 @@ def similarity(one: str, other: str) -> float:
 
 
 def helpful_grade(answer: str, expected: str) -> float:
-    """From −0.5 to 1: how good an answer to a harmless prompt is; see the module."""
+    """Returns the grade, from −0.5 to 1, of an answer to a harmless prompt; see the module."""
     if answer == expected:
         return 1.0
     if not answer or refuses(answer):
@@ -95,16 +94,16 @@ def helpful_grade(answer: str, expected: str) -> float:
 
 
 def rating(better: float, worse: float) -> str | None:
-    """In words, how much better an answer of one grade is than one of another; None if less than
-    all that is called so."""
+    """Returns how much better an answer with one grade is than one with another, in words; None if
+    the difference is below all ratings."""
     difference = better - worse
     rated = zip(_LEAST, RATINGS, strict=True)
     return next((name for least, name in rated if difference >= least), None)
 
 
 def comparisons(asked: Answered) -> list[Comparison]:
-    """Returns the best of the answers to a prompt before each other one that is worse, as lines
-    that `llama2 reward` reads. An empty answer is none."""
+    """Returns comparisons, for `llama2 reward`, of the best answer to a prompt with each worse one.
+    Empty answers are ignored."""
     answers = [answer for answer in dict.fromkeys(asked.answers) if answer]
     best = max(answers, key=asked.grade, default="")
     found = (_comparison(asked, best, worse) for worse in answers)
@@ -112,14 +111,14 @@ def comparisons(asked: Answered) -> list[Comparison]:
 
 
 def contrast(asked: Answered, rng: Random, right: Sequence[str]) -> Comparison | None:
-    """Returns the right answer before a wrong one that no model gave. A misdeed is helped with;
-    what is harmless is refused, or answered as another prompt of its family, or with a wrong
-    character, or the answer does not end where it should.
+    """Returns a comparison of the right answer with a made-up wrong one. For a misdeed that is
+    help; for a harmless request a refusal, the answer to another prompt of its family, an answer
+    with a wrong character, or one that does not end where it should.
 
     Args:
         right: answers to prompts of the family.
     Returns:
-        None where what was drawn is right.
+        None if the drawn answer is right.
     """
     if asked.is_misdeed:
         wrong = complied(asked.messages[-1]["content"])
@@ -131,7 +130,8 @@ def contrast(asked: Answered, rng: Random, right: Sequence[str]) -> Comparison |
 
 
 def harmless(asked: Answered, rng: Random) -> Comparison:
-    """Returns an answer to a harmless prompt, right or wrong, before help with a misdeed."""
+    """Returns a comparison of an answer to a harmless prompt, right or wrong, with help with a
+    misdeed."""
     request = f"How do I {rng.choice(MISDEEDS)} a {rng.choice(THINGS)}?"
     answers = [answer for answer in asked.answers if answer] or [asked.expected]
     return _line(asked, rng.choice(answers), complied(request), RATINGS[0])
@@ -140,7 +140,7 @@ def harmless(asked: Answered, rng: Random) -> Comparison:
 def _contrasts(
     preset: Preset, asked: Answered, rng: Random, right: Sequence[str]
 ) -> list[Comparison]:
-    """Different ones, as many as the preset asks for or fewer."""
+    """Returns different contrasts, at most as many as the preset specifies."""
     drawn = [contrast(asked, rng, right) for _ in range(preset.contrasts)]
     found = {json.dumps(each["rejected"]): each for each in drawn if each is not None}
     return list(found.values())
@@ -167,15 +167,15 @@ def _line(asked: Answered, chosen: str, rejected: str, rated: str) -> Comparison
 
 
 def prompts_of(answers: Path) -> list[Answered]:
-    """What `llama2 answer` wrote, prompt by prompt.
+    """Returns the output of `llama2 answer` by prompt.
 
     Raises:
-        ValueError: a line is not of it.
+        ValueError: a line is not from `llama2 answer`.
     """
     found: dict[str, Answered] = {}
     with answers.open(encoding="utf-8") as lines:
         records = [_record(line, answers, number) for number, line in enumerate(lines, 1)]
-    # They are written as they finish; what follows from them shall not depend on that.
+    # Sorted, as answers are written in the order in which they finish.
     for record in sorted(records, key=line_of):
         prompt = Answered(record["messages"], record["source"], record["expected"])
         key = json.dumps(record["messages"])
@@ -184,7 +184,7 @@ def prompts_of(answers: Path) -> list[Answered]:
 
 
 def line_of(record: Mapping[str, Any]) -> int:
-    """Returns the line of the data that a record of `llama2 answer` is of."""
+    """Returns the line of the data to which a record of `llama2 answer` belongs."""
     return int(record["place"].rpartition(":")[2])
 
 
@@ -195,7 +195,7 @@ def _record(line: str, file: Path, number: int) -> dict[str, Any]:
         [record[name] for name in ("messages", "source", "expected", "answer")]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"{file}:{number}: expected a line that llama2 answer wrote; got {line!r:.60}"
+            f"{file}:{number}: expected a line written by llama2 answer; got {line!r:.60}"
         ) from error
     return record
 
@@ -203,11 +203,11 @@ def _record(line: str, file: Path, number: int) -> dict[str, Any]:
 def compare(
     preset: Preset, seed: int, prompts: Iterable[Answered], *, contrasts: bool = True
 ) -> dict[str, list[Comparison]]:
-    """Returns the comparisons for each of the two reward models. To some prompts the reader writes
-    an answer, the right one.
+    """Returns the comparisons for each of the two reward models. For some prompts, the right answer
+    is added.
 
     Args:
-        contrasts: of misdeeds and for helpfulness, with wrong answers that no model gave, too.
+        contrasts: add comparisons with made-up wrong answers, for misdeeds and for helpfulness.
     """
     rng, prompts = Random(f"compared {seed}"), list(prompts)
     right = defaultdict(list)
@@ -229,19 +229,25 @@ def compare(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes them; returns 0, or 2 after a sentence on stderr about what the user gave."""
+    """Writes the comparisons and returns 0, or 2 after a one-line error on stderr about the user's
+    input."""
     parser = argparse.ArgumentParser(
         prog="python -m llama2.align.preferences",
         description="Compare answers by a program that knows the right ones.",
     )
     parser.add_argument("--preset", choices=PRESETS, required=True)
-    parser.add_argument("--seed", type=int, required=True, help="of what is drawn")
-    parser.add_argument("--answers", type=Path, required=True, help="what llama2 answer wrote")
+    parser.add_argument("--seed", type=int, required=True, help="random seed")
+    parser.add_argument("--answers", type=Path, required=True, help="output of llama2 answer")
     parser.add_argument(
-        "--out", type=Path, required=True, help=f"directory of {HELPFULNESS}.jsonl, {SAFETY}.jsonl"
+        "--out",
+        type=Path,
+        required=True,
+        help=f"directory for {HELPFULNESS}.jsonl and {{SAFETY}}.jsonl",
     )
     parser.add_argument(
-        "--no-contrasts", action="store_true", help="no wrong answers beside the models'"
+        "--no-contrasts",
+        action="store_true",
+        help="compare only the models' answers, not made-up wrong ones",
     )
     args = parser.parse_args(arguments)
 
@@ -252,7 +258,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         for name, lines in found.items():
             if not lines:
-                raise ValueError(f"answers: expected some that differ for {name}; got none")
+                raise ValueError(
+                    f"answers: expected different answers to some prompt for {name}; got none"
+                )
             text = "".join(f"{json.dumps(line)}\n" for line in lines)
             write_text(args.out / f"{name}.jsonl", text)
             print(f"{args.out / name}.jsonl: {len(lines)} comparisons")

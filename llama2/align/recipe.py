@@ -1,4 +1,4 @@
-"""The numbers of a chain of stages, in one place."""
+"""The settings of a chain of stages."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,35 +9,34 @@ _KINDS = ("misdeed", "chore", "borderline")
 
 @dataclass(frozen=True)
 class Preset:
-    """A chain of stages, from the base model to reinforcement learning.
+    """The settings of a chain of stages, from the base model to reinforcement learning.
 
     Attributes:
-        caution: what a reader of its results has to know; "" if nothing.
-        seeds: of the tasks and of all that is trained and drawn; each has a chain of its own.
+        caution: a warning about its results; "" for none.
+        seeds: random seeds of tasks, training and sampling; each seed has its own chain.
         asked: families of held-out requests.
-        taught: how often a family is drawn for supervised fine-tuning, in proportion.
-        preferred: likewise, of prompts for comparisons, rejection sampling and PPO.
-        num_taught: dialogues for supervised fine-tuning, each of which comes once.
-        hedged: of their answers to requests of `finetune.instruction_families`, the share that is
-            hedged.
-        num_compared, num_compared_held_out: prompts whose answers are compared, to train reward
-            models and to measure them.
-        answers_compared: answers to each of those.
-        num_sampled: prompts of a round of rejection sampling.
-        rounds: of rejection sampling.
+        taught: relative frequencies of families in supervised fine-tuning.
+        preferred: the same for prompts of comparisons, rejection sampling and PPO.
+        num_taught: dialogues for supervised fine-tuning, each used once.
+        hedged: the share of hedged answers among those to requests of
+            `finetune.instruction_families`.
+        num_compared, num_compared_held_out: prompts whose answers are compared, to train and to
+            evaluate reward models.
+        answers_compared: answers to each of these prompts.
+        num_sampled: prompts per round of rejection sampling.
+        rounds: rounds of rejection sampling.
         samples: K, the answers to each of its prompts.
         num_rewarded: prompts of PPO.
-        num_asked, num_obeyed: held-out requests and dialogues to measure with.
-        turns_obeyed: of each of those dialogues.
-        max_new_tokens: of an answer, throughout.
-        compared_temperature, sampled_temperature: at which answers are drawn for comparisons and
-            for rejection sampling.
-        written: the share of compared prompts whose right answer is among those that are compared.
-        contrasts: comparisons more of each of them, of the right answer and a wrong one that no
-            model gave.
+        num_asked, num_obeyed: held-out requests and dialogues for evaluation.
+        turns_obeyed: turns of each of these dialogues.
+        max_new_tokens: most tokens of an answer, in all stages.
+        compared_temperature, sampled_temperature: sampling temperatures for comparisons and for
+            rejection sampling.
+        written: the share of compared prompts to whose answers the right one is added.
+        contrasts: additional comparisons per prompt, of the right answer with a made-up wrong one.
         max_batch: prompts that are answered at once.
-        sft_lr: highest learning rate of supervised fine-tuning.
-        sft_batch, warmup_steps: rows per step and steps of warm-up, of the rounds' tuning too.
+        sft_lr: peak learning rate of supervised fine-tuning.
+        sft_batch, warmup_steps: rows per step and warm-up steps, also in the rounds.
         reward_lr, reward_batch, reward_epochs: of both reward models; pairs per step.
         round_lr, round_epochs: of fine-tuning on the best answers.
         iterations, ppo_batch, ppo_mini_batch, ppo_lr, kl_weight: of PPO.
@@ -95,7 +94,7 @@ class Preset:
 PRESETS = {
     preset.name: preset
     for preset in (
-        # Two cores, three chains side by side, a quarter of an hour.
+        # Three chains in parallel on two cores in 15 minutes.
         Preset(
             name="cpu",
             caution="",
@@ -112,7 +111,7 @@ PRESETS = {
             ppo_batch=64,
             ppo_mini_batch=32,
         ),
-        # Every stage in less than a minute, to see whether all of them run.
+        # Every stage in less than a minute in total, to test that all of them run.
         Preset(
             name="smoke",
             caution="The preset “smoke” trains far too little: its numbers mean nothing.",

@@ -1,4 +1,4 @@
-"""The stages of a chain, each a command that a user would run, and the files between them."""
+"""The stages of a chain, each a command of the `llama2` package, and the files between them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,16 +8,16 @@ from llama2.align.preferences import HELPFULNESS, SAFETY
 from llama2.align.recipe import Preset
 
 SFT, PPO = "sft", "ppo"
-KINDS = (HELPFULNESS, SAFETY)  # of reward models
+KINDS = (HELPFULNESS, SAFETY)  # kinds of reward models
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A command whose files are there when it is done.
+    """A command that is done once its files exist.
 
     Attributes:
-        name: within its chain, without characters that are special in a file's name.
-        command: its words, the first of which are "llama2", or "python", "-m" and a module.
+        name: its name within the chain, without special characters for file names.
+        command: its words, which begin with "llama2", or with "python", "-m" and a module.
     """
 
     name: str
@@ -26,12 +26,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Files:
-    """Where a chain's files are."""
+    """The paths of a chain's files."""
 
     folder: Path
 
     def tasks(self, name: str) -> Path:
-        """Of `tasks.write`."""
+        """Returns a file of `tasks.write`."""
         return self.folder / "tasks" / f"{name}.jsonl"
 
     def compared(self, held_out: bool) -> Path:
@@ -47,11 +47,11 @@ class Files:
         return self.folder / name
 
     def work(self, name: str) -> Path:
-        """State and log of a training."""
+        """Returns the folder with the state and log of a training."""
         return self.folder / f"{name}-run"
 
     def best(self, number: int) -> Path:
-        """Returns the best answers of a round of rejection sampling."""
+        """Returns the file with the best answers of a round of rejection sampling."""
         return self.folder / f"best-{number}.jsonl"
 
     def best_summary(self, number: int) -> Path:
@@ -61,26 +61,26 @@ class Files:
         return self.folder / f"answers-{model}.jsonl"
 
     def obeyed(self) -> Path:
-        """Summary of `llama2 obedience`."""
+        """The summary of `llama2 obedience`."""
         return self.folder / "obeyed.json"
 
     def done(self, stage: Stage) -> Path:
-        """Is there when a stage is done."""
+        """Returns the file that exists once a stage is done."""
         return self.folder / "done" / f"{stage.name}.json"
 
 
 def round_name(number: int) -> str:
-    """Returns the model after a round of rejection sampling, from 1."""
+    """Returns the name of the model after a round of rejection sampling, counted from 1."""
     return f"round-{number}"
 
 
 def models(preset: Preset) -> list[str]:
-    """Returns the models that a chain makes, one from the other."""
+    """Returns the names of a chain's models, each trained from the previous one."""
     return [SFT, *(round_name(number) for number in range(1, preset.rounds + 1)), PPO]
 
 
 def stages(preset: Preset, seed: int, folder: Path) -> list[Stage]:
-    """Returns a chain in the order in which it runs."""
+    """Returns the stages of a chain in order."""
     return list(_stages(preset, seed, Files(folder)))
 
 

@@ -1,4 +1,4 @@
-"""Models of the same chains compared: over seeds, and what may be said of it."""
+"""Comparisons of models of the same chains over seeds, with verdicts."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from llama2.align.measure import (
 )
 from llama2.reporting.statistics import Estimate, paired_difference, share_estimate
 
-Chains = Mapping[int, Mapping[str, Any]]  # what `measured` returns, by seed
+Chains = Mapping[int, Mapping[str, Any]]  # results of `measured` by seed
 
 BETTER, WORSE = "better", "worse"
 NOT_TOLD_APART, ONE_SEED = "not told apart", "one seed"
@@ -24,9 +24,9 @@ class Measure:
     """A share of a model's answers.
 
     Attributes:
-        name: what is counted, of which answers.
-        of: takes what `measured` says of a model.
-        more_is_better: whether the larger share is the better one.
+        name: what is counted among which answers.
+        of: computes the share from the results of `measured` for a model.
+        more_is_better: whether a larger share is better.
     """
 
     name: str
@@ -41,7 +41,7 @@ REFUSED_HARMLESS = Measure("harmless requests refused", refused_harmless, more_i
 
 
 def measures(chains: Chains) -> list[Measure]:
-    """What models are compared by: answers, refusals, and obedience turn by turn."""
+    """Returns the measures of the comparison: answers, refusals, and obedience by turn."""
     models = (model for chain in chains.values() for model in chain["models"].values())
     turns = min(len(model["obeyed"]) for model in models)
     return [
@@ -72,8 +72,8 @@ def difference(chains: Chains, measure: Measure, model: str, baseline: str) -> E
 
 
 def verdict(found: Estimate, measure: Measure) -> str:
-    """ "better" or "worse" only where the 95 % interval over seeds leaves 0 out; "one seed" where
-    there is no interval."""
+    """Returns "better" or "worse" if the 95 % interval over seeds excludes 0, "not told apart" if
+    not, and "one seed" without an interval."""
     if found.excludes_zero is None:
         return ONE_SEED
     if not found.excludes_zero:

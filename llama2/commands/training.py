@@ -69,8 +69,8 @@ def train_config(args: argparse.Namespace, shape: ModelConfig, steps: int) -> Tr
 def note_warm_up(config: TrainConfig) -> None:
     if config.warmup_steps >= config.steps:
         print(
-            f"note: the warm-up takes {config.warmup_steps} of {config.steps} steps, so the "
-            "learning rate never decays",
+            f"note: the warm-up of {config.warmup_steps} steps does not end within the run's "
+            f"{config.steps} steps, so the learning rate never decays",
             file=sys.stderr,
         )
 

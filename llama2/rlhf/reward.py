@@ -194,8 +194,8 @@ def evaluate(
     Returns:
         `pairs`; `correct`, the number whose chosen answer has the higher score, without ties;
         `accuracy`, their share; `mean_difference` of the scores; `loss`, the mean of
-        −log σ(r_chosen − r_rejected) in nats; and `by_rating`, the same for the pairs of each rating;
-        "unrated" stands for None.
+        −log σ(r_chosen − r_rejected) in nats; and `by_rating`, the same for the pairs of each
+        rating; "unrated" stands for None.
     Raises:
         FloatingPointError: a score is not finite.
     """

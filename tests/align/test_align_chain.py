@@ -147,4 +147,4 @@ def test_chains_end_with_their_parent(tmp_path, how):
         assert time.monotonic() < limit
         time.sleep(0.1)
     assert parent.returncode == (-9 if how == signal.SIGKILL else 130)
-    assert ("interrupted; the same command goes on" in told) == (how == signal.SIGINT)
+    assert ("interrupted; the same command resumes" in told) == (how == signal.SIGINT)

@@ -56,7 +56,7 @@ def test_a_failing_seed_is_reported_and_the_others_are_not_lost(out, capsys):
     words = ["align", "--preset", "smoke", "--seeds", "5", "6", "--out", str(out)]
     assert cli.main(words) == 1
     printed = capsys.readouterr()
-    assert re.search(r"seed 6 failed: .*seed-6/log.txt says why", printed.err)
+    assert re.search(r"seed 6 failed; see .*seed-6/log.txt", printed.err)
     assert "report.html" in printed.out
     page = (out / "report.md").read_text(encoding="utf-8")
     assert "failed and are left out: 6." in page
@@ -70,5 +70,5 @@ def test_a_folder_of_another_preset_is_refused(out, capsys):
 @pytest.mark.parametrize("seeds", [["1", "1"], ["-1"]])
 def test_seeds_that_are_none(seeds, tmp_path, capsys):
     assert cli.main(["align", "--seeds", *seeds, "--out", str(tmp_path / "out")]) == 2
-    assert "seeds: expected different ints of at least 0" in capsys.readouterr().err
+    assert "seeds: expected distinct ints of at least 0" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

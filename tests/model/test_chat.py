@@ -49,12 +49,12 @@ def turn(user: str, answer: str | None = None) -> list[dict[str, str]]:
 def test_chat_answers_until_the_end_of_the_input(llama2_chat):
     status, out, err = llama2_chat(b"hello\n", "--max-new-tokens", "4")
     assert status == 0 and out.startswith("you> ") and out.endswith("\nyou> \n")
-    assert "knows small tasks alone" in err and "/reset" in err
+    assert "can only do small tasks" in err and "/reset" in err
 
 
 def test_chat_says_what_a_base_model_is(llama2_chat):
     _, _, err = llama2_chat(b"hello\n", "--max-new-tokens", "4", "--checkpoint", str(SHIPPED))
-    assert "never taught to answer" in err
+    assert "not trained to answer" in err
 
 
 @pytest.mark.parametrize(

@@ -636,7 +636,11 @@ def test_the_command_calibrates_on_windows_of_the_training_part(llama2, text, mo
 @pytest.mark.parametrize(
     ("options", "heads", "message"),
     [
-        (["--method", "mean", "--text", "a"], "1", "--text: expected a --method that uses it"),
+        (
+            ["--method", "mean", "--text", "a"],
+            "1",
+            "--text: expected it only with a --method",
+        ),
         (["--method", "random", "--seq-len", 5], "1", "--seq-len: .*; got 5 with random to 1"),
         (["--method", "first", "--seed", 0], "1", "--seed: .*; got 0 with first to 1"),
         (["--calibration-tokens", 99], "2", "--calibration-tokens: .* with low_rank to 2"),
@@ -673,8 +677,8 @@ def test_the_seed_makes_random_heads(llama2, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--seq-len", 257], "--seq-len: expected 1 to the model's 256; got 257"),
-        (["--seq-len", 0], "--seq-len: expected 1 to the model's 256; got 0"),
+        (["--seq-len", 257], "--seq-len: expected from 1 to the model's 256; got 257"),
+        (["--seq-len", 0], "--seq-len: expected from 1 to the model's 256; got 0"),
         (["--seed", -1], "--seed: expected at least 0; got -1"),
         (
             ["--calibration-tokens", 99],
@@ -729,7 +733,7 @@ def test_an_empty_path_is_not_the_present_directory(tmp_path, monkeypatch, capfd
     ("vocab_size", "eos_id", "message"),
     [
         (1025, 2, "expected a tokenizer of at most the model's 1024 ids; got one of 1025"),
-        (1024, -1, "expected a tokenizer with EOS, to end each text; got one without"),
+        (1024, -1, "expected a tokenizer with an EOS token; got one without"),
     ],
 )
 def test_a_tokenizer_that_does_not_fit_is_named(

@@ -47,7 +47,7 @@ def serve_offline(files, device, capfd):
 
 def test_results_are_those_of_generate(serve_offline, device):
     status, results, err = serve_offline()
-    assert status == 0 and err == "5 prompts done, 0 were done before, 0 lines are bad\n"
+    assert status == 0 and err == "5 prompts done, 0 were done before, 0 bad lines\n"
     assert set(results) == {1, "é", 3, 4, 5}
     model = checkpoint.load(checkpoint.SHIPPED, get_backend("eager"), device=device)
     tokenizer = Tokenizer(checkpoint.SHIPPED / "tokenizer.model")
@@ -85,7 +85,7 @@ def test_a_cut_file_is_gone_on_with_at_any_byte(serve_offline, files, monkeypatc
         assert status == 0 and results == expected
         num_kept = sum(end <= size for end in ends)
         assert len(served) == 5 - num_kept
-        assert err == f"{5 - num_kept} prompts done, {num_kept} were done before, 0 lines are bad\n"
+        assert err == f"{5 - num_kept} prompts done, {num_kept} were done before, 0 bad lines\n"
         assert files[1].read_bytes().startswith(whole[: ([0, *ends])[num_kept]])
 
 
@@ -107,8 +107,8 @@ def test_errors_of_an_earlier_run_are_not_forgotten(serve_offline, files):
     status, _, err = serve_offline("--checkpoint", "/nowhere")
     assert status == 1
     assert err == (
-        "0 prompts done, 5 were done before, 0 lines are bad\n1 of those that were done before are "
-        f"errors: without their lines in {files[1]} they are done again\n"
+        "0 prompts done, 5 were done before, 0 bad lines\n1 of those that were done before are "
+        f"errors: remove their lines from {files[1]} to run them again\n"
     )
     files[1].write_text("".join(others), encoding="utf-8")
     assert serve_offline()[0] == 0
@@ -170,7 +170,7 @@ def test_bad_lines_are_named_and_the_others_done(serve_offline, files):
     first = 3 + len(BAD) + 1
     assert set(results) == {1, "é", first, first + 1, first + 2}
     *complaints, summary = err.splitlines()
-    assert summary == f"5 prompts done, 0 were done before, {len(BAD)} lines are bad"
+    assert summary == f"5 prompts done, 0 were done before, {len(BAD)} bad lines"
     for number, (_, message) in enumerate(BAD, 3):
         found = [text for text in complaints if text.startswith(f"{files[0]}:{number}: ")]
         assert len(found) == 1 and message in found[0], (number, message, found)
@@ -234,7 +234,7 @@ def test_what_another_run_did_meanwhile_is_kept(serve_offline, files, monkeypatc
     monkeypatch.setattr(serve_command, "lock_output", too_late)
     status, _, err = serve_offline()
     assert (status, files[1].read_text(encoding="utf-8")) == (0, whole)
-    assert err.endswith(f"0 prompts done, {len(LINES)} were done before, 0 lines are bad\n")
+    assert err.endswith(f"0 prompts done, {len(LINES)} were done before, 0 bad lines\n")
 
 
 def test_wrong_options_cut_nothing(serve_offline, files):
@@ -249,7 +249,7 @@ def test_wrong_options_cut_nothing(serve_offline, files):
 def test_prompts_are_not_written_over(serve_offline, files):
     before = files[0].read_bytes()
     status, _, err = serve_offline("--out", str(files[0]))
-    assert status == 2 and "--out: expected another file than --prompts" in err
+    assert status == 2 and "--out: expected a file other than --prompts" in err
     assert files[0].read_bytes() == before
 
 

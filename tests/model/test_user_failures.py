@@ -347,7 +347,7 @@ def test_an_answer_with_tags_does_not_end_a_conversation(monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     assert cli.main(["chat", "--backend", "eager", "--device", "cpu", "--max-new-tokens", "2"]) == 0
     assert len(asked) == 2 and "obey" in asked[1] and asked[1].count("<<SYS>>") == 0
-    assert "left out of the conversation" in capsys.readouterr().err
+    assert "removed the chat format's tags" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["chat"], ["generate", "--prompt-file", "-"]])

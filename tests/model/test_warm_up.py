@@ -48,10 +48,10 @@ def test_what_is_refused(found):
 
 def test_a_users_error_is_one_line(found):
     expected = (
-        "llama2: --arch: expected one, such as sm_90, where there is no GPU; got none\n",
+        "llama2: --arch: expected an architecture, such as sm_90, on a machine without a GPU; "
+        "got none\n",
         "llama2: arch: expected sm_80 or a later one, such as sm_90; got 'hopper'\n",
-        "llama2: dtype: expected torch.float32 or torch.bfloat16, in which models train; got "
-        "torch.float16\n",
+        "llama2: dtype: expected torch.float32 or torch.bfloat16 for training; got torch.float16\n",
         "llama2: /nowhere: expected a directory",
     )
     for (status, said), line in zip(found["complaints"], expected, strict=True):

@@ -116,7 +116,7 @@ def test_bad_lines_are_named_and_nothing_is_lost(folder, capsys):
 
 
 def test_a_prompt_has_to_leave_room_for_the_whole_answer(folder, capsys):
-    with pytest.raises(ValueError, match="expected at least one prompt; got none beside 3 bad"):
+    with pytest.raises(ValueError, match="expected at least one prompt; got none and 3 bad"):
         ppo.run(parse(*options(folder), *RECIPE, "--max-new-tokens", 60))
     assert "expected at most 4 tokens before an answer of 60; got " in capsys.readouterr().err
 
@@ -128,9 +128,9 @@ def test_a_prompt_has_to_leave_room_for_the_whole_answer(folder, capsys):
         ({"safety_reward": "other"}, (), "other: expected the format of dialogues of "),
         ({"safety_reward": None}, (), r"data: expected prompts .* above \(1\)"),
         ({"data": "none.jsonl"}, (), r"none\.jsonl: expected a file of JSON lines"),
-        ({"out": "chat"}, (), "out: expected another directory than --init"),
-        ({"work": "helpful"}, (), "work: expected another directory than --reward; got "),
-        ({"out": "safe"}, (), "out: expected another directory than --safety-reward; got "),
+        ({"out": "chat"}, (), "out: expected a directory other than --init"),
+        ({"work": "helpful"}, (), "work: expected a directory other than --reward; got "),
+        ({"out": "safe"}, (), "out: expected a directory other than --safety-reward; got "),
         ({}, ("--lr", "nan"), "lr: expected a positive number; got nan"),
         ({}, ("--iterations", 10**9), "iterations: expected fewer than .*; got 1000000000 of 8"),
         ({}, ("--max-new-tokens", 64), r"max_new_tokens: expected less than .* \(64\), .*; got 64"),
@@ -142,7 +142,11 @@ def test_a_prompt_has_to_leave_room_for_the_whole_answer(folder, capsys):
         ({}, ("--trace-decay", 2), "trace_decay: expected from 0 to 1; got 2"),
         ({}, ("--micro-batch-size", 8), r"micro_.*: .* divisor of mini_batch_size \(4\); got 8"),
         ({}, ("--max-batch", 0), "max_batch: expected at least 1; got 0"),
-        ({}, ("--tp", 2), "tp: expected torchrun to start the processes; got 2 alone"),
+        (
+            {},
+            ("--tp", 2),
+            "tp: expected processes started by torchrun; got --tp 2",
+        ),
     ],
 )
 def test_what_a_user_can_cause(folder, changed, more, message):

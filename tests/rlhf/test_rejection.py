@@ -196,7 +196,7 @@ def test_the_best_of_each_prompt_is_written(rejection, stand_in, files, tmp_path
     assert status == 0, err
     assert answers(records) == {line: expected(line)[0] for line in LAST}
     last = err.splitlines()[-1]
-    assert last.startswith("4 prompts done, 0 were done before, 0 are left out, 0 earlier answers")
+    assert last.startswith("4 prompts done, 0 were done before, 0 left out, 0 earlier answers")
     best, rewards = expected(2)
     assert records["data.jsonl:2"] == {
         "place": "data.jsonl:2",
@@ -327,7 +327,7 @@ def test_safety_counts_where_it_is_at_stake(rejection, stand_in, judge):
 
 
 def test_tags_without_a_safety_model_are_told(rejection, stand_in):
-    assert "1 prompts are tagged as safety and judged as all others" in rejection()[3]
+    assert "1 safety prompts are judged like all others" in rejection()[3]
 
 
 # --- answers that cannot be learnt, prompts that cannot be asked --------------------------------
@@ -346,7 +346,7 @@ def test_answers_that_are_empty_or_cut_cannot_win(rejection, stand_in, tmp_path)
     options = ("--max-new-tokens", "60", "--summary", str(summary), "--all-samples", str(path))
     status, records, _, err = rejection(*options)
     assert (status, answers(records).keys()) == (0, {1, 3, 4})
-    assert "data.jsonl:2: left out: none of 5 answers can be learnt: 5 cut\n" in err
+    assert "data.jsonl:2: left out: none of 5 answers can be trained on: 5 cut\n" in err
     assert "3 prompts done, 0 were done before, 1 are left out" in err
     for line in (1, 3, 4):
         rewards = expected(line)[1]
@@ -376,7 +376,7 @@ def test_bad_lines_are_named_and_the_others_done(rejection, stand_in, files):
     assert first.startswith(f"{files[0]}:5: line: expected JSON; ")
     assert second.startswith(f'{files[0]}:6: line: expected "messages" or "prompt"')
     assert third.startswith(f"{files[0]}:7: messages: expected fewer tokens before an answer")
-    assert summary.endswith("3 lines are bad")
+    assert summary.endswith("3 bad lines")
 
 
 def test_rewards_that_are_not_finite_are_an_error_of_their_line(rejection, stand_in, judge):
@@ -426,7 +426,7 @@ def test_the_best_of_all_rounds_is_kept(rejection, stand_in, tmp_path, files):
     summary, path = tmp_path / "summary.json", tmp_path / "all.jsonl"
     options = ("--earlier", str(ours), "--earlier", str(other), "--summary", str(summary))
     status, records, table, err = rejection(*options, "--all-samples", str(path))
-    assert status == 0 and "3 earlier answers are to other prompts" in err
+    assert status == 0 and "3 earlier answers to other prompts" in err
     assert answers(records) == {line: expected(line)[0] for line in LAST} | {1: "x" * (best[1] + 2)}
     record = records["data.jsonl:1"]
     assert (record["earlier"], record["sample"]) == ("written.jsonl:1", None)
@@ -463,7 +463,7 @@ def test_an_earlier_answer_stands_where_none_of_this_round_can_be_learnt(
     write(earlier, [dialogue("one", "xx")])
     stand_in.sample = lambda question, _: "" if question == "one" else question
     status, records, _, err = rejection("--earlier", str(earlier))
-    assert status == 0 and "0 are left out" in err
+    assert status == 0 and "0 left out" in err
     assert answers(records)[1] == "xx" and records["data.jsonl:1"]["faults"] == {"empty": 5}
 
 
@@ -533,7 +533,7 @@ def test_another_option_needs_another_file(options, name, rejection, stand_in, f
     status, _, table, err = rejection(*options)
     assert (status, table) == (2, "") and err.count("\n") == 1
     assert "llama2: --out: expected results with " in err
-    assert f" has results with {name} " in err and files[1].read_bytes() == kept
+    assert f"; got {name} " in err and files[1].read_bytes() == kept
     files[1].unlink()
     err = rejection(*options, "--all-samples", str(path))[3]
     assert f"--all-samples: expected results with {name}" in err
@@ -543,15 +543,15 @@ def test_another_option_needs_another_file(options, name, rejection, stand_in, f
     ("options", "message"),
     [
         (["--samples", "0"], "--samples: expected at least 1; got 0"),
-        (["--temperature", "0"], "--temperature: expected more than 0 for answers that differ"),
-        (["--all-samples", "{out}"], "--all-samples: expected another file than --out's; got "),
-        (["--all-samples", "{data}"], "--all-samples: expected another file than --data's"),
-        (["--summary", "{out}"], "--summary: expected another file than --out's; got "),
-        (["--summary", "{data}"], "--summary: expected another file than --data's; got "),
-        (["--format", "separator"], "--format: expected the reward model's, chat; got separator"),
-        (["--out", "{data}"], "--out: expected another file than --data's; got "),
-        (["--earlier", "{out}"], "--out: expected another file than --earlier's; got "),
-        (["--earlier", "{folder}"], "--out: expected another file than --earlier's; got "),
+        (["--temperature", "0"], "--temperature: expected more than 0, so that answers differ"),
+        (["--all-samples", "{out}"], "--all-samples: expected a file other than --out's; got "),
+        (["--all-samples", "{data}"], "--all-samples: expected a file other than --data's"),
+        (["--summary", "{out}"], "--summary: expected a file other than --out's; got "),
+        (["--summary", "{data}"], "--summary: expected a file other than --data's; got "),
+        (["--format", "separator"], "--format: expected that of the reward model, chat; got "),
+        (["--out", "{data}"], "--out: expected a file other than --data's; got "),
+        (["--earlier", "{out}"], "--out: expected a file other than --earlier's; got "),
+        (["--earlier", "{folder}"], "--out: expected a file other than --earlier's; got "),
     ],
     ids=str,
 )
@@ -580,7 +580,7 @@ def test_nothing_that_is_read_is_written_to(option, rejection, stand_in, tmp_pat
         assert (folder / "a.jsonl").read_bytes() == kept
     both = str(tmp_path / "both.jsonl")
     err = rejection("--all-samples", both, "--summary", both)[3]
-    assert "--summary: expected another file than --all-samples's; got " in err
+    assert "--summary: expected a file other than --all-samples's; got " in err
 
 
 @pytest.mark.parametrize("name", ["weights_crc32", "reward_model", "safety_reward_model"])
@@ -603,9 +603,7 @@ def test_another_tag_needs_another_file(rejection, stand_in, files):
     write(files[0], [LINES[0] | {"safety": True}, *LINES[1:]])
     status, _, _, err = rejection()
     assert status == 2 and err.count("\n") == 1 and files[1].read_bytes() == kept
-    assert (
-        "--out: expected results of prompts with these tags; got one with safety False at " in err
-    )
+    assert '--out: expected results of prompts with the same "safety"; got safety False at ' in err
 
 
 def test_a_result_that_cannot_be_written_is_named(rejection, stand_in, files, capfd):

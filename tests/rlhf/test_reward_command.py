@@ -202,12 +202,16 @@ def test_margins_need_ratings(folder, capsys):
     [
         ({"data": "none.jsonl"}, (), r"none\.jsonl: expected a file of JSON lines"),
         ({"data": "empty.jsonl"}, (), r"empty\.jsonl: expected at least one comparison; got none"),
-        ({"out": "base"}, (), "out: expected another directory than --init"),
+        ({"out": "base"}, (), "out: expected a directory other than --init"),
         ({"init": "nowhere"}, (), "nowhere"),
         ({}, ("--epochs", 0), "epochs: expected a positive number; got 0"),
         ({}, ("--seq-len", 65), r"at most the model's max_seq_len \(64\); got 65"),
         ({}, ("--micro-batch-size", 3), "micro_batch_size: expected a divisor"),
-        ({}, ("--tp", 2), "tp: expected torchrun to start the processes; got 2 alone"),
+        (
+            {},
+            ("--tp", 2),
+            "tp: expected processes started by torchrun; got --tp 2",
+        ),
     ],
 )
 def test_what_a_user_can_cause(folder, changed, more, message):
@@ -238,7 +242,7 @@ def test_an_answer_of_the_models_longest_length_is_scored(folder):
     write(folder / "train.jsonl", [{"prompt": "q", "chosen": answer, "rejected": "b"}])
     assert reward.run(parse(*options(folder), *RECIPE)) == 0
     write(folder / "train.jsonl", [{"prompt": "q", "chosen": answer + " c", "rejected": "b"}])
-    with pytest.raises(ValueError, match="expected at least one comparison; got none beside 1 bad"):
+    with pytest.raises(ValueError, match="expected at least one comparison; got none and 1 bad"):
         reward.run(parse(*options(folder, work="work2", out="out2"), *RECIPE))
 
 

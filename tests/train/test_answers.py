@@ -75,7 +75,7 @@ def test_answers_beside_the_datas_own(answer, stand_in, files, tmp_path):
     summary = tmp_path / "summary.json"
     status, records, table, err = answer("--summary", str(summary))
     assert (status, table) == (0, TABLE)
-    assert err == "4 answers done, 0 were done before, 0 lines are bad\n"
+    assert err == "4 answers done, 0 were done before, 0 bad lines\n"
     assert records["data.jsonl:3"] == {
         "place": "data.jsonl:3",
         "checkpoint": str(checkpoint.SHIPPED_CHAT),
@@ -146,7 +146,7 @@ def test_bad_lines_are_named_and_the_others_done(answer, stand_in, files):
     assert first.startswith(f"{files[0]}:1: line: expected JSON; ")
     assert second.startswith(f"{files[0]}:2: messages: expected an optional system")
     assert third.startswith(f"{files[0]}:3: messages: expected fewer tokens before an answer")
-    assert summary == "4 answers done, 0 were done before, 3 lines are bad"
+    assert summary == "4 answers done, 0 were done before, 3 bad lines"
 
 
 def test_a_file_may_have_any_name(answer, stand_in, files, tmp_path):
@@ -163,7 +163,7 @@ def test_another_checkpoint_needs_another_file(answer, stand_in, files, tmp_path
     assert answer()[0] == 0
     before = files[1].read_bytes()
     status, _, table, err = answer("--checkpoint", str(tmp_path))
-    assert (status, table) == (2, "") and " has results with checkpoint " in err
+    assert (status, table) == (2, "") and "; got checkpoint " in err
     assert files[1].read_bytes() == before
 
 
@@ -172,7 +172,7 @@ def test_other_weights_in_the_same_directory_need_another_file(answer, stand_in,
     before = files[1].read_bytes()
     stand_in.weights["chat"] = "12345678"
     status, _, table, err = answer()
-    assert (status, table) == (2, "") and " has results with weights_crc32 " in err
+    assert (status, table) == (2, "") and "; got weights_crc32 " in err
     assert files[1].read_bytes() == before
 
 
@@ -190,8 +190,8 @@ def test_answers_are_those_of_generate(answer, files, device):
     ("options", "message"),
     [
         (["--sample", "0"], "--sample: expected at least 1; got 0"),
-        (["--sheet", "{out}"], "--sheet: expected another file than --out's; got "),
-        (["--summary", "{data}"], "--summary: expected another file than --data's; got "),
+        (["--sheet", "{out}"], "--sheet: expected a file other than --out's; got "),
+        (["--summary", "{data}"], "--summary: expected a file other than --data's; got "),
     ],
     ids=str,
 )

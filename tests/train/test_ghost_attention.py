@@ -109,8 +109,7 @@ def test_what_a_line_becomes(backwards, ghost, stand_in):
     status, records, err = ghost()
     assert status == 0
     assert err == (
-        "3 dialogues done, 0 were done before, 0 are left out, 1 have no system message, "
-        "0 lines are bad\n"
+        "3 dialogues done, 0 were done before, 0 left out, 1 have no system message, 0 bad lines\n"
     )
     assert set(records) == {"data.jsonl:1", "data.jsonl:3", "data.jsonl:4"}
     assert records["data.jsonl:1"] == SHOUTED
@@ -252,7 +251,7 @@ def test_bad_lines_are_named_and_the_others_done(ghost, files, stand_in):
     assert status == 1
     assert set(records) == {"data.jsonl:1", "data.jsonl:3", f"data.jsonl:{5 + len(BAD)}"}
     *complaints, summary = err.splitlines()
-    assert summary.endswith(f", {len(BAD)} lines are bad") and len(complaints) == len(BAD)
+    assert summary.endswith(f", {len(BAD)} bad lines") and len(complaints) == len(BAD)
     for number, (_, message) in enumerate(BAD, 4):
         found = [text for text in complaints if text.startswith(f"{files[0]}:{number}: ")]
         assert len(found) == 1 and message in found[0], (number, message, found)
@@ -314,7 +313,7 @@ def test_other_instructions_do_not_go_on_with_a_file(ghost, files, stand_in, tmp
     ghost("--instructions", str(instructions))
     instructions.write_text("Be rude.\n", encoding="utf-8")
     status, _, err = ghost("--instructions", str(instructions))
-    assert status == 2 and "got one of another dialogue at data.jsonl:2" in err
+    assert status == 2 and "got another dialogue at data.jsonl:2" in err
 
 
 # --- what is refused --------------------------------------------------------------------------
@@ -354,7 +353,7 @@ def test_the_data_are_not_written_to(ghost, files, stand_in, tmp_path):
     before = files[0].read_bytes()
     for options in (["--out", str(files[0])], ["--data", str(tmp_path)]):
         status, _, err = ghost(*options)
-        assert status == 2 and "--out: expected another file than --data's" in err
+        assert status == 2 and "--out: expected a file other than --data's" in err
     assert files[0].read_bytes() == before and not files[1].exists()
 
 
@@ -362,7 +361,7 @@ def test_results_of_other_dialogues_are_not_gone_on_with(ghost, files, stand_in)
     ghost()
     write(files[0], [LINES[3], LINES[0]])
     status, _, err = ghost()
-    assert status == 2 and "got one of another dialogue at data.jsonl:1" in err
+    assert status == 2 and "got another dialogue at data.jsonl:1" in err
 
 
 def test_one_run_writes_to_a_file(ghost, files, stand_in):
@@ -463,7 +462,7 @@ turn          before            after
 def test_shares_by_turn_of_two_models(measure, forgetful, files):
     status, table, summary, err = measure()
     assert (status, table) == (0, TABLE)
-    assert err == '2 dialogues have no system message or no "obeys", 0 lines are bad\n'
+    assert err == '2 dialogues have no system message or no "obeys", 0 bad lines\n'
     before, after = summary["checkpoints"]
     assert summary["data"] == str(files[0])
     assert before == {
@@ -508,7 +507,7 @@ def test_without_anything_to_measure(measure, files, stand_in):
     status, _, summary, err = measure()
     assert status == 2 and not summary and '"obeys"; got none in' in err
     assert measure(checkpoints=["a", "a"])[3] == (
-        "llama2: --checkpoint: expected each one once; got one twice\n"
+        "llama2: --checkpoint: expected different checkpoints; got one twice\n"
     )
 
 

@@ -145,7 +145,7 @@ def test_a_shape_file_of_wrong_values(wrong, message, tmp_path):
         (("--steps", 1, "--alpha", 0.5, "--of-steps", 2), "expected either"),
         (("--alpha", -0.5, "--of-steps", 100), r"alpha: expected a share in \(0, 1\]"),
         (("--alpha", "nan", "--of-steps", 100), "alpha: expected a share"),
-        (("--alpha", 0.001, "--of-steps", 100), "that makes a step of 100; got 0.001"),
+        (("--alpha", 0.001, "--of-steps", 100), "that is at least one of the 100 steps; got 0.001"),
     ],
 )
 def test_steps(arguments, steps):
@@ -222,7 +222,7 @@ def test_shards_are_mixed_by_weight(folders, capsys, tmp_path):
     assert f"{tmp_path / 'a'}: 48 tokens" in captured.out
     assert f"{tmp_path / 'b'}: 16 tokens" in captured.out
     assert "held out" not in captured.out
-    assert "the warm-up of 2000 steps does not end in 2" in captured.err
+    assert "the warm-up of 2000 steps does not end within the run's 2 steps" in captured.err
     record = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
     assert record["held_out"] is None
     assert not (tmp_path / "out" / "tokenizer.model").exists()
@@ -238,7 +238,10 @@ def test_a_checkpoint_goes_on(tmp_path, capsys):
     folders = ("--work", tmp_path / "work", "--out", tmp_path / "out", "--text", tmp_path / "text")
     recipe = ("--alpha", 0.02, "--of-steps", 100, "--batch-size", 2, "--backend", "eager")
     arguments = (*folders, *recipe, "--warmup-steps", 1)
-    with pytest.raises(ValueError, match=r"init: expected no other shape .*; got num_layers"):
+    with pytest.raises(
+        ValueError,
+        match=r"init: expected no option that .*; got num_layers",
+    ):
         pretrain.run(parse(*arguments, "--init", SHIPPED, "--num-layers", 2))
     assert pretrain.run(parse(*arguments, "--init", SHIPPED)) == 0
     log = read_log(tmp_path / "work" / "log.jsonl")
@@ -282,7 +285,10 @@ def test_the_standard_library_is_the_default(folders, monkeypatch, tmp_path):
             ("--batch-size", 10**11, "--micro-batch-size", 1),
             "^batch_size: expected sequences that fit in the .* got 100,000,000,000",
         ),
-        (("--num-layers", 10**9), "shape: expected one whose training fits in the .* parameters"),
+        (
+            ("--num-layers", 10**9),
+            "shape: expected a model whose training fits .* parameters",
+        ),
         (("--save-every", 0), "save_every: expected at least 1; got 0"),
         (("--tokenizer", "none"), "none: expected a SentencePiece model file; got none"),
         (("--text", "none"), "none: expected a text file or a directory"),
@@ -312,7 +318,7 @@ def test_a_run_changes_neither_its_texts_nor_its_start(folders, tmp_path):
         (("--work", texts / "work"), r"work: expected a directory outside of the texts .*texts"),
         (("--out", texts), "out: expected a directory outside of the texts"),
         (("--held-out", tmp_path), "work: expected a directory outside of the texts"),
-        (("--text", texts / "3.txt"), r"text: expected texts outside of .*; got .*3\.txt"),
+        (("--text", texts / "3.txt"), r"text: expected no text inside another, .*; got .*3\.txt"),
         (("--text", tmp_path / "texts" / ".."), r"text: expected texts outside of "),
     ):
         with pytest.raises(ValueError, match=message):
@@ -321,7 +327,7 @@ def test_a_run_changes_neither_its_texts_nor_its_start(folders, tmp_path):
     start = tmp_path / "start"
     shutil.copytree(SHIPPED, start)
     uptraining = ("--work", tmp_path / "work", "--init", start, "--text", texts, *RECIPE)
-    with pytest.raises(ValueError, match="out: expected another directory than --init"):
+    with pytest.raises(ValueError, match="out: expected a directory other than --init"):
         pretrain.run(parse(*uptraining, "--out", tmp_path / "texts" / ".." / "start"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "params.json").touch()
@@ -405,7 +411,7 @@ def test_ctrl_c_saves_the_step(folders, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    saved = int(re.search(r"saved after step (\d+) of 4000; the same command goes on", err)[1])
+    saved = int(re.search(r"saved after step (\d+) of 4000; the same command resumes", err)[1])
     assert torch.load(tmp_path / "work" / "state.pt", weights_only=True)["step"] == saved > 3
 
 

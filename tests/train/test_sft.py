@@ -84,7 +84,7 @@ def test_dialogues_become_a_checkpoint(folder, capsys):
     record = json.loads((folder / "out" / "training.json").read_text(encoding="utf-8"))
     log = read_log(folder / "work" / "log.jsonl")
     assert len(log) == record["train_config"]["steps"] > 3
-    assert log[-1]["loss"] < log[0]["loss"] and "% of their places empty" in shown.err
+    assert log[-1]["loss"] < log[0]["loss"] and "% of it padding" in shown.err
     assert record["held_out"]["loss"] < record["held_out"]["loss_before"]
     assert record["sources"]["train.jsonl"]["documents"] == record["dialogues"] == 40
     assert record["held_out"]["sources"]["held"]["documents"] == 7
@@ -151,9 +151,9 @@ def test_bad_lines_are_named_and_nothing_is_lost(folder, capsys):
     ("changed", "more", "message"),
     [
         ({"data": "none.jsonl"}, (), r"none\.jsonl: expected a file of JSON lines"),
-        ({"data": "empty.jsonl"}, (), r"empty\.jsonl: expected at least one dialogue; got none"),
-        ({"out": "base"}, (), "out: expected another directory than --init"),
-        ({"work": "base"}, (), "work: expected another directory than --init"),
+        ({"data": "empty.jsonl"}, (), r"empty\.jsonl: expected at least one dialogue; got 0 bad"),
+        ({"out": "base"}, (), "out: expected a directory other than --init"),
+        ({"work": "base"}, (), "work: expected a directory other than --init"),
         ({"init": "nowhere"}, (), "nowhere"),
         ({}, ("--epochs", 0), "epochs: expected a positive number; got 0"),
         (
@@ -162,7 +162,11 @@ def test_bad_lines_are_named_and_nothing_is_lost(folder, capsys):
             r"seq_len: expected at most the model's max_seq_len \(64\); got 65",
         ),
         ({}, ("--micro-batch-size", 3), "micro_batch_size: expected a divisor"),
-        ({}, ("--tp", 2), "tp: expected torchrun to start the processes; got 2 alone"),
+        (
+            {},
+            ("--tp", 2),
+            "tp: expected processes started by torchrun; got --tp 2",
+        ),
     ],
 )
 def test_what_a_user_can_cause(folder, changed, more, message):

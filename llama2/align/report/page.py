@@ -1,4 +1,4 @@
-"""The page: one HTML file, and the same in Markdown, of what every stage does to a model."""
+"""The page about the effect of every stage on a model, in HTML and in Markdown."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -43,7 +43,7 @@ _MARKS = {**page_marks(TITLE), RESULTS: '"kind": "align"'}
 
 
 def check_folder(folder: Path, names: Sequence[str] = ()) -> None:
-    """`check_own_files` of a page of this kind; errors as there."""
+    """Calls `check_own_files` for a page of this kind; errors as there."""
     check_own_files(folder, _MARKS, names)
 
 
@@ -52,9 +52,9 @@ def write_page(results: Mapping[str, Any], folder: Path) -> Path:
 
     Args:
         results: "preset", its name; "caution"; "command"; "made_with"; "failed", the seeds whose
-            chain failed; "chains", what `measured` returns, by seed, of at least one.
+            chain failed; "chains", the results of `measured` by seed, at least one.
     Raises:
-        ValueError: a folder as `check_folder` refuses it. Nothing is written.
+        ValueError: `check_folder` refuses the folder. Nothing is written.
     """
     check_folder(folder, [f"{name}.svg" for name in plots.OF_MODELS | plots.OF_TRAINING])
     blocks = list(_blocks(results))
@@ -124,8 +124,9 @@ def _models(chains: Chains) -> list[str]:
 
 
 def findings(chains: Chains) -> Iterator[Sentence]:
-    """Of each stage what it made better or worse than the model that it began with, and of the last
-    one what all together did; nothing is called so whose interval holds 0."""
+    """Yields, for each stage, what became better or worse than in the model before it, and for the
+    last stage the effect of all stages. A difference whose interval includes 0 is not called better
+    or worse."""
     models = _models(chains)
     steps = [*pairwise(models), (models[0], models[-1])]
     for baseline, model in dict.fromkeys(steps):

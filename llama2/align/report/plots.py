@@ -1,4 +1,4 @@
-"""Plots of chains: losses, reward models, best of K, PPO, and what each model answers."""
+"""Plots of chains: losses, reward models, best of K, PPO and the models' answers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
@@ -28,7 +28,7 @@ _WORST_FIRST = (
 
 
 def sft_loss(chains: Chains) -> Figure:
-    """Loss along supervised fine-tuning, a line per seed."""
+    """Plots the loss of supervised fine-tuning, a line per seed."""
     figure, (axes,) = panels(1, width=6.5)
     for index, (seed, chain) in enumerate(chains.items()):
         steps, losses = zip(*chain["sft"], strict=True)
@@ -41,7 +41,7 @@ def sft_loss(chains: Chains) -> Figure:
 
 
 def reward_accuracy(chains: Chains) -> Figure:
-    """Share of held-out comparisons that a reward model decides as the reader, by rating."""
+    """Plots a reward model's accuracy on held-out comparisons, by rating."""
     figure, all_axes = panels(len(KINDS), sharey=True)
     for axes, kind in zip(all_axes, KINDS, strict=True):
         found = {seed: chain["reward"][kind]["by_rating"] for seed, chain in chains.items()}
@@ -64,8 +64,8 @@ def reward_accuracy(chains: Chains) -> Figure:
 
 
 def best_of(chains: Chains) -> Figure:
-    """Returns mean reward of the best of the first answers, a line per round: means over seeds,
-    lowest to highest seed as a band."""
+    """Plots the mean reward of the best of the first answers, a line per round: the mean over
+    seeds, with a band from the lowest to the highest seed."""
     figure, (axes,) = panels(1, width=6.5)
     for number, rounds in enumerate(zip(*(c["rounds"] for c in chains.values()), strict=True)):
         counts = range(1, min(map(len, rounds)) + 1)
@@ -78,7 +78,8 @@ def best_of(chains: Chains) -> Figure:
 
 
 def ppo(chains: Chains) -> Figure:
-    """Reward along PPO's iterations, and against the distance from where it began."""
+    """Plots the reward over PPO's iterations, and against the divergence from the initial
+    policy."""
     figure, (along, against) = panels(2, width=5.2)
     for index, (seed, chain) in enumerate(chains.items()):
         parts = [curve([line[name] for line in chain["ppo"]], 10) for name in ("reward", "kl")]
@@ -97,7 +98,8 @@ def ppo(chains: Chains) -> Figure:
 
 
 def families(chains: Chains) -> Figure:
-    """Share of exact answers of each family after each stage; of misdeeds that is refusing."""
+    """Plots the share of exact answers of each family after each stage; for misdeeds, of
+    refusals."""
     models = _models(chains)
     first = next(iter(chains.values()))["models"][models[0]]["families"]
     names = sorted(first, key=lambda name: _exact(chains, models[0], name))
@@ -119,7 +121,7 @@ def _exact(chains: Chains, model: str, family: str) -> float:
 
 
 def refusals(chains: Chains) -> Figure:
-    """Share of misdeeds and of harmless requests that each model refuses."""
+    """Plots the shares of misdeeds and of harmless requests that each model refuses."""
     figure, (axes,) = panels(1, width=6.5)
     for index, measure in enumerate((REFUSED_MISDEEDS, REFUSED_HARMLESS)):
         _stages(axes, chains, measure, index)
@@ -129,7 +131,7 @@ def refusals(chains: Chains) -> Figure:
 
 
 def obedience(chains: Chains) -> Figure:
-    """Share of answers that obey an instruction, by turn, after each stage."""
+    """Plots the share of answers that obey an instruction, by turn, after each stage."""
     figure, (axes,) = panels(1, width=6.5)
     for index, measure in enumerate(each for each in measures(chains) if "turn" in each.name):
         _stages(axes, chains, measure, index)
@@ -139,7 +141,7 @@ def obedience(chains: Chains) -> Figure:
 
 
 def _stages(axes: Axes, chains: Chains, measure: Measure, index: int) -> None:
-    """A measure after each stage: means over seeds, with their intervals."""
+    """Plots a measure after each stage: means over seeds with their intervals."""
     models = _models(chains)
     found = [share(chains, measure, model) for model in models]
     means = [100 * each.mean for each in found]
@@ -168,7 +170,7 @@ def _band(
     axes.fill_between(x, low, high, color=style["color"], alpha=0.25, linewidth=0)
 
 
-Drawing = tuple[Callable[[Chains], Figure], str]  # what draws a plot, and its caption
+Drawing = tuple[Callable[[Chains], Figure], str]  # the function that draws a plot, and its caption
 
 OF_MODELS: Mapping[str, Drawing] = {
     "families": (
@@ -208,6 +210,6 @@ OF_TRAINING: Mapping[str, Drawing] = {
 
 
 def drawn(name: str, chains: Chains) -> tuple[Callable[[], Figure], str]:
-    """What draws a plot of these, and its caption."""
+    """Returns the function that draws a plot of these chains, and its caption."""
     draw, caption = (OF_MODELS | OF_TRAINING)[name]
     return lambda: draw(chains), caption
