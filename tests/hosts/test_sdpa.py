@@ -175,7 +175,8 @@ def test_refused_tensors(draw):
     mask = torch.ones(3, 3, dtype=torch.bool, device=query.device)
     with pytest.raises(NotImplementedError, match=r"attn_mask: expected None; got Tensor\. Use"):
         scaled_dot_product_attention(query, query, query, mask)
-    heads = r"key: expected shape \[2, 4, seq_len_kv, 16\]; got \[2, 2, 5, 16\]\. Fewer key/value heads need"
+    heads = r"key: expected shape \[2, 4, seq_len_kv, 16\]; got \[2, 2, 5, 16\]\. Fewer key/value "
+    heads += "heads need"
     with pytest.raises(ValueError, match=heads):
         scaled_dot_product_attention(query, key, key)
     with pytest.raises(ValueError, match=r"query: .* multiple of key's 3; got 4"):
