@@ -16,6 +16,7 @@ from budget import assert_network
 from tiny_transformers import double, make, on_kernels, rows
 from transformers import masking_utils
 
+from gqa_kernels import reference
 from gqa_kernels.integrations import transformers as ours
 
 NEW = transformers.__version__ >= "5"
@@ -327,6 +328,31 @@ def test_bounds_of_documents_stand_beside_other_ranges(device):
     cut, _ = ours.attention_forward(module, q, q, q, ranges, cu_seq_lens_q=bounds)
     assert not torch.allclose(cut[:, 5], whole[:, 5])
     torch.testing.assert_close(cut[:, :5], whole[:, :5])
+
+
+@pytest.mark.parametrize("num_new", (1, 3))
+@pytest.mark.parametrize("name", ("softcap", "s_aux", "sliding_window"))
+def test_steps_with_caps_sinks_and_windows_are_decoded(name, num_new, device, monkeypatch):
+    """Gemma 2's layers have soft caps, gpt-oss's sinks, Mistral's windows."""
+    q, k, v = (torch.randn(2, heads, 9, 8, device=device) for heads in (4, 2, 2))
+    q = q[:, :, :num_new]
+    value = {"softcap": 1.5, "s_aux": torch.randn(4, device=device), "sliding_window": 4}[name]
+    options = {
+        "softcap": {"softcap": value},
+        "s_aux": {"sinks": value},
+        "sliding_window": {"window": (3, None)},
+    }[name]
+    decoded = []
+    decode = ours.decode_attention
+    monkeypatch.setattr(
+        ours, "decode_attention", lambda *x, **y: decoded.append(y) or decode(*x, **y)
+    )
+    out, _ = ours.attention_forward(torch.nn.Module(), q, k, v, None, **{name: value})
+    assert len(decoded) == 1
+    inputs = [x.transpose(1, 2) for x in (q, k, v)]
+    expected = reference.flash_attention(*inputs, causal=True, **options)
+    torch.testing.assert_close(out, expected)
+    assert not torch.allclose(out, reference.flash_attention(*inputs, causal=True))
 
 
 def test_tensors_that_nobody_knows_are_refused(device):
