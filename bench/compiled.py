@@ -108,6 +108,16 @@ def _variants(spec: OpSpec) -> list[tuple[Case, torch.dtype]]:
                 variant("pages of wide heads", page_size=16, head_dim=256),
                 variant("pages, sixteen new tokens", page_size=16, seq_len_q=16),
                 *(
+                    variant("scores", **score)
+                    for score in (
+                        {"window": (4096, None)},
+                        {"sinks": True},
+                        {"alibi": True},
+                        {"softcap": 50.0, "head_dim": 256},
+                        {"window": (4096, None), "softcap": 50.0, "sinks": True, "page_size": 16},
+                    )
+                ),
+                *(
                     variant("quantised", cache_dtype=dtype, **cache)
                     for dtype in (torch.int8, torch.float8_e4m3fn)
                     for cache in (
