@@ -80,9 +80,9 @@ def flash_attn_with_kvcache(
         TypeError, ValueError: an argument of another kind, dtype, shape or device. Nothing has been
             written.
         NotImplementedError: more than 16 queries that are causal, have a window or alibi_slopes; a
-            rotary_dim below headdim without rotary_interleaved; a cache_batch_idx beside a
-            block_table, or of caches whose sequences do not lie one after another; an input that
-            requires a gradient.
+            rotary_dim below headdim without rotary_interleaved; a cache_batch_idx with a
+            block_table, or with caches whose sequences are not one after another in memory; an
+            input that requires a gradient.
         RuntimeError: tensors that are not on a GPU that Triton drives.
     """
     left, right = checks.window_size(window_size)
@@ -97,10 +97,10 @@ def flash_attn_with_kvcache(
         if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
             cache_seqlens = checks.whole("cache_seqlens", cache_seqlens)
         _check(*tensors, cache_seqlens, rotary_interleaved)
-    causal = causal or q.shape[1] == 1  # no limit to a lone query
+    causal = causal or q.shape[1] == 1  # the mask hides nothing from a single query
     # Queries that see the same keys with the same scores are packed into one.
     packs = not causal and left is right is alibi_slopes is None
-    turns = causal or left is not None or right is not None  # each query by its own entry
+    turns = causal or left is not None or right is not None  # q is rotated by its own entries
 
     if cache_batch_idx is not None:
         k_cache, v_cache, block_table = _as_pages(k_cache, v_cache, cache_batch_idx)
@@ -236,7 +236,7 @@ def _lengths(cache_seqlens: int | Tensor | None, capacity: int, q: Tensor) -> Te
 def _key_ranges(
     seq_lens: Tensor, seqlen_q: int, cache_leftpad: Tensor | None, capacity: int
 ) -> Tensor | None:
-    """(first, end) of the entries that each query may see in padded rows; None: no row is."""
+    """(first, end) of the entries that each query may see in padded rows; None without padding."""
     if cache_leftpad is None:
         return None
     first = cache_leftpad.long().clamp(0, capacity)[:, None].expand(-1, seqlen_q)
