@@ -1,8 +1,9 @@
-"""What a backend of the bench is, and how a workload becomes a call of it.
+"""Backends of the benchmarks, and how a workload becomes a call of one.
 
 An adapter takes a workload's inputs, does what a user would do once (masks, layouts, compiling),
-and returns a function without arguments that computes the outputs, in the op table's layout. It is
-differentiable where the backend is; the backward call is made here, the same for all.
+and returns a function without arguments that computes the outputs, in the op table's layout. The
+function is differentiable if the backend is; this module builds the backward call, in the same way
+for all.
 """
 
 from collections.abc import Callable
@@ -15,19 +16,20 @@ from timing import Call
 from torch import Tensor
 
 Adapter = Callable[[dict[str, Any]], Call]
-# Losses whose gradients are made in the forward pass, by some backends: their two passes are timed
-# as one call, a "step", instead of the backward pass alone.
+# Losses whose gradients some backends compute in the forward pass: both passes are timed as one
+# call, a "step", instead of the backward pass alone.
 STEPS = frozenset({"linear_cross_entropy"})
-# Ops that return nothing, and the arguments that they write: they get copies, the results.
+# Ops that return nothing, and the arguments to which they write: they get copies, which are the
+# results.
 UPDATES = {"adamw_update": ("weight", "exp_avg", "exp_avg_sq", "copy")}
 
 
 class Lacks(Exception):
-    """A backend does not cover a workload; the message says what it lacks."""
+    """A backend does not support a workload; the message says why."""
 
 
 def plain_cache(inputs: dict[str, Any]) -> None:
-    """Raises Lacks for a cache in pages or of 8 bits."""
+    """Raises Lacks for a paged or 8-bit cache."""
     if "k_scale" in inputs:
         raise Lacks("takes no cache of 8 bits beside queries of 16 with a scale per head or token")
     if "block_table" in inputs:
@@ -40,13 +42,13 @@ class Backend:
 
     Attributes:
         adapters: by op.
-        import_check: imports what the backend needs; None for what comes with PyTorch.
-        distribution: whose version is reported.
-        forward_only: ops without a backward pass, and why.
-        coarse: ops that round the sums over chunks of tokens with every chunk, and what else their
-            results lack; their budget is that of eager code which does so.
-        writes_inputs: ops that overwrite their inputs, which then get copies of their own.
-        ours: a failure is a failure of this package, not a line about a peer.
+        import_check: imports what the backend needs; None for backends that come with PyTorch.
+        distribution: the package whose version is reported.
+        forward_only: ops without a backward pass, with the reason.
+        coarse: ops that round their sums after every chunk of tokens, with a note on their results;
+            their error budget is that of eager code that does the same.
+        writes_inputs: ops that overwrite their inputs; they get copies.
+        ours: whether a failure is a failure of this package, and not a row about a peer.
     """
 
     name: str
@@ -64,7 +66,7 @@ class Backend:
             return None
         try:
             self.import_check()
-        except Exception as error:  # a package built for another CUDA fails in its own way
+        except Exception as error:  # a package built for another CUDA may raise anything
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             return f"{self.distribution} not usable ({reason:.120})"
         return None
@@ -94,12 +96,12 @@ def make_call(
     wrt: tuple[str, ...],
     cotangents: tuple[Tensor, ...],
 ) -> Call:
-    """The call that is checked and timed; it returns the outputs, or the gradients of `wrt`, or in
-    a step both.
+    """Returns the call that is checked and timed. It returns the outputs, the gradients of `wrt`,
+    or both in a step.
 
-    A backward call differentiates one forward pass again and again, so its forward pass is not
-    timed; it gets cotangents of its own, since some backends write to them. A step is what a user
-    calls for a loss: forward and backward, whose cotangent is 1.
+    A backward call differentiates the same forward pass repeatedly, so its forward pass is not
+    timed; it gets copies of the cotangents, since some backends write to them. A step is a forward
+    and a backward pass of a loss, with a cotangent of 1.
     """
     if op in UPDATES:
         inputs = inputs | {name: inputs[name].clone() for name in UPDATES[op]}

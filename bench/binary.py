@@ -1,4 +1,4 @@
-"""What a compiled kernel's binary says: registers, spills, instructions, overlap.
+"""Reads registers, spills, instructions and overlap from a compiled kernel's binary.
 
 NVIDIA: from SASS, with the tools that ship in Triton's wheel. AMD: from the assembly text.
 """
@@ -25,15 +25,15 @@ _DOTS = ("tt.dot", "tt.dot_scaled")
 
 
 class Scheduled(NamedTuple):
-    """An instruction of a loop with what schedules it in the hardware."""
+    """An instruction of a loop with its scheduling information."""
 
     opcode: str
     stall: int  # cycles until the warp's next instruction
     waits: tuple[int, ...]  # barriers that it waits for, of the warp's six
-    sets: int | None  # the barrier that frees once the result is there
-    sets_when_read: int | None  # the barrier that frees once the operands are read
+    sets: int | None  # the barrier that is freed when the result is available
+    sets_when_read: int | None  # the barrier that is freed when the operands have been read
     closes_group: bool  # of matrix products
-    groups_left: int | None  # how many groups of products may run on; None: it waits for none
+    groups_left: int | None  # how many groups of products may still run; None: it waits for none
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ class Binary:
     local_bytes: int  # per thread
     mix: dict[str, int]  # instructions of the whole kernel, per warp
     loop: dict[str, int] = field(default_factory=dict)  # of the main loop, if there is one
-    under_wgmma: dict[str, int] = field(default_factory=dict)  # of those, while a wgmma is running
+    under_wgmma: dict[str, int] = field(default_factory=dict)  # those issued while a wgmma runs
     schedule: tuple[Scheduled, ...] = ()  # of the main loop, if it has wgmma
-    serialized: tuple[str, ...] = ()  # what ptxas says where it serialises wgmma
+    serialized: tuple[str, ...] = ()  # messages of ptxas about serialised wgmma
     transposed_dots: int = 0  # dot operands that are a transposed dot result
 
 
 def examine(launch: Launch) -> Binary:
-    """The binary behind a launch; read once, then kept beside it in Triton's cache."""
+    """Examines the binary of a launch; the result is stored next to it in Triton's cache."""
     manager = get_cache_manager(launch.hash)
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     file = f"{launch.name}.examined-{version}.json"
@@ -64,7 +64,7 @@ def examine(launch: Launch) -> Binary:
 
 
 def count(mix: dict[str, int], pattern: str) -> int:
-    """How many instructions of a mix match the pattern from their start."""
+    """How many instructions of a mix start with a match of the pattern."""
     return sum(n for opcode, n in mix.items() if re.match(pattern, opcode))
 
 
@@ -79,8 +79,8 @@ class _Instruction(NamedTuple):
 
     @property
     def opcode(self) -> str:
-        """The operation with what matters of its modifiers: the width of an access, MUFU's
-        function, HGMMA's shape."""
+        """The operation with its important modifiers: the width of an access, MUFU's function,
+        HGMMA's shape."""
         name, *modifiers = self.text.split()[0].split(".")
         if name in _MEMORY:
             widths = [m for m in modifiers if re.fullmatch(r"[US]?8|[US]?16|64|128|256", m)]
@@ -124,9 +124,10 @@ def _parse_sass(disassembly: str) -> list[_Instruction]:
 
 
 def _main_loop(instructions: list[_Instruction]) -> list[_Instruction]:
-    """The shortest loop with the most matrix products; without any, the shortest that reads or
-    writes global memory. A loop reaches back by a branch and holds no EXIT: what ptxas moves
-    behind the end of the kernel, such as the retry of a barrier, is no part of one."""
+    """Returns the shortest loop with the most matrix products or, if there are none, the shortest
+    that reads or writes global memory. A loop ends with a backward branch and contains no EXIT, so
+    code that ptxas moves behind the end of the kernel, such as the retry of a barrier, is not in
+    one."""
     ranked = []
     for branch in instructions:
         goal = re.search(r"\b0x([0-9a-f]+)$", branch.text)
@@ -142,14 +143,15 @@ def _main_loop(instructions: list[_Instruction]) -> list[_Instruction]:
 
 
 def _running_groups(instruction: _Instruction) -> int | None:
-    """How many groups of products may still run after a WARPGROUP.DEPBAR; None for another."""
+    """How many groups of products may still run after a WARPGROUP.DEPBAR; None for other
+    instructions."""
     wait = re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x([0-9a-f]+)", instruction.text)
     return int(wait[1], 16) if wait else None
 
 
 def _scheduled(instruction: _Instruction) -> Scheduled:
-    """The control bits: 4 of stall, 1 of yield, two barriers of 3 (7: none), a mask of 6 (Jia et
-    al. 2018, arXiv:1804.06826)."""
+    """Decodes the control bits: 4 of stall, 1 of yield, two barriers of 3 (7: none), a mask of 6
+    (Jia et al. 2018, arXiv:1804.06826)."""
     bits = instruction.control >> 41
     result, read, mask = bits >> 5 & 7, bits >> 8 & 7, bits >> 11 & 63
     return Scheduled(
@@ -164,10 +166,10 @@ def _scheduled(instruction: _Instruction) -> Scheduled:
 
 
 def _under_wgmma(loop: list[_Instruction]) -> dict[str, int]:
-    """The instructions issued while a wgmma of the loop is running.
+    """Counts the instructions issued while a wgmma of the loop is running.
 
-    The walk goes round twice: what the end of one step leaves running, the next one finds.
-    HGMMA's gsb0 closes a group; WARPGROUP.DEPBAR.LE waits until at most n groups are running.
+    It goes through the loop twice, because products from the end of one step may still run in the
+    next. HGMMA's gsb0 closes a group; WARPGROUP.DEPBAR.LE waits until at most n groups are running.
     """
     groups, is_open, under = 0, False, Counter()
     for counts in (False, True):
@@ -184,9 +186,9 @@ def _under_wgmma(loop: list[_Instruction]) -> dict[str, int]:
 
 
 def _serialized(ptx_path: str) -> tuple[str, ...]:
-    """ptxas speaks only while it compiles: the same PTX is compiled again for its messages."""
+    """Compiles the PTX again to get the messages of ptxas, which it prints only while compiling."""
     arch = re.search(r"\.target\s+(\w+)", Path(ptx_path).read_text(encoding="utf-8"))[1]
-    # Which of its assemblers Triton takes depends on the target and on Triton's version.
+    # The target and the version of Triton determine which assembler Triton uses.
     assembler = get_ptxas(int(re.search(r"\d+", arch)[0])).path
     said = _run(assembler, "-v", f"--gpu-name={arch}", ptx_path, "-o", "/dev/null")
     return tuple(line for line in said.splitlines() if _SERIALIZED.search(line))
@@ -205,7 +207,7 @@ def _examine_amd(files: dict[str, str]) -> Binary:
     opcodes = re.findall(r"^\t([a-z]\w+)(?:\s|$)", assembly, re.MULTILINE)
     return Binary(
         registers=stated("vgpr_count"),
-        # A spilled scalar goes to a lane of a vector register, not to memory.
+        # Spilled scalars go to lanes of vector registers, not to memory.
         spills=stated("vgpr_spill_count"),
         local_bytes=stated("private_segment_fixed_size"),
         mix=Counter(opcodes),
@@ -223,11 +225,11 @@ class _Value:
 
 
 def count_transposed_dots(ttir: str) -> int:
-    """Dot operands that are a transposed dot result.
+    """Counts dot operands that are a transposed dot result.
 
-    Triton before 3.7.1 compiles such a product wrongly for Hopper, in silence. In Triton's IR
-    before layouts a value can be followed from operand to operand: through casts and arithmetic,
-    and through loops, whose results and arguments come from initial values and from scf.yield.
+    Triton before 3.7.1 silently miscompiles such a product for Hopper. The count follows values in
+    Triton's IR before layouts: through casts and arithmetic, and through loops, whose results and
+    arguments come from initial values and from scf.yield.
     """
     scopes: list[dict[str, _Value]] = [{}]
     regions: list[tuple[list[_Value], list[_Value]]] = []  # results and loop arguments
@@ -256,7 +258,7 @@ def count_transposed_dots(ttir: str) -> int:
         if operation in _DOTS:
             dots.append(operands[:2])
         initial = [find(name) for _, name in carried]
-        # A region's results come from its yields; a reduced value is no dot result any more.
+        # A region's results come from its yields; a reduced value is not a dot result.
         is_region = operation in ("scf.for", "scf.if", "tt.reduce")
         results = [_Value(operation, [] if is_region else operands) for _ in names]
         arguments = [_Value(operation, [value]) for value in initial]
@@ -288,7 +290,7 @@ def _is_transposed_dot(operand: _Value) -> bool:
         if value.operation in _DOTS:
             if transposed:
                 return True
-            continue  # the operands of that dot are judged as its own
+            continue  # the operands of that dot are counted separately
         transposed = transposed or value.operation == "tt.trans"
         waiting += [(source, transposed) for source in value.sources]
     return False

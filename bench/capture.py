@@ -1,8 +1,8 @@
-"""Compiles exactly what a public function launches, for a GPU that need not be there.
+"""Compiles exactly what a public function launches, for a GPU that need not be present.
 
-A Triton driver that launches nothing is made active; the function is then called on CPU tensors.
-Its own launcher, specialisation, compiler and shared-memory check run as on the GPU, and each
-launch is recorded. Triton's mode is fixed when a kernel is defined: use a process of its own, in
+This module activates a Triton driver that launches nothing and calls the function on CPU tensors.
+The function's launcher, specialisation, compiler and shared-memory check run as on the GPU, and
+each launch is recorded. Triton's mode is fixed when a kernel is defined: use a separate process in
 which the interpreter is off.
 """
 
@@ -18,7 +18,7 @@ from gqa_kernels.warming.absent_gpu import AbsentGpu
 
 
 class Architecture(NamedTuple):
-    """A target and its limits, as its vendor documents them."""
+    """A target and its limits as documented by its vendor."""
 
     target: GPUTarget
     num_sms: int
@@ -49,18 +49,18 @@ class Launch(NamedTuple):
     hash: str  # of the binary, in Triton's cache
 
     def files(self) -> dict[str, str]:
-        """The paths of all stages of the compilation, by suffix: ttir, ttgir, ptx, cubin, …"""
+        """The paths of all stages of compilation, by suffix: ttir, ttgir, ptx, cubin, …"""
         group = get_cache_manager(self.hash).get_group(f"{self.name}.json")
         return {file.rpartition(".")[2]: path for file, path in group.items()}
 
 
 class _Launcher:
-    """Stands where Triton's launcher would: it writes the launch down."""
+    """Stands in for Triton's launcher and records the launch."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
         module = source.fn.module.removeprefix("gqa_kernels.ops.").removesuffix("_kernel")
         kernel = metadata.name.removeprefix("_").removesuffix("_kernel")
-        # A file of one kernel has its name.
+        # A file with one kernel has the kernel's name.
         self.kernel = module if module.endswith(f".{kernel}") else f"{module}.{kernel}"
         self.metadata = metadata
 
@@ -78,7 +78,7 @@ class _Launcher:
 
 
 class CaptureDriver(AbsentGpu):
-    """Compiles for `arch` and records launches; tensors live on the CPU."""
+    """Compiles for `arch` and records launches; tensors are on the CPU."""
 
     launcher_cls = _Launcher
 
@@ -94,16 +94,16 @@ class CaptureDriver(AbsentGpu):
         self.launches: list[Launch] = []
 
 
-# A compiled kernel keeps the launcher of the driver it was first launched under.
+# One driver per architecture, because a compiled kernel keeps the launcher of its first driver.
 _driver = cache(CaptureDriver)
 
 
 def capture(arch: str, call: Callable[[], object]) -> list[Launch]:
-    """The launches of call() on `arch`, in order.
+    """Returns the launches of call() on `arch`, in order.
 
     Raises:
         ValueError: an architecture that is not in ARCHITECTURES.
-        Whatever the compiler raises, `OutOfResources` for shared memory included.
+        Any error of the compiler, including `OutOfResources` for shared memory.
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"arch: expected one of {', '.join(ARCHITECTURES)}; got {arch!r}")

@@ -1,4 +1,4 @@
-"""What this GPU does at best, and what it is: measured and asked in the run that uses it.
+"""Measures the peak rates of this GPU and describes it, in the same run as the benchmarks.
 
 `python bench/ceilings.py` prints both.
 """
@@ -23,15 +23,15 @@ from timing import Call, Clock, Timed
 
 from llama2.checkout import commit_of
 
-COPY_BYTES = 2 * 2**30  # read + written; far above any L2 cache
+COPY_BYTES = 2 * 2**30  # read + written; much larger than any L2 cache
 MATRIX_SIZE = 8192
 
 
 def measure_ceilings(
     clock: Clock, copy_bytes: int = COPY_BYTES, matrix_size: int = MATRIX_SIZE
 ) -> Ceilings:
-    """Copy (bytes read + written per second), read (a sum) and a square bfloat16 matrix product,
-    on random data (zeros run faster: they cost less power)."""
+    """Measures a copy (bytes read + written per second), a read (a sum) and a square bfloat16
+    matrix product on random data (zeros run faster because they need less power)."""
     device = "cpu" if isinstance(clock.device, StubDevice) else "cuda"
     source = torch.randn(copy_bytes // 2 // 2, device=device).bfloat16()
     target = torch.empty_like(source)
@@ -39,7 +39,7 @@ def measure_ceilings(
     a, b = (torch.randn(matrix_size, matrix_size, device=device).bfloat16() for _ in range(2))
     contenders: dict[str, Call] = {
         "copy": lambda: target.copy_(source),
-        # int32: the widest loads, and an addition that nothing has to wait for.
+        # int32 has the widest loads and an addition with a low latency.
         "read": lambda: torch.sum(words, dtype=torch.int32),
         "matrix": lambda: a @ b,
     }
@@ -57,12 +57,12 @@ def measure_ceilings(
 
 
 def simulated(clock: Clock) -> Ceilings:
-    """What a dry run divides by: the same arithmetic on a simulated device's times."""
+    """The ceilings of a dry run: the same arithmetic on a simulated device's times."""
     return measure_ceilings(clock, copy_bytes=2**16, matrix_size=16)
 
 
 def ask(question: Call) -> Any:
-    """An answer, or None where the driver, a library or a permission is missing."""
+    """Returns the result of a call, or None if the driver, a library or a permission is missing."""
     try:
         return question()
     except Exception:
@@ -70,7 +70,7 @@ def ask(question: Call) -> Any:
 
 
 def sensors() -> dict[str, float | None]:
-    """SM clock in MHz, power in W, temperature in °C now; None for what cannot be asked."""
+    """The current SM clock in MHz, power in W, temperature in °C; None if unavailable."""
     power = ask(torch.cuda.power_draw)
     return {
         "sm_mhz": ask(torch.cuda.clock_rate),
@@ -99,7 +99,7 @@ def commit() -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """What the header of a report says. Nothing that names a person or a host."""
+    """The environment in the header of a report; it names no person and no host."""
     found: dict[str, Any] = {
         "gpu": None,
         "driver": _driver(),

@@ -1,9 +1,9 @@
-"""Compiles every op for GPUs that need not be there, and shows what came out.
+"""Compiles every op for GPUs that need not be present, and shows properties of the binaries.
 
     python bench/compiled.py [--arch sm_90] [--op rms_norm] [--write bench/results/compiled.md]
 
 Registers, spills and instructions are read from the binaries. Programs per SM, bytes in flight and
-rates are predictions: `prediction.py` says how they are made. Nothing here is a measured speed.
+rates are predictions, explained in `prediction.py`. No speed is measured.
 """
 
 import argparse
@@ -32,7 +32,7 @@ SPECS = (*OPS, *IN_PLACE_OPS)
 
 @dataclass(frozen=True)
 class Entry:
-    """One launch of one op on one architecture; or the error that stood in its way."""
+    """One launch of one op on one architecture, or the error that prevented it."""
 
     arch: str
     op: str
@@ -45,7 +45,7 @@ class Entry:
 
 
 def _variants(spec: OpSpec) -> list[tuple[Case, torch.dtype]]:
-    """Shapes besides those of the op table: other heads, other dtypes."""
+    """Additional shapes to those of the op table: other heads, other dtypes."""
     base = [case for case in spec.cases if not case.test][-1]
 
     def variant(source: str, dtype: torch.dtype = torch.bfloat16, **sizes: Any) -> tuple:
@@ -140,10 +140,10 @@ def _variants(spec: OpSpec) -> list[tuple[Case, torch.dtype]]:
 
 
 def representative(spec: OpSpec, arch: str, fewer: bool = False) -> list[tuple[Case, torch.dtype]]:
-    """sm_90: the op table's real shapes and the variants. Elsewhere the last shape of each op and
-    its bfloat16 variants, attention only causal, which takes the most registers, and of all that
-    shapes scores the soft cap, which takes the most. If `fewer` are asked for, the last shape, of
-    attention the last causal one."""
+    """The shapes to compile. On sm_90: the op table's real shapes and the variants. On other
+    targets: the last shape of each op and its bfloat16 variants, of attention only causal ones and,
+    of the options for scores, only the soft cap, since these need the most registers. With `fewer`:
+    only the last shape, for attention the last causal one."""
     real = [(case, torch.bfloat16) for case in spec.cases if not case.test]
     if fewer:
         return [(case, dtype) for case, dtype in real if case.sizes.get("causal", True)][-1:]
@@ -155,14 +155,14 @@ def representative(spec: OpSpec, arch: str, fewer: bool = False) -> list[tuple[C
         for case, dtype in variants
         if dtype == torch.bfloat16
         and case.sizes.get("causal", True)
-        # Triton has this type from sm_89 on.
+        # Triton supports this type from sm_89 on.
         and (arch != "sm_80" or case.sizes.get("cache_dtype") != torch.float8_e4m3fn)
         and (case.source != "scores" or "softcap" in case.sizes)
     ]
 
 
 class _WithoutDrawing(TorchFunctionMode):
-    """What would be drawn at random gets a shape and no values."""
+    """Replaces random tensors by tensors with shapes but without values."""
 
     def __torch_function__(
         self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -174,7 +174,7 @@ class _WithoutDrawing(TorchFunctionMode):
 
 
 def make_inputs(spec: OpSpec, case: Case, dtype: torch.dtype) -> dict[str, Any]:
-    """The case's inputs at full size, never written to, so that they cost address space only."""
+    """The case's inputs at full size; they are never written to, so they use address space only."""
     with _WithoutDrawing():
         inputs = spec.make_inputs(case, dtype, torch.device("meta"), torch.Generator())
     return {
@@ -204,13 +204,13 @@ def _calls(spec: OpSpec, case: Case, dtype: torch.dtype) -> Iterator[tuple[str, 
 
 
 def compile_case(spec: OpSpec, case: Case, dtype: torch.dtype, arch: str) -> Iterator[Entry]:
-    """Every launch of the op, forward, then forward and backward."""
+    """Yields every launch of the op: forward, then forward and backward."""
     for mode, call in _calls(spec, case, dtype):
         entry = Entry(arch, spec.name, case, str(dtype).removeprefix("torch."), mode)
         try:
             for launch in capture.capture(arch, call):
                 yield replace(entry, launch=launch, binary=examine(launch))
-        except Exception as error:  # whatever stops a compilation is what this looks for
+        except Exception as error:  # any failure of a compilation is a result
             yield replace(entry, error=f"{type(error).__name__}: {error}")
 
 
@@ -222,7 +222,7 @@ def compile_all(archs: list[str], ops: list[str], fewer: bool = False) -> list[E
         for spec in specs
         for case, dtype in representative(spec, arch, fewer)
     ]
-    entries: dict[tuple, Entry] = {}  # for each binary the launch with the most programs
+    entries: dict[tuple, Entry] = {}  # the launch with the most programs for each binary
     for spec, case, dtype, arch in tqdm(work, unit="case", file=sys.stderr):
         for entry in compile_case(spec, case, dtype, arch):
             key = arch, spec.name, entry.launch.hash if entry.launch else str(case)
@@ -233,12 +233,13 @@ def compile_all(archs: list[str], ops: list[str], fewer: bool = False) -> list[E
 
 
 def calls_of_many_sizes(spec: OpSpec) -> Iterator[tuple[str, Callable]]:
-    """(mode, call) of 20 calls of an op that differ in the number of tokens and sequences only."""
+    """Yields (mode, call) for 20 calls of an op that differ only in numbers of tokens and
+    sequences."""
     lengths = (*range(1, 10), 15, 16, 17, 32, 33, 64, 100, 128, 255, 256, 1000)
     base = [case for case in spec.cases if not case.test][-1]
     for index, length in enumerate(lengths):
         sizes = {"num_tokens": length, "batch": 1 + index % 4, "seq_len": length}
-        # One query has no causal mask, hence a binary of its own.
+        # A single query has no causal mask and therefore another binary.
         sizes |= {"seq_len_kv": length + 7 * index, "max_seq_len": 8 * length}
         sizes |= {"seq_len_q": length + 1} if spec.name == "flash_attention" else {}
         sizes |= {"positions": True, "total": 8 * length, "num_sequences": 1 + index % 4}
@@ -248,8 +249,8 @@ def calls_of_many_sizes(spec: OpSpec) -> Iterator[tuple[str, Callable]]:
 
 
 def count_binaries(arch: str, names: list[str]) -> dict[str, tuple[int, int]]:
-    """Binaries per op, mode and kernel of one call, and of `calls_of_many_sizes`."""
-    hashes: dict[str, list[set[str]]] = {}  # of each call
+    """Numbers of binaries, per op, mode and kernel, of one call and of `calls_of_many_sizes`."""
+    hashes: dict[str, list[set[str]]] = {}  # one set per call
     for spec in SPECS:
         if spec.name not in names:
             continue
@@ -283,10 +284,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--write", type=Path, metavar="PATH", help="write the table to a file")
     parser.add_argument("--json", action="store_true", help="print every launch instead")
     parser.add_argument("--count", action="store_true", help="count the binaries of 20 calls")
-    parser.add_argument("--fewer", action="store_true", help="the last shape of each op alone")
+    parser.add_argument("--fewer", action="store_true", help="only the last shape of each op")
     options = parser.parse_args(arguments)
     if interpreter.is_enabled():
-        parser.error("TRITON_INTERPRET: expected unset; the interpreter compiles nothing")
+        parser.error("TRITON_INTERPRET: expected it to be unset; the interpreter compiles nothing")
     archs = options.arch or list(capture.ARCHITECTURES)
     if options.count:
         counted = {arch: count_binaries(arch, options.op or names) for arch in archs}

@@ -7,11 +7,11 @@ import torch
 import triton
 from binary import count
 
-# Sizes that change from call to call: they must not change a binary.
+# Sizes that vary between calls and must not affect the binary.
 CALL_SIZES = ("num_tokens", "batch", "seq_len", "seq_len_q", "seq_len_kv", "max_seq_len", "total",
               "num_sequences")  # fmt: skip
 
-_MIX = {  # by the name that the table gives
+_MIX = {  # patterns of instructions, by their name in the table
     "HGMMA": "HGMMA",
     "HMMA": "HMMA",
     "UTCMMA": r"UTC\w*MMA",
@@ -38,7 +38,7 @@ _HEAD = (
 
 
 def _mix(mix: dict[str, int]) -> str:
-    """The instructions that decide, accesses with their widths."""
+    """The important instructions, memory accesses with their widths."""
     parts = [f"{name} {n}" for name, pattern in _MIX.items() if (n := count(mix, pattern))]
     for name in _ACCESSES:
         parts += [f"{op} {n}" for op, n in sorted(mix.items()) if op.split(".")[0] == name]
@@ -46,7 +46,7 @@ def _mix(mix: dict[str, int]) -> str:
 
 
 def _programs(entry: Any) -> str:
-    """How many programs fit on an SM, and of them how many the launch has, where that is fewer."""
+    """How many programs fit on an SM, and how many the launch has per SM if that is fewer."""
     fits = prediction.programs_per_sm(entry.arch, entry.launch, entry.binary)
     launched = prediction.launched_per_sm(entry.arch, entry.launch, entry.binary)
     if fits is None or launched == fits:
@@ -76,7 +76,7 @@ def _row(entry: Any, shape: str) -> tuple[str, ...]:
 
 
 def _shape(entry: Any) -> str:
-    """The sizes that make the binary what it is."""
+    """The sizes on which the binary depends."""
     sizes = dict(entry.case.sizes)
     new_tokens = {"seq_len_q": sizes["seq_len_q"]} if "max_seq_len" in sizes else {}
     for name in CALL_SIZES:

@@ -1,9 +1,10 @@
 """`pytest bench/`: options, the clock, and device times replayed into pytest-benchmark.
 
-A session measures a group (op, pass, shape) when its first test runs, all backends in alternating
-rounds, and each test then reports its own. pytest-benchmark would time the launch, not the kernel:
-it is given the device's samples on a virtual clock instead, so that its JSON, save and compare
-work. It is optional; without it the result file has everything but the raw samples.
+When the first test of a group (op, pass, shape) runs, the session measures the whole group, with
+all backends in alternating rounds; each test then reports its row. pytest-benchmark would time the
+launch, not the kernel, so the device's samples are replayed to it on a virtual clock. That way its
+JSON, save and compare work. pytest-benchmark is optional; without it, only the raw samples are
+missing from the results.
 """
 
 # ruff: noqa: E402  (what makes the rest importable comes first)
@@ -32,7 +33,7 @@ from stub import StubDevice
 from timing import Clock
 
 NO_GPU = "no GPU: nothing timed"
-# Compiling them takes minutes and shows nothing that the others do not.
+# Compiling these takes minutes and tests nothing that the others do not.
 NOT_IN_DRY_RUN = ("compile", "flex")
 
 
@@ -44,13 +45,15 @@ def pytest_addoption(parser):
         type=float,
         default=float("inf"),
         metavar="SECONDS",
-        help="start no further group after that long",
+        help="start no further group after this time",
     )
-    group.addoption("--bench-json", type=Path, metavar="PATH", help="result file, always current")
+    group.addoption(
+        "--bench-json", type=Path, metavar="PATH", help="result file, rewritten after every row"
+    )
     group.addoption(
         "--bench-resume",
         action="store_true",
-        help="keep the rows of --bench-json and measure the groups that it lacks",
+        help="keep the rows of --bench-json and measure only missing groups",
     )
     group.addoption(
         "--bench-backends", metavar="A,B", help="only these backends, such as triton,sdpa_flash"
@@ -58,17 +61,17 @@ def pytest_addoption(parser):
     group.addoption(
         "--bench-kernels",
         action="store_true",
-        help="name every kernel that a row runs; the profiler makes later launches slower",
+        help="list every kernel that a row runs; the profiler slows later launches down",
     )
     group.addoption(
         "--bench-dry-run",
         action="store_true",
-        help="no GPU: tiny shapes, the gate on the CPU, times of a simulated device",
+        help="without a GPU: tiny shapes, the gate on the CPU, times of a simulated device",
     )
 
 
 def pytest_configure(config):
-    # Its own plugin registers it too, where there is one.
+    # The plugin pytest-benchmark registers the marker too if it is installed.
     config.addinivalue_line("markers", "benchmark: timed; see pytest-benchmark")
     if config.getoption("--bench-dry-run") and torch.cuda.is_available():
         raise pytest.UsageError("--bench-dry-run: expected no GPU; set CUDA_VISIBLE_DEVICES=''")
@@ -85,7 +88,7 @@ SESSION = pytest.StashKey["_Session"]()
 
 
 class _Session:
-    """What the timed tests share."""
+    """The state that the timed tests share."""
 
     def __init__(self, config):
         self.config = config
@@ -93,7 +96,7 @@ class _Session:
         self.start = time.monotonic()
         self.members = defaultdict(list)  # backends that are selected, by group
         self.rows = {}
-        self.before = set()  # groups that a resumed file has already
+        self.before = set()  # groups that are already in a resumed file
         self._runner = self._record = None
 
     @property
@@ -139,7 +142,7 @@ class _Session:
         return [name for name in names if not (self.dry and name in NOT_IN_DRY_RUN)]
 
     def row(self, workload, backend):
-        """The row of one test; measures its whole group when asked for the first."""
+        """Returns the row of one test; the first call for a group measures the whole group."""
         if (workload.group, backend) not in self.rows:
             self._measure(workload)
         return self.rows[workload.group, backend]
@@ -147,7 +150,7 @@ class _Session:
     def _measure(self, workload):
         device = torch.device("cpu" if self.dry else "cuda")
         names = self.members[workload.group]
-        runner = self.runner  # reads what a resumed file has
+        runner = self.runner  # creating it reads a resumed file
         over = time.monotonic() - self.start > self.config.getoption("--bench-budget")
         if workload.group in self.before:
             found = {name: Row("skip", {}, "measured before") for name in names}
@@ -173,7 +176,7 @@ class _Session:
 
 
 def pytest_generate_tests(metafunc):
-    """Fills in `workload` and `backend` for the ops that the test's module names in OPS."""
+    """Parametrises `workload` and `backend` over the ops in the test module's OPS."""
     if "workload" not in metafunc.fixturenames:
         return
     session = metafunc.config.stash[SESSION]
@@ -189,7 +192,7 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(items):
-    """Tests of the bench itself first, then timed groups, the most valuable first."""
+    """Sorts tests: those of the bench itself first, then timed groups, the most important first."""
 
     def rank(item):
         work = getattr(item, "callspec", None) and item.callspec.params.get("workload")
@@ -216,7 +219,7 @@ _device_time = 0.0
 
 
 def device_seconds():
-    """pytest-benchmark's timer: seconds of device time, which only the replay moves."""
+    """pytest-benchmark's timer: seconds of device time, advanced only by the replay."""
     return _device_time
 
 
@@ -251,7 +254,7 @@ def _replay(benchmark, row):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info.pop("node", None)  # a host's name is nobody's business
+    machine_info.pop("node", None)  # results must not name the host
     session = config.stash[SESSION]
     if session.can_time:
         machine_info.update(session.record.content["environment"])

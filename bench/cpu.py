@@ -1,4 +1,4 @@
-"""CPU time of the backend "torch" beside Transformers and the backend "eager", on the same weights.
+"""Compares CPU times of the backends "torch" and "eager" and of Transformers on the same weights.
 
     python bench/cpu.py [--out FOLDER] [--rounds 5] [--only generate] [--dry-run]
 
@@ -78,7 +78,7 @@ def _ours(backend: str, dtype: torch.dtype) -> Llama2:
 
 def _peer(dtype: torch.dtype) -> LlamaForCausalLM:
     model = LlamaForCausalLM.from_pretrained(SHIPPED, dtype=dtype).eval()
-    # Every contestant generates as many tokens as it is asked for.
+    # Without an end-of-sequence id, every contestant generates the requested number of tokens.
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     return model
 

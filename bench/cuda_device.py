@@ -18,7 +18,7 @@ class CudaDevice:
         properties = torch.cuda.get_device_properties()
         self.name = properties.name
         self.l2_bytes = getattr(properties, "L2_cache_size", 0) or _FALLBACK_L2_BYTES
-        # Written, not read: dirty lines of another buffer are what evicts ours for certain.
+        # The flush writes, because dirty lines of another buffer reliably evict ours.
         self._flush = torch.empty(4 * self.l2_bytes, dtype=torch.uint8, device="cuda")
 
     def host_seconds(self) -> float:
@@ -34,7 +34,7 @@ class CudaDevice:
         torch.cuda.synchronize()
 
     def delay(self, seconds: float) -> None:
-        # 2 GHz is above every boost clock here: the delay is at least as long as asked.
+        # 2 GHz is above all boost clocks, so the delay is at least `seconds`.
         torch.cuda._sleep(int(seconds * 2e9))
 
     def flush(self) -> None:
@@ -57,7 +57,7 @@ class CudaDevice:
 
 
 def kernel_names(call: Call) -> list[str]:
-    """The kernels that one call runs on the GPU, in order, from the profiler's trace."""
+    """Returns the kernels that one call runs on the GPU, in order, from the profiler's trace."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 

@@ -1,22 +1,21 @@
-"""What a call must cost at least, on a device whose ceilings are known.
+"""The lower bound of a call's time on a device with known ceilings.
 
     floor = max(bytes / bandwidth, flops / matrix rate)
 
 `bytes` and `flops` are the algorithmic minimum, from `gqa_kernels.spec`. The bandwidth is the
-measured rate of a copy; where nearly all the traffic is reading, as in decoding, it is the measured
-rate of reading. The rate of the matrix units bounds attention; the few flops of the row ops never
-do.
+measured rate of a copy or, if nearly all traffic is reads, as in decoding, the measured rate of
+reads. Attention is bounded by the rate of the matrix units, row ops by bandwidth.
 """
 
 from typing import NamedTuple
 
 from gqa_kernels.spec import Cost
 
-LATENCY_SECONDS = 5e-6  # below this floor a launch costs more than the work
+LATENCY_SECONDS = 5e-6  # below this floor, a launch costs more than the work
 
 
 class Ceilings(NamedTuple):
-    """What the device itself does, measured in the same run."""
+    """The peak rates of the device, measured in the same run."""
 
     copy_bytes_per_s: float  # read + written
     read_bytes_per_s: float

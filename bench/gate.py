@@ -1,11 +1,11 @@
-"""The correctness gate: what is timed has been checked, on the same inputs and the same callable.
+"""The correctness gate: checks the result of the same callable on the same inputs that are timed.
 
-The budget is the package's own (`gqa_kernels.accuracy`), from one draw of eager as it runs here:
-the largest of hundreds of errors in bfloat16 depends neither on chance nor on the order of float32
-sums. Row ops are checked whole. Attention is checked where its reference fits: for the last
-sequence of the batch and its last key/value head, forward at the first, middle and last 64 queries,
-backward at all of them. A loss is one number, which may be off by nothing, by chance: its budget
-is that of the losses of its tokens.
+The error budget is the package's own (`gqa_kernels.accuracy`), from one draw of eager code on this
+machine: the largest of hundreds of errors in bfloat16 depends neither on chance nor on the order of
+float32 sums. Row ops are checked completely. Attention is checked where its reference fits into
+memory: for the last sequence of the batch and its last key/value head, forward at the first, middle
+and last 64 queries, backward at all queries. A loss is a single number whose error may be 0 by
+chance, so its budget comes from the losses of its tokens.
 """
 
 import functools
@@ -21,7 +21,7 @@ from gqa_kernels.accuracy import Measured, compare, widen
 
 SAMPLED_QUERIES = 64
 _QUERIES_AT_ONCE = 512
-_CHUNKS = 64  # of PyTorch's own loss at 8192 tokens and Llama 3's vocabulary; no peer has more
+_CHUNKS = 64  # the most of all peers: PyTorch's loss at 8192 tokens and Llama 3's vocabulary
 _ORDERS = 32
 
 Results = tuple[Tensor, ...]
@@ -39,14 +39,13 @@ def check(
     *,
     coarse: bool = False,
 ) -> list[Measured]:
-    """Every output (fwd) or gradient (bwd) with its error and budget.
+    """Returns every output (fwd) or gradient (bwd) with its error and budget.
 
     Args:
-        inputs: what the call was given, unchanged but for a cache that the op writes to.
-        cotangents: of each output; ignored for a forward pass.
-        actual: the outputs, or the gradients of `workload.spec.wrt` in that order, or in a step
-            both.
-        coarse: of a peer that rounds sums over chunks of tokens with every chunk.
+        inputs: the arguments of the call, unchanged except for a cache that the op writes to.
+        cotangents: one per output; ignored for a forward pass.
+        actual: the outputs, the gradients of `workload.spec.wrt` in that order, or both in a step.
+        coarse: whether the peer rounds its sums after every chunk of tokens.
     Raises:
         GateError: an error exceeds its budget; the message gives both.
     """
@@ -66,13 +65,14 @@ def check(
 
 
 def spoil(workload: Workload, inputs: dict[str, Any]) -> None:
-    """Wipes a cache that the op is to write to, so that what stands there is not another's."""
+    """Overwrites a cache to which the op writes, so that another backend's result does not
+    remain."""
     if workload.op == "rope_append_kv":
         for cache in (inputs["k_cache"], inputs["v_cache"]):
             cache.fill_(-128 if cache.dtype == torch.int8 else float("nan"))
 
 
-Comparison = list[tuple[Any, ...]]  # (what, actual, eager, oracle), and further pairs of the latter
+Comparison = list[tuple[Any, ...]]  # (what, actual, eager, oracle), then more (eager, oracle) pairs
 
 
 def _both(function: Callable[..., Results], *arguments: Any) -> tuple[Results, Results]:
@@ -95,7 +95,7 @@ def _whole(
     workload: Workload, inputs: dict[str, Any], cotangents: Results, actual: Results
 ) -> Comparison:
     wrt = () if workload.pass_ == "fwd" else workload.spec.wrt
-    inputs = {name: x for name, x in inputs.items() if name != "return_lse"}  # asked of nobody
+    inputs = {name: x for name, x in inputs.items() if name != "return_lse"}  # never requested
 
     def run(given: dict[str, Any]) -> Results:
         leaves = {n: x.detach().requires_grad_() if n in wrt else x for n, x in given.items()}
@@ -119,8 +119,8 @@ def _loss(
     *,
     coarse: bool,
 ) -> Comparison:
-    """The error of a mean is at most the root mean square of those of its terms. Where a peer's
-    loss is not float32, eager's is rounded to the same."""
+    """Compares a loss. The error of a mean is at most the root mean square of the errors of its
+    terms. If a peer's loss is not float32, eager's is rounded to the same dtype."""
     (what, loss, eager, oracle), *rest = _whole(workload, inputs, cotangents, actual)
     by_token, counted = inputs | {"reduction": "none"}, inputs["targets"] != -100
     terms = tuple(
@@ -136,8 +136,8 @@ def _loss(
 
 
 def _rounded_sums(terms: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """The mean of some terms, summed by chunks in `dtype`, in several orders: how far it is off in
-    one is chance."""
+    """The mean of some terms, summed by chunks in `dtype` in several orders, because the error in a
+    single order depends on chance."""
     generator = torch.Generator().manual_seed(0)
     found = []
     for _ in range(_ORDERS):
@@ -164,7 +164,7 @@ def _dweight_by_chunks(workload: Workload, inputs: dict[str, Any]) -> Tensor:
 
 
 def _last_head(inputs: dict[str, Any]) -> tuple[slice, slice, slice]:
-    """The last sequence, its last key/value head, and the query heads that read it."""
+    """Slices for the last sequence, its last key/value head, and the query heads that read it."""
     q, k = inputs["q"], inputs.get("k", inputs.get("k_cache"))
     group_size = q.shape[2] // k.shape[2]
     return slice(-1, None), slice(-1, None), slice(-group_size, None)
@@ -191,8 +191,8 @@ def _attention_forward(
 def _attend_rows(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool, rows: slice, seq_len_q: int
 ) -> Results:
-    """Attention of some queries. Their last sees keys up to a diagonal: with k cut there, the
-    reference's own alignment (the last query sees every key) is that of the whole."""
+    """Attention of some queries. The keys are cut behind the last key that the last of them sees,
+    so the reference's alignment (the last query sees every key) matches that of the whole."""
     if causal:
         end = max(0, rows.stop + k.shape[1] - seq_len_q)
         k, v = k[:, :end], v[:, :end]
@@ -237,7 +237,7 @@ def _decode(
     batch, kv_head, q_heads = _last_head(inputs)
 
     k, v = inputs["k_cache"], inputs["v_cache"]
-    # The last sequence of the batch; a cache in pages is not cut, its table is.
+    # The last sequence of the batch; for a paged cache, only the block table is cut.
     table = inputs["block_table"][batch] if "block_table" in inputs else None
     rows = slice(None) if "block_table" in inputs else batch
     scales = []
@@ -258,7 +258,7 @@ def _decode(
 def _append(
     workload: Workload, inputs: dict[str, Any], cotangents: Results, actual: Results
 ) -> Comparison:
-    """The rotated q and k, and what the caches hold at the tokens' slots afterwards."""
+    """Compares the rotated q and k and the content of the caches at the tokens' slots."""
     written = ("k_cache", "v_cache", "k_scale", "v_scale")
     own = {name: inputs[name].clone() for name in written if name in inputs}
     rotated = reference.rope_append_kv(**inputs | own)

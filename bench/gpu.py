@@ -1,12 +1,13 @@
-"""One command for a GPU at hand: is it right, how fast is it, what next.
+"""Tests, benchmarks and tunes the kernels on this machine's GPU, in one command.
 
     python bench/gpu.py --budget 1800 --out results/
 
-Stages, each a process of its own with a share of the budget (what one leaves, the next ones get):
-correctness on the device, ceilings, our table, the peers, tuning. Results are written as they come:
-a stage that is cut short, or this command killed, leaves what it had, and the same command run
-again goes on from there. OUT/plan.md says how to read them. Needs PyTorch, Triton and pytest; the
-packages of this checkout need not be installed. `--dry-run` goes through every stage without a GPU.
+Runs stages, each in a separate process with a share of the time budget (later stages get what
+earlier ones leave): correctness on the device, ceilings, our table, the peers, tuning. Results are
+written as they are measured: a stage that is cut short, or this command if it is killed, keeps its
+results, and the same command run again continues from there. OUT/plan.md says how to read them.
+Needs PyTorch, Triton and pytest; the packages of this checkout need not be installed. `--dry-run`
+goes through all stages without a GPU.
 """
 
 import argparse
@@ -27,9 +28,9 @@ import record
 import report
 
 BENCH = Path(__file__).resolve().parent
-STOP_EARLY_S = 20  # for writing and for a last group
-GRACE_S = 15  # between asking a stage to stop and making it
-MIN_STAGE_S = 60  # to import PyTorch and say something
+STOP_EARLY_S = 20  # left for writing and for a last group
+GRACE_S = 15  # between SIGINT and SIGKILL to a stage
+MIN_STAGE_S = 60  # enough to import PyTorch and report something
 _DRY = {
     "ours": "rms_norm-fwd",
     "peers": "swiglu-bwd or attention-fwd or entropy-step or decode_step",
@@ -47,7 +48,8 @@ class Stage:
         timed = [
             *pytest,
             *map(str, sorted(BENCH.glob("test_bench_*.py"))),
-            # In a dry run each of the two takes some of the ops: together, every kind of test.
+            # In a dry run, each of the two stages runs some ops; together they run all kinds of
+            # tests.
             *(["-k", _DRY[self.name]] if dry and self.name in _DRY else []),
             f"--bench-json={out / self.name}.json",
             "--bench-resume",
@@ -57,9 +59,9 @@ class Stage:
         script = [f"--json={out / self.name}.json", *(["--dry-run"] if dry else [])]
         if self.name == "correctness":
             tests = BENCH.parent / "tests"
-            if dry:  # the tests themselves need no dry run: it is enough that some are found
+            if dry:  # the tests run elsewhere; here it is enough that pytest collects some
                 return [*pytest, str(tests / "ops" / "test_ops.py"), "--collect-only"]
-            # What is compiled for other GPUs says nothing about this one.
+            # Tests that compile for other GPUs do not test this one.
             return [*pytest, str(tests), f"--ignore={tests / 'ops' / 'test_compile.py'}"]
         if self.name == "ceilings":
             return [sys.executable, str(BENCH / "ceilings.py"), *script]
@@ -78,10 +80,10 @@ class Stage:
 
 STAGES = (
     Stage("correctness", 0.20, "Do the tests pass on this GPU?"),
-    Stage("ceilings", 0.02, "What does the device itself do?"),
+    Stage("ceilings", 0.02, "What are the device's peak rates?"),
     Stage("ours", 0.15, "Where are we far from the floor?"),
-    Stage("peers", 0.45, "Who is faster than we are, and where?"),
-    Stage("tuning", 0.18, "Which launch numbers would be better?"),
+    Stage("peers", 0.45, "Which peers are faster, and where?"),
+    Stage("tuning", 0.18, "Which launch configurations are faster?"),
 )
 
 _PLAN = """# How to read these files
@@ -135,7 +137,7 @@ def _answer(stage: Stage) -> str:
 
 
 def run_stage(stage: Stage, out: Path, seconds: float, dry: bool) -> dict[str, Any]:
-    """Runs a stage for at most that long; its output goes to OUT/STAGE.log."""
+    """Runs a stage for at most `seconds`; its output goes to OUT/STAGE.log."""
     start = time.monotonic()
     status = "done"
     with (out / f"{stage.name}.log").open("a", encoding="utf-8") as log:
@@ -145,7 +147,7 @@ def run_stage(stage: Stage, out: Path, seconds: float, dry: bool) -> dict[str, A
             stdout=log,
             stderr=subprocess.STDOUT,
             env={**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if dry else {})},
-            start_new_session=True,  # its own children stop with it
+            start_new_session=True,  # so that its children can be stopped with it
         )
         try:
             code = process.wait(timeout=seconds)
@@ -162,7 +164,7 @@ def run_stage(stage: Stage, out: Path, seconds: float, dry: bool) -> dict[str, A
 
 
 def _left(stage: Stage, out: Path) -> int:
-    """How many groups of a timed stage its budget left unmeasured."""
+    """How many groups of a timed stage were not measured within the budget."""
     results = out / f"{stage.name}.json"
     if stage.name not in ("ours", "peers") or not results.exists():
         return 0
@@ -170,7 +172,7 @@ def _left(stage: Stage, out: Path) -> int:
 
 
 def stop(process: subprocess.Popen) -> None:
-    """Ends a process that leads a session of its own, and what it has started."""
+    """Stops a process that leads a process group, and all processes of the group."""
     os.killpg(process.pid, signal.SIGINT)
     try:
         process.wait(timeout=GRACE_S)
@@ -184,7 +186,7 @@ def _report(stage: Stage, out: Path) -> None:
     if stage.name in ("ours", "peers") and results.exists():
         try:
             report.write(record.read(results), out / stage.name)
-        except Exception:  # the result file is there; the stages that follow must run
+        except Exception:  # the result file exists, and later stages must run
             traceback.print_exc()
 
 

@@ -1,13 +1,13 @@
-"""How far gradients of attention are from the truth where keys and values have a mean.
+"""Measures errors of attention's gradients when keys and values have a non-zero mean.
 
     python bench/gradients.py [--results bench/results/gradients.json] [--plot]
 
-Measures, in bfloat16 against float64, the gradients of this package's attention, of the same maths
-in eager code, of PyTorch's fused attention and, where it is installed and there is a GPU, of
-FlashAttention, over the size of a common offset of keys and values; then trains one attention layer
-whose projections have biases of that size; then measures what keys and values of 8 bits cost the
-output of a decode step. Writes the figures as JSON and plots them as SVG; `--plot` plots an
-existing file and measures nothing. No speed is measured. Without a GPU the kernels run in Triton's
+Compares, in bfloat16 against float64 and over the size of a common offset of keys and values, the
+gradients of this package's attention, of the same maths in eager code, of PyTorch's fused attention
+and, if it is installed and there is a GPU, of FlashAttention. Then trains one attention layer whose
+projections have biases of that size. Also measures the error that 8-bit keys and values cause in
+the output of a decode step. Writes the figures as JSON and plots them as SVG; `--plot` plots an
+existing file without measuring. Measures no speed. Without a GPU, the kernels run in Triton's
 interpreter.
 """
 
@@ -89,7 +89,7 @@ def _gradients(attention: Attention, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def errors(device: torch.device) -> dict[str, dict[str, list[float]]]:
-    """Norm of the error over norm of the gradient, the mean over seeds, for each offset."""
+    """The norm of the error over the norm of the gradient, averaged over seeds, for each offset."""
     attentions = implementations(device)
     found = {name: {grad: [] for grad in ("dq", "dk", "dv")} for name in attentions}
     for offset in tqdm(OFFSETS, unit="offset", file=sys.stderr):
@@ -109,12 +109,12 @@ def errors(device: torch.device) -> dict[str, dict[str, list[float]]]:
 
 
 def cache_errors(device: torch.device) -> dict[str, list[float]]:
-    """Norm of the error over norm of the output of decode steps whose caches have 8 bits and a
+    """The norm of the error over the norm of the output of decode steps with 8-bit caches and a
     scale per head and token, for each offset of the keys."""
     found: dict[str, list[float]] = {"bfloat16": [], "int8": [], "float8_e4m3fn": []}
     lengths = torch.tensor([SEQ_LEN], dtype=torch.int32, device=device)
     for offset in OFFSETS:
-        q, k, _, v = _inputs(offset, 0, device)  # the gradient has no offset: values without one
+        q, k, _, v = _inputs(offset, 0, device)  # the gradient, which has no offset, serves as v
         q, v = q[:, :1], v[:, :, :NUM_KV_HEADS]
         truth = reference.decode_attention(q.double(), k.double(), v.double(), lengths)
         for name, errors in found.items():
@@ -129,8 +129,8 @@ def cache_errors(device: torch.device) -> dict[str, list[float]]:
 
 
 class _Layer(nn.Module):
-    """Predicts the token that stood DISTANCE places before: one attention layer, whose keys and
-    values have biases of `offset` standard deviations, between an embedding and a head."""
+    """An embedding, one attention layer whose keys and values have biases of `offset` standard
+    deviations, and a head. It learns to predict the token DISTANCE places before."""
 
     def __init__(self, attention: Attention, dtype: torch.dtype, offset: float) -> None:
         super().__init__()
@@ -250,7 +250,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = importable.ROOT / "bench" / "results" / "gradients.json"
     parser.add_argument("--results", type=Path, default=default, metavar="FILE")
-    parser.add_argument("--plot", action="store_true", help="plot FILE, measure nothing")
+    parser.add_argument("--plot", action="store_true", help="plot FILE without measuring")
     options = parser.parse_args(arguments)
     if options.plot:
         content = read_json(options.results)

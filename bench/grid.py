@@ -1,8 +1,7 @@
 """The shapes that are timed: Llama 2's layers, swept over tokens, sequence lengths and contexts.
 
-A workload is one (op, pass, shape). Tiers: "smoke" is a handful that says whether the rest makes
-sense, "core" the shapes that claims are made of, "full" the sweeps. A tier contains those before
-it.
+A workload is one (op, pass, shape). Tiers: "smoke" is a handful of shapes to try the setup, "core"
+the shapes for which results are quoted, "full" all sweeps. Each tier contains the previous ones.
 """
 
 import dataclasses
@@ -75,7 +74,7 @@ class Workload:
 
 
 _OPS = {spec.name: spec for spec in (*OPS, *IN_PLACE_OPS)}
-# What lies beyond a length is finite here: some peers multiply it by a weight of zero.
+# Entries beyond a length are finite here, because some peers multiply them by a weight of zero.
 _DECODE = dataclasses.replace(
     _OPS["decode_attention"], make_inputs=functools.partial(decode_inputs, spoil=False)
 )
@@ -105,7 +104,7 @@ def _row_ops() -> list[Workload]:
         name = model.name if width is None else f"W{width}"
         shape, case = f"{name}-T{tokens}", Case(sizes, name)
         for pass_ in ("fwd", "bwd"):
-            if pass_ == "fwd" or tokens >= 1024:  # nobody trains on fewer
+            if pass_ == "fwd" or tokens >= 1024:  # training uses more tokens
                 found.append(Workload(_OPS[op], pass_, shape, case, tier))
 
     for op in ("rms_norm", "add_rms_norm", "swiglu", "apply_rope"):
@@ -175,8 +174,8 @@ def _attention() -> list[Workload]:
 
 
 def _packed() -> list[Workload]:
-    """Documents packed to 16384 tokens, a fifth of them empty, as
-    `spec.attention.packed_lengths` has them."""
+    """Documents packed to 16384 tokens, a fifth of them empty, with the lengths of
+    `spec.attention.packed_lengths`."""
     found = []
     for model in (_70B, _7B):
         for num_sequences in (8, 64):
@@ -248,7 +247,7 @@ def _decode() -> list[Workload]:
 
 
 def _append() -> list[Workload]:
-    """A decode step's tokens, and a prompt's, into pages of 16."""
+    """Appends of the tokens of a decode step and of a prompt to pages of 16."""
     float8 = {"cache_dtype": torch.float8_e4m3fn}
     found = []
     for name, heads in (("70B", (64, 8)), ("7B", (32, 32))):
@@ -278,7 +277,7 @@ def _append() -> list[Workload]:
 
 
 def _losses() -> list[Workload]:
-    """8192 tokens; of "half", every second is ignored, as the tokens of prompts are."""
+    """Losses of 8192 tokens; in "half", every second token is ignored, like those of prompts."""
     loss = {"reduction": "mean", "softcap": None, "z_loss": 0.0}
     found = []
     for name, vocab_size in (("7B", 32000), ("Llama3-8B", 128256)):
@@ -297,7 +296,7 @@ def _losses() -> list[Workload]:
 
 
 def _others(swept: set[str]) -> list[Workload]:
-    """Ops without a sweep of their own, at the table's shapes of real models."""
+    """Ops without a sweep, at the op table's shapes of real models."""
     return [
         Workload(spec, pass_, f"{case.source}: {case}", case, "core")
         for name, spec in _OPS.items()
@@ -323,14 +322,14 @@ GRID = _grid()
 
 
 def select(tier: str, ops: tuple[str, ...]) -> tuple[Workload, ...]:
-    """The workloads of these ops up to a tier, the most valuable first."""
+    """The workloads of these ops up to a tier, the most important first."""
     wanted = TIERS[: TIERS.index(tier) + 1]
     return tuple(work for work in GRID if work.tier in wanted and work.op in ops)
 
 
-# What peers take too.
+# Sizes that peers support too.
 _TINY_SIZES = {"flash_attention": {"seq_len_q": 9}, "decode_attention": {"ragged": False}}
-# A workload of each op that the interpreter runs in a moment, for the dry run.
+# A workload of each op that the interpreter runs quickly, for the dry run.
 TINY = tuple(
     Workload(spec, pass_, "tiny", Case(spec.tiny | _TINY_SIZES.get(name, {}), "dry run"), "smoke")
     for name, spec in (_OPS | {"decode_attention": _DECODE}).items()

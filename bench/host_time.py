@@ -1,17 +1,17 @@
-"""What a call costs the host, measured without a GPU: the ops and their peers.
+"""Measures the host time of calls of the ops and of their peers, without a GPU.
 
     python bench/host_time.py [--op rms_norm …] [--rounds 20] [--write]
 
 Measures the thread's CPU time per eager call of every op, for the forward pass alone and with the
-backward pass. The GPU is a stand-in that does nothing (`idle_gpu.py` says which part of a launch is
-real). The unit is the time of a launch of an empty kernel with RMSNorm's arguments through Triton,
-in the same run. The shapes are tiny, so that PyTorch's own ops, which compute on the CPU here,
+backward pass. The GPU is a stand-in that does nothing (`idle_gpu.py` says which parts of a launch
+are real). The unit is the time of a launch of an empty kernel with RMSNorm's arguments through
+Triton, in the same run. The shapes are tiny, so that PyTorch's own ops, which run on the CPU here,
 compute almost nothing. Prints the table; `--write` also writes it to bench/results/host_time.md and
 the figures to host_time.json. Needs a C compiler.
 
-Not included: the driver's time for a launch, which is the same for all kernels; the time that
-PyTorch's ops take to launch on a GPU, so that they cost more there than here; the allocator of a
-GPU; and the thread in which autograd runs on a GPU.
+Not included: the driver's time for a launch, which is the same for all kernels; the launches of
+PyTorch's ops on a GPU, where they therefore cost more than here; the allocator of a GPU; and the
+thread in which autograd runs on a GPU.
 """
 
 # ruff: noqa: E402  (what makes the rest importable comes first)
@@ -38,7 +38,7 @@ from ceilings import environment, version
 UNIT = "empty launch"
 RESULTS = importable.ROOT / "bench" / "results" / "host_time.json"
 FORWARD, BOTH = "forward", "forward + backward"
-# Rows of 16 bytes and more than one row: kernels are specialised as for real shapes.
+# More than one row, of 16 bytes each, so that kernels are specialised as for real shapes.
 SIZES = {
     "rms_norm": {"num_tokens": 2, "hidden_size": 16},
     "add_rms_norm": {"num_tokens": 2, "hidden_size": 16},
@@ -82,7 +82,7 @@ class Measured(NamedTuple):
 
 
 def _transformers() -> Backend:
-    """Transformers' norm and RoPE, called as its Llama calls them."""
+    """Transformers' norm and RoPE, called as in its Llama."""
 
     def norm(inputs: dict[str, Any]) -> Callable[[], Any]:
         from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -145,7 +145,7 @@ def _calls(backend: Backend, op: str, pass_: str) -> Callable[[], Any]:
 
 
 def contests(ops: tuple[str, ...]) -> Iterator[tuple[str, str, dict[str, Callable[[], Any]]]]:
-    """(op, pass, calls by contestant); one of the calls is the empty launch."""
+    """Yields (op, pass, calls by contestant); one of the calls is the empty launch."""
     import peers
 
     x, weight = torch.zeros(4, 4096, dtype=torch.bfloat16), torch.zeros(4096, dtype=torch.bfloat16)
@@ -179,7 +179,8 @@ def contests(ops: tuple[str, ...]) -> Iterator[tuple[str, str, dict[str, Callabl
 def race(
     calls: dict[str, Callable[[], Any]], rounds: int, seconds: float = 1e-2
 ) -> dict[str, tuple[float, float, tuple[float, float], int]]:
-    """(µs per call, units, quartiles of the units, launches) of each call. All take turns."""
+    """Returns (µs per call, units, quartiles of the units, launches) of each call. The calls take
+    turns."""
     counts, launched, samples = {}, {}, {name: [] for name in calls}
     for name, call in calls.items():
         for _ in range(20):

@@ -1,12 +1,12 @@
-"""A stand-in for a GPU that does nothing, to measure what a launch costs the host.
+"""A stand-in for a GPU that does nothing, to measure the host time of a launch.
 
 Triton's own driver.c and CudaLauncher run unchanged. They call a stand-in for libcuda
-(`idle_cuda.c`, compiled at the first use), whose cuLaunchKernelEx returns at once. Kernels are
-compiled for sm_90 and never run; tensors are on the CPU. Binding of arguments, the look-up of the
-compiled kernel, tensor maps and the unpacking of arguments are the real ones. Only the time of the
-real driver is missing.
+(`idle_cuda.c`, compiled at the first use), whose cuLaunchKernelEx returns immediately. Kernels are
+compiled for sm_90 and never run; tensors are on the CPU. The binding of arguments, the look-up of
+the compiled kernel, tensor maps and the unpacking of arguments are real. Only the time of the real
+driver is missing.
 
-Triton loads one libcuda per process: use a process of its own, without TRITON_INTERPRET.
+Triton loads one libcuda per process: use a separate process, without TRITON_INTERPRET.
 """
 
 import atexit
@@ -30,13 +30,13 @@ def compiler() -> str | None:
 
 @cache
 def _library() -> ctypes.CDLL:
-    """The stand-in, loaded under the name of the real libcuda, so that Triton opens it."""
+    """Loads the stand-in under the name of the real libcuda, so that Triton opens it."""
     from triton.backends import nvidia
 
     if compiler() is None:
         raise RuntimeError("idle_gpu: expected a C compiler (gcc, clang or CC); found none")
     folder = Path(tempfile.mkdtemp(prefix="idle-cuda-"))
-    atexit.register(shutil.rmtree, folder)  # Triton links with the file until the process ends
+    atexit.register(shutil.rmtree, folder)  # Triton uses the file until the process ends
     path = folder / "libcuda.so.1"
     include = Path(nvidia.__path__[0]) / "include"
     try:
@@ -84,7 +84,7 @@ def activate() -> None:
 
         @classmethod
         def is_active(cls) -> bool:
-            return False  # Triton does not choose it unless it is set
+            return False  # Triton must not choose this driver automatically
 
         def map_python_to_cpp_type(self, ty: str) -> str:
             return ty_to_cpp(ty)
@@ -108,6 +108,6 @@ def activate() -> None:
             return torch.device("cpu")
 
         def get_benchmarker(self):
-            raise RuntimeError("benchmarker: expected none; a launch takes no time here")
+            raise RuntimeError("benchmarker: expected a GPU; got a stand-in that does nothing")
 
     driver.set_active(IdleDriver())

@@ -1,4 +1,4 @@
-"""Makes `gqa_kernels` and `llama2` importable from a checkout that nobody has installed."""
+"""Makes `gqa_kernels` and `llama2` importable from a checkout that is not installed."""
 
 import contextlib
 import hashlib
@@ -12,14 +12,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def search_path() -> list[str]:
-    """Folders to add to the import path; none where the packages are installed.
+    """The folders to add to the import path; none if the packages are installed.
 
-    The checkout's root is not among them: there `kernels/` would be found under the import name
-    `kernels`, which belongs to another package. A folder with a link to `llama2` is.
+    They do not include the checkout's root, where `kernels/` would be imported under the name of
+    another package, but a folder with a link to `llama2`.
     """
     if all(importlib.util.find_spec(name) for name in ("gqa_kernels", "llama2")):
         return []
-    checkout = hashlib.sha256(str(ROOT).encode()).hexdigest()[:12]  # each has a folder of its own
+    checkout = hashlib.sha256(str(ROOT).encode()).hexdigest()[:12]  # one folder per checkout
     links = Path(tempfile.gettempdir()) / f"gqa_kernels_path_{os.getuid()}_{checkout}"
     links.mkdir(mode=0o700, exist_ok=True)
     with contextlib.suppress(FileExistsError):
@@ -28,7 +28,7 @@ def search_path() -> list[str]:
 
 
 def extend_path() -> None:
-    """Adds `search_path` to this process's path, and to that of the processes it starts."""
+    """Adds `search_path` to the import path of this process and of processes that it starts."""
     added = search_path()
     sys.path[:0] = added
     inherited = os.environ.get("PYTHONPATH")
@@ -37,7 +37,8 @@ def extend_path() -> None:
 
 
 def make_importable() -> None:
-    """`extend_path`; without a GPU the kernels run in Triton's interpreter, if this comes first."""
+    """Calls `extend_path` and, without a GPU, enables Triton's interpreter. Call it before anything
+    imports Triton."""
     extend_path()
     import torch
 

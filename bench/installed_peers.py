@@ -1,8 +1,8 @@
-"""Backends of other packages, imported when they are first used.
+"""Backends from other packages, imported when they are first used.
 
 liger-kernel, fa3-fwd (FlashAttention 3, forward), xformers (its Triton split-K decode kernel),
-flashinfer-python (its paged decode), fla-core and cut-cross-entropy. Each adapter was written
-against the version that its comment names.
+flashinfer-python (its paged decode), fla-core and cut-cross-entropy. The comment above each adapter
+names the version for which it was written.
 """
 
 import functools
@@ -26,7 +26,7 @@ def _liger() -> Any:
 def _liger_rms_norm(inputs: dict[str, Any]) -> Call:
     function = _liger().LigerRMSNormFunction
     x, weight = inputs["x"], inputs["weight"]
-    # in_place would write dx over the cotangent, which the next call needs.
+    # in_place would overwrite the cotangent, which the next call needs, with dx.
     return lambda: function.apply(x, weight, EPS, 0.0, "llama", False, None)
 
 
@@ -43,8 +43,8 @@ def _liger_swiglu(inputs: dict[str, Any]) -> Call:
 
 
 def _liger_rope(inputs: dict[str, Any]) -> Call:
-    """Rotates q and k where they lie, so a second call rotates them further: same work, other
-    values; the first call is the one that is checked."""
+    """Rotates q and k in place, so a second call rotates them further: the same work on other
+    values. The gate checks the first call."""
     if inputs["interleaved"] or inputs["positions"] is not None:
         raise Lacks("Liger's RoPE has neither interleaved pairs nor positions")
     function = _liger().LigerRopeFunction
@@ -62,11 +62,12 @@ def _liger_rope(inputs: dict[str, Any]) -> Call:
 def _liger_linear_cross_entropy(
     inputs: dict[str, Any], accum_dtype: torch.dtype | None = None
 ) -> Call:
-    """Gradients in the forward pass; the weight's summed in `accum_dtype`, by default its own."""
+    """Computes gradients in the forward pass; sums that of the weight in `accum_dtype`, by default
+    the weight's dtype."""
     function = _liger().LigerFusedLinearCrossEntropyFunction
     arguments = [inputs[name] for name in ("hidden", "weight", "targets")]
     options = [inputs[name] for name in ("reduction", "softcap")]
-    # bias, weights of the classes, ignore_index; label smoothing; whether to return the z-loss
+    # bias, class weights, ignore_index; label smoothing; whether to return the z-loss
     arguments += [None, None, -100, inputs["z_loss"], 0.0, *options, False, accum_dtype]
     return lambda: function.apply(*arguments)[0]
 
@@ -145,8 +146,8 @@ def _xformers_decode(inputs: dict[str, Any]) -> Call:
 
 # --- flashinfer-python 0.6.6 -----------------------------------------------------------------
 
-_FLASHINFER_WORKSPACE = 128 * 2**20  # bytes, as its documentation has it
-_FLASHINFER_PAGE = 16  # that a contiguous cache is read in
+_FLASHINFER_WORKSPACE = 128 * 2**20  # bytes, as in its documentation
+_FLASHINFER_PAGE = 16  # the page size for reading a contiguous cache
 
 
 def _flashinfer() -> Any:
@@ -156,8 +157,8 @@ def _flashinfer() -> Any:
 
 
 def _flashinfer_decode(inputs: dict[str, Any]) -> Call:
-    """Its split is planned on the host, from lengths that it reads there: once, outside of what is
-    timed, as a serving engine does per step."""
+    """Plans the split on the host, from lengths that it reads there, once and outside of the timed
+    call; a serving engine does that per step."""
     if "k_scale" in inputs:
         raise Lacks("flashinfer has one scale for all heads and tokens of an 8-bit cache")
     q, k, v, seq_lens = (inputs[name] for name in ("q", "k_cache", "v_cache", "seq_lens"))
@@ -179,7 +180,7 @@ def _flashinfer_decode(inputs: dict[str, Any]) -> Call:
     bounds = torch.cat([used.new_zeros(1), used.cumsum(0)])
     last = (lengths - 1) % page_size + 1
     workspace = torch.empty(_FLASHINFER_WORKSPACE, dtype=torch.uint8, device=q.device)
-    # Its own advice: tensor cores where a group shares a key/value head.
+    # Its documentation recommends tensor cores if a group shares a key/value head.
     grouped = num_q_heads // k.shape[2] >= 4
     wrapper = _flashinfer().BatchDecodeWithPagedKVCacheWrapper(
         workspace, "NHD", use_tensor_cores=grouped
@@ -247,7 +248,7 @@ def _cce_presets() -> Any:
 
 
 def _cce_linear_cross_entropy(inputs: dict[str, Any], impl: str = "cce") -> Call:
-    """The preset "cce_exact" leaves out nothing and adds up in float32."""
+    """cut-cross-entropy; the preset "cce_exact" skips no blocks and accumulates in float32."""
     function = _cce()
     arguments = [inputs[name] for name in ("hidden", "weight", "targets")]
     options = {name: inputs[name] for name in ("reduction", "softcap")}

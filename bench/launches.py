@@ -1,8 +1,8 @@
-"""Which of this package's kernels a call launches.
+"""Records which of this package's kernels a call launches.
 
-A hook on every `triton.jit` function of `gqa_kernels`, called as the function is launched: on a
-GPU, and in Triton's interpreter, so that the check itself can be tested without a GPU. Kernels of
-other packages, inductor's included, have functions of their own and are not counted.
+It sets a hook on every `triton.jit` function of `gqa_kernels`, which is called at each launch, on a
+GPU and in Triton's interpreter, so that the check can be tested without a GPU. Kernels of other
+packages, including inductor's, are other functions and are not counted.
 """
 
 import sys
@@ -20,7 +20,7 @@ def package_kernels() -> dict[str, Any]:
         if module is None or not module_name.startswith("gqa_kernels."):
             continue
         for name, value in vars(module).items():
-            # Defined there, not imported from a sibling: each function once.
+            # Only functions defined in the module, so that each is counted once.
             if (
                 isinstance(value, KernelInterface)
                 and hasattr(value, "add_pre_run_hook")
@@ -32,7 +32,7 @@ def package_kernels() -> dict[str, Any]:
 
 @contextmanager
 def recorded() -> Iterator[list[str]]:
-    """The names of the package's kernels that are launched inside the context, in order."""
+    """A context that records the names of the package's kernels launched inside it, in order."""
     launched: list[str] = []
     hooks = []
     for name, kernel in package_kernels().items():
@@ -50,7 +50,7 @@ def recorded() -> Iterator[list[str]]:
 
 
 class NotWhatItSays(AssertionError):
-    """A backend did not run what its name says."""
+    """A backend did not run the kernels that its name promises."""
 
 
 def check(backend: str, launched: list[str]) -> None:

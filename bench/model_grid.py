@@ -1,4 +1,4 @@
-"""The whole models that are timed, and what one call of them must cost."""
+"""The whole models that are timed, and the minimum cost of one call."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class ModelWorkload:
 
     @property
     def backends(self) -> list[str]:
-        # Decoding is timed on this package's cache, which Hugging Face's model does not take.
+        # Decoding is timed with this package's cache, which Hugging Face's model does not support.
         return ["triton", "eager"] + ([] if self.decodes else ["hf"])
 
     @property
@@ -46,12 +46,13 @@ class ModelWorkload:
 
 
 def model_cost(work: ModelWorkload) -> Cost:
-    """The minimum of one call.
+    """The minimum cost of one call.
 
-    Every weight but the embedding is read once. Flops: 2 per weight and token (prefill: the head
-    for the last token only), and 4 · num_q_heads · head_dim per visible pair of query and key and
-    layer. Prefill writes the keys and values, decoding reads them. A training step has 3 × the
-    products of a forward pass, 3.5 × its attention, and reads or writes weights and gradients 3 ×.
+    Every weight except the embedding is read once. Flops: 2 per weight and token (in prefill, the
+    head for the last token only), and 4 · num_q_heads · head_dim per layer and visible pair of
+    query and key. Prefill writes the keys and values, decoding reads them. A training step has 3 ×
+    the products of a forward pass, 3.5 × its attention, and reads or writes weights and gradients 3
+    ×.
     """
     config, size = work.config, DTYPE.itemsize
     head = config.vocab_size * config.hidden_size
@@ -72,7 +73,7 @@ def model_cost(work: ModelWorkload) -> Cost:
 
 def _grid() -> tuple[ModelWorkload, ...]:
     seven, seventy = PUBLISHED["7B"], PUBLISHED["70B"]
-    # 70B does not leave room for a second backend: eight of its eighty layers.
+    # 70B leaves no memory for a second backend, so eight of its eighty layers are used.
     slice_70 = dataclasses.replace(seventy, num_layers=8)
     two_layers = dataclasses.replace(seven, num_layers=2)
     return (

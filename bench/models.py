@@ -1,8 +1,8 @@
-"""End to end: prefill, one decoding step and one training step of Llama 2 shapes, random weights.
+"""End to end: prefill, one decode step and one training step with Llama 2 shapes, random weights.
 
-Times are what a user waits for, host included: calls back to back, without a flush (the weights
-exceed any cache). "decode_step_graph" is the same step replayed from a CUDA graph. The gate
-compares logits, or a gradient, with the same model in float32.
+Times include the host: calls run back to back, without a flush (the weights exceed any cache).
+"decode_step_graph" is the same step replayed from a CUDA graph. The gate compares logits, or a
+gradient, with the same model in float32.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ Step = Callable[[], Tensor]
 
 
 class ModelContest:
-    """The backends of one model on the same weights, tokens and cache."""
+    """The backends of one model with the same weights, tokens and cache."""
 
     dtype = str(DTYPE).removeprefix("torch.")
 
@@ -69,13 +69,14 @@ class ModelContest:
         return prepared
 
     def _weights(self) -> Llama2:
-        """The one set of weights; other backends are models around the same parameters."""
+        """The model with the weights; the models of other backends share its parameters."""
         if self._eager is None:
             torch.manual_seed(0)
             model = random_model(self.work.config, get_backend("eager"), self.device, DTYPE)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(self.op == "train_step" and "norm" not in name)
-            # The gradient that the gate looks at: it has seen the whole network.
+            # The gate checks this gradient, which depends on the backward pass of the whole
+            # network.
             model.layers[0].input_layernorm.weight.requires_grad_(self.op == "train_step")
             self._eager = model
         return self._eager
@@ -113,7 +114,7 @@ class ModelContest:
         state = eager.state_dict(keep_vars=True)
         renamed = {n if n.startswith("lm_head") else f"model.{n}": x for n, x in state.items()}
         model.load_state_dict(renamed, assign=True)
-        # Its inverse frequencies are a buffer that no state dict holds.
+        # Its inverse frequencies are a buffer that is not in the state dict.
         with torch.device(self.device):
             model.model.rotary_emb = type(model.model.rotary_emb)(config)
         return model
@@ -133,7 +134,7 @@ class ModelContest:
         return torch.randint(vocab_size, shape, generator=generator, device=self.device)
 
     def _cache(self, dtype: torch.dtype, batch: int, fill: int) -> KVCache:
-        """A cache whose first `fill` entries hold the same random values whatever the dtype."""
+        """A cache whose first `fill` entries have the same random values in every dtype."""
         capacity = min(self.work.tokens + SPARE_TOKENS, self.work.config.max_seq_len)
         cache = KVCache(self.work.config, batch, capacity, dtype=dtype, device=self.device)
         for layer in range(self.work.config.num_layers if fill else 0):
@@ -180,7 +181,7 @@ class ModelContest:
             with torch.enable_grad():
                 if ours:
                     loss = model.loss(tokens)
-                else:  # it shifts the labels itself: the last token is no input of ours
+                else:  # it shifts the labels itself, while ours takes no last token
                     logits = model(tokens[:, :-1], use_cache=False).logits
                     loss = nn.functional.cross_entropy(
                         logits.flatten(0, 1).float(), tokens[:, 1:].flatten()
@@ -193,14 +194,14 @@ class ModelContest:
 
     def _check(self, actual: Tensor) -> list[Measured]:
         eager, oracle = self._truth()
-        # Sequences do not see each other: one is enough where that saves a float32 cache.
+        # Sequences are independent, so one is enough and saves a large float32 cache.
         measured = compare(self.op, actual[: len(oracle)], eager, oracle)
         if not measured.ok:
             raise GateError(str(measured))
         return [measured]
 
     def _truth(self) -> tuple[Tensor, Tensor]:
-        """(eager in bfloat16, the same model in float32), of the first sequence."""
+        """(eager in bfloat16, the same model in float32) for the first sequence."""
         if self._expected is None:
             batch = self.work.batch if self.op == "train_step" else 1
             model = self._weights()

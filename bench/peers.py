@@ -1,7 +1,7 @@
-"""The backends that are timed: ours, eager, and what PyTorch itself brings.
+"""The backends that are timed: ours, eager, and those of PyTorch itself.
 
-Every one is forced and named: no SDPA call may choose its kernel except the one called "default",
-no compiled call may fall back to eager. `installed_peers` has those of other packages.
+Each is selected explicitly: no SDPA call may choose its kernel except the one called "default", and
+no compiled call may fall back to eager. `installed_peers` has the backends of other packages.
 """
 
 import functools
@@ -20,7 +20,8 @@ EPS = 1e-5
 
 
 def of_module(ops: Any) -> dict[str, Adapter]:
-    """The ops of a `gqa_kernels` backend; attention without its lse, which no peer is asked for."""
+    """The ops of a `gqa_kernels` backend; attention without lse, which peers do not compute
+    either."""
 
     def adapter(op: str) -> Adapter:
         def adapt(inputs: dict[str, Any]) -> Call:
@@ -38,11 +39,11 @@ def of_module(ops: Any) -> dict[str, Adapter]:
 def strict_compile(
     function: Callable[..., Any], backend: str = "inductor", *, once: bool = False
 ) -> Callable[..., Any]:
-    """`torch.compile` that raises where it would otherwise run eagerly.
+    """`torch.compile` that raises instead of falling back to eager.
 
     Args:
-        once: a forward pass is differentiated at most once, so that the backward pass may reuse
-            its buffers.
+        once: whether a forward pass is differentiated at most once, so that the backward pass may
+            reuse its buffers.
     """
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch._dynamo.config.recompile_limit = 64
@@ -60,7 +61,7 @@ def _compiled_adapters() -> dict[str, Adapter]:
 
         return adapt
 
-    # The packed reference reads the bounds on the host, which no graph contains.
+    # The packed reference reads the bounds on the host, which a graph cannot do.
     return {op: adapter(op) for op in fused.__all__ if op != "flash_attention_varlen"}
 
 
@@ -68,7 +69,7 @@ _cache: dict[Any, Any] = {}
 
 
 def _once(key: Any, make: Callable[[], Any]) -> Any:
-    """One compiled function, or one mask, for all copies of a workload's inputs."""
+    """Returns one compiled function, or one mask, shared by all copies of a workload's inputs."""
     if key not in _cache:
         _cache[key] = make()
     return _cache[key]
@@ -79,7 +80,8 @@ def _compiled(function: Callable[..., Any], *, once: bool = False) -> Callable[.
 
 
 def forget_compiled() -> None:
-    """Between workloads: guards of other shapes would be tried at every call."""
+    """Clears compiled functions between workloads, since every call would check the guards of other
+    shapes."""
     _cache.clear()
     torch._dynamo.reset()
 
@@ -103,13 +105,13 @@ def _torch_add_rms_norm(inputs: dict[str, Any]) -> Call:
 
 
 def _torch_swiglu(inputs: dict[str, Any]) -> Call:
-    """As Hugging Face's Llama has it: silu rounded to the dtype before the product."""
+    """SwiGLU as in Hugging Face's Llama: silu is rounded to the dtype before the product."""
     gate, up = inputs["gate"], inputs["up"]
     return lambda: F.silu(gate) * up
 
 
 def _torch_linear_cross_entropy(inputs: dict[str, Any]) -> Call:
-    """In chunks, by its own choice of options; gradients in the forward pass."""
+    """PyTorch's loss in chunks, with its default options; gradients in the forward pass."""
     if not hasattr(F, "linear_cross_entropy"):
         raise Lacks("PyTorch before 2.13 has no F.linear_cross_entropy")
     arguments = [inputs[name] for name in ("hidden", "weight", "targets")]
@@ -120,8 +122,8 @@ def _torch_linear_cross_entropy(inputs: dict[str, Any]) -> Call:
 
 
 def _torch_adamw_update(inputs: dict[str, Any]) -> Call:
-    """PyTorch's fused step. It takes only gradients in the dtype of the weights and writes no copy:
-    both casts are separate passes."""
+    """PyTorch's fused step. It only takes gradients in the dtype of the weights and writes no copy,
+    so both casts are separate passes."""
     names = ("lr", "beta1", "beta2", "eps", "weight_decay")
     recipe = {name: inputs[name] for name in names} | {"amsgrad": False, "maximize": False}
     step = torch.tensor(float(inputs["step"]), device=inputs["weight"].device)
@@ -142,7 +144,7 @@ _SDPA = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", None)
 
 
 def _heads_first(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """[batch, heads, seq_len, head_dim] views, as SDPA wants them."""
+    """[batch, heads, seq_len, head_dim] views, SDPA's layout."""
     return [x.transpose(1, 2) for x in tensors]
 
 
@@ -279,5 +281,5 @@ BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 
 def for_op(op: str) -> list[str]:
-    """The backends that have the op at all, ours first."""
+    """The backends that have the op, ours first."""
     return [backend.name for backend in BACKENDS if op in backend.adapters]

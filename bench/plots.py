@@ -147,13 +147,13 @@ def _roofline(rows: list[Row], ceilings: dict[str, float]) -> Figure:
 
 
 def _legend_below(figure: Figure, axes: Axes) -> None:
-    """Outside of the axes, where it covers no data; below, so that the plot fits a phone."""
+    """Adds a legend below the axes, where it covers no data and the plot fits a narrow screen."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
 
 
 def _marked(figure: Figure, kind: str) -> Figure:
-    """The plot, with the kind of its numbers across it where they are no measurement."""
+    """Writes the kind of the numbers across the plot unless they are measurements."""
     if kind != MEASUREMENT:
         axes = figure.axes[0]
         axes.text(

@@ -1,23 +1,23 @@
-"""What a binary lets one expect of a GPU. Predictions, every one: no figure here was measured.
+"""Predictions of a GPU's performance from binaries. No figure of this module was measured.
 
-Programs per SM: registers, shared memory and warps shared out, as the vendor documents; no more
-than the launch has for each SM.
+Programs per SM: from registers, shared memory and warps, by the vendor's documented rules; at most
+the number of programs per SM of the launch.
 
-Bytes in flight per SM: what the loads of one step of the main loop (of the whole kernel, if it has
-none) ask for, times the steps that cp.async runs ahead, times programs per SM; a norm's weight is
-counted, though it comes from the cache. Little's law: 4.3 TB/s at a latency of 1.0 to 1.2 µs keep
-32 to 40 KB in flight on each of 132 SMs.
+Bytes in flight per SM: the bytes loaded by one step of the main loop (or by the whole kernel, if it
+has no loop), times the steps that cp.async runs ahead, times programs per SM. A norm's weight is
+counted although it comes from the cache. By Little's law, 4.3 TB/s at a latency of 1.0 to 1.2 µs
+need 32 to 40 KB in flight on each of 132 SMs.
 
-Rate of attention on sm_90, of the programs that share one SM, in a step of the main loop:
+Rate of attention on sm_90, for the programs that share one SM, in a step of the main loop:
 
     tensor = flops / 4096                                            cycles
     step   = max(simulated cycles, bytes loaded / 30)
     rate   = 790 TFLOP/s · tensor / step
 
-The simulation (`simulation.py`) has the latencies, and programs that hide each other's. Assumed are
-30 bytes per cycle between the L2 cache and an SM, and 790 TFLOP/s for a large bf16 product on an
-H200. The rate counts the products that are executed. What comes before and after the loop, masked
-tiles and the tail of a launch are left out. The rates serve to rank tiles, not to predict times.
+The simulation (`simulation.py`) models latencies, and programs that hide each other's latencies.
+The model assumes 30 bytes per cycle between the L2 cache and an SM, and 790 TFLOP/s for a large
+bf16 product on an H200. The rate counts executed products. It omits the code before and after the
+loop, masked tiles and the tail of a launch. The rates serve to rank tiles, not to predict times.
 """
 
 import math
@@ -29,17 +29,17 @@ from simulation import simulate
 
 BYTES_IN_FLIGHT_NEEDED = 40 * 1024  # per SM, at 4.3 TB/s
 MATMUL_TFLOPS = 790.0
-_L2_BYTES_PER_CYCLE = 30  # of an SM
+_L2_BYTES_PER_CYCLE = 30  # per SM
 
 
 def programs_per_sm(arch: str, launch: Launch, binary: Binary) -> int | None:
-    """How many programs of a kernel one SM holds; None for AMD, whose registers come in blocks of
-    another kind."""
+    """How many programs of a kernel fit on one SM; None for AMD, which allocates registers by other
+    rules."""
     gpu = ARCHITECTURES[arch]
     if gpu.target.backend != "cuda":
         return None
     registers_per_warp = -(-binary.registers // 8) * 8 * 32
-    reserved = 1024  # bytes of shared memory that each program costs besides its own
+    reserved = 1024  # bytes of shared memory reserved per program
     return min(
         65536 // registers_per_warp // launch.num_warps,
         gpu.shared_per_sm // (launch.shared + reserved),
@@ -64,7 +64,7 @@ def launched_per_sm(arch: str, launch: Launch, binary: Binary) -> float | None:
 
 
 def bytes_in_flight(arch: str, launch: Launch, binary: Binary) -> float | None:
-    """Bytes that the programs of one SM have asked for at once; None where loads do not say."""
+    """The bytes in flight of the programs of one SM; None if the loads do not show it."""
     resident = launched_per_sm(arch, launch, binary)
     mix = binary.loop or binary.mix
     if resident is None or count(mix, "UTMALDG"):
@@ -75,7 +75,7 @@ def bytes_in_flight(arch: str, launch: Launch, binary: Binary) -> float | None:
 
 
 def attention_rate(arch: str, launch: Launch, binary: Binary) -> float | None:
-    """TFLOP/s; None unless the main loop is made of wgmma."""
+    """The predicted TFLOP/s; None unless the main loop uses wgmma."""
     launched = launched_per_sm(arch, launch, binary)
     if not binary.schedule or not launched:
         return None
@@ -86,7 +86,7 @@ def attention_rate(arch: str, launch: Launch, binary: Binary) -> float | None:
 
 
 def _bytes_per_step(launch: Launch, binary: Binary) -> int:
-    """The bytes that one step of the main loop loads. With tensor descriptors these are the tiles
+    """The bytes that one step of the main loop loads. With tensor descriptors, these are the tiles
     that one warpgroup reads from shared memory, each counted once."""
     copied = _bytes_per_thread(binary.loop, "LDGSTS") * launch.num_warps * 32
     if copied or not count(binary.loop, "UTMALDG"):

@@ -1,6 +1,6 @@
-"""The result file: rewritten after every row, so that a run cut short still reports.
+"""The result file. It is rewritten after every row, so an interrupted run keeps its rows.
 
-Nothing here imports PyTorch: results are read where there is none.
+This module does not import PyTorch.
 """
 
 import json
@@ -18,7 +18,7 @@ OURS = "triton"  # the backend that the others are compared with
 
 @dataclass
 class Row:
-    """One line of a result file. `status`: "ok"; "skip", not applicable here; "fail"."""
+    """One row of a result file. `status` is "ok", "skip" (not applicable here) or "fail"."""
 
     status: str
     info: dict[str, Any]
@@ -30,11 +30,11 @@ class Row:
 
 
 class Record:
-    """Rows and what they were measured on.
+    """Rows and the environment in which they were measured.
 
     Args:
         path: None keeps everything in memory.
-        kind: `MEASUREMENT` or `DRY_RUN`; the report shows any other than the first as a warning.
+        kind: `MEASUREMENT` or `DRY_RUN`; the report warns unless it is `MEASUREMENT`.
     """
 
     def __init__(self, path: Path | None, kind: str, environment: dict[str, Any]) -> None:
@@ -46,12 +46,12 @@ class Record:
             "argv": [_without_folders(argument) for argument in sys.argv],
             "environment": environment,
             "ceilings": None,
-            "groups_left": 0,  # that the budget did not reach
+            "groups_left": 0,  # not measured within the budget
             "rows": [],
         }
 
     def resume(self) -> set[str]:
-        """Takes over the rows of the file, if there is one; returns their groups.
+        """Loads the rows of the file if it exists; returns their groups.
 
         Raises:
             ValueError: the file is of another kind or GPU.
@@ -80,20 +80,20 @@ class Record:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # A reader, or a run that is killed now, finds the old file or the new one.
+        # Written to another file and renamed, so the file is complete at any time.
         partial = self.path.with_name(self.path.name + ".partial")
         partial.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, self.path)
 
 
 def _without_folders(argument: str) -> str:
-    """What was asked for, without where on whose machine."""
+    """Returns a command-line argument with file names instead of paths of this machine."""
     option, equals, value = argument.rpartition("=")
     return option + equals + Path(value).name
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result file's content.
+    """Reads a result file.
 
     Raises:
         ValueError: not a result file, or of another schema.

@@ -1,4 +1,4 @@
-"""A result file of `pytest bench` as one page: losses first, then everything else.
+"""Makes one page of a result file of `pytest bench`: losses first, then everything else.
 
     python bench/report.py RESULTS.json --out FOLDER
 
@@ -50,7 +50,7 @@ Group = dict[str, Row]  # the timed rows of one (op, pass, shape), by backend
 
 
 def figure(value: float | None, digits: int = 3) -> str:
-    """A number to that many significant digits, without an exponent; `MISSING` for none."""
+    """Formats a number to `digits` significant digits, without an exponent; `MISSING` for None."""
     if value is None:
         return MISSING
     if value == 0:

@@ -1,4 +1,4 @@
-"""From a contest (one op, pass and shape; several backends) to rows: gate, clock, arithmetic."""
+"""Runs contests (one op, pass and shape; several backends): gate, clock, and rows of results."""
 
 import time
 from collections.abc import Callable
@@ -23,18 +23,18 @@ from torch._subclasses import FakeTensorMode
 from gqa_kernels.accuracy import Measured
 from gqa_kernels.spec import Cost
 
-AGAIN = " again"  # the noise: one backend timed twice as if it were two
+AGAIN = " again"  # one backend is timed twice under two names, to measure the noise
 
 
 @dataclass
 class Prepared:
-    """A call that has been checked and is warm."""
+    """A call that has been checked and warmed up."""
 
     call: Call
     measured: list[Measured]
     launched: list[str]  # of this package's kernels, in one call
-    first_call_s: float  # compiling and tuning included
-    kernels: list[str] | None = None  # all that ran on the GPU, by the profiler
+    first_call_s: float  # including compilation and tuning
+    kernels: list[str] | None = None  # all kernels on the GPU, from the profiler
 
 
 class Contest(Protocol):
@@ -51,11 +51,11 @@ class Contest(Protocol):
     def missing(self, backend: str) -> str | None: ...
     def version(self, backend: str) -> str | None: ...
     def note(self, backend: str) -> str | None:
-        """In what the results differ from those of others, within their budget."""
+        """How the results differ from those of other backends, within their budget."""
         ...
 
     def rate(self, seconds: float) -> dict[str, float]:
-        """Further figures of a row, such as tokens per second."""
+        """Additional figures of a row, such as tokens per second."""
         ...
 
     def close(self) -> None:
@@ -104,7 +104,7 @@ class OpContest:
         return {}
 
     def inputs(self, count: int) -> list[dict[str, Any]]:
-        """Copies of the inputs, each drawn anew: none is ever the cached result of another."""
+        """Copies of the inputs, each drawn separately, so that no result can be cached."""
         spec = self.workload.spec
         while len(self._copies) < count:
             generator = torch.Generator(self.device).manual_seed(len(self._copies))
@@ -122,18 +122,18 @@ class OpContest:
         )
 
     def _fake_outputs(self, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
-        """Outputs without values, of a call that computes nothing."""
+        """Outputs without values, from a call that computes nothing."""
         with FakeTensorMode() as mode:
             fake = {
                 name: mode.from_tensor(x) if torch.is_tensor(x) else x
                 for name, x in inputs.items()
-                if name != "return_lse"  # asked of nobody
+                if name != "return_lse"  # never requested
             }
             outputs = self.workload.spec.kernel(**fake)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     def call(self, backend: str, inputs: dict[str, Any]) -> Call:
-        """An unchecked call on these inputs."""
+        """Returns an unchecked call on these inputs."""
         cotangents, wrt = self._cotangents(inputs), self.workload.spec.wrt
         return make_call(peers.BY_NAME[backend], self.op, self.pass_, inputs, wrt, cotangents)
 
@@ -166,9 +166,9 @@ class OpContest:
 def check_first_call(
     backend: str, call: Call, check: Callable[[Any], list[Measured]], device: torch.device
 ) -> Prepared:
-    """Runs a call once, in memory that holds NaN; its launches and its results must be right."""
+    """Runs a call once, with memory full of NaN, and checks its launches and its results."""
     poison = torch.full((2**24,), float("nan"), device=device)
-    del poison  # the allocator hands it out again
+    del poison  # so that the allocator reuses it
     start = time.perf_counter()
     with launches.recorded() as launched:
         actual = call()
@@ -222,7 +222,7 @@ class Runner:
             torch.cuda.empty_cache()
             return "skip", "does not fit in this GPU's memory"
         except Exception as error:
-            # One contender's failure is a line of the table, never the end of the others.
+            # The failure of one contender is a row and must not stop the others.
             return "fail", f"{type(error).__name__}: {error}"[:500]
 
     def _time(
@@ -267,7 +267,7 @@ class Runner:
 
 
 def _noise(once: Timed | Exception, again: Timed | Exception) -> float | None:
-    """|difference| / smaller of the medians of one call timed twice."""
+    """|difference| / minimum of the two medians of a call that was timed twice."""
     if isinstance(once, Exception) or isinstance(again, Exception):
         return None
     return abs(once.median - again.median) / min(once.median, again.median)

@@ -1,17 +1,16 @@
-"""CPU time of the host per step of `serve`, without the model and the choice of tokens.
+"""Measures the host's CPU time per step of `serve`, without the model and sampling.
 
     python bench/serving_host.py [--before CHECKOUT] [--results FILE]
 
-The model's step and the choice of a token are replaced by empty functions. What remains is the
-host's bookkeeping: rows, pages, and the copies to and from the device. Prints a line of JSON per
-batch size:
+Empty functions replace the model's step and sampling. What remains is the host's bookkeeping: rows,
+pages, and copies to and from the device. Prints a line of JSON per batch size:
 
     {"batch": 32, "now_us": …, "before_us": …, "now_over_before": …}
 
-`now_us` is the thread's CPU time per step in microseconds, the smallest of several runs, each in a
-process of its own. With `--before`, another checkout of this repository is measured too, in turns
-with this one; `before_us` is its time and `now_over_before` the ratio. `--results` also writes all
-of it to a JSON file; bench/results/serving_host.json is a committed one. It takes one to two
+`now_us` is the thread's CPU time per step in microseconds, the minimum of several runs, each in a
+separate process. With `--before`, another checkout of this repository is measured too, alternating
+with this one; `before_us` is its time and `now_over_before` the ratio. `--results` also writes the
+rows to a JSON file, such as the committed bench/results/serving_host.json. Takes one to two
 minutes.
 """
 
@@ -31,8 +30,8 @@ NEW_TOKENS, RUNS = 200, 5
 
 
 def seconds_per_step(batch: int) -> float:
-    """CPU seconds per step of a run with one request per row, all of one length; the admission of
-    the requests is included."""
+    """CPU seconds per step of a run with one request per row, all of equal length, including the
+    admission of the requests."""
     import torch
 
     from gqa_kernels import get_backend
@@ -81,7 +80,7 @@ def seconds_per_step(batch: int) -> float:
 
 
 def _measured(checkout: Path, batch: int) -> float:
-    """`seconds_per_step` of a checkout, in a process of its own."""
+    """`seconds_per_step` of a checkout, in a separate process."""
     paths = os.pathsep.join(map(str, (checkout / "kernels", checkout)))
     command = [sys.executable, str(Path(__file__).resolve()), "--batch", str(batch)]
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
@@ -90,7 +89,7 @@ def _measured(checkout: Path, batch: int) -> float:
 
 
 def measure(before: Path | None, runs: int) -> list[dict[str, Any]]:
-    """A row per batch size, with the microseconds of the host per step."""
+    """Returns a row per batch size with the host's microseconds per step."""
     checkouts = {"now": ROOT} | ({} if before is None else {"before": before})
     rows = []
     for batch in BATCHES:
@@ -118,7 +117,7 @@ def main() -> None:
         "--before",
         type=Path,
         metavar="CHECKOUT",
-        help="another checkout, measured in turns with this one",
+        help="another checkout to measure, alternating with this one",
     )
     parser.add_argument("--results", type=Path, metavar="FILE", help="write a JSON file too")
     parser.add_argument(

@@ -1,11 +1,11 @@
-"""Simulation of a kernel's main loop on a quarter of a Hopper SM, cycle by cycle. A prediction.
+"""Simulates a kernel's main loop on a quarter of a Hopper SM, cycle by cycle. A prediction.
 
-The quarter holds num_warps / 4 warps of each resident program. In each cycle it issues at most one
+The quarter has num_warps / 4 warps of each resident program. In each cycle it issues at most one
 instruction, from the ready warp that has waited longest. A warp is not ready while
 
-- the stall count of its last instruction runs, or a barrier that ptxas wrote into the next
-  instruction is set (Jia et al. 2018, arXiv:1804.06826). An instruction frees its barrier after the
-  latency of its unit;
+- the stall count of its last instruction runs, or a barrier on which its next instruction waits is
+  set (Jia et al. 2018, arXiv:1804.06826). An instruction frees its barrier after the latency of its
+  unit;
 - the unit that it needs is busy: an instruction occupies the special function unit for 8 cycles,
   and the memory unit for 2 to 8;
 - it waits at BAR for the other warps of its program;
@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from binary import Scheduled
 
-_STEPS, _WARM = 12, 4  # steps of the loop that are simulated, and first ones left out of the mean
+_STEPS, _WARM = 12, 4  # simulated steps of the loop, and initial steps left out of the mean
 
 # Cycles for which an instruction occupies its unit, and cycles until its result is available.
 _MEMORY = {"SHFL": (2, 24), "LDS": (2, 24), "LDSM": (4, 30), "STS": (4, 4), "STSM": (8, 8),
@@ -34,10 +34,10 @@ _OTHER_LATENCY = 20  # of other instructions that set a barrier
 
 
 class Simulated(NamedTuple):
-    """One step of the loop, of all programs on the SM together."""
+    """One step of the loop of all programs on the SM together."""
 
     cycles: float
-    tensor_cycles: float  # for which the tensor cores are busy
+    tensor_cycles: float  # cycles in which the tensor cores are busy
 
 
 class _Warp:
@@ -75,7 +75,7 @@ def _product_cycles(opcode: str) -> int:
 
 
 def simulate(loop: Sequence[Scheduled], num_warps: int, programs: int) -> Simulated:
-    """A step of the loop by `programs` programs of num_warps warps each."""
+    """Simulates the loop with `programs` programs of num_warps warps each; returns one step."""
     units = [_unit(step.opcode.partition(".")[0]) for step in loop]
     products = [_product_cycles(step.opcode) for step in loop]
     per_program = max(1, num_warps // 4)

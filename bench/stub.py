@@ -1,7 +1,7 @@
-"""A GPU whose time is simulated, so that the clock can be tested where there is none.
+"""A GPU with simulated time, to test the clock without a GPU.
 
-Host and device have clocks of their own that only launches, synchronisation and sleep move: every
-number is exact. Its times are arithmetic, not measurements of anything.
+Host and device have separate clocks that only launches, synchronisation and sleep advance, so every
+number is exact. Its times are computed, not measured.
 """
 
 from collections.abc import Callable
@@ -26,14 +26,15 @@ class _Event:
 
 
 class StubDevice:
-    """`launch(seconds)` is a kernel; `warm` is its time when nothing has evicted the L2 cache."""
+    """A simulated device: `launch(seconds)` launches a kernel; `warm` is its time with a warm L2
+    cache."""
 
     name = NAME
     l2_bytes = 2**10
 
     def __init__(self) -> None:
         self.host = 0.0  # the host's clock
-        self.free = 0.0  # when the device has done all that is enqueued
+        self.free = 0.0  # when the device will have finished all enqueued work
         self.cold = True
         self.allocated = 0
         self.peak = 0
@@ -49,7 +50,7 @@ class StubDevice:
         name: str = "kernel",
         temporary_bytes: int = 0,
     ) -> Callable[[], None]:
-        """A call that launches one kernel and costs the host `host` seconds."""
+        """Returns a call that launches one kernel and takes the host `host` seconds."""
 
         def call() -> None:
             self.log.append(name)
@@ -108,8 +109,8 @@ class StubDevice:
 
 
 def stand_ins(device: Device, calls: dict[str, Call]) -> dict[str, Call]:
-    """On a simulated device, a kernel of its own for each call, each a little slower than the one
-    before; on any other the calls themselves."""
+    """On a simulated device, replaces each call by a kernel, each a little slower than the previous
+    one; on other devices, returns the calls."""
     if not isinstance(device, StubDevice):
         return calls
     return {name: device.kernel(1e-4 + 1e-6 * i) for i, name in enumerate(calls)}

@@ -1,4 +1,5 @@
-"""What `tune.py` sweeps: for each row of a table of `configs`, candidates and how to write one."""
+"""The sweeps of `tune.py`: for each row of a table in `configs`, candidates and their source
+text."""
 
 import itertools
 from collections.abc import Callable
@@ -15,13 +16,13 @@ Candidate = dict[str, int]
 
 @dataclass(frozen=True)
 class Sweep:
-    """One row of a table of `configs`.
+    """A sweep over one row of a table in `configs`.
 
     Attributes:
-        workload: the shape that stands for the row's class.
-        candidates: launch numbers to try.
-        patch: attributes of `configs`, with the values that make it choose a candidate.
-        row: the text to paste.
+        workload: the shape that represents the row's class.
+        candidates: launch configurations to try.
+        patch: returns values of attributes of `configs` with which it chooses a candidate.
+        row: returns the text to paste.
     """
 
     workload: Workload
@@ -53,7 +54,7 @@ def _norm(pass_: str) -> list[Sweep]:
     choices = {"num_warps": (1, 2, 4, 8, 16, 32)}
     if pass_ == "bwd":
         choices["programs_per_sm"] = (1, 2, 4, 8)
-    # The widest row of the grid in each class of the table.
+    # The largest width of the grid in each class of the table.
     widths = {1280: (1024, 4096), 2560: (2048, 4096), 5120: (5120, 8192), 10240: (8192, 8192),
               16384: (16384, 4096)}  # fmt: skip
     sweeps = []
@@ -118,7 +119,7 @@ def _attention(pass_: str) -> list[Sweep]:
 
 
 def _decode() -> list[Sweep]:
-    """Splits by contexts at batch 1 and 16; tiles of every kind of cache."""
+    """Sweeps of splits, by contexts at batch 1 and 16, and of tiles for every kind of cache."""
 
     def workload(batch: int, context: int, **cache: Any) -> Workload:
         shape = {"num_kv_heads": 8, "batch": batch, "max_seq_len": context, "ragged": False}
@@ -192,7 +193,7 @@ def _arch() -> str:
 
 
 def tiny_sweeps() -> list[Sweep]:
-    """Two candidates of each table on a tiny shape: what the dry run sweeps."""
+    """The sweeps of the dry run: two candidates of each table on a tiny shape."""
     tiny = {(work.op, work.pass_): work for work in TINY}
     found = []
     for name, make in SWEEPS.items():

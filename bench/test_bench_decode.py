@@ -1,4 +1,4 @@
-"""A decode step's attention over its cache, and the append before it."""
+"""The attention of a decode step over its cache, and the append before it."""
 
 from gqa_kernels.spec import cache
 

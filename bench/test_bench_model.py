@@ -1,4 +1,4 @@
-"""Whole models: prefill, a decoding step, a training step."""
+"""Whole models: prefill, a decode step, a training step."""
 
 OPS = "models"
 

@@ -1,4 +1,4 @@
-"""The ops that are neither attention nor on a cache, forward and backward, and the optimiser's."""
+"""The ops that are neither attention nor on a cache, forward and backward, and the optimiser."""
 
 from gqa_kernels.spec import OPS as TABLE
 from gqa_kernels.spec import attention, cache, optimizer

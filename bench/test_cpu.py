@@ -1,4 +1,4 @@
-"""`cpu.py`, by a dry run and a clock of its own."""
+"""Tests of `cpu.py` with a dry run and a simulated clock."""
 
 import json
 

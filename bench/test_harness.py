@@ -1,4 +1,4 @@
-"""Tests of the bench itself. They need no GPU, and time nothing."""
+"""Tests of the bench itself. They need no GPU and time nothing."""
 
 import dataclasses
 import itertools
@@ -44,7 +44,7 @@ TINY_IDS = {"params": grid.TINY, "ids": [work.group for work in grid.TINY]}
 
 @pytest.fixture(scope="module", autouse=True)
 def started_dry_run(tmp_path_factory):
-    """`gpu.py --dry-run` as a user types it, from an empty folder, under way during the others."""
+    """Starts `gpu.py --dry-run` in an empty folder; it runs while the other tests run."""
     folder = tmp_path_factory.mktemp("dry")
     process = subprocess.Popen(
         [sys.executable, str(BENCH / "gpu.py"), "--dry-run", "--out", "results"],
@@ -157,7 +157,7 @@ def test_a_kernels_time_is_exact_and_cold():
 
 @pytest.mark.parametrize("host", [100e-6, 1e-3, 5e-3])
 def test_a_slow_host_does_not_slow_the_kernel(host):
-    """The device is kept busy until the call is enqueued, however long that takes."""
+    """The device is busy until the call is enqueued, however long that takes."""
     timed = measure("events", kernel=on(StubDevice(), 20e-6, host=host))["kernel"]
     assert timed.median == pytest.approx(20e-6)
     assert timed.host_seconds == pytest.approx(host)
@@ -271,7 +271,7 @@ def test_triton_cannot_be_timed_as_eager(monkeypatch, device):
 
 
 def test_launches_of_every_op_are_seen(device):
-    """Where this fails for a new op, `launches.package_kernels` does not find its kernels."""
+    """If this fails for a new op, `launches.package_kernels` does not find its kernels."""
     for work in grid.TINY:
         if peers.BY_NAME["triton"].lacks(work.op, work.pass_) is None:
             row = run_group(work, ["triton"], device)["triton"]
@@ -287,7 +287,7 @@ def test_hooks_are_taken_away():
 
 @pytest.mark.parametrize("work", TINY_IDS["params"], ids=TINY_IDS["ids"])
 def test_a_wrong_result_is_never_timed(monkeypatch, work):
-    """Every output and gradient, one at a time, is off by 5 %, a whole number by one."""
+    """Every output and gradient, one at a time, is wrong by 5 %, an integer by one."""
 
     def off(x):
         return x * 1.05 if x.is_floating_point() else x + 1
@@ -386,7 +386,7 @@ class _Apply:
 
 
 def _liger_like_rope(q, k, cos, sin):
-    """[batch, heads, seq_len, head_dim] views, angles twice, in place: as liger-kernel has it."""
+    """liger-kernel's interface: [batch, heads, seq_len, head_dim] views, angles twice, in place."""
     half = cos.shape[-1] // 2
     assert torch.equal(cos[..., :half], cos[..., half:])
     rotated = reference.apply_rope(
@@ -399,7 +399,7 @@ def _liger_like_rope(q, k, cos, sin):
 
 
 def _split_k_like(q, k, v, *, attn_bias, op):
-    """[1, tokens, kv heads, group, head_dim], padded sequences: as xformers has it."""
+    """xformers' interface: [1, tokens, kv heads, group, head_dim], padded sequences."""
     lengths, capacity = attn_bias
     batch = len(lengths)
     q = q.reshape(batch, -1, q.shape[2] * q.shape[3], q.shape[4])
@@ -416,7 +416,7 @@ class _Bias:
 
 
 def _liger_like_loss(hidden, weight, targets, bias, class_weights, ignore_index, z_loss, *rest):
-    """(loss, z-loss, accuracy, predictions): as liger-kernel has it."""
+    """liger-kernel's interface: (loss, z-loss, accuracy, predictions)."""
     smoothing, reduction, softcap, return_z_loss, accum_dtype = rest
     assert not (bias or class_weights or smoothing or return_z_loss)
     assert accum_dtype in (None, torch.float32)
@@ -431,8 +431,8 @@ def _cce_like_loss(e, c, targets, bias=None, ignore_index=0, impl=None, **option
 
 
 class _PagedLike:
-    """Planned from the pages of each sequence, then run on [batch, heads, head_dim]: as flashinfer
-    has it."""
+    """flashinfer's interface: planned from the pages of each sequence, then run on
+    [batch, heads, head_dim]."""
 
     def __init__(self, workspace, layout, *, use_tensor_cores):
         assert layout == "NHD" and workspace.dtype == torch.uint8 and not use_tensor_cores
@@ -506,8 +506,8 @@ _STANDINS["liger_float32"], _STANDINS["cce_exact"] = _STANDINS["liger"], _STANDI
     ("name", "op"), [(name, op) for name in _STANDINS for op in peers.BY_NAME[name].adapters]
 )
 def test_adapters_of_other_packages_pass_layouts_right(monkeypatch, name, op):
-    """With stand-ins that have the peers' layouts, an adapter's forward pass, or step, is within
-    budget."""
+    """With stand-ins that have the peers' layouts, the forward pass or step of an adapter is within
+    its error budget."""
     for loader, standin in _STANDINS[name].items():
         monkeypatch.setattr(installed_peers, loader, lambda standin=standin: standin)
     work, backend = TINY.get((op, "step"), TINY[op, "fwd"]), peers.BY_NAME[name]
@@ -720,7 +720,7 @@ def test_a_patch_of_an_unknown_table_is_refused_and_nothing_stays():
 
 @pytest.mark.parametrize("name", tune.SWEEPS)
 def test_sweeps_reach_the_tables(name):
-    """Every patch names tables that exist; every row can be read as Python or as a comment."""
+    """Every patch names existing tables; every row is valid Python or a comment."""
     for sweep in tune.SWEEPS[name]():
         values = sweep.patch(sweep.candidates[0])
         assert all(hasattr(configs, table) for table in values)
@@ -753,7 +753,8 @@ def test_a_sweep_proposes_the_fastest_right_candidate(monkeypatch, device):
 
 @pytest.mark.skipif(idle_gpu.compiler() is None, reason="no C compiler for the idle GPU's libcuda")
 def test_host_time_without_a_gpu():
-    """In a process in which Triton compiles: ours and PyTorch's, each pass in empty launches."""
+    """In a process in which Triton compiles: ours and PyTorch's, both passes, in units of empty
+    launches."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     command = (str(BENCH / "host_time.py"), "--op", "rms_norm", "--rounds", "2")
     done = subprocess.run(
@@ -818,7 +819,7 @@ def test_dry_run_shows_no_time_as_a_kernels(dry_run):
     noted = {row["backend"]: row["note"] for row in ok if row["note"]}
     assert all(f"- {backend} {note}." in page.replace("\\", "") for backend, note in noted.items())
     assert bool(noted) == hasattr(torch.nn.functional, "linear_cross_entropy")
-    # The samples went through pytest-benchmark as they were.
+    # pytest-benchmark reports the samples unchanged.
     raw = out / "peers_samples.json"
     if raw.exists():
         for entry in json.loads(raw.read_text(encoding="utf-8"))["benchmarks"]:

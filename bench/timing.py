@@ -1,12 +1,12 @@
-"""The clock: seconds that a device spends in a call, apart from seconds that the host spends.
+"""The clock: measures the device time of a call, separately from the host time.
 
 One sample is [delay][flush L2][event][call][event]. The delay keeps the device busy until the host
-has enqueued the whole call: if the device reaches the first event before that, it has waited for
-the host, the sample is thrown away, and the delay grows. A call that makes the device wait whatever
-the delay (it synchronises, or enqueues more than the queue holds) is measured all the same, and its
-result says `starved`.
+has enqueued the whole call. If the device reaches the first event before that, it has waited for
+the host: the sample is discarded and the delay is increased. A call that makes the device wait with
+every delay (because it synchronises, or enqueues more than fits the queue) is measured
+nevertheless, and its result is marked `starved`.
 
-Everything here works on a `Device`; tests give it one whose time is simulated (`stub.py`).
+Everything here works on a `Device`; tests use one with simulated time (`stub.py`).
 """
 
 import itertools
@@ -20,10 +20,10 @@ Call = Callable[[], Any]
 ROUNDS = 3
 ROUND_SECONDS = 0.03  # of device time per contender and round
 MIN_SAMPLES, MAX_SAMPLES = 5, 50
-HOST_CALLS, HOST_SECONDS = 20, 0.05  # short of filling the queue, which would stall the host
+HOST_CALLS, HOST_SECONDS = 20, 0.05  # few enough not to fill the queue, which would stall the host
 GRAPH_CALLS = 20
 FIRST_DELAY, MAX_DELAY = 50e-6, 20e-3
-REST_SECONDS = 0.1  # before a matrix-bound contender, against the throttling that the last caused
+REST_SECONDS = 0.1  # before a matrix-bound contender, to end throttling by the previous one
 
 
 class Event(Protocol):
@@ -31,7 +31,7 @@ class Event(Protocol):
 
     def record(self) -> None: ...
     def query(self) -> bool:
-        """Whether the device has passed it."""
+        """Whether the device has passed this point."""
         ...
 
 
@@ -47,7 +47,7 @@ class Device(Protocol):
     def seconds_between(self, start: Event, end: Event) -> float: ...
     def synchronize(self) -> None: ...
     def delay(self, seconds: float) -> None:
-        """Enqueues that much work that touches no memory."""
+        """Enqueues work of this duration that accesses no memory."""
         ...
 
     def flush(self) -> None:
@@ -55,11 +55,11 @@ class Device(Protocol):
         ...
 
     def capture(self, call: Call) -> Call:
-        """What the call enqueues, as one launch."""
+        """Captures what the call enqueues; returns its replay, a single launch."""
         ...
 
     def peak_bytes(self, call: Call) -> int:
-        """The most memory allocated during the call beyond what was before it."""
+        """The peak of memory allocated during the call, beyond what was allocated before."""
         ...
 
     def rest(self, seconds: float) -> None: ...
@@ -71,9 +71,9 @@ class Timed:
 
     method: str  # "events", "graph" or "end to end"
     rounds: list[list[float]] = field(default_factory=list)
-    host_seconds: float = 0.0  # per call: the launches alone, without synchronisation
+    host_seconds: float = 0.0  # per call: launches only, without synchronisation
     peak_bytes: int = 0
-    starved: bool = False  # the device waited for the host within some call
+    starved: bool = False  # whether the device waited for the host within a call
 
     @property
     def samples(self) -> list[float]:
@@ -81,11 +81,11 @@ class Timed:
 
     @property
     def median(self) -> float:
-        """The median of the rounds' medians: a round that was disturbed as a whole counts once."""
+        """The median of the rounds' medians, so that a disturbed round counts only once."""
         return statistics.median(statistics.median(one_round) for one_round in self.rounds)
 
     def quantile(self, share: float) -> float:
-        """The sample below which that share of the samples lies."""
+        """The quantile of the samples: `share` of them are below it."""
         ordered = sorted(self.samples)
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
@@ -97,7 +97,7 @@ class Timed:
 
 
 class Rotation:
-    """One call over several copies of its inputs, each in turn."""
+    """One call that uses several copies of its inputs in turn."""
 
     def __init__(self, calls: Sequence[Call]) -> None:
         if not calls:
@@ -112,11 +112,11 @@ class Rotation:
 
 
 def copies_needed(input_bytes: int, l2_bytes: int, method: str) -> int:
-    """How many copies of the inputs a rotation takes.
+    """How many copies of the inputs a rotation needs.
 
-    A graph cannot flush between its calls: it takes enough copies to exceed three times the L2
-    cache, up to 64. Elsewhere the flush does that, and two copies keep a call from finding the
-    same addresses; inputs that exceed the cache by themselves need one.
+    A graph cannot flush between its calls, so it needs enough copies to exceed three times the L2
+    cache, at most 64. Other methods flush and use two copies, so that consecutive calls do not use
+    the same addresses; inputs that exceed the cache need one copy.
     """
     if method == "graph":
         return max(1, min(64, -(-3 * l2_bytes // max(input_bytes, 1))))
@@ -136,12 +136,12 @@ class Clock:
     def measure(
         self, contenders: dict[str, Call], method: str, *, rest: bool = False
     ) -> dict[str, Timed | Exception]:
-        """Times every contender; one that raises gets its exception as its result.
+        """Times every contender; the result of one that raises is its exception.
 
         Args:
-            contenders: calls by name, already warm: compiled, tuned, checked.
+            contenders: calls by name, already compiled, tuned and checked.
             method: "events": single calls, cold L2; "graph": calls unrolled in one graph, over
-                rotated inputs; "end to end": single calls as a user makes them, waits included.
+                rotated inputs; "end to end": single calls as a user makes them, including waits.
             rest: leave the device idle for a moment before each contender.
         """
         results: dict[str, Timed | Exception] = {}
@@ -174,7 +174,7 @@ class Clock:
         return max(MIN_SAMPLES, min(MAX_SAMPLES, wanted))
 
     def _host_seconds(self, call: Call) -> float:
-        """Per call, the median of five batches, each enqueued into an empty queue."""
+        """Host seconds per call: the median of five batches, each enqueued into an empty queue."""
         self.device.synchronize()
         start = self.device.host_seconds()
         call()
@@ -212,7 +212,7 @@ class Clock:
         samples = []
         for _ in range(self._count(estimate)):
             seconds, waited = self._one(call, delay)
-            if waited and delay < MAX_DELAY:  # the host was slow this once: take it again, later
+            if waited and delay < MAX_DELAY:  # the host was slow: repeat with a longer delay
                 delay *= 2
                 seconds, waited = self._one(call, delay)
             timed.starved |= waited
@@ -231,7 +231,7 @@ class Clock:
     def _end_to_end(
         self, name: str, call: Call, timed: Timed, prepared: dict[str, Any]
     ) -> list[float]:
-        """Calls back to back, the time from the end of one to the end of the next."""
+        """Times calls back to back, from the end of one to the end of the next."""
         self.device.synchronize()
         before = self.device.event()
         before.record()

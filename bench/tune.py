@@ -1,10 +1,10 @@
-"""Sweeps the launch numbers of one op on the GPU at hand and prints rows for `configs.py`.
+"""Sweeps the launch configurations of an op on this machine's GPU; prints rows for `configs.py`.
 
     python bench/tune.py rms_norm-fwd [--budget SECONDS] [--json PATH]
 
-Every candidate is compiled (in threads), checked against the budget of the package's own tests and
-then timed against the others in alternating rounds. A candidate that does not fit the GPU, or whose
-results are wrong, is listed with its reason and never proposed.
+Compiles every candidate (in threads), checks it against the error budget of the package's tests and
+times the candidates in alternating rounds. A candidate that does not fit the GPU, or whose results
+are wrong, is listed with the reason and never proposed.
 """
 
 # ruff: noqa: E402  (what makes the rest importable comes first)
@@ -35,7 +35,7 @@ from gqa_kernels.runtime import configs
 
 @contextlib.contextmanager
 def patched(values: dict[str, Any]) -> Iterator[None]:
-    """`configs` with these attributes; names that it does not have are refused."""
+    """A context in which `configs` has these values; raises for names that it does not have."""
     before = {name: getattr(configs, name) for name in values}
     try:
         for name, value in values.items():
@@ -48,7 +48,8 @@ def patched(values: dict[str, Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def compiling_only(executor: ThreadPoolExecutor) -> Iterator[None]:
-    """Launches compile in the executor's threads and run nothing; waits for them at the end."""
+    """A context in which launches only compile, in the executor's threads; at exit it waits for
+    them."""
     from triton.runtime._async_compile import AsyncCompileMode
 
     run = JITFunction.run
@@ -58,7 +59,7 @@ def compiling_only(executor: ThreadPoolExecutor) -> Iterator[None]:
 
     JITFunction.run = warm_up
     try:
-        # A candidate that does not compile says so again when it is checked.
+        # A candidate that does not compile raises again when it is checked.
         with AsyncCompileMode(executor, ignore_errors=True):
             yield
     finally:
@@ -74,14 +75,14 @@ class Outcome(NamedTuple):
 def run_sweep(
     sweep: Sweep, clock: Clock, device: torch.device, *, deadline: float = float("inf")
 ) -> list[Outcome]:
-    """Outcomes of every candidate, the fastest first, those without a time last."""
+    """Returns the outcomes of all candidates, the fastest first, those without a time last."""
     contest = OpContest(sweep.workload, device, clock.device.l2_bytes)
     calls: dict[str, Call] = {}
     named = {arguments_of(candidate): candidate for candidate in sweep.candidates}
     outcomes = []
 
     def prepare(candidate: Candidate) -> Call:
-        # Launch numbers are read at the launch: the patch goes around every call.
+        # The configuration is read at the launch, so the patch has to surround every call.
         with patched(sweep.patch(candidate)):
             call = contest.prepare("triton", "events").call
 
@@ -99,7 +100,7 @@ def run_sweep(
             continue
         try:
             calls[name] = prepare(candidate)
-        except Exception as error:  # too large for the GPU, or wrong: a line of the list
+        except Exception as error:  # too large for the GPU, or wrong: listed with its reason
             outcomes.append(Outcome(candidate, None, f"{type(error).__name__}: {error}"[:200]))
     calls = stand_ins(clock.device, calls)
     for name, result in clock.measure(calls, "events").items():
@@ -120,7 +121,7 @@ def _compile_all(sweep: Sweep, contest: OpContest) -> None:
 
 
 def describe(sweep: Sweep, outcomes: list[Outcome]) -> str:
-    """The row to paste, what it gained, and the five best."""
+    """Describes the outcomes: the row to paste, its gain, and the five fastest candidates."""
     timed = [outcome for outcome in outcomes if outcome.seconds is not None]
     lines = [f"# {sweep.workload.group}: {len(timed)} of {len(outcomes)} candidates timed"]
     if timed:
