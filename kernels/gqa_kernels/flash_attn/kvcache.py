@@ -100,7 +100,8 @@ def flash_attn_with_kvcache(
     causal = causal or q.shape[1] == 1  # the mask hides nothing from a single query
     # Queries that see the same keys with the same scores are packed into one.
     packs = not causal and left is right is alibi_slopes is None
-    turns = causal or left is not None or right is not None  # q is rotated by its own entries
+    # Whether each query is rotated by its own entry.
+    turns = causal or left is not None or right is not None
 
     if cache_batch_idx is not None:
         k_cache, v_cache, block_table = _as_pages(k_cache, v_cache, cache_batch_idx)
