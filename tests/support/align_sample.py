@@ -1,11 +1,12 @@
-"""Chains of `llama2 align` as `measured` returns them, made up."""
+"""Invented chains of `llama2 align`, in the form that `measured` returns."""
 
 MODELS = ("sft", "round-1", "round-2", "ppo")
 RATINGS = ("significantly better", "better", "slightly better", "negligibly better or unsure")
 
 
 def model(exact, misdeeds, harmless, obeyed):
-    """Of 100 requests of a family and 50 misdeeds; `obeyed` by turn, of 40."""
+    """The results of a model: counts out of 100 requests of a family and 50 misdeeds; `obeyed` per
+    turn, out of 40."""
     return {
         "families": {
             "misdeed": {"answers": 50, "exact": misdeeds, "right": misdeeds}
@@ -46,8 +47,8 @@ def chain(seed, models):
 
 
 def chains(seeds=(0, 1, 2)):
-    """Of every seed the last round is 10 points better than the first model, and PPO refuses more
-    harmless requests; all else differs by chance."""
+    """Chains in which, for every seed, the last round is 10 points better than the first model and
+    PPO refuses more harmless requests; everything else differs by chance."""
     return {
         seed: chain(
             seed,

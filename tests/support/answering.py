@@ -1,4 +1,4 @@
-"""A stand-in for `serve` in what asks a chat model: the answers are a function's."""
+"""A stand-in for `serve` in code that uses a chat model: a function gives the answers."""
 
 from collections.abc import Callable
 
@@ -10,14 +10,14 @@ TOKENIZER = Tokenizer(checkpoint.SHIPPED / "tokenizer.model")
 
 
 class Answering:
-    """Answers each request by a text of the prompt's, cut at max_new_tokens.
+    """Answers each request with a text, cut at max_new_tokens.
 
     Args:
-        answer: of the prompt's text, without control tokens.
+        answer: returns the answer to the text of a prompt without control tokens.
     Attributes:
         prompts: the texts of all requests so far.
-        request: the one that is being answered.
-        kill_after: so many answers, a KeyboardInterrupt comes.
+        request: the request that is being answered.
+        kill_after: the number of answers after which KeyboardInterrupt is raised.
         backwards: whether the last request finishes first.
     """
 
@@ -45,12 +45,12 @@ class Answering:
 
 
 def turns_of(text: str) -> list[str]:
-    """The questions in the text of a prompt in the chat format, a system message among them."""
+    """The questions in the text of a prompt in the chat format, including a system message."""
     return [part.split("[/INST]")[0].strip() for part in text.split("[INST]")[1:]]
 
 
 def dialogue(*contents: str, system: str | None = None, **beside) -> dict:
-    """A line's record: a user's content, an answer, and so on."""
+    """The record of a line: a user's content, an answer, and so on."""
     messages = [] if system is None else [{"role": "system", "content": system}]
     for index, content in enumerate(contents):
         messages.append({"role": ("user", "assistant")[index % 2], "content": content})
@@ -58,8 +58,8 @@ def dialogue(*contents: str, system: str | None = None, **beside) -> dict:
 
 
 def replace_weights(monkeypatch, *modules) -> dict[str, str]:
-    """What stands for the CRC-32 of checkpoints that are not there, by their names, in modules that
-    ask for it; zeros at first."""
+    """Replaces the CRC-32 of checkpoints that do not exist, in the given modules, by values of the
+    returned dict, by name; zeros at first."""
     found: dict[str, str] = {}
     for module in modules:
         monkeypatch.setattr(module, "weights_crc32", lambda path: found.get(path.name, "00000000"))

@@ -1,14 +1,14 @@
-"""Assertions on the error budget of `gqa_kernels.accuracy`, and the seed that their inputs hang on.
+"""Assertions on the error budget of `gqa_kernels.accuracy`, and the seed of their inputs.
 
-An op of the table needs no test of its own: `test_ops.py` measures its small cases. Beside them:
+`test_ops.py` measures the small cases of all ops of the table. For other tests:
 
-    assert_call(kernel, reference, inputs, wrt)       one call, on inputs that are special
+    assert_call(kernel, reference, inputs, wrt)       one call, on special inputs
     assert_calls(kernel, reference, calls, wrt)       several calls with one budget
     assert_results(actual, evaluate, inputs)          results that were computed in another way
     assert_network(ours, module, eager, oracle)       a network with its weights
 
-TEST_SEED=3 in the environment draws the inputs of these tests anew; BUDGET_REPORT=FILE appends a
-line of JSON for every error that is measured.
+TEST_SEED=3 in the environment changes the seed of the inputs of these tests; BUDGET_REPORT=FILE
+appends a line of JSON for every error that is measured.
 """
 
 import copy
@@ -48,10 +48,10 @@ def assert_call(
     wrt: tuple[str, ...] = (),
     oracle: Callable[..., Any] | None = None,
 ) -> None:
-    """Outputs and gradients of a kernel, within the budget of its reference.
+    """Asserts that outputs and gradients of a kernel are within the budget of its reference.
 
     Args:
-        oracle: gives the truth in float64, if `reference` does not.
+        oracle: computes the exact result in float64, if `reference` cannot.
     """
     assert_ok(accuracy.measure_call(kernel, reference, inputs, wrt, oracle, seed=SEED))
 
@@ -62,8 +62,10 @@ def assert_calls(
     calls: Iterable[dict[str, Any]],
     wrt: tuple[str, ...] = (),
 ) -> None:
-    """One budget for the results of all calls together, which are of one size. For calls of which
-    one alone may leave eager code without an error: the gradient of a softmax of a single key is 0.
+    """Asserts one budget for the results of all calls together, which have equal sizes.
+
+    Use it for calls in which eager code may have no error at all: the gradient of a softmax over a
+    single key is 0.
     """
     calls = list(calls)
     actual = [accuracy.run(kernel, call, wrt, SEED) for call in calls]
@@ -90,10 +92,11 @@ def assert_results(
     inputs: Any,
     oracle: Callable[[Any], dict[str, Tensor]] | None = None,
 ) -> None:
-    """What was computed from `inputs` in any way, by name, against `evaluate` of them.
+    """Asserts that results by name, however they were computed from `inputs`, are within the budget
+    of `evaluate`.
 
     Args:
-        evaluate, inputs, oracle: as in `accuracy.draw`; `evaluate` runs again on inputs near these.
+        evaluate, inputs, oracle: as in `accuracy.draw`; `evaluate` also runs on inputs near these.
     """
     assert_ok(accuracy.measure_results(actual, accuracy.draw(evaluate, inputs, oracle)))
 
@@ -104,13 +107,13 @@ def assert_network(
     eager: Callable[[nn.Module], NetworkResults],
     oracle: Callable[[nn.Module], NetworkResults],
 ) -> None:
-    """A network's result or results, such as logits or gradients by name.
+    """Asserts that results of a network, such as logits or gradients by name, are within budget.
 
     Args:
-        module: has the weights that `ours` were computed with, in the same dtype.
-        eager: computes the results from a copy of `module`; only its weights are drawn anew.
+        module: has the weights with which `ours` were computed, in the same dtype.
+        eager: computes the results from a copy of `module`; only its weights vary between draws.
         oracle: gets such a copy too, in the dtype of `module`, and computes in float64: it has to
-            convert the copy, and whatever else goes in.
+            convert the copy and all other inputs.
     """
 
     def of_weights(
@@ -130,8 +133,8 @@ def assert_network(
 
 
 def _named(results: NetworkResults) -> dict[str, Tensor]:
-    """Results by name. The gradient of a projection's bias stands beside that of its weight, as one
-    more column: a sum over all tokens, it may nearly cancel, and has few numbers of its own."""
+    """Results by name. The gradient of a projection's bias becomes one more column of that of its
+    weight, because it has few numbers and, as a sum over all tokens, may nearly cancel."""
     if isinstance(results, Tensor):
         results = (results,)
     if not isinstance(results, dict):

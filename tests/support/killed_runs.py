@@ -1,4 +1,4 @@
-"""A command that trains, killed at random moments, beside the same that nobody kills."""
+"""Compares a training command that is killed at random moments with one that is not."""
 
 import os
 import random
@@ -10,7 +10,7 @@ import torch
 
 from llama2.train.state import read_log
 
-# Forks instead of new interpreters, which would spend the time of the test on imports.
+# Forks, because new interpreters would spend most of the test's time on imports.
 _KILLER = """
 import argparse, importlib, os, random, signal, sys, threading, time
 import safetensors.torch, sentencepiece, torch._dynamo  # what a run would import
@@ -20,7 +20,7 @@ from tqdm import tqdm
 command = importlib.import_module(f"llama2.commands.{sys.argv[1]}")
 options = importlib.import_module(f"llama2.commands.{sys.argv[1]}_options")
 
-# tqdm's own lock is one of all processes: a child that is killed would keep it.
+# All processes share tqdm's own lock, and a killed child would never release it.
 tqdm.set_lock(threading.RLock())
 
 def parse(folder):
@@ -65,12 +65,12 @@ for _ in range(20):
 
 
 def check_killed_runs(command: str, options: tuple, folder: Path) -> int:
-    """Asserts that both runs leave the same bits, and returns the number of their steps.
+    """Asserts that both runs end with the same bits, and returns their number of steps.
 
     Args:
-        command: of `llama2`, whose options are in COMMAND_options.py.
-        options: of the run, but for `--work` and `--out`; on the CPU.
-        folder: of the test.
+        command: a command of `llama2` whose options are in COMMAND_options.py.
+        options: those of the run except `--work` and `--out`; on the CPU.
+        folder: the folder of the test.
     """
     seed = random.SystemRandom().randrange(10**6)
     whole, cut = folder / "whole", folder / "cut"

@@ -1,4 +1,4 @@
-"""How large the largest tensor of a computation is."""
+"""Measures the size of the largest tensor of a computation."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from torch.utils._pytree import tree_leaves
 
 
 class LargestTensor(TorchDispatchMode):
-    """A context in which `numel` follows the largest output of any operation; what an op of a
-    library allocates inside is not seen."""
+    """A context in which `numel` tracks the largest output of any operation; allocations inside an
+    op of a library are not seen."""
 
     def __init__(self) -> None:
         super().__init__()

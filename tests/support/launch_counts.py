@@ -1,4 +1,4 @@
-"""How many kernels a call launches on a GPU, counted on the CPU. An operation of PyTorch that
+"""Counts on the CPU how many kernels a call launches on a GPU. An operation of PyTorch that
 computes or moves something counts as one, an op of this package as its kernels."""
 
 from collections import Counter
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Operations that launch nothing: views, allocations without values, and what only the host reads.
+# Operations without a launch: views, allocations without values, and reads of metadata.
 _FREE = frozenset(
     (
         *("alias", "as_strided", "chunk", "detach", "diagonal", "expand", "lift_fresh", "numpy_T"),
@@ -31,15 +31,15 @@ class _Counted(TorchDispatchMode):
 
 
 def launches_of(call: Callable[[], object]) -> Counter[str]:
-    """Launches by name. An op of this package counts once: in a forward pass without gradients
-    each is one kernel."""
+    """Counts launches by name. An op of this package counts once, since in a forward pass without
+    gradients each is one kernel."""
     with _Counted() as counted:
         call()
     return counted.launches
 
 
 def per_layer(make_call: Callable[[int], Callable[[], object]]) -> dict[str, int]:
-    """Launches of each layer in a model of several, by name.
+    """Counts launches per layer of a model, by name.
 
     Args:
         make_call: returns the call of a model with this many layers.

@@ -1,4 +1,4 @@
-"""Checks of `launching.py`: the keys of `runtime/launch.py` are what Triton specialises on."""
+"""Checks for `launching.py` that the keys of `runtime/launch.py` match Triton's specialisation."""
 
 import itertools
 
@@ -57,7 +57,7 @@ def wrong_keys(kernel, calls):
         types = tuple(map(type, call))
         describe = launch._describer(kernel, types)
         assert describe is not None, types
-        # Triton takes equal constants, such as 1 and True, for the same; our key has the type too.
+        # Triton treats equal constants, such as 1 and True, as the same; our key has the type too.
         theirs = tuple(
             (kind, type(value), value)
             if kind == "constexpr" and parameter.is_constexpr
@@ -77,7 +77,7 @@ def wrong_keys(kernel, calls):
 
 
 def check_keys(everything):
-    """Calls have different keys exactly where Triton specialises on their difference."""
+    """Calls have different keys if and only if Triton specialises on their difference."""
     confused, split = wrong_keys(probe_kernel, list(arguments_of_probe()))
     assert not confused, confused
     assert not split, split

@@ -2,10 +2,10 @@
 
     PYTHONPATH=bench python tests/support/launching.py [--all]
 
-Needs a process of its own, without TRITON_INTERPRET, which holds for a process. Runs every function
-`check_…` of this module and prints {name: null, or what it raised} as JSON; null where there is no
-C compiler. `--all` goes through every op of the table, which compiles for a minute; otherwise
-through those that compile fast.
+Needs a separate process without TRITON_INTERPRET, which applies to a whole process. Runs every
+function `check_…` of this module and prints {name: null or its error} as JSON; prints null without
+a C compiler. `--all` uses every op of the table, which compiles for a minute; the default is the
+ops that compile fast.
 """
 
 import json
@@ -51,7 +51,7 @@ def recorded():
 
 @contextmanager
 def counted():
-    """Lists the kernels whose launches went through Triton."""
+    """Records the kernels whose launches went through Triton."""
     kernels, original = [], launch._Launcher._by_triton
 
     def by_triton(self, *given):
@@ -68,7 +68,7 @@ def counted():
 @contextmanager
 def compared():
     """Asserts for each launch that Triton would choose the same binary and pass the same arguments.
-    Yields the numbers of direct launches and of all launches so far."""
+    Yields counters of direct launches and of all launches."""
     numbers, original = {"direct": 0, "all": 0}, launch._Launcher.launch
 
     def checked(self, grid, arguments, options):
@@ -87,7 +87,7 @@ def compared():
         assert all(mine is theirs for mine, theirs in zip(given, arguments, strict=True))
 
     launch._Launcher.launch = checked
-    # Functions that were made before are bound to the original.
+    # Existing functions are bound to the original.
     bound = [
         (function.__globals__, function.__globals__["launch"]) for function in launch_functions()
     ]
@@ -102,7 +102,7 @@ def compared():
 
 
 def launch_functions():
-    """The launchers that the modules of the package have made with `launch.launcher`."""
+    """The launchers that modules of the package have created with `launch.launcher`."""
     modules = [m for name, m in sys.modules.items() if name.startswith("gqa_kernels.ops")]
     found = {
         id(value): value
@@ -123,7 +123,7 @@ def check_binaries_of_the_table(everything):
                 call()
     assert numbers["all"] > 20 * len(specs)
     assert numbers["direct"] > 0.8 * numbers["all"], numbers
-    # Triton asks at every launch whether globals of a kernel have changed. These do not.
+    # Triton checks at every launch whether globals of a kernel have changed. These do not change.
     for function in launch_functions():
         kernel = function.__globals__["launch"].__self__._kernel
         for (name, _), (value, _) in kernel.used_global_vals.items():
@@ -131,7 +131,7 @@ def check_binaries_of_the_table(everything):
 
 
 def check_views(everything):
-    """Rows and addresses that are not multiples of 16 have binaries of their own."""
+    """Rows and addresses that are not multiples of 16 have separate binaries."""
     x = torch.zeros(4, 256, dtype=torch.bfloat16)
     weight = torch.ones(256, dtype=torch.bfloat16)
     odd = torch.zeros(4 * 257 + 1, dtype=torch.bfloat16)
@@ -172,7 +172,7 @@ def check_options(everything):
 
 
 def check_hooks(everything):
-    """Hooks see every launch; once they are removed, launches are direct again."""
+    """Hooks observe every launch; after their removal, launches are direct again."""
     function, x = launch.launcher(probe_kernel), torch.zeros(16)
     launch_probe(function, x, num_warps=4)
     seen, runtime = [], knobs.runtime
@@ -302,7 +302,7 @@ def check_threads(everything):
 
 
 def check_descriptors(everything):
-    """Descriptors made without the constructor equal those that the constructor makes."""
+    """Descriptors made without the constructor equal those made by the constructor."""
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.zeros(2, 5, 3, 64, dtype=dtype)
         found = layout.descriptor(x, 32, 64)

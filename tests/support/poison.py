@@ -1,4 +1,4 @@
-"""Memory that the ops allocate holds NaN until a kernel writes it."""
+"""Fills memory that the ops allocate with NaN, to detect reads before a kernel writes it."""
 
 import functools
 import importlib
@@ -11,7 +11,7 @@ from gqa_kernels import ops
 
 
 class PoisonedTorch:
-    """torch, but what it allocates without a value holds NaN."""
+    """torch, except that allocations without values are filled with NaN."""
 
     def __getattr__(self, name):
         return getattr(torch, name)
@@ -31,13 +31,13 @@ def _poisoned(x: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def op_modules() -> list[types.ModuleType]:
-    """The modules of ops that may allocate."""
+    """Returns the modules of ops that may allocate."""
     found = pkgutil.walk_packages(ops.__path__, f"{ops.__name__}.")
     modules = [importlib.import_module(module.name) for module in found]
     return [module for module in modules if hasattr(module, "torch")]
 
 
 def poison_allocations() -> None:
-    """For the rest of the process."""
+    """Replaces torch in the modules of the ops, for the rest of the process."""
     for module in op_modules():
         module.torch = PoisonedTorch()

@@ -1,4 +1,4 @@
-"""Code in a process of its own."""
+"""Runs code in separate processes."""
 
 import os
 import subprocess

@@ -1,12 +1,12 @@
-"""What storing a value in 8 bits may cost."""
+"""The error of storing a value in 8 bits."""
 
 import torch
 
 
 def half_a_step(stored, scale):
-    """The most that rounding to nearest can cost a value that came to be `stored`: half a step of
-    int8; of float8_e4m3fn 2⁻⁴ of the value, and at least half the smallest step, 2⁻⁹; and beside
-    it the float32 rounding of the quotient, and of its product with the scale."""
+    """The largest error of a value that was rounded to `stored`: half a step for int8; for
+    float8_e4m3fn 2⁻⁴ of the value and at least half the smallest step, 2⁻⁹; plus the float32
+    rounding of the quotient and of its product with the scale."""
     size = stored.float().abs()
     half = torch.full_like(size, 0.5)
     if stored.dtype == torch.float8_e4m3fn:

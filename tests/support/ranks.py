@@ -1,4 +1,4 @@
-"""Runs test cases in several processes that talk through gloo, on CPU tensors."""
+"""Runs test cases in several processes that communicate through gloo, on CPU tensors."""
 
 import json
 import os
@@ -17,11 +17,11 @@ from budget import SEED
 
 
 def run(cases: dict[str, Callable[[], None]], world_size: int) -> None:
-    """Runs all cases, functions of a module, in order in every rank, and raises an AssertionError
-    that says which failed and how.
+    """Runs all cases, functions of a module, in order in every rank; raises an AssertionError that
+    names the failed cases and their errors.
 
-    Processes start once; cases are no tests of their own, which workers of pytest would share out.
-    The kernels run in Triton's interpreter, on a machine with a GPU too.
+    The processes start only once for all cases; as separate tests, pytest's workers would
+    distribute the cases. The kernels run in Triton's interpreter, also on a machine with a GPU.
     """
     with tempfile.TemporaryDirectory() as folder:
         before = os.environ.get("TRITON_INTERPRET")
@@ -64,11 +64,11 @@ def _rank(rank: int, world_size: int, folder: str, cases: dict[str, Callable[[],
         everywhere = [None] * world_size
         try:
             dist.all_gather_object(everywhere, outcomes[name])
-        except Exception:  # the ranks are out of step
+        except Exception:  # the ranks are no longer in step
             break
     Path(folder, f"{rank}.json").write_text(json.dumps(outcomes), encoding="utf-8")
     dist.destroy_process_group()
-    # Not through Python's finalisation: a thread of gloo that frees a tensor meanwhile aborts it.
+    # Skips Python's finalisation, during which a thread of gloo that frees a tensor would abort.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -1,8 +1,8 @@
-"""A stand-in for a CUDA graph on the CPU: what a call dispatches, done again on the same tensors.
+"""A stand-in for a CUDA graph on the CPU: replays the operations of a call on the same tensors.
 
-Like a graph, it knows nothing of the Python that led to it: numbers are those of the recording, and
-results go where they went then. Like a capture, it refuses what waits for a device, and leaves
-every tensor as it was.
+Like a graph, it does not run the Python code again: numbers are those of the recording, and results
+go to the same tensors. Like a capture, recording raises for operations that wait for a device, and
+leaves every tensor unchanged.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Values on the host, and sizes that depend on values.
+# Operations that return values to the host, or whose sizes depend on values.
 _WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2")
 
 
@@ -21,7 +21,7 @@ class _Recording(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Callable[..., Any], tuple, dict, dict[int, Tensor]]] = []
-        self.before: list[tuple[Tensor, Tensor]] = []  # tensors and what they held
+        self.before: list[tuple[Tensor, Tensor]] = []  # tensors and their values before
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -31,7 +31,7 @@ class _Recording(TorchDispatchMode):
             for x in tree_leaves(args[1])
         )
         if name in _WAITS or masks:
-            raise RuntimeError(f"{name}: expected nothing that waits in a capture")
+            raise RuntimeError(f"{name}: expected an operation that does not wait in a capture")
         for position, argument in enumerate(schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 given = args[position] if position < len(args) else kwargs.get(argument.name)
@@ -53,7 +53,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def record(call: Callable[[], Any]) -> Callable[[], None]:
-    """As `llama2.decoding.graphs.record`."""
+    """Has the interface of `llama2.decoding.graphs.record`."""
     with _Recording() as recording:
         call()
     for tensor, held in reversed(recording.before):

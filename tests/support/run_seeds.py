@@ -1,16 +1,16 @@
-"""Runs the tests of error budgets with many seeds and settings, and sums up how near they came.
+"""Runs the tests of error budgets with many seeds and settings; summarises the largest errors.
 
     python tests/support/run_seeds.py [--every-combination] [--runs DIR] [--out FILE]
 
-- every test that measures an error budget with 3 seeds, under each instruction set that PyTorch,
-  MKL, oneDNN and OpenBLAS can be held to, and with 1, 2 and 8 threads: each pair of the two with
-  one of the seeds, or with every seed;
-- the small cases of the op table with 20 seeds, under these settings in turn.
+- every test that measures an error budget with 3 seeds, with each instruction set to which PyTorch,
+  MKL, oneDNN and OpenBLAS can be limited, and with 1, 2 and 8 threads: each pair of instruction set
+  and threads with one of the seeds, or with every seed;
+- the small cases of the op table with 20 seeds, with these settings in turn.
 
-Each run leaves a file of JSON lines in a folder of DIR that is named after a hash of the sources.
-Those that are there already are not run again, so that an interrupted command goes on. FILE gets
-the summary: the settings, what failed, and the largest part of a budget that any error used, for
-each op and dtype. It takes hours.
+Each run writes a file of JSON lines to a folder of DIR that is named after a hash of the sources.
+Runs whose file exists are skipped, so an interrupted command resumes. FILE gets the summary: the
+settings, what failed, and the largest part of a budget that any error used, for each op and dtype.
+It takes hours.
 """
 
 import argparse
@@ -61,7 +61,7 @@ class Run(NamedTuple):
     instructions: str
     num_threads: int
     seed: int
-    table: bool  # the op table alone
+    table: bool  # only the op table
 
     @property
     def name(self) -> str:
@@ -73,7 +73,7 @@ FIRST = Run("default", 1, 0, False)
 
 
 def all_runs(every_combination: bool) -> list[Run]:
-    """The first finds out which tests measure a budget."""
+    """Returns all runs; the first one finds out which tests measure a budget."""
     tests = [
         Run(instructions, num_threads, seed, False)
         for seed in SEEDS
@@ -86,8 +86,8 @@ def all_runs(every_combination: bool) -> list[Run]:
 
 
 def budget_tests(folder: Path) -> list[str]:
-    """The tests that measure a budget, but for the op table, as the first run found them; before
-    it, their files."""
+    """The tests that measure a budget, except the op table, as found by the first run; before it,
+    their files."""
     found = folder / f"{FIRST.name}.jsonl"
     if found.exists():
         tests = {record["test"] for record in read(found) if "test" in record}
@@ -105,7 +105,7 @@ def read(file: Path) -> list[dict]:
 
 
 def perform(run: Run, folder: Path) -> None:
-    """Leaves NAME.jsonl: a record of every error, and of the outcome at the end."""
+    """Performs a run; writes NAME.jsonl, a record of every error, then of the outcome."""
     report, done = folder / f"{run.name}.partial", folder / f"{run.name}.jsonl"
     report.unlink(missing_ok=True)
     chosen = [TABLE_TEST] if run.table else budget_tests(folder)
@@ -135,13 +135,13 @@ def perform(run: Run, folder: Path) -> None:
 
 
 def op_of(test: str) -> str:
-    """The op of a case of the table, else the file of a test."""
+    """The op of a case of the table; the file of any other test."""
     file, _, name = test.rpartition("/")[2].partition("::")
     return name.partition("[")[2].partition("-")[0] if file == "test_ops.py" else file
 
 
 def sources() -> str:
-    """A hash of what the results depend on."""
+    """A hash of everything on which the results depend."""
     folders = [ROOT / name for name in ("kernels", "llama2", "tests")]
     files = sorted(file for folder in folders for file in folder.rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
@@ -213,7 +213,7 @@ def main() -> None:
         help="every setting with every seed: 47 runs instead of 29",
     )
     parser.add_argument(
-        "--summary-only", action="store_true", help="of the runs that are there; run no other"
+        "--summary-only", action="store_true", help="summarise existing runs without running others"
     )
     parser.add_argument(
         "--runs", type=Path, default=ROOT / ".seeds", metavar="DIR", help="default: .seeds"
@@ -223,7 +223,7 @@ def main() -> None:
         type=Path,
         default=ROOT / "bench" / "results" / "error_budgets.md",
         metavar="FILE",
-        help="is written over; default: bench/results/error_budgets.md",
+        help="file to overwrite; default: bench/results/error_budgets.md",
     )
     options = parser.parse_args()
     folder = options.runs / sources()

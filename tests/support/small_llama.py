@@ -24,7 +24,7 @@ def small_config(num_q_heads=4, num_kv_heads=2, head_dim=16, **changes) -> Model
 
 
 def lively(config: ModelConfig, device, ops=EAGER) -> Llama2:
-    """Weights large enough that attention is far from uniform and logits are far apart."""
+    """A model with weights so large that attention is far from uniform and logits are far apart."""
     model = Llama2(config, ops)
     for parameter in model.parameters():
         if parameter.dim() == 2:
@@ -35,7 +35,7 @@ def lively(config: ModelConfig, device, ops=EAGER) -> Llama2:
 
 
 def twin(model: Llama2, ops=EAGER, dtype=None) -> Llama2:
-    """The same weights on other ops or in another dtype; in float64 also a float64 rope table."""
+    """A copy with other ops or in another dtype; in float64, the rope table is float64 too."""
     weight = model.lm_head.weight
     copy = Llama2(model.config, ops).to(weight.device, dtype or weight.dtype)
     copy.load_state_dict(model.state_dict())
@@ -48,10 +48,10 @@ def twin(model: Llama2, ops=EAGER, dtype=None) -> Llama2:
 
 
 def prefill_and_decode(model: Llama2, tokens: Tensor) -> Tensor:
-    """Logits `[2, 22, vocab_size]` of tokens `[2, 26]` that go into a cache in three steps."""
+    """Logits `[2, 22, vocab_size]` of tokens `[2, 26]` that are added to a cache in three steps."""
     weight = model.lm_head.weight
     cache = KVCache(model.config, 2, 26, dtype=weight.dtype, device=weight.device)
-    # The rows begin with 9 and 5 valid tokens; then come a step of 16 and a step of 1.
+    # The rows begin with 9 and 5 valid tokens; a step of 16 and a step of 1 follow.
     num_valid = torch.tensor([9, 5], device=weight.device)
     prefill = model(tokens[:, :9], cache, num_valid)[:, :5]
     steps = [model(part, cache) for part in (tokens[:, 9:25], tokens[:, 25:])]
@@ -63,7 +63,7 @@ def random_tokens(device, *shape) -> Tensor:
 
 
 def random_documents(device) -> list[Tensor]:
-    """Ragged, one of a single token and an empty one among them."""
+    """Ragged documents, including one with a single token and an empty one."""
     return [random_tokens(device, length) for length in (9, 1, 0, 6)]
 
 
@@ -76,7 +76,7 @@ def packed(documents: list[Tensor], after: int = 0, dtype=torch.int32) -> tuple[
 
 
 def loss_alone(model: Llama2, documents: list[Tensor]) -> Tensor:
-    """The mean over all predictions, each document run for itself."""
+    """The mean loss over all predictions, with each document run separately."""
     parts = [(model.loss(x[None]), len(x) - 1) for x in documents if len(x) > 1]
     return sum(loss * count for loss, count in parts) / sum(count for _, count in parts)
 

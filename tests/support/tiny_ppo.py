@@ -13,7 +13,7 @@ from llama2.rlhf.rollouts import Judge, Question, Questions, Sampler
 from llama2.scalar_model import ScalarModel
 from llama2.train.execution import Execution, OneProcess
 
-TORCH = get_backend("torch")  # what commands take on a CPU
+TORCH = get_backend("torch")  # the commands' backend on a CPU
 EOS, WANTED = 2, 5
 SHAPE = ModelConfig(
     vocab_size=24,
@@ -36,7 +36,7 @@ CONFIG = PPOConfig(
 
 
 def wanted(sequences: Sequence[Sequence[int]]) -> list[float]:
-    """The share of a token in each sequence, prompt and answer, as a logit in [−2, 2]."""
+    """The share of one token in each sequence (prompt and answer), as a logit in [−2, 2]."""
     return [4 * sum(token == WANTED for token in ids) / len(ids) - 2 for ids in sequences]
 
 

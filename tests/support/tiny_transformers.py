@@ -1,4 +1,4 @@
-"""Small models of Transformers with random weights, and the ways in which their rows are run."""
+"""Small models of Transformers with random weights, and ways to run them."""
 
 import copy
 import itertools
@@ -31,7 +31,7 @@ SIZES = {
     "eos_token_id": None,
     "tie_word_embeddings": False,
 }
-# What a kind of model has beside the sizes.
+# Settings of each kind of model, in addition to the sizes.
 KINDS = {
     "Llama": {},
     "Mistral": {"sliding_window": 5},
@@ -43,7 +43,7 @@ transformers.logging.set_verbosity_error()
 
 
 def make(kind: str = "Llama", *, attention: str = "eager", **changes) -> nn.Module:
-    """The same weights for the same kind, far enough from zero that tokens differ."""
+    """A model with the same weights for the same kind, large enough that tokens differ."""
     config_class = getattr(transformers, f"{kind}Config")
     config = config_class(**SIZES | KINDS.get(kind, {}) | changes)
     config._attn_implementation = attention
@@ -60,7 +60,7 @@ def make(kind: str = "Llama", *, attention: str = "eager", **changes) -> nn.Modu
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """In another dtype, but for the angles' frequencies: as Transformers loads a checkpoint."""
+    """Casts a model except the frequencies of the angles, as Transformers loads a checkpoint."""
     kept = {n: b.clone() for n, b in model.named_buffers() if b.is_floating_point()}
     model = model.to(dtype)
     for name, buffer in kept.items():
@@ -70,7 +70,7 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def on_kernels(model: nn.Module, route: str) -> nn.Module:
-    """A copy whose attention alone, or all of it, runs on the kernels."""
+    """Returns a copy of which only attention, or everything, runs on the kernels."""
     model = copy.deepcopy(model)
     if route == "attention":
         ours.register()
@@ -83,7 +83,8 @@ def on_kernels(model: nn.Module, route: str) -> nn.Module:
 
 
 class _WideTorch:
-    """torch, but what a model computes in float32 whatever its dtype it computes in float64."""
+    """torch, except that a model's computations in float32, regardless of its dtype, are in
+    float64."""
 
     float32 = torch.float64
 
@@ -92,8 +93,8 @@ class _WideTorch:
 
 
 def double(model: nn.Module) -> Callable:
-    """The oracle: runs a function of the same model in float64 on eager attention, where float32 in
-    the midst of it, as in norms and softmax, is float64 too."""
+    """Returns an oracle that runs a function of the same model in float64 with eager attention,
+    including parts that always use float32, such as norms and softmax."""
     wide = copy.deepcopy(model).double()
     modeling = {type(part).__module__ for part in model.modules()}
     modeling = [sys.modules[name] for name in modeling if name.startswith("transformers.models.")]
@@ -111,14 +112,14 @@ def double(model: nn.Module) -> Callable:
 
 
 def cached(model: nn.Module, cache: str) -> dict[str, Any]:
-    """What a model is called with to fill a cache of its own."""
+    """The arguments with which a model fills a new cache."""
     if cache == "dynamic":
         return {"past_key_values": transformers.DynamicCache(config=model.config)}
     return {"past_key_values": transformers.StaticCache(config=model.config, max_cache_len=32)}
 
 
 def places(start: int, count: int, device: torch.device) -> dict[str, Tensor]:
-    """Transformers 4 compiles steps only if it is told where in the cache they are."""
+    """The position arguments with which Transformers 4 can compile decode steps."""
     if transformers.__version__ >= "5":
         return {}
     return {"cache_position": torch.arange(start, start + count, device=device)}
@@ -127,7 +128,7 @@ def places(start: int, count: int, device: torch.device) -> dict[str, Tensor]:
 def matrix(at_once: int, **dimensions: Sequence[Any]) -> pytest.MarkDecorator:
     """Parametrizes a test by all combinations of the dimensions' values.
 
-    Those that it takes to meet every value (at_once 1) or every pair of values (2) run by default;
+    The combinations that cover every value (at_once 1) or every pair of values (2) run by default;
     the others have the mark `matrix`.
     """
 
@@ -135,7 +136,7 @@ def matrix(at_once: int, **dimensions: Sequence[Any]) -> pytest.MarkDecorator:
         return set(itertools.combinations(enumerate(combination), at_once))
 
     combinations = list(itertools.product(*dimensions.values()))
-    # In another order, that no value is met more often for being the first.
+    # Shuffled, so that no value is more frequent because it is the first.
     shuffled = random.Random(0).sample(combinations, len(combinations))
     missing, chosen = set().union(*map(met, combinations)), set()
     while missing:
@@ -156,7 +157,7 @@ def matrix(at_once: int, **dimensions: Sequence[Any]) -> pytest.MarkDecorator:
 
 
 def rows(padding: str, *, length: int = 9, batch: int = 2) -> tuple[dict[str, Tensor], Tensor]:
-    """(arguments of a model's call, which positions are no padding)."""
+    """(arguments of a model's call, mask of positions that are not padding)."""
     generator = torch.Generator().manual_seed(SEED + 1)
     tokens = torch.randint(1, VOCABULARY, (batch, length), generator=generator)
     real = torch.ones_like(tokens)

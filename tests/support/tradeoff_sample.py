@@ -1,4 +1,4 @@
-"""A made-up result of a trade-off study for tests: nothing was trained, the numbers are drawn."""
+"""An invented result of a trade-off study for tests: nothing was trained, numbers are random."""
 
 from collections.abc import Sequence
 from dataclasses import asdict

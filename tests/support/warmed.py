@@ -1,8 +1,8 @@
-"""What `warm_up` promises, in a process in which Triton compiles.
+"""Checks of `warm_up`, for a process in which Triton compiles.
 
     PYTHONPATH=bench python tests/support/warmed.py FUNCTION [ARGUMENT …]
 
-Prints as JSON what a function of this module returns.
+Prints the result of a function of this module as JSON.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ def _row_ops(dtype: torch.dtype) -> None:
 
 
 def warm_row_ops() -> list:
-    """Twice."""
+    """Warms up twice; returns both reports."""
 
     def warm() -> object:
         return gqa_kernels.warm_up(lambda: _row_ops(torch.bfloat16), arch="sm_90", jobs=1)
@@ -58,13 +58,13 @@ def warm_row_ops() -> list:
 
 
 def launch_row_ops() -> list:
-    """What is compiled for the dtype that was warmed up, and for another."""
+    """Returns what is compiled for the dtype that was warmed up, and for another."""
     dtypes = (torch.bfloat16, torch.float16)
     return [_launched(partial(_row_ops, dtype)) for dtype in dtypes]
 
 
 def _launched(call: Callable[[], object]) -> dict:
-    """Over Triton's own launcher, what is compiled and how much launched."""
+    """Runs a call with Triton's own launcher; returns what it compiles and how much it launches."""
     compiled = []
 
     def listen(*, src, cache_hit: bool, **_) -> None:
@@ -78,14 +78,14 @@ def _launched(call: Callable[[], object]) -> dict:
 
 
 def fail() -> list:
-    """Two kernels, of which one has a type that is none; and one whose process dies."""
+    """Compiles two kernels, one of which has an invalid type, and one whose process dies."""
     good, other = record(lambda: _row_ops(torch.bfloat16), "sm_90")
     bad = other._replace(specialization=other.specialization.replace("*bf16", "*none"))
     outcomes = [*workers.compile_all([bad, good], 1)]
     start, dead = workers._start, [sys.executable, "-c", "import os; os._exit(3)"]
 
     def start_dead() -> object:
-        workers._start = start  # the next one lives
+        workers._start = start  # the next process is a working one
         return workers.subprocess.Popen(
             dead, stdin=workers.subprocess.PIPE, stdout=workers.subprocess.PIPE, text=True
         )
@@ -109,12 +109,12 @@ def refusals() -> list:
 
 
 def _same(kernel: Kernel) -> str:
-    """What its binary depends on."""
+    """Everything on which a kernel's binary depends."""
     return json.dumps({**json.loads(kernel.specialization), "key": None})
 
 
 def _generate(model: Llama2, cache_dtype: torch.dtype | None) -> None:
-    # Capacities that 16 divides, as on a GPU.
+    # Capacities are multiples of 16, as on a GPU.
     for batch, (length, new) in product((1, 3), ((1, 16), (30, 3))):
         prompts = [[0] * max(length - row, 1) for row in range(batch)]
         generator = Generator(model, cache_dtype=cache_dtype, capture=False)
@@ -179,8 +179,8 @@ def _warmed(uses: Iterable[str], cache_dtype: torch.dtype | None = None) -> set[
 
 
 def left_out() -> list:
-    """By use and cache, how many kernels a model's own calls launch, and those of them that no
-    warm-up compiles."""
+    """Returns, by use and cache, the number of kernels that a model's own calls launch, and those
+    that no warm-up compiles."""
     found = []
     caches = product(("generate", "serve"), CACHES)
     for use, cache in (*caches, ("evaluate", "auto"), ("train", "auto")):
@@ -191,7 +191,7 @@ def left_out() -> list:
 
 
 def on_other_gpus() -> list:
-    """What a model launches on a GPU with this many SMs."""
+    """Returns what a model launches on GPUs with other numbers of SMs."""
     found = []
     for number in (132, 1):
         recording._PROPERTIES["multiprocessor_count"] = number
@@ -200,7 +200,7 @@ def on_other_gpus() -> list:
 
 
 def complaints() -> list:
-    """What the command says of options that are wrong: (status, stderr)."""
+    """The command's (status, stderr) for invalid options."""
     found = []
     for options in (
         (),
@@ -214,7 +214,7 @@ def complaints() -> list:
 
 
 def without_compiling() -> dict:
-    """What compiles nothing, in one process."""
+    """Results of calls that compile nothing, in one process."""
     return {
         "left_out": left_out(),
         "on_other_gpus": on_other_gpus(),

@@ -1,9 +1,9 @@
-"""Approximate instructions that err by as much as they may, and eager code that errs as much.
+"""Approximate instructions with their largest allowed errors, and eager code with equal errors.
 
-The budget of a result in float32 is made of roundings. ex2.approx, rsqrt.approx and div.full err
-by up to four of them (PTX ISA, "Floating Point Instructions"), so that a kernel made of them may
-exceed it. Where the emulator lets them err by their bounds, the budget is that of eager code whose
-exponentials, square roots and quotients err by the same bounds.
+The budget of a float32 result consists of roundings. ex2.approx, rsqrt.approx and div.full have
+errors of up to four roundings (PTX ISA, "Floating Point Instructions"), so kernels that use them
+may exceed the budget. If the emulator adds these errors, the budget is that of eager code whose
+exponentials, square roots and quotients have errors within the same bounds.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten = torch.ops.aten
-# The largest relative errors, of lg2 that of results that are not near 0.
+# The largest relative errors; for lg2, of results that are not near 0.
 EX2, LG2, RSQRT, DIV = 2.0**-22, 2.0**-22, 2.0**-22.9, 2.0 * 2.0**-23
 _BOUNDS = {
     _aten.exp.default: EX2,
@@ -26,8 +26,8 @@ _BOUNDS = {
 
 
 def erring(value: np.ndarray, bound: float, seed: int) -> np.ndarray:
-    """float32 numbers that err by `bound` of their size, up or down, or not at all: always the same
-    way for one number, as lanes that compute the same thing must agree."""
+    """Adds a relative error of ±`bound` or 0 to float32 numbers. The error is a function of the
+    number, since lanes that compute the same number must agree."""
     mixed = np.ascontiguousarray(value).view(np.uint32).astype(np.uint64) + np.uint64(seed)
     mixed = (mixed * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)
     sign = (mixed % np.uint64(3)).astype(np.int64) - 1
@@ -35,7 +35,8 @@ def erring(value: np.ndarray, bound: float, seed: int) -> np.ndarray:
 
 
 class Approximate(TorchDispatchMode):
-    """A context in which eager operations in float32 err as the instructions of a kernel may."""
+    """A context in which eager float32 operations have the errors that a kernel's instructions may
+    have."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()

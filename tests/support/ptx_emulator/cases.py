@@ -1,4 +1,4 @@
-"""What the emulator runs beyond the small cases of the op table: longer ones, and views."""
+"""Cases for the emulator in addition to the small ones of the op table: longer ones, and views."""
 
 import torch
 
@@ -8,14 +8,14 @@ QUANTISED = (torch.int8, torch.float8_e4m3fn)
 
 
 def strided(x):
-    """The same values as a view with gaps between rows."""
+    """Returns the same values as a view with gaps between rows."""
     wide = torch.full((*x.shape[:-1], x.shape[-1] + 24), float("nan")).to(x.dtype)
     wide[..., 8 : 8 + x.shape[-1]] = x
     return wide[..., 8 : 8 + x.shape[-1]]
 
 
 def odd(x):
-    """The same values two bytes (one element) off any alignment."""
+    """Returns the same values at an address that is misaligned by one element (two bytes)."""
     flat = torch.full((x.numel() + 1,), float("nan")).to(x.dtype)
     flat[1:] = x.flatten()
     return flat[1:].view(x.shape)
@@ -25,7 +25,8 @@ VIEWS = {"strided": strided, "odd": odd}
 
 
 def extra_cases(spec: OpSpec) -> list[Case]:
-    """Longer than the table's, so that loops and pipelines go round; and its untested variants."""
+    """Cases longer than the table's, so that loops and pipelines have several rounds, and variants
+    that the table does not test."""
     base = spec.test_cases()[0].sizes
 
     def case(source, **sizes):

@@ -1,10 +1,10 @@
-"""Ops of the table under the emulator: findings, and errors beside the package's own budget.
+"""Runs ops of the table in the emulator; reports findings, and errors against the error budget.
 
     python -m ptx_emulator.check --arch sm_80 [--op rms_norm] [--dtype bfloat16] [--case 3]
 
-A line per call, and at the end how much of the compiled code ran. The exit status is 1 if there was
-a finding, an error beyond its budget or an exception. An op that is not in the table is a
-`Call(spec, case, dtype).run("sm_90")` with an `OpSpec` of its own.
+Prints a line per call, and at the end how much of the compiled code ran. The exit status is 1 after
+a finding, an error beyond its budget or an exception. For an op that is not in the table, use
+`Call(spec, case, dtype).run("sm_90")` with another `OpSpec`.
 """
 
 import argparse
@@ -34,7 +34,7 @@ ORDERS = ("forward", "backward", "random", "interleaved")
 
 
 class Outcome(NamedTuple):
-    """What one call under the emulator came to."""
+    """The result of one call in the emulator."""
 
     measured: list[Measured]
     findings: list[str]
@@ -48,7 +48,7 @@ class Outcome(NamedTuple):
 
 
 class Call:
-    """A call of an op, forward and backward, to be run any number of times."""
+    """A call of an op, forward and backward, that can run any number of times."""
 
     def __init__(
         self,
@@ -61,8 +61,8 @@ class Call:
     ) -> None:
         """
         Args:
-            view: a name of `cases.VIEWS`: what the floating inputs are given as, but for caches and
-                scales.
+            view: a name in `cases.VIEWS`: the kind of view that replaces floating inputs other than
+                caches and scales.
         """
         self.spec, self.seed = spec, seed
         generator = torch.Generator().manual_seed(seed)
@@ -71,7 +71,7 @@ class Call:
             floating = isinstance(x, torch.Tensor) and x.is_floating_point()
             if floating and not name.endswith(("_cache", "_scale")):
                 self.inputs[name] = VIEWS[view](x)
-        # What the op writes to, and with it a part of the result.
+        # The arguments to which the op writes; they are a part of the result.
         self.written = [
             name
             for name in ("k_cache", "v_cache", "k_scale", "v_scale")
@@ -84,7 +84,7 @@ class Call:
     def run(self, arch: str, *, mutate: Any = None, **options: Any) -> Outcome:
         """
         Args:
-            mutate: (kernel's name, PTX) → PTX that runs in its stead.
+            mutate: (kernel's name, PTX) → PTX that runs instead.
             options: those of `machine.Options`.
         """
         codes: dict[str, torch.Tensor] = {}
@@ -99,13 +99,13 @@ class Call:
         return Outcome(measured, emulator.findings, results, len(emulator.records), seconds)
 
     def _function(self, function: Any, codes: dict[str, torch.Tensor]) -> Any:
-        """The op on copies of what it writes to, which are results too; those of 8 bits go to
-        `codes`."""
+        """Wraps the op so that it writes to copies and returns them too; 8-bit copies go to `codes`
+        instead."""
         if not self.written:
             return function
 
         def call(**inputs: Any) -> tuple[torch.Tensor, ...]:
-            # A float64 oracle writes codes and scales all the same.
+            # A float64 oracle writes codes and scales in their own dtypes too.
             kept = self.written if self.codes else ()
             copies = {
                 name: inputs[name].to(self.dtypes[name] if name in kept else None, copy=True)
@@ -122,7 +122,7 @@ class Call:
         return lambda given: accuracy.run(reference, given, self.spec.wrt, self.seed, like=actual)
 
     def _draws(self, actual: Results, noise: bool) -> list[tuple[Results, Results]]:
-        """Drawn once for exact instructions, and once for approximate ones that err as they may."""
+        """Draws of eager code, cached for exact and for approximate instructions."""
         if noise not in self._drawn:
             evaluate = self._evaluate(actual)
 
@@ -140,21 +140,21 @@ class Call:
         return codes
 
     def _compare_codes(self, name: str, codes: torch.Tensor) -> Measured:
-        """How many 8-bit values are another than eager code's; a rotation that rounds otherwise
-        moves one to the next."""
+        """Compares 8-bit values with those of eager code. A rotation that rounds differently may
+        change a value to its neighbour."""
         ours, eager = (x.view(torch.uint8).int() for x in (codes, self._reference_codes[name]))
         apart = (ours - eager).abs()
         return Measured(name, float(((apart > 1) & (apart < 255)).sum()), 0.0)
 
 
 def _digest(results: Results) -> str:
-    """The same of the same bits."""
+    """A digest of the bits of results."""
     raw = [x.contiguous().flatten().view(torch.uint8).numpy().tobytes() for x in results.values()]
     return hashlib.sha256(b"".join(raw)).hexdigest()[:16]
 
 
 def refused(error: Exception, arch: str, case: Case) -> bool:
-    """Whether the package says that it has no float8 on this architecture."""
+    """Whether the error says that the package does not support float8 on this architecture."""
     float8 = case.sizes.get("cache_dtype") == torch.float8_e4m3fn
     return float8 and arch == "sm_80" and "float8" in str(error) and "PTX" not in str(error)
 
@@ -162,7 +162,8 @@ def refused(error: Exception, arch: str, case: Case) -> bool:
 def record_of(
     arch: str, spec: OpSpec, case: Case, dtype: str, view: str | None, seed: int, **options: Any
 ) -> dict[str, Any]:
-    """A call as a line of JSON: "status" is passed, refused or failed; "complaints" says why."""
+    """Runs a call; returns its line of JSON. "status" is passed, refused or failed; "complaints"
+    are the reasons."""
     record = {"arch": arch, "op": spec.name, "case": str(case), "dtype": dtype, "view": view}
     try:
         call = Call(spec, case, getattr(torch, dtype), view=view, seed=seed)
@@ -209,18 +210,20 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--arch", default="sm_90", choices=ARCHITECTURES)
     parser.add_argument("--op", action="append", choices=[s.name for s in SPECS])
     parser.add_argument("--dtype", action="append", choices=DTYPES)
-    parser.add_argument("--case", action="append", type=int, help="its place among the cases")
-    parser.add_argument("--extra", action="store_true", help="the longer cases instead")
+    parser.add_argument("--case", action="append", type=int, help="index of a case; repeatable")
+    parser.add_argument("--extra", action="store_true", help="run the longer cases instead")
     parser.add_argument("--views", action="store_true", help="strided and misaligned inputs")
     parser.add_argument("--sms", type=int, help="processors that launches are planned for")
     parser.add_argument("--schedule", default="lockstep", choices=("lockstep", "random"))
     parser.add_argument("--ctas", default="forward", choices=ORDERS, help="order of programs")
-    parser.add_argument("--noise", action="store_true", help="approximate instructions err")
     parser.add_argument(
-        "--report", action="store_true", help="failures alone are shown, and are no error"
+        "--noise", action="store_true", help="add errors to approximate instructions"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="show failures only, and exit with status 0"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", metavar="FILE", help="a line of JSON per call is appended")
+    parser.add_argument("--results", metavar="FILE", help="append a line of JSON per call")
     return parser
 
 

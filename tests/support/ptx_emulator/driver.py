@@ -4,7 +4,7 @@
         function(tensors on the CPU)
     print(emulator.findings)
 
-One architecture per process: a compiled kernel keeps the launcher it first ran under.
+A process can use only one architecture: a compiled kernel keeps its first launcher.
 """
 
 import time
@@ -31,14 +31,14 @@ from ptx_emulator.translation import Program
 
 
 class Limits(NamedTuple):
-    """What a kernel plans its launches for."""
+    """The device properties for which launches are planned."""
 
     capability: int
     num_sms: int
     shared_per_program: int
 
 
-# num_sms is what a kernel plans for; few keep grids small.
+# Launches are planned for num_sms; a small number keeps grids small.
 ARCHITECTURES = {"sm_80": Limits(80, 108, 166912), "sm_90": Limits(90, 132, 232448)}
 _SIZES = {"i1": 1, "i8": 1, "u8": 1, "i16": 2, "u16": 2, "i32": 4, "u32": 4, "i64": 8, "u64": 8}
 
@@ -55,7 +55,7 @@ class Record(NamedTuple):
 
 
 class Unsupported(NotImplementedError):
-    """What a launch asks of the driver, and the driver cannot do."""
+    """The driver does not support something that a launch needs."""
 
 
 programs: dict[str, Program] = {}  # by PTX
@@ -175,7 +175,7 @@ class _Launcher:
                         described["block_size"], swizzle, value.padding,
                     )  # fmt: skip
                     param, _, _ = next(params)
-                    # In 32 bits, which is how some versions take the address of a parameter.
+                    # Fits 32 bits, because some versions use 32-bit addresses of parameters.
                     handle = 0xDE5C0000 + 128 * len(launch.descriptors)
                     launch.params[param] = np.uint64(handle)
                     launch.descriptors[handle] = tensor
@@ -192,7 +192,7 @@ class _Launcher:
 
 
 class _Utilities:
-    """What Triton's driver asks of a GPU and its loader."""
+    """The part of a driver that Triton queries for devices and binaries."""
 
     def __init__(self, limits: Limits) -> None:
         self.properties = {
@@ -213,7 +213,7 @@ class _Utilities:
 
 
 class EmulatingDriver(DriverBase):
-    """The active driver while `emulating`: a GPU whose memory is that of the CPU."""
+    """The active driver while `emulating`: a GPU whose memory is the CPU's."""
 
     launcher_cls = _Launcher
 
@@ -225,7 +225,7 @@ class EmulatingDriver(DriverBase):
         self.options = Options()
         self.findings: list[str] = []
         self.records: list[Record] = []
-        self.mutate = None  # (kernel name, PTX) → PTX, to see that a fault is seen
+        self.mutate = None  # (kernel name, PTX) → PTX, to test that faults are noticed
 
     @classmethod
     def is_active(cls) -> bool:
@@ -258,13 +258,13 @@ _driver = cache(EmulatingDriver)
 
 @contextmanager
 def emulating(arch: str, *, mutate=None, **options: Any) -> Iterator[EmulatingDriver]:
-    """Launches inside run in the emulator.
+    """A context in which launches run in the emulator.
 
     Args:
-        mutate: (kernel's name, PTX) → PTX that runs in its stead.
+        mutate: (kernel's name, PTX) → PTX that runs instead.
         options: those of `machine.Options`.
     Raises:
-        RuntimeError: Triton's interpreter is on, so that nothing is compiled.
+        RuntimeError: Triton's interpreter is on, so nothing is compiled.
     """
     if knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET: expected it to be unset; got it set")

@@ -1,4 +1,4 @@
-"""Global memory: loads, stores and atomics, and who of several programs may see what."""
+"""Global memory: loads, stores and atomics, and their ordering between programs."""
 
 import numpy as np
 
@@ -62,7 +62,7 @@ class GlobalAccesses:
         return warps if lanes is None else warps[lanes]
 
     def _known(self, cta, epoch, warp):
-        """Whether writes of those CTAs at those epochs are ordered before what this one does."""
+        """Whether writes of those CTAs at those epochs are ordered before this one's accesses."""
         known = np.zeros(cta.shape, bool)
         for other in np.unique(cta).tolist():
             reached = self.acquired.get(other - 1)
@@ -181,11 +181,11 @@ class GlobalAccesses:
                     for cta, epoch in published.items():
                         acquired[cta] = max(acquired.get(cta, 0), epoch)
                 if order in ("acq_rel", "release"):
-                    # What was written before this CTA's last barrier is published; transitively so.
+                    # Publishes writes before this CTA's last barrier, and those it has acquired.
                     published[self.linear] = self.epoch
                     for cta, epoch in {**self.acquired, **acquired}.items():
                         published[cta] = max(published.get(cta, 0), epoch)
-        # Threads other than those of the atomic learn of it at the next barrier; close enough.
+        # Approximation: on hardware, other threads acquire it only at the next barrier.
         for cta, epoch in acquired.items():
             if cta != self.linear:
                 self.acquired[cta] = max(self.acquired.get(cta, 0), epoch)

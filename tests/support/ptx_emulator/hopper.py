@@ -1,4 +1,4 @@
-"""What sm_90 adds: mbarriers, bulk tensor copies, wgmma."""
+"""Features of sm_90: mbarriers, bulk tensor copies, wgmma."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ U4 = np.uint32
 
 
 class _Mbarrier:
-    """One mbarrier object: arrivals and bytes that its phase still waits for."""
+    """One mbarrier object: the arrivals and bytes for which its phase still waits."""
 
     def __init__(self, count: int, num_warps: int) -> None:
         self.count = self.pending = count
@@ -14,7 +14,7 @@ class _Mbarrier:
         self.bytes = 0
         self.copies: list = []
         self.published = np.zeros(num_warps, np.int64)
-        self.visible = np.zeros(num_warps, np.int64)  # of the phases that are complete
+        self.visible = np.zeros(num_warps, np.int64)  # published by completed phases
 
     def advance(self) -> None:
         if self.pending == 0 and self.bytes == 0:
@@ -34,12 +34,12 @@ class Hopper:
         self.wgmma_open: dict[int, list] = {}  # by warpgroup
         self.wgmma_groups: dict[int, list] = {}
         self.wgmma_tables: dict = {}
-        # By warpgroup: the registers at its last wgmma.fence, and (by the identity of their arrays)
+        # By warpgroup: the registers at its last wgmma.fence and, by the identity of their arrays,
         # the shapes of the wgmma that have written to registers since.
         self.wgmma_fenced: dict[int, list] = {}
         self.wgmma_written: dict[int, dict] = {}
         # Accumulators in flight, by the identity of their register's array: a register that is
-        # moved meanwhile is the same array, and gets the result with it.
+        # moved in the meantime shares the array and so gets the result too.
         self.wgmma_arrays: dict[int, np.ndarray] = {}
         self.wgmma_values: dict[tuple[int, int], tuple] = {}  # (array, warpgroup) → (array, value)
 
@@ -96,7 +96,8 @@ class Hopper:
             barrier.advance()
 
     def test_mbarrier(self, line, addresses, parity, mask):
-        """Whether the phase of that parity is complete; copies land no sooner than asked for."""
+        """Whether the phase of that parity is complete; its copies land when it is tested, no
+        earlier."""
         done = np.zeros(self.num_threads, bool)
         threads = self.threads if mask is None else np.flatnonzero(mask)
         mine = addresses[threads].astype(np.int64)
@@ -110,7 +111,7 @@ class Hopper:
                 if barrier.phase != (wanted & 1):
                     done[those] = True
                     if self.races:
-                        # Waits and arrivals race with the barrier's birth and end alone.
+                        # Waits and arrivals race only with the barrier's init and inval.
                         self.races.on_read(
                             line, np.full(len(those), address), 8, those, barrier=True
                         )
@@ -152,7 +153,7 @@ class Hopper:
                 bar.published = np.maximum(bar.published, published)
             bar.copies.append((line, tensor, start, address, places, thread))
 
-    # A bulk store reads shared memory when it is waited for, no sooner; what it writes lands then.
+    # A bulk store reads shared memory as late as possible, at its wait; its writes land then.
 
     def tensor_store(self, line, descriptor, coordinates, source, mask) -> None:
         threads = self.threads if mask is None else np.flatnonzero(mask)
@@ -227,8 +228,9 @@ class Hopper:
             self.wgmma_written[group] = {}
 
     def _check_fence(self, line, R, accumulators, operands, n, group, m) -> None:
-        """A wgmma.fence is due between writes to a register (which put another array in its place)
-        and a wgmma of it, unless wgmma of one shape wrote to it as their accumulator."""
+        """Reports a missing wgmma.fence. One is needed between writes to a register (which replace
+        its array) and a wgmma that uses it, unless only wgmma of that shape wrote to it, as their
+        accumulator."""
         if group not in self.wgmma_fenced:
             self.launch.report("wgmma before any wgmma.fence", line, f"warpgroup {group}")
         fenced = self.wgmma_fenced.setdefault(group, list(R))
@@ -238,7 +240,7 @@ class Hopper:
             array, before = R[index], fenced[index]
             if id(array) in written:
                 ordered = index in accumulators and written[id(array)][1] == n
-            else:  # in part: threads of another warpgroup may have written to theirs
+            else:  # partly: threads of another warpgroup may have written to theirs
                 ordered = array is before or (m is not None and (array == before)[mine].all())
             if not ordered:
                 kind = "an accumulator" if index in accumulators else "an operand"
@@ -255,9 +257,9 @@ class Hopper:
         return np.flatnonzero(some).tolist()
 
     def _operand(self, line, descriptor, rows, k, transposed, item):
-        """Byte addresses [rows, k] of an operand that a shared-memory descriptor describes.
+        """Byte addresses [rows, k] of an operand described by a shared-memory descriptor.
 
-        rows: M or N. Not transposed: K is contiguous ("K-major"); else rows are ("MN-major").
+        rows: M or N. K is contiguous ("K-major") unless transposed ("MN-major").
         """
         key = (descriptor, rows, k, transposed, item)
         found = self.wgmma_tables.get(key)
@@ -302,7 +304,8 @@ class Hopper:
         return swizzled, words
 
     def wgmma(self, line, R, indices, a, b, scale, n, k, kinds, transposed, m, operands=()) -> None:
-        """operands: the registers of A; a: what is in them, or a descriptor of shared memory."""
+        """`operands` are the registers of A; `a` is their content, or a descriptor of shared
+        memory."""
         kind = kinds[1]
         item = 2
         if kinds[0] != "f32" or kind not in ("f16", "bf16"):
@@ -314,7 +317,7 @@ class Hopper:
             used = []
             self._check_fence(line, R, indices, operands, n, group, m)
             if isinstance(a, list):
-                # Four registers: as m16n8k16's A, for each of the four warps.
+                # Four registers, like A of m16n8k16, for each of the four warps.
                 bits = np.stack([x[first : first + 128] for x in a]).view(np.uint16)
                 x = bits.reshape(2, 2, 4, 8, 4, 2).transpose(2, 1, 3, 0, 4, 5).reshape(64, 16)
                 left = self._widen(np.ascontiguousarray(x), kind)

@@ -1,4 +1,4 @@
-"""Runs a translated kernel: programs in some order, and the threads of each."""
+"""Runs a translated kernel: its programs in some order, and their threads."""
 
 import random
 from collections.abc import Callable
@@ -19,7 +19,7 @@ U4 = np.uint32
 
 
 class EmulationError(RuntimeError):
-    """What the kernel did wrong, or the emulator cannot do."""
+    """The kernel has an error, or uses something that the emulator does not support."""
 
 
 @dataclass
@@ -29,17 +29,17 @@ class Options:
     races: bool = True
     schedule: str = "lockstep"  # or "random": the warps one at a time, in random order
     ctas: str = "forward"  # or "backward", "random", "interleaved" (switch at atomics)
-    noise: bool = False  # approximate instructions err by as much as they may
+    noise: bool = False  # add the largest allowed errors to approximate instructions
     seed: int = 0
-    # A proxy fence is asked for after mbarrier.init before bulk copies on it, and after
-    # mbarrier.inval before one over it. Triton's own pipelines have neither.
+    # Requires a proxy fence between mbarrier.init and bulk copies on it, and between mbarrier.inval
+    # and a bulk copy over it. Triton's own pipelines have neither.
     mbarrier_fence: bool = False
     strict: bool = True  # raise at the first finding
 
 
 @dataclass
 class Launch:
-    """One launch: what all CTAs share."""
+    """One launch: the state that all CTAs share."""
 
     program: object
     memory: GlobalMemory
@@ -47,7 +47,7 @@ class Launch:
     grid: tuple
     shared: int
     options: Options
-    run_specialised: Callable  # `specialised.run`, of a CTA whose warps follow code of their own
+    run_specialised: Callable  # `specialised.run`, for a CTA with specialised warps
     findings: list = field(default_factory=list)
     descriptors: dict = field(default_factory=dict)
     published: dict = field(default_factory=dict)  # address of an atomic → {cta: epoch}
@@ -135,7 +135,7 @@ class Cta(SharedAccesses, GlobalAccesses, Warps, Hopper):
         self.wait_arguments = None
         self.random = random.Random(f"{self.options.seed} {self.linear}")
         self.init_hopper()
-        # One warp at a time, but a wgmma is issued by four at once: there all stay together.
+        # Runs one warp at a time, except with wgmma, which four warps issue together.
         self.apart = (
             self.options.schedule == "random"
             and self.num_warps > 1
@@ -186,7 +186,7 @@ class Cta(SharedAccesses, GlobalAccesses, Warps, Hopper):
                 state = np.zeros(T, np.int8)
                 where_to = {}
                 continue
-            # Threads are at different blocks, or warps take turns.
+            # Threads are at different blocks, or warps run one at a time.
             live = pc >= 0
             if not live.any():
                 self.finish_stores()
@@ -355,7 +355,7 @@ class Cta(SharedAccesses, GlobalAccesses, Warps, Hopper):
         return np.full(self.num_threads, value, U4)
 
     def approximate(self, value, bound):
-        """A result of an instruction that errs by up to `bound` of its size."""
+        """The result of an instruction with a relative error of up to `bound`."""
         return erring(value, bound, self.options.seed) if self.options.noise and bound else value
 
     def trap(self, line, mask) -> None:

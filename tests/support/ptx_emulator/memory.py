@@ -1,8 +1,8 @@
-"""Global memory: one address range per tensor argument, far from every other.
+"""Global memory: one address range per tensor argument, far from all others.
 
-A kernel sees made-up addresses: an access outside of the tensor that its pointer came from lands in
-no range, whatever lies beside the tensor in real memory. The low 16 bits are those of the real
-address, so that alignment is what it was.
+A kernel gets invented addresses, so an access outside of its pointer's tensor hits no range,
+regardless of what is next to the tensor in real memory. The low 16 bits are those of the real
+address, which preserves alignment.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ class Region:
         self.bytes = np.frombuffer(raw, np.uint8)
         self.views = {size: self.bytes.view(dtype) for size, dtype in _DTYPES.items()}
         base = (index << _SHIFT) | (1 << (_SHIFT - 1)) | (pointer & 0xFFFF)
-        self.pointer = base  # what the kernel gets
+        self.pointer = base  # the address that the kernel gets
         self.origin = base - self.low
         self.index = index
         units = self.bytes.size // min(item, 4) if item else 1
@@ -50,7 +50,8 @@ class GlobalMemory:
         return region
 
     def resolve(self, line, addresses, size, total):
-        """[(region, lanes or None, byte offset)] of accesses of total bytes in items of size."""
+        """Returns [(region, lanes or None, byte offset)] of accesses of `total` bytes in items of
+        `size`."""
         ids = (addresses >> np.uint64(_SHIFT)).astype(np.int64)
         first = int(ids[0])
         if (ids == first).all():

@@ -1,9 +1,9 @@
-"""Breaks kernels on purpose, one instruction at a time, to see that the emulator notices.
+"""Breaks kernels on purpose, one instruction at a time, to test that the emulator notices.
 
     python -m ptx_emulator.mutations --arch sm_80 [--op flash_attention --case 0]
 
-A mutant is seen if there is a finding, an error beyond its budget or an exception. One that
-survives need not be a gap: its line may not matter, or another one beside it does the same.
+A mutant is seen if there is a finding, an error beyond its budget or an exception. A surviving
+mutant need not be a gap: its line may have no effect, or another line may have the same effect.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from ptx_emulator.cases import extra_cases
 from ptx_emulator.check import DTYPES, SPECS, Call
 from ptx_emulator.driver import ARCHITECTURES
 
-# By kind: lines that it applies to, and what becomes of such a line.
+# By kind: a pattern of the lines to which it applies, and the replacement of such a line.
 KINDS = {
     "drop bar.sync": (r"^\s*bar\.(warp\.)?sync\s", lambda s: ""),
     "drop every bar.sync": (r"^\s*bar\.(warp\.)?sync\s", lambda s: ""),
@@ -69,7 +69,7 @@ KINDS = {
 
 
 def sites(text: str, kind: str) -> list[int]:
-    """The lines of some PTX, from 0, that a kind of mutation applies to."""
+    """The lines of PTX, from 0, to which a kind of mutation applies."""
     pattern = re.compile(KINDS[kind][0])
     found = [n for n, line in enumerate(text.split("\n")) if pattern.search(line)]
     if kind == "drop every bar.sync":
@@ -86,7 +86,7 @@ def sites(text: str, kind: str) -> list[int]:
 
 
 def _barrier_before(text: str, site: int) -> int | None:
-    """The last barrier of the whole program above a line."""
+    """The last barrier of all threads above a line."""
     lines = text.split("\n")
     return next((n for n in range(site, 0, -1) if re.match(r"\s*bar\.sync\s", lines[n])), None)
 
@@ -110,7 +110,7 @@ def apply(text: str, kind: str, site: int) -> str:
     lines[site] = change(lines[site])
     if kind == "arrive before the barrier":
         barrier = _barrier_before(text, site)
-        lines.insert(site, lines.pop(barrier))  # what arrives has moved up by one
+        lines.insert(site, lines.pop(barrier))  # after the pop, the arrival is at site − 1
     if kind == "drop mbarrier wait":
         lines[site + 1] = ""
     if kind == "drop two bar.sync in a row":
@@ -125,13 +125,13 @@ def apply(text: str, kind: str, site: int) -> str:
 
 
 class Mutant(NamedTuple):
-    """What became of one mutation."""
+    """The result of one mutation."""
 
     kernel: str
     kind: str
     line: int  # of the PTX, from 1
     text: str
-    seen: str  # "finding", "budget", "error"; "bits" or "nothing" of a survivor
+    seen: str  # "finding", "budget", "error"; "bits" or "nothing" for a survivor
     detail: str
 
     @property
@@ -145,10 +145,10 @@ def mutants(
     """Runs a call with mutations, one at a time.
 
     Args:
-        each: at how many places of a kernel at most, drawn from a fixed seed.
-        kernel: only in kernels whose name contains this.
+        each: the largest number of places per kind and kernel, drawn with a fixed seed.
+        kernel: mutates only kernels whose name contains this.
     Raises:
-        AssertionError: the call is not right to begin with.
+        AssertionError: the call fails without a mutation.
     """
     texts: dict[str, str] = {}
     whole = call.run(arch, mutate=lambda name, text: texts.setdefault(name, text))
@@ -185,7 +185,7 @@ def _run(arch: str, call: Call, kernel: str, broken: str, results: Any) -> tuple
     return ("nothing" if same else "bits"), ""
 
 
-# What is broken where no op is named: (op, longer cases, case, sizes to change, backward pass too).
+# The default calls: (op, longer cases, case, sizes to change, backward pass too).
 CALLS = (
     ("flash_attention", True, 0, {"num_q_heads": 1, "seq_len_q": 70, "seq_len_kv": 330}, False),
     ("flash_attention", True, 0, {"num_q_heads": 1, "seq_len_q": 130, "seq_len_kv": 130}, True),
@@ -208,15 +208,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", default="sm_80", choices=ARCHITECTURES)
     parser.add_argument("--op", choices=[s.name for s in SPECS], help="default: several calls")
-    parser.add_argument("--case", type=int, default=0, help="its place among the cases of --op")
-    parser.add_argument("--extra", action="store_true", help="one of the longer cases")
+    parser.add_argument("--case", type=int, default=0, help="index of a case of --op")
+    parser.add_argument("--extra", action="store_true", help="use the longer cases")
     parser.add_argument("--sizes", default="{}", help="JSON: sizes of the case to change")
     parser.add_argument("--forward", action="store_true", help="no backward pass")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--each", type=int, default=6, help="places per kind and kernel")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--kind", action="append", choices=KINDS)
-    parser.add_argument("--results", metavar="FILE", help="a line of JSON per mutant is appended")
+    parser.add_argument("--results", metavar="FILE", help="append a line of JSON per mutant")
     options = parser.parse_args()
     poison_allocations()
     sizes = json.loads(options.sizes)

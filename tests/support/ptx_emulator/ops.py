@@ -1,6 +1,6 @@
-"""What PTX instructions compute, on numpy arrays with one element per thread.
+"""Computes PTX instructions on numpy arrays with one element per thread.
 
-Registers hold bits: uint16, uint32 and uint64 arrays, bool arrays for predicates.
+Registers are arrays of bits: uint16, uint32 and uint64; predicates are bool arrays.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ def bf16_to_f32(bits):
 
 
 def f32_to_bf16(x):
-    """To nearest, ties to even; NaN is 0x7FFF."""
+    """Rounds to nearest, ties to even; NaN becomes 0x7FFF."""
     bits = np.ascontiguousarray(x, dtype=F4).view(U4)
     rounded = ((bits + U4(0x7FFF) + ((bits >> U4(16)) & U4(1))) >> U4(16)).astype(U2)
     return np.where(np.isnan(x), U2(0x7FFF), rounded)
@@ -39,7 +39,7 @@ def pack(lo, hi):
 
 
 def flush(x):
-    """Subnormal float32 to zero of the same sign."""
+    """Replaces subnormal float32 by zero of the same sign."""
     return np.where(np.abs(x) < F4(1.1754944e-38), np.copysign(F4(0), x), x)
 
 
@@ -48,7 +48,7 @@ def fma32(a, b, c):
 
 
 def halves(function, unpack, repack, *args):
-    """An operation on each 16-bit half of packed registers."""
+    """Applies an operation to each 16-bit half of packed registers."""
     lo = repack(function(*(unpack(low(x)) for x in args)))
     hi = repack(function(*(unpack(high(x)) for x in args)))
     return pack(lo, hi)
@@ -78,7 +78,7 @@ def shift_right(x, amount, bits):
 
 
 def divide(a, b):
-    """Towards zero; a division by zero gives all ones, as the hardware's sequence does."""
+    """Division that truncates; a division by zero gives all ones, as on hardware."""
     safe = np.where(b == 0, b.dtype.type(1), b)
     if a.dtype.kind == "u":
         quotient = a // safe
@@ -210,7 +210,7 @@ _E4M3_VALUES = _float8_table().astype(F4)[:127]
 
 
 def f32_to_e4m3(x):
-    """To nearest, ties to even, saturating."""
+    """Rounds to nearest, ties to even, and saturates."""
     magnitude = np.minimum(np.abs(x), F4(448)).astype(F8)
     above = np.clip(np.searchsorted(_E4M3_VALUES, magnitude, side="left"), 0, 126)
     below = np.maximum(above - 1, 0)

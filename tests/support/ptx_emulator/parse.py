@@ -1,4 +1,4 @@
-"""PTX text to instructions, as far as Triton writes it."""
+"""Parses the subset of PTX that Triton generates."""
 
 import re
 import struct
@@ -14,7 +14,7 @@ REG_DTYPES = {
 
 @dataclass(frozen=True)
 class Reg:
-    """A register of a kernel, by its place among all of them."""
+    """A register of a kernel, by its index."""
 
     name: str
     index: int
@@ -31,7 +31,7 @@ class Imm:
 
 @dataclass(frozen=True)
 class Special:
-    """A register that the hardware fills."""
+    """A special register, set by the hardware."""
 
     name: str  # "%tid.x"
 
@@ -49,7 +49,7 @@ class Memory:
 
     base: object  # Reg, Symbol or Imm
     offset: int = 0
-    coordinates: tuple = ()  # of a bulk tensor copy: [base, {x, y, …}]
+    coordinates: tuple = ()  # for a bulk tensor copy: [base, {x, y, …}]
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,16 @@ class Instruction:
 
 @dataclass
 class Kernel:
-    """What the text says of one kernel."""
+    """A parsed kernel."""
 
     name: str = ""
     params: list = field(default_factory=list)  # (name, type, bytes)
     registers: list = field(default_factory=list)  # dtype by index
     instructions: list = field(default_factory=list)
     labels: dict = field(default_factory=dict)  # label → index of an instruction
-    tables: dict = field(default_factory=dict)  # of brx.idx: label → labels
+    tables: dict = field(default_factory=dict)  # for brx.idx: label → labels
     num_threads: int = 0
-    max_registers: int | None = None  # .maxnreg, what setmaxnreg begins from
+    max_registers: int | None = None  # .maxnreg, the initial value for setmaxnreg
     shared: dict = field(default_factory=dict)  # static shared variables: name → (offset, bytes)
     static_shared: int = 0
     text: str = ""
@@ -114,7 +114,7 @@ def _strip_comments(text: str) -> str:
 
 
 def _split(text: str) -> list[str]:
-    """At commas outside brackets and braces."""
+    """Splits at commas outside brackets and braces."""
     parts, depth, start = [], 0, 0
     for i, c in enumerate(text):
         if c in "[{(":
@@ -268,7 +268,7 @@ class _Parser:
                 line += statement.count("\n")
                 position = stop + 1
 
-        # Labels are seen in the innermost scope that has them.
+        # A label refers to the innermost scope that defines it.
         def seen(name, scopes):
             for scope in reversed(scopes):
                 if f"{name}@{scope}" in kernel.labels:
@@ -319,5 +319,5 @@ class _Parser:
 
 
 def parse(text: str) -> Kernel:
-    """The first entry of a module."""
+    """Parses the first entry of a module."""
     return _Parser(text).parse()

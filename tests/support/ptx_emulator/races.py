@@ -1,8 +1,9 @@
 """Happens-before between the warps of a CTA, over shared memory.
 
-Every warp has a clock and a vector of the clocks of others that it has met at barriers. A word of
-shared memory remembers its last writer and the clock of it, and for each warp the clock of its last
-read. An access races if it conflicts with one that no barrier orders before it.
+Every warp has a clock and a vector of the clocks of other warps as of their last common barrier.
+For each word of shared memory, the detector stores the last writer and its clock, and for each warp
+the clock of its last read. An access races if it conflicts with one that no barrier orders before
+it.
 """
 
 import numpy as np
@@ -19,27 +20,28 @@ class SharedRaces:
         self.written = np.zeros(words, np.int64)  # clock of its warp
         self.written_sync = np.zeros(words, np.int64)
         self.read = np.zeros((self.num_warps, words), np.int64)
-        self.in_flight = np.zeros(words, bool)  # asynchronous copies that nobody waited for
+        self.in_flight = np.zeros(words, bool)  # asynchronous copies without a wait so far
         self.read_by_wgmma = np.zeros(words, np.int16)
         self.read_by_store = np.zeros(words, np.int16)  # bulk copies to global memory that read it
         self.generic = np.zeros(words, bool)  # last written by the generic proxy
-        # The clock of each warp's first proxy fence after that write; 0: none.
+        # The clock of each warp's first proxy fence after the last write; 0: none.
         self.fenced = np.zeros((self.num_warps, words), np.int64) if async_proxy else None
         self.line = np.zeros(words, np.int32)  # of the last write
-        # clock[w]: starts at 1, so that 0 means never
+        # Clocks start at 1, so that 0 means never.
         self.clock = np.ones(self.num_warps, np.int64)
         self.seen = np.zeros((self.num_warps, self.num_warps), np.int64)
         self.warp_sync = np.ones(self.num_warps, np.int64)
-        # The clock of each warp when its lanes last met, and the lanes with accesses since.
+        # The clock of each warp when its lanes last synchronised, and the lanes with accesses
+        # since.
         self.synced = np.zeros(self.num_warps, np.int64)
         self.dirty = np.zeros((self.num_warps, 32), bool)
         self.used_wgmma = self.used_store = False
         self.last_read = np.zeros(words, np.int64)  # the largest clock over the warps
-        self.floor = 0  # what every warp has seen of every other: older accesses race with nothing
+        self.floor = 0  # a clock that all warps have seen of all others: older accesses cannot race
         self.num_in_flight = 0
 
     def _words(self, addresses, size):
-        """Word indices [k, lanes] of accesses of size bytes."""
+        """Word indices [k, lanes] of accesses of `size` bytes."""
         first = addresses.astype(np.int64) // self.unit
         count = max(size // self.unit, 1)
         return first[None] + np.arange(count)[:, None] if count > 1 else first[None]
@@ -56,7 +58,7 @@ class SharedRaces:
         )
 
     def on_read(self, line, addresses, size, threads, barrier=False):
-        """barrier: of an mbarrier, by its own instructions."""
+        """Checks reads; `barrier` means those of an mbarrier by its own instructions."""
         words = self._words(addresses, size)
         warps = threads >> 5
         if not barrier:
@@ -73,7 +75,8 @@ class SharedRaces:
         self.last_read[words] = self.clock.max()
 
     def _unseen_writes(self, words, threads):
-        """Where another thread wrote last and no barrier has told this one; None: nowhere."""
+        """Where another thread wrote last, not ordered before this one by a barrier; None if
+        nowhere."""
         clock = self.written[words]
         if clock.max() <= self.floor:
             return None
@@ -134,7 +137,7 @@ class SharedRaces:
         return words
 
     def unfenced(self, words, warp):
-        """Which words the generic proxy wrote, unfenced between that and this warp's present."""
+        """Which words the generic proxy wrote without a fence that this warp has seen since."""
         bad = self.generic[words]
         if not bad.any():
             return bad
@@ -162,8 +165,8 @@ class SharedRaces:
         self.num_in_flight = int(self.in_flight.any())
 
     def signal(self, line, address, thread, must_be_fenced):
-        """A bulk copy will complete on this mbarrier, whose initialisation must be known, and
-        fenced if `must_be_fenced`."""
+        """Checks the mbarrier on which a bulk copy will complete: its initialisation must be
+        ordered before the copy and, if `must_be_fenced`, fenced."""
         at, threads = np.array([address]), np.array([thread])
         self.on_read(line, at, 8, threads, barrier=True)
         words = self._words(at, 8).ravel()
@@ -175,7 +178,7 @@ class SharedRaces:
             )  # fmt: skip
 
     def start_store(self, line, words, thread):
-        """Words (unique) that the async proxy reads on behalf of one thread."""
+        """Checks unique words that the async proxy reads on behalf of one thread."""
         self.used_store = True
         warp = thread >> 5
         threads = np.full(len(words), thread)
@@ -214,7 +217,7 @@ class SharedRaces:
         self.written_sync[words] = self.warp_sync[warps]
 
     def start_wgmma(self, line, words, warps):
-        """Operand words (unique) read by the async proxy on behalf of four warps."""
+        """Checks unique operand words that the async proxy reads on behalf of four warps."""
         self.used_wgmma = True
         if self.num_in_flight and self.in_flight[words].any():
             self._complain(
@@ -257,7 +260,7 @@ class SharedRaces:
             ordered = (writer_warp == warp) | (written <= self.seen[warp, writer_warp])
             mine = words[ordered]
             fenced = self.fenced[warp, mine]
-            # The first fence after the write is what others know soonest.
+            # Keeps the first fence after the write, which other warps see earliest.
             self.fenced[warp, mine] = np.where(fenced == 0, self.clock[warp], fenced)
 
     def barrier(self, warps):
@@ -282,8 +285,8 @@ class SharedRaces:
         self.dirty[warps] = False
 
     def release(self, warp, thread=None):
-        """The vector that an arrival of this warp publishes; one of a thread leaves out what other
-        lanes did since they met."""
+        """The clocks that an arrival of this warp publishes; that of a single thread excludes what
+        other lanes did since the lanes last synchronised."""
         published = self.seen[warp].copy()
         published[warp] = self.clock[warp]
         if thread is not None and self.dirty[warp].any():
@@ -299,7 +302,7 @@ class SharedRaces:
 
 
 class RacesOfUnit:
-    """The CTA's race detector for a `specialised.Unit` that counts its threads and warps from 0."""
+    """The CTA's race detector for a `specialised.Unit`, which counts threads and warps from 0."""
 
     def __init__(self, races, first: int) -> None:
         self.races, self.first, self.first_warp = races, first, first >> 5

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-SHARED_BASE = 1024  # where a program's dynamic shared memory begins
+SHARED_BASE = 1024  # the first address of a program's dynamic shared memory
 U4 = np.uint32
 
 
@@ -10,7 +10,7 @@ class SharedAccesses:
     """A part of `machine.Cta`."""
 
     def shared_lanes(self, line, addresses, total, mask):
-        """(threads, addresses as int64) of the accesses that are made and legal."""
+        """(threads, addresses as int64) of the active, legal accesses."""
         if mask is None:
             threads, mine = self.threads, addresses.astype(np.int64)
         else:
@@ -113,7 +113,8 @@ class SharedAccesses:
         return results
 
     def receivers(self, warps, count, transposed):
-        """The lanes that get the words of each row, of a warp; of two, transposed, the first."""
+        """The lanes of a warp that receive the words of each row; if transposed, the first of the
+        two lanes that share a word."""
         key = ("matrix", count, transposed, len(warps))
         if len(warps) == self.num_warps and key in self.lane_tables:
             return self.lane_tables[key]
@@ -206,7 +207,7 @@ class SharedAccesses:
     def wait_copies(self, keep, mask) -> None:
         kept = []
         for threads, mine, size, data, group in self.copies:
-            # Groups are numbered from 0; committed counts those that are closed.
+            # Groups are numbered from 0; `committed` counts the closed ones.
             land = group < self.committed[self.warp[threads]] - keep
             if mask is not None:
                 land &= mask[threads]

@@ -1,8 +1,8 @@
-"""Warp-specialised kernels: warp groups that follow code of their own.
+"""Warp-specialised kernels, whose warp groups execute different code.
 
-The CTA is cut into units of four warps (what a wgmma needs), each with registers of its own; a unit
-whose warps part at a brx.idx (Triton's dispatcher) is cut further, into its warps. One unit at a
-time runs one basic block; a unit goes on until its threads wait at a barrier, an mbarrier or for
+The CTA is divided into units of four warps (as wgmma needs), each with separate registers. A unit
+whose warps diverge at a brx.idx (Triton's dispatcher) is divided into its warps. One unit at a time
+runs one basic block; a unit runs until its threads wait at a barrier, at an mbarrier or for
 registers (setmaxnreg.inc).
 """
 
@@ -12,11 +12,11 @@ from ptx_emulator.machine import _BARRIER, _RUN, _WAIT, Cta, EmulationError
 from ptx_emulator.races import RacesOfUnit
 
 _REGISTERS = 3
-MAX_BLOCKS = 2_000_000  # of one program: beyond, it is taken to spin for ever
+MAX_BLOCKS = 2_000_000  # per program; beyond that, it counts as an endless loop
 
 
 class Unit(Cta):
-    """Some warps of a CTA, with registers of their own."""
+    """Some warps of a CTA with separate registers."""
 
     def __init__(self, cta, first: int, count: int, registers: list, pc) -> None:
         self.cta, self.first = cta, first
@@ -81,7 +81,7 @@ class Unit(Cta):
         return bool((self.pc >= 0).any() or (self.state != _RUN).any())
 
     def chosen(self):
-        """(threads that run next, their block), or None."""
+        """Returns (threads that run next, their block), or None."""
         ready = (self.pc >= 0) & (self.state == _RUN)
         if not ready.any():
             return None
@@ -89,7 +89,7 @@ class Unit(Cta):
         return ready & (self.pc == at), at
 
     def step(self, mask, at) -> list | None:
-        """Runs one block; the units that this one falls into, if it does."""
+        """Runs one block; returns the units into which this one splits, if it does."""
         block = self.program.blocks[at]
         partial = not mask.all()
         function = block.functions.get(partial) or self.program.function(block, partial)
@@ -106,7 +106,7 @@ class Unit(Cta):
         elif block.kind == "wait":
             addresses, parity, register, line = self.wait_arguments
             if self.options.schedule == "random" and self.random.random() < 0.5:
-                done = np.zeros(self.num_threads, bool)  # asked too early
+                done = np.zeros(self.num_threads, bool)  # as if polled too early
             else:
                 done = self.test_mbarrier(line, addresses, parity, mask if partial else None)
             self.registers[register] = np.where(mask, done, self.registers[register])
@@ -150,7 +150,8 @@ class Unit(Cta):
         ]  # fmt: skip
 
     def poll(self, lazy: bool) -> None:
-        """lazy: what has happened may be noticed later; copies land that much later."""
+        """Ends waits that are over. If `lazy`, it often does nothing, so that waits end and copies
+        land later."""
         if lazy and self.random.random() < 0.7:
             return
         if (self.state == _REGISTERS).any() and self.cta.pool.grow(*self.growing[:2]):
@@ -284,7 +285,7 @@ def run(cta):
         registers = [r[first : first + size] for r in cta.registers]
         units.append(Unit(cta, first, size, registers, np.zeros(size, np.int64)))
     rng, random = cta.random, cta.options.schedule == "random"
-    # One warp, or four, that run only when nothing else can; and how long one goes on.
+    # A warp whose unit runs only when no other can, and the probability that a unit continues.
     held = rng.choice((None, *range(cta.num_warps))) if random else None
     patience = rng.choice((0.0, 0.5, 0.9)) if random else 0.0
     last, blocks = None, 0
@@ -325,7 +326,7 @@ def run(cta):
 
 
 def progress(cta, live) -> bool:
-    """Whether a barrier of all threads is complete because some have left."""
+    """Whether a barrier of all threads is complete because some threads have exited."""
     before = [u.state.copy() for u in live]
     for number, entry in list(cta.named.barriers.items()):
         cta.named.complete(number, entry["line"])

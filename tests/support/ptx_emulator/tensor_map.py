@@ -1,10 +1,10 @@
-"""What a bulk copy (TMA) knows of a tensor: its shape and strides, the block, the swizzle."""
+"""The descriptor of a tensor for bulk copies (TMA): shape and strides, block, swizzle."""
 
 import numpy as np
 
 
 class TensorMap:
-    """A host tensor descriptor, as the copy engine reads it."""
+    """A host tensor descriptor as the copy engine reads it."""
 
     def __init__(self, region, item, shape, strides, block, swizzle, padding) -> None:
         self.region, self.item = region, item
@@ -18,7 +18,7 @@ class TensorMap:
         self.places = self.swizzled(0)
 
     def swizzled(self, address):
-        """Byte addresses of every byte of a block that is copied to address."""
+        """The byte addresses of all bytes of a block that is copied to `address`."""
         linear = address + np.arange(self.size)
         if not self.swizzle:
             return linear
@@ -26,7 +26,7 @@ class TensorMap:
         return linear ^ ((linear >> 7 & bits) << 4)
 
     def inside(self, start):
-        """(elements of the block that lie in the tensor, byte offsets of those); `start` has the
+        """(elements of the block that are inside the tensor, their byte offsets); `start` has the
         innermost coordinate first."""
         start = list(reversed(start))
         grids = np.meshgrid(
@@ -41,13 +41,13 @@ class TensorMap:
         return flat, offset.ravel()[flat] * self.item + self.region.low
 
     def written(self, start, data):
-        """(byte offsets in the region, bytes) that a store of this block writes: what lies in the
-        tensor."""
+        """(byte offsets in the region, bytes) that a store of this block writes: the part inside
+        the tensor."""
         flat, offsets = self.inside(start)
         return offsets, data.reshape(self.count, self.item)[flat]
 
     def read(self, start):
-        """The bytes of the block whose corner is start; zeros outside of the tensor."""
+        """Returns the bytes of the block with corner `start`; zeros outside of the tensor."""
         flat, offsets = self.inside(start)
         data = np.zeros((self.count, self.item), np.uint8)
         data[flat] = self.region.bytes[offsets[:, None] + np.arange(self.item)]

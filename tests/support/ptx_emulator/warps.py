@@ -1,4 +1,4 @@
-"""Shuffles, votes, reductions of a warp, and the matrix products of one (mma.sync)."""
+"""Shuffles, votes, reductions and matrix products (mma.sync) of a warp."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ class Warps:
     """A part of `machine.Cta`."""
 
     def lanes(self, mode, b, c):
-        """(the thread that each thread reads from, whether that lane is in range)."""
+        """(the thread from which each thread reads, whether that lane is in range)."""
         key = None
         if np.ndim(b) == 0 and np.ndim(c) == 0:
             key = (mode, int(b), int(c))
@@ -91,7 +91,7 @@ class Warps:
         value = self._widen(np.ascontiguousarray(x), kind)
         if len(self.fragments) > 512:
             self.fragments.clear()
-        self.fragments[key] = (value, registers)  # keeps the ids taken
+        self.fragments[key] = (value, registers)  # keeps the registers alive, so ids stay unique
         return value
 
     def multiply(self, a, b, c, kind):

@@ -1,8 +1,8 @@
-"""PTX to Python: one function per basic block, numpy operations over all threads of a CTA.
+"""Translates PTX to Python: one function per basic block, numpy over all threads of a CTA.
 
-A block's function takes the CTA X, its registers R (a list of arrays, never written in place) and
-m, the mask of the threads that run, None for all. It returns the index of the next block, or an
-array of them where threads part, −1 where they leave.
+A block's function takes the CTA X, its registers R (a list of arrays, never modified in place) and
+m, the mask of running threads, or None for all. It returns the index of the next block, or an array
+of indices if threads diverge; −1 means exit.
 """
 
 import re
@@ -13,13 +13,13 @@ from ptx_emulator.translation.writer import BlockWriter
 
 
 class Block:
-    """Instructions that run one after the other."""
+    """A basic block."""
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.instructions: list[Instruction] = []
         self.next = index + 1
-        self.kind = "run"  # or "barrier", "wait" (mbarrier), "atomic" (yields before it runs)
+        self.kind = "run"  # or "barrier", "wait" (mbarrier), "atomic" (yields first)
         self.functions: dict[bool, object] = {}
 
 
@@ -33,14 +33,14 @@ def _ends_block(op: str) -> bool:
 
 
 class Program:
-    """A kernel in blocks; their Python is made when they first run."""
+    """A kernel in blocks, which are translated when they first run."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
         self.blocks: list[Block] = []
         ops = [i.op for i in kernel.instructions]
         self.async_proxy = any(op.startswith(("wgmma", "cp.async.bulk")) for op in ops)
-        # Warps that follow code of their own: they run as separate units.
+        # Specialised warps run as separate units.
         self.specialised = any(op.startswith(("brx", "bar.arrive", "setmaxnreg")) for op in ops)
         leaders = {0, *kernel.labels.values()}
         for i, instruction in enumerate(kernel.instructions):
@@ -80,7 +80,7 @@ class Program:
         self.visited: set[int] = set()
 
     def coverage(self) -> tuple[int, int, list[tuple[int, int]]]:
-        """(instructions that ran, all, the PTX lines of blocks that never did)."""
+        """(number of instructions that ran, of all, PTX lines of blocks that never ran)."""
         missed = [b for b in self.blocks if b.index not in self.visited]
         total = len(self.kernel.instructions)
         lines = [(b.instructions[0].line, b.instructions[-1].line) for b in missed]

@@ -1,4 +1,4 @@
-"""Loads, stores, atomics, asynchronous copies, matrices in shared memory."""
+"""Translates loads, stores, atomics, asynchronous copies, matrices in shared memory."""
 
 from ptx_emulator.parse import Vector
 from ptx_emulator.translation.operands import NUMPY_OF, SIZE_OF, UNSIGNED_OF, Operands

@@ -1,4 +1,4 @@
-"""Integers, floats and bits."""
+"""Translates arithmetic on integers, floats and bits."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ class Arithmetic(Operands):
     """A part of `writer.BlockWriter`."""
 
     def _float(self, i: Instruction, names: int, expression32: str, kind: str) -> None:
-        """An operation on floats of any width; {a}, {b}, {c} stand for the operands."""
+        """Translates an operation on floats of any width; {a}, {b}, {c} are the operands."""
         ftz = "ftz" in i.parts
         letters = "abc"[:names]
         sources = i.args[1 : 1 + names]

@@ -1,4 +1,4 @@
-"""Comparisons, selections, moves and conversions."""
+"""Translates comparisons, selections, moves and conversions."""
 
 import numpy as np
 
@@ -56,7 +56,7 @@ class Conversions(Operands):
         self.simple(i, expression, "?")
 
     def _setp_packed(self, i, compare, kind):
-        """Each half of a word compared: the lower half's result comes first."""
+        """Compares each half of a word; the result of the lower half comes first."""
         destination = i.args[0]
         if compare not in COMPARISONS or compare == "ne" or len(i.args) > 3:
             raise NotImplementedError(f"setp.{compare} of two halves")

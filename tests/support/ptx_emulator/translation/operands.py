@@ -1,4 +1,4 @@
-"""What all instructions share: reading and writing operands, addresses, masks."""
+"""What all instructions share: reads and writes of operands, addresses, masks."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import numpy as np
 from ptx_emulator import ops
 from ptx_emulator.parse import Imm, Instruction, Memory, Pair, Reg, Special, Symbol
 
-# numpy's name of a PTX type, and the bytes of one.
+# numpy's name for each PTX type, and the bytes of each.
 NUMPY_OF = {
     "b8": "u1", "u8": "u1", "s8": "i1",
     "b16": "u2", "u16": "u2", "s16": "i2", "f16": "f2", "bf16": "u2",
@@ -29,7 +29,7 @@ INTEGERS = {"u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64", "b16", "b32", 
 class Operands:
     """Writes the function of one basic block, line by line.
 
-    An expression stands for one element per thread, or for a scalar.
+    An expression is an array with one element per thread, or a scalar.
     """
 
     def __init__(self, program: Any, block: Any, partial: bool) -> None:
@@ -51,7 +51,7 @@ class Operands:
         return f"t{self.temporaries}"
 
     def read(self, operand, dtype: str) -> str:
-        """An expression of numpy type dtype."""
+        """Returns an expression for the operand with numpy type `dtype`."""
         if isinstance(operand, tuple):  # ("not", predicate)
             return f"(~{self.read(operand[1], dtype)})"
         if isinstance(operand, Reg):
@@ -89,7 +89,7 @@ class Operands:
         return isinstance(operand, (Reg, tuple))
 
     def write_register(self, register, expression: str, dtype: str, mask: str | None) -> None:
-        """expression has numpy type dtype; one element per thread or a scalar."""
+        """Writes an expression of numpy type `dtype`, one element per thread or a scalar."""
         if register is None:
             return
         if isinstance(register, Pair):
@@ -115,7 +115,7 @@ class Operands:
             )
 
     def mask(self, instruction: Instruction) -> str | None:
-        """The threads that execute it, as an expression; None for all."""
+        """An expression for the threads that execute the instruction; None for all."""
         terms = ["m"] if self.partial else []
         if instruction.predicate is not None:
             term = f"R[{instruction.predicate.index}]"

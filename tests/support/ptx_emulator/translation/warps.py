@@ -1,4 +1,4 @@
-"""What the threads of a warp or a warp group do together: shuffles, votes, matrix products."""
+"""Translates operations of a warp or warp group: shuffles, votes, matrix products."""
 
 import re
 

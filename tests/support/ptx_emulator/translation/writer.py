@@ -1,4 +1,4 @@
-"""The Python of one basic block: control flow, barriers, and who writes the rest."""
+"""Writes the Python function of one basic block; this module: control flow and barriers."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from ptx_emulator.translation.warps import Warps
 
 
 class BlockWriter(Arithmetic, Conversions, Accesses, Warps):
-    """A method `_name` per PTX instruction."""
+    """Has a method `_name` per PTX instruction."""
 
     def write(self) -> str:
         ended = False
@@ -28,7 +28,7 @@ class BlockWriter(Arithmetic, Conversions, Accesses, Warps):
         return f"def block(X, R, m):\n    {body}\n"
 
     def instruction(self, i: Instruction) -> bool:
-        """Writes one; returns whether it ended the block."""
+        """Translates an instruction; returns whether it ended the block."""
         op, parts = i.op, i.parts
         name = parts[0]
         handler = getattr(self, f"_{name}", None)
