@@ -31,9 +31,9 @@ class Lacks(Exception):
 def plain_cache(inputs: dict[str, Any]) -> None:
     """Raises Lacks for a paged or 8-bit cache."""
     if "k_scale" in inputs:
-        raise Lacks("takes no cache of 8 bits beside queries of 16 with a scale per head or token")
+        raise Lacks("takes no 8-bit cache with 16-bit queries and scales per head or token")
     if "block_table" in inputs:
-        raise Lacks("is called here on contiguous caches alone")
+        raise Lacks("is called here on contiguous caches only")
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument(
         "--runs", type=int, default=RUNS, metavar="N", help=f"per batch size; default: {RUNS}"
     )
-    parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)  # for the separate processes
     arguments = parser.parse_args()
     if arguments.batch is not None:
         print(seconds_per_step(arguments.batch))

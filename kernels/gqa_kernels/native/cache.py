@@ -159,8 +159,9 @@ def _attend_to_used(
 def _slots(
     lengths: list[int], cache_shape: torch.Size, block_table: Tensor | None
 ) -> Tensor | None:
-    """int64 `[batch, longest]`: the slots of each sequence's entries. A shorter sequence repeats
-    its last slot, so that nothing beyond its length is read. None if a page does not exist."""
+    """Returns the slots of each sequence's entries, int64 `[batch, longest]`. A shorter sequence
+    repeats its last slot, so that nothing beyond its length is read. None if a page does not
+    exist."""
     num_pages, page_size = cache_shape[:2]
     ends = torch.tensor(lengths, dtype=torch.int64, device="cpu")[:, None]
     entry = torch.arange(max(lengths), device="cpu").minimum(ends - 1)

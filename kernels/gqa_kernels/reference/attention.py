@@ -46,8 +46,8 @@ def attend(
 def in_window(
     own_key: Tensor, key: Tensor, causal: bool, window: tuple[int | None, int | None] | None
 ) -> Tensor | None:
-    """Whether a key lies in the window around the key that a query stands on; None if no side is
-    limited."""
+    """Whether a key is in the window around the key with which a query is aligned; None if no side
+    is limited."""
     left, right = window or (None, None)
     if causal:
         right = 0

@@ -29,7 +29,7 @@ class Hopper:
     def init_hopper(self) -> None:
         self.total_warps = self.num_warps
         self.mbarriers: dict[int, _Mbarrier] = {}
-        self.stores_open: dict[int, list] = {}  # bulk stores by thread, not yet committed
+        self.stores_open: dict[int, list] = {}  # uncommitted bulk stores by thread
         self.stores: dict[int, list] = {}  # by thread: groups of bulk stores
         self.wgmma_open: dict[int, list] = {}  # by warpgroup
         self.wgmma_groups: dict[int, list] = {}

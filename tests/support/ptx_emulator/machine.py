@@ -127,7 +127,7 @@ class Cta(SharedAccesses, GlobalAccesses, Warps, Hopper):
         self.constants: dict = {}
         self.lane_tables: dict = {}
         self.fragments: dict = {}
-        self.copies: list = []  # cp.async not yet landed: (group by warp, …)
+        self.copies: list = []  # cp.async in flight: (group by warp, …)
         self.committed = np.zeros(self.num_warps, np.int64)
         self.epoch = 0  # barriers of the whole CTA so far
         self.acquired: dict[int, int] = {}

@@ -14,7 +14,7 @@ same bits alone and in any batch, in a contiguous and in a paged cache, for any 
 size, and for any number of programs that share its chunks. This needs no special mode.
 
 Entries beyond a sequence's length are never loaded. Within it, each new token may be limited to a
-range of keys, and keys may be hidden from all new tokens.
+window or range of keys, and keys may be hidden from all new tokens.
 """
 
 import torch
@@ -63,12 +63,12 @@ def _forward(
     key_mask = layout.key_mask(key_mask)
     sinks, alibi_slopes = (None if x is None else x.contiguous() for x in (sinks, alibi_slopes))
     softmax_scale = checks.softmax_scale(softmax_scale, head_dim)
-    # No key is further away from a query. Within the window's reach lie fewer chunks.
+    # Exceeds every distance between a query and a key.
     farthest = capacity + seq_len_q
     window_left, window_right = (
         None if side is None else min(side, farthest) for side in (window_left, window_right)
     )
-    reach = capacity
+    reach = capacity  # the largest number of keys in the chunks of a sequence
     if window_left is not None:
         reach = min(capacity, window_left + seq_len_q + configs.DECODE_CHUNK - 1)
     num_queries = batch * seq_len_q * num_q_heads
@@ -120,7 +120,7 @@ def _forward(
             num_pages=k_cache.shape[0],
             num_slots=num_slots,
             window_left=window_left,
-            window_right=window_right or None,  # 0 is IS_CAUSAL
+            window_right=window_right or None,  # IS_CAUSAL replaces 0
             score_unit=softmax_scale if softcap is None else float(softcap),
             cap_scale=None if softcap is None else softmax_scale / softcap,
             NUM_KV_HEADS=num_kv_heads,

@@ -132,7 +132,7 @@ def _combine(
 
 @triton.jit
 def _with_sinks(softmax, sinks_ptr, queries, split, score_unit):
-    """The first split begins with the sinks, keys whose value is 0, as if it had seen them."""
+    """Starts the softmax of the first split as if it had seen the sinks, keys with value 0."""
     sinks = tl.load(sinks_ptr + queries.head, mask=queries.exist, other=0.0).to(tl.float32)
     running_max = tl.where(split == 0, sinks / score_unit, softmax.running_max)
     running_sum = tl.where(split == 0, 1.0, softmax.running_sum)
@@ -230,7 +230,7 @@ def _decode_kernel(
     batch = (tl.program_id(0) // NUM_ROW_BLOCKS // NUM_KV_HEADS).to(tl.int64)
     seq_len = _load_length(seq_lens_ptr, batch, seq_lens_stride, capacity)
     first_chunk = 0
-    if window_left is not None:  # no query sees a key before the window of the first one
+    if window_left is not None:  # no query sees a key before the window of the first query
         first_key = tl.maximum(seq_len - SEQ_LEN_Q - window_left, 0)
         first_chunk = first_key // CHUNK * CHUNK
     chunk, num_splits = _cut(seq_len - first_chunk, CHUNK, MAX_SPLITS)
