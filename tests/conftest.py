@@ -1,4 +1,5 @@
-"""Without a GPU the kernels run in Triton's interpreter, switched on before they are imported."""
+"""Settings of all tests. Without a GPU, enables Triton's interpreter before kernels are
+imported."""
 
 from collections.abc import Callable, Iterator
 
@@ -10,14 +11,14 @@ if not torch.cuda.is_available():
 
     interpreter.enable(check_overflow=True)
 
-# After the interpreter: they import the kernels.
+# These import the kernels, so they come after the interpreter.
 from budget import SEED
 from poison import PoisonedTorch, op_modules
 
 from gqa_kernels.spec.case import standard_normal
 
-# torch.device("meta") remembers, from its first use on, which functions allocate: torch's own, not
-# the poisoned ones below, which would let it allocate in earnest.
+# At its first use, torch.device("meta") stores which functions allocate. It must be used before
+# these are replaced by the poisoned ones below, or it would really allocate memory.
 with torch.device("meta"):
     torch.empty(0)
 
@@ -38,7 +39,8 @@ def generator() -> torch.Generator:
 
 @pytest.fixture
 def draw(device: torch.device, generator: torch.Generator) -> Callable[..., torch.Tensor]:
-    """Normal numbers of a shape, float32 unless asked otherwise; another TEST_SEED gives others."""
+    """Draws normal numbers of a shape, float32 by default; TEST_SEED in the environment is the
+    seed."""
 
     def make(*shape, dtype=torch.float32):
         return standard_normal(shape, generator).to(device, dtype)
@@ -48,8 +50,8 @@ def draw(device: torch.device, generator: torch.Generator) -> Callable[..., torc
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_compiler_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """PyTorch's compiler takes code from its cache that was compiled for another instruction set
-    (ATEN_CPU_CAPABILITY), with wrong results: no run uses what another left."""
+    """Gives every run an empty compiler cache: PyTorch's compiler would use cached code that was
+    compiled for another instruction set (ATEN_CPU_CAPABILITY), with wrong results."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
         yield
@@ -62,6 +64,6 @@ def _fixed_seeds() -> None:
 
 @pytest.fixture(autouse=True)
 def _poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that an op allocates holds NaN until a kernel writes it."""
+    """Fills memory that an op allocates with NaN, to detect reads before a kernel writes it."""
     for module in op_modules():
         monkeypatch.setattr(module, "torch", PoisonedTorch())

@@ -1,26 +1,26 @@
-"""The error budget: how far a kernel may be from the truth, derived and never chosen.
+"""The error budget: the largest error that a kernel may have. It is derived, not chosen.
 
-The truth is the reference evaluated in float64 on the very inputs of the kernel. The error of a
-kernel may be at most twice that of the same maths in eager PyTorch in the kernel's dtype, plus one
-rounding of the true value to that dtype. This holds for the root mean square of the errors of an
-output or gradient and for the largest of them. In float32, where an error is a sum of many
-roundings and the largest of them a chance, the limit of the largest is doubled.
+The exact result is the reference evaluated in float64 on the kernel's inputs. The error of a kernel
+may be at most twice that of the same maths in eager PyTorch in the kernel's dtype, plus one
+rounding of the exact result to that dtype. This applies to the root mean square of the errors of an
+output or gradient and to the largest error. In float32, where an error is a sum of many roundings
+and the largest error depends on chance, the limit of the largest error is doubled.
 
-By how much eager PyTorch is off in one run depends on the processor, which decides in what order it
-adds up, and on chance: a handful of numbers may all round the right way. So the error of eager code
-is taken
+The error of eager PyTorch in one run depends on the processor, which determines the order of sums,
+and on chance: all roundings of a few numbers may happen to be small. So the error of eager code is
+computed
 
-- with sums in one order on every machine (`summation.tile_by_tile`), which err more than those of
-  PyTorch's own order, as those of a kernel may, and
-- as the largest of several draws: as many as give the smallest output 128 values in all, at least 2
-  and at most 32. Where tokens repeat, their results are rounded alike, and each different token
-  counts as one value. The first draw has the kernel's own inputs. In every further draw each number
-  of the inputs and of the cotangents is smaller by up to 1/64 (equal numbers by the same part),
-  sums are taken in an order drawn from a fixed seed, and the truth is computed from these inputs: a
-  problem of the same size that rounds differently.
+- with sums in one order on every machine (`summation.tile_by_tile`), whose errors are larger than
+  those of PyTorch's own order, like those of a kernel may be, and
+- as the largest error of several draws: enough to give the smallest output 128 values in total, at
+  least 2 and at most 32. If tokens repeat, their results have equal errors, so each distinct token
+  counts as one value. The first draw has the kernel's own inputs. In every further draw, each
+  number of the inputs and of the cotangents is smaller by up to 1/64 (equal numbers by the same
+  factor), sums are taken in an order drawn from a fixed seed, and the exact result is computed from
+  these inputs: a problem of the same size with different roundings.
 
-So a kernel that errs as eager code does exceeds its budget only if its own error is more than twice
-the largest of those of the draws.
+A kernel with the accuracy of eager code therefore exceeds its budget only if its error is more than
+twice the largest error of the draws.
 """
 
 import math
@@ -43,7 +43,7 @@ Results = dict[str, Tensor]
 
 
 class Measured(NamedTuple):
-    """The error of one output or gradient, and what it may be."""
+    """The error of one output or gradient, and its budget."""
 
     what: str
     error: float
@@ -56,8 +56,8 @@ class Measured(NamedTuple):
 
     @property
     def share(self) -> float:
-        """The part of the budget that is used; infinite for a NaN, or for an error where the budget
-        is 0."""
+        """The share of the budget that is used; infinite for NaN, or for an error with a budget of
+        0."""
         if self.ok:
             return self.error / self.budget if self.budget else 0.0
         return self.error / self.budget if self.error > self.budget > 0 else math.inf
@@ -71,12 +71,12 @@ def _special_values(x: Tensor) -> Tensor:
 
 
 def _sizes(x: Tensor) -> tuple[float, float]:
-    """(largest, root mean square); 0 of no elements."""
+    """(largest absolute value, root mean square); 0 if there are no elements."""
     return (x.abs().max().item(), x.square().mean().sqrt().item()) if x.numel() else (0.0, 0.0)
 
 
 def _error(actual: Tensor, oracle: Tensor) -> tuple[float, float]:
-    """The sizes of actual − oracle where both are finite."""
+    """`_sizes` of actual − oracle where both are finite."""
     both = oracle.isfinite() & actual.isfinite()
     return _sizes(actual[both].double() - oracle[both])
 
@@ -88,13 +88,13 @@ def compare(
     oracle: Tensor,
     *further: tuple[Tensor, Tensor],
 ) -> Measured:
-    """The error of `actual` and its budget, given eager's result and the float64 `oracle`.
+    """Returns the error of `actual` and its budget, given eager's result and the float64 `oracle`.
 
-    Of the two errors, the largest and the root mean square, the one that uses more of its budget.
-    Where either `actual` or the oracle is NaN or infinite the other must be the same; else the
-    error is infinite. Where eager alone is, it allows nothing.
+    Of the largest error and the root mean square, it returns the one that uses more of its budget.
+    Where `actual` or the oracle is NaN or infinite, the other must be the same; otherwise the error
+    is infinite. Where only eager's result is NaN or infinite, it does not extend the budget.
 
-    Whole numbers are not rounded and must equal the oracle's: the error is how many differ.
+    Integers are not rounded and must equal the oracle's: the error is the number of differences.
 
     Args:
         further: (eager, oracle) of each further draw.
@@ -132,7 +132,8 @@ def compare(
 
 
 def cotangents(outputs: Results, seed: int = 0) -> list[Tensor]:
-    """Standard normal numbers, the same on every machine, in the shapes and dtypes of outputs."""
+    """Returns standard normal numbers in the shapes and dtypes of outputs, the same on every
+    machine."""
     numbers = numpy.random.default_rng(seed)
     drawn = [torch.from_numpy(numbers.standard_normal(x.shape)) for x in outputs.values()]
     return [x.to(output) for x, output in zip(drawn, outputs.values(), strict=True)]
@@ -151,7 +152,7 @@ def run(
 
     The cotangents of the outputs are `directions`. If these are None, `run` draws them from `seed`
     and rounds them to the dtypes of the outputs, or to those of the outputs in `like`: an oracle
-    needs the same cotangents as the call whose truth it is.
+    needs the same cotangents as the call that it checks.
 
     Args:
         function: returns a tensor or a tuple of tensors.
@@ -173,19 +174,19 @@ def run(
 
 
 def widen(inputs: Any) -> Any:
-    """The same inputs, however nested, with every floating tensor in float64."""
+    """Returns nested inputs with every floating tensor converted to float64."""
     return tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, inputs)
 
 
 def _floating(inputs: Any) -> list[Tensor]:
-    """The tensors of some inputs whose numbers are rounded."""
+    """Returns the floating tensors of nested inputs."""
     leaves = tree_leaves(inputs)
     return [x for x in leaves if isinstance(x, Tensor) and x.dtype in LOW_PRECISION]
 
 
 def _near(inputs: Any, generator: torch.Generator) -> Any:
-    """Inputs whose floating tensors are smaller by up to 1/64, each number for itself; what is the
-    same in two places stays the same."""
+    """Returns inputs with each floating number reduced by up to 1/64, independently; equal numbers
+    and shared tensors stay equal."""
 
     def smaller(x: Tensor) -> Tensor:
         if x.dtype not in LOW_PRECISION:
@@ -198,12 +199,12 @@ def _near(inputs: Any, generator: torch.Generator) -> Any:
 
 
 def _different_tokens(inputs: Any) -> int | None:
-    """How many rows are different in the input whose rows repeat most; None if none of the inputs
-    repeats at least half of its rows."""
+    """The number of distinct rows in the input whose rows repeat most; None if no input repeats at
+    least half of its rows."""
     fewest = None
     for x in _floating(inputs):
         if x.dim() > 1 and x.numel():
-            rows = x.nan_to_num().reshape(-1, x.shape[-1])  # one NaN is like another
+            rows = x.nan_to_num().reshape(-1, x.shape[-1])  # all NaN count as equal
             different = len(rows.unique(dim=0))
             if 2 * different <= len(rows):
                 fewest = min(different, fewest or different)
@@ -215,13 +216,13 @@ def draw(
     inputs: Any,
     oracle: Callable[[Any], Results] | None = None,
 ) -> list[tuple[Results, Results]]:
-    """Pairs (eager, oracle) of results, as many as the smallest result needs; the first pair is
-    that of `inputs` themselves.
+    """Returns pairs (eager, oracle) of results, as many as the smallest result needs; the first
+    pair is for `inputs` themselves.
 
     Args:
-        evaluate: the reference as a function of all inputs, and of nothing else.
-        inputs: any nest of containers with tensors and other values.
-        oracle: gives the truth for inputs in float64; None means `evaluate`.
+        evaluate: the reference as a function of its inputs only.
+        inputs: nested containers of tensors and other values.
+        oracle: computes the exact result from inputs in float64; None means `evaluate`.
     """
     oracle = oracle or evaluate
     generator = torch.Generator().manual_seed(0)
@@ -230,7 +231,7 @@ def draw(
     count = 2
     while len(draws) < count:
         given = _near(inputs, generator) if draws else inputs
-        # Fused attention adds up inside; the maths it stands for is made of sums seen here.
+        # Fused attention hides its sums; the MATH backend consists of sums that this mode replaces.
         with tile_by_tile(generator if draws else None), sdpa_kernel(SDPBackend.MATH):
             eager = evaluate(given)
         draws.append((eager, oracle(widen(given))))
@@ -250,12 +251,12 @@ def measure_call(
 ) -> list[Measured]:
     """Returns every output and gradient of `kernel` on these inputs, with its error and budget.
 
-    The cotangents are inputs too: each draw varies them. Without that, the draws of a gradient that
-    depends on few numbers (the loss of equal tokens) would all round in the same way.
+    Each draw varies the cotangents too. Otherwise all draws of a gradient that depends on few
+    numbers (the loss of equal tokens) would have the same roundings.
 
     Args:
-        oracle: gives the truth in float64, if `reference` does not.
-        seed: of the gradients' cotangents.
+        oracle: computes the exact result in float64, if `reference` cannot.
+        seed: that of the cotangents.
     """
 
     actual = run(kernel, inputs, wrt, seed)
@@ -272,7 +273,7 @@ def measure_call(
 
 
 def measure_results(actual: Results, draws: list[tuple[Results, Results]]) -> list[Measured]:
-    """Each of some results, by name, beside what `draw` gave for them.
+    """Compares results, by name, with the draws of `draw`.
 
     Raises:
         ValueError: the names are not those of the draws.
@@ -289,7 +290,7 @@ def measure_results(actual: Results, draws: list[tuple[Results, Results]]) -> li
 def measure(
     spec: OpSpec, case: Case, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> list[Measured]:
-    """`measure_call` of an op of the table on inputs, and cotangents, drawn for a case."""
+    """Runs `measure_call` for an op of the table with inputs and cotangents drawn for a case."""
     generator = torch.Generator().manual_seed(seed)
     inputs = spec.make_inputs(case, dtype, device, generator)
     return measure_call(spec.kernel, spec.reference, inputs, spec.wrt, seed=seed)
