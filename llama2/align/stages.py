@@ -61,7 +61,7 @@ class Files:
         return self.folder / f"answers-{model}.jsonl"
 
     def obeyed(self) -> Path:
-        """The summary of `llama2 obedience`."""
+        """The file with the summary of `llama2 obedience`."""
         return self.folder / "obeyed.json"
 
     def done(self, stage: Stage) -> Path:

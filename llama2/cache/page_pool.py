@@ -17,7 +17,7 @@ class OutOfPages(RuntimeError):
 def page_digests(
     tokens: Sequence[int] | np.ndarray, page_size: int, before: bytes = b""
 ) -> Iterator[bytes]:
-    """Yields, for each full page of `tokens`, a digest of all tokens up to the end of the page.
+    """Yields a digest of all tokens up to its end for each full page of `tokens`.
 
     `before` is the digest of the preceding page, if `tokens` continue a sequence. Digests are
     SHA-256, so collisions are not expected.

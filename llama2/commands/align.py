@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0; 1 if a chain failed.
     Raises:
-        OSError, ValueError: what a user can cause; the message says what.
+        OSError, ValueError: about the user's input.
     """
     preset = PRESETS[args.preset]
     seeds = preset.seeds if args.seeds is None else tuple(args.seeds)

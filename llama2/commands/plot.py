@@ -1,4 +1,4 @@
-"""The command `llama2 plot`: the training logs of runs as curves in one figure."""
+"""The command `llama2 plot`: draws the training logs of runs in one figure."""
 
 import argparse
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     """Draws the logs of all runs, writes the figure and returns 0.
 
     Raises:
-        OSError, ValueError: what a user can cause; the message says what.
+        OSError, ValueError: about the user's input.
     """
     out = args.runs[0] / _DEFAULT_FILE if args.out is None else args.out
     form = out.suffix.lower()
@@ -53,7 +53,7 @@ def _read(folder: Path) -> Run:
 
 
 def _held_out(record: Mapping[str, Any]) -> dict[str, list[tuple[int, float]]]:
-    """By quantity, (steps done, value) before and after training, as far as a run has measured
+    """Returns, by quantity, (steps done, value) before and after training, if the run measured
     them; see the records of pretrain.py, sft.py and reward.py."""
     found = record.get("held_out")
     if not found:

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     """Trains a policy on prompts, writes its checkpoint and returns 0.
 
     Raises:
-        OSError, ValueError, NotImplementedError: what a user can cause; the message says what.
+        OSError, ValueError, NotImplementedError: about the user's input.
         ImportError: a package of the extra `models` is missing.
         FloatingPointError: a reward, log-probability, loss or gradient is not finite.
     """

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     """Fine-tunes a model on dialogues, writes its checkpoint and returns 0.
 
     Raises:
-        OSError, ValueError, NotImplementedError: what a user can cause; the message says what.
+        OSError, ValueError, NotImplementedError: about the user's input.
         ImportError: a package of the extra `models` is missing.
         FloatingPointError: a loss or gradient is not finite.
     """

@@ -1,4 +1,5 @@
-"""The command `llama2 tradeoff`: a study, measurements where there is a GPU, and the page."""
+"""The command `llama2 tradeoff`: runs the study, measures on a GPU if there is one, and writes the
+page."""
 
 import argparse
 import json
@@ -32,21 +33,21 @@ from llama2.tradeoff.study.runs import check
 from llama2.tradeoff.study.training import run_study
 
 _RESULT, _MEASURED, _LOG = "results.json", "measured.json", "log.jsonl"
-_LEAST, _MOST = 1e-6, 1e9  # of a GPU's data sheet: beyond, a speed is no float
+_LEAST, _MOST = 1e-6, 1e9  # range of a GPU's numbers; beyond it, computed speeds overflow
 _MEASURED_SHAPES = ("7B", "70B")
 _MEASURED_BATCHES, _MEASURED_CONTEXTS = (1, 8, 32, 128), (1024, 4096, 16384)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the study, measures where there is a GPU, writes the page and returns 0.
+    """Runs the study, measures on a GPU if there is one, writes the page and returns 0.
 
     Raises:
-        OSError, ValueError, NotImplementedError: what a user can cause; the message says what.
+        OSError, ValueError, NotImplementedError: about the user's input.
         FloatingPointError: a run diverged.
     """
     _check_use(args)
     check_folder(args.out)
-    # What cannot be answered is better known before the study than after it.
+    # Checked before the study, so that an error does not come after it.
     config, gpu = shape_named(args.shape), _gpu(args.gpu)
     recommendation = recommend(
         config, gpu, context=args.context, batch=args.batch, tp=args.tp, keep=args.keep
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_use(args: argparse.Namespace) -> None:
-    """Refuses options of a study where none is run."""
+    """Raises ValueError for study options if no study is run."""
     if args.results is None and args.preset != NO_STUDY:
         return
     reason = "--preset none" if args.results is None else f"--results {args.results}"
@@ -94,7 +95,7 @@ def _check_use(args: argparse.Namespace) -> None:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Returns an earlier result, refused before anything is measured beside it."""
+    """Reads the result of an earlier study and checks it before anything is measured."""
     results = read_json(file)
     try:
         check(results)
@@ -182,7 +183,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _measured(args: argparse.Namespace) -> list[dict[str, Any]] | None:
-    """Decode steps of published layer shapes, timed where there is a GPU to time them on."""
+    """Times decode steps of published layer shapes on a GPU; returns None without one."""
     if args.no_measure or not torch.cuda.is_available():
         return None
     rows = []
@@ -197,5 +198,5 @@ def _measured(args: argparse.Namespace) -> list[dict[str, Any]] | None:
 
 
 def _measured_counts(config: ModelConfig) -> list[int]:
-    """MHA, the GQA paper's eight, and MQA."""
+    """Returns the head counts of MHA, of the GQA paper (8) and of MQA."""
     return [count for count in head_counts(config) if count in (config.num_q_heads, 8, 1)]

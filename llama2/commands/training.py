@@ -173,7 +173,7 @@ def tune(args: argparse.Namespace, shape: ModelConfig, body: Tune) -> int:
         args: options with `data` and `held_out`, of a run that starts from --init.
         shape: that of --init.
     Raises:
-        OSError, ValueError, NotImplementedError: what a user can cause; the message says what.
+        OSError, ValueError, NotImplementedError: about the user's input.
     """
     with machine(args) as computer:
         check_folders(args, [*args.data, *([args.held_out] if args.held_out else [])])

@@ -1,4 +1,4 @@
-"""Training logs as one figure: a panel per quantity, a colour per run."""
+"""A figure of training logs: a panel per quantity, a colour per run."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,12 @@ from llama2.reporting.document import printable
 from llama2.reporting.drawing import series
 
 _COLUMNS = 4
-_MOST_POINTS = 200  # of a curve; a longer run has more steps per point
+_MOST_POINTS = 200  # per curve; with longer runs, a point is the mean of several steps
 
 # The fields of a log in the order of their panels, with titles. Others follow, under their names.
 _TITLES = {
     "loss": "loss (nats)",
-    "reward": "reward that counts (logit)",
+    "reward": "combined reward (logit)",
     "reward_helpful": "reward of helpfulness (logit)",
     "reward_safety": "reward of safety (logit)",
     "objective": "reward − β · KL",
@@ -50,12 +50,12 @@ _NO_PANELS = ("step", "seconds", "tokens")  # of the last two, their growth is d
 
 @dataclass(frozen=True)
 class Run:
-    """What is drawn of a run.
+    """A run to draw.
 
     Attributes:
         name: its label.
-        records: of its log, at least one; each has "step" and "seconds".
-        held_out: by quantity, pairs (steps done, value).
+        records: the records of its log, at least one; each has "step" and "seconds".
+        held_out: pairs (steps done, value) by quantity.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Curve:
 
 
 def draw(runs: Sequence[Run]) -> Figure:
-    """Returns the figure of all runs, at least one; `curves` says what a point is."""
+    """Returns the figure of at least one run; `curves` defines its points."""
     size = -(-max(len(run.records) for run in runs) // _MOST_POINTS)
     found = [curves(run, size) for run in runs]
     titles = list(dict.fromkeys(title for each in found for title in each))
@@ -108,13 +108,13 @@ def draw(runs: Sequence[Run]) -> Figure:
 
 
 def curves(run: Run, size: int) -> dict[str, Curve]:
-    """What is drawn of a run, by the titles of the panels: every field of its log that has finite
-    numbers, what it measured on held-out data, and its speed.
+    """Returns the curves of a run by the titles of their panels: every field of its log with finite
+    numbers, its results on held-out data, and its speed.
 
     Args:
-        size: steps per point. A point of a field is the mean over them, at their mean step, and
-            the band reaches from the smallest to the largest. A point of the speed is the growth
-            from the end of the steps before.
+        size: steps per point. A point of a field is the mean over these steps, with a band from the
+            smallest to the largest value. A point of the speed is the average since the previous
+            point.
     """
     names = dict.fromkeys(name for record in run.records for name in record)
     known = [name for name in _TITLES if name in names]
@@ -143,7 +143,8 @@ def _means(steps: np.ndarray, values: np.ndarray, size: int) -> Curve:
 
 
 def _ratio(steps: np.ndarray, above: np.ndarray, below: np.ndarray, size: int) -> Curve:
-    """Returns the growth of `above` over that of `below` from point to point; both begin at 0."""
+    """Returns the increase of `above` divided by that of `below` from point to point; both start at
+    0."""
     finite = np.isfinite(steps) & np.isfinite(above) & np.isfinite(below)
     steps, above, below = steps[finite], above[finite], below[finite]
     ends = [part[-1] for part in _parts(steps, size)]
@@ -153,7 +154,7 @@ def _ratio(steps: np.ndarray, above: np.ndarray, below: np.ndarray, size: int) -
 
 
 def _parts(steps: np.ndarray, size: int) -> list[np.ndarray]:
-    """Returns the places of the records whose steps are in the same `size` steps, in order."""
+    """Returns the indices of the records of each group of `size` steps, in order."""
     if not len(steps):
         return []
     borders = np.flatnonzero(np.diff(steps // size)) + 1

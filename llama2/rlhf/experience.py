@@ -40,7 +40,7 @@ class Measured:
 
     @property
     def score(self) -> float:
-        """The logit of the reward that counts."""
+        """The logit of the combined reward."""
         return combined(self.helpful, self.safety, self.rollout.is_safety)
 
     @property
@@ -102,7 +102,7 @@ def described(
 ) -> dict[str, Any]:
     """Returns the log's fields about the answers of an iteration and the models that judged them:
 
-    - reward, reward_helpful, reward_safety: mean logits of the reward that counts and of each
+    - reward, reward_helpful, reward_safety: mean logits of the combined reward and of each
       model;
     - objective: mean of score − β · Σ (log π − log π_ref) over answers. The whitened scores used
       for training always have mean 0;

@@ -239,7 +239,7 @@ class Mixture:
         return rows
 
     def batch(self, step: int) -> Tensor:
-        """int64 `[batch_size, seq_len + 1]`.
+        """Returns int64 `[batch_size, seq_len + 1]`.
 
         Raises:
             ValueError: an id is not in the vocabulary; names the shard.

@@ -158,7 +158,7 @@ def test_the_logs_of_ppo_have_a_title_for_every_field(tmp_path):
     log = train(models, prompts, tiny_ppo.sampler(config), config, tmp_path)
     found = curves(Run("a", log), 1)
     assert not found.keys() & log[0].keys() - {"objective", "entropy"}
-    assert {"reward that counts (logit)", "clip fraction", "value loss"} <= found.keys()
+    assert {"combined reward (logit)", "clip fraction", "value loss"} <= found.keys()
     assert all(np.isfinite(curve.values).all() for curve in found.values())
 
 
