@@ -62,7 +62,7 @@ def _parse(number: int, raw: bytes) -> Line:
         try:
             text.encode()
         except UnicodeEncodeError as error:  # JSON can contain half of a surrogate pair
-            raise ValueError(f"{name}: expected whole characters; {error}") from error
+            raise ValueError(f"{name}: expected no lone surrogates; {error}") from error
     settings = {name: value[name] for name in SETTINGS if name in value}
     for name, setting in settings.items():
         kinds = (int, float) if SETTINGS[name] is float else (int,)

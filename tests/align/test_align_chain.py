@@ -59,7 +59,7 @@ def recorded(monkeypatch, status=lambda stage: 0):
 def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     planned = stages(SMOKE, 0, tmp_path)
     ran = recorded(monkeypatch, lambda command: 0 if len(ran) < 5 else 1)
-    with pytest.raises(ChainError, match=f"{planned[4].name}: expected the command to end with 0"):
+    with pytest.raises(ChainError, match=f"{planned[4].name}: expected exit status 0"):
         list(run_chain(SMOKE, 0, tmp_path))
     assert ran == [stage.command for stage in planned[:5]]
     ran = recorded(monkeypatch)
@@ -80,7 +80,7 @@ def test_an_interrupted_stage_interrupts_its_chain(tmp_path, monkeypatch):
 def test_a_stage_of_another_command_is_refused(tmp_path, monkeypatch):
     recorded(monkeypatch)
     list(run_chain(SMOKE, 0, tmp_path))
-    with pytest.raises(ChainError, match="Another chain needs another folder"):
+    with pytest.raises(ChainError, match="Use another folder for another chain"):
         list(run_chain(SMOKE, 1, tmp_path))
 
 
@@ -109,7 +109,7 @@ def test_a_failing_chain_says_why_in_its_log_and_leaves_the_others(tmp_path):
     assert seen[-1] == len(stages(SMOKE, 4, tmp_path))
     log = log_of(tmp_path, 3).read_text(encoding="utf-8")
     assert "$ python -m llama2.align.tasks --preset smoke --seed 3" in log
-    assert "tasks: expected the command to end with 0; got 2" in log
+    assert "tasks: expected exit status 0; got 2" in log
     assert not log_of(tmp_path, 4).exists()
 
 

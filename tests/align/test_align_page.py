@@ -167,7 +167,7 @@ def test_every_measure_of_every_model_has_its_cell(tmp_path):
 def test_strangers_files_are_left_alone(tmp_path):
     for name in ("report.html", "report.md", "results.json"):
         (tmp_path / name).write_text("mine", encoding="utf-8")
-        with pytest.raises(ValueError, match=f"out: expected a directory in which {name}"):
+        with pytest.raises(ValueError, match=f"out: expected a directory whose {name}"):
             check_folder(tmp_path)
         with pytest.raises(ValueError, match="out: expected a directory"):
             write_page(results(), tmp_path)

@@ -190,4 +190,4 @@ def test_the_command(tmp_path, capsys):
         assert lines and all({"prompt", "chosen", "rejected"} < json.loads(x).keys() for x in lines)
     write(tmp_path / "answers.jsonl", [{"place": "data.jsonl:1"}])
     assert main([*words, "--out", str(tmp_path / "out")]) == 2
-    assert "answers.jsonl:1: expected a line that llama2 answer wrote" in capsys.readouterr().err
+    assert "answers.jsonl:1: expected a line written by llama2 answer" in capsys.readouterr().err

@@ -150,7 +150,9 @@ def test_what_cannot_be_matched():
     with pytest.raises(ValueError, match=r"config: expected MHA, num_kv_heads 64, .*; got 8"):
         matched(SEVENTY, 1, "paper")
     narrow = small_config(num_q_heads=8, num_kv_heads=1)
-    with pytest.raises(ValueError, match=r"num_kv_heads: .* to spare; got intermediate_size 16"):
+    with pytest.raises(
+        ValueError, match=r"num_kv_heads: expected an intermediate_size above .*; got 16"
+    ):
         matched(replace(narrow, intermediate_size=16), 8, "exact")
 
 

@@ -218,7 +218,7 @@ def test_one_call_at_a_time_has_the_cache(model):
     first = generator.stream(PROMPTS, max_new_tokens=5)
     assert next(first)[0] == 0
     whole = generator.generate(PROMPTS[:1], max_new_tokens=5)
-    with pytest.raises(RuntimeError, match=r"^stream: expected one call at a time"):
+    with pytest.raises(RuntimeError, match=r"^stream: expected the latest call"):
         next(first)
     assert whole == generate.generate(model, PROMPTS[:1], max_new_tokens=5)
 

@@ -426,7 +426,7 @@ def test_files_are_never_overwritten(tmp_path):
     [
         (0, {}, "num_kv_heads: expected a divisor of the checkpoint's 4, .*; got 0"),
         (3, {}, "num_kv_heads: expected a divisor of the checkpoint's 4, .*; got 3"),
-        (8, {}, "num_kv_heads: .* as heads can only become fewer; got 8"),
+        (8, {}, "num_kv_heads: .*; got 8"),
         (2, {"method": "median"}, "method: expected one of low_rank, .*; got 'median'"),
         (2, {"calibration": None}, "calibration: expected tokens for low_rank; got None"),
         (2, {"calibration": torch.zeros(2, 3)}, r"calibration: expected int \[.*float32 \[2, 3\]"),
@@ -451,7 +451,7 @@ def test_bad_requests_touch_nothing(tmp_path, tokens, count, options, message):
 def test_weights_that_are_not_finite_are_refused(tmp_path, tokens, key, value, method):
     source = source_of(tmp_path / "a")
     fill(source, key, value)
-    with pytest.raises(FloatingPointError, match=f"{key}: expected finite numbers; got others"):
+    with pytest.raises(FloatingPointError, match=f"{key}: expected finite numbers; got NaN"):
         run(source, tmp_path / "b", 2, method=method, calibration=tokens)
     assert visible(tmp_path / "b") == []
     run(source, tmp_path / "b", Q_HEADS, method=method)  # which copies
@@ -517,14 +517,14 @@ def test_the_same_call_finishes_an_interrupted_one(interrupted, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "mean"}, "method: expected 'random' to finish what .*; got 'mean'"),
+        ({"method": "mean"}, "method: expected 'random', to finish .*; got 'mean'"),
         (
             {"generator": torch.Generator().manual_seed(4)},
             r"seed \(hash of the generator\): expected '",
         ),
-        ({"num_kv_heads": 1}, "num_kv_heads: expected 2 to finish what .*; got 1"),
+        ({"num_kv_heads": 1}, "num_kv_heads: expected 2, to finish .*; got 1"),
         ({"max_shard_bytes": 10**9}, f"max_shard_bytes: expected {SHARD_BYTES} to finish"),
-        ({"source": None}, "source: expected '.*/a' to finish what .*; got '.*/other'"),
+        ({"source": None}, "source: expected '.*/a', to finish .*; got '.*/other'"),
         ({"method": "low_rank"}, "method: expected 'random' to finish"),
     ],
 )
@@ -553,7 +553,9 @@ def test_what_another_command_has_not_finished_is_left_to_it(interrupted):
     file = target / ".saving" / ".complete"
     plan = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps(plan | {"request": None}), encoding="utf-8")
-    with pytest.raises(ValueError, match=f"{target}: expected what this command has left"):
+    with pytest.raises(
+        ValueError, match=f"{target}: expected an interrupted write of this command"
+    ):
         run(source, target, 2, generator=seeded(), **REQUEST)
 
 
@@ -732,7 +734,7 @@ def test_an_empty_path_is_not_the_present_directory(tmp_path, monkeypatch, capfd
 @pytest.mark.parametrize(
     ("vocab_size", "eos_id", "message"),
     [
-        (1025, 2, "expected a tokenizer of at most the model's 1024 ids; got one of 1025"),
+        (1025, 2, "expected a tokenizer with at most the model's 1024 ids; got 1025"),
         (1024, -1, "expected a tokenizer with an EOS token; got one without"),
     ],
 )

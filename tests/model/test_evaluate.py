@@ -122,7 +122,10 @@ def num_rows(database):
         (["--tasks", "python_choice", "--task-path", "/nowhere"], "--task-path: expected a folder"),
         (["--tasks", "python_choice", "--limit", "0"], "--limit: expected 1 or more; got 0"),
         (["--tasks", "python_choice", "--num-fewshot", "-1"], "--num-fewshot: expected 0 or more"),
-        (["--tasks", "python_choice", "--batch-size", "0"], "batch_size: expected a number from 1"),
+        (
+            ["--tasks", "python_choice", "--batch-size", "0"],
+            "batch_size: expected an int of at least 1",
+        ),
         (["--tasks", "python_generation", "--max-length", "9"], "max_gen_toks: expected less than"),
     ],
     ids=str,

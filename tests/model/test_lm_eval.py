@@ -287,7 +287,7 @@ def test_a_chat_is_not_asked_in_a_format_that_the_checkpoint_was_not_taught(ours
             assert ours.chat_template(True) and ours.apply_chat_template(question)
             continue
         for ask in (lambda: ours.chat_template(True), lambda: ours.apply_chat_template(question)):
-            with pytest.raises(ValueError, match=f"of the format {form}"):
+            with pytest.raises(ValueError, match=f"with the format {form}"):
                 ask()
 
 
@@ -334,8 +334,8 @@ def test_scores_refuse_what_would_be_nan(ours):
     ("settings", "message"),
     [
         ({"dtype": "int8"}, "dtype: expected auto, float32"),
-        ({"batch_size": "auto"}, "batch_size: expected a number from 1 on; got 'auto'"),
-        ({"max_length": 0}, "max_length: expected a number from 1 on; got 0"),
+        ({"batch_size": "auto"}, "batch_size: expected an int of at least 1; got 'auto'"),
+        ({"max_length": 0}, "max_length: expected an int of at least 1 on; got 0"),
         ({"backend": "cuda"}, "backend: expected one of"),
         ({"checkpoint": "/nowhere"}, "/nowhere: expected a directory"),
     ],

@@ -251,7 +251,7 @@ def test_impossible_packed_or_padded_calls_are_refused(device):
     model = Llama2(small_config(), EAGER).to(device)
     tokens, cu_seqlens = packed(random_documents(device))
     cache = KVCache(model.config, 1, 40, dtype=torch.float32, device=device)
-    with pytest.raises(ValueError, match="cu_seqlens: expected no cache with packed sequences"):
+    with pytest.raises(ValueError, match="cu_seqlens: expected packed sequences without a cache"):
         model(tokens, cache, cu_seqlens=cu_seqlens)
     assert cache.num_written == 0
     for call in (model, model.loss):
@@ -410,7 +410,7 @@ def test_too_many_tokens_are_refused(device):
     with pytest.raises(ValueError, match=r"tokens: expected at most 3 more .* got 4"):
         model(random_tokens(device, 1, 4), cache)
     assert cache.seq_lens.tolist() == [7] and cache.num_written == 7
-    with pytest.raises(ValueError, match="capacity: expected 1 to max_seq_len"):
+    with pytest.raises(ValueError, match="capacity: expected from 1 to max_seq_len"):
         KVCache(model.config, 1, 129, dtype=torch.float32, device=device)
 
 

@@ -288,7 +288,7 @@ def test_a_row_that_was_not_told_is_not_read(model, device):
         lambda: cache.prefill(row).tokens,
         lambda: cache.decode([row]).tokens,
     ):
-        with pytest.raises(ValueError, match="row: expected one that knows its tokens; got 0, 1"):
+        with pytest.raises(ValueError, match="row: expected one with known tokens; got 0, 1"):
             call()
     cache.tell([row], [4])
     assert cache.prefill(row).tokens.tolist() == [[4]]
@@ -376,14 +376,14 @@ def test_impossible_sizes_are_refused(sizes, message, device):
 def test_impossible_rows_are_refused(model, device):
     cache = make_cache(device, max_batch=2)
     for tokens in ([], [1] * 49):
-        with pytest.raises(ValueError, match="tokens: expected 1 to 48; got"):
+        with pytest.raises(ValueError, match="tokens: expected from 1 to 48; got"):
             cache.admit(tokens)
     with pytest.raises(ValueError, match="tokens: expected 1 to 128; got 129"):
         make_cache(device, num_pages=40).admit([1] * 129)
     row = cache.admit([1] * 20)
     with pytest.raises(ValueError, match="row: expected no pending tokens; got 20"):
         cache.fork(row)
-    with pytest.raises(ValueError, match="rows: expected 1 to 16 pending tokens; got 20"):
+    with pytest.raises(ValueError, match="rows: expected from 1 to 16 pending tokens; got 20"):
         cache.decode([row])
     run(model, cache.prefill(row))
     for make in (lambda: cache.decode([row]), lambda: cache.decode([]), lambda: cache.prefill(row)):
@@ -404,19 +404,19 @@ def test_a_batch_is_for_one_call_at_once(model, device):
     first, second = cache.admit([1, 2]), cache.admit([3, 4])
     stale = cache.prefill(first)
     batch = cache.prefill(second)
-    with pytest.raises(ValueError, match="cache: expected the batch that was made last"):
+    with pytest.raises(ValueError, match="cache: expected the latest batch"):
         run(model, stale)
     with pytest.raises(ValueError, match=r"tokens: expected those of the batch, \[1, 2\]"):
         model(batch.tokens[:, :1], batch)
     with pytest.raises(ValueError, match="num_valid: expected only with an empty cache"):
         model(batch.tokens, batch, torch.tensor([2], device=device))
     run(model, batch)
-    with pytest.raises(ValueError, match="cache: expected the batch that was made last"):
+    with pytest.raises(ValueError, match="cache: expected the latest batch"):
         run(model, batch)
     for change in (lambda: cache.extend(first, [9]), lambda: cache.free(second)):
         batch = cache.prefill(first)
         change()
-        with pytest.raises(ValueError, match="cache: expected the batch that was made last"):
+        with pytest.raises(ValueError, match="cache: expected the latest batch"):
             run(model, batch)
     other = make_cache(device, replace(CONFIG, num_kv_heads=1))
     other.admit([1])

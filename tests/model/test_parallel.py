@@ -231,16 +231,16 @@ def refused() -> None:
     for name, value in (("num_q_heads", 3), ("num_kv_heads", 1), ("intermediate_size", 111)):
         heads = {"num_kv_heads": 3} if name == "num_q_heads" else {}
         model = Llama2(config(**heads, **{name: value}), EAGER)
-        message = f"{name}: expected a multiple of tp, which is 2; got {value}"
+        message = f"{name}: expected a multiple of tp (2); got {value}"
         with pytest.raises(ValueError, match=message):
             parallel.parallelize(model, tp)
     with pytest.raises(ValueError, match="param_dtype: expected None without 'dp'"):
         parallel.parallelize(float64_model(), tp, param_dtype=torch.bfloat16)
     with torch.device("meta"):
         tied = Llama2(config(tie_word_embeddings=True), EAGER)
-    with pytest.raises(ValueError, match="model: expected memory for tied word embeddings"):
+    with pytest.raises(ValueError, match="model: expected tied word embeddings on a real device"):
         parallel.parallelize(tied, tp)
-    with pytest.raises(ValueError, match="model: expected the same weights in every rank"):
+    with pytest.raises(ValueError, match="model: expected the same weights on every rank"):
         parallel.parallelize(make_model(seed=dist.get_rank()), tp)
 
 

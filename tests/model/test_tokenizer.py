@@ -167,7 +167,9 @@ def test_chat_with_system_and_history(tokenizer):
     ],
 )
 def test_chat_refuses_other_orders_of_roles(tokenizer, turns):
-    with pytest.raises(ValueError, match="expected an optional system, then user and assistant"):
+    with pytest.raises(
+        ValueError, match="expected an optional system message, then user and assistant"
+    ):
         tokenizer.encode_chat(_chat(*turns))
 
 

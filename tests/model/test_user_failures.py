@@ -273,7 +273,7 @@ def test_ids_beyond_the_tokenizers_are_never_drawn():
         requests = [Request(prompt, 20, **settings) for prompt in PROMPTS]
         served = list(serve(model, requests, cache=cache, vocab_size=50))
         assert max(max(result.tokens) for result in served) < 50
-    with pytest.raises(ValueError, match="vocab_size: expected 1 to the model's 97; got 98"):
+    with pytest.raises(ValueError, match="vocab_size: expected from 1 to the model's 97; got 98"):
         Generator(model, vocab_size=98)
 
 

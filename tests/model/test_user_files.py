@@ -148,11 +148,11 @@ def contents(folder):
         (
             "precious.txt",
             "mine",
-            r"\.saving: expected the files of an interrupted writer .*precious",
+            r"\.saving: expected files of an interrupted write .*precious",
         ),
         (".complete", "{", r"\.complete: expected JSON"),
-        (".complete", "{}", r"\.complete: expected what an interrupted writer .*KeyError"),
-        (".complete", "[]", r"\.complete: expected what an interrupted writer .*TypeError"),
+        (".complete", "{}", r"\.complete: expected the plan of an interrupted write .*KeyError"),
+        (".complete", "[]", r"\.complete: expected the plan of an interrupted write .*TypeError"),
         (".complete", '{"names": [], "last": [], "obsolete": "("}', r"\.complete: .*unterminated"),
         (".complete", '{"names": ["../x"], "last": [], "obsolete": ""}', r"'\.\./x' is no file's"),
         (".complete", '{"names": [], "last": [".."], "obsolete": ""}', r"'\.\.' is no file's"),
@@ -251,7 +251,7 @@ def test_tensors_without_plain_values_are_named(spoil, kind, small):
     (folder / "model.safetensors").unlink()
     state["lm_head.weight"] = spoil(state["lm_head.weight"])
     torch.save(state, folder / "pytorch_model.bin")
-    message = rf"model\.bin: lm_head\.weight: expected a dense tensor with its values; .*{kind}"
+    message = rf"model\.bin: lm_head\.weight: expected a dense tensor with values; .*{kind}"
     with pytest.raises(CheckpointError, match=message):
         checkpoint.load(folder, EAGER)
 

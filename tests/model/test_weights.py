@@ -158,7 +158,7 @@ def test_a_model_of_several_dtypes_is_left_to_autocast(device):
 
 def test_a_config_beyond_the_rotary_table_is_named(model):
     model.config = replace(model.config, max_seq_len=256)
-    message = r"config: expected a max_seq_len of at most 128, where the rotary table ends"
+    message = r"config: expected a max_seq_len of at most 128, the length of the rotary table"
     with pytest.raises(ValueError, match=message):
         generate(model, [[1] * 100], max_new_tokens=60)
     with pytest.raises(ValueError, match=message):

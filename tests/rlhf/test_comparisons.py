@@ -50,31 +50,31 @@ def test_the_forms_of_a_line_are_the_same_comparison(tmp_path):
         (b'{"prompt": "\xff"}', "line: expected UTF-8"),
         ('{"prompt": "q", "rejected": "b"}', 'expected "chosen" and "rejected"; got no \'chosen\''),
         (line(rejected=None), "got no 'rejected' among the keys"),
-        (line(prompt=3), "prompt: expected a text or a list of messages; got a int"),
-        (line(chosen=3), "chosen: expected a text or a list of messages; got a int"),
-        (line(rejected=[]), "rejected: expected a text or one message beside a prompt; got 0"),
-        (line(chosen=answer("a") * 2), "chosen: expected a text or one message beside a prompt"),
-        (line(prompt=None), 'chosen: expected messages where there is no "prompt"; got a str'),
-        (line(prompt=[]), "prompt: messages: expected an optional system, then user"),
+        (line(prompt=3), "prompt: expected a string or a list of messages; got a int"),
+        (line(chosen=3), "chosen: expected a string or a list of messages; got a int"),
+        (line(rejected=[]), "rejected: expected a string or one message with a prompt; got 0"),
+        (line(chosen=answer("a") * 2), "chosen: expected a string or one message with a prompt"),
+        (line(prompt=None), 'chosen: expected messages without a "prompt"; got a str'),
+        (line(prompt=[]), "prompt: messages: expected an optional system message, then user"),
         (line(prompt=ASKED[:1]), "prompt: messages: expected an optional system"),
         (line(prompt=LONGER[:3]), "prompt: .* ending with user; got roles system, user, assistant"),
         (line(chosen=ASKED[1:]), "ending with assistant; got roles user, user"),
         (line(chosen=[{"role": "assistant"}]), r'chosen: messages\[1\]: expected {"role"'),
         (line(chosen=[3]), r'chosen: messages\[1\]: expected {"role"'),
-        (line(prompt=" "), r"messages\[0\]: expected a content that is not empty"),
-        (line(chosen="\n"), r"chosen: messages\[1\]: expected a content that is not empty"),
-        (line(rejected=""), r"rejected: messages\[1\]: expected a content that is not empty"),
-        (line(rejected="\ud800"), r"rejected: messages\[1\]: expected whole characters"),
+        (line(prompt=" "), r"messages\[0\]: expected a non-empty content"),
+        (line(chosen="\n"), r"chosen: messages\[1\]: expected a non-empty content"),
+        (line(rejected=""), r"rejected: messages\[1\]: expected a non-empty content"),
+        (line(rejected="\ud800"), r"rejected: messages\[1\]: expected no lone surrogates"),
         (line(prompt="[INST]"), r"prompt: messages\[0\]: expected a content without"),
         (line(rejected="<<SYS>>"), r"rejected: messages\[1\]: expected a content without"),
-        (line(rejected=" a\n"), r"rejected: expected another answer than chosen; got ' a\\n'"),
+        (line(rejected=" a\n"), r"rejected: expected an answer other than chosen; got ' a\\n'"),
         (line(rating="good"), "rating: expected one of significantly better, .*; got 'good'"),
         (line(rating=["better"]), "rating: expected one of"),
         (line(source=3), "source: expected a text; got 3"),
-        (line(source="\ud800"), "source: expected whole characters"),
+        (line(source="\ud800"), "source: expected no lone surrogates"),
         (
             json.dumps({"chosen": [*ASKED, *answer("a")], "rejected": [*LONGER, *answer("b")]}),
-            "rejected: expected the messages of chosen, but for the last; got others",
+            "rejected: expected the messages of chosen, except the last; got others",
         ),
         (json.dumps({"chosen": [], "rejected": []}), "chosen: messages: expected .* roles none"),
     ],
@@ -92,7 +92,7 @@ def test_a_bad_line_is_named_and_stops_no_other(tmp_path):
     places = [(comparison.file.name, comparison.line) for comparison in found]
     assert places == [("a.jsonl", 2), ("b.jsonl", 1), ("b.jsonl", 4)]
     assert refused == [("a.jsonl", 1), ("b.jsonl", 3)]
-    with pytest.raises(FileNotFoundError, match=r"none\.jsonl: expected a file of JSON lines"):
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl: expected a JSON-lines file"):
         next(read_comparisons(tmp_path / "none.jsonl", None))
 
 

@@ -257,7 +257,9 @@ def test_the_safety_reward_counts_where_the_paper_says(tmp_path):
 
 def test_a_critic_is_there_or_not():
     config = replace(CONFIG, group_size=4)
-    with pytest.raises(ValueError, match="critic: expected one if and only if group_size is 0"):
+    with pytest.raises(
+        ValueError, match="critic: expected a critic if and only if group_size is 0"
+    ):
         ppo._Loop(
             tiny_ppo.actors(CONFIG),
             tiny_ppo.questions(config),

@@ -56,10 +56,10 @@ def test_the_tag_and_the_source():
         ({}, r'line: expected "messages" or "prompt"; got the keys \[\]'),
         ({"completion": "r"}, r'line: expected "messages" or "prompt"; got the keys'),
         ({"prompt": "q", "messages": [USER]}, "line: expected"),
-        ({"prompt": 3}, "prompt: expected a text or a list of messages; got a int"),
-        ({"prompt": " "}, r"messages\[0\]: expected a content that is not empty"),
+        ({"prompt": 3}, "prompt: expected a string or a list of messages; got a int"),
+        ({"prompt": " "}, r"messages\[0\]: expected a non-empty content"),
         ({"prompt": "[INST]"}, r"messages\[0\]: expected a content without"),
-        ({"prompt": "\ud800"}, r"messages\[0\]: expected whole characters"),
+        ({"prompt": "\ud800"}, r"messages\[0\]: expected no lone surrogates"),
         ({"prompt": []}, "ending with user; got roles none"),
         ({"prompt": [USER, ANSWER]}, "ending with user; got roles user, assistant"),
         ({"prompt": [USER], "completion": [ANSWER, USER]}, "ending with assistant"),
@@ -84,5 +84,5 @@ def test_a_bad_line_is_named_and_stops_no_other(tmp_path):
     found = list(read_prompts(tmp_path, lambda file, n, error: refused.append((file.name, n))))
     assert [(each.file.name, each.line) for each in found] == [("a.jsonl", 1), ("a.jsonl", 4)]
     assert refused == [("a.jsonl", 3)]
-    with pytest.raises(FileNotFoundError, match=r"none\.jsonl: expected a file of JSON lines"):
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl: expected a JSON-lines file"):
         next(read_prompts(tmp_path / "none.jsonl", None))

@@ -200,7 +200,7 @@ def test_margins_need_ratings(folder, capsys):
 @pytest.mark.parametrize(
     ("changed", "more", "message"),
     [
-        ({"data": "none.jsonl"}, (), r"none\.jsonl: expected a file of JSON lines"),
+        ({"data": "none.jsonl"}, (), r"none\.jsonl: expected a JSON-lines file"),
         ({"data": "empty.jsonl"}, (), r"empty\.jsonl: expected at least one comparison; got none"),
         ({"out": "base"}, (), "out: expected a directory other than --init"),
         ({"init": "nowhere"}, (), "nowhere"),

@@ -87,7 +87,7 @@ def test_scorer_refuses_what_does_not_fit():
     scorer = Scorer(make_model())
     for ids, got in (([], 0), ([1] * 129, 129)):
         with pytest.raises(
-            ValueError, match=rf"sequences\[1\]: expected 1 to 128 tokens; got {got}"
+            ValueError, match=rf"sequences\[1\]: expected from 1 to 128 tokens; got {got}"
         ):
             scorer([[1], ids])
     with pytest.raises(ValueError, match="max_tokens: expected at least 1; got 0"):

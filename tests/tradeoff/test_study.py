@@ -295,7 +295,7 @@ def test_the_largest_batch_is_a_question_of_its_own(tmp_path, capsys):
     for batch in ("many", "0"):
         with pytest.raises(SystemExit):
             tradeoff("--preset", "none", "--out", tmp_path / "out", "--batch", batch)
-        expected = f"--batch: expected a number from 1 on, or max; got '{batch}'"
+        expected = f"--batch: expected an int of at least 1, or max; got '{batch}'"
         assert expected in capsys.readouterr().err
 
 
@@ -308,7 +308,7 @@ def test_the_largest_batch_is_a_question_of_its_own(tmp_path, capsys):
         (["--gpu", "80,nan,1"], "gpu: expected positive numbers"),
         (["--gpu", "1e300,1,1"], "gpu: expected positive numbers, from 1e-06 to 1e+09; got"),
         (["--gpu", "80,1e-320,1"], "gpu: expected positive numbers, from 1e-06 to 1e+09; got"),
-        (["--shape", "WIDE"], "num_q_heads: expected at most 4096, to try all that divide them"),
+        (["--shape", "WIDE"], "num_q_heads: expected at most 4096; got"),
         (["--shape", "DEEP"], "num_layers: expected an int from 1 to 2147483647; got 1000"),
         pytest.param(
             ["--preset", "gpu"],
@@ -388,7 +388,7 @@ def test_files_of_others_are_never_replaced(tmp_path, capsys, name):
     file = tmp_path / name
     file.write_text("mine", encoding="utf-8")
     assert tradeoff("--preset", "none", "--out", tmp_path) == 2
-    expected = f"out: expected a directory in which {name} is of an earlier page; got {file}"
+    expected = f"out: expected a directory whose {name} is of an earlier page; got {file}"
     assert expected in capsys.readouterr().err
     assert file.read_text(encoding="utf-8") == "mine" and list(tmp_path.iterdir()) == [file]
 
@@ -424,7 +424,7 @@ def cut(content):
     ("name", "change", "message"),
     [
         ("study.json", lambda _: b"{broken", "expected JSON"),
-        ("study.json", lambda _: b"[]", "expected what identifies a run"),
+        ("study.json", lambda _: b"[]", "expected a run's identity"),
         ("corpus/corpus.json", lambda _: b"{broken", "expected JSON"),
         ("corpus/corpus.json", lambda _: b"{}", "corpus: expected an entry 'held_out'; got none"),
         ("corpus/train.npy", cut, "expected the token ids of the corpus; ValueError"),

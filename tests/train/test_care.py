@@ -184,8 +184,8 @@ def test_a_run_with_care(sources, tmp_path, capsys):
     args.command_line = "llama2 pretrain --work … --redact"
     assert pretrain.run(args) == 0
     printed, said = capsys.readouterr()
-    assert f"{tmp_path / 'secret'}: nothing is left of it to train on" in said
-    assert "1 of 2 texts for evaluation are left out, as they are also among those for " in said
+    assert f"{tmp_path / 'secret'}: no documents are left to train on" in said
+    assert "1 of 2 held-out texts are left out, as they are training texts" in said
 
     found = tokens_of(work)
     mail, web = found["mail"][1], found["web"][1]
@@ -274,9 +274,12 @@ def test_shards_are_excluded_by_name_and_otherwise_taken_as_they_are(sources, tm
     captured = capsys.readouterr()
     assert f"{tmp_path / 'a.npy'}: 0 tokens, 0.00 epochs\n" in captured.out
     assert f"{tmp_path / 'b'}: 64 tokens" in captured.out
-    assert "token shards are taken as they are" in captured.err
+    assert "token shards are used unchanged" in captured.err
     run = ("--work", tmp_path / "w", *run[2:], "--steps", 1, "--exclude", "*")
-    with pytest.raises(ValueError, match=r"exclude: expected a source to train on; got \['\*'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"exclude: expected patterns that leave a source to train on; got \['\*'\]",
+    ):
         pretrain.run(parse(*run[:2], "--out", tmp_path / "o", *run[4:]))
 
 

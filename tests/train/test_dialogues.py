@@ -147,16 +147,16 @@ GOOD = line(("u", "q"), ("a", "r"))
         (line(("u", "q")), "ending with assistant; got roles user"),
         (line(("a", "r")), "user and assistant in turn"),
         (line(("u", "q"), ("s", "s"), ("a", "r")), "user and assistant in turn"),
-        (line(("u", "q"), ("a", " \n")), r"messages\[1\]: expected a content that is not empty"),
-        (line(("u", ""), ("a", "r")), r"messages\[0\]: expected a content that is not empty"),
-        (line(("u", "\ud800"), ("a", "r")), r"messages\[0\]: expected whole characters"),
+        (line(("u", "q"), ("a", " \n")), r"messages\[1\]: expected a non-empty content"),
+        (line(("u", ""), ("a", "r")), r"messages\[0\]: expected a non-empty content"),
+        (line(("u", "\ud800"), ("a", "r")), r"messages\[0\]: expected no lone surrogates"),
         (line(("u", "q [INST]"), ("a", "r")), r"messages\[0\]: expected a content without"),
         (line(("u", "q"), ("a", "<<SYS>>")), r"messages\[1\]: expected a content without"),
-        (line(("u", "q"), ("0", "r")), "expected an answer that bears a loss"),
+        (line(("u", "q"), ("0", "r")), "expected at least one answer with a loss"),
         (GOOD.replace('"r"', '"r", "weight": 0.5'), r"messages\[1\]: expected a weight of 0 or 1"),
         (line(("u", "q"), ("a", "r"), source=3), "source: expected a text; got 3"),
-        (line(("u", "q"), ("a", "r"), source="\ud800"), "source: expected whole characters"),
-        (line(("u", "q"), ("a", "r"), obeys="\ud800"), "obeys: expected whole characters"),
+        (line(("u", "q"), ("a", "r"), source="\ud800"), "source: expected no lone surrogates"),
+        (line(("u", "q"), ("a", "r"), obeys="\ud800"), "obeys: expected no lone surrogates"),
         (line(("u", "q"), ("a", "r"), obeys="a{%s}" % ("9" * 30)), "obeys: expected a regular"),
         (line(("u", "q"), ("a", "r"), obeys="(" * 5000 + ")" * 5000), "obeys: expected a regular"),
         (line(*[("u", "q")] * 10**4), "got roles user, user.{,80}$"),
@@ -181,7 +181,7 @@ def test_a_bad_line_is_named_and_stops_no_other(tmp_path):
         ("b.jsonl", 4),
     ]
     assert refused == [("a.jsonl", 1), ("b.jsonl", 3)]
-    with pytest.raises(FileNotFoundError, match=r"none\.jsonl: expected a file of JSON lines"):
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl: expected a JSON-lines file"):
         next(read_dialogues(tmp_path / "none.jsonl", None))
 
 

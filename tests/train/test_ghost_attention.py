@@ -335,7 +335,7 @@ def test_a_file_of_something_else_is_left_alone(content, ghost, files, stand_in)
         (["--top-p", "0"], "top_p: expected"),
         (["--seed", "-1"], "seed: expected"),
         (["--max-batch", "0"], "max_batch: expected at least 1; got 0"),
-        (["--data", "/nowhere"], "/nowhere: expected a file of JSON lines or a directory"),
+        (["--data", "/nowhere"], "/nowhere: expected a JSON-lines file or a directory"),
         (["--out", "/nowhere/out"], "/nowhere/out"),
         (["--instructions", "/nowhere"], "/nowhere"),
     ],

@@ -252,7 +252,7 @@ def test_a_checkpoint_goes_on(tmp_path, capsys):
         assert (tmp_path / "out" / name).read_bytes() == (SHIPPED / name).read_bytes()
     shutil.copytree(tmp_path / "out", tmp_path / "copy")
     for other in ((), ("--init", tmp_path / "copy")):
-        with pytest.raises(ValueError, match=r"work: expected the init of the run there, .*stdlib"):
+        with pytest.raises(ValueError, match=r"work: expected --init .*stdlib"):
             pretrain.run(parse(*arguments, *other))
 
 
@@ -272,7 +272,7 @@ def test_the_standard_library_is_the_default(folders, monkeypatch, tmp_path):
     ("arguments", "message"),
     [
         (("--seq-len", 33), r"seq_len: expected at most the model's max_seq_len \(32\); got 33"),
-        (("--vocab-size", 100), "expected a tokenizer of at most the model's 100 ids; got one of"),
+        (("--vocab-size", 100), "expected a tokenizer with at most the model's 100 ids; got"),
         (("--device", "nowhere"), "device: expected one that is there"),
         (("--out", pretrain_options.__file__), "File exists"),
         (("--threads", 0), "threads: expected from 1 to 1024; got 0"),
@@ -319,7 +319,7 @@ def test_a_run_changes_neither_its_texts_nor_its_start(folders, tmp_path):
         (("--out", texts), "out: expected a directory outside of the texts"),
         (("--held-out", tmp_path), "work: expected a directory outside of the texts"),
         (("--text", texts / "3.txt"), r"text: expected no text inside another, .*; got .*3\.txt"),
-        (("--text", tmp_path / "texts" / ".."), r"text: expected texts outside of "),
+        (("--text", tmp_path / "texts" / ".."), r"text: expected no text inside another, "),
     ):
         with pytest.raises(ValueError, match=message):
             pretrain.run(parse(*arguments, *wrong))
@@ -331,7 +331,9 @@ def test_a_run_changes_neither_its_texts_nor_its_start(folders, tmp_path):
         pretrain.run(parse(*uptraining, "--out", tmp_path / "texts" / ".." / "start"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "params.json").touch()
-    with pytest.raises(ValueError, match="out: expected no checkpoint of Meta's layout there"):
+    with pytest.raises(
+        ValueError, match="out: expected a directory without a checkpoint in Meta's layout"
+    ):
         pretrain.run(parse(*uptraining, "--out", tmp_path / "out"))
 
 
@@ -355,7 +357,7 @@ def test_texts_for_training_are_not_evaluated(folders, capsys, tmp_path):
     )
     (other / "new").write_text("A text of its own.", encoding="utf-8")
     assert pretrain.run(parse(*options, "--text", texts, *RECIPE)) == 0
-    assert "1 of 1 texts for evaluation are left out" in capsys.readouterr().err
+    assert "1 of 1 held-out texts are left out" in capsys.readouterr().err
     assert (
         json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))["held_out"]
         is None
@@ -394,7 +396,7 @@ def test_a_directory_is_one_runs(folders, tmp_path, capsys):
     assert pretrain.run(parse(*arguments)) == 0  # nothing is left to do
     other = list(arguments)
     other[1] = tmp_path / "another"
-    with pytest.raises(ValueError, match="out: expected a new directory, one without files, or"):
+    with pytest.raises(ValueError, match="out: expected a new or empty directory, or"):
         pretrain.run(parse(*other))
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == whole
 

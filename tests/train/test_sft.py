@@ -150,7 +150,7 @@ def test_bad_lines_are_named_and_nothing_is_lost(folder, capsys):
 @pytest.mark.parametrize(
     ("changed", "more", "message"),
     [
-        ({"data": "none.jsonl"}, (), r"none\.jsonl: expected a file of JSON lines"),
+        ({"data": "none.jsonl"}, (), r"none\.jsonl: expected a JSON-lines file"),
         ({"data": "empty.jsonl"}, (), r"empty\.jsonl: expected at least one dialogue; got 0 bad"),
         ({"out": "base"}, (), "out: expected a directory other than --init"),
         ({"work": "base"}, (), "work: expected a directory other than --init"),

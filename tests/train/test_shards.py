@@ -42,7 +42,7 @@ def test_written_shards_hold_the_arrays(tmp_path, vocab_size, dtype):
     assert {shard.dtype for shard in shards} == {np.dtype(dtype)}
     assert np.array_equal(np.concatenate(shards), np.concatenate(arrays))
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
-    with pytest.raises(FileExistsError, match="x: expected nothing there"):
+    with pytest.raises(FileExistsError, match="x: expected a path that does not exist"):
         write_shards(tmp_path / "x", arrays, vocab_size=vocab_size)
 
 

@@ -28,7 +28,7 @@ def test_texts_under_a_folder_in_the_order_of_their_paths(tmp_path, capsys):
         ("b.txt", "two\r\n"),
         ("empty", ""),
     ]
-    assert capsys.readouterr().err == f"{tmp_path}: 2 files are no UTF-8 text and left out\n"
+    assert capsys.readouterr().err == f"{tmp_path}: skipped 2 files that are not UTF-8 text\n"
 
 
 def test_links_and_names_of_any_bytes(tmp_path):
@@ -87,7 +87,7 @@ def test_few_files_say_how_to_hold_out(tmp_path, capsys):
     documents = corpus_documents(write(tmp_path, a="x", b="y"))
     assert not any(document.held_out for document in documents)
     error = capsys.readouterr().err
-    assert "nothing is held out" in error and "there are 2; --held-out PATH" in error
+    assert "nothing is held out" in error and "there are only 2. Use --held-out PATH" in error
 
 
 def test_texts_that_are_all_held_out(tmp_path):
@@ -128,5 +128,5 @@ def test_no_text_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="expected a UTF-8 text file; got 1 others"):
         text_documents(tmp_path)
     for name in ("binary", "empty"):
-        with pytest.raises(ValueError, match=f"{name}: expected a UTF-8 text that is not empty"):
+        with pytest.raises(ValueError, match=f"{name}: expected a non-empty UTF-8 text file"):
             text_documents(tmp_path / name)

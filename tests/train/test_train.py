@@ -520,12 +520,16 @@ def test_a_folder_is_of_one_process_or_of_several(tmp_path):
     log = (tmp_path / "one" / "log.jsonl").read_bytes()
     optimizer = pretrain.make_optimizer(make_model(), CONFIG)
     several = object.__new__(distributed.Sharded)
-    with pytest.raises(ValueError, match=r"expected the state of a run on several .*state\.pt"):
+    with pytest.raises(
+        ValueError, match=r"expected the state of a run under torchrun; .*state\.pt"
+    ):
         several.load(tmp_path / "one", make_model(), optimizer, {})
     assert (tmp_path / "one" / "log.jsonl").read_bytes() == log
     assert train(make_model(), tmp_path / "one") == expected
     (tmp_path / "several" / "step-3").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"expected the state of a run in one process; got step-3"):
+    with pytest.raises(
+        ValueError, match=r"expected the state of a run without torchrun; got step-3"
+    ):
         train(make_model(), tmp_path / "several")
 
 
