@@ -529,6 +529,7 @@ def test_decode_attention_has_no_gradient(where, make):
         "compiler": torch.compile(kernel, backend="aot_eager"),
     }
     names = ["block_table", "k_scale", "v_scale", "softmax_scale", "key_ranges", "key_mask"]
+    names += ["window_left", "window_right", "softcap", "sinks", "alibi_slopes"]
     arguments = inputs | (dict.fromkeys(names) if where == "op" else {})
     with Watch() if where == "mode" else nullcontext():
         with pytest.raises(NotImplementedError, match="q: expected inputs without a gradient"):
