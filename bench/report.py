@@ -117,7 +117,7 @@ def _first_screen(content: dict[str, Any], rows: list[Row]) -> Iterator[Block]:
     )
     yield Table(
         "The device, measured in this run",
-        [*_columns(("what",)), *_columns(("value",), "measured")],
+        _columns(("what", "value")),  # untagged: text that may wrap on a narrow screen
         list(_device(ceilings, rows)),
     )
     yield Paragraph(
