@@ -1,6 +1,7 @@
 """Provenance of a result: the command, the packages, the machine and the commit of the checkout."""
 
 import argparse
+import hashlib
 import platform
 import subprocess
 from collections.abc import Iterable
@@ -24,6 +25,16 @@ def made_with(arguments: argparse.Namespace, packages: Iterable[str] = ()) -> di
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "commit": commit_of(Path(__file__)),
     }
+
+
+def source_sha256(folder: Path) -> str:
+    """SHA-256 over the Python files of a folder, names and contents, in the order of their names:
+    the same in every history and installation that has these files."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(f"{file.relative_to(folder).as_posix()}\0".encode())
+        digest.update(file.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def commit_of(file: Path) -> str | None:

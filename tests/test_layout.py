@@ -88,8 +88,10 @@ MODEL_ALLOWED = {
     "tradeoff.study": {
         "tradeoff.study",
         "accounting",
+        "checkpoint",
         "config",
         "conversion",
+        "decoder",
         "evaluation",
         "model",
         "placement",

@@ -5,7 +5,7 @@ import argparse
 import json
 import platform
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from llama2.accounting import head_counts
-from llama2.checkout import commit_of
-from llama2.checkpoint import SHIPPED
+from llama2.checkout import commit_of, source_sha256
+from llama2.checkpoint import SHIPPED, load_config
 from llama2.commands.options import shape_named
 from llama2.commands.tradeoff_options import NO_STUDY
 from llama2.config import PUBLISHED, ModelConfig
-from llama2.evaluation.recall import TASKS
 from llama2.placement import place
 from llama2.storage import read_json, write_text
+from llama2.tradeoff import study
 from llama2.tradeoff.measured import measure_decode
 from llama2.tradeoff.recommend import recommend
 from llama2.tradeoff.report.folder import check_folder
@@ -28,7 +28,7 @@ from llama2.tradeoff.report.page import write_page
 from llama2.tradeoff.report.wording import heads_name
 from llama2.tradeoff.roofline import GIB, GPUS, Gpu
 from llama2.tradeoff.study.data import read_texts
-from llama2.tradeoff.study.presets import PRESETS, Preset
+from llama2.tradeoff.study.presets import PRESETS, Preset, described
 from llama2.tradeoff.study.runs import check
 from llama2.tradeoff.study.training import run_study
 
@@ -139,6 +139,11 @@ def _preset(args: argparse.Namespace) -> Preset:
 
 def _study(args: argparse.Namespace, preset: Preset) -> dict[str, Any]:
     started = time.perf_counter()
+    # Of the code that runs: files may change before the study ends.
+    sources = {
+        "commit": commit_of(Path(__file__)),
+        "source": source_sha256(Path(study.__file__).parent),
+    }
     placement = place(args.backend, args.device)
     if preset.name == "gpu" and placement.device.type == "cpu" and args.device is None:
         raise ValueError("preset: expected a GPU for gpu; got the CPU (--device cpu insists)")
@@ -147,8 +152,6 @@ def _study(args: argparse.Namespace, preset: Preset) -> dict[str, Any]:
     texts = read_texts(args.text, args.held_out, preset)
     placing = {"backend": args.backend, "device": args.device}
     corpus, runs = run_study(preset, texts, work, SHIPPED / "tokenizer.model", **placing)
-    text_rows = preset.train.batch_size - preset.lookup_rows - preset.copy_rows
-    read = preset.train.steps * text_rows * preset.train.seq_len
     lines = (json.dumps({k: v for k, v in entry.items() if k != "bits"}) for entry in runs)
     write_text(args.out / _LOG, "".join(f"{line}\n" for line in lines))
     results = {
@@ -157,23 +160,20 @@ def _study(args: argparse.Namespace, preset: Preset) -> dict[str, Any]:
         "command": args.command_line,
         "date": date.today().isoformat(),
         "seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(sum(entry["cpu_seconds"] for entry in runs), 1),
         "environment": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "device": _device_name(placement.device),
             "processes": preset.processes,
-            "commit": commit_of(Path(__file__)),
+            **sources,
         },
         "corpus": corpus.record,
-        "base": asdict(preset.model),
-        "train_config": asdict(preset.train),
-        "uptrain_peak_lr": preset.uptrain_peak_lr,
-        "epochs": read / len(corpus.stream),
-        "alphas": list(preset.alphas),
-        "seeds": list(preset.seeds),
-        "runs": [{k: v for k, v in entry.items() if k != "loss_curve"} for entry in runs],
-        "recall_chance": {name: task.chance for name, task in TASKS.items()},
+        **described(preset, load_config(SHIPPED)),
+        "runs": runs,
     }
+    read = preset.train.steps * preset.train.batch_size * preset.train.seq_len
+    results["text"]["epochs"] = read / len(corpus.stream)
     write_text(args.out / _RESULT, json.dumps(results, indent=1) + "\n")
     return results
 

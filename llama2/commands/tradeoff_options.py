@@ -8,7 +8,7 @@ from llama2.placement import add_options
 from llama2.tradeoff.roofline import GPUS
 
 NO_STUDY = "none"
-PRESETS = ("cpu", "gpu", NO_STUDY)
+PRESETS = ("cpu", "gpu", "smoke", NO_STUDY)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=PRESETS,
         help="the study: cpu: 15 minutes on two cores; gpu: larger models on one GPU, best with "
-        "your own --text; none: only computed speed and memory; default: cpu",
+        "your own --text; smoke: seconds, with models that learn nothing; none: only computed "
+        "speed and memory; default: cpu",
     )
     add("--out", type=path, required=True, metavar="DIR", help="report, result, log and plots")
     add(
@@ -45,7 +46,12 @@ def _add_study(group: argparse._ArgumentGroup) -> None:
         help="texts for evaluation; default: every 20th file, or the last 5 %% of a single file",
     )
     add("--seeds", type=integer, nargs="+", metavar="N", help="default: the preset's")
-    add("--steps", type=integer, metavar="N", help="of a model from scratch; default: the preset's")
+    add(
+        "--steps",
+        type=integer,
+        metavar="N",
+        help="of language models from scratch; default: the preset's",
+    )
     add("--processes", type=integer, metavar="N", help="side by side; default: the preset's")
     add(
         "--results",

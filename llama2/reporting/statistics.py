@@ -134,6 +134,20 @@ def paired_difference(variant: Mapping[int, float], baseline: Mapping[int, float
     return mean_estimate([variant[seed] - baseline[seed] for seed in seeds])
 
 
+def resolvable_difference(difference: Estimate, power: float = 0.9) -> float | None:
+    """The smallest true difference whose 95 % interval leaves 0 out with probability `power`, at as
+    many seeds with the same spread: (t(0.975, n − 1) + t(power, n − 1)) · sd / √n.
+
+    The usual approximation by two quantiles of the central t. The spread of a few seeds is itself
+    uncertain, and so is this. None where there is no interval.
+    """
+    if difference.high is None:
+        return None
+    standard_error = (difference.high - difference.mean) / t_critical(difference.n - 1)
+    one_sided = t_critical(difference.n - 1, 2 * power - 1)
+    return (difference.high - difference.mean) + one_sided * standard_error
+
+
 def noise_floor(values: Sequence[float]) -> Noise | None:
     """Returns the standard deviation over seeds (n − 1 in the denominator); None for a single
     seed."""

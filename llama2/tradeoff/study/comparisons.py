@@ -1,4 +1,7 @@
-"""Two kinds of runs compared: over seeds, over held-out files, and what may be said of it."""
+"""Two kinds of runs compared: over seeds, over held-out files, and what may be said of it.
+
+All differences are variant − baseline, paired by seed, at equal training budget.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,52 +13,109 @@ from llama2.reporting.statistics import (
     FileDifference,
     file_bootstrap,
     paired_difference,
+    resolvable_difference,
 )
 from llama2.tradeoff.study import runs
-from llama2.tradeoff.study.runs import Runs
+from llama2.tradeoff.study.runs import Run, Runs
 
 NOT_TOLD_APART = "not told apart"
+POWER = 0.9  # with which a difference is resolved that is called resolvable
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What runs are compared by: a field of theirs, times `scale`, in `unit`."""
+
+    field: str
+    unit: str
+    scale: float
+    less_is_better: bool
+
+
+BITS_PER_BYTE = Measure("bits_per_byte", "bits per byte", 1.0, less_is_better=True)
+ACCURACY = Measure("accuracy", "points", 100.0, less_is_better=False)  # percentage points
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Bits per byte of a variant minus those of its baseline: positive is worse."""
+    """A difference, variant − baseline, in the unit of its measure.
 
+    Attributes:
+        seeds: its mean over paired seeds, with the 95 % interval (Student's t).
+        files: the same over held-out files; None for a measure that has none.
+    """
+
+    measure: Measure
     seeds: Estimate
-    files: FileDifference
+    files: FileDifference | None
 
     @property
     def verdict(self) -> str:
-        """ "worse" or "better" only where both 95 % intervals, over seeds and over files, leave 0
-        out on the same side; "one seed" where there is no interval over seeds."""
+        """ "worse" or "better" only where every 95 % interval leaves 0 out on the same side;
+        otherwise `NOT_TOLD_APART`, or "one seed" where there is no interval over seeds."""
         if self.seeds.low is None or self.seeds.high is None:
             return "one seed"
-        if min(self.seeds.low, self.files.low) > 0:
-            return "worse"
-        if max(self.seeds.high, self.files.high) < 0:
-            return "better"
+        more, less = ("worse", "better") if self.measure.less_is_better else ("better", "worse")
+        intervals = [self.seeds, *([self.files] if self.files else [])]
+        if min(interval.low for interval in intervals) > 0:
+            return more
+        if max(interval.high for interval in intervals) < 0:
+            return less
         return NOT_TOLD_APART
 
+    @property
+    def largest_loss(self) -> float | None:
+        """By how much the variant may be worse at most, as the intervals say: a greater loss is
+        excluded (97.5 % one-sided). None with one seed; at most 0 where every loss is excluded."""
+        if self.seeds.low is None or self.seeds.high is None:
+            return None
+        intervals = [self.seeds, *([self.files] if self.files else [])]
+        if self.measure.less_is_better:
+            return max(interval.high for interval in intervals)
+        return max(-interval.low for interval in intervals)
 
-def compare(results: dict[str, Any], variant: Runs, baseline: Runs) -> Comparison | None:
+    @property
+    def resolvable(self) -> float | None:
+        """The smallest true difference that as many seeds resolve with a probability of `POWER`, by
+        the spread of these pairs; None with one seed."""
+        return resolvable_difference(self.seeds, POWER)
+
+
+def compare(
+    results: dict[str, Any], variant: Runs, baseline: Runs, measure: Measure = BITS_PER_BYTE
+) -> Comparison | None:
     """None where the two have no seed in common: a study may lack either."""
     seeds = sorted(variant.keys() & baseline.keys())
     if not seeds:
         return None
+    sides = (
+        {seed: measure.scale * side[seed][measure.field] for seed in seeds}
+        for side in (variant, baseline)
+    )
+    over_files = None
+    if measure is BITS_PER_BYTE:
+        sides_bits = ([side[seed] for seed in seeds] for side in (variant, baseline))
+        over_files = _over_files(results, *sides_bits)
+    return Comparison(measure, paired_difference(*sides), over_files)
+
+
+def _over_files(results: dict[str, Any], variant: list[Run], baseline: list[Run]) -> FileDifference:
     num_bytes = np.array([file["bytes"] for file in results["corpus"]["held_out"]["files"]])
-    variant_bits, baseline_bits = (
-        np.array([side[seed]["bits"] for seed in seeds]) for side in (variant, baseline)
-    )
-    return Comparison(
-        seeds=paired_difference(runs.values(variant), runs.values(baseline)),
-        files=file_bootstrap(variant_bits, baseline_bits, num_bytes),
-    )
+    bits = (np.array([run["bits"] for run in side]) for side in (variant, baseline))
+    return file_bootstrap(*bits, num_bytes)
 
 
-def from_scratch(results: dict[str, Any], num_kv_heads: int, matching: str) -> Comparison | None:
-    """Fewer heads from scratch against MHA from scratch."""
-    variant = runs.scratch(results, num_kv_heads, matching)
-    return compare(results, variant, runs.mha(results))
+def from_scratch(results: dict[str, Any], num_kv_heads: int) -> Comparison | None:
+    """Language models with fewer heads against MHA, both from scratch."""
+    return compare(results, runs.text(results, num_kv_heads), runs.mha(results))
+
+
+def records(
+    results: dict[str, Any], arm: str, num_kv_heads: int, baseline: int | None = None
+) -> Comparison | None:
+    """Accuracy of models that learnt "records", against those of `baseline` heads (None: MHA)."""
+    variant = runs.records(results, arm, num_kv_heads)
+    return compare(results, variant, runs.records(results, arm, baseline), ACCURACY)
 
 
 def by_conversion(
@@ -64,3 +124,28 @@ def by_conversion(
     """A converted model against the control that trained as long without conversion."""
     variant = runs.converted(results, num_kv_heads, method, alpha)
     return compare(results, variant, runs.control(results, alpha))
+
+
+def shipped(results: dict[str, Any], num_kv_heads: int, alpha: float) -> FileDifference | None:
+    """The shipped model, converted and trained on for `alpha`, against the same without
+    conversion: one model, so that the interval is over files alone."""
+    original = results["shipped"]["model"]["num_kv_heads"]
+    variant = runs.shipped(results, num_kv_heads, alpha)
+    baseline = runs.shipped(results, original, alpha)
+    if variant is None or baseline is None:
+        return None
+    return _over_files(results, [variant], [baseline])
+
+
+def primary(results: dict[str, Any]) -> list[tuple[dict[str, Any], Comparison]]:
+    """The comparisons that were named before the first run, each with its entry of "primary";
+    without those whose runs are missing."""
+    found = []
+    for entry in results["primary"]:
+        if entry["measure"] == "text":
+            comparison = from_scratch(results, entry["num_kv_heads"])
+        else:
+            comparison = records(results, entry["arm"], entry["num_kv_heads"])
+        if comparison is not None:
+            found.append((entry, comparison))
+    return found

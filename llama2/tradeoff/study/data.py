@@ -1,4 +1,4 @@
-"""What a study reads: text to train on beside rows of recall tasks, and files held out."""
+"""What a study reads: text to train on, and files held out."""
 
 import hashlib
 import json
@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llama2.evaluation import recall
 from llama2.storage import reading, replacing, write_text
 from llama2.tokenizer import Tokenizer, check_fits
 from llama2.tradeoff.study.presets import Preset
@@ -23,6 +21,7 @@ from llama2.train.data import (
     document_ids,
     random_batch,
 )
+from llama2.train.pretrain import TrainConfig
 
 # What a seed's batches are for.
 BASE, UPTRAIN, CALIBRATION = range(3)
@@ -139,38 +138,21 @@ def _sizes(documents: list[Document]) -> dict[str, Any]:
     return {"bytes": num_bytes, "sha256": digest.hexdigest()}
 
 
-class StudyBatches:
-    """Batches of text and of recall tasks: a function of the seed, the purpose and the step.
+class TextBatches:
+    """Windows of the text at random places: a function of the seed, the purpose and the step."""
 
-    Their rows are `preset.lookup_rows` and `preset.copy_rows` of the tasks, then windows of the
-    text at random places.
-    """
-
-    def __init__(self, corpus: Corpus, preset: Preset, seed: int, purpose: int) -> None:
-        self._corpus, self._preset = corpus, preset
+    def __init__(self, corpus: Corpus, config: TrainConfig, seed: int, purpose: int) -> None:
+        self._corpus, self._config = corpus, config
         self._seed = 3 * seed + purpose
 
     def batch(self, step: int) -> Tensor:
-        preset = self._preset
-        counts = {"lookup": preset.lookup_rows, "copy": preset.copy_rows}
-        generator = np.random.default_rng([self._seed, step, 1])
-        rows = [
-            recall.TASKS[name].rows(generator, count, preset.train.seq_len, preset.model.vocab_size)
-            for name, count in counts.items()
-        ]
-        text = random_batch(
+        return random_batch(
             self._corpus.stream,
-            batch_size=preset.train.batch_size - sum(counts.values()),
-            seq_len=preset.train.seq_len,
+            batch_size=self._config.batch_size,
+            seq_len=self._config.seq_len,
             seed=self._seed,
             step=step,
         )
-        return torch.cat([*map(torch.from_numpy, rows), text])
 
     def identity(self) -> dict[str, Any]:
-        return {
-            "sha256": self._corpus.record["train"]["sha256"],
-            "seed": self._seed,
-            "lookup_rows": self._preset.lookup_rows,
-            "copy_rows": self._preset.copy_rows,
-        }
+        return {"sha256": self._corpus.record["train"]["sha256"], "seed": self._seed}

@@ -1,27 +1,95 @@
-"""What a study trains and asks, by name."""
+"""What a study trains and measures, by name, and which comparisons count before any run."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from llama2.config import ModelConfig
+from llama2.tradeoff.study.records import RecordsShape
 from llama2.train.pretrain import TrainConfig
 
 
 @dataclass(frozen=True)
-class Preset:
-    """A study: MHA as the base, models with fewer key/value heads from scratch, and conversions.
+class Arm:
+    """One setting in which models learn the task "records".
 
     Attributes:
-        model: of the base, with as many key/value heads as query heads.
-        train: of every model from scratch.
-        num_kv_heads: below the base's; each is trained with every matching.
-        methods: of conversion, for every count.
-        baseline_methods: that are tried for the last count only.
-        alphas: for how long conversions and controls train afterwards, as shares of `train.steps`.
-        uptrain_peak_lr: the highest learning rate of that, warmed up over a tenth of it.
+        name: of the arm; the arm "main" is the one that primary comparisons read.
+        purpose: what the arm is for, a phrase for readers.
+        fields: attributes of an item, from 2 on.
+        steps, peak_lr: of the training.
+        num_kv_heads: that are compared to MHA, which runs too.
+        num_seeds: the first so many of the preset's seeds.
+    """
+
+    name: str
+    purpose: str
+    fields: int
+    steps: int
+    peak_lr: float
+    num_kv_heads: tuple[int, ...]
+    num_seeds: int
+
+
+@dataclass(frozen=True)
+class Primary:
+    """A comparison with MHA that is named before the first run.
+
+    Attributes:
+        measure: "text" (bits per byte) or "records" (accuracy).
+        arm: of "records"; None for "text".
+        num_kv_heads: of the model that is compared to MHA.
+    """
+
+    measure: str
+    arm: str | None
+    num_kv_heads: int
+
+
+@dataclass(frozen=True)
+class Conversions:
+    """Conversions of trained MHA models, and controls that train on without one.
+
+    Attributes:
+        methods: of `llama2.conversion`, for every number of heads.
+        alphas: how long conversions and controls train afterwards, as shares of the base's steps.
+        peak_lr: of that training, warmed up over a tenth of it.
+        num_seeds: the first so many of the preset's seeds.
+    """
+
+    methods: tuple[str, ...]
+    alphas: tuple[float, ...]
+    peak_lr: float
+    num_seeds: int
+
+
+@dataclass(frozen=True)
+class ShippedConversion:
+    """The conversion of the checkpoint that this package ships, by the default method.
+
+    Attributes:
+        train: what trained the checkpoint, apart from `peak_lr`, which is that of the uptraining.
+        alphas: as in `Conversions`, shares of `train.steps`.
+    """
+
+    train: TrainConfig
+    alphas: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A study: language models of text, models that learn "records", and conversions.
+
+    All models with fewer key/value heads have MHA's number of parameters (the matching "exact" of
+    `llama2.accounting.matched`), and start from MHA's weights of their seed (`pairing`).
+
+    Attributes:
+        model: MHA, for text; the vocabulary is that of the shipped tokenizer.
+        train: of every language model.
+        num_kv_heads: below MHA's, of language models and of conversions.
         seeds: of the weights and of the data's order. Runs of one seed see the same batches.
-        lookup_rows, copy_rows: of a batch; the other rows are text.
+        records: the task and the shape of the models that learn it.
+        records_train: the recipe of these; each arm has its own steps and learning rate.
         held_out_characters: of each held-out file.
-        recall_rows: of each task, to be scored.
         processes: that train side by side, one thread each; 1 means in this process.
     """
 
@@ -29,63 +97,128 @@ class Preset:
     model: ModelConfig
     train: TrainConfig
     num_kv_heads: tuple[int, ...]
-    methods: tuple[str, ...]
-    baseline_methods: tuple[str, ...]
-    alphas: tuple[float, ...]
-    uptrain_peak_lr: float
     seeds: tuple[int, ...]
-    lookup_rows: int
-    copy_rows: int
+    records: RecordsShape
+    records_train: TrainConfig
+    arms: tuple[Arm, ...]
+    conversions: Conversions
+    shipped: ShippedConversion
+    primary: tuple[Primary, ...]
     held_out_characters: int
-    recall_rows: int
     processes: int
 
-    def uptrain(self, alpha: float) -> TrainConfig:
-        """The recipe of a share `alpha` of the steps; that of 0 has none to run."""
-        steps = max(round(alpha * self.train.steps), 1)
-        return replace(
-            self.train,
-            steps=steps,
-            warmup_steps=max(steps // 10, 1),
-            peak_lr=self.uptrain_peak_lr,
-        )
+    def arm(self, name: str) -> Arm:
+        return next(arm for arm in self.arms if arm.name == name)
 
 
-_METHODS = ("low_rank", "aligned", "mean")
-_ALPHAS = (0.0, 0.01, 0.05, 0.1)
+def uptraining(train: TrainConfig, alpha: float, peak_lr: float) -> TrainConfig | None:
+    """The recipe of a share `alpha` of the steps of `train`, at least one; None for a share of 0,
+    which trains nothing."""
+    if alpha == 0:
+        return None
+    steps = max(round(alpha * train.steps), 1)
+    return replace(train, steps=steps, warmup_steps=max(steps // 10, 1), peak_lr=peak_lr)
+
+
+def described(preset: Preset, shipped_model: ModelConfig) -> dict[str, Any]:
+    """The entries of a result that say what was planned: "text", "records", "conversion", "shipped"
+    and "primary", as `result_form` documents them.
+
+    Args:
+        shipped_model: the configuration of the checkpoint that this package ships.
+    """
+    full = preset.model.num_q_heads
+    shape, conversions = preset.records, preset.conversions
+    return {
+        "text": {
+            "base": asdict(preset.model),
+            "train_config": asdict(preset.train),
+            "seeds": list(preset.seeds),
+            "num_kv_heads": [full, *preset.num_kv_heads],
+        },
+        "records": {
+            "shape": asdict(shape),
+            "train_config": asdict(preset.records_train),
+            "chance": 1 / shape.values,
+            "arms": [
+                asdict(arm)
+                | {
+                    "num_kv_heads": [shape.num_q_heads, *arm.num_kv_heads],
+                    "seeds": list(preset.seeds[: arm.num_seeds]),
+                }
+                for arm in preset.arms
+            ],
+        },
+        "conversion": {
+            "methods": list(conversions.methods),
+            "alphas": list(conversions.alphas),
+            "peak_lr": conversions.peak_lr,
+            "seeds": list(preset.seeds[: conversions.num_seeds]),
+            "num_kv_heads": list(preset.num_kv_heads),
+        },
+        "shipped": {
+            "model": asdict(shipped_model),
+            "train_config": asdict(preset.shipped.train),
+            "alphas": list(preset.shipped.alphas),
+        },
+        "primary": [asdict(primary) for primary in preset.primary],
+    }
+
+
+_CPU = Preset(
+    name="cpu",
+    model=ModelConfig(
+        vocab_size=1024,
+        hidden_size=64,
+        intermediate_size=176,
+        num_layers=2,
+        num_q_heads=8,
+        num_kv_heads=8,
+        head_dim=8,
+        max_seq_len=96,
+    ),
+    train=TrainConfig(steps=400, batch_size=12, seq_len=96, peak_lr=3e-3, warmup_steps=50),
+    num_kv_heads=(2, 1),
+    seeds=tuple(range(10, 24)),  # those of the pilot, which chose the recipe, were below 10
+    records=RecordsShape(),
+    # The tokens of the longest rows; `steps` and `peak_lr` are those of the arm "main".
+    records_train=TrainConfig(
+        steps=400,
+        batch_size=21,
+        seq_len=33,
+        peak_lr=2.5e-3,
+        warmup_steps=30,
+        final_lr_fraction=0.05,
+    ),
+    arms=(
+        Arm("main", "the primary setting", 3, 400, 2.5e-3, (4, 2, 1), 8),
+        Arm("higher_lr", "twice the learning rate", 3, 400, 5e-3, (4, 2, 1), 4),
+        Arm("longer", "twice the steps", 3, 800, 2.5e-3, (2, 1), 5),
+        Arm("two_fields", "a control that needs one match only", 2, 400, 2.5e-3, (1,), 4),
+    ),
+    conversions=Conversions(("low_rank", "mean"), (0.0, 0.05), 7.5e-4, 4),
+    shipped=ShippedConversion(
+        TrainConfig(steps=5000, batch_size=4, seq_len=256, peak_lr=6.25e-4, warmup_steps=200),
+        (0.0, 0.05),
+    ),
+    primary=(
+        Primary("text", None, 1),
+        Primary("records", "main", 1),
+        Primary("records", "main", 2),
+    ),
+    held_out_characters=3000,
+    processes=2,
+)
 
 PRESETS = {
     preset.name: preset
     for preset in (
         # Two cores, a quarter of an hour.
-        Preset(
-            name="cpu",
-            model=ModelConfig(
-                vocab_size=1024,
-                hidden_size=64,
-                intermediate_size=176,
-                num_layers=2,
-                num_q_heads=8,
-                num_kv_heads=8,
-                head_dim=8,
-                max_seq_len=96,
-            ),
-            train=TrainConfig(steps=700, batch_size=20, seq_len=96, peak_lr=5e-3, warmup_steps=50),
-            num_kv_heads=(2, 1),
-            methods=_METHODS,
-            baseline_methods=("first", "random"),
-            alphas=_ALPHAS,
-            uptrain_peak_lr=1.25e-3,
-            seeds=(0, 1, 2),
-            lookup_rows=5,
-            copy_rows=3,
-            held_out_characters=3000,
-            recall_rows=64,
-            processes=2,
-        ),
-        # One GPU, an hour at most. Made for a corpus of one's own: the standard library would be
-        # read many times.
-        Preset(
+        _CPU,
+        # One GPU, an hour at most; only the language models are larger. It is meant for a large
+        # text: this one would read the standard library many times.
+        replace(
+            _CPU,
             name="gpu",
             model=ModelConfig(
                 vocab_size=1024,
@@ -106,15 +239,31 @@ PRESETS = {
                 bf16=True,
             ),
             num_kv_heads=(4, 2, 1),
-            methods=_METHODS,
-            baseline_methods=("first", "random"),
-            alphas=_ALPHAS,
-            uptrain_peak_lr=5e-4,
-            seeds=(0, 1, 2),
-            lookup_rows=8,
-            copy_rows=4,
+            seeds=tuple(range(10, 18)),
+            conversions=Conversions(("low_rank", "mean"), (0.0, 0.05), 5e-4, 4),
             held_out_characters=50_000,
-            recall_rows=256,
+            processes=1,
+        ),
+        # Seconds: every part once, with models that learn next to nothing.
+        replace(
+            _CPU,
+            name="smoke",
+            model=replace(_CPU.model, hidden_size=16, intermediate_size=24, head_dim=2),
+            train=replace(_CPU.train, steps=4, batch_size=2, seq_len=32, warmup_steps=1),
+            num_kv_heads=(2,),
+            seeds=(10, 11),
+            records=RecordsShape(hidden_size=16, intermediate_size=24, head_dim=2, rows_scored=4),
+            records_train=replace(_CPU.records_train, batch_size=2, warmup_steps=1),
+            arms=(
+                Arm("main", "the primary setting", 2, 4, 2.5e-3, (2,), 2),
+                Arm("longer", "twice the steps", 2, 8, 2.5e-3, (2,), 1),
+            ),
+            conversions=Conversions(("low_rank", "mean"), (0.0, 0.5), 7.5e-4, 1),
+            shipped=ShippedConversion(
+                TrainConfig(steps=40, batch_size=1, seq_len=32, peak_lr=6.25e-4), (0.0, 0.05)
+            ),
+            primary=(Primary("text", None, 2), Primary("records", "main", 2)),
+            held_out_characters=300,
             processes=1,
         ),
     )

@@ -3,13 +3,13 @@
 import math
 from typing import Any
 
-from llama2.accounting import MATCHINGS
-from llama2.tradeoff.study.result_form import AMOUNT, SHARE, check_entry, check_form
+from llama2.tradeoff.study.result_form import SHARE, check_entry, check_form
 
 Run = dict[str, Any]
 Runs = dict[int, Run]  # by seed
 
-_KEY = ("origin", "num_kv_heads", "matching", "method", "alpha", "seed")
+MAIN = "main"  # the arm of the primary comparisons
+_KEY = ("part", "arm", "num_kv_heads", "method", "alpha", "seed")
 
 
 def check(results: dict[str, Any]) -> None:
@@ -17,9 +17,10 @@ def check(results: dict[str, Any]) -> None:
 
     Raises:
         ValueError: it is not a study, or not of its form (`check_form`); a figure is not finite
-            or out of range; heads, origin, method and alpha of a run do not fit together;
+            or out of range; part, arm, heads, method and alpha of a run do not fit together;
             the bits of a run are not one per held-out file, or do not add up to its bits per byte;
-            a run is there twice; MHA from scratch, to which all else is compared, is missing.
+            an accuracy is not the mean of its parts; a run is there twice; language models of MHA
+            from scratch, to which others are compared, are missing.
     """
     if not isinstance(results, dict) or results.get("kind") != "study":
         kind = results.get("kind") if isinstance(results, dict) else type(results).__name__
@@ -32,48 +33,71 @@ def check(results: dict[str, Any]) -> None:
             f"corpus.held_out.bytes: expected the sum over its files, {num_bytes}; "
             f"got {results['corpus']['held_out']['bytes']}"
         )
-    for task, chance in results["recall_chance"].items():
-        check_entry(f"recall_chance.{task}", chance, SHARE)
-    num_q_heads = results["base"]["num_q_heads"]
     seen = set()
     for index, run in enumerate(results["runs"]):
         name = f"runs[{index}]"
-        if num_q_heads % run["num_kv_heads"]:
-            raise ValueError(
-                f"{name}.num_kv_heads: expected a divisor of base.num_q_heads ({num_q_heads}); "
-                f"got {run['num_kv_heads']}"
-            )
-        for field, origins in (("method", ("converted",)), ("alpha", ("control", "converted"))):
-            if (run[field] is not None) != (run["origin"] in origins):
-                raise ValueError(
-                    f"{name}.{field}: expected one for {' and '.join(origins)} runs alone; "
-                    f"got {run[field]!r} for {run['origin']}"
-                )
-        if run["recall"].keys() != results["recall_chance"].keys():
-            raise ValueError(
-                f"{name}.recall: expected {sorted(results['recall_chance'])}, which have a chance "
-                f"level; got {sorted(run['recall'])}"
-            )
-        for task, share in run["recall"].items():
-            check_entry(f"{name}.recall.{task}", share, SHARE)
-        if len(run["bits"]) != len(files):
-            raise ValueError(
-                f"{name}.bits: expected {len(files)}, one per held-out file; got {len(run['bits'])}"
-            )
-        for file, bits in zip(files, run["bits"], strict=True):
-            check_entry(f"{name}.bits of {file['path']!r}", bits, AMOUNT)
-        # Sums of the same floats in another order; a stale or edited file is off by far more.
-        if not math.isclose(sum(run["bits"]) / num_bytes, run["bits_per_byte"], rel_tol=1e-6):
-            raise ValueError(
-                f"{name}.bits_per_byte: expected the sum of its bits over {num_bytes} bytes, "
-                f"{sum(run['bits']) / num_bytes}; got {run['bits_per_byte']}"
-            )
+        _check_kind(results, name, run)
+        if run["part"] == "records":
+            _check_accuracy(name, run)
+        else:
+            _check_bits(name, run, len(files), num_bytes)
         key = tuple(run[field] for field in _KEY)
         if key in seen:
             raise ValueError(f"{name}: expected another run of {_KEY}; got {key} again")
         seen.add(key)
     if not mha(results):
         raise ValueError("runs: expected MHA from scratch among them; got none")
+
+
+def _check_kind(results: dict[str, Any], name: str, run: Run) -> None:
+    most = {
+        "records": results["records"]["shape"]["num_q_heads"],
+        "shipped": results["shipped"]["model"]["num_q_heads"],
+    }.get(run["part"], results["text"]["base"]["num_q_heads"])
+    if most % run["num_kv_heads"]:
+        raise ValueError(
+            f"{name}.num_kv_heads: expected a divisor of the {most} query heads; "
+            f"got {run['num_kv_heads']}"
+        )
+    arms = [arm["name"] for arm in results["records"]["arms"]]
+    allowed = arms if run["part"] == "records" else [None]
+    if run["arm"] not in allowed:
+        raise ValueError(
+            f"{name}.arm: expected one of {allowed} for {run['part']}; got {run['arm']!r}"
+        )
+    kind = run["method"] is not None, run["alpha"] is not None
+    kinds = {"conversion": [(False, True), (True, True)], "shipped": [(False, False)]}
+    kinds["shipped"] += kinds["conversion"]
+    if kind not in kinds.get(run["part"], [(False, False)]):
+        raise ValueError(
+            f"{name}: expected method and alpha of a {run['part']} run; "
+            f"got {run['method']!r} and {run['alpha']!r}"
+        )
+
+
+def _check_accuracy(name: str, run: Run) -> None:
+    for items, share in run["accuracy_by_items"].items():
+        check_entry(f"{name}.accuracy_by_items.{items}", share, SHARE)
+    shares = run["accuracy_by_items"].values()
+    mean = sum(shares) / len(shares) if shares else math.nan
+    if not math.isclose(mean, run["accuracy"], rel_tol=1e-6, abs_tol=1e-9):
+        raise ValueError(
+            f"{name}.accuracy: expected the mean over numbers of items, {mean}; "
+            f"got {run['accuracy']}"
+        )
+
+
+def _check_bits(name: str, run: Run, num_files: int, num_bytes: int) -> None:
+    if len(run["bits"]) != num_files:
+        raise ValueError(
+            f"{name}.bits: expected {num_files}, one per held-out file; got {len(run['bits'])}"
+        )
+    # Sums of the same floats in another order; a stale or edited file is off by far more.
+    if not math.isclose(sum(run["bits"]) / num_bytes, run["bits_per_byte"], rel_tol=1e-6):
+        raise ValueError(
+            f"{name}.bits_per_byte: expected the sum of its bits over {num_bytes} bytes, "
+            f"{sum(run['bits']) / num_bytes}; got {run['bits_per_byte']}"
+        )
 
 
 def select(results: dict[str, Any], **fields: object) -> Runs:
@@ -86,66 +110,80 @@ def select(results: dict[str, Any], **fields: object) -> Runs:
     return {run["seed"]: run for run in sorted(found, key=lambda run: run["seed"])}
 
 
+def text(results: dict[str, Any], num_kv_heads: int) -> Runs:
+    """Language models from scratch."""
+    return select(results, part="text", num_kv_heads=num_kv_heads)
+
+
 def mha(results: dict[str, Any]) -> Runs:
-    """MHA from scratch: the base of all conversions."""
-    return scratch(results, results["base"]["num_q_heads"], "same_ffn")
+    """Language models of MHA from scratch: the bases of all conversions."""
+    return text(results, results["text"]["base"]["num_q_heads"])
 
 
-def scratch(results: dict[str, Any], num_kv_heads: int, matching: str) -> Runs:
-    return select(results, origin="scratch", num_kv_heads=num_kv_heads, matching=matching)
+def records(results: dict[str, Any], arm: str, num_kv_heads: int | None = None) -> Runs:
+    """Models of an arm of "records"; None means MHA."""
+    full = results["records"]["shape"]["num_q_heads"]
+    return select(results, part="records", arm=arm, num_kv_heads=num_kv_heads or full)
 
 
 def converted(results: dict[str, Any], num_kv_heads: int, method: str, alpha: float) -> Runs:
-    return select(
-        results, origin="converted", num_kv_heads=num_kv_heads, method=method, alpha=alpha
-    )
+    return select(results, part="conversion", num_kv_heads=num_kv_heads, method=method, alpha=alpha)
 
 
 def control(results: dict[str, Any], alpha: float) -> Runs:
     """MHA trained on for as long as the conversions of `alpha`; for 0 that is MHA itself."""
-    return select(results, origin="control", alpha=alpha) or ({} if alpha else mha(results))
+    found = select(results, part="conversion", method=None, alpha=alpha)
+    return found or ({} if alpha else mha(results))
 
 
-def fewer_heads(results: dict[str, Any], origin: str) -> list[int]:
-    """The counts below MHA that runs of `origin` have, from many to few."""
-    full = results["base"]["num_q_heads"]
-    counts = {run["num_kv_heads"] for run in results["runs"] if run["origin"] == origin}
+def shipped(results: dict[str, Any], num_kv_heads: int, alpha: float) -> Run | None:
+    """The shipped model, trained on for `alpha`, converted where `num_kv_heads` is not its own."""
+    original = results["shipped"]["model"]["num_kv_heads"]
+    runs = [
+        run
+        for run in results["runs"]
+        if run["part"] == "shipped"
+        and run["num_kv_heads"] == num_kv_heads
+        and (run["alpha"] or 0) == alpha
+        and (run["method"] is None) == (num_kv_heads == original)
+    ]
+    return runs[0] if runs else None
+
+
+def fewer_heads(results: dict[str, Any], part: str, arm: str | None = None) -> list[int]:
+    """The counts of key/value heads below the largest that runs of a part have, from many to
+    few."""
+    found = [run for run in results["runs"] if run["part"] == part and run["arm"] == arm]
+    counts = {run["num_kv_heads"] for run in found}
+    full = {
+        "records": results["records"]["shape"]["num_q_heads"],
+        "shipped": results["shipped"]["model"]["num_kv_heads"],
+    }.get(part, results["text"]["base"]["num_q_heads"])
     return sorted(counts - {full}, reverse=True)
 
 
-def matchings(results: dict[str, Any]) -> list[str]:
-    """How the models from scratch with fewer heads were matched to MHA."""
-    full = results["base"]["num_q_heads"]
-    found = {
-        run["matching"]
-        for run in results["runs"]
-        if run["origin"] == "scratch" and run["num_kv_heads"] < full
-    }
-    return [matching for matching in MATCHINGS if matching in found]
-
-
 def methods(results: dict[str, Any], num_kv_heads: int | None = None) -> list[str]:
-    """The ways of conversion, to any or to one number of heads, in the order in which they ran."""
+    """The methods of conversion, to any or to one number of heads, in the order of the runs."""
     found = (
         run["method"]
         for run in results["runs"]
-        if run["origin"] == "converted" and num_kv_heads in (None, run["num_kv_heads"])
+        if run["part"] == "conversion" and num_kv_heads in (None, run["num_kv_heads"])
     )
-    return list(dict.fromkeys(found))
+    return [method for method in dict.fromkeys(found) if method is not None]
 
 
 def alphas(results: dict[str, Any]) -> list[float]:
-    return sorted({run["alpha"] for run in results["runs"] if run["origin"] == "converted"})
+    """The shares for which converted models trained on, with runs."""
+    return sorted(
+        {run["alpha"] for run in results["runs"] if run["part"] == "conversion" and run["method"]}
+    )
 
 
-def tasks(results: dict[str, Any]) -> list[str]:
-    """The recall tasks, in the order of their chance levels."""
-    return list(results["recall_chance"])
+def arms(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The arms of "records" that have runs, in the order of the plan."""
+    names = {run["arm"] for run in results["runs"] if run["part"] == "records"}
+    return [arm for arm in results["records"]["arms"] if arm["name"] in names]
 
 
 def values(runs: Runs, field: str = "bits_per_byte") -> dict[int, float]:
     return {seed: run[field] for seed, run in runs.items()}
-
-
-def recall(runs: Runs, task: str) -> list[float]:
-    return [run["recall"][task] for run in runs.values()]

@@ -1,7 +1,4 @@
-"""The study: models with all, some and one of the key/value heads, trained and converted.
-
-Every run leaves a file in the working folder, so that a killed study goes on where it was.
-"""
+"""Runs a study: every run leaves a file in the working folder, so that a killed study goes on."""
 
 import json
 import os
@@ -9,7 +6,8 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,85 +15,23 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
-from llama2.accounting import MATCHINGS, matched, mean_flops_per_token, num_parameters
-from llama2.conversion import convert
-from llama2.evaluation.bits import bits_per_document
-from llama2.evaluation.recall import recall
+from llama2.checkpoint import SHIPPED, load_config
 from llama2.model import Llama2
 from llama2.placement import Placement, place
 from llama2.storage import locked, read_json, write_text
-from llama2.tradeoff.study.data import (
-    BASE,
-    CALIBRATION,
-    UPTRAIN,
-    Corpus,
-    StudyBatches,
-    Texts,
-    prepare,
-)
+from llama2.tradeoff.study import models, records
+from llama2.tradeoff.study.data import BASE, UPTRAIN, Corpus, TextBatches, Texts, prepare
+from llama2.tradeoff.study.jobs import Job, jobs, recipe, steps_of
 from llama2.tradeoff.study.presets import Preset
-from llama2.tradeoff.study.result_form import RUN, read_entry
-from llama2.train.execution import STATE
-from llama2.train.pretrain import train
-from llama2.train.state import check_identity, read_state
+from llama2.tradeoff.study.result_form import read_run
+from llama2.train.pretrain import Batches, TrainConfig, train
+from llama2.train.state import check_identity
 
-_CALIBRATION_BATCHES = 8
 _CURVE_POINTS = 20
-_RECALL_SEED = 1  # the same questions for every model
 _LAST_STEPS = 20  # whose mean is called the final loss
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run; its fields are those of a result's entry "runs"."""
-
-    seed: int
-    origin: str  # "scratch", "control" or "converted"
-    num_kv_heads: int
-    matching: str = "same_ffn"
-    method: str | None = None
-    alpha: float | None = None
-
-    @property
-    def name(self) -> str:
-        parts = (self.origin, self.num_kv_heads, self.matching, self.method, self.alpha)
-        known = "-".join(str(part) for part in parts if part is not None)
-        return f"{known}-seed{self.seed}"
-
-
-def jobs(preset: Preset) -> tuple[list[Job], list[Job]]:
-    """(from scratch, what needs the bases), each in the order in which it is begun."""
-    full, seeds = preset.model.num_q_heads, preset.seeds
-    scratch = [Job(seed, "scratch", full) for seed in seeds]
-    scratch += [
-        Job(seed, "scratch", count, matching)
-        for count in preset.num_kv_heads
-        for matching in MATCHINGS
-        for seed in seeds
-    ]
-    conversions = [(count, method) for count in preset.num_kv_heads for method in preset.methods]
-    conversions += [(preset.num_kv_heads[-1], method) for method in preset.baseline_methods]
-    later = [
-        Job(seed, "control", full, alpha=alpha)
-        for alpha in preset.alphas
-        if alpha > 0
-        for seed in seeds
-    ]
-    later += [
-        Job(seed, "converted", count, method=method, alpha=alpha)
-        for alpha in preset.alphas
-        for count, method in conversions
-        for seed in seeds
-    ]
-    return scratch, later
-
-
-def steps_of(job: Job, preset: Preset) -> int:
-    if job.alpha is None:
-        return preset.train.steps
-    return preset.uptrain(job.alpha).steps if job.alpha > 0 else 0
 
 
 def run_study(
@@ -107,14 +43,14 @@ def run_study(
     backend: str = "auto",
     device: str | None = None,
 ) -> tuple[Corpus, list[dict[str, Any]]]:
-    """Trains, converts and asks everything that `preset` names; goes on from what `work` has.
+    """Runs everything that `preset` names; goes on from what `work` has.
 
     Returns:
         the texts as they were trained on, and the entries "runs" of a result, in the order of
         `jobs`.
     Raises:
         OSError, ValueError: as `prepare`; `work` is of another study, or another process runs in
-            it: then nothing there changes. A file of its is damaged.
+            it: then nothing there changes. A file there is damaged.
         FloatingPointError: a run diverged.
     """
     work.mkdir(parents=True, exist_ok=True)
@@ -125,7 +61,7 @@ def run_study(
 
 
 def _run_all(preset: Preset, work: Path, backend: str, device: str | None) -> list[dict[str, Any]]:
-    phases = jobs(preset)
+    phases = jobs(preset, load_config(SHIPPED))
     todo = [[job for job in phase if not _result_file(work, job).exists()] for phase in phases]
     steps = {job: steps_of(job, preset) for phase in phases for job in phase}
     done = sum(steps.values()) - sum(steps[job] for phase in todo for job in phase)
@@ -134,11 +70,12 @@ def _run_all(preset: Preset, work: Path, backend: str, device: str | None) -> li
             for job in _finished(phase, preset, work, backend, device):
                 bar.update(steps[job])
                 bar.set_postfix_str(job.name)
-    return [read_entry(_result_file(work, job), RUN) for phase in phases for job in phase]
+    return [read_run(_result_file(work, job)) for phase in phases for job in phase]
 
 
 def _claim(work: Path, preset: Preset, texts: Texts) -> None:
-    """Says in `work` which study is in it, and refuses another one there."""
+    """Writes to `work` which study is in it, its primary comparisons included, before the first
+    run, and refuses another study there."""
     identity = {
         "preset": json.loads(json.dumps(asdict(preset) | {"processes": None})),
         "corpus": {part: texts.record[part]["sha256"] for part in ("train", "held_out")},
@@ -152,6 +89,10 @@ def _claim(work: Path, preset: Preset, texts: Texts) -> None:
 
 def _result_file(work: Path, job: Job) -> Path:
     return work / "runs" / f"{job.name}.json"
+
+
+def _training_folder(work: Path, job: Job) -> Path:
+    return work / "training" / job.name
 
 
 def _finished(
@@ -181,76 +122,68 @@ def _begin_worker() -> None:
 
 
 def run_job(job: Job, preset: Preset, work: Path, backend: str, device: str | None) -> None:
-    """Runs one job and writes its entry, with the text's bits by file, to the working folder."""
-    started = time.perf_counter()
+    """Runs one job and writes its entry to the working folder."""
+    started, cpu_started = time.perf_counter(), time.process_time()
     placement = place(backend, device)
     corpus = Corpus.load(work / "corpus")
-    config = preset.train if job.alpha is None else preset.uptrain(job.alpha)
-    if job.origin == "scratch":
-        shape = matched(preset.model, job.num_kv_heads, job.matching)
-        torch.manual_seed(job.seed)
-        model = Llama2(shape, placement.ops).to(placement.device)
-        data = StudyBatches(corpus, preset, job.seed, BASE)
+    folder, config = _training_folder(work, job), recipe(job, preset)
+    if job.part == "records":
+        arm = preset.arm(job.arm)
+        model = models.records_model(job, preset, placement)
+        data = records.RecordsBatches(preset.records, arm.fields, job.seed, config.batch_size)
+        objective = partial(records.loss, questions=preset.records.questions)
+        log = _train(model, data, config, folder, objective=objective, counts_tokens=False)
+        scores = models.records_scores(model.eval(), preset, arm.fields)
     else:
-        model = _base(job.seed, preset, work, placement)
-        data = StudyBatches(corpus, preset, job.seed, UPTRAIN)
-        if job.origin == "converted":
-            model = _converted(model, job, preset, corpus, placement)
-    log = []
-    if steps := steps_of(job, preset):
-        log = train(model, data, config, work / "training" / job.name, save_every=steps)
-    model.eval()
-    bits = bits_per_document(model, corpus.held_out, preset.train.seq_len)
-    num_bytes = sum(file["bytes"] for file in corpus.record["held_out"]["files"])
+        windows = preset.shipped.train if job.part == "shipped" else preset.train
+        model = _language_model(job, preset, work, windows, corpus, placement)
+        purpose = BASE if job.part == "text" else UPTRAIN
+        data = TextBatches(corpus, windows, job.seed, purpose)
+        log = _train(model, data, config, folder)
+        scores = models.text_scores(model.eval(), corpus, windows.seq_len)
+        scores["tokens"] = len(log) * windows.batch_size * windows.seq_len
     entry = {
         **asdict(job),
         "intermediate_size": model.config.intermediate_size,
-        "parameters": num_parameters(model.config),
-        "flops_per_token": mean_flops_per_token(model.config, preset.train.seq_len),
-        "steps": steps,
-        "tokens": steps * config.batch_size * config.seq_len,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "steps": len(log),
+        "peak_lr": config.peak_lr if config else None,
+        **scores,
         "final_train_loss": fmean(step["loss"] for step in log[-_LAST_STEPS:]) if log else None,
         "loss_curve": _curve(log),
-        "bits_per_byte": sum(bits) / num_bytes,
-        "bits": bits,
-        "recall": recall(
-            model,
-            seq_len=preset.train.seq_len,
-            num_rows=preset.recall_rows,
-            seed=_RECALL_SEED,
-        ),
         "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time() - cpu_started,
     }
     file = _result_file(work, job)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(entry))
 
 
-def _base(seed: int, preset: Preset, work: Path, placement: Placement) -> Llama2:
-    """The trained base of a seed."""
-    job = Job(seed, "scratch", preset.model.num_q_heads)
-    model = Llama2(preset.model, placement.ops)
-    file = work / "training" / job.name / STATE
-    try:
-        model.load_state_dict(read_state(file)["model"])
-    except RuntimeError as error:
-        raise ValueError(f"{file}: expected the weights of {job.name}; {error}") from error
-    return model.to(placement.device)
-
-
-def _converted(
-    model: Llama2, job: Job, preset: Preset, corpus: Corpus, placement: Placement
+def _language_model(
+    job: Job,
+    preset: Preset,
+    work: Path,
+    windows: TrainConfig,
+    corpus: Corpus,
+    placement: Placement,
 ) -> Llama2:
-    batches = StudyBatches(corpus, preset, job.seed, CALIBRATION)
-    tokens = torch.cat([batches.batch(step)[:, :-1] for step in range(_CALIBRATION_BATCHES)])
-    return convert(
-        model,
-        job.num_kv_heads,
-        placement.ops,
-        method=job.method,
-        calibration=tokens.to(placement.device),
-        generator=torch.Generator().manual_seed(job.seed),
-    )
+    if job.part == "text":
+        return models.language_model(job, preset, placement)
+    if job.part == "conversion":
+        base = Job("text", job.seed, preset.model.num_q_heads)
+        model = models.trained(_training_folder(work, base), preset, placement)
+    else:
+        model = models.shipped_model(placement)
+    return models.converted(model, job, windows, corpus, placement) if job.method else model
+
+
+def _train(
+    model: nn.Module, data: Batches, config: TrainConfig | None, folder: Path, **options: Any
+) -> list[dict[str, float]]:
+    """The log of the training; empty where there is no recipe."""
+    if config is None:
+        return []
+    return train(model, data, config, folder, save_every=config.steps, **options)
 
 
 def _curve(log: list[dict[str, float]]) -> list[float]:
