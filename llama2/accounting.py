@@ -8,12 +8,7 @@ from dataclasses import replace
 from llama2.config import ModelConfig
 
 # Whether and how a model with fewer key/value heads gets the lost parameters back; see `matched`.
-MATCHINGS = ("same_ffn", "exact", "paper")
-
-# Touvron et al. 2023, arXiv:2307.09288, section A.2.1: the feed-forward layers' factors in the
-# ablation of table 18. The paper gives them for one 30B model: MQA, and GQA with 8 heads.
-PAPER_FACTOR_MQA, PAPER_FACTOR_GQA = 1.33, 1.3
-PAPER_WIDTH_MULTIPLE = 8  # our choice: the paper does not say how it rounds
+MATCHINGS = ("same_ffn", "exact")
 
 _MOST_HEADS = 4096  # `head_counts` tries all divisors
 
@@ -102,16 +97,12 @@ def matched(config: ModelConfig, num_kv_heads: int, matching: str) -> ModelConfi
       intermediate_size + 2 · head_dim · (old − new num_kv_heads) / 3, rounded to the nearest
       integer; `unmatched_parameters` returns the remainder. Widths are not rounded to multiples
       that suit a GPU.
-    - "paper": intermediate_size times the factor of Llama 2's ablation (arXiv:2307.09288, A.2.1),
-      1.33 for MQA and 1.3 for every other count, to the nearest multiple of 8. The paper gives 1.3
-      only for 8 heads of its 30B model. Both factors add more parameters than MHA's heads have, so
-      these models are larger than the MHA model they are compared to.
 
     With the same count it returns `config` unchanged.
 
     Raises:
-        ValueError: `matching` is unknown; num_kv_heads does not divide num_q_heads; "paper" with a
-            config that is not MHA; "exact" would remove the feed-forward layers.
+        ValueError: `matching` is unknown; num_kv_heads does not divide num_q_heads; "exact"
+            would remove the feed-forward layers.
     """
     if matching not in MATCHINGS:
         raise ValueError(f"matching: expected one of {', '.join(MATCHINGS)}; got {matching!r}")
@@ -127,14 +118,6 @@ def matched(config: ModelConfig, num_kv_heads: int, matching: str) -> ModelConfi
                 f"num_kv_heads: expected an intermediate_size above {-freed} / 3; got "
                 f"{config.intermediate_size}"
             )
-    elif matching == "paper":
-        if config.num_kv_heads != config.num_q_heads:
-            raise ValueError(
-                f"config: expected MHA, num_kv_heads {config.num_q_heads}, to which the paper's "
-                f"factors refer; got {config.num_kv_heads}"
-            )
-        factor = PAPER_FACTOR_MQA if num_kv_heads == 1 else PAPER_FACTOR_GQA
-        width = round(width * factor / PAPER_WIDTH_MULTIPLE) * PAPER_WIDTH_MULTIPLE
     return replace(config, num_kv_heads=num_kv_heads, intermediate_size=width)
 
 

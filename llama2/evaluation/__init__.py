@@ -1,1 +1,1 @@
-"""Evaluation of trained models: bits per byte of text, recall, lm-eval."""
+"""Evaluation of trained models: bits per byte of text, lm-eval."""

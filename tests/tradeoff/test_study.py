@@ -6,44 +6,38 @@ import re
 import shutil
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from llama2 import cli
-from llama2.checkpoint import SHIPPED
+from llama2.checkout import source_sha256
+from llama2.checkpoint import SHIPPED, load_config
+from llama2.conversion import convert
+from llama2.placement import place
 from llama2.storage import locked
-from llama2.tradeoff.study import runs, training
+from llama2.tokenizer import Tokenizer
+from llama2.tradeoff.study import comparisons, models, runs, training
 from llama2.tradeoff.study.data import (
     BASE,
     CALIBRATION,
     UPTRAIN,
     Corpus,
-    StudyBatches,
+    TextBatches,
     prepare,
     read_texts,
 )
+from llama2.tradeoff.study.jobs import Job, jobs, steps_of
 from llama2.tradeoff.study.presets import PRESETS
-from llama2.tradeoff.study.training import Job, jobs, run_study, steps_of
+from llama2.tradeoff.study.training import run_study
 
 TOKENIZER = SHIPPED / "tokenizer.model"
-CPU = PRESETS["cpu"]
-SMALL = replace(
-    CPU,
-    model=replace(CPU.model, hidden_size=16, intermediate_size=24, head_dim=2, num_layers=1),
-    train=replace(CPU.train, steps=4, batch_size=3, seq_len=32, warmup_steps=1),
-    num_kv_heads=(2,),
-    methods=("low_rank", "mean"),
-    baseline_methods=("random",),
-    alphas=(0.0, 0.5),
-    seeds=(0, 1),
-    lookup_rows=1,
-    copy_rows=1,
-    held_out_characters=300,
-    recall_rows=4,
-    processes=1,
-)
+SHIPPED_MODEL = load_config(SHIPPED)
+CPU, SMALL = PRESETS["cpu"], PRESETS["smoke"]
+EAGER = place("eager", "cpu")
+SOURCE = Path(training.__file__).parent
 
 
 def study(preset, texts, work):
@@ -66,55 +60,96 @@ def work(tmp_path_factory, texts):
     return folder, *study(SMALL, texts, folder)
 
 
-def test_presets_ask_for_what_the_page_compares():
+def test_presets_ask_for_what_is_compared():
     for preset in PRESETS.values():
-        scratch, later = jobs(preset)
-        full = preset.model.num_q_heads
-        assert preset.model.num_kv_heads == full and len(preset.seeds) >= 3
-        names = [job.name for job in scratch + later]
+        first, later = jobs(preset, SHIPPED_MODEL)
+        names = [job.name for job in first + later]
         assert len(set(names)) == len(names)
+        full = preset.model.num_q_heads
+        assert preset.model.num_kv_heads == full
         for seed in preset.seeds:
-            assert Job(seed, "scratch", full) in scratch
-            for count in preset.num_kv_heads:
-                assert full % count == 0 and count < full
-                for matching in ("same_ffn", "exact", "paper"):
-                    assert Job(seed, "scratch", count, matching) in scratch
-            for alpha in (0.01, 0.05, 0.1):
-                assert Job(seed, "control", full, alpha=alpha) in later
-                for method in ("low_rank", "aligned", "mean"):
-                    job = Job(seed, "converted", 1, method=method, alpha=alpha)
-                    assert job in later
-                    assert steps_of(job, preset) == round(alpha * preset.train.steps)
+            for count in (full, *preset.num_kv_heads):
+                assert full % count == 0 and Job("text", seed, count) in first
+        for arm in preset.arms:
+            assert 0 < arm.num_seeds <= len(preset.seeds)
+            for seed in preset.seeds[: arm.num_seeds]:
+                for count in (preset.records.num_q_heads, *arm.num_kv_heads):
+                    job = Job("records", seed, count, arm=arm.name)
+                    assert job in first and steps_of(job, preset) == arm.steps
+        for seed in preset.seeds[: preset.conversions.num_seeds]:
+            for alpha in preset.conversions.alphas:
+                steps = round(alpha * preset.train.steps)
+                control = Job("conversion", seed, full, alpha=alpha)
+                assert (control in later) == (alpha > 0)
+                for method in preset.conversions.methods:
+                    job = Job("conversion", seed, 1, method=method, alpha=alpha)
+                    assert (job in later) == (1 in preset.num_kv_heads)
+                    assert steps_of(job, preset) == steps
+        assert [job for job in first if job.part == "shipped"] == [
+            Job("shipped", 0, 2),
+            Job("shipped", 0, 1, method="low_rank", alpha=0.0),
+            Job("shipped", 0, 2, alpha=0.05),
+            Job("shipped", 0, 1, method="low_rank", alpha=0.05),
+        ]
+
+
+def test_primary_comparisons_have_runs():
+    for preset in PRESETS.values():
+        first, _ = jobs(preset, SHIPPED_MODEL)
+        assert preset.primary
+        for primary in preset.primary:
+            assert any(job == primary_job(primary, job.seed) for job in first)
+
+
+def primary_job(primary, seed):
+    return Job(primary.measure, seed, primary.num_kv_heads, arm=primary.arm)
 
 
 def test_every_job_has_its_entry(work):
     _, corpus, entries = work
-    scratch, later = jobs(SMALL)
-    assert [entry["origin"] for entry in entries] == [job.origin for job in scratch + later]
+    expected = [job for phase in jobs(SMALL, SHIPPED_MODEL) for job in phase]
+    fields = ("part", "seed", "num_kv_heads", "arm", "method", "alpha")
+    assert [Job(*(entry[field] for field in fields)) for entry in entries] == expected
     files = corpus.record["held_out"]["files"]
-    for entry in entries:
-        assert len(entry["bits"]) == len(files)
-        assert entry["bits_per_byte"] == sum(entry["bits"]) / sum(f["bytes"] for f in files)
-        assert entry["recall"].keys() == {"lookup", "copy"}
-        assert len(entry["loss_curve"]) == entry["steps"]
+    for job, entry in zip(expected, entries, strict=True):
+        assert entry["steps"] == steps_of(job, SMALL) == len(entry["loss_curve"])
         assert (entry["final_train_loss"] is None) == (entry["steps"] == 0)
+        assert (entry["peak_lr"] is None) == (entry["steps"] == 0)
+        assert entry["cpu_seconds"] > 0
+        if job.part == "records":
+            assert entry["accuracy"] == sum(entry["accuracy_by_items"].values()) / 4
+        else:
+            assert len(entry["bits"]) == len(files)
+            assert entry["bits_per_byte"] == sum(entry["bits"]) / sum(f["bytes"] for f in files)
+
+
+def bits_of(entries, **fields):
+    (found,) = [
+        entry for entry in entries if all(entry[name] == value for name, value in fields.items())
+    ]
+    return found["bits_per_byte"]
 
 
 def test_conversions_start_from_the_base_of_their_seed(work):
-    _, _, entries = work
-    found = {
-        tuple(entry[k] for k in ("seed", "origin", "method", "alpha")): entry["bits_per_byte"]
-        for entry in entries
-        if (entry["matching"] == "same_ffn" and entry["num_kv_heads"] != 2) or entry["method"]
-    }
-    # With random weights for keys and values a model that has learnt a little is another one.
-    for seed in (0, 1):
-        base = found[seed, "scratch", None, None]
-        assert found[seed, "control", None, 0.5] != base
-        for method in ("low_rank", "mean", "random"):
-            assert found[seed, "converted", method, 0.0] != base
-            assert abs(found[seed, "converted", method, 0.0] - base) < 1
-    assert found[0, "scratch", None, None] != found[1, "scratch", None, None]
+    folder, corpus, entries = work
+    base = bits_of(entries, part="text", seed=10, num_kv_heads=8)
+    assert base != bits_of(entries, part="text", seed=11, num_kv_heads=8)
+    control = bits_of(entries, part="conversion", method=None, alpha=0.5)
+    assert control != base
+    model = models.trained(folder / "training" / "text-kv8-seed10", SMALL, EAGER)
+    expected = models.text_scores(convert(model, 2, EAGER.ops, method="mean"), corpus, 32)
+    assert expected["bits_per_byte"] != base
+    found = bits_of(entries, part="conversion", method="mean", alpha=0.0)
+    assert found == expected["bits_per_byte"]
+    assert len({run["bits_per_byte"] for run in entries if run["part"] == "conversion"}) == 5
+
+
+def test_the_shipped_model_is_converted(work):
+    _, corpus, entries = work
+    model = models.shipped_model(EAGER)
+    before = bits_of(entries, part="shipped", method=None, alpha=None)
+    assert before == models.text_scores(model, corpus, 32)["bits_per_byte"]
+    assert len({run["bits_per_byte"] for run in entries if run["part"] == "shipped"}) == 4
 
 
 def test_a_killed_study_goes_on(work, texts, tmp_path, monkeypatch):
@@ -132,14 +167,17 @@ def test_a_killed_study_goes_on(work, texts, tmp_path, monkeypatch):
         study(SMALL, texts, tmp_path)
     _, resumed = study(SMALL, texts, tmp_path)
     assert len(begun) == len(expected) + 1  # the fifth twice, the others once
-    for got, want in zip(resumed, expected, strict=True):
-        assert {**got, "seconds": 0} == {**want, "seconds": 0}
+    assert without_times(resumed) == without_times(expected)
+
+
+def without_times(entries):
+    return [entry | {"seconds": 0, "cpu_seconds": 0} for entry in entries]
 
 
 def test_another_study_in_the_folder_is_refused(work, texts):
     folder, _, entries = work
-    other = replace(SMALL, uptrain_peak_lr=1.0)
-    with pytest.raises(ValueError, match=r"preset uptrain_peak_lr=1\.0; got 0\.00125"):
+    other = replace(SMALL, primary=SMALL.primary[:1])  # named after the runs are known
+    with pytest.raises(ValueError, match=r"with preset primary="):
         study(other, texts, folder)
     # How many processes it runs on changes no result.
     assert study(replace(SMALL, processes=2), texts, folder)[1] == entries
@@ -167,30 +205,26 @@ def test_the_bits_do_not_depend_on_the_number_of_processes(work, texts, tmp_path
     _, _, expected = work
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    alone = replace(SMALL, seeds=(0,), alphas=(0.0,), num_kv_heads=(2,), processes=2)
+    preset = replace(SMALL, seeds=(10,), arms=SMALL.arms[1:], processes=2)
     try:
-        _, found = study(alone, texts, tmp_path)
+        _, found = study(preset, texts, tmp_path)
     finally:
         torch.set_num_threads(threads)
-    wanted = {
-        (e["origin"], e["matching"], e["method"]): e["bits"]
-        for e in expected
-        if e["seed"] == 0 and e["alpha"] in (None, 0.0)
-    }
-    assert {(e["origin"], e["matching"], e["method"]): e["bits"] for e in found} == wanted
+    chosen = [run for run in expected if run["seed"] != 11 and run["arm"] != "main"]
+    assert without_times(found) == without_times(chosen)
 
 
-def test_batches_of_text_and_tasks(work):
+def test_batches_of_text(work):
     _, corpus, _ = work
-    batches = [StudyBatches(corpus, SMALL, 0, use) for use in (BASE, UPTRAIN, CALIBRATION)]
-    batches += [StudyBatches(corpus, SMALL, 1, BASE)]
+    batches = [TextBatches(corpus, SMALL.train, 0, use) for use in (BASE, UPTRAIN, CALIBRATION)]
+    batches += [TextBatches(corpus, SMALL.train, 1, BASE)]
     drawn = [data.batch(step) for data in batches for step in (0, 1)]
-    assert all(batch.shape == (3, 33) and batch.dtype == torch.int64 for batch in drawn)
-    for row in range(3):  # another row for every seed, use and step
+    assert all(batch.shape == (2, 33) and batch.dtype == torch.int64 for batch in drawn)
+    for row in range(2):  # another row for every seed, use and step
         assert len({batch[row].numpy().tobytes() for batch in drawn}) == len(drawn)
     assert (batches[0].batch(1) == drawn[1]).all()
     windows = np.lib.stride_tricks.sliding_window_view(corpus.stream, 33)
-    assert (windows == drawn[0][2].numpy()).all(1).any()
+    assert (windows == drawn[0][1].numpy()).all(1).any()
     identities = [json.dumps(data.identity()) for data in batches]
     assert len(set(identities)) == len(identities)
 
@@ -199,8 +233,6 @@ def test_nothing_held_out_is_trained_on(work, texts):
     _, corpus, _ = work
     held_out = {file["path"] for file in corpus.record["held_out"]["files"]}
     assert 0 < len(held_out) < 20
-    from llama2.tokenizer import Tokenizer
-
     text = Tokenizer(TOKENIZER).decode(corpus.stream.tolist())
     for file in texts.iterdir():
         assert (f"file {file.stem}\n" in text) == (file.name not in held_out)
@@ -263,24 +295,41 @@ def test_a_page_of_speed_alone(tmp_path, capsys):
     assert command in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
 
 
-def test_the_command_runs_a_study_and_makes_its_page_again(tmp_path, texts, monkeypatch):
-    monkeypatch.setitem(PRESETS, "cpu", replace(SMALL, seeds=(0, 1, 2)))
+def test_the_command_runs_a_study_and_makes_its_page_again(tmp_path, texts):
     out, work = tmp_path / "out", tmp_path / "work"
     options = ("--text", texts, "--work", work, "--steps", 2, "--seeds", 3, 5)
-    assert tradeoff("--preset", "cpu", "--out", out, *options, "--device", "cpu") == 0
+    assert tradeoff("--preset", "smoke", "--out", out, *options, "--device", "cpu") == 0
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     runs.check(results)
-    assert results["seeds"] == [3, 5] and results["train_config"]["steps"] == 2
-    assert results["command"].startswith("llama2 tradeoff --preset cpu --out ")
+    assert results["text"]["seeds"] == [3, 5] and results["text"]["train_config"]["steps"] == 2
+    assert results["records"]["arms"][1]["seeds"] == results["conversion"]["seeds"] == [3]
+    assert results["command"].startswith("llama2 tradeoff --preset smoke --out ")
+    assert results["cpu_seconds"] > 0
+    assert results["environment"]["source"] == source_sha256(SOURCE)
+    assert [comparison.seeds.n for _, comparison in comparisons.primary(results)] == [2, 2]
     log = [
         json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    assert len(log) == len(results["runs"]) and "loss_curve" in log[0]
+    assert len(log) == len(results["runs"]) and "loss_curve" in log[0] and "bits" not in log[0]
 
     again = tmp_path / "again"
     assert tradeoff("--results", out / "results.json", "--out", again) == 0
     assert "Python" in (again / "report.md").read_text(encoding="utf-8")
-    assert (again / "pareto.svg").read_bytes() == (out / "pareto.svg").read_bytes()
+    plots = {path.name: path.read_bytes() for path in out.glob("*.svg")}
+    assert plots and plots == {path.name: path.read_bytes() for path in again.glob("*.svg")}
+
+
+def test_the_hash_of_the_source_is_of_names_and_contents(tmp_path):
+    hashes = set()
+    for name, text in (("a", "1"), ("b", "1"), ("b", "2")):
+        folder = tmp_path / f"{name}{text}"
+        folder.mkdir()
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+        (folder / "notes.txt").write_text(name, encoding="utf-8")
+        hashes.add(source_sha256(folder))
+        (folder / "notes.txt").unlink()
+        assert source_sha256(folder) in hashes
+    assert len(hashes) == 3
 
 
 def test_a_gpu_of_ones_own(tmp_path, capsys):
@@ -412,8 +461,8 @@ def test_a_damaged_result_is_named(tmp_path, capsys, text):
     assert not (tmp_path / "out" / "report.html").exists()
 
 
-STATE = "training/scratch-8-same_ffn-seed0/state.pt"
-RUN = "runs/converted-2-same_ffn-mean-0.0-seed0.json"
+STATE = "training/text-kv8-seed10/state.pt"
+RUN = "runs/conversion-kv2-mean-0.0-seed10.json"
 
 
 def cut(content):

@@ -22,8 +22,6 @@ from llama2.train.execution import STATE
 from llama2.train.pretrain import TrainConfig
 from llama2.train.state import read_state
 
-_CALIBRATION_TOKENS = 16_384  # a few times the hidden size is enough for `convert`
-
 
 def language_model(job: Job, preset: Preset, placement: Placement) -> Llama2:
     """From scratch; with fewer heads it starts from MHA's weights of the seed."""
@@ -73,11 +71,17 @@ def shipped_model(placement: Placement) -> Llama2:
 
 
 def converted(
-    model: Llama2, job: Job, config: TrainConfig, corpus: Corpus, placement: Placement
+    model: Llama2,
+    job: Job,
+    windows: TrainConfig,
+    num_tokens: int,
+    corpus: Corpus,
+    placement: Placement,
 ) -> Llama2:
-    """The conversion of `model`, calibrated on training text in windows of `config`."""
-    batches = TextBatches(corpus, config, job.seed, CALIBRATION)
-    steps = -(-_CALIBRATION_TOKENS // (config.batch_size * config.seq_len))
+    """The conversion of `model`, calibrated on at least `num_tokens` of training text in batches
+    of `windows`."""
+    batches = TextBatches(corpus, windows, job.seed, CALIBRATION)
+    steps = -(-num_tokens // (windows.batch_size * windows.seq_len))
     tokens: Tensor = torch.cat([batches.batch(step)[:, :-1] for step in range(steps)])
     return convert(
         model,

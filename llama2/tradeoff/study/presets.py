@@ -89,6 +89,7 @@ class Preset:
         seeds: of the weights and of the data's order. Runs of one seed see the same batches.
         records: the task and the shape of the models that learn it.
         records_train: the recipe of these; each arm has its own steps and learning rate.
+        calibration_tokens: of training text, for methods of conversion that look at data.
         held_out_characters: of each held-out file.
         processes: that train side by side, one thread each; 1 means in this process.
     """
@@ -104,6 +105,7 @@ class Preset:
     conversions: Conversions
     shipped: ShippedConversion
     primary: tuple[Primary, ...]
+    calibration_tokens: int
     held_out_characters: int
     processes: int
 
@@ -206,6 +208,7 @@ _CPU = Preset(
         Primary("records", "main", 1),
         Primary("records", "main", 2),
     ),
+    calibration_tokens=16_384,
     held_out_characters=3000,
     processes=2,
 )
@@ -263,6 +266,7 @@ PRESETS = {
                 TrainConfig(steps=40, batch_size=1, seq_len=32, peak_lr=6.25e-4), (0.0, 0.05)
             ),
             primary=(Primary("text", None, 2), Primary("records", "main", 2)),
+            calibration_tokens=512,
             held_out_characters=300,
             processes=1,
         ),

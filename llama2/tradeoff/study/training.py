@@ -174,7 +174,9 @@ def _language_model(
         model = models.trained(_training_folder(work, base), preset, placement)
     else:
         model = models.shipped_model(placement)
-    return models.converted(model, job, windows, corpus, placement) if job.method else model
+    if job.method is None:
+        return model
+    return models.converted(model, job, windows, preset.calibration_tokens, corpus, placement)
 
 
 def _train(
