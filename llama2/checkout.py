@@ -28,8 +28,8 @@ def made_with(arguments: argparse.Namespace, packages: Iterable[str] = ()) -> di
 
 
 def source_sha256(folder: Path) -> str:
-    """SHA-256 over the Python files of a folder, names and contents, in the order of their names:
-    the same in every history and installation that has these files."""
+    """Returns the SHA-256 of the names and contents of a folder's Python files, in the order of
+    their names. Any checkout or installation with the same files has the same hash."""
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*.py")):
         digest.update(f"{file.relative_to(folder).as_posix()}\0".encode())

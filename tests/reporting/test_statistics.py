@@ -13,6 +13,7 @@ from llama2.reporting.statistics import (
     mean_estimate,
     noise_floor,
     paired_difference,
+    resolvable_difference,
     share_estimate,
     t_critical,
 )
@@ -154,6 +155,19 @@ def test_bootstrap_of_a_uniform_change_has_no_width():
 def test_bootstrap_refuses(shapes, num_bytes, message):
     with pytest.raises(ValueError, match=message):
         file_bootstrap(*(np.ones(shape) for shape in shapes), np.array(num_bytes))
+
+
+@pytest.mark.parametrize("n", [4, 8, 14])
+def test_a_resolvable_difference_is_resolved_nine_times_in_ten(n):
+    sd = 0.5
+    half = t_critical(n - 1) * sd / math.sqrt(n)
+    difference = resolvable_difference(Estimate(0.1, 0.1 - half, 0.1 + half, n))
+    drawn = np.random.default_rng(0).normal(difference, sd, size=(4000, n))
+    halves = t_critical(n - 1) * drawn.std(axis=1, ddof=1) / math.sqrt(n)
+    power = (drawn.mean(axis=1) > halves).mean()
+    # Four deviations of a share of 4000, and the approximation by two quantiles of the central t.
+    assert abs(power - 0.9) < 4 * (0.9 * 0.1 / 4000) ** 0.5 + 0.02
+    assert resolvable_difference(Estimate(0.1, None, None, 1)) is None
 
 
 def test_gap_closed():

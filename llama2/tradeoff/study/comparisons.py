@@ -1,4 +1,4 @@
-"""Two kinds of runs compared: over seeds, over held-out files, and what may be said of it.
+"""Compares two kinds of runs over seeds and over held-out files, and gives a verdict.
 
 All differences are variant − baseline, paired by seed, at equal training budget.
 """
@@ -19,12 +19,12 @@ from llama2.tradeoff.study import runs
 from llama2.tradeoff.study.runs import Run, Runs
 
 NOT_TOLD_APART = "not told apart"
-POWER = 0.9  # with which a difference is resolved that is called resolvable
+POWER = 0.9  # the probability with which a "resolvable" difference is resolved
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What runs are compared by: a field of theirs, times `scale`, in `unit`."""
+    """The field of a run that is compared, times `scale`, in `unit`."""
 
     field: str
     unit: str
@@ -42,7 +42,8 @@ class Comparison:
 
     Attributes:
         seeds: its mean over paired seeds, with the 95 % interval (Student's t).
-        files: the same over held-out files; None for a measure that has none.
+        files: its mean over held-out files, with the 95 % interval of a bootstrap; None for a
+            measure that has no files.
     """
 
     measure: Measure
@@ -51,8 +52,8 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """ "worse" or "better" only where every 95 % interval leaves 0 out on the same side;
-        otherwise `NOT_TOLD_APART`, or "one seed" where there is no interval over seeds."""
+        """ "worse" or "better" if every 95 % interval excludes 0 on the same side; "one seed" if
+        there is no interval over seeds; otherwise `NOT_TOLD_APART`."""
         if self.seeds.low is None or self.seeds.high is None:
             return "one seed"
         more, less = ("worse", "better") if self.measure.less_is_better else ("better", "worse")
@@ -65,8 +66,8 @@ class Comparison:
 
     @property
     def largest_loss(self) -> float | None:
-        """By how much the variant may be worse at most, as the intervals say: a greater loss is
-        excluded (97.5 % one-sided). None with one seed; at most 0 where every loss is excluded."""
+        """The end of the intervals on the side where the variant is worse: they exclude a greater
+        loss (97.5 % one-sided). None with one seed; at most 0 if they exclude every loss."""
         if self.seeds.low is None or self.seeds.high is None:
             return None
         intervals = [self.seeds, *([self.files] if self.files else [])]
@@ -76,15 +77,15 @@ class Comparison:
 
     @property
     def resolvable(self) -> float | None:
-        """The smallest true difference that as many seeds resolve with a probability of `POWER`, by
-        the spread of these pairs; None with one seed."""
+        """The smallest true difference that this number of seeds resolves with probability
+        `POWER`, at the spread of these pairs; None with one seed."""
         return resolvable_difference(self.seeds, POWER)
 
 
 def compare(
     results: dict[str, Any], variant: Runs, baseline: Runs, measure: Measure = BITS_PER_BYTE
 ) -> Comparison | None:
-    """None where the two have no seed in common: a study may lack either."""
+    """Compares the runs of the seeds that both sides have; returns None if there are none."""
     seeds = sorted(variant.keys() & baseline.keys())
     if not seeds:
         return None
@@ -106,14 +107,14 @@ def _over_files(results: dict[str, Any], variant: list[Run], baseline: list[Run]
 
 
 def from_scratch(results: dict[str, Any], num_kv_heads: int) -> Comparison | None:
-    """Language models with fewer heads against MHA, both from scratch."""
+    """Compares language models with fewer key/value heads to MHA, both from scratch."""
     return compare(results, runs.text(results, num_kv_heads), runs.mha(results))
 
 
 def records(
     results: dict[str, Any], arm: str, num_kv_heads: int, baseline: int | None = None
 ) -> Comparison | None:
-    """Accuracy of models that learnt "records", against those of `baseline` heads (None: MHA)."""
+    """Compares the accuracy of an arm of "records" to that of `baseline` heads (None: MHA)."""
     variant = runs.records(results, arm, num_kv_heads)
     return compare(results, variant, runs.records(results, arm, baseline), ACCURACY)
 
@@ -121,14 +122,14 @@ def records(
 def by_conversion(
     results: dict[str, Any], num_kv_heads: int, method: str, alpha: float
 ) -> Comparison | None:
-    """A converted model against the control that trained as long without conversion."""
+    """Compares converted models to the controls that trained as long without a conversion."""
     variant = runs.converted(results, num_kv_heads, method, alpha)
     return compare(results, variant, runs.control(results, alpha))
 
 
 def shipped(results: dict[str, Any], num_kv_heads: int, alpha: float) -> FileDifference | None:
-    """The shipped model, converted and trained on for `alpha`, against the same without
-    conversion: one model, so that the interval is over files alone."""
+    """Compares the shipped model, converted and trained on for `alpha`, to the same model without
+    the conversion. There is one model, so the interval is over files alone."""
     original = results["shipped"]["model"]["num_kv_heads"]
     variant = runs.shipped(results, num_kv_heads, alpha)
     baseline = runs.shipped(results, original, alpha)
@@ -138,8 +139,8 @@ def shipped(results: dict[str, Any], num_kv_heads: int, alpha: float) -> FileDif
 
 
 def primary(results: dict[str, Any]) -> list[tuple[dict[str, Any], Comparison]]:
-    """The comparisons that were named before the first run, each with its entry of "primary";
-    without those whose runs are missing."""
+    """Returns the comparisons that were named before the first run, each with its entry of
+    "primary". A comparison whose runs are missing is left out."""
     found = []
     for entry in results["primary"]:
         if entry["measure"] == "text":

@@ -1,4 +1,4 @@
-"""What a study reads: text to train on, and files held out."""
+"""Reads the text of a study: training text and held-out files."""
 
 import hashlib
 import json
@@ -139,7 +139,7 @@ def _sizes(documents: list[Document]) -> dict[str, Any]:
 
 
 class TextBatches:
-    """Windows of the text at random places: a function of the seed, the purpose and the step."""
+    """Batches of windows at random places of the text, a function of seed, purpose and step."""
 
     def __init__(self, corpus: Corpus, config: TrainConfig, seed: int, purpose: int) -> None:
         self._corpus, self._config = corpus, config

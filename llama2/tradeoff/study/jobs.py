@@ -1,4 +1,4 @@
-"""Which runs a preset asks for, and how long each trains."""
+"""Lists the runs of a preset, with the recipe of each."""
 
 from dataclasses import dataclass, replace
 
@@ -29,8 +29,11 @@ class Job:
 
 
 def jobs(preset: Preset, shipped_model: ModelConfig) -> tuple[list[Job], list[Job]]:
-    """(runs that need no other, runs that need the language models of MHA), each in the order in
-    which it is begun: seed by seed, the models that are compared next to each other."""
+    """Returns (runs that need no other run, runs that need the language models of MHA).
+
+    Each list is in the order in which the runs begin: seed by seed, so that the models that are
+    compared run next to each other.
+    """
     full = preset.model.num_q_heads
     first = [
         Job("text", seed, count) for seed in preset.seeds for count in (full, *preset.num_kv_heads)
@@ -65,7 +68,7 @@ def jobs(preset: Preset, shipped_model: ModelConfig) -> tuple[list[Job], list[Jo
 
 
 def recipe(job: Job, preset: Preset) -> TrainConfig | None:
-    """How a run trains; None where it does not."""
+    """Returns the recipe of a run; None for a run that does not train."""
     if job.part == "text":
         return preset.train
     if job.part == "records":

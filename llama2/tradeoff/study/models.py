@@ -1,4 +1,4 @@
-"""The model that a run starts with, and the scores of the model that it ends with."""
+"""Builds the model that a run starts with, and scores the trained model."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from llama2.train.state import read_state
 
 
 def language_model(job: Job, preset: Preset, placement: Placement) -> Llama2:
-    """From scratch; with fewer heads it starts from MHA's weights of the seed."""
+    """Returns a language model from scratch, which starts from the MHA weights of its seed."""
     torch.manual_seed(job.seed)
     base = Llama2(preset.model, placement.ops)
     shape = matched(preset.model, job.num_kv_heads, "exact")
@@ -36,7 +36,7 @@ def language_model(job: Job, preset: Preset, placement: Placement) -> Llama2:
 
 
 def records_model(job: Job, preset: Preset, placement: Placement) -> RecordsModel:
-    """The same for the task "records"."""
+    """Returns a model for "records", which starts from the MHA weights of its seed."""
     shape, fields = preset.records, preset.arm(job.arm).fields
     full = shape.config(fields)
     torch.manual_seed(job.seed)
@@ -51,7 +51,7 @@ def records_model(job: Job, preset: Preset, placement: Placement) -> RecordsMode
 
 
 def trained(folder: Path, preset: Preset, placement: Placement) -> Llama2:
-    """The language model of MHA that a run left in its folder.
+    """Loads the language model of MHA that a run saved in its folder.
 
     Raises:
         ValueError: the state there is damaged or of another shape; the message names the file.
@@ -66,7 +66,7 @@ def trained(folder: Path, preset: Preset, placement: Placement) -> Llama2:
 
 
 def shipped_model(placement: Placement) -> Llama2:
-    """The checkpoint that this package ships, in float32, in which it trains."""
+    """Loads the checkpoint that this package ships, in float32, the dtype of training."""
     return load(SHIPPED, placement.ops, dtype=torch.float32, device=placement.device)
 
 
@@ -78,8 +78,8 @@ def converted(
     corpus: Corpus,
     placement: Placement,
 ) -> Llama2:
-    """The conversion of `model`, calibrated on at least `num_tokens` of training text in batches
-    of `windows`."""
+    """Converts `model`; calibrates on at least `num_tokens` of training text in batches of
+    `windows`."""
     batches = TextBatches(corpus, windows, job.seed, CALIBRATION)
     steps = -(-num_tokens // (windows.batch_size * windows.seq_len))
     tokens: Tensor = torch.cat([batches.batch(step)[:, :-1] for step in range(steps)])
@@ -93,7 +93,7 @@ def converted(
 
 
 def text_scores(model: Llama2, corpus: Corpus, seq_len: int) -> dict[str, Any]:
-    """The figures of a language model: `result_form.PARTS["text"]` without its tokens."""
+    """Evaluates a language model: the entries of `result_form.PARTS["text"]` but "tokens"."""
     bits = bits_per_document(model, corpus.held_out, seq_len)
     num_bytes = sum(file["bytes"] for file in corpus.record["held_out"]["files"])
     return {
@@ -104,7 +104,7 @@ def text_scores(model: Llama2, corpus: Corpus, seq_len: int) -> dict[str, Any]:
 
 
 def records_scores(model: RecordsModel, preset: Preset, fields: int) -> dict[str, Any]:
-    """The figures of a model that learnt "records": `result_form.PARTS["records"]`."""
+    """Evaluates a model of "records": the entries of `result_form.PARTS["records"]`."""
     shares, bits = records.score(model, preset.records, fields)
     return {
         "accuracy": sum(shares.values()) / len(shares),

@@ -1,4 +1,4 @@
-"""Models that differ in their key/value heads and start from the same weights."""
+"""Gives models that differ in their key/value heads the same initial weights."""
 
 import torch
 from torch import nn
@@ -6,14 +6,14 @@ from torch import nn
 
 @torch.no_grad()
 def share_start(model: nn.Module, base: nn.Module, head_dim: int) -> None:
-    """Copies into `model`, which has fewer key/value heads than `base`, what the two share.
+    """Copies the weights that `model` shares with `base`, which has more key/value heads.
 
-    Tensors of one shape are copied. Of the projections to keys and values `model` takes the first
-    head of each group that becomes one. Where its feed-forward layers are wider, the columns that
-    `base` has are copied and the others stay as they are.
+    - Tensors of equal shape are copied.
+    - The projections to keys and values get the first head of each group of the base's heads.
+    - Wider feed-forward layers get the base's columns; their additional columns stay as they are.
 
     Raises:
-        ValueError: the two differ in more than that.
+        ValueError: the shapes differ elsewhere.
     """
     source = dict(base.named_parameters())
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""What a study trains and measures, by name, and which comparisons count before any run."""
+"""The presets of a study: what it trains and measures, and its primary comparisons."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -13,12 +13,12 @@ class Arm:
     """One setting in which models learn the task "records".
 
     Attributes:
-        name: of the arm; the arm "main" is the one that primary comparisons read.
-        purpose: what the arm is for, a phrase for readers.
+        name: of the arm; primary comparisons use the arm "main".
+        purpose: a phrase for readers.
         fields: attributes of an item, from 2 on.
         steps, peak_lr: of the training.
-        num_kv_heads: that are compared to MHA, which runs too.
-        num_seeds: the first so many of the preset's seeds.
+        num_kv_heads: counts that are compared to MHA, which runs too.
+        num_seeds: how many of the preset's seeds run, from the first.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Primary:
-    """A comparison with MHA that is named before the first run.
+    """A comparison to MHA that is named before the first run.
 
     Attributes:
         measure: "text" (bits per byte) or "records" (accuracy).
@@ -52,8 +52,8 @@ class Conversions:
     Attributes:
         methods: of `llama2.conversion`, for every number of heads.
         alphas: how long conversions and controls train afterwards, as shares of the base's steps.
-        peak_lr: of that training, warmed up over a tenth of it.
-        num_seeds: the first so many of the preset's seeds.
+        peak_lr: of that training; the warm-up is a tenth of it.
+        num_seeds: how many of the preset's seeds run, from the first.
     """
 
     methods: tuple[str, ...]
@@ -67,7 +67,7 @@ class ShippedConversion:
     """The conversion of the checkpoint that this package ships, by the default method.
 
     Attributes:
-        train: what trained the checkpoint, apart from `peak_lr`, which is that of the uptraining.
+        train: the recipe of the checkpoint, but for `peak_lr`, which is that of the uptraining.
         alphas: as in `Conversions`, shares of `train.steps`.
     """
 
@@ -79,8 +79,9 @@ class ShippedConversion:
 class Preset:
     """A study: language models of text, models that learn "records", and conversions.
 
-    All models with fewer key/value heads have MHA's number of parameters (the matching "exact" of
-    `llama2.accounting.matched`), and start from MHA's weights of their seed (`pairing`).
+    All models from scratch with fewer key/value heads have as many parameters as MHA (the matching
+    "exact" of `llama2.accounting.matched`) and start from the MHA weights of their seed
+    (`pairing`).
 
     Attributes:
         model: MHA, for text; the vocabulary is that of the shipped tokenizer.
@@ -88,7 +89,7 @@ class Preset:
         num_kv_heads: below MHA's, of language models and of conversions.
         seeds: of the weights and of the data's order. Runs of one seed see the same batches.
         records: the task and the shape of the models that learn it.
-        records_train: the recipe of these; each arm has its own steps and learning rate.
+        records_train: the recipe of these models; each arm sets its steps and learning rate.
         calibration_tokens: of training text, for methods of conversion that look at data.
         held_out_characters: of each held-out file.
         processes: that train side by side, one thread each; 1 means in this process.
@@ -114,8 +115,8 @@ class Preset:
 
 
 def uptraining(train: TrainConfig, alpha: float, peak_lr: float) -> TrainConfig | None:
-    """The recipe of a share `alpha` of the steps of `train`, at least one; None for a share of 0,
-    which trains nothing."""
+    """Returns the recipe of a share `alpha` of the steps of `train`, at least one step; None for a
+    share of 0, which does not train."""
     if alpha == 0:
         return None
     steps = max(round(alpha * train.steps), 1)
@@ -123,8 +124,8 @@ def uptraining(train: TrainConfig, alpha: float, peak_lr: float) -> TrainConfig 
 
 
 def described(preset: Preset, shipped_model: ModelConfig) -> dict[str, Any]:
-    """The entries of a result that say what was planned: "text", "records", "conversion", "shipped"
-    and "primary", as `result_form` documents them.
+    """Returns the entries of a result that describe the plan, "text", "records", "conversion",
+    "shipped" and "primary", as `result_form` documents them.
 
     Args:
         shipped_model: the configuration of the checkpoint that this package ships.
@@ -247,7 +248,7 @@ PRESETS = {
             held_out_characters=50_000,
             processes=1,
         ),
-        # Seconds: every part once, with models that learn next to nothing.
+        # Seconds: every part runs, with models that learn next to nothing.
         replace(
             _CPU,
             name="smoke",

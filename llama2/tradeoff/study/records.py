@@ -1,14 +1,17 @@
 """The task "records": a model answers questions about the fields of items in its context.
 
-A row is BOS; N items, each ONE token that stands for `fields` attributes of `values` values, which
-differ in every field; then `questions` questions, each one token that names a field, the value of
-that field and another field. The answer is the item's value of the other field, one of `values`
-classes: a guess is right in 1 / `values` of cases. The loss is on the answers alone.
+A row is BOS, then items, then `questions` questions:
 
-A query head needs the key of the field that is given and the value of the field that is asked. With
-one key/value head all fields share its head_dim features, so that the task has room to show what
-fewer key/value heads cost; with two fields one match is enough, which makes a control. After the
-associative recall of Arora et al. 2023, arXiv:2312.04927.
+- An item is ONE token that stands for one of `values` values in each of `fields` fields. The items
+  of a row differ in every field.
+- A question is one token that names a field, a value of that field and another field. The answer is
+  the value of the other field in the item that has the given value: one of `values` classes, so
+  that a guess is right with probability 1 / `values`.
+
+The loss is the cross-entropy of the answers alone. A query head has to match the key of the given
+field and to read the value of the other field. With one key/value head per layer all fields share
+its head_dim features; with two fields one match is enough, so that they serve as a control. The
+task extends the associative recall of Arora et al. 2023, arXiv:2312.04927, to several fields.
 """
 
 from dataclasses import dataclass
@@ -36,9 +39,9 @@ class RecordsShape:
     Attributes:
         values: of each field, which is also the largest number of items.
         questions: of a row.
-        items: numbers of items, of which each batch has one.
+        items: numbers of items in training; each batch draws one of them.
         items_scored: numbers of items for which accuracy is measured.
-        rows_scored: of each.
+        rows_scored: rows for each of these numbers.
     """
 
     hidden_size: int = 64
@@ -53,7 +56,7 @@ class RecordsShape:
     rows_scored: int = 168
 
     def config(self, fields: int) -> ModelConfig:
-        """MHA for items of so many fields."""
+        """Returns the configuration of MHA for items with `fields` fields."""
         return ModelConfig(
             vocab_size=1 + self.values**fields + fields**2 * self.values,
             hidden_size=self.hidden_size,
@@ -75,17 +78,17 @@ class RecordsModel(Decoder):
         self.reset_parameters()
 
     def forward(self, tokens: Tensor, questions: int) -> Tensor:
-        """Logits `[batch, questions, values]` at the last `questions` of tokens
+        """Returns logits `[batch, questions, values]` at the last `questions` tokens of tokens
         `[batch, seq_len]`."""
         return self.answer(self.hidden_states(tokens)[:, -questions:])
 
 
 @torch.no_grad()
 def compose_items(model: RecordsModel, shape: RecordsShape, fields: int) -> None:
-    """Draws the embeddings; an item's starts as the sum of its attributes' vectors.
+    """Draws the embeddings; an item's embedding starts as the sum of the vectors of its values.
 
-    Items are many and are seen seldom: a model that had to learn them one by one would learn
-    nothing in a few hundred steps, whatever its heads.
+    There are many items, and each is rare: without this start no model learns the task in a few
+    hundred steps, whatever its heads.
     """
     weight = model.embed_tokens.weight
     weight.normal_(std=_ITEM_STD)
@@ -101,7 +104,7 @@ def compose_items(model: RecordsModel, shape: RecordsShape, fields: int) -> None
 def rows(
     generator: np.random.Generator, count: int, shape: RecordsShape, fields: int, num_items: int
 ) -> np.ndarray:
-    """int64 `[count, 1 + num_items + 2 · questions]`: tokens, then the answers of its questions."""
+    """Returns int64 `[count, 1 + num_items + 2 · questions]`: the tokens, then the answers."""
     row = np.arange(count)[:, None]
     # [count, fields, items]: in each field the items have different values.
     attributes = np.argsort(generator.random((count, fields, shape.values)), axis=2)[
@@ -119,7 +122,7 @@ def rows(
 
 
 class RecordsBatches:
-    """Rows of the task: a function of the seed and the step, for `pretrain.train`."""
+    """Batches of rows, a function of the seed and the step, for `pretrain.train`."""
 
     def __init__(self, shape: RecordsShape, fields: int, seed: int, batch_size: int) -> None:
         self._shape, self._fields, self._seed = shape, fields, seed
@@ -143,14 +146,14 @@ class RecordsBatches:
 
 
 def loss(model: RecordsModel, batch: Tensor, questions: int) -> Tensor:
-    """Mean cross-entropy of the answers in nats."""
+    """Returns the mean cross-entropy of the answers in nats."""
     logits = model(batch[:, :-questions], questions).float()
     return functional.cross_entropy(logits.flatten(0, 1), batch[:, -questions:].flatten())
 
 
 @torch.no_grad()
 def score(model: RecordsModel, shape: RecordsShape, fields: int) -> tuple[dict[str, float], float]:
-    """(share of right answers by number of items, mean cross-entropy of all answers in bits)."""
+    """Returns (share of right answers by number of items, mean cross-entropy in bits)."""
     device = model.answer.weight.device
     shares, nats = {}, []
     for num_items in shape.items_scored:

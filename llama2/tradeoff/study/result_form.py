@@ -1,4 +1,4 @@
-"""The form of a study's result: which entries it has, and of what kind.
+"""The form of a study's result: its entries and their types.
 
 `results.json` is one object. Every difference is "at equal training budget": the same steps on the
 same batches, from the same weights where the shapes agree.
@@ -170,7 +170,7 @@ def check_form(results: dict[str, Any]) -> None:
 
 
 def read_run(file: Path) -> dict[str, Any]:
-    """The entry of a run. Raises ValueError, which names the file, for one of another form."""
+    """Reads the entry of a run. Raises ValueError, which names the file, for another form."""
     return read_entry(file, PARTS[read_entry(file, RUN)["part"]])
 
 

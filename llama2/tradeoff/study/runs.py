@@ -1,4 +1,4 @@
-"""Reading the result of a study: is it whole, and which runs belong together."""
+"""Checks the result of a study, and selects runs from it."""
 
 import math
 from typing import Any
@@ -13,14 +13,14 @@ _KEY = ("part", "arm", "num_kv_heads", "method", "alpha", "seed")
 
 
 def check(results: dict[str, Any]) -> None:
-    """Refuses a result from which no honest page can be made.
+    """Checks that a result is complete and consistent.
 
     Raises:
         ValueError: it is not a study, or not of its form (`check_form`); a figure is not finite
             or out of range; part, arm, heads, method and alpha of a run do not fit together;
             the bits of a run are not one per held-out file, or do not add up to its bits per byte;
-            an accuracy is not the mean of its parts; a run is there twice; language models of MHA
-            from scratch, to which others are compared, are missing.
+            an accuracy is not the mean over numbers of items; a run occurs twice; the language
+            models of MHA from scratch are missing.
     """
     if not isinstance(results, dict) or results.get("kind") != "study":
         kind = results.get("kind") if isinstance(results, dict) else type(results).__name__
@@ -101,7 +101,7 @@ def _check_bits(name: str, run: Run, num_files: int, num_bytes: int) -> None:
 
 
 def select(results: dict[str, Any], **fields: object) -> Runs:
-    """The runs in which every one of `fields` has the given value, by seed."""
+    """Returns, by seed, the runs whose `fields` have the given values."""
     found = [
         run
         for run in results["runs"]
@@ -111,33 +111,35 @@ def select(results: dict[str, Any], **fields: object) -> Runs:
 
 
 def text(results: dict[str, Any], num_kv_heads: int) -> Runs:
-    """Language models from scratch."""
+    """Returns the language models from scratch with `num_kv_heads`."""
     return select(results, part="text", num_kv_heads=num_kv_heads)
 
 
 def mha(results: dict[str, Any]) -> Runs:
-    """Language models of MHA from scratch: the bases of all conversions."""
+    """Returns the language models of MHA from scratch, the bases of all conversions."""
     return text(results, results["text"]["base"]["num_q_heads"])
 
 
 def records(results: dict[str, Any], arm: str, num_kv_heads: int | None = None) -> Runs:
-    """Models of an arm of "records"; None means MHA."""
+    """Returns the models of an arm of "records" with `num_kv_heads`; None means MHA."""
     full = results["records"]["shape"]["num_q_heads"]
     return select(results, part="records", arm=arm, num_kv_heads=num_kv_heads or full)
 
 
 def converted(results: dict[str, Any], num_kv_heads: int, method: str, alpha: float) -> Runs:
+    """Returns the converted language models that trained on for `alpha`."""
     return select(results, part="conversion", num_kv_heads=num_kv_heads, method=method, alpha=alpha)
 
 
 def control(results: dict[str, Any], alpha: float) -> Runs:
-    """MHA trained on for as long as the conversions of `alpha`; for 0 that is MHA itself."""
+    """Returns MHA that trained on for as long as the conversions of `alpha`; for 0, MHA itself."""
     found = select(results, part="conversion", method=None, alpha=alpha)
     return found or ({} if alpha else mha(results))
 
 
 def shipped(results: dict[str, Any], num_kv_heads: int, alpha: float) -> Run | None:
-    """The shipped model, trained on for `alpha`, converted where `num_kv_heads` is not its own."""
+    """Returns the run of the shipped model with `num_kv_heads` that trained on for `alpha`: a
+    conversion, unless the model itself has as many. None if there is no such run."""
     original = results["shipped"]["model"]["num_kv_heads"]
     runs = [
         run
@@ -151,8 +153,8 @@ def shipped(results: dict[str, Any], num_kv_heads: int, alpha: float) -> Run | N
 
 
 def fewer_heads(results: dict[str, Any], part: str, arm: str | None = None) -> list[int]:
-    """The counts of key/value heads below the largest that runs of a part have, from many to
-    few."""
+    """Returns the numbers of key/value heads of a part's runs, most first, without MHA's; for
+    "shipped" without the model's own."""
     found = [run for run in results["runs"] if run["part"] == part and run["arm"] == arm]
     counts = {run["num_kv_heads"] for run in found}
     full = {
@@ -163,7 +165,7 @@ def fewer_heads(results: dict[str, Any], part: str, arm: str | None = None) -> l
 
 
 def methods(results: dict[str, Any], num_kv_heads: int | None = None) -> list[str]:
-    """The methods of conversion, to any or to one number of heads, in the order of the runs."""
+    """Returns the methods of conversion, to any or to one number of heads, in run order."""
     found = (
         run["method"]
         for run in results["runs"]
@@ -173,17 +175,18 @@ def methods(results: dict[str, Any], num_kv_heads: int | None = None) -> list[st
 
 
 def alphas(results: dict[str, Any]) -> list[float]:
-    """The shares for which converted models trained on, with runs."""
+    """Returns the shares alpha of the converted models, ascending."""
     return sorted(
         {run["alpha"] for run in results["runs"] if run["part"] == "conversion" and run["method"]}
     )
 
 
 def arms(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The arms of "records" that have runs, in the order of the plan."""
+    """Returns the arms of "records" that have runs, in the order of the plan."""
     names = {run["arm"] for run in results["runs"] if run["part"] == "records"}
     return [arm for arm in results["records"]["arms"] if arm["name"] in names]
 
 
 def values(runs: Runs, field: str = "bits_per_byte") -> dict[int, float]:
+    """Returns one field of the runs by seed."""
     return {seed: run[field] for seed, run in runs.items()}

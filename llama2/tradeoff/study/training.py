@@ -1,4 +1,4 @@
-"""Runs a study: every run leaves a file in the working folder, so that a killed study goes on."""
+"""Runs a study. Each run writes a file to the working folder, from which a killed study resumes."""
 
 import json
 import os
@@ -43,11 +43,10 @@ def run_study(
     backend: str = "auto",
     device: str | None = None,
 ) -> tuple[Corpus, list[dict[str, Any]]]:
-    """Runs everything that `preset` names; goes on from what `work` has.
+    """Does the runs of `preset` that `work` does not have yet.
 
     Returns:
-        the texts as they were trained on, and the entries "runs" of a result, in the order of
-        `jobs`.
+        the corpus, and the entries "runs" of a result in the order of `jobs`.
     Raises:
         OSError, ValueError: as `prepare`; `work` is of another study, or another process runs in
             it: then nothing there changes. A file there is damaged.
@@ -74,8 +73,8 @@ def _run_all(preset: Preset, work: Path, backend: str, device: str | None) -> li
 
 
 def _claim(work: Path, preset: Preset, texts: Texts) -> None:
-    """Writes to `work` which study is in it, its primary comparisons included, before the first
-    run, and refuses another study there."""
+    """Records in `work` which study it holds, with its primary comparisons, before the first run;
+    refuses a folder of another study."""
     identity = {
         "preset": json.loads(json.dumps(asdict(preset) | {"processes": None})),
         "corpus": {part: texts.record[part]["sha256"] for part in ("train", "held_out")},
@@ -98,7 +97,7 @@ def _training_folder(work: Path, job: Job) -> Path:
 def _finished(
     todo: list[Job], preset: Preset, work: Path, backend: str, device: str | None
 ) -> Iterator[Job]:
-    """The jobs as they end, on as many processes as the preset has."""
+    """Runs the jobs on as many processes as the preset has; yields each when it ends."""
     if preset.processes == 1:
         for job in todo:
             run_job(job, preset, work, backend, device)
@@ -182,14 +181,14 @@ def _language_model(
 def _train(
     model: nn.Module, data: Batches, config: TrainConfig | None, folder: Path, **options: Any
 ) -> list[dict[str, float]]:
-    """The log of the training; empty where there is no recipe."""
+    """Trains and returns the log of the steps; without a recipe it is empty."""
     if config is None:
         return []
     return train(model, data, config, folder, save_every=config.steps, **options)
 
 
 def _curve(log: list[dict[str, float]]) -> list[float]:
-    """Mean losses of twentieths of the training, for the record."""
+    """Returns the mean loss of each twentieth of the training."""
     losses = [step["loss"] for step in log]
     points = min(_CURVE_POINTS, len(losses))
     bounds = [len(losses) * point // points for point in range(points + 1)] if points else []
