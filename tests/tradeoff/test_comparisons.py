@@ -1,15 +1,21 @@
 """What a result of a study must be, and what its comparisons say."""
 
 import copy
+import json
 import math
+from dataclasses import asdict
+from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
 from tradeoff_sample import synthetic_result
 
+from llama2.checkpoint import SHIPPED, load_config
 from llama2.reporting.statistics import t_critical
 from llama2.tradeoff.study import comparisons, runs
 from llama2.tradeoff.study.comparisons import ACCURACY, NOT_TOLD_APART
+from llama2.tradeoff.study.jobs import Job, jobs
+from llama2.tradeoff.study.presets import PRESETS, described
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +126,20 @@ def test_a_study_may_lack_parts(parts):
     found = synthetic_result(**parts)
     runs.check(found)
     assert len(comparisons.primary(found)) <= 3
+
+
+def test_the_committed_result_is_of_the_preset():
+    file = Path(__file__).parents[2] / "bench" / "results" / "tradeoff" / "results.json"
+    found = json.loads(file.read_text(encoding="utf-8"))
+    runs.check(found)
+    shipped_model = load_config(SHIPPED)
+    planned = json.loads(json.dumps(described(PRESETS["cpu"], shipped_model)))
+    found["text"].pop("epochs")
+    assert {name: found[name] for name in planned} == planned
+    expected = [job for phase in jobs(PRESETS["cpu"], shipped_model) for job in phase]
+    assert [Job(**{name: run[name] for name in asdict(expected[0])}) for run in found["runs"]] == (
+        expected
+    )
 
 
 # Numbers.
