@@ -70,11 +70,15 @@ def mean_flops_per_token(config: ModelConfig, seq_len: int) -> int:
     return product_flops_per_token(config) + attention_flops_per_pair(config) * (seq_len + 1) // 2
 
 
-def kv_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2) -> int:
+def kv_bytes_per_token(
+    config: ModelConfig, bytes_per_value: int = 2, bytes_per_scale: int = 0
+) -> int:
     """Returns the bytes per token of a key/value cache over all layers; 2 bytes per value in
-    bfloat16."""
+    bfloat16. A quantised cache also has a scale for the keys and one for the values of each head.
+    """
     _check_positive("bytes_per_value", bytes_per_value)
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * bytes_per_value
+    per_head = config.head_dim * bytes_per_value + bytes_per_scale
+    return 2 * config.num_layers * config.num_kv_heads * per_head
 
 
 def head_counts(config: ModelConfig) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ import argparse
 import json
 import platform
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from llama2.placement import place
 from llama2.storage import read_json, write_text
 from llama2.tradeoff import study
 from llama2.tradeoff.measured import measure_decode
+from llama2.tradeoff.question import Question
 from llama2.tradeoff.recommend import recommend
+from llama2.tradeoff.report.deployment_tables import check_measured
 from llama2.tradeoff.report.folder import check_folder
 from llama2.tradeoff.report.page import write_page
 from llama2.tradeoff.report.wording import heads_name
-from llama2.tradeoff.roofline import GIB, GPUS, Gpu
+from llama2.tradeoff.roofline import CACHE_FORMATS, GIB, GPUS, Gpu
 from llama2.tradeoff.study.data import read_texts
 from llama2.tradeoff.study.presets import PRESETS, Preset, described
 from llama2.tradeoff.study.runs import check
@@ -48,10 +50,9 @@ def run(args: argparse.Namespace) -> int:
     _check_use(args)
     check_folder(args.out)
     # Checked before the study, so that an error does not come after it.
-    config, gpu = shape_named(args.shape), _gpu(args.gpu)
-    recommendation = recommend(
-        config, gpu, context=args.context, batch=args.batch, tp=args.tp, keep=args.keep
-    )
+    question = _question(args)
+    recommendation = recommend(question)
+    measured = None if args.measured is None else _read_measured(args.measured)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.results is not None:
         results = _read(args.results)
@@ -62,21 +63,42 @@ def run(args: argparse.Namespace) -> int:
     page = write_page(
         results,
         args.out,
-        config=config,
-        gpu=gpu,
+        question,
+        measured_rows=_measured(args) if measured is None else measured,
+        command=args.command_line,
+    )
+    if args.json:
+        print(json.dumps(page | {"recommendation": asdict(recommendation)}, indent=1))
+        return 0
+    heads = heads_name(recommendation.num_kv_heads, question.config.num_q_heads)
+    print(f"{heads} for {question.setting} (predicted)")
+    for reason in recommendation.reasons:
+        print(f"  - {reason}")
+    print(f"{args.out / 'report.html'}, and the same as report.md")
+    return 0
+
+
+def _question(args: argparse.Namespace) -> Question:
+    return Question(
+        config=shape_named(args.shape),
+        gpu=_gpu(args.gpu),
         context=args.context,
         batch=args.batch,
         tp=args.tp,
-        recommendation=recommendation,
-        measured_rows=_measured(args),
-        command=args.command_line,
+        cache=CACHE_FORMATS[args.kv_cache_dtype],
+        keep=args.keep,
+        least_share=args.least_share,
     )
-    print(f"{args.shape} on {args.tp} × {gpu.name}, {args.context} tokens per sequence:")
-    print(f"  {heads_name(recommendation.num_kv_heads, config.num_q_heads)} (computed)")
-    for reason in recommendation.reasons:
-        print(f"  - {reason}")
-    print(f"{page}, and the same as {page.with_suffix('.md').name}")
-    return 0
+
+
+def _read_measured(file: Path) -> list[dict[str, Any]]:
+    """Returns the rows of an earlier run on a GPU."""
+    rows = read_json(file)
+    try:
+        check_measured(rows)
+    except ValueError as error:
+        raise ValueError(f"{file}: expected the measured.json of a page; {error}") from error
+    return rows
 
 
 def _check_use(args: argparse.Namespace) -> None:

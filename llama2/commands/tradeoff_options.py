@@ -5,7 +5,8 @@ import argparse
 from llama2.commands.options import integer, number, path
 from llama2.config import PUBLISHED
 from llama2.placement import add_options
-from llama2.tradeoff.roofline import GPUS
+from llama2.tradeoff.question import KEEP, LEAST_SHARE
+from llama2.tradeoff.roofline import CACHE_FORMATS, GPUS
 
 NO_STUDY = "none"
 PRESETS = ("cpu", "gpu", "smoke", NO_STUDY)
@@ -21,6 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "speed and memory; default: cpu",
     )
     add("--out", type=path, required=True, metavar="DIR", help="report, result, log and plots")
+    add(
+        "--json",
+        action="store_true",
+        help="print the page as JSON, with the same digits, and the recommendation's numbers",
+    )
     add(
         "--work",
         type=path,
@@ -90,9 +96,30 @@ def _add_deployment(group: argparse._ArgumentGroup) -> None:
     add(
         "--keep",
         type=number,
-        default=0.8,
+        default=KEEP,
         metavar="SHARE",
         help="acceptable share of the fastest count's tokens/s; default: %(default)s",
+    )
+    add(
+        "--least-share",
+        type=number,
+        default=LEAST_SHARE,
+        metavar="SHARE",
+        help="of the query heads: fewer key/value heads are not recommended, 0 allows any; "
+        "default: %(default)s, the smallest with figures of quality other than MQA's",
+    )
+    add(
+        "--kv-cache-dtype",
+        choices=CACHE_FORMATS,
+        default="auto",
+        help="of the key/value cache: auto, the default, is 16 bits; fp8 and int8 also store a "
+        "scale per head and token",
+    )
+    add(
+        "--measured",
+        type=path,
+        metavar="FILE",
+        help="the measured.json of an earlier run on a GPU, shown beside the prediction",
     )
     add("--no-measure", action="store_true", help="time no decode steps on a GPU that is there")
 

@@ -65,6 +65,18 @@ def panels(
     return figure, list(figure.subplots(1, count, squeeze=False, sharey=sharey)[0])
 
 
+def panel(width: float = 4.4, height: float = 3.3) -> tuple[Figure, Axes]:
+    """A plot with one panel, which is readable on a narrow screen."""
+    figure, (axes,) = panels(1, width=width, height=height)
+    return figure, axes
+
+
+def legend_below(figure: Figure, axes: Axes, columns: int) -> None:
+    """The legend under the axes, where it covers nothing; empty columns of the last row stay."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)
+
+
 def legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper")

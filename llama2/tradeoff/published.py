@@ -20,6 +20,7 @@ class PublishedTable:
     rows: tuple[tuple[str, tuple[float, ...]], ...]
     decimals: tuple[int, ...]  # to print each column as the paper does
     scores: tuple[str, ...]  # the columns that are scores of tasks; more is better
+    heads: tuple[tuple[int | None, str], ...]  # the row of a number of key/value heads; None: MHA
 
     def value(self, row: str, column: str) -> float:
         """Raises KeyError for a row or a column that is not there."""
@@ -35,6 +36,11 @@ class PublishedTable:
     def mean_score(self, row: str) -> float:
         """The plain mean of a row's scores, computed here from rounded values, not published."""
         return fmean(self.value(row, column) for column in self.scores)
+
+    def row_with(self, num_kv_heads: int, num_q_heads: int) -> str | None:
+        """The name of the row of the model with that many heads; None without one. MHA is MHA, of
+        however many heads."""
+        return dict(self.heads).get(None if num_kv_heads == num_q_heads else num_kv_heads)
 
 
 _GQA_TASKS = ("CNN", "arXiv", "PubMed", "MediaSum", "MultiNews", "WMT", "TriviaQA")
@@ -58,6 +64,7 @@ GQA_TABLE_1 = PublishedTable(
     ),
     decimals=(2, *(1,) * 8),
     scores=_GQA_TASKS,
+    heads=((None, "MHA-XXL"), (8, "GQA-8-XXL"), (1, "MQA-XXL")),
 )
 
 _LLAMA2_TASKS = (
@@ -81,6 +88,7 @@ LLAMA2_TABLE_18 = PublishedTable(
     ),
     decimals=(1,) * 11,
     scores=_LLAMA2_TASKS,
+    heads=((None, "MHA"), (8, "GQA"), (1, "MQA")),
 )
 
 TABLES = (GQA_TABLE_1, LLAMA2_TABLE_18)

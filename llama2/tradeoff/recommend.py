@@ -1,25 +1,35 @@
-"""Which number of key/value heads a deployment asks for, and why: computed, not measured.
+"""Which number of key/value heads a deployment asks for, and why: predicted, not measured.
 
-The rule: among the counts that divide num_q_heads and whose cache fits, the most key/value heads
-(the least change to an MHA model) that decode at least `keep` times as many tokens per second as
-the best of them. It knows memory and speed on paper; quality it does not know.
+The rule: among the counts whose cache fits and that keep at least `least_share` of the query heads,
+the most key/value heads (the least change to an MHA model) that decode at least `keep` times as
+many tokens per second as the fastest of these. It knows memory and speed on paper; of quality it
+knows only below which share of heads nothing is known.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from llama2.accounting import head_counts, matched, num_parameters
-from llama2.config import ModelConfig
-from llama2.tradeoff.roofline import GIB, Deployment, Gpu
+from llama2.reporting.wording import short
+from llama2.tradeoff.question import LEAST_SHARE, Question
+from llama2.tradeoff.roofline import GIB, Deployment
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One count of heads in the deployment. `batch` is the one that was asked for, or the largest;
-    `tokens_per_s` and `bound` are None where it does not fit, all but the first two fields where
-    tp cannot share the heads."""
+    """One count of heads in the deployment.
+
+    Attributes:
+        batch: the one that was asked for, or the largest.
+        tokens_per_s, bound: None where that batch does not fit.
+        speed_up: tokens per second over MHA's, which need not fit at a batch that was asked for;
+            None where either has no speed.
+        verdict: "fits", "does not fit", or "cannot be shared by tp": then all that depends on the
+            deployment is None.
+    """
 
     num_kv_heads: int
+    share: float
     parameters: int
     kv_heads_per_rank: int | None = None
     kv_bytes_per_token_per_rank: int | None = None
@@ -27,8 +37,9 @@ class Candidate:
     crossover_batch: int | None = None
     batch: int | None = None
     tokens_per_s: float | None = None
+    speed_up: float | None = None
     bound: str | None = None
-    verdict: str = "cannot be shared by tp"  # or "fits", "does not fit"
+    verdict: str = "cannot be shared by tp"
 
 
 @dataclass(frozen=True)
@@ -38,98 +49,99 @@ class Recommendation:
     candidates: tuple[Candidate, ...]  # every divisor of num_q_heads, fewest heads first
 
 
-def recommend(
-    config: ModelConfig,
-    gpu: Gpu,
-    *,
-    context: int,
-    batch: int | None = None,
-    tp: int = 1,
-    keep: float = 0.8,
-) -> Recommendation:
-    """Applies the rule of this module to `config` with every other count, feed-forward layers
-    unchanged, as a conversion leaves them.
+def recommend(question: Question) -> Recommendation:
+    """Applies the rule of this module.
 
     Heads fewer than tp are duplicated: they cost what tp heads cost, so that the rule never goes
     below tp.
 
-    Args:
-        context: tokens that a sequence is expected to have while it decodes.
-        batch: sequences that decode together; None takes each count's largest batch, which is the
-            question of throughput alone, and nearly always answered by the fewest heads.
-        keep: the share of the best speed that must be kept, in (0, 1].
     Raises:
-        ValueError: a size or share out of range, or as `head_counts`; no count fits, with what
-            would fit.
+        ValueError: no count fits, with what would fit; sizes as `head_counts`.
     """
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep: expected a number in (0, 1]; got {keep}")
-    if batch is not None and batch < 1:
-        raise ValueError(f"batch: expected at least 1, or None for the largest; got {batch}")
-    deployments = dict(_deployments(config, gpu, tp))
-    candidates = tuple(
-        _candidate(config, count, deployments.get(count), context, batch)
-        for count in head_counts(config)
+    found = candidates(question)
+    chosen = pick(question, found)
+    if chosen is None:
+        raise ValueError(_what_would_fit(question, found))
+    return Recommendation(chosen.num_kv_heads, tuple(_reasons(question, found, chosen)), found)
+
+
+def candidates(question: Question) -> tuple[Candidate, ...]:
+    """Every divisor of num_q_heads in the deployment, fewest heads first."""
+    deployments = question.deployments()
+    mha = deployments[question.config.num_q_heads]
+    batch = question.batch or mha.largest_batch(question.context)
+    base = mha.decode_tokens_per_s(batch, question.context) if batch else None
+    return tuple(
+        _candidate(question, count, deployments.get(count), base)
+        for count in head_counts(question.config)
     )
-    fitting = [candidate for candidate in candidates if candidate.verdict == "fits"]
-    if not fitting:
-        raise ValueError(_what_would_fit(config, gpu, deployments, context, batch, tp))
-    best = max(fitting, key=lambda c: (c.tokens_per_s, c.num_kv_heads))
-    chosen = [c for c in fitting if c.tokens_per_s >= keep * best.tokens_per_s][-1]
-    reasons = _reasons(chosen, best, candidates, deployments[chosen.num_kv_heads], context, keep)
-    return Recommendation(chosen.num_kv_heads, tuple(reasons), candidates)
 
 
-def _deployments(config: ModelConfig, gpu: Gpu, tp: int) -> Iterator[tuple[int, Deployment]]:
-    if tp < 1 or config.num_q_heads % tp:
-        raise ValueError(f"tp: expected a divisor of num_q_heads ({config.num_q_heads}); got {tp}")
-    for count in head_counts(config):
-        if count % tp == 0 or tp % count == 0:
-            yield count, Deployment(matched(config, count, "same_ffn"), gpu, tp)
+def pick(question: Question, found: Sequence[Candidate]) -> Candidate | None:
+    """The one that the rule takes from `candidates`; None where none that it considers fits."""
+    fitting = [
+        each for each in found if each.verdict == "fits" and each.share >= question.least_share
+    ]
+    best = fastest(fitting)
+    kept = [each for each in fitting if each.tokens_per_s >= question.keep * best.tokens_per_s]
+    return kept[-1] if kept else None
+
+
+def fastest(fitting: Sequence[Candidate]) -> Candidate | None:
+    """The most heads of those with the highest speed; None of none."""
+    return max(fitting, key=lambda each: (each.tokens_per_s, each.num_kv_heads), default=None)
 
 
 def _candidate(
-    config: ModelConfig, count: int, deployment: Deployment | None, context: int, batch: int | None
+    question: Question, count: int, deployment: Deployment | None, base: float | None
 ) -> Candidate:
-    parameters = num_parameters(matched(config, count, "same_ffn"))
+    shape = matched(question.config, count, "same_ffn")
+    share = count / question.config.num_q_heads
     if deployment is None:
-        return Candidate(count, parameters)
+        return Candidate(count, share, num_parameters(shape))
+    context = question.context
     largest = deployment.largest_batch(context)
-    wanted = largest if batch is None else batch
-    fits = 0 < wanted <= largest
-    return Candidate(
+    batch = largest if question.batch is None else question.batch
+    shared = Candidate(
         num_kv_heads=count,
-        parameters=parameters,
+        share=share,
+        parameters=num_parameters(shape),
         kv_heads_per_rank=deployment.kv_heads_per_rank,
         kv_bytes_per_token_per_rank=deployment.kv_bytes_per_token_per_rank,
         largest_batch=largest,
         crossover_batch=deployment.crossover_batch(context),
-        batch=wanted,
-        tokens_per_s=deployment.decode_tokens_per_s(wanted, context) if fits else None,
-        bound=deployment.bound(wanted, context) if fits else None,
-        verdict="fits" if fits else "does not fit",
+        batch=batch,
+        verdict="does not fit",
+    )
+    if not 0 < batch <= largest:
+        return shared
+    speed = deployment.decode_tokens_per_s(batch, context)
+    return replace(
+        shared,
+        tokens_per_s=speed,
+        speed_up=speed / base if base else None,
+        bound=deployment.bound(batch, context),
+        verdict="fits",
     )
 
 
-def _reasons(
-    chosen: Candidate,
-    best: Candidate,
-    candidates: tuple[Candidate, ...],
-    deployment: Deployment,
-    context: int,
-    keep: float,
-) -> Iterator[str]:
-    others = "" if chosen is best else f", whose best is {best.num_kv_heads} with {_speed(best)}"
+def _reasons(question: Question, found: Sequence[Candidate], chosen: Candidate) -> Iterator[str]:
+    deployment, context = question.deployment(chosen.num_kv_heads), question.context
+    best = fastest(
+        [each for each in found if each.tokens_per_s and each.share >= question.least_share]
+    )
+    others = "" if chosen is best else f", the fastest of which is {_heads(best)}: {_speed(best)}"
     yield (
         f"{_heads(chosen)}: {_speed(chosen)} at a context of {context:,}, the most heads with at "
-        f"least {keep:.0%} of the tokens per second of any count that fits{others}. Computed from "
-        f"the nominal rates of {deployment.gpu.name}, not measured."
+        f"least {short(100 * question.keep)} % of the tokens per second of any count that fits and "
+        f"keeps at least {share_name(question.least_share)} of the query heads{others}. Predicted "
+        f"from the nominal rates of {question.gpu.name}, not measured."
     )
-    memory, weights = deployment.gpu.memory_bytes / GIB, deployment.weight_bytes_per_rank / GIB
+    memory, weights = question.gpu.memory_bytes / GIB, deployment.weight_bytes_per_rank / GIB
     yield (
         f"Memory: of {memory:.0f} GiB, weights take {weights:.1f} GiB and "
         f"{deployment.reserved_bytes / GIB:.1f} GiB are reserved; a token's keys and values take "
-        f"{chosen.kv_bytes_per_token_per_rank / 1024:,.0f} KiB, so that {chosen.largest_batch:,} "
+        f"{short(chosen.kv_bytes_per_token_per_rank / 1024)} KiB, so that {chosen.largest_batch:,} "
         f"sequences of {context:,} tokens fit."
     )
     yield (
@@ -144,34 +156,33 @@ def _reasons(
             f"of the key/value heads; fewer than {deployment.tp} in all would be duplicated and "
             f"save nothing. Communication is not modelled."
         )
-    yield from _neighbours(chosen, best, candidates)
+    yield from _neighbours(found, chosen)
     yield (
-        "Quality is not computed: judge it by the published tables and by the study. Neither is "
+        "Quality is not predicted: judge it by the published tables and by the study, which have "
+        f"no figures below {share_name(LEAST_SHARE)} of the heads except those of MQA. Nothing is "
         "extrapolated to this model."
     )
 
 
-def _neighbours(
-    chosen: Candidate, best: Candidate, candidates: tuple[Candidate, ...]
-) -> Iterator[str]:
-    place = candidates.index(chosen)
-    if place + 1 < len(candidates):
-        yield f"Next higher, {_outlook(candidates[place + 1], best)}."
+def _neighbours(found: Sequence[Candidate], chosen: Candidate) -> Iterator[str]:
+    place = found.index(chosen)
+    if place + 1 < len(found):
+        yield f"Next higher, {_outlook(found[place + 1], chosen)}."
     else:
         yield "Next higher: none, this is MHA."
     if place > 0:
-        lower = candidates[place - 1]
+        lower = found[place - 1]
         same = lower.kv_heads_per_rank == chosen.kv_heads_per_rank
-        yield f"Next lower, {_outlook(lower, best)}{', from as large a cache' if same else ''}."
+        yield f"Next lower, {_outlook(lower, chosen)}{', from as large a cache' if same else ''}."
     else:
         yield "Next lower: none, this is MQA."
 
 
-def _outlook(candidate: Candidate, best: Candidate) -> str:
+def _outlook(candidate: Candidate, chosen: Candidate) -> str:
     heads = _heads(candidate)
     if candidate.verdict == "fits":
-        share = candidate.tokens_per_s / best.tokens_per_s
-        return f"{heads}: {_speed(candidate)}, {share:.1%} of the best"
+        share = candidate.tokens_per_s / chosen.tokens_per_s
+        return f"{heads}: {_speed(candidate)}, {share:.0%} of the recommended count's"
     if candidate.verdict == "does not fit":
         return f"{heads}: does not fit; its largest batch is {candidate.largest_batch:,}"
     return f"{heads}: {candidate.verdict}"
@@ -185,33 +196,43 @@ def _speed(candidate: Candidate) -> str:
     return f"{candidate.tokens_per_s:,.0f} tokens/s at batch {candidate.batch:,}"
 
 
+def share_name(share: float) -> str:
+    """A unit fraction as such, another share in per cent."""
+    if share and (1 / share).is_integer():
+        return f"1/{1 / share:.0f}" if share < 1 else "all"
+    return f"{short(100 * share)} %"
+
+
 def _cache_share(deployment: Deployment, batch: int, context: int) -> float:
     return 1 - deployment.weight_bytes_per_rank / deployment.decode_bytes(batch, context)
 
 
-def _what_would_fit(
-    config: ModelConfig,
-    gpu: Gpu,
-    deployments: dict[int, Deployment],
-    context: int,
-    batch: int | None,
-    tp: int,
-) -> str:
-    smallest = deployments[1]  # as small as any: one head shared by, or duplicated on, every rank
-    wanted = batch or 1
-    longest = smallest.largest_context(wanted)
+def _what_would_fit(question: Question, found: Sequence[Candidate]) -> str:
+    # As small as any that is considered: on every rank no more heads than these.
+    count = min(
+        each.num_kv_heads
+        for each in found
+        if each.verdict != "cannot be shared by tp" and each.share >= question.least_share
+    )
+    smallest = question.deployment(count)
+    context, wanted = question.context, question.batch or 1
     offers = []
-    if longest:
+    if longest := smallest.largest_context(wanted):
         offers.append(f"a context of {longest:,} at batch {wanted:,}")
     if largest := smallest.largest_batch(context):
         offers.append(f"a batch of {largest:,} at context {context:,}")
-    for ranks in head_counts(config):
-        if Deployment(smallest.config, gpu, ranks).largest_batch(context) >= wanted:
+    for ranks in head_counts(question.config):
+        wider = replace(question, tp=ranks, batch=wanted)
+        if pick(wider, candidates(wider)):
             offers.append(f"tp={ranks}")
             break
-    found = f"; what would fit: {', or '.join(offers)}" if offers else ""
+    fewer = [each.num_kv_heads for each in found if each.verdict == "fits"]
+    if fewer:
+        offers.append(f"{max(fewer)} heads, below the least share")
+    text = f"; what would fit: {', or '.join(offers)}" if offers else ""
     return (
-        f"context: expected one at which some number of key/value heads fits {gpu.name} with "
-        f"tp={tp} at batch {wanted:,}, beside {smallest.weight_bytes_per_rank / GIB:.1f} GiB of "
-        f"weights per GPU; got {context:,}{found}"
+        f"context: expected one at which some number of key/value heads of at least "
+        f"{share_name(question.least_share)} of the query heads fits {question.gpu.name} with "
+        f"tp={question.tp} at batch {wanted:,}, beside {smallest.weight_bytes_per_rank / GIB:.1f} "
+        f"GiB of weights per GPU; got {context:,}{text}"
     )

@@ -50,6 +50,23 @@ GPUS = {
 
 
 @dataclass(frozen=True)
+class CacheFormat:
+    """How a cache stores keys and values: `bytes_per_scale` are those of the one scale that the
+    keys, and of the one that the values, of a token's head have where they are quantised."""
+
+    name: str
+    bytes_per_value: int
+    bytes_per_scale: int = 0
+
+
+CACHE_FORMATS = {  # of `llama2.cache.kv_cache.KVCache`, by its names; scales are float32
+    "auto": CacheFormat("16 bits", 2),
+    "fp8": CacheFormat("fp8", 1, 4),
+    "int8": CacheFormat("int8", 1, 4),
+}
+
+
+@dataclass(frozen=True)
 class Deployment:
     """A model on `tp` GPUs of a kind, which share its heads, its columns and its vocabulary.
 
@@ -65,11 +82,11 @@ class Deployment:
     gpu: Gpu
     tp: int = 1
     weight_bytes_per_value: float = 2  # 1 and 0.5 for weights quantised to 8 and 4 bits
-    kv_bytes_per_value: int = 2
+    cache: CacheFormat = CACHE_FORMATS["auto"]
     reserved_bytes: int = 4 * GIB  # activations, and what driver and allocator keep
 
     def __post_init__(self) -> None:
-        for name in ("tp", "weight_bytes_per_value", "kv_bytes_per_value"):
+        for name in ("tp", "weight_bytes_per_value"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a positive number; got {getattr(self, name)}")
         if self.reserved_bytes < 0:
@@ -105,7 +122,9 @@ class Deployment:
     @property
     def kv_bytes_per_token_per_rank(self) -> int:
         """Bytes of one token's keys and values in one rank's cache."""
-        whole = accounting.kv_bytes_per_token(self.config, self.kv_bytes_per_value)
+        whole = accounting.kv_bytes_per_token(
+            self.config, self.cache.bytes_per_value, self.cache.bytes_per_scale
+        )
         return whole // self.config.num_kv_heads * self.kv_heads_per_rank
 
     @property

@@ -1,6 +1,7 @@
-"""The trade-off page: its numbers, its tags, what it dares to say, and files that stand alone."""
+"""The trade-off page: its numbers and their origins, what it says of them, and its files."""
 
 import copy
+import html
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 from statistics import fmean
 
 import matplotlib
@@ -18,25 +20,35 @@ from tradeoff_sample import synthetic_result
 from llama2.config import PUBLISHED
 from llama2.conversion import METHODS
 from llama2.reporting import drawing
-from llama2.reporting.document import MISSING, Sentence, Table, to_html, to_markdown
-from llama2.reporting.statistics import t_critical
-from llama2.tradeoff.recommend import recommend
-from llama2.tradeoff.report import (
-    deployment_tables,
-    detail_tables,
-    findings,
-    plots,
-    tables,
+from llama2.reporting.document import (
+    MISSING,
+    Column,
+    Figures,
+    Paragraph,
+    Sentence,
+    Table,
+    to_html,
+    to_markdown,
 )
-from llama2.tradeoff.report.deployment_tables import Question
-from llama2.tradeoff.report.page import _blocks, write_page
+from llama2.tradeoff.question import Question
+from llama2.tradeoff.recommend import candidates, pick
+from llama2.tradeoff.report import (
+    decision,
+    deployment,
+    deployment_tables,
+    quality,
+    study_plots,
+    study_sections,
+    study_tables,
+)
+from llama2.tradeoff.report.folder import TITLE
+from llama2.tradeoff.report.page import page_blocks, write_page
 from llama2.tradeoff.report.wording import METHOD_NOTES
 from llama2.tradeoff.roofline import GPUS, Deployment
 from llama2.tradeoff.study import comparisons, runs
 
 CONFIG, GPU = PUBLISHED["7B"], GPUS["H100"]
-SETTINGS = {"config": CONFIG, "gpu": GPU, "context": 4096, "batch": 16}
-QUESTION = Question(**SETTINGS)
+QUESTION = Question(CONFIG, GPU, 4096, 16)
 ROWS = [
     {
         "shape": "7B",
@@ -48,28 +60,33 @@ ROWS = [
         "gpu": "synthetic",
         "tag": "measured" if heads < 32 or batch < 64 else "does not fit",
         "floor_microseconds": 10.0,
-        "microseconds": 20.0 + batch,
-        "microseconds_p20": 19.0 + batch,
-        "microseconds_p80": 22.0 + batch,
-        "percent_of_floor": 1000 / (20 + batch),
+        "microseconds": 20.0 + batch * heads,
+        "microseconds_p20": 19.0 + batch * heads,
+        "microseconds_p80": 22.0 + batch * heads,
+        "percent_of_floor": 1000 / (20 + batch * heads),
     }
     for heads in (32, 8)
     for batch in (1, 64)
 ]
 # Columns of names and settings: all others must say where their numbers come from.
 UNTAGGED = {
-    *("key/value heads", "matching", "method", "made"),
-    *("held-out file", "shape", "model", "batch", "context"),
+    *("", "key/value heads", "share", "measure", "method", "shape", "model", "batch", "context"),
+    *("arm", "fields", "steps", "peak learning rate", "seeds"),
 }
-VOID = {"meta", "br", "hr", "img"}
+VOID = {"meta", "br", "hr", "img", "input"}
+PLOTS = {
+    *("speed-batch", "speed-context", "memory", "pareto", "pareto-recall"),
+    *("recall", "learning"),
+}
 
 
 class Page(HTMLParser):
-    """Headers with their badges, attributes and ids of an HTML file; fails on unbalanced tags."""
+    """Tags, attributes, ids and the tables' cells of an HTML file; fails on unbalanced tags."""
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.tags, self.attributes, self.ids, self.headers = [], set(), [], [], []
+        self.open, self.tags, self.attributes, self.ids = [], set(), [], []
+        self.text, self.tables = [], []
         self.feed(text)
         self.close()
         assert not self.open
@@ -78,8 +95,12 @@ class Page(HTMLParser):
         self.tags.add(tag)
         self.attributes += attrs
         self.ids += [value for name, value in attrs if name == "id"]
-        if tag == "th":
-            self.headers.append([])
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
         if tag not in VOID:
             self.open.append(tag)
 
@@ -92,8 +113,10 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if "th" in self.open:
-            self.headers[-1].append(data.strip())
+        if {"td", "th"} & set(self.open):
+            self.tables[-1][-1][-1] += data
+        if not {"script", "style", "pre"} & set(self.open):
+            self.text.append(data)
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +125,14 @@ def result():
 
 
 @pytest.fixture(scope="module")
-def folder(result, tmp_path_factory):
+def written(result, tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
-    advice = recommend(CONFIG, GPU, context=4096, batch=16)
-    path = write_page(result, folder, **SETTINGS, recommendation=advice, measured_rows=ROWS)
-    assert path == folder / "report.html"
-    return folder
+    return folder, write_page(result, folder, QUESTION, measured_rows=ROWS, command="llama2 x")
+
+
+@pytest.fixture(scope="module")
+def folder(written):
+    return written[0]
 
 
 @pytest.fixture(scope="module")
@@ -120,89 +145,116 @@ def markdown(folder):
     return (folder / "report.md").read_text(encoding="utf-8")
 
 
-def rows_of(table):
-    return {tuple(row[:2]): row for row in table.rows}
+def rows_of(table, names=1):
+    return {tuple(row[:names]) if names > 1 else row[0]: row[names:] for row in table.rows}
 
 
-def text_of(sentences):
-    return " ".join(sentence.text for sentence in sentences)
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Plots are empty: most of a page's time is theirs."""
+    monkeypatch.setattr(drawing, "svg", lambda draw: "<svg></svg>")
 
 
-# The page
+# The renderings
 
 
-def test_every_column_of_numbers_says_where_they_come_from(page):
-    headers = Page(page).headers
-    tags = {tag for _, *tag in map(tuple, headers) for tag in tag}
-    assert tags == {"measured", "computed", "published"}
-    assert {header[0] for header in headers if len(header) == 1} <= UNTAGGED
-    assert len(headers) > 60
-
-
-def test_every_sentence_with_a_result_says_where_it_comes_from(result, monkeypatch):
-    monkeypatch.setattr(drawing, "svg", lambda draw: "")
-    advice = recommend(CONFIG, GPU, context=4096, batch=16)
-    sentences = [
-        sentence
-        for block in _blocks(result, QUESTION, advice, ROWS, None)
-        for sentence in getattr(block, "sentences", ())
-    ]
-    untagged = [sentence.text for sentence in sentences if sentence.tag is None]
-    with_decimals = [text for text in untagged if re.search(r"\d\.\d", text)]
-    assert len(with_decimals) == 1 and with_decimals[0].startswith("Study “synthetic”")
-    assert {sentence.tag for sentence in sentences} == {None, "measured", "computed", "published"}
-
-
-def test_every_figure_says_where_its_numbers_come_from(page):
+def test_every_table_and_plot_says_where_its_numbers_come_from(result, page, markdown, undrawn):
+    blocks = list(page_blocks(result, QUESTION, ROWS, None))
+    tables = [block for block in blocks if isinstance(block, Table)]
+    assert len(tables) == 11
+    for table in tables:
+        tags = {column.tag for column in table.columns} - {None}
+        assert tags and {c.name for c in table.columns if c.tag is None} <= UNTAGGED
+        row = re.search(rf"\*\*{re.escape(table.title)[:20]}.*\n\n.*", markdown)
+        assert row is None or all(f"*({tag})*" in row.group() for tag in tags)
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
-    assert len(captions) == 6
-    assert all('class="badge ' in caption for caption in captions)
+    assert len(captions) == len(PLOTS) + 1 and all('class="badge ' in one for one in captions)
+    sentences = [sentence for block in blocks for sentence in getattr(block, "sentences", ())]
+    assert {sentence.tag for sentence in sentences} == {None}
+    # One for each table and origin, and one or two for a plot.
+    assert page.count('class="badge ') < 35
+
+
+def test_html_markdown_and_json_have_the_same_cells(written, page, markdown):
+    printed = json.loads(json.dumps(written[1]))
+    tables = [block for block in printed["blocks"] if block["kind"] == "table"]
+    from_html = [
+        [row for row in table if len(row) == len(there["columns"])][-len(there["rows"]) :]
+        for table, there in zip(Page(page).tables, tables, strict=True)
+    ]
+    assert from_html == [table["rows"] for table in tables]
+    lines = [
+        [html.unescape(re.sub(r"\\(.)", r"\1", cell)).strip() for cell in line[2:-2].split(" | ")]
+        for line in markdown.splitlines()
+        if line.startswith("| ") and not line.startswith("| ---")
+    ]
+    for table in tables:
+        for row in table["rows"]:
+            assert row in lines
+    for block in printed["blocks"]:
+        for sentence in block.get("sentences", ()):
+            assert html.escape(sentence["text"]) in page
+    assert {
+        figure["name"] for block in printed["blocks"] for figure in block.get("figures", [])
+    } == PLOTS
+
+
+def test_minus_signs_are_minus_signs(page, markdown):
+    text = "\n".join(Page(page).text)
+    assert len(re.findall(r"−\d", text)) > 10
+    assert not re.findall(r"(?<![\w−-])-[\d.]", text)
+    outside_code = re.sub(r"^    .*$", "", markdown, flags=re.MULTILINE)
+    assert not re.findall(r"(?<![\w−-])-[\d.]", outside_code)
 
 
 def test_the_page_stands_alone(page):
     parsed = Page(page)
-    assert not parsed.tags & {"script", "link", "img", "iframe", "image"}
+    assert not parsed.tags & {"link", "img", "iframe", "image"}
     for name, value in parsed.attributes:
         assert name != "src" and not name.startswith("on")
         assert "href" not in name or value.startswith("#")
     assert "@import" not in page and not re.search(r"url\((?!#)", page)
+    assert not re.search("fetch|XMLHttpRequest|import\\(", page)
     assert len(parsed.ids) == len(set(parsed.ids))
     referred = set(re.findall(r'(?:href="#|url\(#)([^")]+)', page))
     assert referred and referred <= set(parsed.ids)
     assert "prefers-color-scheme: dark" in page and "@media print" in page
 
 
-def test_order_of_the_sections(page):
-    places = [
-        page.index(text)
-        for text in (
-            "How many key/value heads should the 7B shape have",
-            "By speed and memory: ",
-            "Quality, of the study&#x27;s small models only.",
-            *re.findall("<h2>.*?</h2>", page),
-        )
-    ]
+def test_the_decision_comes_first_and_contents_name_every_section(page):
+    order = ['id="pick"', 'id="evidence"', 'id="rule"', 'id="decision"', 'id="setting"', "<h2"]
+    places = [page.index(text) for text in order]
     assert places == sorted(places)
-    assert re.findall("<h2>(.*?)</h2>", page) == [
+    headings = re.findall('<h2 id="(.*?)">(.*?)</h2>', page)
+    assert re.findall('<a href="#(.*?)">(.*?)</a>', page) == headings
+    assert [heading for _, heading in headings] == [
+        "Speed and memory",
+        "What this study tells",
         "Quality against speed",
-        "Quality from scratch",
-        "Quality by conversion",
+        "Text",
         "Recall",
-        "Speed",
-        "Memory",
+        "Conversion",
+        "Other shapes and several GPUs",
+        "Measured speed",
         "Published tables",
         "Limits",
         "How to reproduce",
     ]
 
 
+def test_the_committed_page_is_of_the_committed_result(undrawn):
+    folder = Path(__file__).parents[2] / "bench" / "results" / "tradeoff"
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    question = Question(PUBLISHED["7B"], GPUS["H200"], 4096, 32)  # the command's defaults
+    made = to_markdown(TITLE, list(page_blocks(results, question, [], None)))
+    assert made == (folder / "report.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"\]\(([\w-]+\.svg)\)", made))
+    assert shown == {path.name for path in folder.glob("*.svg")}
+
+
 def test_markdown_shows_every_plot_and_whole_tables(markdown, folder):
-    shown = re.findall(r"\]\(([\w-]+\.svg)\)", markdown)
-    assert sorted(shown) == sorted(path.name for path in folder.glob("*.svg"))
-    assert len(shown) == 6
-    cells = [len(re.findall(r"(?<!\\)\|", line)) for line in markdown.splitlines() if "|" in line]
-    starts = [i for i, line in enumerate(markdown.splitlines()) if line.startswith("| ---")]
-    assert len(starts) > 10 and min(cells) > 3
+    shown = re.findall(r"\]\(([\w-]+)\.svg\)", markdown)
+    assert set(shown) == {path.stem for path in folder.glob("*.svg")} == PLOTS | {"measured-7B"}
     for block in re.findall(r"(?:^\|.*\n)+", markdown, re.MULTILINE):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
 
@@ -212,14 +264,12 @@ def test_the_same_input_gives_the_same_bytes_in_another_process(folder, result, 
     code = (
         "import json; from pathlib import Path\n"
         "from llama2.config import PUBLISHED\n"
+        "from llama2.tradeoff.question import Question\n"
         "from llama2.tradeoff.report.page import write_page\n"
-        "from llama2.tradeoff.recommend import recommend\n"
         "from llama2.tradeoff.roofline import GPUS\n"
         "result, rows = json.loads(Path('input.json').read_text())\n"
-        "config, gpu = PUBLISHED['7B'], GPUS['H100']\n"
-        "advice = recommend(config, gpu, context=4096, batch=16)\n"
-        "write_page(result, Path('again'), config=config, gpu=gpu, context=4096, batch=16,\n"
-        "           recommendation=advice, measured_rows=rows)\n"
+        "question = Question(PUBLISHED['7B'], GPUS['H100'], 4096, 16)\n"
+        "write_page(result, Path('again'), question, measured_rows=rows, command='llama2 x')\n"
     )
     environment = os.environ | {"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "MPLBACKEND": "banana"}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
@@ -230,22 +280,22 @@ def test_the_same_input_gives_the_same_bytes_in_another_process(folder, result, 
 
 def test_readers_own_plot_settings_change_nothing(folder, result):
     with matplotlib.rc_context({"axes.titlesize": 30, "lines.markersize": 20}):
-        figure = next(b for b in _blocks(result, QUESTION, None, [], None) if hasattr(b, "svg"))
+        blocks = deployment.curves(QUESTION)
+        figure = next(block for block in blocks if isinstance(block, Figures)).figures[0]
         assert matplotlib.rcParams["axes.titlesize"] == 30
-    assert (folder / "pareto.svg").read_text(encoding="utf-8") == figure.svg
+    assert (folder / f"{figure.name}.svg").read_text(encoding="utf-8") == figure.svg
 
 
-def test_hostile_names_are_text(result, tmp_path):
+def test_hostile_names_are_text(result, tmp_path, undrawn):
     hostile = copy.deepcopy(result)
-    name = "<script>alert('1')</script>|`x`*_[a](b)\n\x00\udcff$x^$"
-    hostile["corpus"]["held_out"]["files"][0]["path"] = name
+    name = "</script><script>alert('1')</script>|`x`*_[a](b)\n\x00\udcff$x^$"
     hostile["corpus"]["name"] = hostile["command"] = name
     hostile["environment"]["device"] = name
     for run in hostile["runs"]:
-        run["method"] = "<b>$x^$" if run["method"] == "aligned" else run["method"]
-    write_page(hostile, tmp_path, **SETTINGS)
+        run["method"] = "<b>$x^$" if run["method"] == "low_rank" else run["method"]
+    write_page(hostile, tmp_path, replace(QUESTION, gpu=replace(GPU, name="</script><script>")))
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "script" not in Page(page).tags
+    assert page.count("</script>") == page.count("<script>") == 1
     assert "&lt;script&gt;alert(&#x27;1&#x27;)&lt;/script&gt;|`x`*_[a](b)�" in page
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     outside_code = "\n".join(line for line in text.splitlines() if not line.startswith("    "))
@@ -254,417 +304,252 @@ def test_hostile_names_are_text(result, tmp_path):
     assert "\x00" not in text + page
 
 
+def test_renderings_escape_and_tag_a_table():
+    one = Table("a & b", [Column("x"), Column("y", "predicted")], [["<i>", "1|2"]])
+    several = replace(one, columns=[Column("x", "published"), Column("y", "this study")])
+    page, markdown = to_html("t", [one, several]), to_markdown("t", [one, several])
+    assert '<th scope="row">&lt;i&gt;</th>' in page
+    assert 'a &amp; b <span class="badge predicted">predicted</span></h3>' in page
+    assert '<th class="group" colspan="1"><span class="badge study">this study</span></th>' in page
+    assert "**a & b** *(predicted)*\n\n| x | y |\n| --- | ---: |" in markdown.replace("\\&", "&")
+    assert "| x *(published)* | y *(this study)* |" in markdown
+    assert Sentence("x").tag is None
+
+
 # A page of a study that lacks parts, or of none
 
 
 @pytest.mark.parametrize(
     ("parts", "absent"),
     [
-        ({"seeds": (3,), "controls": False, "methods": ("aligned", "mean")}, set()),
-        ({"methods": (), "matchings": ("exact",)}, {"conversion"}),
-        ({"matchings": (), "methods": ("first",), "alphas": (0.0,)}, set()),
-        ({"matchings": ("paper",), "kv_heads": (1,), "alphas": (0.05,)}, set()),
-        ({"kv_heads": (), "methods": ()}, {"conversion", "pareto"}),
+        ({"seeds": (3,), "controls": False}, set()),
+        ({"methods": (), "shipped": False}, set()),
+        ({"arms": (), "kv_heads": (1,)}, {"recall", "learning", "pareto-recall"}),
+        ({"kv_heads": (), "methods": ()}, {"pareto"}),
+        ({"alphas": (0.0,), "kv_heads": (4,)}, set()),
     ],
-    ids=("one seed", "no conversion", "no scratch", "one of each", "only MHA"),
+    ids=("one seed", "no conversion", "no records", "no fewer heads", "one of each"),
 )
 def test_a_study_may_lack_parts(parts, absent, tmp_path):
-    write_page(synthetic_result(**parts), tmp_path, **SETTINGS | {"batch": None})
-    names = {path.stem for path in tmp_path.glob("*.svg")}
-    assert names == {"pareto", "conversion", "recall", "speed", "memory"} - absent
+    write_page(synthetic_result(**parts), tmp_path, replace(QUESTION, batch=None))
+    assert {path.stem for path in tmp_path.glob("*.svg")} == PLOTS - absent
     Page((tmp_path / "report.html").read_text(encoding="utf-8"))
 
 
-def test_without_a_study_the_page_is_of_speed_and_memory(tmp_path):
-    write_page(None, tmp_path, **SETTINGS, command="llama2 tradeoff --none")
+def test_without_a_study_the_page_says_so(tmp_path):
+    write_page(None, tmp_path, QUESTION, command="llama2 tradeoff --none")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "No study was run: this page says nothing measured of quality." in page
-    assert "llama2 tradeoff --none" in page
-    assert {path.stem for path in tmp_path.glob("*.svg")} == {"speed", "memory"}
-    assert re.findall("<h2>(.*?)</h2>", page)[0] == "Speed"
-    assert "measured" not in {tag for _, *tags in Page(page).headers for tag in tags}
+    assert "No study was run: the page says nothing of its own on quality." in page
+    assert "llama2 tradeoff --none" in page and 'id="evidence"' not in page
+    assert {path.stem for path in tmp_path.glob("*.svg")} == {
+        *("speed-batch", "speed-context", "memory")
+    }
 
 
-def test_where_nothing_fits_the_page_says_so(tmp_path):
-    small = {"config": PUBLISHED["70B"], "gpu": GPUS["RTX 4090"], "context": 4096}
-    write_page(None, tmp_path, **small)
-    rows = deployment_tables.speed_table(Question(**small)).rows
-    assert all(set(row[2:5]) == {MISSING} and row[5] == "0" for row in rows)
+def test_where_nothing_fits_the_page_says_so(tmp_path, undrawn):
+    small = Question(PUBLISHED["70B"], GPUS["RTX 4090"], 4096)
+    blocks = write_page(synthetic_result(), tmp_path, small)["blocks"]
+    assert blocks[0]["sentences"][0]["text"] == (
+        "No count with at least 1/8 of the query heads fits: the 70B shape on RTX 4090 with 4,096 "
+        "tokens per sequence, the largest batch that fits and a cache in 16 bits."
+    )
+    table = next(block for block in blocks if block["kind"] == "table")
+    assert table["marked"] is None
+    assert all(row[2:4] == [MISSING] * 2 and row[5] == "0" for row in table["rows"])
 
 
-def test_one_seed_gives_no_verdict():
+def test_one_seed_gives_no_verdict(undrawn):
     result = synthetic_result(seeds=(3,))
-    sentences = [*findings.from_scratch(result), *findings.by_conversion(result)]
-    sentences += [*findings.recall(result), findings.noise(result)]
-    text = text_of(sentences)
-    assert "no verdict" in text and "there is no noise floor" in text
-    assert not re.search("Worse|Better|Not told apart|is right", text)
-    cells = [cell for row in tables.scratch_table(result).rows for cell in row]
-    assert not any("±" in cell for cell in cells)
-    assert "one seed" in cells and not {"worse", "better"} & set(cells)
+    blocks = study_sections.sections(result, QUESTION)
+    paragraphs = [block for block in blocks if isinstance(block, Paragraph)]
+    text = " ".join(sentence.text for block in paragraphs for sentence in block.sentences)
+    assert "there is no interval over seeds and no verdict" in text
+    for table in (study_tables.primary_table(result), study_tables.text_table(result)):
+        cells = [cell for row in table.rows for cell in row]
+        assert "one seed" in cells and not any("±" in c or c == "worse" for c in cells)
 
 
-# What cannot be believed is refused
-
-
-def broken(result, change):
+def test_a_damaged_result_is_refused_and_nothing_written(result, tmp_path):
     damaged = copy.deepcopy(result)
-    change(damaged)
-    return damaged
-
-
-def set_run(name, value, index=3):
-    return lambda result: result["runs"][index].__setitem__(name, value)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda r: r.update(kind="recipe"), "kind: expected 'study'; got 'recipe'"),
-        (lambda r: r.pop("corpus"), "results: expected an entry 'corpus'; got none"),
-        (
-            set_run("bits_per_byte", math.nan),
-            r"runs\[3\].bits_per_byte: expected a finite number; got nan",
-        ),
-        (set_run("parameters", None), r"runs\[3\].parameters: expected a finite number; got None"),
-        (set_run("bits_per_byte", 1.0), r"runs\[3\].bits_per_byte: expected the sum of its bits"),
-        (set_run("bits", [1.0]), r"runs\[3\].bits: expected 12, one per held-out file; got 1"),
-        (
-            lambda r: r["runs"][3]["bits"].__setitem__(2, math.inf),
-            r"runs\[3\].bits of 'synthetic/file_02.py': expected a finite number; got inf",
-        ),
-        (
-            set_run("recall", {"lookup": math.nan, "copy": 0.5}),
-            r"runs\[3\].recall.lookup: expected a finite number; got nan",
-        ),
-        (
-            set_run("recall", {"lookup": 0.5}),
-            r"runs\[3\].recall: expected \['copy', 'lookup'\], which have a chance level; got",
-        ),
-        (lambda r: r["runs"].append(r["runs"][3]), "expected another run of"),
-        (lambda r: r["runs"][3].pop("seed"), r"runs\[3\]: expected an entry 'seed'; got none"),
-        (set_run("seed", "x"), r"runs\[3\].seed: expected int; got 'x'"),
-        (set_run("alpha", "x"), r"runs\[3\].alpha: expected a finite number; got 'x'"),
-        (set_run("method", 1), r"runs\[3\].method: expected str \| None; got 1"),
-        (set_run("steps", True), r"runs\[3\].steps: expected a finite number; got True"),
-        (set_run("num_kv_heads", True), r"runs\[3\].num_kv_heads: expected int; got True"),
-        (set_run("origin", "elsewhere"), r"runs\[3\].origin: expected one of scratch, control, "),
-        (
-            set_run("matching", "none"),
-            r"runs\[3\].matching: expected one of same_ffn, exact, paper",
-        ),
-        (set_run("method", "mean", 0), r"runs\[0\].method: .* alone; got 'mean' for scratch"),
-        (set_run("alpha", None), r"runs\[3\].alpha: .* alone; got None for control"),
-        (
-            set_run("num_kv_heads", 3),
-            r"runs\[3\].num_kv_heads: expected a divisor of .*\(8\); got 3",
-        ),
-        (
-            set_run("flops_per_token", -1e300),
-            r"runs\[3\].flops_per_token: expected 0 to 1e\+30; got",
-        ),
-        (set_run("seconds", 10**400), r"runs\[3\].seconds: expected a finite number; got 1000"),
-        (set_run("seed", -1), r"runs\[3\].seed: expected 0 to 9223372036854775807; got -1"),
-        (
-            set_run("recall", {"lookup": 1.5, "copy": 0.5}),
-            r"runs\[3\].recall.lookup: expected 0 to 1; got 1.5",
-        ),
-        (lambda r: r.update(seconds=-1), r"seconds: expected 0 to 1e\+30; got -1"),
-        (
-            lambda r: r["recall_chance"].update(copy=math.inf),
-            "recall_chance.copy: expected a finite number; got inf",
-        ),
-        (
-            lambda r: r["corpus"]["held_out"].update(bytes=0),
-            "corpus.held_out.bytes: expected 1 to 9223372036854775807; got 0",
-        ),
-        (
-            lambda r: r["corpus"]["held_out"].update(bytes=7),
-            "corpus.held_out.bytes: expected the sum over its files, 60246; got 7",
-        ),
-        (
-            lambda r: r["base"].update(num_layers=10**400),
-            "base.num_layers: expected 1 to 9223372036854775807; got 1000",
-        ),
-        (lambda r: r["base"].update(head_dim=3), "base.head_dim: expected an even number"),
-        (lambda r: r.update(runs=None), "runs: expected list; got None"),
-        (lambda r: r.update(seconds="x"), "seconds: expected a finite number; got 'x'"),
-        (lambda r: r["environment"].pop("commit"), "environment: expected an entry 'commit'"),
-        (lambda r: r["corpus"].pop("held_out"), "corpus: expected an entry 'held_out'"),
-        (
-            lambda r: r["corpus"]["held_out"]["files"][1].pop("path"),
-            r"corpus.held_out.files\[1\]: expected an entry 'path'; got none",
-        ),
-        (lambda r: r["base"].pop("head_dim"), "base: expected an entry 'head_dim'; got none"),
-        (
-            lambda r: r["base"].update(depth=3),
-            "base: expected the fields of ModelConfig; got 'depth'",
-        ),
-        (
-            lambda r: r.update(runs=[run for run in r["runs"] if run["num_kv_heads"] < 8]),
-            "runs: expected MHA from scratch among them; got none",
-        ),
-    ],
-)
-def test_a_damaged_result_is_refused_and_nothing_written(result, change, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        write_page(broken(result, change), tmp_path / "page", **SETTINGS)
-    assert not (tmp_path / "page").exists()
-
-
-def test_a_result_may_be_older_than_a_field_of_the_config(result):
-    older = broken(result, lambda r: r["base"].pop("tie_word_embeddings"))
-    runs.check(older)
-
-
-def test_measured_rows_must_be_finite(tmp_path):
+    damaged["runs"][3]["bits_per_byte"] = 1.0
+    with pytest.raises(ValueError, match="expected the sum of its bits"):
+        write_page(damaged, tmp_path / "page", QUESTION)
     rows = [ROWS[0], ROWS[1] | {"microseconds": math.nan, "tag": "measured"}]
     message = r"measured_rows\[1\].microseconds: expected a finite number; got nan"
     with pytest.raises(ValueError, match=message):
-        write_page(None, tmp_path / "page", **SETTINGS, measured_rows=rows)
+        write_page(None, tmp_path / "page", QUESTION, measured_rows=rows)
     assert not (tmp_path / "page").exists()
 
 
 # Numbers
 
 
-def with_levels(levels):
-    """One study of MHA and MQA: bits per byte of every file per seed, for (MHA, MQA)."""
-    result = synthetic_result(seeds=range(len(levels)), kv_heads=(1,), matchings=("same_ffn",))
-    files = result["corpus"]["held_out"]["files"]
-    result["runs"] = [run for run in result["runs"] if run["origin"] == "scratch"]
-    for run in result["runs"]:
-        level = levels[run["seed"]][run["num_kv_heads"] == 1]
-        per_file = level if isinstance(level, list) else [level] * len(files)
-        run["bits"] = [each * file["bytes"] for each, file in zip(per_file, files, strict=True)]
-        run["bits_per_byte"] = sum(run["bits"]) / sum(file["bytes"] for file in files)
-    runs.check(result)
-    return result
-
-
-def test_verdicts_by_chance_are_counted_over_the_comparisons_that_there_are():
-    result = synthetic_result(kv_heads=(2, 1), methods=("low_rank", "mean", "first"))
-    result["runs"] = [
-        run for run in result["runs"] if run["method"] != "first" or run["num_kv_heads"] == 1
-    ]
-    # 2 counts · 3 matchings from scratch; (2 counts · 2 methods + 1) · 4 alphas converted.
-    assert "compares 26 kinds of models, so about 1.3 of" in findings.chance(result).text
-
-
-def test_steps_are_said_beside_their_share():
-    result = synthetic_result()
-    for run in result["runs"]:
-        run["steps"] = {0.01: 1, 0.05: 1}.get(run["alpha"], run["steps"])
-    note = tables.conversion_table(result).note
-    assert "in steps 0 for 0 %, 1 for 1 %, 1 for 5 %, 100 for 10 %." in note
-
-
-def test_scratch_table_has_the_numbers_of_the_runs():
-    levels = [(2.0, 2.1), (2.2, 2.32), (1.9, 1.98)]
-    result = with_levels(levels)
-    rows = rows_of(tables.scratch_table(result))
-    assert rows["MHA (8)", MISSING][5:8] == ["2,048", "2.033 ± 0.153", MISSING]
-    half = t_critical(2) * 0.02 / math.sqrt(3)  # the differences are 0.10, 0.12 and 0.08
-    row = rows["MQA (1)", "same FFN"]
-    assert row[5:8] == ["256", "2.133 ± 0.172", f"+0.1000 [{0.1 - half:+.4f}, {0.1 + half:+.4f}]"]
-    assert row[8:] == ["[+0.1000, +0.1000]", "12 of 12", "worse"]
-
-
-@pytest.mark.parametrize(
-    ("levels", "verdict", "said"),
-    [
-        ([(2.0, 2.1), (2.1, 2.2), (1.9, 2.01)], "worse", "Worse than MHA"),
-        ([(2.0, 1.9), (2.1, 2.0), (1.9, 1.79)], "better", "Better than MHA"),
-        ([(2.0, 2.1), (2.1, 2.0), (1.9, 2.01)], "not told apart", "Not told apart from MHA"),
-        # Every seed agrees, but the difference is that of one file of twelve.
-        (
-            [(2.0, [2.0] * 11 + [2.1 + seed / 1e3]) for seed in range(3)],
-            "not told apart",
-            "Not told apart from MHA",
-        ),
-    ],
-)
-def test_nothing_inside_an_interval_is_called_better_or_worse(levels, verdict, said):
-    result = with_levels(levels)
-    comparison = comparisons.from_scratch(result, 1, "same_ffn")
-    assert comparison.verdict == verdict
-    if isinstance(levels[0][1], list):
-        assert comparison.seeds.excludes_zero and comparison.files.low == 0
-    text = text_of(findings.from_scratch(result))
-    assert said in text
-    assert len(re.findall("Worse|Better|Not told", text)) == 1
-
-
-def test_conversions_are_compared_with_the_control_of_the_same_alpha(result):
-    for alpha in result["alphas"]:
-        converted = runs.values(runs.converted(result, 2, "aligned", alpha))
-        control = runs.values(runs.select(result, origin="control", alpha=alpha))
-        expected = fmean(converted[seed] - control[seed] for seed in (0, 1, 2))
-        assert comparisons.by_conversion(result, 2, "aligned", alpha).seeds.mean == expected
-        column = 2 + result["alphas"].index(alpha)
-        cell = rows_of(tables.conversion_table(result))["GQA (2)", "aligned"][column]
-        assert cell.startswith(f"{fmean(converted.values()):.3f} ({expected:+.3f} ± ")
-
-
-def test_without_controls_only_alpha_zero_has_a_baseline():
-    result = synthetic_result(controls=False)
-    assert comparisons.by_conversion(result, 2, "mean", 0.05) is None
-    at_zero = comparisons.by_conversion(result, 2, "mean", 0.0)
-    mha, converted = runs.mha(result), runs.converted(result, 2, "mean", 0.0)
-    assert at_zero == comparisons.compare(result, converted, mha)
-    assert "There is no control" in text_of(findings.by_conversion(result))
-
-
-def test_seeds_that_one_side_lacks_are_left_out(result):
-    partial = copy.deepcopy(result)
-    partial["runs"] = [
-        run for run in partial["runs"] if run["seed"] < 2 or run["num_kv_heads"] == 8
-    ]
-    assert comparisons.from_scratch(partial, 1, "exact").seeds.n == 2
-    partial["runs"] = [run for run in partial["runs"] if run["seed"] < 2 or run["num_kv_heads"] < 8]
-    assert comparisons.from_scratch(partial, 1, "exact").seeds.n == 2
-
-
-def test_gap_closed_by_alignment(result):
-    plain, better, control = (
-        fmean(runs.values(found).values())
-        for found in (
-            runs.converted(result, 1, "mean", 0.05),
-            runs.converted(result, 1, "aligned", 0.05),
-            runs.control(result, 0.05),
-        )
-    )
-    cell = rows_of(tables.gap_table(result))["MQA (1)", "aligned"][4]
-    assert cell.startswith(f"{(plain - better) / (plain - control):.0%} (")
-    assert tables.gap_table(synthetic_result(methods=("aligned",))) is None
-    assert tables.gap_table(synthetic_result(methods=("mean",))) is None
-
-
-def test_no_gap_is_closed_where_none_can_be_seen(result):
-    """Mean pooling is worse than the control on average, but not so that seeds could tell."""
-    unclear = copy.deepcopy(result)
-    for run in unclear["runs"]:
-        if run["method"] == "mean" and run["alpha"] == 0.05 and run["num_kv_heads"] == 1:
-            factor = (1.03, 0.99, 1.01)[run["seed"]]
-            control = runs.control(unclear, 0.05)[run["seed"]]
-            run["bits"] = [factor * bits for bits in control["bits"]]
-            run["bits_per_byte"] = factor * control["bits_per_byte"]
-    runs.check(unclear)
-    comparison = comparisons.by_conversion(unclear, 1, "mean", 0.05)
-    assert comparison.seeds.mean > 0 and comparison.verdict == comparisons.NOT_TOLD_APART
-    assert rows_of(tables.gap_table(unclear))["MQA (1)", "aligned"][4] == MISSING
-    assert rows_of(tables.conversion_table(unclear))["MQA (1)", "mean"][4].endswith(") ≈")
-
-
-def test_recall_table(result):
-    rows = rows_of(detail_tables.recall_table(result, "lookup"))
-    shares = [run["recall"]["lookup"] for run in runs.converted(result, 1, "mean", 0.1).values()]
-    assert rows["MQA (1)", "converted, mean"][-1].startswith(f"{100 * fmean(shares):.1f} [")
-    assert rows["MQA (1)", "converted, mean"][2] == MISSING
-    assert rows["MQA (1)", "from scratch, same FFN"][3:] == [MISSING] * 4
-
-
-def test_recall_differences_are_paired(result):
-    text = text_of(findings.recall(result))
-    differences = [
-        100
-        * (runs.scratch(result, 1, "same_ffn")[seed]["recall"]["lookup"] - run["recall"]["lookup"])
-        for seed, run in runs.mha(result).items()
-    ]
-    assert f"MQA (1) ({fmean(differences):+.1f} [" in text
-    assert "lookup, less is right: " in text
-
-
-def test_recall_inside_the_interval_is_not_called_less(result):
-    unclear = copy.deepcopy(result)
-    for run in unclear["runs"]:
-        run["recall"]["copy"] = 0.9 if run["num_kv_heads"] == 8 else (0.89, 0.91, 0.88)[run["seed"]]
-    text = text_of(findings.recall(unclear))
-    assert "copy, not told apart from MHA: GQA (4) (-0.7 [" in text
-    assert "copy, less" not in text and "copy, more" not in text
-
-
-def test_the_files_that_change_most_come_first(result):
-    changed = copy.deepcopy(result)
-    files = changed["corpus"]["held_out"]["files"]
-    for run in changed["runs"]:
-        if run["num_kv_heads"] == 1:
-            for index, change in ((7, -2.0), (9, 3.0)):
-                run["bits"][index] += change * files[index]["bytes"]
-    table = detail_tables.file_table(changed, largest=2)
-    assert [row[0] for row in table.rows] == [files[9]["path"], files[7]["path"]]
-    assert [float(row[-1]) for row in table.rows] == pytest.approx([3, -2], abs=0.2)  # the noise
-    base = fmean(run["bits"][9] / files[9]["bytes"] for run in runs.mha(result).values())
-    assert table.rows[0][1:3] == [f"{files[9]['bytes']:,}", f"{base:.3f}"]
-    assert detail_tables.file_table(synthetic_result(matchings=())) is None
-
-
-def test_speed_over_mha_is_of_the_same_share_of_heads(result):
-    speeds = plots.relative_speeds(result, QUESTION)
-
-    def speed(heads):
-        shape = replace(CONFIG, num_kv_heads=heads)
-        return Deployment(shape, GPU).decode_tokens_per_s(16, 4096)
-
-    assert list(speeds) == ["same_ffn", "exact", "paper"]
-    expected = {8: 1.0, 4: speed(16) / speed(32), 2: speed(8) / speed(32), 1: speed(4) / speed(32)}
-    assert speeds["same_ffn"] == expected
-    assert speeds["paper"][1] < speeds["exact"][1] < speeds["same_ffn"][1]
-
-
-def test_the_plot_leaves_out_the_poor_methods(result):
-    from_scratch, converted = plots.pareto_panels(
-        result, plots.relative_speeds(result, QUESTION)
-    ).values()
-    assert [kind.matching for kind in from_scratch] == ["same_ffn", "exact", "paper"]
-    names = [kind.name for kind in converted]
-    assert names == ["converted, low_rank", "converted, aligned", "converted, mean"]
-    assert converted[1].points[2] == comparisons.by_conversion(result, 2, "aligned", 0.1)
-
-
-def test_every_method_is_explained(result):
-    assert set(METHOD_NOTES) == set(METHODS)
-    note = tables.conversion_table(result).note
-    assert all(f"{method}: {METHOD_NOTES[method]}" in note for method in METHODS)
-
-
-def test_counts_without_a_place_in_the_deployment_have_no_speed(result):
-    odd = replace(CONFIG, num_q_heads=12, num_kv_heads=12)
-    assert set(plots.relative_speeds(result, replace(QUESTION, config=odd))["same_ffn"]) == {
-        8,
-        4,
-        2,
-    }
-    # 10 and 5 heads cannot be shared by 8 ranks.
-    wide = replace(QUESTION, config=PUBLISHED["13B"], tp=8)
-    assert set(plots.relative_speeds(result, wide)["same_ffn"]) == {8}
-    crowded = replace(QUESTION, config=PUBLISHED["70B"], batch=None)
-    assert plots.relative_speeds(result, crowded) == {"same_ffn": {}, "exact": {}, "paper": {}}
-
-
-def test_speed_and_memory_tables_are_the_roofline_s():
+def test_the_decision_has_every_count_and_marks_the_pick(result):
+    found = candidates(QUESTION)
+    chosen = pick(QUESTION, found)
+    table = decision.decision_table(QUESTION, found, chosen, result, ROWS)
+    rows = rows_of(table)
+    assert list(rows) == ["MHA (32)", "GQA (16)", "GQA (8)", "GQA (4)", "GQA (2)", "MQA (1)"]
     deployment = Deployment(replace(CONFIG, num_kv_heads=8), GPU)
-    row = {row[0]: row for row in deployment_tables.speed_table(QUESTION).rows}["GQA (8)"]
-    largest = deployment.largest_batch(4096)
-    speeds = [deployment.decode_tokens_per_s(batch, 4096) for batch in (1, 16, 32, largest)]
-    assert row[2:] == [
-        *(f"{speed:,.0f}" for speed in speeds),
-        f"{largest:,}",
-        f"{deployment.crossover_batch(4096):,}",
-    ]
-    memory = {row[0]: row for row in deployment_tables.memory_table(QUESTION).rows}
-    assert memory["GQA (8)"] == [
-        "GQA (8)",
+    speed = deployment.decode_tokens_per_s(16, 4096)
+    mha = Deployment(CONFIG, GPU).decode_tokens_per_s(16, 4096)
+    assert rows["GQA (8)"][:8] == [
+        "most released models",
+        f"{speed / mha:.2f}×",
+        f"{speed:,.0f}",
         "128",
-        "8: 128 KiB",
-        "4: 64 KiB",
-        "2: 32 KiB",
-        "1: 16 KiB",
+        f"{deployment.largest_batch(4096):,}",
+        f"{deployment.crossover_batch(4096):,}",
+        f"{(20 + 32) / (20 + 8):.2f}×",  # at batch 1: at 64 MHA was not measured
+        "44.28",
     ]
-    assert memory["MQA (1)"][1:] == ["16", *["1: 16 KiB"] * 4]
+    assert rows["GQA (8)"][8] == "47.1" and rows["MQA (1)"][7:9] == ["43.76", "46.6"]
+    assert rows["GQA (4)"][0] == "the pick" and table.rows[table.marked][0] == "GQA (4)"
+    assert len(table.columns) == len(rows["MHA (32)"]) + 1 == 13
 
 
-def test_what_does_not_fit_has_no_speed():
+def test_the_study_stands_in_the_rows_of_the_same_share(result):
+    """2 of the study's 8 heads are 8 of 32, and 5 of 13B's 40 are its one."""
+    for shape, counts in (("7B", {8: 2, 4: 1}), ("13B", {10: 2, 5: 1})):
+        text, recall, longer = quality.losses(result, PUBLISHED[shape].num_q_heads)
+        for here, there in counts.items():
+            assert text.found[here] == comparisons.from_scratch(result, there)
+            assert recall.found[here] == comparisons.records(result, "main", there)
+            assert longer.found[here] == comparisons.records(result, "longer", there)
+    cells = text.cells(40)
+    mean = fmean(runs.values(runs.mha(result)).values())
+    assert cells[40] == f"({mean:.3f})" and 8 not in cells
+    resolved, unresolved = text.found[5], text.found[10]
+    half = resolved.seeds.high - resolved.seeds.mean
+    assert resolved.verdict == "worse" and unresolved.verdict == comparisons.NOT_TOLD_APART
+    assert cells[5] == f"+{resolved.seeds.mean:.4f} ± {half:.4f}"
+    assert cells[10] == f"≤ +{unresolved.largest_loss:.4f}"
+    assert longer.cells(40)[5] == f"≥ −{longer.found[5].largest_loss:.1f}"
+    told = quality.evidence(result, PUBLISHED["13B"])
+    assert told[8] == "The study trained no models with 1/5 of the heads."
+    assert f"a loss above {unresolved.largest_loss:.4f} bits per byte is excluded" in told[10]
+    assert "with 1/8 of the heads" in told[5] and cells[5] in told[5]
+
+
+@pytest.mark.parametrize("shape", PUBLISHED)
+@pytest.mark.parametrize("batch", [None, 1, 8, 32])
+def test_the_pick_is_never_below_what_the_study_trained(result, shape, batch):
+    question = Question(PUBLISHED[shape], GPUS["B200"], 4096, batch)
+    chosen = pick(question, candidates(question))
+    least = min(min(each.found) for each in quality.losses(result, question.config.num_q_heads))
+    assert chosen is None or chosen.num_kv_heads >= least
+
+
+def test_measured_speed_ups_are_of_the_nearest_rows():
+    assert decision.measured_speed_ups(QUESTION, ()) == {}
+    assert decision.measured_speed_ups(replace(QUESTION, config=PUBLISHED["70B"]), ROWS) == {}
+    rows = [*ROWS, *(row | {"context": 8192, "microseconds": 9.0} for row in ROWS)]
+    far = decision.measured_speed_ups(replace(QUESTION, context=7000), rows)
+    assert far == {"speed-up of the layers, batch 1, context 8,192": {32: "1.00×", 8: "1.00×"}}
+
+
+def test_primary_comparisons_have_bounds_and_powers(result):
+    rows = study_tables.primary_table(result).rows
+    assert [row[:3] for row in rows] == [
+        ["MQA (1)", "1/8", "text, bits per byte"],
+        ["GQA (2)", "1/4", "recall, points"],
+        ["MQA (1)", "1/8", "recall, points"],
+    ]
+    comparison = comparisons.records(result, "main", 2)
+    seeds = comparison.seeds
+    assert rows[1][3] == f"−{-seeds.mean:.1f} [−{-seeds.low:.1f}, −{-seeds.high:.1f}]"
+    assert rows[1][4:] == ["6", "worse", f"{comparison.resolvable:.1f}"]
+
+
+def test_what_is_not_resolved_is_a_bound(result):
+    table = rows_of(study_tables.text_table(result))
+    comparison = comparisons.from_scratch(result, 2)
+    assert table["GQA (2)"][-1] == (
+        f"not resolved; a loss above {comparison.largest_loss:.4f} is excluded"
+    )
+    assert table["GQA (2)"][5] == (
+        f"[{comparison.files.low:+.4f}, {comparison.files.high:+.4f}]".replace("-", "−")
+    )
+    assert table["MQA (1)"][-1] == "worse" and table["MHA (8)"][4:] == [MISSING] * 4
+    assert table["MQA (1)"][2] == "64" and table["MHA (8)"][2] == "512"
+
+
+def test_records_are_shown_for_every_arm(result):
+    table = study_tables.records_table(result)
+    rows = rows_of(table)
+    assert [row[1:5] for row in table.rows] == [
+        ["3", "400", "0.0025", "6"],
+        ["3", "400", "0.005", "4"],
+        ["3", "800", "0.0025", "4"],
+        ["2", "400", "0.0025", "3"],
+    ]
+    shares = [run["accuracy"] for run in runs.records(result, "longer", 1).values()]
+    assert rows["twice the steps"][-1].startswith(f"{100 * fmean(shares):.1f} (")
+    assert rows["twice the steps"][-1].endswith(") ≈")
+    assert "≈" not in rows["the primary setting"][-1]
+    assert rows["a control that needs one match only"][5] == MISSING
+
+
+def test_conversion_is_a_matrix_of_heads_methods_and_alphas(result):
+    table = study_tables.conversion_table(result)
+    rows = rows_of(table, names=2)
+    assert list(rows) == [
+        ("MHA (8)", "none (control)"),
+        *(("GQA (2)", method) for method in ("low_rank", "mean")),
+        *(("MQA (1)", method) for method in ("low_rank", "mean")),
+    ]
+    for column, alpha in enumerate(runs.alphas(result)):
+        found, plain, control = (
+            fmean(runs.values(each).values())
+            for each in (
+                runs.converted(result, 1, "low_rank", alpha),
+                runs.converted(result, 1, "mean", alpha),
+                {s: r for s, r in runs.control(result, alpha).items() if s < 14},
+            )
+        )
+        half = comparisons.by_conversion(result, 1, "low_rank", alpha).seeds
+        cell = f"{found:.3f} (+{found - control:.3f} ± {half.high - half.mean:.3f})"
+        assert rows["MQA (1)", "low_rank"][column] == cell
+        closed = 100 * (plain - found) / (plain - control)
+        assert rows["MQA (1)", "low_rank"][2 + column] == f"{closed:.0f} %"
+        assert rows["MQA (1)", "mean"][2 + column] == MISSING
+    assert set(METHOD_NOTES) == set(METHODS)
+    assert all(f"{method}: {METHOD_NOTES[method]}" in table.note for method in ("low_rank", "mean"))
+
+
+def test_without_controls_only_alpha_zero_is_compared():
+    rows = rows_of(study_tables.conversion_table(synthetic_result(controls=False)), names=2)
+    at_zero, later, *_ = rows["GQA (2)", "low_rank"]
+    assert "(+" in at_zero and "(" not in later and rows["MHA (8)", "none (control)"][1] == MISSING
+
+
+def test_the_shipped_model_has_an_interval_over_files_alone(result):
+    rows = rows_of(study_tables.shipped_table(result), names=2)
+    difference = comparisons.shipped(result, 1, 0.05)
+    cell = f"{runs.shipped(result, 1, 0.05)['bits_per_byte']:.3f} (+{difference.mean:.3f} ["
+    assert rows["MQA (1)", "low_rank"][1].startswith(cell)
+    assert study_tables.shipped_table(synthetic_result(shipped=False)) is None
+
+
+def test_speed_is_of_the_same_share_of_heads():
+    def speed(heads):
+        return Deployment(replace(CONFIG, num_kv_heads=heads), GPU).decode_tokens_per_s(16, 4096)
+
+    shape = replace(QUESTION, config=CONFIG)
+    assert study_plots.relative_speeds(shape, 8).keys() == {8, 4, 2, 1}
+    mqa = study_plots.relative_speeds(shape, 8)[1]
+    exact = Deployment(QUESTION.deployment(4).config, GPU).decode_tokens_per_s(16, 4096)
+    assert mqa == exact / speed(32)
+    odd = replace(CONFIG, num_q_heads=12, num_kv_heads=12)
+    assert set(study_plots.relative_speeds(replace(QUESTION, config=odd), 8)) == {8, 4, 2}
+    crowded = replace(QUESTION, config=PUBLISHED["70B"], batch=None)
+    assert study_plots.relative_speeds(crowded, 8) == {}
+
+
+def test_other_shapes_and_ranks_are_the_roofline_s():
+    memory = rows_of(deployment_tables.memory_table(QUESTION))
+    assert memory["GQA (8)"] == ["128", "4: 64 KiB", "2: 32 KiB", "1: 16 KiB"]
+    assert memory["MQA (1)"] == ["16", *["1: 16 KiB"] * 3]
     rows = deployment_tables.shapes_table(QUESTION).rows
     crowded = [row for row in rows if row[:2] == ["70B", "MHA (64)"]]
     assert crowded[0][4:] == [MISSING] * 3
@@ -672,25 +557,5 @@ def test_what_does_not_fit_has_no_speed():
 
 def test_measured_rows_are_shown_as_they_are():
     table = deployment_tables.measured_table(ROWS)
-    assert table.rows[0] == ["MHA (32)", "1", "4,096", "21.0", "20.0 to 23.0", "10.0", "48 %"]
+    assert table.rows[0] == ["MHA (32)", "1", "4,096", "52.0", "51.0 to 54.0", "10.0", "19 %"]
     assert table.rows[1][3:] == ["does not fit", MISSING, "10.0", MISSING]
-
-
-def test_advice_is_held_against_the_model_with_the_same_share(result):
-    sentence = findings.at_share(result, 8, 32)
-    assert sentence.tag == "measured" and "2 of 8" in sentence.text
-    assert comparisons.from_scratch(result, 2, "exact").verdict in sentence.text
-    assert findings.at_share(result, 32, 32) is None  # MHA itself
-    assert findings.at_share(result, 2, 32) is None  # half a head of eight
-
-
-def test_renderings_escape_and_tag_a_table():
-    table = Table(
-        "a & b",
-        [deployment_tables.Column("x"), deployment_tables.Column("y", "computed")],
-        [["<i>", "1|2"]],
-    )
-    page, markdown = to_html("t", [table]), to_markdown("t", [table])
-    assert "<td>&lt;i&gt;</td>" in page and '<span class="badge computed">computed</span>' in page
-    assert "| x | y *(computed)* |\n| --- | ---: |\n| \\<i\\> | 1\\|2 |" in markdown
-    assert Sentence("x").tag is None

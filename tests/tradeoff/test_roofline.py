@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from small_llama import small_config
 
 from llama2 import PUBLISHED
@@ -15,7 +16,8 @@ from llama2.accounting import (
     matched,
     num_parameters,
 )
-from llama2.tradeoff.roofline import GIB, GPUS, Deployment, Gpu
+from llama2.cache.kv_cache import CACHE_DTYPES, KeyValues
+from llama2.tradeoff.roofline import CACHE_FORMATS, GIB, GPUS, CacheFormat, Deployment, Gpu
 
 SEVEN, SEVENTY = PUBLISHED["7B"], PUBLISHED["70B"]
 # An H200 with the memory that CUDA reports.
@@ -147,7 +149,7 @@ def test_prefill_is_the_sum_of_its_tokens():
 
 
 def test_quantised_weights_and_cache():
-    half = Deployment(SEVEN, H200, weight_bytes_per_value=0.5, kv_bytes_per_value=1)
+    half = Deployment(SEVEN, H200, weight_bytes_per_value=0.5, cache=CacheFormat("half", 1))
     assert half.weight_bytes_per_rank == num_parameters(SEVEN) / 2
     assert half.kv_bytes_per_token_per_rank == kv_bytes_per_token(SEVEN) // 2
 
@@ -163,7 +165,7 @@ def test_fewer_heads_never_decode_slower():
     ("changes", "message"),
     [
         ({"tp": 0}, "tp: expected a positive number; got 0"),
-        ({"kv_bytes_per_value": 0}, "kv_bytes_per_value: expected a positive number; got 0"),
+        ({"weight_bytes_per_value": 0}, "weight_bytes_per_value: expected a positive number; .* 0"),
         ({"reserved_bytes": -1}, "reserved_bytes: expected at least 0; got -1"),
     ],
 )
@@ -182,3 +184,14 @@ def test_batches_and_contexts_are_positive():
             call(0)
     with pytest.raises(ValueError, match="batch: expected at least 1; got 0"):
         deployment.decode_seconds(0, 1)
+
+
+@pytest.mark.parametrize("name", CACHE_FORMATS)
+def test_cache_formats_are_what_a_cache_allocates(name):
+    assert list(CACHE_FORMATS) == list(CACHE_DTYPES)
+    config = small_config()
+    dtype = CACHE_DTYPES[name] or torch.bfloat16
+    parts = KeyValues.zeros(config, (1, 1), dtype, "cpu")
+    stored = sum(part.nbytes for part in parts if part is not None)
+    deployment = Deployment(config, H200, cache=CACHE_FORMATS[name])
+    assert deployment.kv_bytes_per_token_per_rank == stored

@@ -290,7 +290,7 @@ def test_a_page_of_speed_alone(tmp_path, capsys):
     for _ in range(2):  # its own page is replaced
         assert tradeoff("--preset", "none", "--out", tmp_path / "out", "--batch", 8) == 0
     assert (tmp_path / "out" / "report.html").is_file()
-    assert "GQA (4) (computed)" in capsys.readouterr().out
+    assert "GQA (8) for the 7B shape on H200 SXM" in capsys.readouterr().out
     command = f"llama2 tradeoff --preset none --out {tmp_path / 'out'} --batch 8"
     assert command in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
 
@@ -335,12 +335,12 @@ def test_the_hash_of_the_source_is_of_names_and_contents(tmp_path):
 def test_a_gpu_of_ones_own(tmp_path, capsys):
     options = ("--preset", "none", "--out", tmp_path / "out", "--gpu", "24,1.0,165", "--batch", 1)
     assert tradeoff(*options) == 0
-    assert "7B on 1 × a GPU of 24 GiB, 1 TB/s and 165 TFLOP/s" in capsys.readouterr().out
+    assert "the 7B shape on a GPU of 24 GiB, 1 TB/s and 165 TFLOP/s" in capsys.readouterr().out
 
 
 def test_the_largest_batch_is_a_question_of_its_own(tmp_path, capsys):
     assert tradeoff("--preset", "none", "--out", tmp_path / "out", "--batch", "max") == 0
-    assert "MQA (1) (computed)" in capsys.readouterr().out
+    assert "GQA (4) for the 7B shape on H200 SXM with 4,096 tokens" in capsys.readouterr().out
     for batch in ("many", "0"):
         with pytest.raises(SystemExit):
             tradeoff("--preset", "none", "--out", tmp_path / "out", "--batch", batch)
@@ -443,10 +443,10 @@ def test_files_of_others_are_never_replaced(tmp_path, capsys, name):
 
 
 def test_plots_of_others_are_never_replaced(tmp_path, capsys):
-    (tmp_path / "speed.svg").write_text("mine", encoding="utf-8")
+    (tmp_path / "memory.svg").write_text("mine", encoding="utf-8")
     assert tradeoff("--preset", "none", "--out", tmp_path) == 2
-    assert f"got {tmp_path / 'speed.svg'}" in capsys.readouterr().err
-    assert (tmp_path / "speed.svg").read_text(encoding="utf-8") == "mine"
+    assert f"got {tmp_path / 'memory.svg'}" in capsys.readouterr().err
+    assert (tmp_path / "memory.svg").read_text(encoding="utf-8") == "mine"
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from llama2.reporting.document import (
 from llama2.reporting.drawing import svg
 from llama2.reporting.folder import check_own_files, page_marks
 from llama2.reporting.statistics import Estimate
+from llama2.reporting.wording import signed
 from llama2.storage import write_text
 
 TITLE = "What each stage of alignment does to a small model"
@@ -188,7 +189,7 @@ def _examples(chains: Chains) -> Table:
         f"What the models of seed {seed} answer to the first held-out request of each family",
         [
             *(Column("request"), Column("right answer")),
-            *(Column(model, "measured") for model in models),
+            *(Column(model, "measured", words=True) for model in models),
         ],
         [
             [each["request"], each["expected"], *(each["answers"][model] for model in models)]
@@ -205,10 +206,10 @@ def _percent(found: Estimate) -> str:
 
 
 def _points(found: Estimate) -> str:
-    mean = f"{100 * found.mean:+.1f}"
+    mean = signed(100 * found.mean, 1)
     if found.low is None:
         return mean
-    return f"{mean} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+    return f"{mean} [{signed(100 * found.low, 1)}, {signed(100 * found.high, 1)}]"
 
 
 def _figure(name: str, chains: Chains) -> Figure:

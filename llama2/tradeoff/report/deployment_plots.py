@@ -1,54 +1,69 @@
-"""Plots of speed and memory: computed for the deployment, and measured where there are rows."""
+"""Plots of speed and memory: predicted for the deployment, and measured where there are rows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from llama2.reporting.drawing import head_colours, legend, panels, plain_log
-from llama2.tradeoff.report.deployment_tables import SHOWN_BATCHES, Question
+from llama2.reporting.drawing import head_colours, legend_below, panel, plain_log
+from llama2.tradeoff.question import Question
+from llama2.tradeoff.report.deployment_tables import SHOWN_BATCH
 from llama2.tradeoff.report.wording import heads_name
-from llama2.tradeoff.roofline import GIB
-
-_DEFAULT_BATCH = SHOWN_BATCHES[-1]  # against the context, where no batch was asked for
+from llama2.tradeoff.roofline import GIB, Deployment
 
 
-def speed(question: Question) -> Figure:
-    """Tokens per second against batch and against context, to the end of memory."""
-    deployments, heads = question.deployments(), question.config.num_q_heads
-    figure, (by_batch, by_context) = panels(2, width=4.8, height=4)
-    batch = question.batch or _DEFAULT_BATCH
-    for count, (colour, marker) in head_colours(deployments).items():
-        deployment = deployments[count]
-        style = {"color": colour, "marker": marker, "label": heads_name(count, heads)}
+def speed_by_batch(question: Question) -> Figure:
+    """Tokens per second against the batch, to the end of memory."""
+    figure, axes = panel()
+    for style, deployment in _styled(question):
         _speed_line(
-            by_batch,
+            axes,
             lambda x, of=deployment: of.decode_tokens_per_s(x, question.context),
             1,
             deployment.largest_batch(question.context),
             deployment.crossover_batch(question.context),
             style,
         )
+    axes.set(xlabel="batch, sequences", title=f"at a context of {question.context:,} tokens")
+    return _finished(figure, axes, question.batch)
+
+
+def speed_by_context(question: Question) -> Figure:
+    """Tokens per second against the context, to the end of memory."""
+    figure, axes = panel()
+    batch = question.batch or SHOWN_BATCH
+    for style, deployment in _styled(question):
         _speed_line(
-            by_context,
+            axes,
             lambda x, of=deployment: of.decode_tokens_per_s(batch, x),
             64,
             deployment.largest_context(batch),
             deployment.crossover_context(batch),
             style,
         )
-    by_batch.set(xlabel="batch, sequences", title=f"at a context of {question.context:,} tokens")
-    by_context.set(xlabel="context, tokens", title=f"at a batch of {batch:,}")
-    by_batch.set_ylabel("tokens per second (computed)")
-    for axes in (by_batch, by_context):
-        if not any(len(line.get_xdata()) for line in axes.lines):
-            axes.set(xlim=(1, 10), ylim=(1, 10))
-            axes.text(0.5, 0.5, "nothing fits", transform=axes.transAxes, ha="center")
-        plain_log(axes, "x")
-        plain_log(axes, "y")
-    legend(figure, by_batch)
+    axes.set(xlabel="context, tokens", title=f"at a batch of {batch:,}")
+    return _finished(figure, axes, question.context)
+
+
+def _styled(question: Question) -> Iterator[tuple[dict[str, Any], Deployment]]:
+    deployments = question.deployments()
+    for count, (colour, marker) in head_colours(deployments).items():
+        label = heads_name(count, question.config.num_q_heads)
+        yield {"color": colour, "marker": marker, "label": label}, deployments[count]
+
+
+def _finished(figure: Figure, axes: Axes, marked: int | None) -> Figure:
+    axes.set_ylabel("tokens per second")
+    if not any(len(line.get_xdata()) for line in axes.lines):
+        axes.set(xlim=(1, 10), ylim=(1, 10))
+        axes.text(0.5, 0.5, "nothing fits", transform=axes.transAxes, ha="center")
+    elif marked:
+        axes.axvline(marked, color="#666666", linestyle=":")
+    plain_log(axes, "x")
+    plain_log(axes, "y")
+    legend_below(figure, axes, 3)
     return figure
 
 
@@ -74,40 +89,35 @@ def _speed_line(
 
 def memory(question: Question) -> Figure:
     """Bytes on a GPU against the context: weights, reserve, and keys and values of the batch."""
-    deployments, heads = question.deployments(), question.config.num_q_heads
-    batch = question.batch or _DEFAULT_BATCH
-    figure, (axes,) = panels(1, width=6.6, height=4)
+    batch = question.batch or SHOWN_BATCH
+    figure, axes = panel()
     contexts = np.geomspace(64, max(131_072, question.context), 80)
-    for count, (colour, marker) in head_colours(deployments).items():
-        deployment = deployments[count]
-        cache = batch * contexts * deployment.kv_bytes_per_token_per_rank
-        used = (deployment.weight_bytes_per_rank + deployment.reserved_bytes + cache) / GIB
-        style = {"color": colour, "marker": marker, "markevery": 13}
-        axes.plot(contexts, used, label=heads_name(count, heads), **style)
+    fixed = []
+    for style, deployment in _styled(question):
+        fixed.append((deployment.weight_bytes_per_rank + deployment.reserved_bytes) / GIB)
+        cache = batch * contexts * deployment.kv_bytes_per_token_per_rank / GIB
+        axes.plot(contexts, fixed[-1] + cache, markevery=13, **style)
     size = question.gpu.memory_bytes / GIB
-    axes.axhline(size, color="black", linestyle="--", label=f"{question.gpu.name}: {size:.0f} GiB")
+    axes.axhline(size, color="black", linestyle="--", label=f"memory: {size:.0f} GiB")
     axes.axvline(question.context, color="#666666", linestyle=":", label="expected context")
-    axes.set(xlabel="context, tokens", title=f"batch {batch:,}")
-    axes.set_ylabel("GiB per GPU (computed)")
-    fixed = [d.weight_bytes_per_rank + d.reserved_bytes for d in deployments.values()]
-    axes.set(
-        yscale="log", ylim=(0.8 * min(size, min(fixed) / GIB), 4 * max(size, max(fixed) / GIB))
-    )
+    axes.set(xlabel="context, tokens", title=f"at a batch of {batch:,}")
+    axes.set_ylabel("GiB per GPU")
+    axes.set(yscale="log", ylim=(0.8 * min(size, *fixed), 4 * max(size, *fixed)))
     plain_log(axes, "x")
     plain_log(axes, "y")
-    legend(figure, axes)
+    legend_below(figure, axes, 3)
     return figure
 
 
 def measured(rows: Sequence[dict[str, Any]], expected_context: int) -> Figure:
-    """Measured time of a step of one shape, and its per cent of the floor, against batch, at the
-    context nearest to the expected one."""
+    """Measured time of a step of one shape against batch, at the context nearest to the expected
+    one."""
     found = [row for row in rows if row["tag"] == "measured"]
     context = min(
         {row["context"] for row in found}, key=lambda one: (abs(one - expected_context), one)
     )
     found = [row for row in found if row["context"] == context]
-    figure, (time, floor) = panels(2, width=4.8, height=4)
+    figure, axes = panel()
     colours = head_colours({row["num_kv_heads"] for row in found})
     for count, (colour, marker) in colours.items():
         line = sorted(
@@ -120,15 +130,10 @@ def measured(rows: Sequence[dict[str, Any]], expected_context: int) -> Figure:
         ]
         style = {"color": colour, "marker": marker}
         style["label"] = heads_name(count, line[0]["num_q_heads"])
-        time.errorbar(x, y, ends, capsize=3, **style)
-        floor.plot(x, [row["percent_of_floor"] for row in line], **style)
-    time.set(title=f"a step of {found[0]['num_layers']} layers, context {context:,}")
-    time.set_ylabel("microseconds (measured)")
-    floor.set(title="share of the device's own rate", ylim=(0, 105))
-    floor.set_ylabel("% of the floor (measured)")
-    plain_log(time, "y")
-    for axes in (time, floor):
-        axes.set_xlabel("batch, sequences")
-        plain_log(axes, "x")
-    legend(figure, time)
+        axes.errorbar(x, y, ends, capsize=3, **style)
+    axes.set(title=f"{found[0]['num_layers']} layers, context {context:,}")
+    axes.set(xlabel="batch, sequences", ylabel="microseconds")
+    plain_log(axes, "x")
+    plain_log(axes, "y")
+    legend_below(figure, axes, 3)
     return figure

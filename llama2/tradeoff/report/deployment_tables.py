@@ -2,169 +2,88 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from llama2 import accounting
-from llama2.config import PUBLISHED, ModelConfig
+from llama2.config import PUBLISHED
 from llama2.reporting.document import MISSING, Column, Table
+from llama2.reporting.wording import short
 from llama2.tradeoff.published import PublishedTable
-from llama2.tradeoff.report.wording import heads_name, parameters_name
-from llama2.tradeoff.roofline import Deployment, Gpu
+from llama2.tradeoff.question import Question, parameters_name, shares
+from llama2.tradeoff.report.wording import heads_name
+from llama2.tradeoff.roofline import Deployment
 
-SHOWN_BATCHES = (1, 32)
-SHOWN_TP = (1, 2, 4, 8)
+SHOWN_BATCH = 32
+SHOWN_TP = (2, 4, 8)
+_SETTING = (
+    *("shape", "num_q_heads", "num_kv_heads", "batch", "context", "num_layers", "gpu"),
+    "tag",
+)
 _MEASURED = (
     *("floor_microseconds", "microseconds", "microseconds_p20", "microseconds_p80"),
     "percent_of_floor",
 )
 
 
-@dataclass(frozen=True)
-class Question:
-    """The deployment that the page is about.
-
-    Attributes:
-        context: tokens that a sequence is expected to have while it decodes.
-        batch: sequences that decode together; None is each count's largest.
-        tp: GPUs that share the model.
-    """
-
-    config: ModelConfig
-    gpu: Gpu
-    context: int
-    batch: int | None = None
-    tp: int = 1
-
-    def deployments(self) -> dict[int, Deployment]:
-        """A deployment per number of key/value heads that `tp` can share, from many to few; the
-        feed-forward layers are unchanged."""
-        return {
-            count: Deployment(accounting.matched(self.config, count, "same_ffn"), self.gpu, self.tp)
-            for count in reversed(accounting.head_counts(self.config))
-            if shares(count, self.tp)
-        }
-
-    def tokens_per_s(self, deployment: Deployment) -> float | None:
-        """At the batch that was asked for, or else the largest; None where it does not fit."""
-        largest = deployment.largest_batch(self.context)
-        batch = self.batch or largest
-        return deployment.decode_tokens_per_s(batch, self.context) if 0 < batch <= largest else None
-
-    @property
-    def shape_name(self) -> str:
-        """The published name where only the key/value heads and the length may differ."""
-        for name, shape in PUBLISHED.items():
-            same = ("hidden_size", "intermediate_size", "num_layers", "num_q_heads", "vocab_size")
-            if all(getattr(shape, field) == getattr(self.config, field) for field in same):
-                return f"the {name} shape"
-        layers, width = self.config.num_layers, self.config.hidden_size
-        size = parameters_name(accounting.num_parameters(self.config))
-        return f"a model of {layers} layers of width {width} ({size})"
-
-    @property
-    def batch_name(self) -> str:
-        return f"batch {self.batch:,}" if self.batch else "the largest batch that fits"
-
-    @property
-    def gpus_name(self) -> str:
-        return f"{self.tp} × {self.gpu.name}" if self.tp > 1 else self.gpu.name
-
-
-def shares(num_kv_heads: int, tp: int) -> bool:
-    """Whether `tp` ranks can share that many heads evenly, or duplicate them evenly."""
-    return num_kv_heads % tp == 0 or tp % num_kv_heads == 0
-
-
-def speed_table(question: Question) -> Table:
-    """Decoding on paper for every number of key/value heads."""
-    context = question.context
-    asked = question.batch
-    batches = sorted({*SHOWN_BATCHES, *([asked] if asked else [])})
-
-    def row(count: int, deployment: Deployment) -> list[str]:
-        largest = deployment.largest_batch(context)
-        speeds = [_speed(deployment, batch, context) for batch in [*batches, largest]]
-        return [
-            heads_name(count, question.config.num_q_heads),
-            parameters_name(accounting.num_parameters(deployment.config)),
-            *speeds,
-            f"{largest:,}",
-            f"{deployment.crossover_batch(context):,}",
-        ]
-
-    speeds = [f"tokens/s, batch {batch:,}" for batch in batches] + ["tokens/s, largest batch"]
-    names = ["parameters", *speeds, "largest batch", "crossover batch"]
-    return Table(
-        f"Decoding at a context of {context:,} tokens on {question.gpus_name}",
-        [Column("key/value heads"), *(Column(name, "computed") for name in names)],
-        [row(count, deployment) for count, deployment in question.deployments().items()],
-        "Tokens of all sequences together, at the bandwidth and the peak of the data sheet: an "
-        "upper bound. From the crossover batch on, a step reads more keys and values than weights. "
-        f"{MISSING}: does not fit.",
-    )
-
-
-def _speed(deployment: Deployment, batch: int, context: int) -> str:
-    if not 0 < batch <= deployment.largest_batch(context):
-        return MISSING
-    return f"{deployment.decode_tokens_per_s(batch, context):,.0f}"
-
-
 def memory_table(question: Question) -> Table:
     """The cache per token, whole and as each rank holds it under tensor parallelism."""
-    config = question.config
+    heads = question.config.num_q_heads
 
     def cell(count: int, tp: int) -> str:
-        if config.num_q_heads % tp or not shares(count, tp):
+        if heads % tp or not shares(count, tp):
             return MISSING
-        deployment = Deployment(accounting.matched(config, count, "same_ffn"), question.gpu, tp)
-        kib = deployment.kv_bytes_per_token_per_rank / 1024
-        return f"{deployment.kv_heads_per_rank}: {kib:g} KiB"
+        deployment = replace(question, tp=tp).deployment(count)
+        return f"{deployment.kv_heads_per_rank}: {_kib(deployment)} KiB"
 
-    rows = [
-        [
-            heads_name(count, config.num_q_heads),
-            f"{_kv_kib(accounting.matched(config, count, 'same_ffn')):g}",
-            *(cell(count, tp) for tp in SHOWN_TP),
-        ]
-        for count in reversed(accounting.head_counts(config))
-    ]
     return Table(
-        "Keys and values of one token; per rank: heads and bytes",
+        f"Keys and values of one token, in {question.cache.name}; per GPU: heads and bytes",
         [
             Column("key/value heads"),
-            Column("KiB per token", "computed"),
-            *(Column(f"a rank of tp = {tp}", "computed") for tp in SHOWN_TP),
+            Column("KiB per token", "predicted"),
+            *(Column(f"on each of {tp} GPUs", "predicted") for tp in SHOWN_TP),
         ],
-        rows,
-        "Two bytes a value. A rank holds at least one head: with fewer heads than ranks they are "
-        f"duplicated and save nothing more. {MISSING}: the ranks cannot share so many evenly.",
+        [
+            [
+                heads_name(count, heads),
+                _kib(replace(question, tp=1).deployment(count)),
+                *(cell(count, tp) for tp in SHOWN_TP),
+            ]
+            for count in reversed(accounting.head_counts(question.config))
+        ],
+        "A GPU holds at least one head: with fewer heads than GPUs they are duplicated and save "
+        f"nothing more. {MISSING}: the GPUs cannot share so many evenly.",
     )
 
 
-def _kv_kib(config: ModelConfig) -> float:
-    return accounting.kv_bytes_per_token(config) / 1024
+def _kib(deployment: Deployment) -> str:
+    return short(deployment.kv_bytes_per_token_per_rank / 1024)
 
 
 def shapes_table(question: Question) -> Table:
     """The published shapes with MHA, 8 heads and MQA, on the same GPUs at the same context."""
     rows = [
-        [name, *_shape_cells(config, count, question)]
+        [name, *_shape_cells(replace(question, config=config), count)]
         for name, config in PUBLISHED.items()
+        if config.num_q_heads % question.tp == 0
         for count in (config.num_q_heads, 8, 1)
-        if config.num_q_heads % question.tp == 0 and shares(count, question.tp)
+        if shares(count, question.tp)
     ]
     return Table(
         f"Llama 2's shapes at a context of {question.context:,} tokens on {question.gpus_name}",
         [
             Column("shape"),
             Column("key/value heads"),
-            Column("parameters", "computed"),
-            Column("KiB per token", "computed"),
-            Column("largest batch", "computed"),
-            Column("tokens/s, batch 32", "computed"),
-            Column("crossover batch", "computed"),
+            *(
+                Column(name, "predicted")
+                for name in (
+                    "parameters",
+                    "KiB per token and GPU",
+                    "largest batch",
+                    f"tokens/s, batch {SHOWN_BATCH}",
+                    "cache outweighs weights from batch",
+                )
+            ),
         ],
         rows,
         "The shapes are published (arXiv:2307.09288, table 1; Code Llama's for 34B) and had MHA at "
@@ -173,17 +92,17 @@ def shapes_table(question: Question) -> Table:
     )
 
 
-def _shape_cells(config: ModelConfig, count: int, question: Question) -> list[str]:
-    shape = accounting.matched(config, count, "same_ffn")
-    deployment = Deployment(shape, question.gpu, question.tp)
-    largest = deployment.largest_batch(question.context)
+def _shape_cells(question: Question, count: int) -> list[str]:
+    deployment, context = question.deployment(count), question.context
+    largest = deployment.largest_batch(context)
+    fits = largest >= SHOWN_BATCH
     return [
-        heads_name(count, config.num_q_heads),
-        parameters_name(accounting.num_parameters(shape)),
-        f"{_kv_kib(shape):g}",
+        heads_name(count, question.config.num_q_heads),
+        parameters_name(accounting.num_parameters(deployment.config)),
+        _kib(deployment),
         f"{largest:,}" if largest else MISSING,
-        _speed(deployment, 32, question.context),
-        f"{deployment.crossover_batch(question.context):,}" if largest else MISSING,
+        f"{deployment.decode_tokens_per_s(SHOWN_BATCH, context):,.0f}" if fits else MISSING,
+        f"{deployment.crossover_batch(context):,}" if largest else MISSING,
     ]
 
 
@@ -193,20 +112,26 @@ def published_table(table: PublishedTable) -> Table:
     rows = [[*cells, f"{table.mean_score(cells[0]):.2f}"] for cells in table.cells()]
     return Table(
         f"{table.title} ({table.source})",
-        [*columns, Column("mean of the scores", "computed")],
+        [*columns, Column("mean of the scores", "published")],
         rows,
-        " ".join(table.setting),
+        " ".join((*table.setting, "The mean of the scores is computed here.")),
     )
 
 
 def check_measured(rows: Sequence[dict[str, Any]]) -> None:
-    """Raises ValueError: a row that says "measured" has a figure that is not finite."""
+    """Raises ValueError: no list of rows, one without an entry, or one that says "measured" and has
+    a figure that is not finite."""
+    if not isinstance(rows, list):
+        raise ValueError(f"measured_rows: expected a list; got {type(rows).__name__}")
     for index, row in enumerate(rows):
+        where = f"measured_rows[{index}]"
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: expected an object; got {type(row).__name__}")
+        if missing := {*_SETTING, *_MEASURED} - row.keys():
+            raise ValueError(f"{where}: expected an entry {min(missing)!r}; got none")
         for name in _MEASURED if row["tag"] == "measured" else ():
             if not isinstance(row[name], int | float) or not math.isfinite(row[name]):
-                raise ValueError(
-                    f"measured_rows[{index}].{name}: expected a finite number; got {row[name]!r}"
-                )
+                raise ValueError(f"{where}.{name}: expected a finite number; got {row[name]!r}")
 
 
 def measured_table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -230,7 +155,7 @@ def measured_table(rows: Sequence[dict[str, Any]]) -> Table:
             *(Column(name) for name in ("key/value heads", "batch", "context")),
             Column("microseconds, median", "measured"),
             Column("20th to 80th percentile", "measured"),
-            Column("floor, microseconds", "computed"),
+            Column("floor, microseconds", "measured"),
             Column("floor over time", "measured"),
         ],
         [

@@ -10,7 +10,7 @@ TITLE = "What fewer key/value heads cost and buy"
 _MARKS = {
     **page_marks(TITLE),
     "results.json": '"kind": "study"',
-    "log.jsonl": '"origin": ',
+    "log.jsonl": '"num_kv_heads": ',
     "measured.json": '"num_kv_heads": ',
 }
 

@@ -4,154 +4,100 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama2.config import ModelConfig
 from llama2.reporting.document import (
     Block,
     Code,
-    Figure,
+    Contents,
     Heading,
     Items,
+    Markup,
     Paragraph,
     Sentence,
+    figures_of,
     to_html,
+    to_json,
     to_markdown,
 )
 from llama2.storage import write_text
-from llama2.tradeoff import published
-from llama2.tradeoff.recommend import Recommendation
-from llama2.tradeoff.report import deployment_tables, findings, sections
-from llama2.tradeoff.report.deployment_tables import Question
+from llama2.tradeoff.question import Question
+from llama2.tradeoff.report import (
+    decision,
+    deployment,
+    deployment_tables,
+    interactive,
+    study_sections,
+)
 from llama2.tradeoff.report.folder import TITLE, check_folder
-from llama2.tradeoff.report.wording import heads_name
-from llama2.tradeoff.roofline import Gpu
 from llama2.tradeoff.study import runs
 
 
 def write_page(
     results: dict[str, Any] | None,
     folder: Path,
+    question: Question,
     *,
-    config: ModelConfig,
-    gpu: Gpu,
-    context: int,
-    batch: int | None = None,
-    tp: int = 1,
-    recommendation: Recommendation | None = None,
     measured_rows: Sequence[dict[str, Any]] | None = None,
     command: str | None = None,
-) -> Path:
+) -> dict[str, Any]:
     """Writes report.html (self-contained), report.md and the plots, *.svg, that the latter shows.
 
-    Every number is tagged measured, computed or published. The same arguments give the same bytes.
+    Every table and plot says whether it was measured, predicted, published or found by the study.
+    The same arguments give the same bytes.
 
     Args:
-        results: of a study; None makes a page of computed speed and memory only.
-        config, gpu, context, batch, tp: the deployment; a batch of None is the largest that fits.
+        results: of a study; None makes a page without the study's sections.
+        question: the deployment that the page opens with.
         measured_rows: of `measured.measure_decode`, each with the name of its "shape" and its
             "num_q_heads" beside.
         command: that makes this page, for its last section; the study's own is in its result.
     Returns:
-        the path of report.html.
+        the page for a program, as `llama2.reporting.document.to_json`.
     Raises:
         ValueError: a result from which no honest page can be made (`runs.check`), measured rows
-            with figures that are not finite, a deployment that does not exist, or a folder as
-            `check_folder` refuses it. Nothing is written.
+            with figures that are not finite, or a folder as `check_folder` refuses it. Nothing is
+            written.
     """
     if results is not None:
         runs.check(results)
     rows = list(measured_rows or ())
     deployment_tables.check_measured(rows)
-    question = Question(config, gpu, context, batch, tp)
-    blocks = list(_blocks(results, question, recommendation, rows, command))
-    written = {"report.html": to_html(TITLE, blocks), "report.md": to_markdown(TITLE, blocks)}
-    written |= {f"{block.name}.svg": block.svg for block in blocks if isinstance(block, Figure)}
+    blocks = list(page_blocks(results, question, rows, command))
+    written = {
+        "report.html": to_html(TITLE, blocks, interactive.STYLE),
+        "report.md": to_markdown(TITLE, blocks),
+    }
+    written |= {f"{figure.name}.svg": figure.svg for figure in figures_of(blocks)}
     check_folder(folder, written)
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in written.items():
         write_text(folder / name, text)
-    return folder / "report.html"
+    return to_json(TITLE, blocks)
 
 
-def _blocks(
+def page_blocks(
     results: dict[str, Any] | None,
     question: Question,
-    recommendation: Recommendation | None,
     rows: list[dict[str, Any]],
     command: str | None,
 ) -> Iterator[Block]:
-    yield from _first_screen(results, question, recommendation)
+    yield from decision.opening(question, results, rows)
+    yield Markup(interactive.form(question))
+    yield from deployment.curves(question)
+    yield Contents()
     if results is not None:
-        yield from sections.pareto(results, question)
-        yield from sections.quality(results)
-        yield from sections.conversion(results)
-        yield from sections.recall(results)
-    yield from sections.speed(question, rows)
-    yield from sections.memory(question)
-    yield Heading("Published tables")
-    yield Paragraph(
-        [Sentence("Other models, data and machines: shown beside, not mixed with, what is above.")]
-    )
-    yield from map(deployment_tables.published_table, published.TABLES)
+        yield from study_sections.sections(results, question)
+    yield from deployment.tables(question, rows)
+    yield from deployment.publications()
     yield from _limits(results)
     yield from _reproduce(results, command)
-
-
-def _first_screen(
-    results: dict[str, Any] | None, question: Question, recommendation: Recommendation | None
-) -> Iterator[Block]:
-    config = question.config
-    yield Paragraph(
-        [
-            Sentence(
-                f"How many key/value heads should {question.shape_name} have to decode on "
-                f"{question.gpus_name}, with {question.context:,} tokens per sequence and "
-                f"{question.batch_name}?"
-            )
-        ],
-        lead=True,
-    )
-    if recommendation is not None:
-        heads = heads_name(recommendation.num_kv_heads, config.num_q_heads)
-        yield Paragraph([Sentence(f"By speed and memory: {heads}.", "computed")], lead=True)
-        yield Items([_reason(reason) for reason in recommendation.reasons])
-    yield Paragraph(list(_quality_in_short(results, question, recommendation)))
-    yield Paragraph(
-        [
-            Sentence("Measured: here, by running it.", "measured"),
-            Sentence("Arithmetic on shapes and data sheets.", "computed"),
-            Sentence("In the paper that is named.", "published"),
-            Sentence("Numbers without a tag are settings and names."),
-        ]
-    )
-
-
-def _reason(text: str) -> Sentence:
-    return Sentence(text, "computed" if any(c.isdigit() for c in text) else None)
-
-
-def _quality_in_short(
-    results: dict[str, Any] | None, question: Question, recommendation: Recommendation | None
-) -> Iterator[Sentence]:
-    if results is None:
-        yield Sentence("No study was run: this page says nothing measured of quality.")
-        return
-    yield Sentence("Quality, of the study's small models only.")
-    if recommendation is not None:
-        heads = question.config.num_q_heads
-        share = findings.at_share(results, recommendation.num_kv_heads, heads)
-        yield share or Sentence(
-            "None of its models has that share of key/value heads, so that it says nothing of this "
-            "recommendation."
-        )
-    yield from findings.from_scratch(results, numbers=False)
-    yield findings.noise(results)
+    yield Markup(interactive.script(question, results))
 
 
 def _limits(results: dict[str, Any] | None) -> Iterator[Block]:
     yield Heading("Limits")
     limits = [
-        "Speed and memory without the tag “measured” are a model on paper: no launches, no "
-        "activations beyond the reserve, no communication between GPUs.",
+        "Predicted speed and memory are a model on paper: no launches, no activations beyond the "
+        "reserve, no communication between GPUs.",
         "Published numbers are of other models, data and machines.",
     ]
     if results is not None:
@@ -180,14 +126,15 @@ def _reproduce(results: dict[str, Any] | None, command: str | None) -> Iterator[
         [
             Sentence(
                 f"Study “{results['preset']}” of {results['date']}: seeds "
-                f"{', '.join(map(str, results['seeds']))}; Python {environment['python']}, "
+                f"{', '.join(map(str, results['text']['seeds']))}; Python {environment['python']}, "
                 f"torch {environment['torch']}, {environment['device']}, "
                 f"{environment['processes']} processes, "
                 f"commit {environment['commit'] or 'unknown'}."
             ),
-            Sentence(f"It took {results['seconds']:,.0f} seconds.", "measured"),
+            Sentence(f"It took {results['cpu_seconds']:,.0f} seconds of one core."),
             Sentence(
-                f"SHA-256 of the text: training {corpus['train']['sha256']}, held out "
+                f"SHA-256 of the study's code {environment['source']}, of the training text "
+                f"{corpus['train']['sha256']}, of the held-out text "
                 f"{corpus['held_out']['sha256']}."
             ),
         ]

@@ -1,16 +1,13 @@
-"""How the page names and prints heads, matchings, shares, and means with their intervals."""
+"""How the page names and prints heads, shares, and differences with their intervals."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean, stdev
 
-from llama2.reporting.document import MISSING, Column
-from llama2.reporting.statistics import Estimate
+from llama2.reporting.document import MISSING
+from llama2.reporting.statistics import Estimate, FileDifference
+from llama2.reporting.wording import MINUS, signed
+from llama2.tradeoff.study.comparisons import BITS_PER_BYTE, NOT_TOLD_APART, Comparison, Measure
 
-MATCHING_NAMES = {
-    "same_ffn": "same FFN",
-    "exact": "parameters matched",
-    "paper": "paper's factor",
-}
 METHOD_NOTES = {  # of `llama2.conversion.METHODS`
     "low_rank": "one head that comes closest to the outputs of a group's",
     "aligned": "heads of a group turned towards each other, then their mean",
@@ -27,38 +24,61 @@ def heads_name(num_kv_heads: int, num_q_heads: int) -> str:
     return "MQA (1)" if num_kv_heads == 1 else f"GQA ({num_kv_heads})"
 
 
-def parameters_name(num_parameters: int) -> str:
-    billions = num_parameters >= 1e9
-    return f"{num_parameters / 1e9:.2f} B" if billions else f"{num_parameters / 1e6:.2f} M"
-
-
 def percent(share: float) -> str:
     return f"{100 * share:g} %"
 
 
-def interval(estimate: Estimate, digits: int = 4) -> str:
-    """Signed mean with its interval, or the mean alone where one seed gives none."""
-    if estimate.low is None:
-        return f"{estimate.mean:+.{digits}f}"
-    return f"{estimate.mean:+.{digits}f} [{estimate.low:+.{digits}f}, {estimate.high:+.{digits}f}]"
+def listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def plus_minus(estimate: Estimate) -> str:
+def digits_of(measure: Measure) -> int:
+    return 4 if measure is BITS_PER_BYTE else 1
+
+
+def interval(estimate: Estimate | FileDifference, digits: int) -> str:
+    """Signed mean with its 95 % interval, or the mean alone where one seed gives none."""
+    mean = signed(estimate.mean, digits)
+    if estimate.low is None or estimate.high is None:
+        return mean
+    return f"{mean} [{signed(estimate.low, digits)}, {signed(estimate.high, digits)}]"
+
+
+def plus_minus(estimate: Estimate, digits: int) -> str:
     """`interval`, shorter: the signed mean ± half the interval's width."""
-    half = "" if estimate.high is None else f" ± {estimate.high - estimate.mean:.3f}"
-    return f"{estimate.mean:+.3f}{half}"
+    half = "" if estimate.high is None else f" ± {estimate.high - estimate.mean:.{digits}f}"
+    return f"{signed(estimate.mean, digits)}{half}"
 
 
-def mean_and_spread(values: Sequence[float]) -> str:
+def outcome(comparison: Comparison) -> str:
+    """The verdict in words; for a difference that was not resolved, what is excluded."""
+    if comparison.verdict != NOT_TOLD_APART:
+        return comparison.verdict
+    bound = f"{comparison.largest_loss:.{digits_of(comparison.measure)}f}"
+    return f"not resolved; a loss above {bound} is excluded"
+
+
+def difference(comparison: Comparison) -> str:
+    """The difference with its unit, or what is excluded where none was resolved."""
+    digits, unit = digits_of(comparison.measure), comparison.measure.unit
+    if comparison.verdict != NOT_TOLD_APART:
+        return f"{plus_minus(comparison.seeds, digits)} {unit}"
+    return f"{outcome(comparison).replace(' is excluded', f' {unit} is excluded')}"
+
+
+def short_outcome(comparison: Comparison) -> str:
+    """The difference where it was resolved, otherwise the bound on the loss."""
+    digits = digits_of(comparison.measure)
+    if comparison.verdict != NOT_TOLD_APART:
+        return plus_minus(comparison.seeds, digits)
+    bound = f"{comparison.largest_loss:.{digits}f}"
+    return f"≤ +{bound}" if comparison.measure.less_is_better else f"≥ {MINUS}{bound}"
+
+
+def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
     """Mean ± standard deviation over seeds; the mean alone of one."""
     if not values:
         return MISSING
-    mean = f"{fmean(values):.3f}"
-    return f"{mean} ± {stdev(values):.3f}" if len(values) > 1 else mean
-
-
-def alpha_columns(names: Sequence[str], alphas: Sequence[float]) -> list[Column]:
-    """Columns of names, then one of measurements per α."""
-    return [Column(name) for name in names] + [
-        Column(f"α = {percent(alpha)}", "measured") for alpha in alphas
-    ]
+    mean = f"{fmean(values):.{digits}f}"
+    return f"{mean} ± {stdev(values):.{digits}f}" if len(values) > 1 else mean

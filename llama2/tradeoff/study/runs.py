@@ -187,6 +187,19 @@ def arms(results: dict[str, Any]) -> list[dict[str, Any]]:
     return [arm for arm in results["records"]["arms"] if arm["name"] in names]
 
 
+def lengths(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The primary arm and those that differ from it in their steps alone, from few to many."""
+    found = arms(results)
+    same = [
+        arm
+        for arm in found
+        for main in found
+        if main["name"] == MAIN
+        and (arm["fields"], arm["peak_lr"]) == (main["fields"], main["peak_lr"])
+    ]
+    return sorted(same, key=lambda arm: arm["steps"])
+
+
 def values(runs: Runs, field: str = "bits_per_byte") -> dict[int, float]:
     """Returns one field of the runs by seed."""
     return {seed: run[field] for seed, run in runs.items()}

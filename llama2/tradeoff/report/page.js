@@ -1,0 +1,385 @@
+"use strict";
+// What the page computes when a reader changes its setting. The arithmetic is that of
+// llama2/accounting.py, roofline.py and recommend.py, operation by operation, so that both give the
+// same doubles; Python embeds the numbers that it starts from as `DATA` (report/interactive.py).
+
+const MISSING = "–";
+const GIB = 2 ** 30;
+
+// ---- arithmetic: accounting.py and roofline.py
+
+function kvParameters(shape, heads) {
+  return 2 * shape.num_layers * shape.hidden_size * heads * shape.head_dim;
+}
+
+function layersParameters(shape, heads) {
+  const qAndO = 2 * shape.hidden_size * shape.num_q_heads * shape.head_dim;
+  const ffn = 3 * shape.hidden_size * shape.intermediate_size;
+  return shape.num_layers * (qAndO + ffn) + kvParameters(shape, heads);
+}
+
+function numParameters(shape, heads) {
+  const norms = (2 * shape.num_layers + 1) * shape.hidden_size;
+  const embeddings = shape.tie_word_embeddings ? 1 : 2;
+  const embedding = shape.vocab_size * shape.hidden_size;
+  return layersParameters(shape, heads) + norms + embeddings * embedding;
+}
+
+function flopsPerToken(shape, heads, context) {
+  const weights = layersParameters(shape, heads) + shape.vocab_size * shape.hidden_size;
+  return 2 * weights + 4 * shape.num_layers * shape.num_q_heads * shape.head_dim * context;
+}
+
+/** The model with `heads` key/value heads on setting.tp GPUs; null where they cannot share it. */
+function deployment(data, setting, heads) {
+  const { shape } = data;
+  const { gpu, tp, cache } = setting;
+  if (heads % tp && tp % heads) return null;
+  const headsPerRank = Math.ceil(heads / tp);
+  const kv = kvParameters(shape, heads);
+  const partOfARank = (whole, kvProjections) =>
+    (whole - kvProjections) / tp + (kvProjections / heads) * headsPerRank;
+  const weightBytes = partOfARank(numParameters(shape, heads), kv) * data.weight_bytes_per_value;
+  const perHead = shape.head_dim * cache.bytes_per_value + cache.bytes_per_scale;
+  const kvBytes = 2 * shape.num_layers * perHead * headsPerRank;
+  const room = gpu.memory_bytes - data.reserved_bytes - weightBytes;
+  // Far below 2 ** 53: no quotient is rounded up to a whole number.
+  const fitting = (bytes) => Math.max(0, Math.floor(room / bytes));
+  const seconds = (batch, context) => {
+    const bytes = weightBytes + batch * context * kvBytes;
+    const flops = batch * partOfARank(flopsPerToken(shape, heads, context), 2 * kv);
+    return Math.max(bytes / gpu.bytes_per_s, flops / gpu.flops_per_s);
+  };
+  return {
+    headsPerRank,
+    kvBytes,
+    fixedBytes: weightBytes + data.reserved_bytes,
+    largestBatch: (context) => fitting(kvBytes * context),
+    largestContext: (batch) => fitting(kvBytes * batch),
+    crossoverBatch: (context) => Math.ceil(weightBytes / (kvBytes * context)),
+    crossoverContext: (batch) => Math.ceil(weightBytes / (kvBytes * batch)),
+    tokensPerSecond: (batch, context) => batch / seconds(batch, context),
+  };
+}
+
+// ---- the rule: recommend.py
+
+/** Every count of heads in the setting, fewest first; null is Python's None. */
+function candidates(data, setting) {
+  const { context, batch } = setting;
+  const mha = deployment(data, setting, data.shape.num_q_heads);
+  const baseBatch = batch ?? mha.largestBatch(context);
+  const base = baseBatch ? mha.tokensPerSecond(baseBatch, context) : null;
+  return data.counts.map((heads) => {
+    const share = heads / data.shape.num_q_heads;
+    const found = deployment(data, setting, heads);
+    const none = { heads, share, verdict: "cannot be shared by tp", speed: null, speedUp: null };
+    if (!found) return none;
+    const largest = found.largestBatch(context);
+    const own = batch ?? largest;
+    const fits = own > 0 && own <= largest;
+    const speed = fits ? found.tokensPerSecond(own, context) : null;
+    return {
+      heads,
+      share,
+      verdict: fits ? "fits" : "does not fit",
+      kvBytes: found.kvBytes,
+      largestBatch: largest,
+      crossoverBatch: found.crossoverBatch(context),
+      speed,
+      speedUp: fits && base ? speed / base : null,
+    };
+  });
+}
+
+function pick(found, setting) {
+  const fitting = found.filter((each) => each.speed !== null && each.share >= setting.least);
+  const best = Math.max(...fitting.map((each) => each.speed));
+  return fitting.filter((each) => each.speed >= setting.keep * best).pop() ?? null;
+}
+
+// ---- words: wording.py and decision.py
+
+/** Python's f"{x:,.{digits}f}", which rounds ties to even, as toFixed does not. */
+function fixed(x, digits) {
+  let text = x.toFixed(digits);
+  const exact = x.toFixed(digits + 60); // a tie ends long before
+  const cut = exact.length - 60 - (digits ? 0 : 1);
+  const isTie = /^\.?50*$/.test(exact.slice(cut));
+  if (isTie && /[02468]$/.test(exact.slice(0, cut))) text = exact.slice(0, cut);
+  const [whole, fraction] = text.split(".");
+  const grouped = whole.replace(/\B(?=(\d{3})+$)/g, ",");
+  return fraction === undefined ? grouped : `${grouped}.${fraction}`;
+}
+
+/** Two decimals at most. */
+function short(x) {
+  return fixed(x, 2).replace(/\.?0+$/, "");
+}
+
+function shareName(share) {
+  if (share && Number.isInteger(1 / share)) return share < 1 ? `1/${1 / share}` : "all";
+  return `${short(100 * share)} %`;
+}
+
+function headsName(heads, queryHeads) {
+  if (heads === queryHeads) return `MHA (${heads})`;
+  return heads === 1 ? "MQA (1)" : `GQA (${heads})`;
+}
+
+/** The cells that depend on the setting, by the keys of their columns. */
+function cells(data, setting, each, chosen) {
+  const { tp } = setting;
+  const shared = each.verdict !== "cannot be shared by tp";
+  const notes = [
+    each === chosen ? "the pick" : null,
+    each.heads === data.common_heads ? "most released models" : null,
+    each.verdict === "does not fit" ? "does not fit" : null,
+    shared ? null : `cannot be shared by ${tp} GPUs`,
+    shared && each.heads < tp ? `costs what ${tp} heads cost` : null,
+  ];
+  return {
+    note: notes.filter(Boolean).join("; "),
+    speed_up: each.speedUp === null ? MISSING : `${fixed(each.speedUp, 2)}×`,
+    tokens_per_s: each.speed === null ? MISSING : fixed(each.speed, 0),
+    kib_per_token: shared ? short(each.kvBytes / 1024) : MISSING,
+    largest_batch: shared ? fixed(each.largestBatch, 0) : MISSING,
+    crossover_batch: shared ? fixed(each.crossoverBatch, 0) : MISSING,
+  };
+}
+
+function settingName(data, setting) {
+  const gpus = setting.tp > 1 ? `${setting.tp} × ${setting.gpu.name}` : setting.gpu.name;
+  const batch = setting.batch ? `batch ${fixed(setting.batch, 0)}` : "the largest batch that fits";
+  return (
+    `${data.shape_name} on ${gpus} with ${fixed(setting.context, 0)} tokens per sequence, ` +
+    `${batch} and a cache in ${setting.cache.name}`
+  );
+}
+
+function pickSentence(data, setting, found, chosen) {
+  const name = settingName(data, setting);
+  if (!chosen) {
+    return `No count with at least ${shareName(setting.least)} of the query heads fits: ${name}.`;
+  }
+  const heads = headsName(chosen.heads, data.shape.num_q_heads);
+  const mha = found[found.length - 1];
+  const unfit = mha.verdict === "fits" ? "" : ", which does not fit";
+  const speed =
+    chosen === mha || chosen.speedUp === null
+      ? `${fixed(chosen.speed, 0)} tokens per second`
+      : `${fixed(chosen.speedUp, 2)} times as many tokens per second as MHA${unfit}`;
+  return `Take ${heads}: ${speed}. Predicted for ${name}.`;
+}
+
+function ruleSentence(setting) {
+  return (
+    `The rule takes the most key/value heads that decode at least ${short(100 * setting.keep)} % ` +
+    `as fast as the fastest count with at least ${shareName(setting.least)} of the query heads.`
+  );
+}
+
+// ---- curves
+
+/** About 60 whole numbers from first to last, evenly spaced on a logarithmic axis. */
+function steps(first, last) {
+  const step = (_, i) => Math.round(first * (last / first) ** (i / 59));
+  return [...new Set(Array.from({ length: 60 }, step))];
+}
+
+/** The plots by name: of each count of heads, most first, a line of [x, y] and where its dot is. */
+function curves(data, setting) {
+  const { context, gpu } = setting;
+  const batch = setting.batch ?? data.shown_batch;
+  const found = [...data.counts]
+    .reverse()
+    .map((heads) => [heads, deployment(data, setting, heads)])
+    .filter(([, d]) => d);
+  const lines = (draw) => found.map(([heads, d]) => ({ heads, ...draw(d) }));
+  const speeds = (first, last, crossover, y) => ({
+    points: last < first ? [] : steps(first, last).map((x) => [x, y(x)]),
+    dot: crossover >= first && crossover <= last ? [crossover, y(crossover)] : null,
+  });
+  const contexts = steps(64, Math.max(131072, context));
+  return {
+    "speed-batch": {
+      title: `tokens per second at a context of ${fixed(context, 0)} tokens`,
+      xlabel: "batch, sequences",
+      marked: { x: setting.batch },
+      lines: lines((d) => {
+        const y = (x) => d.tokensPerSecond(x, context);
+        return speeds(1, d.largestBatch(context), d.crossoverBatch(context), y);
+      }),
+    },
+    "speed-context": {
+      title: `tokens per second at a batch of ${fixed(batch, 0)}`,
+      xlabel: "context, tokens",
+      marked: { x: context },
+      lines: lines((d) => {
+        const y = (x) => d.tokensPerSecond(batch, x);
+        return speeds(64, d.largestContext(batch), d.crossoverContext(batch), y);
+      }),
+    },
+    memory: {
+      title: `GiB per GPU at a batch of ${fixed(batch, 0)}`,
+      xlabel: "context, tokens",
+      marked: { x: context, y: gpu.memory_bytes / GIB },
+      lines: lines((d) => ({
+        points: contexts.map((x) => [x, (d.fixedBytes + batch * x * d.kvBytes) / GIB]),
+        dot: null,
+      })),
+    },
+  };
+}
+
+function ticks(low, high) {
+  const decades = Math.log10(high / low);
+  const factors = decades < 0.9 ? [1, 1.5, 2, 3, 5, 7] : decades < 2.5 ? [1, 2, 5] : [1];
+  const found = [];
+  for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) {
+    found.push(...factors.map((factor) => factor * 10 ** power));
+  }
+  return found.filter((value) => value >= low * 0.999 && value <= high * 1.001);
+}
+
+function tickName(value) {
+  const [divisor, unit] = value >= 1e6 ? [1e6, "M"] : value >= 1e3 ? [1e3, "k"] : [1, ""];
+  return `${+(value / divisor).toPrecision(3)}${unit}`;
+}
+
+/** One plot as the text of an SVG element, both axes logarithmic. */
+function plotSvg(plot, colours) {
+  const [width, height, left, top, right, bottom] = [400, 290, 52, 28, 380, 244];
+  const open = `<svg viewBox="0 0 ${width} ${height}" role="img"`;
+  const all = plot.lines.flatMap((line) => line.points);
+  const { x: markX, y: markY } = plot.marked;
+  if (!all.length) {
+    const text = `<text x="200" y="145" text-anchor="middle">nothing fits</text>`;
+    return `${open}>${text}</svg>`;
+  }
+  const range = (values) => [Math.min(...values), Math.max(...values) * 1.05];
+  const [xLow, xHigh] = range(all.map(([x]) => x));
+  const [yLow, yHigh] = range([...all.map(([, y]) => y), ...(markY ? [markY] : [])]);
+  const scale = (low, high, from, to) => (value) =>
+    (from + ((to - from) * Math.log(value / low)) / Math.log(high / low)).toFixed(1);
+  const x = scale(xLow, xHigh, left, right);
+  const y = scale(yLow, yHigh, bottom, top);
+  const line = (x1, y1, x2, y2, kind) =>
+    `<line class="${kind}" x1="${x1}" y1="${y1}" x2="${x2}" y2="${y2}"/>`;
+  const label = (at, up, text, anchor = "middle") =>
+    `<text x="${at}" y="${up}" text-anchor="${anchor}">${text}</text>`;
+  const xTick = (v) =>
+    line(x(v), top, x(v), bottom, "grid") + label(x(v), bottom + 17, tickName(v));
+  const yTick = (v) =>
+    line(left, y(v), right, y(v), "grid") + label(left - 6, +y(v) + 4, tickName(v), "end");
+  const parts = [
+    ...ticks(xLow, xHigh).map(xTick),
+    ...ticks(yLow, yHigh).map(yTick),
+    markX >= xLow && markX <= xHigh ? line(x(markX), top, x(markX), bottom, "mark") : "",
+    markY ? line(left, y(markY), right, y(markY), "mark") : "",
+    label((left + right) / 2, 16, plot.title),
+    label((left + right) / 2, height - 8, plot.xlabel),
+  ];
+  for (const { heads, points, dot } of plot.lines) {
+    if (!points.length) continue;
+    const path = points.map(([px, py]) => `${x(px)},${y(py)}`).join(" ");
+    const [endX, endY] = points[points.length - 1];
+    const told = `${heads} heads, to ${fixed(endX, 0)}: ${fixed(endY, endY < 100 ? 1 : 0)}`;
+    parts.push(
+      `<g stroke="${colours[heads]}" fill="${colours[heads]}"><title>${told}</title>` +
+        `<polyline fill="none" stroke-width="2" points="${path}"/>` +
+        line(x(endX), y(endY) - 5, x(endX), +y(endY) + 5, "end") +
+        (dot ? `<circle cx="${x(dot[0])}" cy="${y(dot[1])}" r="4"/>` : "") +
+        "</g>",
+    );
+  }
+  return `${open} aria-label="${plot.title}">${parts.join("")}</svg>`;
+}
+
+// ---- the page
+
+/** The setting that texts, such as those of the fields, name. An Error names the wrong field. */
+function parseSetting(data, texts) {
+  const wanted = { ...data.setting, ...texts };
+  const choice = (name, among) => {
+    if (Object.hasOwn(among, wanted[name])) return among[wanted[name]];
+    const known = Object.keys(among).join(", ");
+    throw new Error(`${name}: expected one of ${known}; got ${wanted[name]}`);
+  };
+  const number = (name, isValid, expected) => {
+    const value = Number(wanted[name]);
+    if (String(wanted[name]).trim() && isValid(value)) return value;
+    throw new Error(`${name}: expected ${expected}; got ${wanted[name]}`);
+  };
+  const isSize = (value) => Number.isSafeInteger(value) && value >= 1;
+  const isTp = (value) => isSize(value) && data.shape.num_q_heads % value === 0;
+  return {
+    context: number("context", isSize, "a whole number from 1 on"),
+    batch:
+      wanted.batch === "max" ? null : number("batch", isSize, "a whole number from 1 on, or max"),
+    gpu: choice("gpu", data.gpus),
+    tp: number("tp", isTp, `a divisor of the ${data.shape.num_q_heads} query heads`),
+    cache: choice("cache", data.caches),
+    keep: number("keep", (value) => value > 0 && value <= 1, "a share above 0, up to 1"),
+    least: number("least", (value) => value >= 0 && value <= 1, "a share from 0 to 1"),
+  };
+}
+
+function show(data, setting) {
+  const found = candidates(data, setting);
+  const chosen = pick(found, setting);
+  document.getElementById("pick").textContent = pickSentence(data, setting, found, chosen);
+  const evidence = document.getElementById("evidence");
+  if (evidence) evidence.textContent = chosen ? data.evidence[chosen.heads] : "";
+  document.getElementById("rule").textContent = ruleSentence(setting);
+  for (const row of document.querySelectorAll("#decision tbody tr")) {
+    const each = found.find(({ heads }) => String(heads) === row.dataset.key);
+    row.classList.toggle("marked", each === chosen);
+    const texts = cells(data, setting, each, chosen);
+    for (const [key, text] of Object.entries(texts)) {
+      row.querySelector(`[data-key="${key}"]`).textContent = text;
+    }
+  }
+  for (const [name, plot] of Object.entries(curves(data, setting))) {
+    document.querySelector(`#plot-${name} .plot`).innerHTML = plotSvg(plot, data.colours);
+  }
+}
+
+function start(data) {
+  const form = document.getElementById("setting");
+  const update = (texts) => {
+    const message = document.getElementById("message");
+    try {
+      show(data, parseSetting(data, texts));
+      message.textContent = "";
+    } catch (error) {
+      message.textContent = error.message;
+    }
+  };
+  const fromHash = () => {
+    if (location.hash && !location.hash.includes("=")) return; // a link to a section
+    const named = new URLSearchParams(location.hash.slice(1));
+    const texts = { ...data.setting, ...Object.fromEntries(named) };
+    for (const field of form.elements) if (field.name) field.value = texts[field.name];
+    update(texts);
+  };
+  form.addEventListener("input", () => {
+    const texts = Object.fromEntries(new FormData(form));
+    history.replaceState(null, "", `#${new URLSearchParams(texts)}`);
+    update(texts);
+  });
+  addEventListener("hashchange", fromHash);
+  form.hidden = false;
+  for (const heads of [...data.counts].reverse()) {
+    const name = document.createElement("span");
+    name.style.setProperty("--colour", data.colours[heads]);
+    name.textContent = headsName(heads, data.shape.num_q_heads);
+    document.getElementById("legend").append(name);
+  }
+  if (location.hash.includes("=")) fromHash();
+  else update({});
+}
+
+const words = { cells, fixed, pickSentence, ruleSentence };
+if (typeof module === "undefined") start(DATA);
+else module.exports = { candidates, curves, parseSetting, pick, ...words }; // for tests
