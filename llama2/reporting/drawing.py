@@ -66,13 +66,13 @@ def panels(
 
 
 def panel(width: float = 4.4, height: float = 3.3) -> tuple[Figure, Axes]:
-    """A plot with one panel, which is readable on a narrow screen."""
+    """Returns a figure with one panel, readable on a narrow screen."""
     figure, (axes,) = panels(1, width=width, height=height)
     return figure, axes
 
 
 def legend_below(figure: Figure, axes: Axes, columns: int) -> None:
-    """The legend under the axes, where it covers nothing; empty columns of the last row stay."""
+    """Draws the legend below the axes, where it covers no data."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)
 

@@ -4,15 +4,17 @@ MINUS = "−"
 
 
 def signed(value: float, digits: int) -> str:
-    """With its sign, and a minus sign that is one."""
-    return f"{value:+.{digits}f}".replace("-", MINUS)
+    """Returns the rounded value with its sign, a minus sign for negative ones; a value that is
+    rounded to 0 has none."""
+    text = f"{value:+.{digits}f}"
+    return text.replace("-", MINUS) if float(text) else text[1:]
 
 
 def fixed(value: float, digits: int) -> str:
-    """Without a sign where it is positive, thousands apart."""
+    """Returns the rounded value with separators of thousands; a minus sign, but no plus sign."""
     return f"{value:,.{digits}f}".replace("-", MINUS)
 
 
 def short(value: float) -> str:
-    """Two decimals at most, thousands apart."""
+    """Returns the value with at most two decimals and separators of thousands."""
     return fixed(value, 2).rstrip("0").rstrip(".")

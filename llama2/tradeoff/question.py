@@ -1,4 +1,4 @@
-"""The deployment that is asked about, and what decides among the numbers of key/value heads."""
+"""A deployment, and the rule that chooses a number of key/value heads for it."""
 
 from dataclasses import dataclass
 
@@ -54,12 +54,12 @@ class Question:
             )
 
     def deployment(self, num_kv_heads: int) -> Deployment:
-        """With that many heads, the feed-forward layers unchanged, as a conversion leaves them."""
+        """Returns the deployment with that many heads; the feed-forward layers are unchanged."""
         shape = accounting.matched(self.config, num_kv_heads, "same_ffn")
         return Deployment(shape, self.gpu, self.tp, cache=self.cache)
 
     def deployments(self) -> dict[int, Deployment]:
-        """A deployment per number of key/value heads that `tp` can share, from many to few."""
+        """Returns a deployment per number of heads that `tp` GPUs can share, from many to few."""
         return {
             count: self.deployment(count)
             for count in reversed(accounting.head_counts(self.config))
@@ -68,7 +68,7 @@ class Question:
 
     @property
     def published_name(self) -> str | None:
-        """Of the published shape from which only the key/value heads and the length may differ."""
+        """The name of the published shape, if only key/value heads and length differ from it."""
         same = ("hidden_size", "intermediate_size", "num_layers", "num_q_heads", "vocab_size")
         for name, shape in PUBLISHED.items():
             if all(getattr(shape, field) == getattr(self.config, field) for field in same):
@@ -93,7 +93,7 @@ class Question:
 
     @property
     def setting(self) -> str:
-        """All of it in words, but for the numbers of the rule."""
+        """The deployment in words."""
         return (
             f"{self.shape_name} on {self.gpus_name} with {self.context:,} tokens per sequence, "
             f"{self.batch_name} and a cache in {self.cache.name}"
@@ -101,7 +101,7 @@ class Question:
 
 
 def shares(num_kv_heads: int, tp: int) -> bool:
-    """Whether `tp` ranks can share that many heads evenly, or duplicate them evenly."""
+    """Returns whether `tp` ranks can share that many heads evenly, or duplicate them evenly."""
     return num_kv_heads % tp == 0 or tp % num_kv_heads == 0
 
 

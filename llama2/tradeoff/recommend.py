@@ -2,8 +2,8 @@
 
 The rule: among the counts whose cache fits and that keep at least `least_share` of the query heads,
 the most key/value heads (the least change to an MHA model) that decode at least `keep` times as
-many tokens per second as the fastest of these. It knows memory and speed on paper; of quality it
-knows only below which share of heads nothing is known.
+many tokens per second as the fastest of these. Memory and speed are predicted; `least_share`
+excludes shares of heads for which there are no figures of quality.
 """
 
 from collections.abc import Iterator, Sequence
@@ -66,7 +66,7 @@ def recommend(question: Question) -> Recommendation:
 
 
 def candidates(question: Question) -> tuple[Candidate, ...]:
-    """Every divisor of num_q_heads in the deployment, fewest heads first."""
+    """Returns every divisor of num_q_heads in the deployment, fewest heads first."""
     deployments = question.deployments()
     mha = deployments[question.config.num_q_heads]
     batch = question.batch or mha.largest_batch(question.context)
@@ -78,7 +78,7 @@ def candidates(question: Question) -> tuple[Candidate, ...]:
 
 
 def pick(question: Question, found: Sequence[Candidate]) -> Candidate | None:
-    """The one that the rule takes from `candidates`; None where none that it considers fits."""
+    """Returns the candidate that the rule chooses; None if none that it considers fits."""
     fitting = [
         each for each in found if each.verdict == "fits" and each.share >= question.least_share
     ]
@@ -88,7 +88,7 @@ def pick(question: Question, found: Sequence[Candidate]) -> Candidate | None:
 
 
 def fastest(fitting: Sequence[Candidate]) -> Candidate | None:
-    """The most heads of those with the highest speed; None of none."""
+    """Returns the fastest candidate, the one with most heads of several; None of none."""
     return max(fitting, key=lambda each: (each.tokens_per_s, each.num_kv_heads), default=None)
 
 
@@ -197,7 +197,7 @@ def _speed(candidate: Candidate) -> str:
 
 
 def share_name(share: float) -> str:
-    """A unit fraction as such, another share in per cent."""
+    """Returns a unit fraction as 1/n, another share in per cent."""
     if share and (1 / share).is_integer():
         return f"1/{1 / share:.0f}" if share < 1 else "all"
     return f"{short(100 * share)} %"

@@ -51,8 +51,8 @@ GPUS = {
 
 @dataclass(frozen=True)
 class CacheFormat:
-    """How a cache stores keys and values: `bytes_per_scale` are those of the one scale that the
-    keys, and of the one that the values, of a token's head have where they are quantised."""
+    """How a cache stores keys and values. A quantised cache has a scale for the keys and one for
+    the values of each head and token, of `bytes_per_scale` each."""
 
     name: str
     bytes_per_value: int

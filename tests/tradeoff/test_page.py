@@ -465,7 +465,7 @@ def test_what_is_not_resolved_is_a_bound(result):
     table = rows_of(study_tables.text_table(result))
     comparison = comparisons.from_scratch(result, 2)
     assert table["GQA (2)"][-1] == (
-        f"not resolved; a loss above {comparison.largest_loss:.4f} is excluded"
+        f"not resolved (a loss above {comparison.largest_loss:.4f} is excluded)"
     )
     assert table["GQA (2)"][5] == (
         f"[{comparison.files.low:+.4f}, {comparison.files.high:+.4f}]".replace("-", "−")

@@ -27,7 +27,7 @@ _PREDICTED = {  # the columns that depend on the setting, by their keys
 def opening(
     question: Question, results: dict[str, Any] | None, rows: Sequence[dict[str, Any]]
 ) -> Iterator[Block]:
-    """The pick, the rule, and the table; `rows` are measured ones."""
+    """Yields the pick, the rule and the table; `rows` are measured decode steps."""
     found = candidates(question)
     chosen = pick(question, found)
     yield Paragraph([Sentence(pick_sentence(question, found, chosen))], lead=True, name="pick")
@@ -72,7 +72,7 @@ def rule_sentence(question: Question) -> str:
 
 
 def cells(question: Question, each: Candidate, chosen: Candidate | None) -> dict[str, str]:
-    """The cells that depend on the setting, by the keys of their columns."""
+    """Returns the cells that depend on the setting, by the keys of their columns."""
     tp = question.tp
     shared = each.verdict != "cannot be shared by tp"
     notes = [
@@ -104,7 +104,7 @@ def decision_table(
     results: dict[str, Any] | None,
     rows: Sequence[dict[str, Any]],
 ) -> Table:
-    """All counts, most heads first: speed and memory, published quality and the study's."""
+    """Returns all counts, most heads first: speed, memory, published quality and the study's."""
     heads = question.config.num_q_heads
     counts = [each.num_kv_heads for each in reversed(found)]
     measured = measured_speed_ups(question, rows)
@@ -168,9 +168,11 @@ def _published(count: int, heads: int) -> tuple[str, str]:
 def measured_speed_ups(
     question: Question, rows: Sequence[dict[str, Any]]
 ) -> dict[str, dict[int, str]]:
-    """Measured time of MHA's layers over that of each count's, by the name of its column and by
-    count: at the context, and then at the batch, nearest to the question's. Empty without rows of
-    the question's shape."""
+    """Returns the measured speed-up of the layers over MHA's, by column name and by count.
+
+    Of the measured contexts and batches, those nearest to the question's are taken; without rows of
+    the question's shape the result is empty.
+    """
     heads = question.config.num_q_heads
     times = {
         (row["context"], row["batch"], row["num_kv_heads"]): row["microseconds"]

@@ -18,7 +18,7 @@ from llama2.tradeoff.report.figures import figure
 
 
 def curves(question: Question) -> Iterator[Block]:
-    """Speed and memory of the setting: what a script draws again for another."""
+    """Yields the plots of speed and memory, which page.js redraws for other settings."""
     yield Heading("Speed and memory")
     yield Markup('<p id="legend"></p>')
     yield Figures(
@@ -58,7 +58,7 @@ def tables(question: Question, rows: list[dict[str, Any]]) -> Iterator[Block]:
 
 
 def _measured(rows: Sequence[dict[str, Any]], context: int) -> Iterator[Block]:
-    """Of one shape."""
+    """Yields the plot and the table of the measured rows of one shape."""
     if any(row["tag"] == "measured" for row in rows):
         yield figure(
             f"measured-{rows[0]['shape']}",

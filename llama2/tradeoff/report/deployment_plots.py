@@ -15,7 +15,7 @@ from llama2.tradeoff.roofline import GIB, Deployment
 
 
 def speed_by_batch(question: Question) -> Figure:
-    """Tokens per second against the batch, to the end of memory."""
+    """Plots tokens per second against the batch, to the end of memory."""
     figure, axes = panel()
     for style, deployment in _styled(question):
         _speed_line(
@@ -31,7 +31,7 @@ def speed_by_batch(question: Question) -> Figure:
 
 
 def speed_by_context(question: Question) -> Figure:
-    """Tokens per second against the context, to the end of memory."""
+    """Plots tokens per second against the context, to the end of memory."""
     figure, axes = panel()
     batch = question.batch or SHOWN_BATCH
     for style, deployment in _styled(question):
@@ -75,7 +75,7 @@ def _speed_line(
     crossover: int,
     style: dict[str, Any],
 ) -> None:
-    """A line to `last`, where memory ends, with a bar there and the marker at the crossover."""
+    """Draws a line to `last`, where memory ends, a bar there and a marker at the crossover."""
     if last < first:
         axes.plot([], [], **style | {"label": f"{style['label']}: does not fit"})
         return
@@ -88,7 +88,7 @@ def _speed_line(
 
 
 def memory(question: Question) -> Figure:
-    """Bytes on a GPU against the context: weights, reserve, and keys and values of the batch."""
+    """Plots the memory of a GPU against the context: weights, reserve, and the batch's cache."""
     batch = question.batch or SHOWN_BATCH
     figure, axes = panel()
     contexts = np.geomspace(64, max(131_072, question.context), 80)
@@ -110,8 +110,8 @@ def memory(question: Question) -> Figure:
 
 
 def measured(rows: Sequence[dict[str, Any]], expected_context: int) -> Figure:
-    """Measured time of a step of one shape against batch, at the context nearest to the expected
-    one."""
+    """Plots the measured time of a step of one shape against batch, at the context nearest to
+    the expected one."""
     found = [row for row in rows if row["tag"] == "measured"]
     context = min(
         {row["context"] for row in found}, key=lambda one: (abs(one - expected_context), one)

@@ -27,7 +27,7 @@ _MEASURED = (
 
 
 def memory_table(question: Question) -> Table:
-    """The cache per token, whole and as each rank holds it under tensor parallelism."""
+    """Returns the cache per token, whole and as each rank holds it under tensor parallelism."""
     heads = question.config.num_q_heads
 
     def cell(count: int, tp: int) -> str:
@@ -61,7 +61,7 @@ def _kib(deployment: Deployment) -> str:
 
 
 def shapes_table(question: Question) -> Table:
-    """The published shapes with MHA, 8 heads and MQA, on the same GPUs at the same context."""
+    """Returns the table of the published shapes with MHA, 8 heads and MQA, on the same GPUs."""
     rows = [
         [name, *_shape_cells(replace(question, config=config), count)]
         for name, config in PUBLISHED.items()
@@ -107,7 +107,7 @@ def _shape_cells(question: Question, count: int) -> list[str]:
 
 
 def published_table(table: PublishedTable) -> Table:
-    """A paper's table as it stands, with the plain mean of its scores computed beside it."""
+    """Returns a paper's table and, in a further column, the mean of its scores."""
     columns = [Column("model"), *(Column(name, "published") for name in table.columns)]
     rows = [[*cells, f"{table.mean_score(cells[0]):.2f}"] for cells in table.cells()]
     return Table(
@@ -135,7 +135,7 @@ def check_measured(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def measured_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Rows of `measured.measure_decode`, of one shape, as they are."""
+    """Returns the table of rows of `measured.measure_decode` of one shape."""
 
     def cells(row: dict[str, Any]) -> list[str]:
         if row["tag"] != "measured":

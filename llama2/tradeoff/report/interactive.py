@@ -1,6 +1,6 @@
-"""The fields of the page and the script that answers them: plain JavaScript, nothing fetched.
+"""The form of the page and its script: plain JavaScript without network access.
 
-The script holds the arithmetic, `page.js`; what it computes with is embedded as JSON from here.
+`page.js` repeats the arithmetic of `llama2.tradeoff`; this module embeds its constants as JSON.
 """
 
 import html
@@ -40,7 +40,7 @@ STYLE = """
 
 
 def data(question: Question, results: dict[str, Any] | None) -> dict[str, Any]:
-    """What `page.js` calls DATA: numbers alone, in the units of `llama2.tradeoff.roofline`."""
+    """Returns the constants of `page.js`, in the units of `llama2.tradeoff.roofline`."""
     config = question.config
     counts = head_counts(config)
     gpus = {**GPUS, **({} if question.gpu in GPUS.values() else {"custom": question.gpu})}
@@ -77,7 +77,7 @@ def data(question: Question, results: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def form(question: Question) -> str:
-    """The fields, hidden until the script runs, and where it says what is wrong with them."""
+    """Returns the form, hidden until the script runs, with a place for error messages."""
     known = data(question, None)
     setting = known["setting"]
     ranks = sorted({*(tp for tp in _RANKS if question.config.num_q_heads % tp == 0), question.tp})
@@ -104,7 +104,7 @@ def form(question: Question) -> str:
 
 
 def script(question: Question, results: dict[str, Any] | None) -> str:
-    """The script's element, with its data."""
+    """Returns the script element with its constants."""
     embedded = json.dumps(data(question, results)).replace("<", "\\u003c")
     code = SCRIPT.read_text(encoding="utf-8")
     return f"<script>\nconst DATA = {embedded};\n{code}</script>"
@@ -124,5 +124,5 @@ def _choice(name: str, texts: dict[Any, str], setting: dict[str, Any]) -> str:
 
 
 def _number(value: float) -> float:
-    """As JavaScript prints it: 1, not 1.0."""
+    """Returns the number as JavaScript prints it: 1, not 1.0."""
     return int(value) if float(value).is_integer() else value

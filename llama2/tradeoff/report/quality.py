@@ -1,4 +1,4 @@
-"""What the study says of a share of heads, for the top of the page."""
+"""The study's results by share of heads, for the first table of the page."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,13 +34,13 @@ class Losses:
         return f"{self.name}: {self.unit} over MHA"
 
     def cells(self, num_q_heads: int) -> dict[int, str]:
-        """Differences, or, where none was resolved, the bound on the loss."""
+        """Returns differences, or the bound on the loss where no difference was resolved."""
         differences = {count: short_outcome(each) for count, each in self.found.items()}
         return {num_q_heads: f"({self.own})", **differences}
 
 
 def losses(results: dict[str, Any] | None, num_q_heads: int) -> list[Losses]:
-    """Of text, and of recall after each number of steps that was tried."""
+    """Returns the losses in text, and in recall after each number of steps that was tried."""
     if results is None:
         return []
     full = results["text"]["base"]["num_q_heads"]
@@ -74,7 +74,7 @@ def _scaled(
 
 
 def evidence(results: dict[str, Any], config: ModelConfig) -> dict[int, str]:
-    """What the study says of each count of `config`, in a sentence."""
+    """Returns, for each count of `config`, a sentence with the study's results for its share."""
     found = losses(results, config.num_q_heads)
     return {count: _sentence(found, count, config.num_q_heads) for count in head_counts(config)}
 

@@ -22,7 +22,7 @@ Series = Mapping[str, Mapping[int, Comparison]]  # by a name, of each number of 
 
 
 def relative_speeds(question: Question, study_heads: int) -> dict[int, float]:
-    """Tokens per second over MHA's of the question's shape, by the study's number of key/value
+    """Returns the question's tokens per second over MHA's, by the study's number of key/value
     heads that is the same share of heads; without those that the deployment cannot have."""
     found = {
         each.num_kv_heads * study_heads / question.config.num_q_heads: each.speed_up
@@ -57,7 +57,7 @@ def arm_name(arm: dict[str, Any]) -> str:
 
 
 def pareto(kinds: Series, speeds: Mapping[int, float], ylabel: str) -> Figure:
-    """Differences from MHA against the speed of the same share of heads."""
+    """Plots differences from MHA against the speed of the same share of heads."""
     figure, axes = panel(height=3.6)
     axes.axhline(0, color="black", linewidth=1)
     axes.plot([1], [0], color="black", marker="*", markersize=12, linestyle="", label="MHA")
@@ -81,8 +81,8 @@ def pareto(kinds: Series, speeds: Mapping[int, float], ylabel: str) -> Figure:
 
 
 def _speed_axis(axes: Axes, speeds: Mapping[int, float]) -> None:
-    """Ticks where the numbers of heads are: their speed below, the number above. Numbers whose
-    labels would lie on each other share one."""
+    """Sets ticks at the counts of heads: their speed below, the count above. Counts whose labels
+    would overlap share a tick."""
     apart = 0.09 * math.log(max(speeds.values()) / min(speeds.values()))
     ticks: list[float] = []
     names: list[str] = []
@@ -102,7 +102,7 @@ def _speed_axis(axes: Axes, speeds: Mapping[int, float]) -> None:
 
 
 def recall(results: dict[str, Any]) -> Figure:
-    """Accuracy of "records" against the number of key/value heads, a line per arm."""
+    """Plots the accuracy in "records" against the number of key/value heads, a line per arm."""
     full, arms = results["records"]["shape"]["num_q_heads"], runs.arms(results)
     counts = sorted({c for arm in arms for c in arm["num_kv_heads"]}, reverse=True)
     figure, axes = panel(height=4)
@@ -137,7 +137,7 @@ def recall(results: dict[str, Any]) -> Figure:
 
 
 def learning(results: dict[str, Any], arms: list[dict[str, Any]]) -> Figure:
-    """Training loss of "records" against steps, means over seeds, for arms of several lengths."""
+    """Plots the training loss in "records" against steps: means over seeds, arms by line style."""
     full = results["records"]["shape"]["num_q_heads"]
     counts = {count for arm in arms for count in arm["num_kv_heads"]}
     figure, axes = panel(height=4)

@@ -1,4 +1,4 @@
-"""The sections on the study: what was trained, what it tells and what it does not."""
+"""The sections on the study: its setting, comparisons, plots and tables."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -64,8 +64,8 @@ def _noise(results: dict[str, Any]) -> str:
 
 
 def _pareto(results: dict[str, Any], question: Question) -> Iterator[Block]:
-    """Quality against speed; nothing where the deployment has no count with a share that was
-    trained, or no speed."""
+    """Yields the plots of quality against speed; none if no count of the deployment that fits has
+    a share that was trained."""
     kinds = {
         "pareto": (
             results["text"]["base"]["num_q_heads"],
@@ -148,7 +148,7 @@ def _recall(results: dict[str, Any]) -> Iterator[Block]:
 
 
 def _budget(results: dict[str, Any]) -> str:
-    """How the loss of the fewest heads goes with the steps."""
+    """Returns the accuracy of MHA and of the fewest heads after each number of steps."""
     full = results["records"]["shape"]["num_q_heads"]
     told = []
     for arm in runs.lengths(results):

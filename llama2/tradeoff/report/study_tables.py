@@ -25,7 +25,7 @@ _PLAIN = "mean"  # Ainslie et al.'s pooling, which other methods are held agains
 
 
 def primary_table(results: dict[str, Any]) -> Table:
-    """The comparisons with MHA that were named before the first run, and what each resolves."""
+    """Returns the comparisons with MHA that were named before the first run."""
 
     def row(entry: dict[str, Any], comparison: Comparison) -> list[str]:
         is_text = entry["measure"] == "text"
@@ -62,7 +62,7 @@ def primary_table(results: dict[str, Any]) -> Table:
 
 
 def text_table(results: dict[str, Any]) -> Table:
-    """Language models with fewer key/value heads trained from scratch, beside MHA."""
+    """Returns the results in text of models trained from scratch, MHA first."""
     base = ModelConfig(**results["text"]["base"])
 
     def row(count: int) -> list[str]:
@@ -114,7 +114,7 @@ def _difference_cells(comparison: Comparison | None) -> list[str]:
 
 
 def records_table(results: dict[str, Any]) -> Table:
-    """Accuracy in every arm of "records": MHA's, and the differences of fewer heads."""
+    """Returns the accuracy in every arm of "records": MHA's, and the differences of fewer heads."""
     full = results["records"]["shape"]["num_q_heads"]
     arms = runs.arms(results)
     counts = sorted(
@@ -153,13 +153,13 @@ def records_table(results: dict[str, Any]) -> Table:
 
 
 def accuracy(results: dict[str, Any], arm: dict[str, Any], count: int) -> float:
-    """Mean over the seeds of an arm."""
+    """Returns the mean accuracy over the seeds of an arm."""
     return fmean(runs.values(runs.records(results, arm["name"], count), "accuracy").values())
 
 
 def conversion_table(results: dict[str, Any]) -> Table:
-    """Method × heads × α: a model converted and trained on, beside the control that only trained
-    on; the study's models, and the shipped one."""
+    """Returns the matrix of heads × method × α: converted models that were trained further, against
+    the control that was only trained further."""
     alphas = runs.alphas(results)
     full = results["text"]["base"]["num_q_heads"]
 
@@ -209,7 +209,7 @@ def conversion_table(results: dict[str, Any]) -> Table:
 
 
 def _gap_cell(results: dict[str, Any], count: int, method: str, alpha: float) -> str:
-    """How much of mean pooling's gap to the control another method closes, where there is one."""
+    """Returns the share of mean pooling's gap to the control that another method closes."""
     comparison = comparisons.by_conversion(results, count, _PLAIN, alpha)
     sides = [
         runs.values(found)
@@ -227,7 +227,7 @@ def _gap_cell(results: dict[str, Any], count: int, method: str, alpha: float) ->
 
 
 def shipped_table(results: dict[str, Any]) -> Table | None:
-    """The conversion of the shipped model; None where it was not run."""
+    """Returns the results of converting the shipped model; None if it was not run."""
     model = results["shipped"]["model"]
     original, heads = model["num_kv_heads"], model["num_q_heads"]
     alphas = [

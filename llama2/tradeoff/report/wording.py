@@ -18,7 +18,7 @@ METHOD_NOTES = {  # of `llama2.conversion.METHODS`
 
 
 def heads_name(num_kv_heads: int, num_q_heads: int) -> str:
-    """The field's name of a number of key/value heads: MHA, MQA or GQA with the number."""
+    """Returns the usual name of a number of key/value heads: MHA, MQA or GQA, with the number."""
     if num_kv_heads == num_q_heads:
         return f"MHA ({num_kv_heads})"
     return "MQA (1)" if num_kv_heads == 1 else f"GQA ({num_kv_heads})"
@@ -38,7 +38,7 @@ def digits_of(measure: Measure) -> int:
 
 
 def interval(estimate: Estimate | FileDifference, digits: int) -> str:
-    """Signed mean with its 95 % interval, or the mean alone where one seed gives none."""
+    """Returns the signed mean with its 95 % interval; the mean alone for one seed."""
     mean = signed(estimate.mean, digits)
     if estimate.low is None or estimate.high is None:
         return mean
@@ -46,29 +46,29 @@ def interval(estimate: Estimate | FileDifference, digits: int) -> str:
 
 
 def plus_minus(estimate: Estimate, digits: int) -> str:
-    """`interval`, shorter: the signed mean ± half the interval's width."""
+    """Returns the signed mean ± half the width of its interval."""
     half = "" if estimate.high is None else f" ± {estimate.high - estimate.mean:.{digits}f}"
     return f"{signed(estimate.mean, digits)}{half}"
 
 
 def outcome(comparison: Comparison) -> str:
-    """The verdict in words; for a difference that was not resolved, what is excluded."""
+    """Returns the verdict, or the bound on the loss if no difference was resolved."""
     if comparison.verdict != NOT_TOLD_APART:
         return comparison.verdict
     bound = f"{comparison.largest_loss:.{digits_of(comparison.measure)}f}"
-    return f"not resolved; a loss above {bound} is excluded"
+    return f"not resolved (a loss above {bound} is excluded)"
 
 
 def difference(comparison: Comparison) -> str:
-    """The difference with its unit, or what is excluded where none was resolved."""
+    """Returns the difference with its unit, or the bound on the loss if none was resolved."""
     digits, unit = digits_of(comparison.measure), comparison.measure.unit
     if comparison.verdict != NOT_TOLD_APART:
         return f"{plus_minus(comparison.seeds, digits)} {unit}"
-    return f"{outcome(comparison).replace(' is excluded', f' {unit} is excluded')}"
+    return f"not resolved (a loss above {comparison.largest_loss:.{digits}f} {unit} is excluded)"
 
 
 def short_outcome(comparison: Comparison) -> str:
-    """The difference where it was resolved, otherwise the bound on the loss."""
+    """Returns the difference, or the bound on the loss as ≤ or ≥ if none was resolved."""
     digits = digits_of(comparison.measure)
     if comparison.verdict != NOT_TOLD_APART:
         return plus_minus(comparison.seeds, digits)
@@ -77,7 +77,7 @@ def short_outcome(comparison: Comparison) -> str:
 
 
 def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
-    """Mean ± standard deviation over seeds; the mean alone of one."""
+    """Returns mean ± standard deviation over seeds; the mean alone for one seed."""
     if not values:
         return MISSING
     mean = f"{fmean(values):.{digits}f}"
