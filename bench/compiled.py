@@ -129,6 +129,33 @@ def _variants(spec: OpSpec) -> list[tuple[Case, torch.dtype]]:
                     )
                 ),
             ]
+        case "prefill_attention":
+            return [
+                *(variant("other heads", head_dim=head_dim) for head_dim in (64, 80, 256)),
+                variant("full", causal=False),
+                *(variant("float32", torch.float32, head_dim=head_dim) for head_dim in (128, 256)),
+                variant("pages", page_size=16),
+                variant("pages of wide heads", page_size=16, head_dim=256),
+                *(
+                    variant("scores", head_dim=head_dim, **score)
+                    for head_dim in (64, 128, 256)
+                    for score in (
+                        {"window": (4096, None)},
+                        {"alibi": True},
+                        {"window": (4096, None), "softcap": 50.0, "sinks": True, "page_size": 16},
+                    )
+                ),
+                *(
+                    variant("quantised", cache_dtype=dtype, **cache)
+                    for dtype in (torch.int8, torch.float8_e4m3fn)
+                    for cache in (
+                        {"scale_per_head": True},
+                        {"page_size": 16},
+                        {"page_size": 16, "head_dim": 256},
+                        {"page_size": 64, "scale_per_head": True, "softcap": 50.0},
+                    )
+                ),
+            ]
         case "linear_cross_entropy":
             return [
                 variant("GPT-2's vocabulary, a cap", vocab_size=50257, softcap=30.0),

@@ -18,6 +18,7 @@ OPS = (
     "flash_attention",
     "flash_attention_varlen",
     "decode_attention",
+    "prefill_attention",
     "linear_cross_entropy",
     "token_log_probs",
     "adamw_update",

@@ -12,9 +12,10 @@ mesh, the tensors of a call are either all replicated or sharded on one of
     apply_rope                the batch; the sequence, where positions are given; the heads; cos and
                               sin are replicated
     rope_append_kv            the heads
-    flash_attention           the batch; the heads
-    flash_attention_varlen    the heads
-    decode_attention          the batch; the heads
+    flash_attention, decode_attention
+                              the batch; the heads
+    flash_attention_varlen, prefill_attention
+                              the heads; packed sequences cannot be sharded
     linear_cross_entropy      any dimension of the targets; the loss is a partial sum, and so is the
                               weight's gradient
     token_log_probs           any dimension of the targets
@@ -75,15 +76,7 @@ def _add_rms_norm(x: Spec, residual: Spec, weight: Spec, eps: float) -> Iterator
         yield [rows, rows, rows], {"x": rows, "residual": rows}
 
 
-def _rms_norm_backward(
-    dy: Spec,
-    dh: Spec | None,
-    h: Spec,
-    weight: Spec,
-    rstd: Spec,
-    need_dx: bool,
-    need_dweight: bool,
-) -> Iterator[Sharding]:
+def _rms_norm_backward(h: Spec, need_dx: bool, need_dweight: bool, **_: Any) -> Iterator[Sharding]:
     for dim in range(h.ndim - 1):
         rows = Shard(dim)
         outputs = [_where_needed(need_dx, rows), _where_needed(need_dweight, Partial())]
@@ -111,7 +104,7 @@ def _sample_tokens(**arguments: Spec) -> Iterator[Sharding]:
 def _apply_rope(
     q: Spec, k: Spec, cos: Spec, sin: Spec, positions: Spec | None, interleaved: bool
 ) -> Iterator[Sharding]:
-    if positions is None and _num_shards(_SEQUENCE, q, k) > 1:
+    if positions is None and _num_shards((q, _SEQUENCE), (k, _SEQUENCE)) > 1:
         raise NotImplementedError(
             "positions: expected a tensor for q and k that are sharded on the sequence; got None"
         )
@@ -119,12 +112,7 @@ def _apply_rope(
 
 
 def _apply_rope_backward(
-    dq: Spec | None,
-    dk: Spec | None,
-    cos: Spec,
-    sin: Spec,
-    positions: Spec | None,
-    interleaved: bool,
+    dq: Spec | None, dk: Spec | None, positions: Spec | None, **_: Any
 ) -> Iterator[Sharding]:
     yield from _rotations("dq", "dk", dq is not None, dk is not None, positions)
 
@@ -249,26 +237,43 @@ def _attention_layouts(
 
 
 def _decode_attention(
-    q: Spec, k_cache: Spec, v_cache: Spec, **optional: Spec | None
+    block_table: Spec | None, k_scale: Spec | None, alibi_slopes: Spec | None, **others: Spec | None
 ) -> Iterator[Sharding]:
-    block_table, k_scale, alibi_slopes = (
-        optional[name] for name in ("block_table", "k_scale", "alibi_slopes")
-    )
-    batch, heads = Shard(_BATCH), Shard(_HEADS)
-    slopes_by_batch = alibi_slopes is not None and alibi_slopes.ndim == 2
-    caches, scales = ("k_cache", "v_cache"), ("k_scale", "v_scale")
-    per_token = k_scale is not None and k_scale.ndim == 3
-    of_sequences = ("q", "seq_lens", "block_table", "key_ranges", "key_mask")
-    of_sequences += ("alibi_slopes",) * slopes_by_batch
+    batch, of_sequences = Shard(_BATCH), ["q", "seq_lens", "block_table", "key_ranges", "key_mask"]
+    if alibi_slopes is not None and alibi_slopes.ndim == 2:
+        of_sequences.append("alibi_slopes")
     if block_table is None:  # pages belong to all sequences
-        of_sequences += (*caches, *(scales if per_token else ()))
+        of_sequences += ["k_cache", "v_cache"]
+        if k_scale is not None and k_scale.ndim == 3:
+            of_sequences += ["k_scale", "v_scale"]
     yield [batch, batch], dict.fromkeys(of_sequences, batch)
-    kv_heads = _kv_heads(_HEADS, q, k_cache, v_cache)
+    for layout in _heads_over_cache(_HEADS, k_scale=k_scale, alibi_slopes=alibi_slopes, **others):
+        yield [layout["q"], Shard(1)], layout
+
+
+def _prefill_attention(**arguments: Spec | None) -> Iterator[Sharding]:
+    for layout in _heads_over_cache(1, **arguments):
+        yield [layout["q"], Shard(0)], layout
+
+
+def _heads_over_cache(
+    dim: int,
+    q: Spec,
+    k_cache: Spec,
+    v_cache: Spec,
+    k_scale: Spec | None,
+    alibi_slopes: Spec | None,
+    **_: Any,
+) -> Iterator[dict[str, Placement]]:
+    """Yields how to shard attention over a cache by heads, of which `dim` is q's dimension."""
+    kv_heads = _kv_heads(_HEADS, q, k_cache, v_cache, q_dim=dim)
     if kv_heads is not None:
-        placed = {"q": heads, "sinks": Shard(0), "alibi_slopes": Shard(int(slopes_by_batch))}
-        if kv_heads == heads:
-            placed |= dict.fromkeys(scales, heads if per_token else Shard(0))
-        yield [heads, Shard(1)], placed | dict.fromkeys(caches, kv_heads)
+        slopes_dim = 0 if alibi_slopes is None else alibi_slopes.ndim - 1
+        layout = {"q": Shard(dim), "sinks": Shard(0), "alibi_slopes": Shard(slopes_dim)}
+        if kv_heads == Shard(_HEADS):
+            per_token = k_scale is not None and k_scale.ndim == 3
+            layout |= dict.fromkeys(("k_scale", "v_scale"), Shard(_HEADS if per_token else 0))
+        yield layout | {"k_cache": kv_heads, "v_cache": kv_heads}
 
 
 def _linear_cross_entropy(
@@ -276,12 +281,8 @@ def _linear_cross_entropy(
 ) -> Iterator[Sharding]:
     for dim in range(hidden.ndim - 1):
         rows = Shard(dim)
-        outputs = [
-            Partial(),
-            _where_needed(need_dhidden, rows),
-            _where_needed(need_dweight, Partial()),
-        ]
-        yield outputs, {"hidden": rows, "targets": rows}
+        gradients = [_where_needed(need_dhidden, rows), _where_needed(need_dweight, Partial())]
+        yield [Partial(), *gradients], {"hidden": rows, "targets": rows}
 
 
 def _linear_cross_entropy_backward(
@@ -289,11 +290,8 @@ def _linear_cross_entropy_backward(
 ) -> Iterator[Sharding]:
     for dim in range(1 if dhidden is None else dhidden.ndim - 1):
         placed = {"dhidden": Shard(dim), "dweight": Partial()}
-        outputs = [
-            _where_needed(dhidden is not None, placed["dhidden"]),
-            _where_needed(dweight is not None, placed["dweight"]),
-        ]
-        yield outputs, placed
+        given = {"dhidden": dhidden is not None, "dweight": dweight is not None}
+        yield [_where_needed(given[name], placed[name]) for name in placed], placed
 
 
 def _token_log_probs(hidden: Spec, need_mean: bool, **_: Any) -> Iterator[Sharding]:
@@ -311,20 +309,19 @@ def _token_log_probs_backward(
         yield outputs, dict.fromkeys(names, Shard(dim))
 
 
-def _num_shards(dim: int, *tensors: Spec) -> int:
-    """Into how many shards the mesh divides dimension `dim` of these tensors."""
-    sizes = tensors[0].mesh.shape
-    placements = zip(*(x.placements for x in tensors), strict=True)
+def _num_shards(*tensors: tuple[Spec, int]) -> int:
+    """Into how many shards the mesh divides a dimension of any of these tensors."""
+    sizes = tensors[0][0].mesh.shape
     return prod(
         size
-        for size, here in zip(sizes, placements, strict=True)
-        if any(placement.is_shard(dim) for placement in here)
+        for i, size in enumerate(sizes)
+        if any(x.placements[i].is_shard(dim) for x, dim in tensors)
     )
 
 
-def _kv_heads(dim: int, q: Spec, k: Spec, v: Spec) -> Placement | None:
-    """The placement of the key/value heads for query heads that are sharded on `dim`; None if the
-    heads cannot be sharded.
+def _kv_heads(dim: int, q: Spec, k: Spec, v: Spec, q_dim: int | None = None) -> Placement | None:
+    """The placement of the key/value heads, dimension `dim`, for query heads that are sharded on
+    `q_dim`, None for `dim`; None if the heads cannot be sharded.
 
     Query head h reads key/value head h // group_size, in every shard only if all shards have
     equally many key/value heads, whichever mesh dimensions shard them: a rule does not know which.
@@ -339,7 +336,7 @@ def _kv_heads(dim: int, q: Spec, k: Spec, v: Spec) -> Placement | None:
     for size in mesh:
         divisors |= {divisor * size for divisor in divisors}
     even = all(num_kv_heads % divisor == 0 for divisor in divisors if divisor <= num_kv_heads)
-    num_shards = _num_shards(dim, q, k, v)
+    num_shards = _num_shards((q, dim if q_dim is None else q_dim), (k, dim), (v, dim))
     if num_shards > 1 and (not even or num_kv_heads % num_shards):
         raise NotImplementedError(
             f"k: expected a number of heads that the dimensions of the mesh {mesh} divide, as the "
@@ -360,6 +357,7 @@ RULES: dict[str, Rule] = {
     "flash_attention": _flash_attention,
     "flash_attention_backward": _flash_attention_backward,
     "decode_attention": _decode_attention,
+    "prefill_attention": _prefill_attention,
     "linear_cross_entropy": _linear_cross_entropy,
     "linear_cross_entropy_backward": _linear_cross_entropy_backward,
     "token_log_probs": _token_log_probs,

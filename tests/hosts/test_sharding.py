@@ -226,6 +226,22 @@ def decode_inputs(more: str = "", *, q: int = 4, kv: int = 2, limits: bool = Fal
     )
 
 
+def prefill_inputs(more: str = "", *, q: int = 4, kv: int = 2) -> dict:
+    """Two sequences and a row after the last."""
+    options = {"window": (3, None), "softcap": 2.0, "return_lse": True} if more else {}
+    return (
+        options
+        | constants(more, q, 2)
+        | {
+            "q": torch.randn(6, q, 8),
+            "k_cache": torch.randn(2, 6, kv, 8),
+            "v_cache": torch.randn(2, 6, kv, 8),
+            "cu_seqlens_q": torch.tensor([0, 2, 5], dtype=torch.int32),
+            "seq_lens": torch.tensor([6, 3], dtype=torch.int32),
+        }
+    )
+
+
 def paged_inputs(*, per_token: bool) -> dict:
     """An int8 cache of four pages of two tokens."""
     shape = (4, 2, 2) if per_token else (2,)
@@ -564,6 +580,24 @@ ON_TWO_RANKS = {
     "decode_attention, heads that two do not divide": partial(
         refuse, "decode_attention", partial(decode_inputs, q=6, kv=3),
         on("q k_cache v_cache", HEADS), r"k: .* the mesh \(2,\) divide.* got 3",
+    ),
+    "prefill_attention, heads": partial(
+        check, "prefill_attention", prefill_inputs,
+        on("q", Shard(1)) | on("k_cache v_cache", HEADS), [(Shard(1),)], {},
+    ),
+    "prefill_attention, heads, slopes of each": partial(
+        check, "prefill_attention", partial(prefill_inputs, "sinks, alibi_slopes of each"),
+        on("q alibi_slopes", Shard(1)) | on("k_cache v_cache", HEADS) | on("sinks", Shard(0)),
+        [(Shard(1),), (Shard(0),)], {},
+    ),
+    "prefill_attention, one key/value head": partial(
+        check, "prefill_attention", partial(prefill_inputs, kv=1),
+        on("q", Shard(1)), [(Shard(1),)], {},
+        same_bits=False,  # the queries of a group share a tile, and their number is another
+    ),
+    "prefill_attention, heads that two do not divide": partial(
+        refuse, "prefill_attention", partial(prefill_inputs, q=6, kv=3),
+        on("q", Shard(1)), r"k: .* the mesh \(2,\) divide.* got 3",
     ),
 }  # fmt: skip
 

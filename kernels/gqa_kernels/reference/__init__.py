@@ -14,6 +14,7 @@ from gqa_kernels.reference.cache import (
     MAX_NEW_TOKENS,
     decode_attention,
     dequantized,
+    prefill_attention,
     rope_append_kv,
 )
 from gqa_kernels.reference.losses import linear_cross_entropy, token_log_probs
@@ -30,6 +31,7 @@ __all__ = [
     "flash_attention",
     "flash_attention_varlen",
     "linear_cross_entropy",
+    "prefill_attention",
     "rms_norm",
     "rope_append_kv",
     "sample_tokens",

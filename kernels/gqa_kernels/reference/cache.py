@@ -1,6 +1,7 @@
 """Ops on a key/value cache, in plain PyTorch."""
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -211,4 +212,87 @@ def decode_attention(
     k, v = (x.masked_fill(absent[:, :, None, None], 0.0) for x in (k, v))
     bias = alibi_bias(alibi_slopes, own_key, keys)
     out, lse = attend(q, k, v, visible, softmax_scale, softcap=softcap, bias=bias, sinks=sinks)
+    return (out, lse) if return_lse else out
+
+
+def prefill_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor | None,
+    *,
+    block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of any number of new tokens of each sequence over its key/value cache.
+
+    The new tokens of sequence b are the rows cu_seqlens_q[b] … cu_seqlens_q[b + 1] − 1 of q; they
+    are the last of its `seq_lens[b]` tokens, all of which are in the cache. Each sequence computes
+    what `decode_attention` computes, for any number of new tokens: new token i of n is aligned with
+    key p = seq_lens[b] − n + i and, with causal, sees the keys j ≤ p. The rows after the last
+    sequence see no key.
+
+    Args:
+        q: `[total_q, num_q_heads, head_dim]`.
+        cu_seqlens_q: int32 or int64 `[batch + 1]`, from 0 and never decreasing; a sequence may have
+            no new token.
+        alibi_slopes: `[num_q_heads]` or `[batch, num_q_heads]`, a constant.
+        All else as in `decode_attention`.
+    Returns:
+        out `[total_q, num_q_heads, head_dim]`, and with `return_lse` the natural-log lse
+        `[num_q_heads, total_q]`. For a query that sees no key, out is 0 and lse is −inf or its
+        sink.
+    Reference: chunks of prompts beside decode steps: Agrawal et al. 2024, arXiv:2403.02310.
+    """
+    k_cache, v_cache = (
+        dequantized(cache, scale, q.dtype)
+        for cache, scale in ((k_cache, k_scale), (v_cache, v_scale))
+    )
+    bounds = [min(bound, q.shape[0]) for bound in cu_seqlens_q.tolist()]
+    batch, page_size = len(bounds) - 1, k_cache.shape[1]
+    capacity = page_size * (1 if block_table is None else block_table.shape[1])
+    lengths = [capacity] * batch if seq_lens is None else seq_lens.clamp(0, capacity).tolist()
+    outs, lses = [], []
+    # The rows after the last sequence become one more sequence, without keys.
+    for b, (first, end) in enumerate(pairwise([*bounds, q.shape[0]])):
+        row = min(b, max(batch - 1, 0))
+        length = lengths[b] if b < batch and len(k_cache) else 0
+        exist = None
+        if block_table is None:
+            k, v = (cache[row : row + 1].flatten(0, 1)[:length] for cache in (k_cache, v_cache))
+        else:
+            pages = block_table[row : row + 1, : -(-length // page_size)].flatten()
+            here = (pages >= 0) & (pages < len(k_cache))
+            exist = here.repeat_interleave(page_size)[:length]  # [length]
+            k, v = (
+                cache[torch.where(here, pages, 0)]
+                .flatten(0, 1)[:length]
+                .masked_fill(~exist[:, None, None], 0.0)
+                for cache in (k_cache, v_cache)
+            )
+        keys = torch.arange(length, device=q.device)
+        own_key = (torch.arange(end - first, device=q.device) + length - (end - first))[:, None]
+        visible = in_window(own_key, keys, causal, window)
+        if exist is not None:
+            visible = exist[None] if visible is None else visible & exist
+        slopes = alibi_slopes if b < batch else None  # no key, no bias
+        if slopes is not None and slopes.dim() == 2:
+            slopes = slopes[b]
+        bias = alibi_bias(slopes, own_key, keys)
+        rows = q[None, first:end]
+        out, lse = attend(
+            rows, k[None], v[None], visible, softmax_scale, softcap=softcap, bias=bias, sinks=sinks
+        )
+        outs.append(out[0])
+        lses.append(lse[0])
+    out, lse = torch.cat(outs), torch.cat(lses, dim=-1)
     return (out, lse) if return_lse else out

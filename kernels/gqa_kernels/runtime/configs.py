@@ -230,6 +230,45 @@ def decode_config(element_size: int, head_dim: int) -> DecodeConfig:
     )
 
 
+class PrefillConfig(NamedTuple):
+    arch: str  # a prefix; "" covers every architecture
+    element_size: int  # of the queries
+    cache_element_size: int
+    max_head_dim: int
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+PREFILL = (
+    # Small tiles, so that tests cross tile borders with few keys.
+    PrefillConfig("interpreter", 2, 2, 256, block_m=32, block_n=16, num_warps=4, num_stages=2),
+    PrefillConfig("interpreter", 2, 1, 256, block_m=32, block_n=16, num_warps=4, num_stages=2),
+    PrefillConfig("interpreter", 4, 4, 256, block_m=32, block_n=16, num_warps=4, num_stages=2),
+    PrefillConfig("interpreter", 4, 1, 256, block_m=32, block_n=16, num_warps=4, num_stages=2),
+    PrefillConfig("", 2, 2, 64, block_m=128, block_n=64, num_warps=8, num_stages=2),
+    PrefillConfig("", 2, 2, 128, block_m=128, block_n=64, num_warps=8, num_stages=2),
+    PrefillConfig("", 2, 2, 256, block_m=64, block_n=32, num_warps=8, num_stages=2),
+    PrefillConfig("", 2, 1, 128, block_m=128, block_n=64, num_warps=8, num_stages=2),
+    PrefillConfig("", 2, 1, 256, block_m=64, block_n=32, num_warps=8, num_stages=2),
+    PrefillConfig("", 4, 4, 256, block_m=16, block_n=16, num_warps=4, num_stages=1),
+    PrefillConfig("", 4, 1, 256, block_m=16, block_n=16, num_warps=4, num_stages=1),
+)
+
+
+def prefill_config(
+    arch: str, element_size: int, cache_element_size: int, head_dim: int
+) -> PrefillConfig:
+    return next(
+        row
+        for row in PREFILL
+        if arch.startswith(row.arch)
+        and (element_size, cache_element_size) == (row.element_size, row.cache_element_size)
+        and head_dim <= row.max_head_dim
+    )
+
+
 class ProductConfig(NamedTuple):
     arch: str  # a prefix; "" covers every architecture
     element_size: int

@@ -57,19 +57,24 @@ def score_inputs(case: Case, draw: Draw) -> dict[str, Any]:
     return inputs
 
 
+def visible_pairs(case: Case, seq_len_q: int, seq_len_kv: int) -> int:
+    """The number of pairs of a query and a key that it sees, of one sequence and head."""
+    left, right = case.sizes.get("window", (None, None))
+    if case.sizes["causal"]:
+        right = 0
+    own_keys = range(seq_len_kv - seq_len_q, seq_len_kv)  # the key that each query is aligned with
+    ends = [seq_len_kv if right is None else min(seq_len_kv, p + right + 1) for p in own_keys]
+    starts = [0 if left is None else max(0, p - left) for p in own_keys]
+    return sum(max(0, end - start) for start, end in zip(starts, ends, strict=True))
+
+
 def _attention_cost(case: Case, dtype: torch.dtype) -> Cost:
     """Two products of 2 · head_dim flops per visible pair of query and key; reads q, k, v, writes
     out and the float32 lse."""
     sizes = case.sizes
     batch, heads, head_dim = sizes["batch"], sizes["num_q_heads"], sizes["head_dim"]
     seq_len_q, seq_len_kv = sizes["seq_len_q"], sizes["seq_len_kv"]
-    left, right = sizes.get("window", (None, None))
-    if sizes["causal"]:
-        right = 0
-    own_keys = range(seq_len_kv - seq_len_q, seq_len_kv)  # the key that each query is aligned with
-    ends = [seq_len_kv if right is None else min(seq_len_kv, p + right + 1) for p in own_keys]
-    starts = [0 if left is None else max(0, p - left) for p in own_keys]
-    pairs = sum(max(0, end - start) for start, end in zip(starts, ends, strict=True))
+    pairs = visible_pairs(case, seq_len_q, seq_len_kv)
     queries = batch * seq_len_q * heads
     keys = batch * seq_len_kv * sizes["num_kv_heads"]
     return Cost(

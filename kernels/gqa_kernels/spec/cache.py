@@ -51,23 +51,17 @@ def _paged(x: Tensor, block_table: Tensor, num_pages: int) -> Tensor:
     return pages
 
 
-def decode_inputs(
-    case: Case,
-    dtype: torch.dtype,
-    device: torch.device,
-    generator: torch.Generator,
-    *,
-    spoil: bool = True,
+def cache_inputs(
+    draw: Draw, sizes: dict[str, Any], lengths: list[int], capacity: int, *, spoil: bool = True
 ) -> dict[str, Any]:
-    """Caches with `decode_lengths`: contiguous, or in shuffled pages of `page_size`; in `dtype`, or
-    quantised to `cache_dtype` with scales per token or, with `scale_per_head`, per head.
+    """Returns seq_lens and caches of these lengths: contiguous, or in shuffled pages of
+    `page_size`; in the dtype drawn, or quantised to `cache_dtype` with scales per token or, with
+    `scale_per_head`, per head.
 
     spoil: fill entries beyond the lengths with NaN, and those of the block table with pages that do
         not exist.
     """
-    draw, sizes = Draw(case, dtype, device, generator), case.sizes
-    batch, capacity = sizes["batch"], sizes["max_seq_len"]
-    lengths = decode_lengths(case)
+    batch, device, generator = len(lengths), draw.device, draw.generator
     cache_shape = (batch, capacity, sizes["num_kv_heads"], sizes["head_dim"])
     caches = {"k_cache": draw(*cache_shape), "v_cache": draw(*cache_shape)}
     if "cache_dtype" in sizes:
@@ -91,9 +85,16 @@ def decode_inputs(
             if spoil:
                 row[-(-length // sizes["page_size"]) :] = 1 << 30
         caches["block_table"] = block_table
+    return {"seq_lens": torch.tensor(lengths, dtype=torch.int32, device=device), **caches}
+
+
+def decode_inputs(case: Case, *context: Any, spoil: bool = True) -> dict[str, Any]:
+    """`cache_inputs` with `decode_lengths`, and the new tokens' queries."""
+    draw, sizes = Draw(case, *context), case.sizes
+    lengths = decode_lengths(case)
+    caches = cache_inputs(draw, sizes, lengths, sizes["max_seq_len"], spoil=spoil)
     return {
-        "q": draw(batch, sizes["seq_len_q"], sizes["num_q_heads"], sizes["head_dim"]),
-        "seq_lens": torch.tensor(lengths, dtype=torch.int32, device=device),
+        "q": draw(sizes["batch"], sizes["seq_len_q"], sizes["num_q_heads"], sizes["head_dim"]),
         **caches,
         **score_inputs(case, draw),
     }

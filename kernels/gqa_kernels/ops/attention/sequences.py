@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from gqa_kernels.primitives import packed
 from gqa_kernels.runtime import layout
 
 
@@ -25,37 +26,6 @@ class Work(NamedTuple):
     num_rows: Any
     first_other_row: Any
     num_other_rows: Any
-
-
-@triton.jit
-def _start(cu_seqlens_ptr, index, total):
-    """The first row of a sequence, clamped to [0, total]; sequence 0 begins at row 0."""
-    start = tl.load(cu_seqlens_ptr + index, mask=index > 0, other=0)
-    return tl.minimum(tl.maximum(start, 0), total).to(tl.int32)
-
-
-@triton.jit
-def _bounds(cu_seqlens_ptr, sequence, num_sequences, total, rest):
-    """(first row, number of rows) of a sequence; the rows after the last sequence, up to `rest`,
-    count as one more."""
-    first = _start(cu_seqlens_ptr, sequence, total)
-    last = _start(cu_seqlens_ptr, tl.minimum(sequence + 1, num_sequences), total)
-    last = tl.where(sequence < num_sequences, last, rest)
-    return first.to(tl.int64), tl.maximum(last - first, 0)
-
-
-@triton.jit
-def _find(cu_seqlens_ptr, num_sequences, total, program, BLOCK: tl.constexpr):
-    """(sequence, block) of a program. Sequence b owns the programs from cu_seqlens[b] // BLOCK + b
-    on: as many as it has blocks, or one more."""
-    low = program * 0
-    high = low + num_sequences
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = _start(cu_seqlens_ptr, middle, total) // BLOCK + middle <= program
-        low = tl.where(fits, middle, low)
-        high = tl.where(fits, high, middle - 1)
-    return low, program - _start(cu_seqlens_ptr, low, total) // BLOCK - low
 
 
 @triton.jit
@@ -83,11 +53,11 @@ def locate(
     else:
         num_blocks = num_rows // BLOCK + num_sequences + 1
         head = program // num_blocks
-        sequence, block = _find(
+        sequence, block = packed.find(
             cu_seqlens_ptr, num_sequences, num_rows, program % num_blocks, BLOCK
         )
-        first, length = _bounds(cu_seqlens_ptr, sequence, num_sequences, num_rows, num_rows)
-        first_other, length_other = _bounds(
+        first, length = packed.bounds(cu_seqlens_ptr, sequence, num_sequences, num_rows, num_rows)
+        first_other, length_other = packed.bounds(
             cu_seqlens_other_ptr, sequence, num_sequences, num_rows_other, 0
         )
         sequence = tl.minimum(
@@ -101,4 +71,4 @@ def num_blocks(num_rows: int, num_sequences: int | None, block: int) -> int:
     num_sequences is given."""
     if num_sequences is None:
         return layout.cdiv(num_rows, block)
-    return num_rows // block + num_sequences + 1
+    return packed.num_blocks(num_rows, num_sequences, block)

@@ -5,15 +5,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from gqa_kernels.ops.cache.pages import Cached, Pages, load_scales, load_vectors, locate_keys
-from gqa_kernels.primitives.scores import Scoring, Visible, load_ranges, mask, score
-from gqa_kernels.primitives.tiles import (
-    LOG2_E,
-    Softmax,
-    empty_softmax,
-    finish_softmax,
-    online_softmax_step,
-)
+from gqa_kernels.ops.cache.pages import Cached, Pages
+from gqa_kernels.ops.cache.tile import KeyValues, attend_to_tile, load_length
+from gqa_kernels.primitives.scores import Scoring, Visible, load_ranges
+from gqa_kernels.primitives.tiles import LOG2_E, Softmax, empty_softmax, finish_softmax
 
 
 class Queries(NamedTuple):
@@ -24,15 +19,6 @@ class Queries(NamedTuple):
     row: Any  # in an output `[batch, seq_len_q, num_q_heads]`
     lse_row: Any  # in `[batch, num_q_heads, seq_len_q]`
     exist: Any
-
-
-@triton.jit
-def _load_length(seq_lens_ptr, index, stride, capacity):
-    """Loads a sequence's length, clamped to [0, capacity] before it is cast to 32 bits."""
-    if seq_lens_ptr is None:
-        return tl.cast(capacity, tl.int32)
-    length = tl.load(seq_lens_ptr + index * stride).to(tl.int64)
-    return tl.minimum(tl.maximum(length, 0), capacity).to(tl.int32)
 
 
 @triton.jit
@@ -139,35 +125,6 @@ def _with_sinks(softmax, sinks_ptr, queries, split, score_unit):
     return Softmax(running_max, running_sum, running_sum, softmax.accumulator)
 
 
-@triton.jit
-def _multiply(q, key):
-    """q keyᵀ. A single row, 1/16 of a matrix tile, is multiplied as a vector."""
-    if q.shape[0] == 1:
-        return tl.sum(q.to(tl.float32) * key.to(tl.float32), 1)[None, :]
-    return tl.dot(q, key.T, input_precision="ieee")
-
-
-@triton.jit
-def _add(weights, value, accumulator):
-    """accumulator + Σⱼ weightⱼ · valueⱼ."""
-    if weights.shape[0] == 1:
-        return accumulator + tl.sum(tl.trans(weights) * value.to(tl.float32), 0)[None, :]
-    return tl.dot(weights.to(value.dtype), value, accumulator, input_precision="ieee")
-
-
-@triton.jit
-def _add_scaled(weights, scales, value, accumulator):
-    """accumulator + Σⱼ weightⱼ · scaleⱼ · valueⱼ.
-
-    The weights, which are fewer than the values, are multiplied by the scales, divided by the
-    largest scale first: small scales would underflow in float16.
-    """
-    largest = tl.max(tl.abs(scales), 0)
-    ratios = scales / tl.where(largest == 0.0, 1.0, largest)
-    added = _add(weights * ratios[None, :], value, tl.zeros_like(accumulator))
-    return accumulator + largest * added
-
-
 @triton.jit(do_not_specialize=["capacity", "num_pages", "num_slots", "window_left", "window_right"])
 def _decode_kernel(
     q_ptr,
@@ -228,7 +185,7 @@ def _decode_kernel(
     first_row = (tl.program_id(0) % NUM_ROW_BLOCKS) * BLOCK_M
     kv_head = (tl.program_id(0) // NUM_ROW_BLOCKS) % NUM_KV_HEADS
     batch = (tl.program_id(0) // NUM_ROW_BLOCKS // NUM_KV_HEADS).to(tl.int64)
-    seq_len = _load_length(seq_lens_ptr, batch, seq_lens_stride, capacity)
+    seq_len = load_length(seq_lens_ptr, batch, seq_lens_stride, capacity)
     first_chunk = 0
     if window_left is not None:  # no query sees a key before the window of the first query
         first_key = tl.maximum(seq_len - SEQ_LEN_Q - window_left, 0)
@@ -256,6 +213,9 @@ def _decode_kernel(
 
     k = Cached(k_ptr + kv_head.to(tl.int64) * k_strides[2], k_strides[0], k_strides[1])
     v = Cached(v_ptr + kv_head.to(tl.int64) * v_strides[2], v_strides[0], v_strides[1])
+    k_scales = None
+    v_scales = None
+    k_scale = None
     if k_scale_ptr is not None:
         k_scale_ptr += kv_head * k_scale_strides[-1]
         v_scale_ptr += kv_head * v_scale_strides[-1]
@@ -264,6 +224,7 @@ def _decode_kernel(
             v_scales = Cached(v_scale_ptr, v_scale_strides[0], v_scale_strides[1])
         else:
             k_scale, v_scale = tl.load(k_scale_ptr), tl.load(v_scale_ptr)
+    cache = KeyValues(k, v, k_scales, v_scales, k_scale)
     table_stride = None
     if block_table_ptr is not None:
         block_table_ptr += batch * block_table_strides[0]
@@ -275,6 +236,10 @@ def _decode_kernel(
         slopes = tl.load(alibi_slopes_ptr + queries.head, mask=queries.exist, other=0.0)
         slopes = (slopes / score_unit)[:, None]
     scoring = Scoring(own_keys, cap_scale, slopes, score_unit * LOG2_E)
+    right = window_right
+    if IS_CAUSAL:
+        right = 0
+    visible = Visible(own_keys, seq_len, window_left, right, first_keys, end_keys, key_mask_ptr)
     # Each split recomputes the loop invariants of the loop below (disable_licm): hoisted, they
     # would take a third of the registers.
     for split in tl.range(tl.program_id(1), num_splits, tl.num_programs(1), disable_licm=True):
@@ -286,37 +251,10 @@ def _decode_kernel(
         if sinks_ptr is not None:
             softmax = _with_sinks(softmax, sinks_ptr, queries, split, score_unit)
         for tile in tl.range(start, end, BLOCK_N, num_stages=NUM_STAGES):
-            entries = locate_keys(pages, tile, end, PAGE_SIZE, BLOCK_N)
-            key = load_vectors(k, entries, HEAD_DIM, BLOCK_D)
-            scores = _multiply(q, key.to(q.dtype))  # [BLOCK_M, BLOCK_N]
-            if SCALE_PER_TOKEN:
-                scores *= load_scales(k_scales, entries)[None, :]
-            elif k_scale_ptr is not None:
-                scores *= k_scale
-            keys = tile + tl.arange(0, BLOCK_N)[None, :]
-            scores = score(scores, keys, scoring)
-            if block_table_ptr is not None:
-                scores = tl.where(entries.exist[None, :], scores, -float("inf"))
-            # Only the last tile of a sequence reaches beyond its split.
-            if IS_CAUSAL:
-                visible = Visible(
-                    own_keys, seq_len, window_left, 0, first_keys, end_keys, key_mask_ptr
-                )
-            else:
-                visible = Visible(
-                    own_keys, seq_len, window_left, window_right, first_keys, end_keys, key_mask_ptr
-                )
-            scores = mask(scores, keys, visible)
-            weights, softmax = online_softmax_step(scores, softmax, scoring.exponent_scale)
-            value = load_vectors(v, entries, HEAD_DIM, BLOCK_D).to(q.dtype)
-            if SCALE_PER_TOKEN:
-                scales = load_scales(v_scales, entries)
-                accumulator = _add_scaled(weights, scales, value, softmax.accumulator)
-            else:
-                accumulator = _add(weights, value, softmax.accumulator)
-            softmax = Softmax(
-                softmax.running_max, softmax.running_sum, softmax.rounded_sum, accumulator
-            )
+            softmax = attend_to_tile(
+                q, tile, end, pages, cache, visible, scoring, softmax,
+                True, False, HEAD_DIM, PAGE_SIZE, BLOCK_N,
+            )  # fmt: skip
 
         out, log_sum = finish_softmax(softmax)
         lse = softmax.running_max * score_unit + log_sum

@@ -1,0 +1,254 @@
+"""Prefill attention: any number of new tokens of each sequence over its key/value cache.
+
+    out = softmax(softmax_scale · q kᵀ) v   over the first seq_lens[b] entries of the cache
+
+The new tokens of the sequences are packed one after another, as in `flash_attention_varlen`; the
+keys are where `decode_attention` has them. One launch computes chunks of prompts over what is
+cached of them, prompts that share a cached prefix, drafted tokens, and decode steps beside them.
+
+A program owns a block of rows of one sequence and one key/value head: its new tokens × the query
+heads that read that head, so that K and V are read once for all heads of a group. It walks the key
+tiles that its rows see, from the first to the last, with the running softmax of flash attention
+(Dao 2023, arXiv:2307.08691); only the tiles that some row does not see entirely are masked. A key
+in a page is read where it is.
+
+The tiles of keys begin at multiples of the tile's size in the sequence, and a tile of which a row
+sees no key leaves the row as it is. Therefore the result of a row has the same bits whatever the
+other sequences of the batch, the paging, the capacity and the other new tokens of the call are, so
+far as a matrix product computes the rows of a tile alike. Tensor cores do.
+
+Keys are not split among programs. A sequence with few new tokens and a long cache keeps one program
+per key/value head busy for as long as it takes to read the cache of that head; `decode_attention`
+splits, and takes the sequences with up to 16 new tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from gqa_kernels.ops.cache.prefill_kernel import _prefill_kernel
+from gqa_kernels.primitives import packed
+from gqa_kernels.runtime import checks, configs, launch, layout, library, target
+
+_launch_prefill = launch.launcher(_prefill_kernel)
+
+
+def _forward(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor | None,
+    block_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    softmax_scale: float | None,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    *,
+    need_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    q, k_cache, v_cache = map(layout.contiguous_features, (q, k_cache, v_cache))
+    total_q, num_q_heads, head_dim = q.shape
+    num_kv_heads = k_cache.shape[2]
+    capacity = _capacity(k_cache, block_table)
+    num_sequences = cu_seqlens_q.shape[0] - 1
+    lse_shape = num_q_heads, total_q
+    if total_q == 0 or capacity == 0 or num_sequences == 0:
+        none_seen = None
+        if need_lse:
+            none_seen = torch.full(lse_shape, -float("inf"), dtype=torch.float32, device=q.device)
+            if sinks is not None:
+                none_seen.copy_(sinks[:, None])
+        return q.new_zeros(q.shape), none_seen
+    cu_seqlens_q, sinks, alibi_slopes = (
+        None if x is None else x.contiguous() for x in (cu_seqlens_q, sinks, alibi_slopes)
+    )
+    softmax_scale = checks.softmax_scale(softmax_scale, head_dim)
+    farthest = capacity + total_q  # no key is further away from a query
+    window_left, window_right = (
+        None if side is None else min(side, farthest) for side in (window_left, window_right)
+    )
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = None
+    if need_lse:
+        lse = torch.empty(*lse_shape, dtype=torch.float32, device=q.device)
+    group_size = num_q_heads // num_kv_heads
+    with target.device_of(q):
+        config = configs.prefill_config(
+            target.current().arch, q.element_size(), k_cache.element_size(), head_dim
+        )
+        num_blocks = packed.num_blocks(total_q * group_size, num_sequences, config.block_m)
+        _launch_prefill(
+            (num_blocks * num_kv_heads,),
+            q_ptr=q,
+            k_ptr=k_cache,
+            v_ptr=v_cache,
+            cu_seqlens_q_ptr=cu_seqlens_q,
+            seq_lens_ptr=seq_lens,
+            block_table_ptr=block_table,
+            k_scale_ptr=k_scale,
+            v_scale_ptr=v_scale,
+            sinks_ptr=sinks,
+            alibi_slopes_ptr=alibi_slopes,
+            out_ptr=out,
+            lse_ptr=lse,
+            q_strides=q.stride()[:2],
+            k_strides=k_cache.stride()[:3],
+            v_strides=v_cache.stride()[:3],
+            seq_lens_stride=0 if seq_lens is None else seq_lens.stride(0),
+            block_table_strides=None if block_table is None else block_table.stride(),
+            k_scale_strides=None if k_scale is None else k_scale.stride(),
+            v_scale_strides=None if v_scale is None else v_scale.stride(),
+            alibi_stride=None if alibi_slopes is None else layout.sequence_stride(alibi_slopes),
+            num_sequences=num_sequences,
+            total_q=total_q,
+            capacity=capacity,
+            num_pages=k_cache.shape[0],
+            window_left=window_left,
+            window_right=window_right,
+            score_unit=softmax_scale if softcap is None else float(softcap),
+            cap_scale=None if softcap is None else softmax_scale / softcap,
+            NUM_KV_HEADS=num_kv_heads,
+            GROUP_SIZE=group_size,
+            HEAD_DIM=head_dim,
+            PAGE_SIZE=1 if block_table is None else k_cache.shape[1],
+            SCALE_PER_TOKEN=k_scale is not None and k_scale.dim() == 3,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_D=max(16, layout.power_of_2(head_dim)),
+            NUM_STAGES=config.num_stages,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return out, lse
+
+
+def _capacity(k_cache: Tensor, block_table: Tensor | None) -> int:
+    """The largest number of tokens of a sequence."""
+    return k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+
+
+def check(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor | None,
+    block_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    softmax_scale: float | None,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+) -> None:
+    checks.tensor("q", q, shape=("total_q", "num_q_heads", "head_dim"))
+    _, num_q_heads, head_dim = q.shape
+    like = ("q", q)
+    ints = {"dtypes": checks.INTS, "like": like}
+    checks.tensor("cu_seqlens_q", cu_seqlens_q, shape=("batch + 1",), **ints)
+    batch = cu_seqlens_q.shape[0] - 1
+    if batch < 0:
+        raise ValueError("cu_seqlens_q: expected shape [batch + 1]; got [0]")
+    if block_table is None:
+        shape = (batch, "max_seq_len", "num_kv_heads", head_dim)
+    else:
+        shape = ("num_pages", "page_size", "num_kv_heads", head_dim)
+    checks.kv_caches(k_cache, v_cache, k_scale, v_scale, shape=shape, like=like)
+    if seq_lens is not None:
+        checks.tensor("seq_lens", seq_lens, shape=(batch,), **ints)
+    if block_table is not None:
+        checks.block_table(block_table, batch, k_cache.shape[1], like=like)
+    checks.attention_heads(num_q_heads, k_cache.shape[2], head_dim)
+    checks.softcap(softcap, checks.softmax_scale(softmax_scale, head_dim))
+    checks.window((window_left, window_right))
+    checks.head_terms(sinks, alibi_slopes, batch, num_q_heads, like=like)
+
+
+def _fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    total_q, num_q_heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((num_q_heads, total_q), dtype=torch.float32)
+
+
+_PREFILL_ATTENTION = library.Op(
+    "prefill_attention",
+    _forward,
+    _fake,
+    check=check,
+    refuse=library.refuse_gradient("prefill into a cache"),
+)
+
+
+def prefill_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor | None,
+    *,
+    block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of any number of new tokens of each sequence over its cache; see
+    `reference.prefill_attention`.
+
+    The keys of a sequence are not split among programs: for sequences with up to 16 new tokens and
+    a long cache, `decode_attention` uses more of the GPU.
+
+    Args:
+        q: float32, float16 or bfloat16 `[total_q, num_q_heads, head_dim]`, head_dim a multiple of 8
+            up to 256; any strides.
+        k_cache, v_cache: `[batch, max_seq_len, num_kv_heads, head_dim]`, or with a block_table
+            `[num_pages, page_size, num_kv_heads, head_dim]`, page_size a power of two; q's dtype,
+            or both float8_e4m3fn or int8; any strides with contiguous features.
+        cu_seqlens_q: int32 or int64 `[batch + 1]`, from 0 and never decreasing. The kernel reads
+            the bounds on the device, so the caller needs to know no maximum length. Bounds beyond
+            total_q count as total_q; decreasing bounds give undefined rows. Sequences may have no
+            new token.
+        seq_lens: int32 or int64 `[batch]` in [0, capacity], the new tokens included; capacity is
+            max_seq_len, or max_pages · page_size. The kernel reads them on the device; a length
+            above the capacity counts as the capacity. None: every sequence has length capacity.
+        block_table: int32 `[batch, max_pages]`. Entries beyond a length are not used; the keys of
+            an entry outside [0, num_pages) count as hidden.
+        k_scale, v_scale: float32 `[num_kv_heads]` or `[*k_cache.shape[:2], num_kv_heads]`, for
+            float8_e4m3fn and int8 caches only.
+        causal: a new token sees entries up to its own; False: all entries of its sequence.
+        softmax_scale: positive; None means 1 / sqrt(head_dim).
+        window, softcap, sinks: as in `flash_attention`.
+        alibi_slopes: float32 `[num_q_heads]` or `[batch, num_q_heads]`.
+        return_lse: also return the natural-log lse, float32 `[num_q_heads, total_q]`.
+    Returns:
+        out `[total_q, num_q_heads, head_dim]`, contiguous, or (out, lse). For a query that sees no
+        key, such as one after the last sequence, out is 0 and lse is −inf or its sink.
+    Raises:
+        TypeError, ValueError: an argument of another kind, dtype, shape or device.
+        NotImplementedError: another head_dim, a page_size that is no power of two, a float8_e4m3fn
+            cache on a GPU without that type, or an input that requires a gradient.
+        RuntimeError: q is not on a GPU that Triton drives.
+    """
+    return_lse = checks.flag("return_lse", return_lse)
+    softmax_scale = checks.optional_number("softmax_scale", softmax_scale)
+    softcap = checks.optional_number("softcap", softcap)
+    window_left, window_right = checks.window(window)
+    window_right = 0 if checks.flag("causal", causal) else window_right
+    if not isinstance(cu_seqlens_q, Tensor):
+        raise TypeError(f"cu_seqlens_q: expected a torch.Tensor; got {type(cu_seqlens_q).__name__}")
+    out, lse = _PREFILL_ATTENTION(
+        q, k_cache, v_cache, cu_seqlens_q, seq_lens, block_table, k_scale, v_scale,
+        softmax_scale, window_left, window_right, softcap, sinks, alibi_slopes,
+        need_lse=return_lse,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
