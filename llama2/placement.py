@@ -16,7 +16,9 @@ BACKENDS = ("auto", "eager", "torch", "triton")
 
 
 def add_device_option(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--device", help="default: cuda if there is one, otherwise cpu")
+    parser.add_argument(
+        "--device", help="device to run on; default: cuda if there is one, otherwise cpu"
+    )
 
 
 def add_options(parser: argparse._ActionsContainer) -> None:

@@ -11,8 +11,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_models(parser.add_argument_group("models"))
     add_lines(
         parser.add_argument_group("data"),
-        form='{"messages": [{"role": …, "content": …}, …]}, the last from the user, or '
-        '{"prompt": …}; "safety": true marks a safety prompt',
+        form='{"messages": [{"role": …, "content": …}, …]}, the last from the user, or {"prompt": '
+        '…}; "safety": true marks a safety prompt, one that provokes unsafe answers',
         bad="are not prompts or leave no room for an answer",
     )
     _add_recipe(parser.add_argument_group("recipe"))

@@ -72,7 +72,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         "--held-out",
         type=Path,
         metavar="PATH",
-        help="texts for evaluation; default: every 20th file of each --text, or the last 5 %% of a "
+        help="texts for evaluation; default: one file in 20 of each --text, or the last 5 %% of a "
         "single file",
     )
     add_care_options(group)

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_job_options(
         parser,
         data="prompts, whose last message is from the user (an answer after it is dropped), or "
-        '{"prompt": TEXT}; "safety": true marks a prompt that provokes unsafe answers',
+        '{"prompt": TEXT}; "safety": true marks a safety prompt, one that provokes unsafe answers',
         out="each prompt with its best answer, as sft reads it",
         sampled=True,
     )

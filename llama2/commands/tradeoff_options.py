@@ -21,7 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "your own --text; smoke: seconds, with models that learn nothing; none: only computed "
         "speed and memory; default: cpu",
     )
-    add("--out", type=path, required=True, metavar="DIR", help="report, result, log and plots")
+    add(
+        "--out",
+        type=path,
+        required=True,
+        metavar="DIR",
+        help="directory for report, result, log and plots",
+    )
     add(
         "--json",
         action="store_true",
@@ -49,16 +55,16 @@ def _add_study(group: argparse._ArgumentGroup) -> None:
         "--held-out",
         type=path,
         metavar="PATH",
-        help="texts for evaluation; default: every 20th file, or the last 5 %% of a single file",
+        help="texts for evaluation; default: one file in 20, or the last 5 %% of a single file",
     )
-    add("--seeds", type=integer, nargs="+", metavar="N", help="default: the preset's")
+    add("--seeds", type=integer, nargs="+", metavar="N", help="random seeds; default: the preset's")
     add(
         "--steps",
         type=integer,
         metavar="N",
-        help="of language models from scratch; default: the preset's",
+        help="steps of a model from scratch; default: the preset's",
     )
-    add("--processes", type=integer, metavar="N", help="side by side; default: the preset's")
+    add("--processes", type=integer, metavar="N", help="parallel processes; default: the preset's")
     add(
         "--results",
         type=path,
@@ -105,15 +111,15 @@ def _add_deployment(group: argparse._ArgumentGroup) -> None:
         type=number,
         default=LEAST_SHARE,
         metavar="SHARE",
-        help="of the query heads: fewer key/value heads are not recommended, 0 allows any; "
+        help="do not recommend fewer key/value heads than this share of the query heads; 0 allows any; "
         "default: %(default)s, the smallest with figures of quality other than MQA's",
     )
     add(
         "--kv-cache-dtype",
         choices=CACHE_FORMATS,
         default="auto",
-        help="of the key/value cache: auto, the default, is 16 bits; fp8 and int8 also store a "
-        "scale per head and token",
+        help="dtype of the key/value cache: auto, the default, is 16 bits; fp8 and int8 also store "
+        "a scale per head and token",
     )
     add(
         "--measured",
@@ -121,7 +127,9 @@ def _add_deployment(group: argparse._ArgumentGroup) -> None:
         metavar="FILE",
         help="the measured.json of an earlier run on a GPU, shown beside the prediction",
     )
-    add("--no-measure", action="store_true", help="time no decode steps on a GPU that is there")
+    add(
+        "--no-measure", action="store_true", help="do not time decode steps, even if there is a GPU"
+    )
 
 
 def _batch(text: str) -> int | None:

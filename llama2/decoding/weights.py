@@ -50,8 +50,8 @@ def _sum_of_bits(x: Tensor) -> Tensor:
 
 
 def in_own_dtype(model: Llama2) -> contextlib.AbstractContextManager[object]:
-    """Disables autocast in the block, as keys and values must have the cache's dtype, the model's.
-    A model of several dtypes, which needs autocast, keeps it."""
+    """Returns a context that disables autocast, as keys and values must have the cache's dtype, the
+    model's. A model of several dtypes needs autocast and keeps it."""
     kind = model.lm_head.weight.device.type
     if torch.is_autocast_enabled(kind):
         dtypes = {x.dtype for x in model.parameters() if x.is_floating_point()}
