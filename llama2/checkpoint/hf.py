@@ -241,7 +241,7 @@ def save_hf(
         max_shard_bytes: size above which the tensors are spread over several files; one tensor is
             never split.
     Raises:
-        ValueError: `dtype` is no type of weights, or `max_shard_bytes` is not positive.
+        ValueError: `dtype` is not a dtype of weights, or `max_shard_bytes` is not positive.
     """
     if dtype is None:
         dtype = reduce(torch.promote_types, (weight.dtype for weight in model.parameters()))
