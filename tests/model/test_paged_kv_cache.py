@@ -378,7 +378,7 @@ def test_impossible_rows_are_refused(model, device):
     for tokens in ([], [1] * 49):
         with pytest.raises(ValueError, match="tokens: expected from 1 to 48; got"):
             cache.admit(tokens)
-    with pytest.raises(ValueError, match="tokens: expected 1 to 128; got 129"):
+    with pytest.raises(ValueError, match="tokens: expected from 1 to 128; got 129"):
         make_cache(device, num_pages=40).admit([1] * 129)
     row = cache.admit([1] * 20)
     with pytest.raises(ValueError, match="row: expected no pending tokens; got 20"):
@@ -387,7 +387,7 @@ def test_impossible_rows_are_refused(model, device):
         cache.decode([row])
     run(model, cache.prefill(row))
     for make in (lambda: cache.decode([row]), lambda: cache.decode([]), lambda: cache.prefill(row)):
-        with pytest.raises(ValueError, match=r"rows: expected 1.* pending tokens; got 0"):
+        with pytest.raises(ValueError, match=r"rows: expected .*1.* pending tokens; got 0"):
             make()
     with pytest.raises(ValueError, match="tokens: expected at most 28 more; got 29"):
         cache.extend(row, [1] * 29)

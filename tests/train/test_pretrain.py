@@ -364,7 +364,7 @@ def test_texts_for_training_are_not_evaluated(folders, capsys, tmp_path):
     )
     options[1], options[3] = tmp_path / "another", tmp_path / "other out"
     assert pretrain.run(parse(*options, "--text", texts, "--held-out", other, *RECIPE)) == 0
-    assert "1 of 2 texts for evaluation are left out" in capsys.readouterr().err
+    assert "1 of 2 held-out texts are left out" in capsys.readouterr().err
     record = json.loads((tmp_path / "other out" / "training.json").read_text(encoding="utf-8"))
     assert record["held_out"]["bytes"] == len("A text of its own.")
     options[1], options[3] = tmp_path / "third", tmp_path / "third out"
