@@ -154,8 +154,8 @@ def contents(folder):
         (".complete", "{}", r"\.complete: expected the plan of an interrupted write .*KeyError"),
         (".complete", "[]", r"\.complete: expected the plan of an interrupted write .*TypeError"),
         (".complete", '{"names": [], "last": [], "obsolete": "("}', r"\.complete: .*unterminated"),
-        (".complete", '{"names": ["../x"], "last": [], "obsolete": ""}', r"'\.\./x' is no file's"),
-        (".complete", '{"names": [], "last": [".."], "obsolete": ""}', r"'\.\.' is no file's"),
+        (".complete", '{"names": ["../x"], "last": [], "obsolete": ""}', r"'\.\./x' is not a file"),
+        (".complete", '{"names": [], "last": [".."], "obsolete": ""}', r"'\.\.' is not a file"),
         (".complete", '{"names": [], "last": [], "obsolete": "", "request": 1}', "request is 1"),
     ],
 )
