@@ -77,9 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
         num_there = sum(key_of(dialogue, checkpoint) in out.done for dialogue in dialogues)
     before = len(dialogues) - len(todo)
     print(
-        f"{num_there - before} dialogues done, {before} were done before, {num_left_out} are left "
-        f"out, {len(read) - len(dialogues)} have no system message, {complaints.count} lines are "
-        "bad",
+        f"{num_there - before} dialogues done, {before} were done before, {num_left_out} left out, "
+        f"{len(read) - len(dialogues)} have no system message, {complaints.count} bad lines",
         file=sys.stderr,
     )
     return 1 if complaints.count else 0

@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     write_summary(arguments, {"checkpoints": counted})
     print(
         f'{len(read) - len(dialogues)} dialogues have no system message or no "obeys", '
-        f"{complaints.count} lines are bad",
+        f"{complaints.count} bad lines",
         file=sys.stderr,
     )
     return 1 if complaints.count else 0

@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     prompts, out = arguments.prompts, arguments.out
     if out.exists() and prompts.samefile(out):
-        raise ValueError(f"--out: expected another file than --prompts; got {out}")
+        raise ValueError(f"--out: expected a file other than --prompts; got {out}")
     complaints = Complaints()
     lines = list(read_prompts(prompts, complaints))
     num_done, done = 0, {}

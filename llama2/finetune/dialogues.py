@@ -155,7 +155,7 @@ def source_of(value: dict[str, Any], file: Path) -> str:
     """
     source = value.get("source", printable_name(file))
     if not isinstance(source, str) or not source:
-        raise TypeError(f"source: expected a string; got {source!r:.60}")
+        raise TypeError(f"source: expected a non-empty string; got {source!r:.60}")
     _check_whole("source", source)
     return source
 

@@ -335,7 +335,7 @@ def test_scores_refuse_what_would_be_nan(ours):
     [
         ({"dtype": "int8"}, "dtype: expected auto, float32"),
         ({"batch_size": "auto"}, "batch_size: expected an int of at least 1; got 'auto'"),
-        ({"max_length": 0}, "max_length: expected an int of at least 1 on; got 0"),
+        ({"max_length": 0}, "max_length: expected an int of at least 1; got 0"),
         ({"backend": "cuda"}, "backend: expected one of"),
         ({"checkpoint": "/nowhere"}, "/nowhere: expected a directory"),
     ],

@@ -231,7 +231,7 @@ def refused() -> None:
     for name, value in (("num_q_heads", 3), ("num_kv_heads", 1), ("intermediate_size", 111)):
         heads = {"num_kv_heads": 3} if name == "num_q_heads" else {}
         model = Llama2(config(**heads, **{name: value}), EAGER)
-        message = f"{name}: expected a multiple of tp (2); got {value}"
+        message = rf"{name}: expected a multiple of tp \(2\); got {value}"
         with pytest.raises(ValueError, match=message):
             parallel.parallelize(model, tp)
     with pytest.raises(ValueError, match="param_dtype: expected None without 'dp'"):

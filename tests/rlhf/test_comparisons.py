@@ -70,7 +70,7 @@ def test_the_forms_of_a_line_are_the_same_comparison(tmp_path):
         (line(rejected=" a\n"), r"rejected: expected an answer other than chosen; got ' a\\n'"),
         (line(rating="good"), "rating: expected one of significantly better, .*; got 'good'"),
         (line(rating=["better"]), "rating: expected one of"),
-        (line(source=3), "source: expected a text; got 3"),
+        (line(source=3), "source: expected a non-empty string; got 3"),
         (line(source="\ud800"), "source: expected no lone surrogates"),
         (
             json.dumps({"chosen": [*ASKED, *answer("a")], "rejected": [*LONGER, *answer("b")]}),

@@ -196,7 +196,9 @@ def test_the_state_of_another_command_is_named(folder):
 def test_a_run_does_not_say_that_it_had_fewer_iterations(folder):
     assert ppo.run(parse(*options(folder), *RECIPE)) == 0
     before = (folder / "out" / "training.json").read_bytes()
-    with pytest.raises(ValueError, match=r"iterations: expected at least the 2 that .*; got 1"):
+    with pytest.raises(
+        ValueError, match=r"iterations: expected at least the 2 of the run in .*; got 1"
+    ):
         ppo.run(parse(*options(folder), *RECIPE, "--iterations", 1))
     assert (folder / "out" / "training.json").read_bytes() == before
 

@@ -69,7 +69,7 @@ def test_the_tag_and_the_source():
         ({"messages": "q"}, "messages: expected a list; got a str"),
         ({"prompt": "q", "safety": 1}, "safety: expected true or false; got 1"),
         ({"prompt": "q", "safety": "yes"}, "safety: expected true or false; got 'yes'"),
-        ({"prompt": "q", "source": ""}, "source: expected a text; got ''"),
+        ({"prompt": "q", "source": ""}, "source: expected a non-empty string; got ''"),
     ],
     ids=str,
 )

@@ -347,7 +347,7 @@ def test_answers_that_are_empty_or_cut_cannot_win(rejection, stand_in, tmp_path)
     status, records, _, err = rejection(*options)
     assert (status, answers(records).keys()) == (0, {1, 3, 4})
     assert "data.jsonl:2: left out: none of 5 answers can be trained on: 5 cut\n" in err
-    assert "3 prompts done, 0 were done before, 1 are left out" in err
+    assert "3 prompts done, 0 were done before, 1 left out" in err
     for line in (1, 3, 4):
         rewards = expected(line)[1]
         assert records[f"data.jsonl:{line}"]["rewards"] == [rewards[0], None, None, *rewards[3:]]
@@ -355,7 +355,7 @@ def test_answers_that_are_empty_or_cut_cannot_win(rejection, stand_in, tmp_path)
     found = json.loads(summary.read_text(encoding="utf-8"))
     assert found["left_out"] == ["data.jsonl:2"] and found["faults"] == {"cut": 8, "empty": 3}
     assert [each["fault"] for each in by_place(path)["data.jsonl:2"]["samples"]] == ["cut"] * 5
-    assert "1 are left out" in rejection(*options)[3], "and again in a run that goes on"
+    assert "1 left out" in rejection(*options)[3], "and again in a run that goes on"
 
 
 def test_an_answer_that_no_reward_model_can_read_cannot_win(rejection, stand_in, judge):
@@ -575,7 +575,7 @@ def test_nothing_that_is_read_is_written_to(option, rejection, stand_in, tmp_pat
     for folder, name in ((data, "--data"), (earlier, "--earlier")):
         for file in ("a.jsonl", "new.jsonl"):
             status, _, _, err = rejection(*options, option, str(folder / file))
-            assert status == 2 and f"{option}: expected another file than {name}'s; got " in err
+            assert status == 2 and f"{option}: expected a file other than {name}'s; got " in err
         assert [file.name for file in folder.iterdir()] == ["a.jsonl"]
         assert (folder / "a.jsonl").read_bytes() == kept
     both = str(tmp_path / "both.jsonl")

@@ -95,7 +95,9 @@ def test_margins_are_the_papers():
     small = [margin_of(rating, "small") for rating in RATINGS]
     assert small == [pytest.approx(margin / 3, abs=1e-16) for margin in (3, 2, 1, 0)]
     assert [margin_of(rating, "none") for rating in (*RATINGS, None)] == [0] * 5
-    with pytest.raises(ValueError, match=r"rating: expected one of .* margins are small; got none"):
+    with pytest.raises(
+        ValueError, match=r"rating: expected one of .* with margins small; got none"
+    ):
         margin_of(None, "small")
     with pytest.raises(ValueError, match="margins: expected one of none, small, large; got 'big'"):
         margin_of("better", "big")

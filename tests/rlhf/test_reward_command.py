@@ -171,7 +171,7 @@ def test_bad_lines_are_named_and_nothing_is_lost(folder, capsys):
     shown = capsys.readouterr().err.splitlines()
     complaints = [line.split("train.jsonl:")[1] for line in shown if "train.jsonl:" in line]
     assert [line.split(":")[0] for line in complaints] == [*"12345", "13"]
-    reasons = ('expected "chosen" and', "another answer", "rating", "rejected: ", "chosen: ")
+    reasons = ('expected "chosen" and', "an answer other", "rating", "rejected: ", "chosen: ")
     assert all(why in line for why, line in zip(reasons, complaints, strict=False))
     assert "expected at most 64 tokens" in complaints[3] and "or more" in complaints[4]
     assert any("held.jsonl:1: line: expected a JSON object" in line for line in shown)

@@ -310,7 +310,7 @@ def test_a_card_of_ones_own_stays(tmp_path, capsys):
         file.write_text(text, encoding="utf-8")
         write_card(tmp_path, "third", run_id)
         assert file.read_text(encoding="utf-8") == text
-        assert f"{file}: left as it is" in capsys.readouterr().err
+        assert f"{file}: kept" in capsys.readouterr().err
     file.unlink()
     file.mkdir()
     write_card(tmp_path, "fourth", "abc")
