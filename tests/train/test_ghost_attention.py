@@ -217,7 +217,7 @@ def test_answers_that_are_empty_or_cut_leave_their_dialogue_out(ghost, files, st
     assert status == 0 and set(records) == {"data.jsonl:4"}
     assert f"{files[0]}:1: left out: its answer 2 is empty\n" in err
     assert f"{files[0]}:3: left out: its answer 1 is cut\n" in err
-    assert "1 dialogues done, 0 were done before, 2 are left out" in err
+    assert "1 dialogues done, 0 were done before, 2 left out" in err
     assert not any("c?" in text for text in stand_in.prompts)
 
 
