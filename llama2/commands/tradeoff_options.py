@@ -111,8 +111,8 @@ def _add_deployment(group: argparse._ArgumentGroup) -> None:
         type=number,
         default=LEAST_SHARE,
         metavar="SHARE",
-        help="do not recommend fewer key/value heads than this share of the query heads; 0 allows any; "
-        "default: %(default)s, the smallest with figures of quality other than MQA's",
+        help="do not recommend fewer key/value heads than this share of the query heads; 0 allows "
+        "any; default: %(default)s, the smallest with figures of quality other than MQA's",
     )
     add(
         "--kv-cache-dtype",
