@@ -131,7 +131,7 @@ def _variants(spec: OpSpec) -> list[tuple[Case, torch.dtype]]:
             ]
         case "prefill_attention":
             return [
-                *(variant("other heads", head_dim=head_dim) for head_dim in (64, 80, 256)),
+                *(variant("other heads", head_dim=head_dim) for head_dim in HEAD_DIMS),
                 variant("full", causal=False),
                 *(variant("float32", torch.float32, head_dim=head_dim) for head_dim in (128, 256)),
                 variant("pages", page_size=16),

@@ -53,6 +53,7 @@ def check(
         ("flash_attention", "fwd"): _attention_forward,
         ("flash_attention", "bwd"): _attention_backward,
         ("decode_attention", "fwd"): _decode,
+        ("prefill_attention", "fwd"): _prefill,
         ("rope_append_kv", "fwd"): _append,
         ("linear_cross_entropy", "fwd"): functools.partial(_loss, coarse=coarse),
         ("linear_cross_entropy", "step"): functools.partial(_loss, coarse=coarse),
@@ -253,6 +254,26 @@ def _decode(
     heads = (k[rows, :, kv_head], v[rows, :, kv_head])
     eager, oracle = _both(run, inputs["q"][batch, :, q_heads], *heads, *scales)
     return [("last sequence", actual[0][batch, :, q_heads], eager[0], oracle[0])]
+
+
+def _prefill(
+    workload: Workload, inputs: dict[str, Any], cotangents: Results, actual: Results
+) -> Comparison:
+    """The last key/value head of all sequences, and the query heads that read it."""
+    num_kv_heads = inputs["k_cache"].shape[2]
+    q_heads = slice(-(inputs["q"].shape[1] // num_kv_heads), None)
+    kept = {
+        "q": inputs["q"][:, q_heads],
+        "k_cache": inputs["k_cache"][:, :, -1:],
+        "v_cache": inputs["v_cache"][:, :, -1:],
+    }
+
+    def run(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Results:
+        given = inputs | {"q": q, "k_cache": k_cache, "v_cache": v_cache}
+        return (reference.prefill_attention(**given),)
+
+    eager, oracle = _both(run, *kept.values())
+    return [("last head", actual[0][:, q_heads], eager[0], oracle[0])]
 
 
 def _append(

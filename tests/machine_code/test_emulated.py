@@ -78,3 +78,33 @@ assert (stored[..., ::2] == 0).all() and (stored[..., 1::2] != 0).any(), stored
 def test_nan_in_an_int8_cache_is_stored_as_0(arch):
     done = compiling("-c", NAN_IN_AN_INT8_CACHE, arch)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+BITS_OF_PREFILL = """
+import sys, torch
+from gqa_kernels import prefill_attention
+from ptx_emulator.driver import emulating
+num_new, length = 150, 400
+draw = torch.Generator().manual_seed(0)
+q, k, v = (
+    torch.randn(shape, generator=draw).bfloat16()
+    for shape in ((num_new, 4, 64), (1, length, 2, 64), (1, length, 2, 64))
+)
+def call(q, length, **options):
+    bounds, lengths = torch.tensor([0, len(q)]), torch.tensor([length])
+    return prefill_attention(q, k, v, bounds, lengths, return_lse=True, **options)
+with emulating(sys.argv[1]):
+    for options in ({}, {"window": (60, None), "softcap": 3.0}):
+        out, lse = call(q, length, **options)
+        for i in (0, 1, 64, 149):
+            alone, lse_alone = call(q[i : i + 1], length - num_new + 1 + i, **options)
+            assert torch.equal(alone, out[i : i + 1]), (options, i)
+            assert torch.equal(lse_alone, lse[:, i : i + 1]), (options, i)
+"""
+
+
+@pytest.mark.parametrize("arch", ("sm_80", "sm_90"))
+def test_a_row_of_a_prefill_has_the_bits_of_a_call_of_its_own(arch):
+    """Among other new tokens, whose tiles of keys it does not see and whose tiles need no mask."""
+    done = compiling("-c", BITS_OF_PREFILL, arch)
+    assert done.returncode == 0, done.stderr[-4000:]

@@ -53,6 +53,7 @@ NARROW_ALLOWED = {
 }
 
 ATTENTION = ("attention.forward", "attention.dkdv", "attention.dq")
+PREFILL = ("cache.prefill",)
 PRODUCTS = tuple(f"linear_cross_entropy.products.{name}_product" for name in ("rows", "weight"))
 
 
@@ -88,7 +89,7 @@ def complaints(entry: dict) -> list[str]:
         if narrow := accesses - {"LDG.128", "STG.128"} - NARROW_ALLOWED[kernel]:
             found.append(f"accesses narrower than 16 bytes: {sorted(narrow)}")
     on_hopper = entry["arch"] == "sm_90" and entry["dtype"] != "float32"
-    if kernel in ATTENTION + PRODUCTS and on_hopper and not count(loop, "HGMMA"):
+    if kernel in ATTENTION + PREFILL + PRODUCTS and on_hopper and not count(loop, "HGMMA"):
         found.append("the main loop has no wgmma")
     if kernel == "attention.forward" and on_hopper:
         # ptxas lets a few slip behind the wait (Triton 3.6.0: 4 of 34); what it sinks as a whole,

@@ -518,24 +518,22 @@ def test_batched_gradients_are_refused(name, make):
 
 
 @pytest.mark.parametrize("where", ("eager", "mode", "op", "compiler"))
-def test_decode_attention_has_no_gradient(where, make):
-    inputs = make("decode_attention")
+@pytest.mark.parametrize("name", ("decode_attention", "prefill_attention"))
+def test_attention_over_a_cache_has_no_gradient(name, where, make):
+    inputs = make(name)
     inputs["q"].requires_grad_()
-    kernel = SPECS["decode_attention"].kernel
+    kernel = SPECS[name].kernel
     calls = {
         "eager": kernel,
         "mode": kernel,
-        "op": overload("decode_attention"),
+        "op": lambda **given: overload(name)(*arguments(name, given)),
         "compiler": torch.compile(kernel, backend="aot_eager"),
     }
-    names = ["block_table", "k_scale", "v_scale", "softmax_scale", "key_ranges", "key_mask"]
-    names += ["window_left", "window_right", "softcap", "sinks", "alibi_slopes"]
-    arguments = inputs | (dict.fromkeys(names) if where == "op" else {})
     with Watch() if where == "mode" else nullcontext():
         with pytest.raises(NotImplementedError, match="q: expected inputs without a gradient"):
-            calls[where](**arguments)
+            calls[where](**inputs)
         with torch.no_grad():
-            out = calls[where](**arguments)
+            out = calls[where](**inputs)
             assert not (out[0] if where == "op" else out).requires_grad
 
 

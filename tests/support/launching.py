@@ -29,7 +29,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from gqa_kernels import fused
 from gqa_kernels.runtime import launch, layout
 
-SLOW = {"flash_attention_varlen", "decode_attention", "linear_cross_entropy", "token_log_probs"}
+SLOW = {"flash_attention_varlen", "decode_attention", "prefill_attention"}
+SLOW |= {"linear_cross_entropy", "token_log_probs"}
 
 
 @contextmanager

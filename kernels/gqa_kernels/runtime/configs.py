@@ -243,17 +243,32 @@ class PrefillConfig(NamedTuple):
 
 PREFILL = (
     # Small tiles, so that tests cross tile borders with few keys.
-    PrefillConfig("interpreter", 2, 2, 256, block_m=32, block_n=16, num_warps=4, num_stages=2),
-    PrefillConfig("interpreter", 2, 1, 256, block_m=32, block_n=16, num_warps=4, num_stages=2),
-    PrefillConfig("interpreter", 4, 4, 256, block_m=32, block_n=16, num_warps=4, num_stages=2),
-    PrefillConfig("interpreter", 4, 1, 256, block_m=32, block_n=16, num_warps=4, num_stages=2),
+    *(
+        PrefillConfig("interpreter", *sizes, 256, block_m=32, block_n=16, num_warps=4, num_stages=2)
+        for sizes in ((2, 2), (2, 1), (4, 4), (4, 1))
+    ),
+    # Compiled: the largest tiles that do not spill with any option. wgmma and tcgen05 need 64 rows.
+    # With scales per token, an 8-bit cache needs a second accumulator.
+    PrefillConfig("sm_90", 2, 2, 128, block_m=128, block_n=64, num_warps=8, num_stages=3),
+    PrefillConfig("sm_90", 2, 2, 256, block_m=64, block_n=32, num_warps=8, num_stages=2),
+    PrefillConfig("sm_90", 2, 1, 128, block_m=128, block_n=64, num_warps=8, num_stages=3),
+    PrefillConfig("sm_90", 2, 1, 256, block_m=64, block_n=16, num_warps=8, num_stages=2),
+    PrefillConfig("sm_100", 2, 2, 128, block_m=128, block_n=64, num_warps=8, num_stages=2),
+    PrefillConfig("sm_100", 2, 2, 256, block_m=64, block_n=32, num_warps=8, num_stages=2),
+    PrefillConfig("sm_100", 2, 1, 128, block_m=128, block_n=32, num_warps=8, num_stages=2),
+    PrefillConfig("sm_100", 2, 1, 256, block_m=64, block_n=32, num_warps=8, num_stages=2),
+    PrefillConfig("gfx", 2, 2, 128, block_m=128, block_n=32, num_warps=8, num_stages=2),
+    PrefillConfig("gfx", 2, 2, 256, block_m=64, block_n=32, num_warps=8, num_stages=2),
+    PrefillConfig("gfx", 2, 1, 128, block_m=64, block_n=32, num_warps=8, num_stages=2),
+    PrefillConfig("gfx", 2, 1, 256, block_m=32, block_n=32, num_warps=4, num_stages=1),
     PrefillConfig("", 2, 2, 64, block_m=128, block_n=64, num_warps=8, num_stages=2),
-    PrefillConfig("", 2, 2, 128, block_m=128, block_n=64, num_warps=8, num_stages=2),
     PrefillConfig("", 2, 2, 256, block_m=64, block_n=32, num_warps=8, num_stages=2),
-    PrefillConfig("", 2, 1, 128, block_m=128, block_n=64, num_warps=8, num_stages=2),
-    PrefillConfig("", 2, 1, 256, block_m=64, block_n=32, num_warps=8, num_stages=2),
-    PrefillConfig("", 4, 4, 256, block_m=16, block_n=16, num_warps=4, num_stages=1),
-    PrefillConfig("", 4, 1, 256, block_m=16, block_n=16, num_warps=4, num_stages=1),
+    PrefillConfig("", 2, 1, 128, block_m=64, block_n=32, num_warps=8, num_stages=2),
+    PrefillConfig("", 2, 1, 256, block_m=32, block_n=32, num_warps=8, num_stages=2),
+    # As in ATTENTION_FORWARD: float32 products run outside the tensor cores.
+    PrefillConfig("", 4, 4, 64, block_m=32, block_n=32, num_warps=8, num_stages=1),
+    PrefillConfig("", 4, 4, 256, block_m=16, block_n=16, num_warps=8, num_stages=1),
+    PrefillConfig("", 4, 1, 256, block_m=16, block_n=16, num_warps=8, num_stages=1),
 )
 
 

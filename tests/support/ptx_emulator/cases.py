@@ -130,6 +130,22 @@ def extra_cases(spec: OpSpec) -> list[Case]:
                 ),
             ]
         return cases
+    if spec.name == "prefill_attention":
+        long = {"total": 150, "num_sequences": 3, "cached": 300}
+        long |= {"num_q_heads": 2, "num_kv_heads": 1, "head_dim": 128}
+        return [
+            case("long", **long),
+            case("long, full, 64", **long | {"head_dim": 64}, causal=False),
+            case("long, pages of 16", **long, page_size=16),
+            case("long, pages of 64", **long | {"head_dim": 256}, page_size=64),
+            case("long, ALiBi and a cap", **long, alibi=True, softcap=5.0),
+            case("long, window", **long, window=(90, None), sinks=True),
+            *(
+                case("quantised", **long, cache_dtype=dtype, **cache)
+                for dtype in QUANTISED
+                for cache in ({"scale_per_head": True}, {"page_size": 16})
+            ),
+        ]
     if spec.name == "rope_append_kv":
         cases = [
             case("Meta's pairs", head_dim=128, interleaved=True),

@@ -128,15 +128,23 @@ def _prefill_kernel(
     first_own_key = seq_len - num_tokens + first_row // GROUP_SIZE
     first_tile, num_tiles, num_free = key_tiles(first_own_key, visible, MOST_TOKENS, BLOCK_N)
     first_masked = (first_tile + num_free) * BLOCK_N
+    # Loop invariants are recomputed for each tile (disable_licm): hoisted, they would take the
+    # registers of larger tiles.
     # A tile of which a row sees no key must not change the row, not even by a rounding: EXACT.
     if window_left is None:  # otherwise all tiles are masked
-        for start in tl.range(first_tile * BLOCK_N, first_masked, BLOCK_N, num_stages=NUM_STAGES):
+        for start in tl.range(
+            first_tile * BLOCK_N,
+            first_masked,
+            BLOCK_N,
+            num_stages=NUM_STAGES,
+            disable_licm=True,
+        ):
             softmax = attend_to_tile(
                 q, start, seq_len, pages, cache, visible, scoring, softmax,
                 False, True, HEAD_DIM, PAGE_SIZE, BLOCK_N,
             )  # fmt: skip
     end = (first_tile + num_tiles) * BLOCK_N
-    for start in tl.range(first_masked, end, BLOCK_N, num_stages=NUM_STAGES):
+    for start in tl.range(first_masked, end, BLOCK_N, num_stages=NUM_STAGES, disable_licm=True):
         softmax = attend_to_tile(
             q, start, seq_len, pages, cache, visible, scoring, softmax,
             True, True, HEAD_DIM, PAGE_SIZE, BLOCK_N,
