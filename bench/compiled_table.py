@@ -9,7 +9,7 @@ from binary import count
 
 # Sizes that vary between calls and must not affect the binary.
 CALL_SIZES = ("num_tokens", "batch", "seq_len", "seq_len_q", "seq_len_kv", "max_seq_len", "total",
-              "num_sequences")  # fmt: skip
+              "num_sequences", "cached")  # fmt: skip
 
 _MIX = {  # patterns of instructions, by their name in the table
     "HGMMA": "HGMMA",

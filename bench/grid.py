@@ -14,6 +14,7 @@ from adapters import STEPS
 
 from gqa_kernels.spec import IN_PLACE_OPS, OPS, Case, Cost, OpSpec
 from gqa_kernels.spec.cache import decode_inputs
+from gqa_kernels.spec.prefill import prefill_inputs
 
 TIERS = ("smoke", "core", "full")
 DTYPE = torch.bfloat16
@@ -77,6 +78,9 @@ _OPS = {spec.name: spec for spec in (*OPS, *IN_PLACE_OPS)}
 # Entries beyond a length are finite here, because some peers multiply them by a weight of zero.
 _DECODE = dataclasses.replace(
     _OPS["decode_attention"], make_inputs=functools.partial(decode_inputs, spoil=False)
+)
+_PREFILL = dataclasses.replace(
+    _OPS["prefill_attention"], make_inputs=functools.partial(prefill_inputs, spoil=False)
 )
 
 
@@ -246,6 +250,31 @@ def _decode() -> list[Workload]:
     return found
 
 
+def _prefill() -> list[Workload]:
+    """A chunk of 2048 tokens: the fourth of a prompt, and beside 63 decode steps."""
+    found = []
+    for name, heads in (("70B", (64, 8)), ("7B", (32, 32))):
+        for what, batch, cached, cache in (
+            ("chunk", 1, 6144, {}),
+            ("chunk-page16", 1, 6144, {"page_size": 16}),
+            ("mixed-page16", 64, 4096, {"page_size": 16, "mixed": True}),
+        ):
+            sizes = {
+                "total": 2048,
+                "num_sequences": batch,
+                "cached": cached,
+                "num_q_heads": heads[0],
+                "num_kv_heads": heads[1],
+                "head_dim": 128,
+                "causal": True,
+                **cache,
+            }
+            tier = "core" if name == "70B" else "full"
+            shape = f"{name}-B{batch}-T2048-L{cached}-{what}"
+            found.append(Workload(_PREFILL, "fwd", shape, Case(sizes, name), tier))
+    return found
+
+
 def _append() -> list[Workload]:
     """Appends of the tokens of a decode step and of a prompt to pages of 16."""
     float8 = {"cache_dtype": torch.float8_e4m3fn}
@@ -313,7 +342,7 @@ def _passes(spec: OpSpec) -> tuple[str, ...]:
 
 
 def _grid() -> tuple[Workload, ...]:
-    found = _row_ops() + _attention() + _packed() + _decode() + _append() + _losses()
+    found = _row_ops() + _attention() + _packed() + _decode() + _prefill() + _append() + _losses()
     found += _others({work.op for work in found})
     return tuple(sorted(found, key=lambda work: TIERS.index(work.tier)))
 
@@ -332,6 +361,6 @@ _TINY_SIZES = {"flash_attention": {"seq_len_q": 9}, "decode_attention": {"ragged
 # A workload of each op that the interpreter runs quickly, for the dry run.
 TINY = tuple(
     Workload(spec, pass_, "tiny", Case(spec.tiny | _TINY_SIZES.get(name, {}), "dry run"), "smoke")
-    for name, spec in (_OPS | {"decode_attention": _DECODE}).items()
+    for name, spec in (_OPS | {"decode_attention": _DECODE, "prefill_attention": _PREFILL}).items()
     for pass_ in _passes(spec)
 )

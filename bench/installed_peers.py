@@ -1,7 +1,7 @@
 """Backends from other packages, imported when they are first used.
 
 liger-kernel, fa3-fwd (FlashAttention 3, forward), xformers (its Triton split-K decode kernel),
-flashinfer-python (its paged decode), fla-core and cut-cross-entropy. The comment above each adapter
+flashinfer-python (its paged attention), fla-core and cut-cross-entropy. The comment above each adapter
 names the version for which it was written.
 """
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from adapters import Backend, Lacks, plain_cache
 from timing import Call
+from torch import Tensor
 
 EPS = 1e-5
 
@@ -156,21 +157,18 @@ def _flashinfer() -> Any:
     return flashinfer
 
 
-def _flashinfer_decode(inputs: dict[str, Any]) -> Call:
-    """Plans the split on the host, from lengths that it reads there, once and outside of the timed
-    call; a serving engine does that per step."""
+def _flashinfer_pages(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Returns the caches as pages, and what a plan takes of them: the bounds of the sequences'
+    pages, the pages, and how full the last page of each sequence is."""
     if "k_scale" in inputs:
         raise Lacks("flashinfer has one scale for all heads and tokens of an 8-bit cache")
-    q, k, v, seq_lens = (inputs[name] for name in ("q", "k_cache", "v_cache", "seq_lens"))
-    batch, seq_len_q, num_q_heads, head_dim = q.shape
-    if seq_len_q != 1:
-        raise Lacks("flashinfer decodes one token per sequence")
+    k, v, seq_lens = (inputs[name] for name in ("k_cache", "v_cache", "seq_lens"))
     table = inputs.get("block_table")
     if table is None:
-        page_size = min(_FLASHINFER_PAGE, k.shape[1] & -k.shape[1])
+        batch, page_size = len(k), min(_FLASHINFER_PAGE, k.shape[1] & -k.shape[1])
         pages_each = k.shape[1] // page_size
         k, v = (x.view(batch * pages_each, page_size, *x.shape[2:]) for x in (k, v))
-        table = torch.arange(batch * pages_each, device=q.device).view(batch, pages_each)
+        table = torch.arange(batch * pages_each, device=k.device).view(batch, pages_each)
     page_size = k.shape[1]
     lengths = seq_lens.long()
     used = (lengths + page_size - 1) // page_size
@@ -179,6 +177,17 @@ def _flashinfer_decode(inputs: dict[str, Any]) -> Call:
     indices = torch.cat([row[:count] for row, count in zip(table, used.tolist(), strict=True)])
     bounds = torch.cat([used.new_zeros(1), used.cumsum(0)])
     last = (lengths - 1) % page_size + 1
+    return k, v, (bounds.int(), indices.int(), last.int())
+
+
+def _flashinfer_decode(inputs: dict[str, Any]) -> Call:
+    """Plans the split on the host, from lengths that it reads there, once and outside of the timed
+    call; a serving engine does that per step."""
+    k, v, pages = _flashinfer_pages(inputs)
+    q = inputs["q"]
+    _, seq_len_q, num_q_heads, head_dim = q.shape
+    if seq_len_q != 1:
+        raise Lacks("flashinfer decodes one token per sequence")
     workspace = torch.empty(_FLASHINFER_WORKSPACE, dtype=torch.uint8, device=q.device)
     # Its documentation recommends tensor cores if a group shares a key/value head.
     grouped = num_q_heads // k.shape[2] >= 4
@@ -186,11 +195,25 @@ def _flashinfer_decode(inputs: dict[str, Any]) -> Call:
         workspace, "NHD", use_tensor_cores=grouped
     )
     wrapper.plan(
-        bounds.int(), indices.int(), last.int(), num_q_heads, k.shape[2], head_dim, page_size,
+        *pages, num_q_heads, k.shape[2], head_dim, k.shape[1],
         q_data_type=q.dtype, kv_data_type=k.dtype,
     )  # fmt: skip
     queries = q.squeeze(1)
     return lambda: wrapper.run(queries, (k, v)).unsqueeze(1)
+
+
+def _flashinfer_prefill(inputs: dict[str, Any]) -> Call:
+    """Plans outside of the timed call, as `_flashinfer_decode` does."""
+    k, v, pages = _flashinfer_pages(inputs)
+    q = inputs["q"]
+    _, num_q_heads, head_dim = q.shape
+    workspace = torch.empty(_FLASHINFER_WORKSPACE, dtype=torch.uint8, device=q.device)
+    wrapper = _flashinfer().BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
+    wrapper.plan(
+        inputs["cu_seqlens_q"], *pages, num_q_heads, k.shape[2], head_dim, k.shape[1],
+        causal=inputs["causal"], q_data_type=q.dtype, kv_data_type=k.dtype,
+    )  # fmt: skip
+    return lambda: wrapper.run(q, (k, v))
 
 
 # --- fla-core 0.6.0 --------------------------------------------------------------------------
@@ -320,10 +343,12 @@ BACKENDS = (
     ),
     Backend(
         "flashinfer",
-        {"decode_attention": _flashinfer_decode},
+        {"decode_attention": _flashinfer_decode, "prefill_attention": _flashinfer_prefill},
         import_check=_flashinfer,
         distribution="flashinfer-python",
-        forward_only={"decode_attention": "a cache has no gradient"},
+        forward_only=dict.fromkeys(
+            ("decode_attention", "prefill_attention"), "a cache has no gradient"
+        ),
     ),
     Backend(
         "fla",

@@ -235,7 +235,9 @@ def _flex_decode(inputs: dict[str, Any]) -> Call:
 
 # --- The table -------------------------------------------------------------------------------
 
-_DECODE_FORWARD = dict.fromkeys(("decode_attention", "rope_append_kv"), "a cache has no gradient")
+_DECODE_FORWARD = dict.fromkeys(
+    ("decode_attention", "prefill_attention", "rope_append_kv"), "a cache has no gradient"
+)
 _DECODE_FORWARD["sample_tokens"] = "a token has no gradient"
 
 BACKENDS = (

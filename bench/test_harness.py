@@ -453,6 +453,28 @@ class _PagedLike:
         return torch.cat(rows).squeeze(1)
 
 
+class _PackedPagedLike(_PagedLike):
+    """The same of packed rows."""
+
+    def __init__(self, workspace, layout):
+        super().__init__(workspace, layout, use_tensor_cores=False)
+
+    def plan(self, bounds_q, *pages, causal, **dtypes):
+        assert bounds_q.dtype == torch.int32 and causal
+        self.bounds_q = bounds_q
+        super().plan(*pages, **dtypes)
+
+    def run(self, q, caches):
+        capacity = max(len(pages) for pages in self.pages)
+        table = torch.zeros(len(self.pages), capacity, dtype=torch.int32)
+        for row, pages in zip(table, self.pages, strict=True):
+            row[: len(pages)] = pages
+        full = torch.tensor([len(pages) - 1 for pages in self.pages]) * caches[0].shape[1]
+        return reference.prefill_attention(
+            q, *caches, self.bounds_q, full + self.last, block_table=table
+        )
+
+
 _STANDINS = {
     "liger": {
         "_liger": SimpleNamespace(
@@ -485,7 +507,10 @@ _STANDINS = {
         )
     },
     "flashinfer": {
-        "_flashinfer": SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=_PagedLike),
+        "_flashinfer": SimpleNamespace(
+            BatchDecodeWithPagedKVCacheWrapper=_PagedLike,
+            BatchPrefillWithPagedKVCacheWrapper=_PackedPagedLike,
+        ),
     },
     "fla": {
         "_fla": (
@@ -546,12 +571,19 @@ def test_sums_that_are_rounded_with_every_chunk_have_a_budget_of_their_own():
             gate.check(work, inputs, ones, spoiled, coarse=True)
 
 
-@pytest.mark.parametrize("ragged", [False, True])
-def test_flashinfer_reads_pages(monkeypatch, ragged):
-    standin = SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=_PagedLike)
+@pytest.mark.parametrize(
+    ("op", "sizes"),
+    [
+        ("decode_attention", {"ragged": False}),
+        ("decode_attention", {"ragged": True}),
+        ("prefill_attention", {"mixed": True}),
+    ],
+)
+def test_flashinfer_reads_pages(monkeypatch, op, sizes):
+    standin = _STANDINS["flashinfer"]["_flashinfer"]
     monkeypatch.setattr(installed_peers, "_flashinfer", lambda: standin)
-    tiny = TINY["decode_attention", "fwd"]
-    sizes = tiny.case.sizes | {"page_size": 8, "ragged": ragged}
+    tiny = TINY[op, "fwd"]
+    sizes = tiny.case.sizes | {"page_size": 8} | sizes
     work = dataclasses.replace(tiny, case=dataclasses.replace(tiny.case, sizes=sizes))
     inputs = work.spec.make_inputs(work.case, grid.DTYPE, CPU, torch.Generator().manual_seed(0))
     actual = make_call(peers.BY_NAME["flashinfer"], work.op, "fwd", inputs, (), ())()

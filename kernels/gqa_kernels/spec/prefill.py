@@ -24,14 +24,15 @@ def prefill_lengths(case: Case) -> tuple[list[int], list[int]]:
     return new, [sizes["cached"] * (count - i) // count for i in range(count)]
 
 
-def _inputs(case: Case, *context: Any) -> dict[str, Any]:
+def prefill_inputs(case: Case, *context: Any, spoil: bool = True) -> dict[str, Any]:
+    """`cache_inputs` with `prefill_lengths`, and the new tokens' queries."""
     draw, sizes = Draw(case, *context), case.sizes
     new, cached = prefill_lengths(case)
     bounds = torch.tensor([0, *new], device="cpu").cumsum(0)
     lengths = [sum(pair) for pair in zip(new, cached, strict=True)]
     unit = sizes.get("page_size", 8)
     capacity = -(-(max(lengths) + 3) // unit) * unit
-    caches = cache_inputs(draw, sizes, lengths, capacity)
+    caches = cache_inputs(draw, sizes, lengths, capacity, spoil=spoil)
     return {
         "q": draw(sizes["total"], sizes["num_q_heads"], sizes["head_dim"]),
         "cu_seqlens_q": bounds.to(draw.device, torch.int32),
@@ -125,7 +126,7 @@ OPS = (
         reference.prefill_attention,
         fused.prefill_attention,
         _CASES,
-        _inputs,
+        prefill_inputs,
         _cost,
         {
             "total": 11,
