@@ -46,6 +46,7 @@ SIZES = {
     "apply_rope": {"batch": 1, "seq_len": 2, "head_dim": 16},
     "flash_attention": {"batch": 1, "seq_len_q": 2, "seq_len_kv": 2, "head_dim": 16},
     "decode_attention": {"batch": 1, "head_dim": 16, "ragged": False},
+    "prefill_attention": {"total": 2, "num_sequences": 1, "head_dim": 16},
     "rope_append_kv": {"batch": 1, "head_dim": 16},
     "sample_tokens": {"num_tokens": 2, "vocab_size": 16},
 }

@@ -1,8 +1,8 @@
 """Backends from other packages, imported when they are first used.
 
 liger-kernel, fa3-fwd (FlashAttention 3, forward), xformers (its Triton split-K decode kernel),
-flashinfer-python (its paged attention), fla-core and cut-cross-entropy. The comment above each adapter
-names the version for which it was written.
+flashinfer-python (its paged attention), fla-core and cut-cross-entropy. The comment above each
+adapter names the version for which it was written.
 """
 
 import functools

@@ -236,12 +236,84 @@ def test_longest_lengths_are_whatever_callers_pass(draw, bounds):
         assert torch.equal(out, expected)
 
 
+# --- Pages -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def paged(draw, bounds):
+    """Sequences of more keys than queries, of fewer, and empty ones, in shuffled pages of 4 keys;
+    NaN wherever no key is."""
+    lengths_q, lengths_k = (5, 0, 20, 3), (9, 4, 22, 1)
+    order, used = torch.randperm(13).tolist(), [-(-n // 4) for n in lengths_k]
+    table = torch.full((4, 6), 99, dtype=torch.int32)
+    q = draw(sum(lengths_q), 4, 16)
+    k, v = (torch.full((13, 4, 2, 16), torch.nan) for _ in range(2))
+    for row, length, count in zip(table, lengths_k, used, strict=True):
+        row[:count] = torch.tensor([order.pop() for _ in range(count)])
+        for x in (k, v):
+            keys = torch.cat([draw(length, 2, 16).cpu(), torch.full((3, 2, 16), torch.nan)])
+            x[row[:count].long()] = keys[: 4 * count].view(count, 4, 2, 16)
+    k, v, table = (x.to(q.device) for x in (k, v, table))
+    return {"q": q, "k": k, "v": v}, bounds(*lengths_q), bounds(*lengths_k), table
+
+
+def gathered(pages, cu_seqlens_k, table):
+    """The keys of all sequences, one after another."""
+    rows = [pages[row.clamp(max=12).long()].flatten(0, 1) for row in table]
+    lengths = cu_seqlens_k.diff().tolist()
+    return torch.cat([row[:length] for row, length in zip(rows, lengths, strict=True)])
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@EVERY_MEANING
+def test_varlen_reads_pages(options, meaning, dtype, paged, device):
+    inputs, bounds_q, bounds_k, table = paged
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    if "alibi_slopes" in options:
+        slopes = {"alibi_slopes": SLOPES.repeat(2).to(device)}
+        options, meaning = options | slopes, meaning | slopes
+
+    def ours(q, k, v):
+        # Only differences of the keys' bounds count.
+        out, lse, _ = flash_attn.flash_attn_varlen_func(
+            q, k, v, bounds_q, bounds_k + 7, 20, 22,
+            block_table=table, return_attn_probs=True, **options,
+        )  # fmt: skip
+        return out, lse
+
+    def theirs(q, k, v):
+        k, v = (gathered(x, bounds_k, table) for x in (k, v))
+        return reference.flash_attention_varlen(
+            q, k, v, bounds_q, bounds_k, return_lse=True, **meaning
+        )
+
+    assert_call(ours, theirs, inputs)
+
+
+def test_wrong_pages(paged):
+    inputs, bounds_q, bounds_k, table = paged
+
+    def call(bounds_k=bounds_k, table=table, **changes):
+        tensors = (inputs | changes).values()
+        return flash_attn.flash_attn_varlen_func(
+            *tensors, bounds_q, bounds_k, 20, 22, block_table=table
+        )
+
+    for changes, error, message in (
+        ({"table": table.long()}, TypeError, "block_table: expected dtype int32"),
+        ({"table": table[:2]}, ValueError, r"block_table: expected shape \[4, max_pages\]"),
+        ({"bounds_k": bounds_k[:3]}, ValueError, r"cu_seqlens_k: expected shape \[5\]; got \[3\]"),
+        ({"k": inputs["k"].flatten(0, 1)}, ValueError, r"k: expected shape \[num_pages, page_size"),
+        ({"v": inputs["v"][:5]}, ValueError, r"v: expected shape \[13, 4, 2, 16\]"),
+        ({"k": inputs["k"].half()}, TypeError, "k: expected q's dtype"),
+        ({"q": inputs["q"].clone().requires_grad_()}, NotImplementedError, "q: expected inputs w"),
+    ):
+        with pytest.raises(error, match=f"^{message}"):
+            call(**changes)
+
+
 def test_refused_tensors(draw, bounds):
     q, cu_seqlens = draw(3, 4, 16), bounds(3)
-    with pytest.raises(NotImplementedError, match="block_table: expected None; got Tensor"):
-        flash_attn.flash_attn_varlen_func(
-            q, q, q, cu_seqlens, cu_seqlens, 3, 3, block_table=cu_seqlens
-        )
     with pytest.raises(TypeError, match=r"kv: expected a torch\.Tensor; got tuple"):
         flash_attn.flash_attn_kvpacked_func(q[None], (q[None], q[None]))
     shape = r"qkv: expected shape \[batch, seqlen, 3, nheads, headdim\]; got \[1, 3, 2, 4, 16\]"

@@ -240,6 +240,35 @@ def test_many_queries_that_are_not_causal(draw, device):
     check("paged", draw, device, seqlen_q=20)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    (
+        ("contiguous", {"causal": True}),
+        ("indexed", {"causal": True, "softcap": 1.5, "window_size": (6, -1)}),
+        ("paged", {"window_size": (2, 3)}),
+        ("paged", {"alibi_slopes": torch.linspace(0.1, 0.6, HEADS), "softmax_scale": 0.4}),
+    ),
+    ids=("causal", "cap", "window", "slopes"),
+)
+def test_many_queries_that_see_different_entries(kind, options, draw, device):
+    """More than `decode_attention` takes, also before the first entry."""
+    sizes = {"seqlen_q": 18, "seqlen_new": 17, "lengths": (0, 1, 7), "rotary_dim": DIM}
+    check(kind, draw, device, torch.bfloat16, **sizes, **options)
+
+
+def test_many_queries_compiled(draw, device):
+    q, k, v = draw(2, 18, 6, 16), draw(2, 18, 2, 16), draw(2, 18, 2, 16)
+    seqlens = torch.tensor([2, 6], dtype=torch.int32, device=device)
+    cache, results = draw(2, 24, 2, 16), []
+    compiled = torch.compile(flash_attn_with_kvcache, backend="aot_eager", fullgraph=True)
+    for call in (flash_attn_with_kvcache, compiled):
+        caches = cache.clone(), cache.flip(0)
+        with torch.no_grad():
+            options = {"cache_seqlens": seqlens, "causal": True, "return_softmax_lse": True}
+            results.append(call(q, *caches, k, v, **options))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 @KINDS
 def test_what_finds_no_room_is_not_written(kind, draw, device):
     rows = [(torch.ones(ROOM, HEADS_K, DIM),) * 2] * BATCH
@@ -308,13 +337,13 @@ def test_compiled_and_eager_have_the_same_bits(draw, device):
 BAD = {
     "softcap": ({"softcap": -1.0}, ValueError, r"softcap: expected .* got -1\.0"),
     "slopes": ({"alibi_slopes": torch.ones(3)}, ValueError, r"alibi_slopes: expected shape \[4\]"),
-    "queries": (
-        {"q": (2, 17, 4, 16), "causal": True}, NotImplementedError,
-        "q: expected a seq_len_q of 1 to 16; got 17",
+    "many queries and leftpad": (
+        {"q": (2, 17, 4, 16), "causal": True, "cache_leftpad": torch.zeros(2).int()},
+        NotImplementedError, "cache_leftpad: expected None with more than 16 queries",
     ),
-    "window": (
-        {"q": (2, 17, 4, 16), "window_size": (2, 2)}, NotImplementedError,
-        "q: expected a seq_len_q of 1 to 16; got 17",
+    "many queries, slopes": (
+        {"q": (2, 17, 4, 16), "alibi_slopes": torch.ones(3)}, ValueError,
+        r"alibi_slopes: expected shape \[4\]",
     ),
     "sides": ({"window_size": 3}, TypeError, "window_size: expected"),
     "cache": ({"k_cache": (3, 8, 2, 16)}, ValueError, r"k_cache: expected shape \[2, "),

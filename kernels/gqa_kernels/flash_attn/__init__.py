@@ -2,7 +2,8 @@
 
 To port code, use `import gqa_kernels.flash_attn as flash_attn`, or import the functions from here.
 Names, signatures, layouts and return values are flash-attn's; the results and their numerics are
-those of `flash_attention` and `flash_attention_varlen` in `ops/attention`. In every function:
+those of `flash_attention` and `flash_attention_varlen` in `ops/attention` and, with a block_table,
+of `prefill_attention` in `ops/cache`. In every function:
 
     dropout_p: 0.0.
     softmax_scale: positive; None means 1 / sqrt(headdim).
@@ -24,8 +25,8 @@ Raises, in every function:
     TypeError, ValueError: an argument of another kind, dtype, shape or device; a negative softcap.
         Errors about a part of a packed tensor name the part, q, k or v; errors about bounds name
         cu_seqlens_q and cu_seqlens_kv.
-    NotImplementedError: a dropout_p other than 0.0, a block_table, another headdim, alibi_slopes
-        that require a gradient.
+    NotImplementedError: a dropout_p other than 0.0, another headdim, alibi_slopes that require a
+        gradient, an input that requires a gradient with a block_table.
     RuntimeError: tensors that are not on a GPU that Triton drives.
 
 Source: Dao 2023, arXiv:2307.08691; github.com/Dao-AILab/flash-attention v2.8.3,
@@ -33,9 +34,11 @@ Source: Dao 2023, arXiv:2307.08691; github.com/Dao-AILab/flash-attention v2.8.3,
 """
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from gqa_kernels.flash_attn.kvcache import flash_attn_with_kvcache
 from gqa_kernels.ops import attention
+from gqa_kernels.ops.cache.prefill import prefill_attention
 from gqa_kernels.runtime import checks
 
 __all__ = [
@@ -197,25 +200,47 @@ def flash_attn_varlen_func(
 
     Args:
         q: (total_q, nheads, headdim).
-        k, v: (total_k, nheads_k, headdim).
+        k, v: (total_k, nheads_k, headdim); with a block_table (num_pages, page_size, nheads_k,
+            headdim), page_size any power of two.
         cu_seqlens_q, cu_seqlens_k: int32 or int64 (batch + 1,): sequence b has the rows from
-            cu_seqlens[b] up to cu_seqlens[b + 1].
+            cu_seqlens[b] up to cu_seqlens[b + 1]; with a block_table, only the difference of two
+            bounds of keys counts, the number of keys of the sequence.
         max_seqlen_q, max_seqlen_k: not used.
-        block_table: None.
+        block_table: int32 (batch, max_pages): key j of sequence b is
+            k[block_table[b, j // page_size], j % page_size]. A page outside k has no keys that a
+            query sees. The keys are read where they are.
     Returns:
         out (total_q, nheads, headdim); or (out, softmax_lse, S_dmask), softmax_lse float32
         (nheads, total_q).
     """
-    if block_table is not None:
-        raise NotImplementedError(
-            f"block_table: expected None; got {type(block_table).__name__}. Paged keys and values "
-            "are not supported"
-        )
     options = _options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         deterministic, return_attn_probs,
     )  # fmt: skip
-    return _result(attention.flash_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options))
+    if block_table is None:
+        packed = (q, k, v, cu_seqlens_q, cu_seqlens_k)
+        return _result(attention.flash_attention_varlen(*packed, **options))
+    if not is_compiling():  # checks are not traced
+        _check_pages(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    seqlens_k = cu_seqlens_k.diff()
+    pages = {"block_table": block_table}
+    return _result(prefill_attention(q, k, v, cu_seqlens_q, seqlens_k, **pages, **options))
+
+
+def _check_pages(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
+) -> None:
+    """Checks what `prefill_attention` would report under another name, and that k has q's dtype."""
+    like = ("q", q)
+    checks.tensor("q", q, shape=("total_q", "nheads", "headdim"))
+    bounds = {"dtypes": checks.INTS, "like": like}
+    checks.tensor("cu_seqlens_q", cu_seqlens_q, shape=("batch + 1",), **bounds)
+    checks.tensor("cu_seqlens_k", cu_seqlens_k, shape=tuple(cu_seqlens_q.shape), **bounds)
+    shape = ("num_pages", "page_size", "nheads_k", q.shape[2])
+    checks.tensor("k", k, shape=shape, like=like)
+    checks.tensor("v", v, shape=tuple(k.shape), like=like)
+    for name, pages in (("k", k), ("v", v)):
+        checks.same_dtype(name, pages, *like)
 
 
 def flash_attn_varlen_kvpacked_func(

@@ -1,4 +1,5 @@
-"""flash-attn 2.8's `flash_attn_with_kvcache` on `rope_append_kv` and `decode_attention`.
+"""flash-attn 2.8's `flash_attn_with_kvcache` on `rope_append_kv`, `decode_attention` and, for more
+queries than that takes, `prefill_attention`.
 
 Lengths and slots, which depend on values, are computed on the device.
 Source: github.com/Dao-AILab/flash-attention v2.8.3, `flash_attn/flash_attn_interface.py`.
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from gqa_kernels.ops.cache import decode
+from gqa_kernels.ops.cache import decode, prefill
 from gqa_kernels.ops.cache.append import rope_append_kv
 from gqa_kernels.ops.rope import apply_rope
 from gqa_kernels.runtime import checks, library
@@ -45,8 +46,7 @@ def flash_attn_with_kvcache(
     counts the new entries too.
 
     Args:
-        q: float32, float16 or bfloat16 (batch, seqlen_q, nheads, headdim); seqlen_q 1 to 16 where
-            attention is causal, has a window or alibi_slopes.
+        q: float32, float16 or bfloat16 (batch, seqlen_q, nheads, headdim), seqlen_q ≥ 1.
         k_cache, v_cache: the same dtype, (batch_cache, seqlen_cache, nheads_k, headdim), or with a
             block_table (num_pages, page_size, nheads_k, headdim), page_size any power of two.
         k, v: (batch, seqlen_new, nheads_k, headdim), or None: nothing is appended.
@@ -79,10 +79,10 @@ def flash_attn_with_kvcache(
     Raises:
         TypeError, ValueError: an argument of another kind, dtype, shape or device. Nothing has been
             written.
-        NotImplementedError: more than 16 queries that are causal, have a window or alibi_slopes; a
-            rotary_dim below headdim without rotary_interleaved; a cache_batch_idx with a
-            block_table, or with caches whose sequences are not one after another in memory; an
-            input that requires a gradient.
+        NotImplementedError: a cache_leftpad with more than 16 queries that are causal, have a
+            window or alibi_slopes; a rotary_dim below headdim without rotary_interleaved; a
+            cache_batch_idx with a block_table, or with caches whose sequences are not one after
+            another in memory; an input that requires a gradient.
         RuntimeError: tensors that are not on a GPU that Triton drives.
     """
     left, right = checks.window_size(window_size)
@@ -110,28 +110,60 @@ def flash_attn_with_kvcache(
     seq_lens = before if k is None else (before + k.shape[1]).clamp(max=capacity)
     num_rows = 1 if packs else q.shape[1]
     ranges = _key_ranges(seq_lens, num_rows, cache_leftpad, capacity)
+    many = num_rows > decode.MAX_NEW_TOKENS
+    if many and ranges is not None:
+        raise NotImplementedError(
+            f"cache_leftpad: expected None with more than {decode.MAX_NEW_TOKENS} queries that are "
+            f"causal, have a window or alibi_slopes; got {num_rows}"
+        )
     if not is_compiling():  # before anything is written
-        attended = (k_cache, v_cache, seq_lens, block_table, None, None, ranges, None)
         scores = (softmax_scale, left, 0 if causal else right, softcap, None, alibi_slopes)
-        decode.check(q[:, :num_rows], *attended, *scores)
+        if many:
+            attended = (k_cache, v_cache, _bounds(q), seq_lens, block_table, None, None)
+            prefill.check(q.flatten(0, 1), *attended, *scores)
+        else:
+            attended = (k_cache, v_cache, seq_lens, block_table, None, None, ranges, None)
+            decode.check(q[:, :num_rows], *attended, *scores)
         if library.needs_graph(q, k_cache, v_cache, k, v):
             decode.refuse_gradient()
     if k is not None:
         q = _append(
             q, k, v, k_cache, v_cache, *rotary, before, block_table, turns, rotary_interleaved
         )
+    options = {
+        "block_table": block_table,
+        "causal": causal,
+        "softmax_scale": softmax_scale,
+        "window": (left, right),
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "return_lse": return_softmax_lse,
+    }
+    if many:
+        packed = prefill.prefill_attention(
+            q.flatten(0, 1), k_cache, v_cache, _bounds(q), seq_lens, **options
+        )
+        out, lse = packed if return_softmax_lse else (packed, None)
+        out = out.view(q.shape)
+        if lse is None:
+            return out
+        return out, lse.unflatten(1, q.shape[:2]).transpose(0, 1).contiguous()
     nheads_k = k_cache.shape[2]
     result = decode.decode_attention(
-        _pack(q, nheads_k) if packs else q, k_cache, v_cache, seq_lens, block_table=block_table,
-        causal=causal, softmax_scale=softmax_scale, window=(left, right), softcap=softcap,
-        alibi_slopes=alibi_slopes, key_ranges=ranges, return_lse=return_softmax_lse,
-    )  # fmt: skip
+        _pack(q, nheads_k) if packs else q, k_cache, v_cache, seq_lens, key_ranges=ranges, **options
+    )
     if not packs:
         return result
     if not return_softmax_lse:
         return _unpack(result, q.shape[1], nheads_k)
     out, lse = result
     return _unpack(out, q.shape[1], nheads_k), _unpack_lse(lse, q.shape[1], nheads_k)
+
+
+def _bounds(q: Tensor) -> Tensor:
+    """The bounds of the sequences of (batch, seqlen_q, …) one after another, int32 (batch + 1,)."""
+    batch, seqlen_q = q.shape[:2]
+    return torch.arange(batch + 1, dtype=torch.int32, device=q.device) * seqlen_q
 
 
 def _check(
