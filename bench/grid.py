@@ -251,7 +251,7 @@ def _decode() -> list[Workload]:
 
 
 def _prefill() -> list[Workload]:
-    """A chunk of 2048 tokens: the fourth of a prompt, and beside 63 decode steps."""
+    """A chunk of 2048 tokens: the fourth of a prompt, and one batched with 63 decode steps."""
     found = []
     for name, heads in (("70B", (64, 8)), ("7B", (32, 32))):
         for what, batch, cached, cache in (

@@ -104,7 +104,7 @@ with emulating(sys.argv[1]):
 
 
 @pytest.mark.parametrize("arch", ("sm_80", "sm_90"))
-def test_a_row_of_a_prefill_has_the_bits_of_a_call_of_its_own(arch):
-    """Among other new tokens, whose tiles of keys it does not see and whose tiles need no mask."""
+def test_a_row_of_a_prefill_has_the_same_bits_in_a_separate_call(arch):
+    """Whether or not other rows of its block see further tiles, and whether a tile is masked."""
     done = compiling("-c", BITS_OF_PREFILL, arch)
     assert done.returncode == 0, done.stderr[-4000:]

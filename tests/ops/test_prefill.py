@@ -61,7 +61,7 @@ def assert_within_budget(inputs):
 
 
 def one_by_one(inputs):
-    """Results of the rows of each sequence, each row in a call of its own."""
+    """Results of the rows of each sequence, each row in a separate call."""
     bounds, lengths = (inputs[name].tolist() for name in ("cu_seqlens_q", "seq_lens"))
     device, rows = inputs["q"].device, []
     for b, length in enumerate(lengths):
@@ -195,7 +195,7 @@ def test_pages_have_the_bits_of_a_contiguous_cache(page_size, make, generator):
 
 
 @pytest.mark.parametrize("page_size", (8, 32))
-def test_a_page_that_there_is_not_hides_its_keys(page_size, make, generator):
+def test_a_missing_page_hides_its_keys(page_size, make, generator):
     inputs = make((20, 40), (44, 20))
     paged = in_pages(inputs, page_size, generator)
     num_pages = len(paged["k_cache"])
@@ -270,7 +270,7 @@ def test_keys_before_the_window_are_not_read(make):
 
 
 def test_keys_after_the_last_of_a_block_are_not_read(make):
-    """The first block of a chunk reads the tiles up to that of its own last key."""
+    """The first block of a chunk reads the tiles up to that of its last row's key."""
     inputs = make((100,), (0,), heads=(2, 1))
     clean = prefill_attention(**inputs)
     inputs["v_cache"][:, 64:] = math.nan

@@ -251,7 +251,7 @@ def prefill_attention(
         out `[total_q, num_q_heads, head_dim]`, and with `return_lse` the natural-log lse
         `[num_q_heads, total_q]`. For a query that sees no key, out is 0 and lse is −inf or its
         sink.
-    Reference: chunks of prompts beside decode steps: Agrawal et al. 2024, arXiv:2403.02310.
+    Reference: chunks of prompts batched with decode steps: Agrawal et al. 2024, arXiv:2403.02310.
     """
     k_cache, v_cache = (
         dequantized(cache, scale, q.dtype)

@@ -2,24 +2,26 @@
 
     out = softmax(softmax_scale · q kᵀ) v   over the first seq_lens[b] entries of the cache
 
-The new tokens of the sequences are packed one after another, as in `flash_attention_varlen`; the
-keys are where `decode_attention` has them. One launch computes chunks of prompts over what is
-cached of them, prompts that share a cached prefix, drafted tokens, and decode steps beside them.
+The new tokens of all sequences are packed one after another, as in `flash_attention_varlen`; the
+cache is laid out as in `decode_attention`. One launch computes chunks of prompts whose beginning is
+cached, prompts that share a cached prefix, drafted tokens and decode steps, in one batch.
 
 A program owns a block of rows of one sequence and one key/value head: its new tokens × the query
-heads that read that head, so that K and V are read once for all heads of a group. It walks the key
-tiles that its rows see, from the first to the last, with the running softmax of flash attention
-(Dao 2023, arXiv:2307.08691); only the tiles that some row does not see entirely are masked. A key
-in a page is read where it is.
+heads that read that head, so K and V are read once for all heads of a group. It walks the key tiles
+that its rows see, from the first to the last, with the online softmax of flash attention (Dao 2023,
+arXiv:2307.08691). Only the tiles that some row does not see entirely are masked. Keys in pages are
+read in place, never gathered.
 
-The tiles of keys begin at multiples of the tile's size in the sequence, and a tile of which a row
-sees no key leaves the row as it is. Therefore the result of a row has the same bits whatever the
-other sequences of the batch, the paging, the capacity and the other new tokens of the call are, so
-far as a matrix product computes the rows of a tile alike. Tensor cores do.
+Key tiles begin at multiples of the tile's size in the sequence, and a tile in which a row sees no
+key does not change that row. Therefore the bits of a row's result do not depend on the other
+sequences of the batch, the paging and the capacity. They do not depend on the other new tokens of
+the call either, except in a cache with scales per token: there, weights are divided by the largest
+scale of a tile, which may be that of a later key. All this assumes that a matrix product computes
+all rows of a tile in the same way, as tensor cores do.
 
-Keys are not split among programs. A sequence with few new tokens and a long cache keeps one program
-per key/value head busy for as long as it takes to read the cache of that head; `decode_attention`
-splits, and takes the sequences with up to 16 new tokens.
+Keys are not split among programs: one program per key/value head reads the whole cache of a
+sequence with few new tokens. If that cache is long, the program determines the time of the launch;
+`decode_attention` splits the keys, and takes sequences with up to 16 new tokens.
 """
 
 import torch
