@@ -90,3 +90,18 @@ def test_decode_attention(draw):
         one = slice(row, row + 1)
         wanted = reference.flash_attention(q[one], k[one, :length], v[one, :length], causal=True)
         torch.testing.assert_close(out[one], wanted)
+
+
+@pytest.mark.parametrize("far", (2**63 - 1, 10**30))
+@pytest.mark.parametrize("lengths", ((3, 7), (7, 3)))
+def test_a_window_beyond_all_keys_hides_none(lengths, far, draw):
+    """Keys at such a distance have numbers that no int64 holds, on either side."""
+    q, k = draw(2, lengths[0], 2, 8), draw(2, lengths[1], 1, 8)
+    bounds = torch.arange(3) * lengths[0]
+    for window in ((far, None), (None, far), (far, far)):
+        for op, rows, options in (
+            (reference.flash_attention, (q, k, k), {}),
+            (reference.decode_attention, (q, k, k, None), {"causal": False}),
+            (reference.prefill_attention, (q.flatten(0, 1), k, k, bounds, None), {"causal": False}),
+        ):
+            assert torch.equal(op(*rows, **options, window=window), op(*rows, **options))

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from gqa_kernels.reference.rows import wide
 
+_FARTHEST = 2**62  # no key is further away; the key at this distance is still an int64
+
 
 def attend(
     q: Tensor,
@@ -48,7 +50,8 @@ def in_window(
 ) -> Tensor | None:
     """Whether a key is in the window around the key with which a query is aligned; None if no side
     is limited."""
-    left, right = window or (None, None)
+    sides = window or (None, None)
+    left, right = (None if side is None else min(side, _FARTHEST) for side in sides)
     if causal:
         right = 0
     sides = []
