@@ -65,10 +65,26 @@ def test_measured_rows_of_an_earlier_run_stand_in_the_decision(tmp_path, capsys)
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ({}, "measured_rows: expected a list; got dict"),
-        ([[]], r"measured_rows[0]: expected an object; got list"),
+        ({}, "measured_rows: expected list; got {}"),
+        ([[]], r"measured_rows[0]: expected dict; got []"),
         ([{"tag": "measured"}], "measured_rows[0]: expected an entry 'batch'; got none"),
         ([ROWS[0] | {"microseconds": None}], "measured_rows[0].microseconds: expected a finite"),
+        ([ROWS[0] | {"microseconds": 0}], "measured_rows[0].microseconds: expected 1e-09 to"),
+        (
+            [ROWS[0] | {"microseconds": 18.0}],
+            "measured_rows[0].microseconds: expected 19.0 to 62.0, its percentiles; got 18.0",
+        ),
+        ([ROWS[0] | {"batch": "8"}], "measured_rows[0].batch: expected int; got '8'"),
+        ([ROWS[0] | {"context": None}], "measured_rows[0].context: expected int; got None"),
+        ([ROWS[0] | {"num_kv_heads": [8]}], "measured_rows[0].num_kv_heads: expected int; got [8]"),
+        ([ROWS[0] | {"gpu": 1}], "measured_rows[0].gpu: expected str; got 1"),
+        ([ROWS[0] | {"tag": ["x"]}], "measured_rows[0].tag: expected one of measured, does not"),
+        # It would name a plot.
+        ([ROWS[0] | {"shape": "../x"}], "measured_rows[0].shape: expected one of 7B, 13B"),
+        (
+            [ROWS[0] | {"tag": "does not fit", "floor_microseconds": None}],
+            "measured_rows[0].floor_microseconds: expected a finite number; got None",
+        ),
     ],
 )
 def test_rows_that_are_none_are_refused_before_anything_is_written(tmp_path, capsys, rows, message):

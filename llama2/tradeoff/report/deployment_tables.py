@@ -1,6 +1,5 @@
 """Speed and memory on paper as tables, and the published tables beside them."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,17 +12,20 @@ from llama2.tradeoff.published import PublishedTable
 from llama2.tradeoff.question import Question, parameters_name, shares
 from llama2.tradeoff.report.wording import heads_name
 from llama2.tradeoff.roofline import Deployment
+from llama2.tradeoff.study.result_form import COUNT, Number, check_entry
 
 SHOWN_BATCH = 32
 SHOWN_TP = (2, 4, 8)
-_SETTING = (
-    *("shape", "num_q_heads", "num_kv_heads", "batch", "context", "num_layers", "gpu"),
-    "tag",
-)
-_MEASURED = (
-    *("floor_microseconds", "microseconds", "microseconds_p20", "microseconds_p80"),
-    "percent_of_floor",
-)
+_MEASURED = ("microseconds", "microseconds_p20", "microseconds_p80", "percent_of_floor")
+_POSITIVE = Number(float, 1e-9, 1e30)
+_ROW = {  # of `measured.measure_decode`, with the shape beside
+    **dict.fromkeys(("num_q_heads", "num_kv_heads", "batch", "context", "num_layers"), COUNT),
+    "shape": tuple(PUBLISHED),
+    "gpu": str,
+    "tag": ("measured", "does not fit"),
+    "floor_microseconds": _POSITIVE,
+    **dict.fromkeys(_MEASURED, replace(_POSITIVE, optional=True)),
+}
 
 
 def memory_table(question: Question) -> Table:
@@ -119,19 +121,20 @@ def published_table(table: PublishedTable) -> Table:
 
 
 def check_measured(rows: Sequence[dict[str, Any]]) -> None:
-    """Raises ValueError: no list of rows, one without an entry, or one that says "measured" and has
-    a figure that is not finite."""
-    if not isinstance(rows, list):
-        raise ValueError(f"measured_rows: expected a list; got {type(rows).__name__}")
+    """Raises ValueError, which names the entry: no list of rows, one without an entry or with one
+    of another kind, or one that says "measured" and has a figure that is not a positive number, or
+    a median outside of its percentiles."""
+    check_entry("measured_rows", rows, [_ROW])
     for index, row in enumerate(rows):
+        if row["tag"] != "measured":
+            continue
         where = f"measured_rows[{index}]"
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: expected an object; got {type(row).__name__}")
-        if missing := {*_SETTING, *_MEASURED} - row.keys():
-            raise ValueError(f"{where}: expected an entry {min(missing)!r}; got none")
-        for name in _MEASURED if row["tag"] == "measured" else ():
-            if not isinstance(row[name], int | float) or not math.isfinite(row[name]):
-                raise ValueError(f"{where}.{name}: expected a finite number; got {row[name]!r}")
+        check_entry(where, row, dict.fromkeys(_MEASURED, _POSITIVE))
+        p20, median, p80 = (row[f"microseconds{end}"] for end in ("_p20", "", "_p80"))
+        if not p20 <= median <= p80:
+            raise ValueError(
+                f"{where}.microseconds: expected {p20} to {p80}, its percentiles; got {median}"
+            )
 
 
 def measured_table(rows: Sequence[dict[str, Any]]) -> Table:
