@@ -48,13 +48,24 @@ def _read(folder: Path) -> Run:
     if not records:
         raise ValueError(f"{log}: expected a record of at least one step; got none")
     record = folder / RECORD
-    held_out = _held_out(read_json(record)) if record.is_file() else {}
-    return Run(str(folder), records, held_out)
+    return Run(str(folder), records, _held_out(record) if record.is_file() else {})
 
 
-def _held_out(record: Mapping[str, Any]) -> dict[str, list[tuple[int, float]]]:
+def _held_out(file: Path) -> dict[str, list[tuple[int, float]]]:
     """Returns, by quantity, (steps done, value) before and after training, if the run measured
-    them; see the records of pretrain.py, sft.py and reward.py."""
+    them."""
+    record = read_json(file)
+    try:
+        return {
+            name: [(int(steps), float(value)) for steps, value in points]
+            for name, points in _points(record).items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{file}: expected the record of a training run; {error!r}") from error
+
+
+def _points(record: Mapping[str, Any]) -> dict[str, list[tuple[int, float]]]:
+    """See the records of pretrain.py, sft.py and reward.py."""
     found = record.get("held_out")
     if not found:
         return {}

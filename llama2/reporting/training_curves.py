@@ -14,8 +14,9 @@ from matplotlib.ticker import MaxNLocator
 from llama2.reporting.document import printable
 from llama2.reporting.drawing import series
 
-_COLUMNS = 4
+_COLUMNS, _LEGEND_COLUMNS = 4, 2
 _MOST_POINTS = 200  # per curve; with longer runs, a point is the mean of several steps
+_LARGEST = 1e100  # far beyond float32; products of numbers beyond 1e154 would overflow in an axis
 
 # The fields of a log in the order of their panels, with titles. Others follow, under their names.
 _TITLES = {
@@ -63,10 +64,13 @@ class Run:
     held_out: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
 
     def values(self, name: str) -> np.ndarray:
-        """Returns a field of all records, float64 `[records]`; NaN where it is missing or not a
-        number."""
+        """Returns a field of all records, float64 `[records]`; NaN where it is missing, not a
+        number or too large for a plot."""
         found = (record.get(name) for record in self.records)
-        numbers = [value if isinstance(value, int | float) else math.nan for value in found]
+        numbers = [
+            value if isinstance(value, int | float) and abs(value) <= _LARGEST else math.nan
+            for value in found
+        ]
         return np.array(numbers, dtype=np.float64)
 
 
@@ -85,13 +89,19 @@ class Curve:
 
 
 def draw(runs: Sequence[Run]) -> Figure:
-    """Returns the figure of at least one run; `curves` defines its points."""
+    """Returns the figure of at least one run; `curves` defines its points.
+
+    Raises:
+        ValueError: there is no point.
+    """
     size = -(-max(len(run.records) for run in runs) // _MOST_POINTS)
     found = [curves(run, size) for run in runs]
     titles = list(dict.fromkeys(title for each in found for title in each))
-    figure, panels = _grid(len(titles))
+    if not titles:
+        raise ValueError("runs: expected a finite number in a log; got none")
+    figure, panels = _grid(len(titles), -(-len(runs) // _LEGEND_COLUMNS))
     for panel, title in zip(panels, titles, strict=True):
-        panel.set_title(title, fontsize=10)
+        panel.set_title(printable(title), fontsize=10)
         panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         panel.tick_params(labelbottom=True)
         for index, each in enumerate(found):
@@ -99,7 +109,7 @@ def draw(runs: Sequence[Run]) -> Figure:
                 _draw(panel, each[title], index)
     handles = [Line2D([], [], color=series(index)["color"]) for index in range(len(runs))]
     names = [printable(run.name) for run in runs]
-    figure.legend(handles, names, loc="outside upper left", ncols=2)
+    figure.legend(handles, names, loc="outside upper left", ncols=_LEGEND_COLUMNS)
     is_ppo = all("policy_loss" in run.records[-1] for run in runs)
     unit = "iteration" if is_ppo else "step"
     means = f"; a point is the mean of {size:,} {unit}s, a band their range" if size > 1 else ""
@@ -161,10 +171,11 @@ def _parts(steps: np.ndarray, size: int) -> list[np.ndarray]:
     return np.split(np.arange(len(steps)), borders)
 
 
-def _grid(count: int) -> tuple[Figure, list[Axes]]:
+def _grid(count: int, legend_rows: int) -> tuple[Figure, list[Axes]]:
     columns = min(count, 3 if count <= 6 else _COLUMNS)
     rows = -(-count // columns)
-    figure = Figure(figsize=(3.4 * columns, 2.7 * rows + 0.5), layout="constrained")
+    height = 2.7 * rows + 0.25 * (legend_rows + 1)
+    figure = Figure(figsize=(3.4 * columns, height), layout="constrained")
     places = list(figure.subplots(rows, columns, squeeze=False, sharex=True).flat)
     for unused in places[count:]:
         unused.remove()

@@ -102,9 +102,13 @@ def _parsed(path: Path, lines: list[str]) -> list[dict[str, float]]:
 def _record(line: str) -> dict[str, float]:
     try:
         record = json.loads(line)
-        record["step"], record["seconds"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"expected a record of a step; {error!r}") from error
+        step, seconds = record["step"], record["seconds"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"expected a record of a step; {error!r:.200}") from error
+    if type(step) is not int or type(seconds) not in (int, float):
+        raise ValueError(
+            f"expected a record of a step; got step {step!r:.40} and seconds {seconds!r:.40}"
+        )
     return record
 
 

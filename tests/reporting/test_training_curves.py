@@ -126,6 +126,65 @@ def test_several_runs_in_one_image(plot, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": "1", "seconds": 1}',
+        '{"step": true, "seconds": 1}',
+        '{"step": 1, "seconds": null}',
+        "[" * 100_000,
+        "{" + '"step": 1, "seconds": 1',
+    ],
+    ids=["text", "bool", "null", "deep", "open"],
+)
+def test_a_line_that_is_no_record_stops_nothing(line, plot, tmp_path):
+    status, out, err = plot(write_run(tmp_path / "run", count=2, end=line + "\n"))
+    assert status == 0 and "(2 steps)" in out
+    (said,) = err.splitlines()
+    assert "log.jsonl:3: expected a record of a step" in said and len(said) < 400
+
+
+def test_numbers_beyond_a_plot_are_left_out(plot, tmp_path):
+    folder = write_run(tmp_path / "run", own=10**400, loss=-1.7e308, step_name=1e99)
+    assert plot(folder)[::2] == (0, "")
+    from llama2.commands.plot import _read
+
+    assert curves(_read(folder), 1).keys() == {"step_name", "tokens per second"}
+
+
+def test_a_log_without_a_number_is_a_users_error(plot, tmp_path):
+    folder = write_run(tmp_path / "run", loss=float("nan"), seconds=0)
+    status, _, err = plot(folder)
+    assert (status, err) == (2, "llama2: runs: expected a finite number in a log; got none\n")
+
+
+def test_names_that_no_font_has(plot, tmp_path):
+    status, _, err = plot(write_run(tmp_path / "run", **{"\ud800": 1.0, "$x_{$": 2.0, "\0": 3.0}))
+    assert (status, err.count("\n")) == (0, 0)
+
+
+def test_a_legend_of_many_runs_leaves_room_for_the_panels(plot, tmp_path):
+    folder = write_run(tmp_path / "run")
+    assert plot(*[folder] * 30)[::2] == (0, "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        '{"held_out": {"loss_before": 1, "loss": 2}}',
+        '{"held_out": {"other": 1}, "train_config": {"steps": 3}}',
+        '{"held_out": {"bits_per_byte": "x"}, "train_config": {"steps": 3}}',
+    ],
+)
+def test_a_record_of_another_form_is_named(text, plot, tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "training.json").write_text(text, encoding="utf-8")
+    status, _, err = plot(folder)
+    assert status == 2 and err.count("\n") == 1
+    assert f"{folder / 'training.json'}: expected the record of a training run; " in err
+
+
+@pytest.mark.parametrize(
     ("held_out", "expected"),
     [
         (None, {}),
