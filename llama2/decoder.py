@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gqa_kernels.positions import rope_table
+from gqa_kernels.reference import MAX_NEW_TOKENS
 from gqa_kernels.runtime import arguments
 from llama2.cache.kv_cache import Cache, CacheStep, KVCache
 from llama2.config import ModelConfig
@@ -77,6 +78,7 @@ class Attention(nn.Module):
         self.apply_rope, self.rope_append_kv = ops.apply_rope, ops.rope_append_kv
         self.flash_attention, self.decode_attention = ops.flash_attention, ops.decode_attention
         self.flash_attention_varlen = ops.flash_attention_varlen
+        self.prefill_attention = ops.prefill_attention
         q_size = config.num_q_heads * config.head_dim
         kv_size = config.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
@@ -114,14 +116,16 @@ class Attention(nn.Module):
             cached = stored.keys, stored.values
             scales = {"k_scale": stored.k_scale, "v_scale": stored.v_scale}
             q, k = self.rope_append_kv(q, k, v, *cached, *angles, step.slots, **scales, **pairs)
-        if cu_seqlens is not None:
+        if step is None and cu_seqlens is not None:
             packed = (q.squeeze(0), k.squeeze(0), v.squeeze(0), cu_seqlens, cu_seqlens)
             out = self.flash_attention_varlen(*packed, causal=True).unsqueeze(0)
         elif step is None or step.seq_lens is None:  # sequences start here: all keys are k
             out = self.flash_attention(q, k, v, causal=True)
-        elif step.context is not None:
-            k, v = stored.gather(step.context, q.dtype)
-            out = self.flash_attention(q, k.unsqueeze(0), v.unsqueeze(0), causal=True)
+        elif cu_seqlens is not None:
+            lengths = (cu_seqlens, step.seq_lens)
+            pages = {"block_table": step.block_table}
+            out = self.prefill_attention(q.flatten(0, 1), *cached, *lengths, **pages, **scales)
+            out = out.view_as(q)
         else:
             pages = {"block_table": step.block_table}
             out = self.decode_attention(q, *cached, step.seq_lens, **pages, **scales)
@@ -301,12 +305,12 @@ class Decoder(nn.Module):
         """Returns the final normalised states `[batch, seq_len, hidden_size]` of int tokens
         `[batch, seq_len]`.
 
-        With a cache, the tokens continue its sequences: any number into an empty cache, at most 16
-        per sequence later. Rows of a first call may be right-padded; `num_valid` int `[batch]` then
-        is the number of tokens of each row, and the states of the padding are meaningless. A cache
-        is a `KVCache`, or a batch of a `PagedKVCache`, which specifies the tokens. With a quantised
-        cache, tokens that begin a sequence attend to each other's exact keys and values; all other
-        tokens attend to the quantised ones, including their own.
+        With a cache, the tokens continue its sequences, any number in each call. Rows of a first
+        call may be right-padded; `num_valid` int `[batch]` then is the number of tokens of each
+        row, and the states of the padding are meaningless. A cache is a `KVCache`, or a batch of a
+        `PagedKVCache`, which specifies the tokens. With a quantised cache, tokens that begin a
+        sequence attend to each other's exact keys and values; all other tokens attend to the
+        quantised ones, including their own.
 
         Packed sequences are tokens `[1, total]`, one sequence after another, with their bounds in
         `cu_seqlens`, int32 or int64 `[num_sequences + 1]`, starting at 0 and non-decreasing:
@@ -323,7 +327,6 @@ class Decoder(nn.Module):
                 table on the meta device, or one too short for the present `config`.
             TypeError: the cache's dtype is not the model's, float8_e4m3fn or int8, or that of
                 `cu_seqlens` is not int32 or int64.
-            NotImplementedError: more than 16 tokens per sequence with a cache that is not empty.
         """
         if tokens.dim() != 2:
             raise ValueError(f"tokens: expected [batch, seq_len]; got {list(tokens.shape)}")
@@ -367,6 +370,9 @@ class Decoder(nn.Module):
                 )
             step = cache.reserve(batch, seq_len)
             positions = step.positions
+            if step.seq_lens is not None and seq_len > MAX_NEW_TOKENS:  # bounds of the rows
+                bounds = {"dtype": torch.int32, "device": tokens.device}
+                cu_seqlens = torch.arange(0, tokens.numel() + 1, seq_len, **bounds)
         x, residual = self.embed_tokens(tokens), None
         recompute = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
         steps = itertools.repeat(None) if step is None else step.of_layers()

@@ -58,15 +58,6 @@ class KeyValues(NamedTuple):
         """Yields the tensors of each layer."""
         return (self.map(itemgetter(layer)) for layer in range(len(self.keys)))
 
-    def gather(self, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Returns the keys and values of one layer at `slots`, each `[len(slots), num_kv_heads,
-        head_dim]`, rounded once to `dtype`."""
-        keys, values, *scales = self.map(lambda x: x.flatten(0, 1)[slots])
-        return tuple(
-            x if scale is None else (x.float() * scale[..., None]).to(dtype)
-            for x, scale in zip((keys, values), scales, strict=True)
-        )
-
 
 class CacheStep(NamedTuple):
     """Where a call writes its new tokens in a cache, and what they attend to; the same for all
@@ -80,8 +71,6 @@ class CacheStep(NamedTuple):
         seq_lens: int `[batch]`, new tokens included; None if the sequences begin with this call, so
             that the new tokens attend only to each other.
         block_table: int32 `[batch, max_pages]` for a paged cache, otherwise None.
-        context: int64 `[num_tokens]`, the slots of all tokens of the only sequence, new ones
-            included, if there are more new tokens than `decode_attention` takes.
     """
 
     stored: KeyValues
@@ -89,7 +78,6 @@ class CacheStep(NamedTuple):
     slots: Tensor
     seq_lens: Tensor | None
     block_table: Tensor | None = None
-    context: Tensor | None = None
 
     def of_layers(self) -> "Iterator[CacheStep]":
         """Yields the step with the tensors of each layer."""

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gqa_kernels.reference import MAX_NEW_TOKENS
 from llama2.cache.kv_cache import CacheStep, KeyValues, Stored
 from llama2.cache.page_pool import PagePool, page_digests
 from llama2.cache.transfer import to_device
@@ -224,13 +223,13 @@ class PagedKVCache(Stored):
         return self._batch
 
     def decode(self, rows: Sequence[int]) -> "PagedBatch":
-        """Returns the pending tokens of `rows`, at most 16 of each: `[max_batch, most pending]`.
+        """Returns the pending tokens of `rows`, any number of each: `[max_batch, most pending]`.
 
         The tokens are right-aligned; padding before them, and rows that are not requested, are not
         written, and their states are meaningless.
 
         Raises:
-            ValueError: there are no pending tokens, or a row has more than 16.
+            ValueError: there are no pending tokens.
         """
         self._batch = PagedBatch(self, rows, alone=False)
         return self._batch
@@ -330,9 +329,8 @@ class PagedBatch:
         self._totals = totals = cache._lengths[rows]
         self._num_pending = totals - cache._num_cached[rows]
         width = max(self._num_pending.tolist(), default=0)
-        if width == 0 or (width > MAX_NEW_TOKENS and not alone):
-            most = "at least 1" if alone else f"from 1 to {MAX_NEW_TOKENS}"
-            raise ValueError(f"rows: expected {most} pending tokens; got {width}")
+        if width == 0:
+            raise ValueError("rows: expected at least 1 pending token; got 0")
         self._places = np.zeros(1, dtype=np.int64) if alone else rows  # in the batch
         self._shape = (1 if alone else cache.max_batch, width)
         ago = np.arange(width, 0, -1)  # tokens are right-aligned
@@ -350,14 +348,12 @@ class PagedBatch:
         if not cache._table_is_sent:
             cache.block_table.copy_(to_device(cache._table, device))
             cache._table_is_sent = True
-        seq_lens, table, context = cache.seq_lens, cache.block_table, None
+        seq_lens, table = cache.seq_lens, cache.block_table
         if alone:
             seq_lens, table = (x[rows[0] : rows[0] + 1] for x in (seq_lens, table))
         if alone and self._num_pending[0] == totals[0]:
             seq_lens = None
-        elif width > MAX_NEW_TOKENS:
-            context = to_device(cache._slots(rows[0], np.arange(totals[0])), device)
-        self._step = CacheStep(self.stored, places[0], places[1], seq_lens, table, context)
+        self._step = CacheStep(self.stored, places[0], places[1], seq_lens, table)
 
     @functools.cached_property
     def tokens(self) -> Tensor:

@@ -253,16 +253,19 @@ def test_new_tokens_together_are_those_one_by_one(count, model, device):
     assert same_bits(*logits)
 
 
-def test_a_prompt_in_long_parts_is_the_whole(model, device):
-    """More than 16 tokens after others go through flash_attention, as a whole prompt does."""
-    tokens, logits = random_tokens(device, 40), []
+def test_long_parts_have_the_bits_of_other_long_parts(model, device):
+    """More than 16 tokens after others go through prefill_attention, in pages or not."""
+    tokens = random_tokens(device, 44)
+    cache = make_cache(1, 50, torch.float32, device)
+    whole = torch.cat([model(part[None], cache)[0] for part in tokens.split([5, 39])])
+    logits = []
     cache = make_paged(torch.float32, device, num_pages=20, page_size=4, max_batch=1)
     row = cache.admit(tokens[:5].tolist())
     for part in (tokens[5:22], tokens[22:], tokens[:0]):
         batch = cache.prefill(row)
         logits.append(model(batch.tokens, batch)[0])
         cache.extend(row, part.tolist())
-    assert same_bits(torch.cat(logits), model(tokens[None])[0])
+    assert same_bits(torch.cat(logits), whole)
 
 
 # --- Rows of the ops whose own tests do not say so ---------------------------------------------

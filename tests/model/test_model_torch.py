@@ -63,7 +63,7 @@ def test_served_tokens_are_eagers(cache_dtype, shipped, device):
 @torch.no_grad()
 def test_logits_within_budget(dtype, device):
     eager = lively(small_config(), device).to(dtype)
-    tokens = random_tokens(device, 2, 26)
+    tokens = random_tokens(device, 2, 45)
 
     assert_network(
         prefill_and_decode(twin(eager, TORCH), tokens),

@@ -103,20 +103,21 @@ def test_prefill_and_decode_are_one_forward(chunk, page_size, model, device):
     assert_as_alone(model, torch.cat(logits), tokens)
 
 
-def test_rows_of_different_pasts_decode_together(model, device):
+@pytest.mark.parametrize("most", [3, 17])
+def test_rows_of_different_pasts_decode_together(most, model, device):
     cache = make_cache(device, max_batch=5)
     tokens = {cache.admit(prompt): prompt for prompt in ([1, 2, 3], [4] * 9, [5, 6])}
     first, second, third = tokens
     run(model, cache.prefill(first))
     run(model, cache.prefill(second))
-    new = {first: [7], second: [8, 9, 10]}
+    new = {first: [7], second: [*range(8, 8 + most)]}
     for row, more in new.items():
         cache.extend(row, more)
         tokens[row] = tokens[row] + more
-    batch = cache.decode(list(tokens))  # 1 and 3 new tokens, and a prompt of 2
-    assert batch.tokens.shape == (5, 3)
+    batch = cache.decode(list(tokens))  # 1 and `most` new tokens, and a prompt of 2
+    assert batch.tokens.shape == (5, most)
     logits = run(model, batch)
-    for row, count in ((first, 1), (second, 3), (third, 2)):
+    for row, count in ((first, 1), (second, most), (third, 2)):
         assert_as_alone(model, logits[row, -count:], tokens[row])
 
 
@@ -383,11 +384,9 @@ def test_impossible_rows_are_refused(model, device):
     row = cache.admit([1] * 20)
     with pytest.raises(ValueError, match="row: expected no pending tokens; got 20"):
         cache.fork(row)
-    with pytest.raises(ValueError, match="rows: expected from 1 to 16 pending tokens; got 20"):
-        cache.decode([row])
     run(model, cache.prefill(row))
     for make in (lambda: cache.decode([row]), lambda: cache.decode([]), lambda: cache.prefill(row)):
-        with pytest.raises(ValueError, match=r"rows: expected .*1.* pending tokens; got 0"):
+        with pytest.raises(ValueError, match="rows: expected at least 1 pending token; got 0"):
             make()
     with pytest.raises(ValueError, match="tokens: expected at most 28 more; got 29"):
         cache.extend(row, [1] * 29)
@@ -501,9 +500,7 @@ def test_random_use_through_the_model(model, device):
     def compute(tokens: dict[int, list[int]]) -> None:
         poison_blank_pages(cache)
         for row in pending_rows(cache):
-            batch = cache.prefill(row) if rng.random() < 0.5 else None
-            few = len(tokens[row]) - cache._num_cached[row] <= 16
-            batch = batch or (cache.decode([row]) if few else cache.prefill(row))
+            batch = cache.prefill(row) if rng.random() < 0.5 else cache.decode([row])
             logits = run(model, batch)
             assert_as_alone(model, logits[0 if len(logits) == 1 else row, -1:], tokens[row])
 

@@ -48,13 +48,13 @@ def twin(model: Llama2, ops=EAGER, dtype=None) -> Llama2:
 
 
 def prefill_and_decode(model: Llama2, tokens: Tensor) -> Tensor:
-    """Logits `[2, 22, vocab_size]` of tokens `[2, 26]` that are added to a cache in three steps."""
+    """Logits `[2, 41, vocab_size]` of tokens `[2, 45]` that are added to a cache in four calls."""
     weight = model.lm_head.weight
-    cache = KVCache(model.config, 2, 26, dtype=weight.dtype, device=weight.device)
-    # The rows begin with 9 and 5 valid tokens; a step of 16 and a step of 1 follow.
+    cache = KVCache(model.config, 2, 45, dtype=weight.dtype, device=weight.device)
+    # The rows begin with 9 and 5 valid tokens; calls with 16, 19 and 1 follow.
     num_valid = torch.tensor([9, 5], device=weight.device)
     prefill = model(tokens[:, :9], cache, num_valid)[:, :5]
-    steps = [model(part, cache) for part in (tokens[:, 9:25], tokens[:, 25:])]
+    steps = [model(part, cache) for part in tokens[:, 9:].split([16, 19, 1], dim=1)]
     return torch.cat([prefill, *steps], dim=1)
 
 
