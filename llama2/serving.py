@@ -1,11 +1,14 @@
 """Continuous batching: requests join and leave the batch between any two steps.
 
-Yu et al. 2022 (Orca, OSDI). Pages and preemption as in Kwon et al. 2023, arXiv:2309.06180.
+Yu et al. 2022 (Orca, OSDI). Pages and preemption as in Kwon et al. 2023, arXiv:2309.06180; prompts
+in chunks as in Agrawal et al. 2024, arXiv:2403.02310.
 """
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import torch
@@ -14,11 +17,12 @@ from llama2.cache.page_pool import OutOfPages
 from llama2.cache.paged_kv_cache import PagedKVCache
 from llama2.decoding.graphs import can_capture, on_gpu
 from llama2.decoding.paged_decode import PagedDecode
-from llama2.decoding.sampling import check_sampling, uniform_draws
+from llama2.decoding.sampling import check_sampling, is_whole, uniform_draws
 from llama2.decoding.weights import fingerprint, in_own_dtype
 from llama2.generate import as_stop_ids, check_tokens, drawn_ids
 from llama2.model import Llama2
 
+DEFAULT_PREFILL_BUDGET = 512  # tokens of prompts per step
 _NO_TOKEN = -2  # pads stop_ids; −1 marks a token sampled from logits that are not finite
 
 
@@ -129,17 +133,25 @@ def serve(
     max_batch: int | None = None,
     capture: bool | None = None,
     vocab_size: int | None = None,
+    prefill_budget: int | None = DEFAULT_PREFILL_BUDGET,
 ) -> Iterator[Result]:
     """Continues every request, on the model's device and in its dtype, also under torch.autocast;
     yields results in the order in which they finish.
 
-    A step adds one token to each running request and the first token to each request admitted in
-    this step. Requests are admitted in order, when a row and pages are free. Requests with the same
-    prompt that start in the same step share its prefill. Other requests share full pages with
-    earlier requests that have the same prefix. When pages run out, the request admitted last is
-    preempted: it frees its pages and later resumes from its tokens. Greedy tokens are those of
-    `generate`, up to rounding differences between batch sizes; sampled tokens use the random
-    numbers of `generate` for the request alone, with the request's seed.
+    A step adds one token to each running request. It also prefills at most `prefill_budget` tokens
+    of prompts, one prompt after another, and adds the first token to each request whose prompt is
+    then complete; a longer prompt continues in the next steps. Between two tokens of a running
+    request, the model therefore computes at most `prefill_budget` tokens of other prompts, however
+    long they are.
+
+    Requests are admitted in order, when a row and pages are free. Requests with the same prompt
+    that start in the same step share its prefill. Other requests share full pages with earlier
+    requests that have the same prefix, as far as these have been computed. When pages run out, the
+    request admitted last is preempted: it frees its pages and later resumes from its tokens. Greedy
+    tokens are those of `generate`, up to rounding differences between batch sizes and between
+    chunks; in a quantised cache, all but the first chunk of a prompt attend to quantised keys and
+    values. Sampled tokens use the random numbers of `generate` for the request alone, with the
+    request's seed.
 
     Args:
         requests: read one at a time, when there is room.
@@ -150,9 +162,11 @@ def serve(
         max_batch: most requests at once; None means the cache's number of rows.
         capture: whether decode steps are captured in CUDA graphs, as in `Generator`.
         vocab_size: as in `Generator`.
+        prefill_budget: most tokens of prompts per step; 0 or None prefills every prompt at once.
     Raises:
-        ValueError: on the call: `max_batch` is outside [1, cache.max_batch], or sequences of the
-            cache are in use; later: `check_request` refuses a request.
+        ValueError: on the call: `max_batch` is outside [1, cache.max_batch], sequences of the cache
+            are in use, or `prefill_budget` is not such an int; later: `check_request` refuses a
+            request.
     """
     most = cache.max_batch if max_batch is None else max_batch
     if not 1 <= most <= cache.max_batch:
@@ -161,26 +175,41 @@ def serve(
         raise ValueError(
             f"cache: expected no sequences in use; got {cache.max_batch - cache.num_free_rows}"
         )
+    if prefill_budget is not None and (not is_whole(prefill_budget) or prefill_budget < 0):
+        raise ValueError(
+            f"prefill_budget: expected an int of at least 0, or None; got {prefill_budget!r}"
+        )
     drawn = drawn_ids(model.config, vocab_size)
-    return _Server(model, cache, most, can_capture(model, capture), drawn).run(requests)
+    budget = prefill_budget or sys.maxsize
+    return _Server(model, cache, most, budget, can_capture(model, capture), drawn).run(requests)
 
 
 class _Server:
     """The state of one call of `serve`: running and waiting requests, and the work of a step.
 
     Attributes:
+        prefilling: the request admitted last, while its prompt is incomplete; it is not in
+            `running`.
         ahead: whether the model's next step is enqueued before the host reads the last step's
             tokens, so that the GPU works while the host plans. A request that ends at a stop token
             then goes through one step more than needed.
     """
 
     def __init__(
-        self, model: Llama2, cache: PagedKVCache, max_batch: int, capture: bool, vocab_size: int
+        self,
+        model: Llama2,
+        cache: PagedKVCache,
+        max_batch: int,
+        prefill_budget: int,
+        capture: bool,
+        vocab_size: int,
     ) -> None:
         self.model, self.cache, self.max_batch = model, cache, max_batch
+        self.prefill_budget = prefill_budget
         self.decoder = PagedDecode(model, cache, vocab_size, capture=capture)
         self.ahead = on_gpu(model)
         self.running: list[_Running] = []  # in the order of admission
+        self.prefilling: _Running | None = None
         self.waiting: deque[_Running] = deque()  # read or preempted; the first is admitted first
         self.done: list[_Running] = []
         self._rows = np.empty(0, dtype=np.int64)  # of `running`
@@ -206,14 +235,16 @@ class _Server:
                 if not self.ahead:
                     self._decode()
                 self.cache.tell(self._rows, self._tokens[self._rows])
-                self._admit(incoming)
+                self._prefill(incoming)
                 if self.running:
                     self._draw()
-                elif not self.done:
+                elif self.prefilling is None and not self.done:
                     return
         finally:
             for request in self.running:
                 self.cache.free(request.row)
+            if self.prefilling is not None:
+                self.cache.free(self.prefilling.row)
 
     def _read(self, requests: Iterable[Request]) -> Iterator[_Running]:
         for index, request in enumerate(requests):
@@ -245,52 +276,74 @@ class _Server:
             self.decoder.decode(self.cache.decode(rows))
 
     def _preempt(self) -> None:
-        youngest = self.running.pop()
-        self._rows = self._rows[:-1]
+        youngest, self.prefilling = self.prefilling, None
+        if youngest is None:
+            youngest = self.running.pop()
+            self._rows = self._rows[:-1]
         self.cache.free(youngest.row)
         self.waiting.appendleft(youngest)
 
-    def _admit(self, incoming: Iterator[_Running]) -> None:
-        """Starts requests in order until one does not fit.
-
-        A request with the same tokens as another that starts in the same step is a fork of it and
-        takes no page yet. One free page per running request is kept for growth: a fork copies its
-        last page there, if that page is not full, and a preempted request would otherwise be
-        admitted at once and preempted again.
-        """
+    def _prefill(self, incoming: Iterator[_Running]) -> None:
+        """Computes up to `prefill_budget` tokens of prompts: of `prefilling`, then of the requests
+        that it admits in order until one does not fit."""
+        left = self.prefill_budget
         started: dict[tuple[int, ...], int] = {}  # rows by tokens
-        while len(self.running) < self.max_batch:
-            if not self.waiting:
-                request = next(incoming, None)
-                if request is None:
-                    break
-                self.waiting.append(request)
-            request = self.waiting[0]
-            if request.request.max_new_tokens == 0:
-                self.done.append(self.waiting.popleft())
-                break  # to yield its result before more are read
-            tokens = tuple(request.tokens)
-            leader = started.get(tokens)
-            pages = self.cache.pages_to_admit(tokens) if leader is None else 0
-            if self.running and pages + len(self.running) > self.cache.num_free_pages:
-                break
-            request.row = self.cache.admit(tokens) if leader is None else self.cache.fork(leader)
-            self.running.append(self.waiting.popleft())
-            self._begin(request)
-            if leader is None:
-                self._prefill(request.row)
-                started[tokens] = request.row
-            else:
-                self.decoder.states[request.row] = self.decoder.states[leader]
+        while self.prefilling is not None or self._admit(incoming, started, left):
+            row = self.prefilling.row
+            if pending := self.cache.num_pending(row):  # none of a fork
+                count = min(pending, left)
+                self._compute(row, count)
+                left -= count
+                if count < pending:
+                    return
+                started[tuple(self.prefilling.tokens)] = row
+            self._begin()
 
-    def _prefill(self, row: int) -> None:
-        """Passes all pending tokens of a row through the model."""
+    def _admit(
+        self, incoming: Iterator[_Running], started: dict[tuple[int, ...], int], left: int
+    ) -> bool:
+        """Admits the next request, as `prefilling`, if it fits and the step has `left` tokens for
+        it. Returns whether it did.
+
+        A request with the same tokens as another that starts in the same step is a fork of it,
+        which needs no tokens and takes no page yet. One free page per running request is kept for
+        growth: a fork copies its last page there, if that page is not full, and a preempted request
+        would otherwise be admitted at once and preempted again.
+        """
+        if len(self.running) == self.max_batch:
+            return False
+        if not self.waiting:
+            self.waiting.extend(islice(incoming, 1))
+            if not self.waiting:
+                return False
+        request = self.waiting[0]
+        if request.request.max_new_tokens == 0:
+            self.done.append(self.waiting.popleft())
+            return False  # to yield its result before more are read
+        tokens = tuple(request.tokens)
+        leader = started.get(tokens)
+        if leader is None and left == 0:
+            return False
+        pages = self.cache.pages_to_admit(tokens) if leader is None else 0
+        if self.running and pages + len(self.running) > self.cache.num_free_pages:
+            return False
+        request.row = self.cache.admit(tokens) if leader is None else self.cache.fork(leader)
+        self.prefilling = self.waiting.popleft()
+        if leader is not None:
+            self.decoder.states[request.row] = self.decoder.states[leader]
+        return True
+
+    def _compute(self, row: int, count: int) -> None:
+        """Passes `count` pending tokens of a row through the model."""
         with in_own_dtype(self.model):
-            batch = self.cache.prefill(row)
+            batch = self.cache.prefill(row, count)
             states = self.model.hidden_states(batch.tokens, batch)
             self.decoder.states[row] = states[0, -1]
 
-    def _begin(self, running: _Running) -> None:
+    def _begin(self) -> None:
+        """Makes `prefilling` a running request."""
+        running, self.prefilling = self.prefilling, None
+        self.running.append(running)
         row, request = running.row, running.request
         self._rows = np.append(self._rows, row)
         self._limits[row], self._is_asked[row] = request.max_new_tokens, request.stop is not None

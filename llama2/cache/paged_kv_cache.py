@@ -106,6 +106,10 @@ class PagedKVCache(Stored):
         self._sequence(row)
         return int(self._lengths[row])
 
+    def num_pending(self, row: int) -> int:
+        """Returns the number of tokens of a sequence that have not gone through the model."""
+        return self.num_tokens(row) - int(self._num_cached[row])
+
     def pages_for(self, num_tokens: int) -> int:
         """Returns the number of pages that `num_tokens` tokens need."""
         return -(-num_tokens // self.page_size)
@@ -213,13 +217,16 @@ class PagedKVCache(Stored):
             self.forget()
         self._config, self._weights = config, weights
 
-    def prefill(self, row: int) -> "PagedBatch":
-        """Returns the pending tokens of one sequence, any number: `[1, num_pending]`.
+    def prefill(self, row: int, most: int | None = None) -> "PagedBatch":
+        """Returns the pending tokens of one sequence, or the first `most` of them: `[1, count]`.
 
         Raises:
-            ValueError: there are none.
+            ValueError: there are none, or `most` is below 1.
         """
-        self._batch = PagedBatch(self, [row], alone=True)
+        if most is not None and most < 1:
+            raise ValueError(f"most: expected at least 1; got {most}")
+        count = self.num_pending(row)
+        self._batch = PagedBatch(self, [row], count if most is None else min(count, most))
         return self._batch
 
     def decode(self, rows: Sequence[int]) -> "PagedBatch":
@@ -231,7 +238,7 @@ class PagedKVCache(Stored):
         Raises:
             ValueError: there are no pending tokens.
         """
-        self._batch = PagedBatch(self, rows, alone=False)
+        self._batch = PagedBatch(self, rows)
         return self._batch
 
     def _shared(self, tokens: Sequence[int]) -> tuple[list[bytes], list[int]]:
@@ -319,41 +326,41 @@ class PagedKVCache(Stored):
 
 
 class PagedBatch:
-    """The pending tokens of some rows; the cache argument of one call of `Llama2`."""
+    """The pending tokens of some rows, or the first `count` of one; the cache argument of one call
+    of `Llama2`."""
 
     def __init__(
-        self, cache: PagedKVCache, rows: Sequence[int] | np.ndarray, *, alone: bool
+        self, cache: PagedKVCache, rows: Sequence[int] | np.ndarray, count: int | None = None
     ) -> None:
+        alone = count is not None
         self.stored, self._cache = cache.stored, cache
         self._rows = rows = cache._rows(rows)
-        self._totals = totals = cache._lengths[rows]
-        self._num_pending = totals - cache._num_cached[rows]
-        width = max(self._num_pending.tolist(), default=0)
+        num_cached = cache._num_cached[rows]
+        self._ends = ends = num_cached + count if alone else cache._lengths[rows]
+        self._num_new = ends - num_cached
+        width = max(self._num_new.tolist(), default=0)
         if width == 0:
             raise ValueError("rows: expected at least 1 pending token; got 0")
         self._places = np.zeros(1, dtype=np.int64) if alone else rows  # in the batch
         self._shape = (1 if alone else cache.max_batch, width)
         ago = np.arange(width, 0, -1)  # tokens are right-aligned
-        is_pending = ago <= self._num_pending[:, None]
-        at = np.where(is_pending, totals[:, None] - ago, 0)
+        is_new = ago <= self._num_new[:, None]
+        at = np.where(is_new, ends[:, None] - ago, 0)
         new = np.zeros((2, *self._shape), dtype=np.int64)
         new[1] = -1
         new[0, self._places] = at
-        new[1, self._places] = np.where(is_pending, cache._slots(rows[:, None], at), -1)
+        new[1, self._places] = np.where(is_new, cache._slots(rows[:, None], at), -1)
         lengths = np.zeros(cache.max_batch, dtype=np.int32)
-        lengths[rows] = totals
+        lengths[rows] = ends
         device = cache.seq_lens.device
         self.positions_and_slots = places = to_device(new, device)
         cache.seq_lens.copy_(to_device(lengths, device))
         if not cache._table_is_sent:
             cache.block_table.copy_(to_device(cache._table, device))
             cache._table_is_sent = True
-        seq_lens, table = cache.seq_lens, cache.block_table
-        if alone:
-            seq_lens, table = (x[rows[0] : rows[0] + 1] for x in (seq_lens, table))
-        if alone and self._num_pending[0] == totals[0]:
-            seq_lens = None
-        self._step = CacheStep(self.stored, places[0], places[1], seq_lens, table)
+        part = slice(rows[0], rows[0] + 1) if alone else slice(None)
+        seq_lens = None if alone and num_cached[0] == 0 else cache.seq_lens[part]
+        self._step = CacheStep(self.stored, *places, seq_lens, cache.block_table[part])
 
     @functools.cached_property
     def tokens(self) -> Tensor:
@@ -363,10 +370,10 @@ class PagedBatch:
             ValueError: a row has grown by a token whose id `tell` has not given.
         """
         tokens = np.zeros(self._shape, dtype=np.int64)
-        where = zip(self._rows, self._places, self._totals, self._num_pending, strict=True)
-        for row, place, total, count in where:
+        where = zip(self._rows, self._places, self._ends, self._num_new, strict=True)
+        for row, place, end, count in where:
             self._cache._check_told(int(row))
-            tokens[place, len(tokens[0]) - count :] = self._cache._ids[row, total - count : total]
+            tokens[place, len(tokens[0]) - count :] = self._cache._ids[row, end - count : end]
         return to_device(tokens, self._cache.seq_lens.device)
 
     def reserve(self, batch: int, num_tokens: int) -> CacheStep:
@@ -377,19 +384,17 @@ class PagedBatch:
                 a sequence or made another batch, which changes lengths and block table on the
                 device.
         """
-        if (batch, num_tokens) != self._shape:
-            raise ValueError(
-                f"tokens: expected those of the batch, {list(self._shape)}; "
-                f"got {[batch, num_tokens]}"
-            )
+        shape, got = list(self._shape), [batch, num_tokens]
+        if got != shape:
+            raise ValueError(f"tokens: expected those of the batch, {shape}; got {got}")
         if self._cache._batch is not self:
             raise ValueError("cache: expected the latest batch, once; got an older or used one")
         return self._step
 
     def advance(self, num_tokens: int, valid: Tensor | None = None) -> None:
         """Records that the tokens have been written and are no longer pending."""
-        cache, rows, totals = self._cache, self._rows, self._totals
+        cache, rows, ends = self._cache, self._rows, self._ends
         cache._batch = None
-        cache._num_cached[rows] = totals
-        for row in rows[cache._num_known[rows] == totals].tolist():
+        cache._num_cached[rows] = ends
+        for row in rows[cache._num_known[rows] >= ends].tolist():
             cache._name_pages(row)

@@ -13,10 +13,16 @@ from llama2.checkpoint.files import require
 from llama2.commands.caches import add_cache_options, make_cache
 from llama2.commands.json_lines import Complaints, lock_output
 from llama2.commands.offline_files import SETTINGS, Line, read_prompts, result_line, resume
-from llama2.commands.options import add_generation_options, load
+from llama2.commands.options import add_generation_options, integer, load
 from llama2.commands.text import encode_prompt
 from llama2.model import Llama2
-from llama2.serving import Request, check_request, seed_of, serve
+from llama2.serving import (
+    DEFAULT_PREFILL_BUDGET,
+    Request,
+    check_request,
+    seed_of,
+    serve,
+)
 from llama2.stops import stop_ids
 
 
@@ -43,6 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "be resumed",
     )
     add_cache_options(parser)
+    add(
+        "--prefill-budget",
+        type=integer,
+        default=DEFAULT_PREFILL_BUDGET,
+        metavar="N",
+        help="most prompt tokens computed between two tokens of a running prompt; 0: no limit; "
+        f"default: {DEFAULT_PREFILL_BUDGET}",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -171,7 +185,13 @@ def _continue(
             yield request
 
     with tqdm(total=len(todo), unit="prompt", disable=None) as progress:
-        results = serve(model, requests(), cache=cache, vocab_size=tokenizer.vocab_size)
+        results = serve(
+            model,
+            requests(),
+            cache=cache,
+            vocab_size=tokenizer.vocab_size,
+            prefill_budget=arguments.prefill_budget,
+        )
         for result in results:
             line = served[result.index]
             if result.error is not None:

@@ -224,9 +224,9 @@ def test_one_call_at_a_time_has_the_cache(model):
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("max_batch", [1, 3, 5])
+@pytest.mark.parametrize(("max_batch", "budget"), [(1, 512), (3, 512), (5, 512), (3, 2)])
 def test_continuous_batching_gives_the_same_tokens(
-    model, max_batch, ahead, device, captures, monkeypatch
+    model, max_batch, budget, ahead, device, captures, monkeypatch
 ):
     monkeypatch.setattr(serving, "on_gpu", lambda _: ahead)
     cache = PagedKVCache(
@@ -238,7 +238,7 @@ def test_continuous_batching_gives_the_same_tokens(
         for index, prompt in enumerate(PROMPTS)
     ]
     results = {}
-    for result in serve(model, requests, cache=cache):
+    for result in serve(model, requests, cache=cache, prefill_budget=budget):
         results[result.index] = result.tokens
     assert captures.num_recorded == 3  # decoding, and drawing in both kinds
     for index, request in enumerate(requests):

@@ -423,6 +423,28 @@ def test_a_batch_is_for_one_call_at_once(model, device):
         run(model, other.prefill(0))
 
 
+def test_a_page_is_shared_when_it_is_written(model, device):
+    """A sequence that begins like an incomplete one shares only what has been computed of it."""
+    prompt = random_tokens(device, 20).tolist()
+    cache = make_cache(device, max_batch=3)
+    first = cache.admit(prompt)
+    logits = []
+    for count in (3, 1, 2):
+        num_full = sum(map(len, logits)) // 4
+        assert cache._shared(prompt)[1] == cache._sequences[first].pages[:num_full]
+        logits.append(run(model, cache.prefill(first, count))[0])
+    second = cache.admit(prompt)
+    assert (cache.num_pending(first), cache.num_pending(second)) == (14, 16)
+    with pytest.raises(ValueError, match="row: expected no pending tokens; got 14"):
+        cache.fork(first)
+    with pytest.raises(ValueError, match="most: expected at least 1; got 0"):
+        cache.prefill(first, 0)
+    assert_as_alone(model, run(model, cache.prefill(second))[0], prompt)
+    logits.append(run(model, cache.prefill(first, 99))[0])
+    assert_as_alone(model, torch.cat(logits), prompt)
+    check_pages(cache)
+
+
 # Soak.
 
 

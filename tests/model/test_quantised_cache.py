@@ -132,9 +132,12 @@ def test_tokens_of_all_ways_to_generate(dtype, model, device):
     assert on_triton.generate(PROMPTS[:1], max_new_tokens=4) == [alone[0][:4]]
 
 
-@pytest.mark.parametrize("num_pages", [30, 7])
-def test_served_tokens_are_those_of_rounded_values(num_pages, dtype, model, device, monkeypatch):
-    """With prompts that share pages, and with few pages: what is preempted comes back."""
+@pytest.mark.parametrize(("num_pages", "budget"), [(30, None), (7, None), (30, 3)])
+def test_served_tokens_are_those_of_rounded_values(
+    num_pages, budget, dtype, model, device, monkeypatch
+):
+    """With prompts that share pages, and with few pages: what is preempted comes back. In chunks of
+    prompts, too."""
     preempted, preempt = [], _Server._preempt
     monkeypatch.setattr(
         _Server, "_preempt", lambda server: preempted.append(server) or preempt(server)
@@ -150,7 +153,7 @@ def test_served_tokens_are_those_of_rounded_values(num_pages, dtype, model, devi
             CONFIG, num_pages=num_pages, page_size=4, max_batch=3, dtype=kind, device=device
         )
         poison(cache)
-        served = serve(one, requests, cache=cache)
+        served = serve(one, requests, cache=cache, prefill_budget=budget)
         tokens[name] = {result.index: result.tokens for result in served}
         assert bool(preempted) == (num_pages == 7)
         preempted.clear()

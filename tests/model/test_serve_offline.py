@@ -62,6 +62,24 @@ def test_results_are_those_of_generate(serve_offline, device):
         assert (line["prompt"] + results[id]["text"]).lstrip() == whole.lstrip()
 
 
+def test_the_budget_is_passed_on(serve_offline, files, monkeypatch):
+    budgets, serve = [], serve_command.serve
+    monkeypatch.setattr(
+        serve_command,
+        "serve",
+        lambda *args, **settings: (
+            budgets.append(settings["prefill_budget"]) or serve(*args, **settings)
+        ),
+    )
+    for options in ((), ("--prefill-budget", "3"), ("--prefill-budget", "0")):
+        files[1].unlink(missing_ok=True)
+        assert serve_offline(*options)[0] == 0
+    assert budgets == [512, 3, 0]
+    files[1].unlink()
+    status, _, err = serve_offline("--prefill-budget", "-1")
+    assert status == 2 and "prefill_budget: expected an int of at least 0, or None; got -1" in err
+
+
 def test_more_rows_than_prompts_cost_nothing(serve_offline):
     assert serve_offline("--max-batch", "1000000000")[0] == 0
 

@@ -74,10 +74,11 @@ def preemptions(monkeypatch):
     lengths, preempt = [], _Server._preempt
 
     def counted(server):
-        youngest, older = server.running[-1], server.running[:-1]
+        *older, youngest = [*server.running, *filter(None, [server.prefilling])]
         lengths.append(len(youngest.tokens))
         preempt(server)
         assert server.running == older and server.waiting[0] is youngest
+        assert server.prefilling is None
 
     monkeypatch.setattr(_Server, "_preempt", counted)
     return lengths
@@ -487,6 +488,113 @@ def test_forks_of_a_prompt_without_finite_logits_each_say_so(model, prefilled):
     for result in results:
         if result.error is None:
             assert result.tokens == alone(model, result.request)
+
+
+# --- prompts in chunks ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_chunks_change_no_token(seed, model, preemptions):
+    """Of prompts of all lengths, some equal and some with equal beginnings, greedy and sampled,
+    with stop tokens; on caches with many and with few pages."""
+    exact, rng = twin(model, dtype=torch.float64), random.Random(seed)
+    prompts = [rng.choices(range(97), k=length) for length in (1, 7, 20, 33)]
+    prompts += [[*prompts[2], *prompts[1]], [*prompts[3], *prompts[0]]]
+    requests = [
+        Request(
+            prompts[rng.randrange(6)],
+            rng.choice([1, 2, 9, 19]),
+            rng.choice([0.0, 1.0]),
+            seed=rng.randrange(3),
+            stop_ids=rng.choice([(), range(10)]),
+        )
+        for _ in range(10)
+    ]
+    requests += [requests[-1]] * 2
+    sizes = {"num_pages": [14, 14, 60][seed], "max_batch": 5}
+    wanted = [alone(exact, request) for request in requests]
+    for budget in (1, 3, 17, None):
+        cache = make_cache(exact, **sizes)
+        results = serve(exact, requests, cache=cache, prefill_budget=budget)
+        for _ in range(rng.randrange(12)):
+            next(results)
+        results.close()
+        assert_empty(cache)
+        cache = make_cache(exact, **sizes)
+        results = list(serve(exact, requests, cache=cache, prefill_budget=budget))
+        assert_empty(cache)
+        assert len(results) == len(requests)
+        assert all(result.tokens == wanted[result.index] for result in results), budget
+    assert bool(preemptions) == (seed < 2)
+
+
+@pytest.mark.parametrize("budget", [1, 3, 16, 20, 0])
+def test_no_token_waits_for_more_than_a_budget_of_other_prompts(budget, model, prefilled):
+    """From each token of a running request to its next one, whatever arrives meanwhile."""
+    pauses = []
+
+    def request(length: int, new: int) -> Request:
+        before = []
+
+        def stop(tokens):
+            if before:
+                pauses.append(sum(prefilled) - before[-1])
+            before.append(sum(prefilled))
+            return False
+
+        return Request([length, *range(1, length)], new, stop=stop)
+
+    sizes = ((2, 30), (1, 9), (3, 2), (60, 3), (30, 2), (1, 3), (45, 2), (5, 4))
+    requests = [request(*size) for size in sizes]
+    cache = make_cache(model, num_pages=100, max_batch=3)
+    results = list(serve(model, requests, cache=cache, prefill_budget=budget))
+    assert len(pauses) == sum(new - 1 for _, new in sizes)
+    assert sum(prefilled) == sum(length for length, _ in sizes)
+    if budget:
+        assert max(prefilled) == max(pauses) == budget
+    else:
+        assert max(pauses) >= 60
+    assert_as_alone(model, requests, results)
+
+
+@pytest.mark.parametrize("budget", [1, 3, 5, 16])
+def test_a_prompt_of_many_requests_is_prefilled_in_chunks_once(budget, model, prefilled):
+    requests, cache = samples([*range(20, 39)], 6), make_cache(model, max_batch=6)
+    results = list(serve(model, requests, cache=cache, prefill_budget=budget))
+    assert prefilled == [budget] * (19 // budget) + [19 % budget] * (19 % budget > 0)
+    assert_as_alone(model, requests, results)
+
+
+def test_a_step_completes_prompts_up_to_its_budget(model, prefilled, events):
+    requests = [Request([i] * length, 2) for i, length in enumerate((4, 3, 6, 2))]
+    results = list(serve(model, requests, cache=make_cache(model), prefill_budget=10))
+    assert prefilled == [4, 3, 3, 3, 2]
+    assert [rows for name, rows in events if name == "draw"] == [2, 4, 2]
+    assert_as_alone(model, requests, results)
+
+
+def test_an_incomplete_prompt_gives_way_first(model, preemptions, prefilled):
+    """Its full pages are found again when it comes back, unless others needed them."""
+    requests = [Request([1] * 4, 24), Request([2] * 20, 3)]
+    cache = make_cache(model, num_pages=9)
+    results = list(serve(model, requests, cache=cache, prefill_budget=1))
+    assert preemptions == [20]
+    assert 24 < len(prefilled) < 44
+    assert_empty(cache)
+    assert_as_alone(model, requests, results)
+
+
+@pytest.mark.parametrize("budget", [-1, 1.5, "3", True])
+def test_a_budget_is_an_int(budget, model):
+    with pytest.raises(ValueError, match="prefill_budget: expected an int of at least 0, or None"):
+        serve(model, [], cache=make_cache(model), prefill_budget=budget)
+
+
+def test_triton_computes_eagers_chunks(model):
+    request = Request([*range(40)], 2)
+    triton = twin(model, get_backend("triton"))
+    results = list(serve(triton, [request], cache=make_cache(model), prefill_budget=20))
+    assert_as_alone(model, [request], results)
 
 
 # --- what the host does, and when --------------------------------------------------------------
