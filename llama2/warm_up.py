@@ -49,8 +49,9 @@ def call_all(
     """Makes the calls of `uses`, a subset of USES.
 
     - generate: prefill and decode steps on a contiguous cache, for one sequence and for a batch.
-    - serve: the same on a paged cache, and more than 16 tokens after a shared prefix.
-    - prefixes: 1 to 16 tokens after a shared prefix, each of which needs its own binary.
+    - serve: the same on a paged cache, and more than 16 tokens after others of their prompt.
+    - prefixes: 1 to 16 tokens after a shared prefix or an earlier chunk of their prompt; each
+      number needs its own binary.
     - evaluate: logits and losses of padded and packed texts, without gradients.
     - train: a step of pre-training, and one on packed rows of dialogues; in bfloat16 with weights
       in float32.
