@@ -21,6 +21,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from gqa_kernels import fused
 from llama2.cli import _parser
 
 ROOT = Path(__file__).parent.parent
@@ -250,3 +251,8 @@ def test_the_front_page_quotes_the_plot_under_it():
     )
     sentence = " ".join(DOCUMENTS["README.md"].split())
     assert f"an error of {theirs:.0f} % in bfloat16, this package's with {ours:.1f} %" in sentence
+
+
+def test_the_manual_lists_every_function():
+    table = re.findall(r"^\| `(\w+)\(", DOCUMENTS["kernels/README.md"], re.MULTILINE)
+    assert set(fused.__all__) <= set(table)
