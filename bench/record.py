@@ -100,7 +100,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected a result file of `pytest bench`; {error}") from error
     if not isinstance(content, dict) or content.get("schema") != 1:
         raise ValueError(f"{path}: expected a result file of `pytest bench` (schema 1)")

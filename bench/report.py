@@ -22,7 +22,8 @@ import importable
 
 importable.extend_path()
 
-from record import MEASUREMENT, OURS, read
+from record import MEASUREMENT, OURS
+from record_form import read_checked
 
 from llama2.reporting.document import (
     MISSING,
@@ -359,8 +360,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder; default: the file's own")
     options = parser.parse_args(arguments)
     try:
-        print(write(read(options.results), options.out or options.results.parent))
-    except ValueError as error:
+        print(write(read_checked(options.results), options.out or options.results.parent))
+    except (OSError, ValueError) as error:
         parser.error(str(error))
 
 

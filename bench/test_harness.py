@@ -1,8 +1,10 @@
 """Tests of the bench itself. They need no GPU and time nothing."""
 
+import copy
 import dataclasses
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -736,6 +738,64 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     (tmp_path / "x.json").write_text("[]", encoding="utf-8")
     with pytest.raises(ValueError, match="expected a result file"):
         record.read(tmp_path / "x.json")
+
+
+def _changed(content, place, value):
+    """A copy with another entry at a path of keys; without it for `...`."""
+    content = copy.deepcopy(content)
+    *path, last = place
+    inner = content
+    for key in path:
+        inner = inner[key]
+    if value is ...:
+        del inner[last]
+    else:
+        inner[last] = value
+    return content
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("rows",), ..., "results: expected an entry 'rows'; got none"),
+        (("kind",), None, "kind: expected str; got None"),
+        (("ceilings", "copy_bytes_per_s"), ..., "ceilings: expected an entry 'copy_bytes_per_s'"),
+        (("rows", 0), 1, r"rows\[0\]: expected dict; got 1"),
+        (("rows", 0, "status"), "okay", r"rows\[0\]\.status: expected one of ok, skip, fail"),
+        (("rows", 0, "median_us"), math.nan, r"rows\[0\]\.median_us: expected a finite number"),
+        (("rows", 0, "median_us"), 0, r"rows\[0\]\.median_us: expected 1e-12 to 1e\+30; got 0"),
+        (("rows", 0, "noise"), ..., r"rows\[0\]: expected an entry 'noise'; got none"),
+        (("rows", 0, "power_w"), "x", r"rows\[0\]\.power_w: expected a finite number; got 'x'"),
+    ],
+)
+def test_a_damaged_file_is_a_users_error(place, value, message, sample, tmp_path, capsys):
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps(_changed(sample, place, value)), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        report.main([str(file), "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(rf"{re.escape(str(file))}: expected a result file of .*; {message}", said)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", (b"[" * 100_000, b"\xff", b'{"schema": 1', None))
+def test_a_file_that_cannot_be_read_is_named(text, tmp_path, capsys):
+    file = tmp_path / "x.json"
+    if text is not None:
+        file.write_bytes(text)
+    with pytest.raises(SystemExit):
+        report.main([str(file)])
+    assert str(file) in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_names_in_a_file_are_no_markup(sample, tmp_path):
+    """And a file without a timed row makes a page too."""
+    for name in ("op", "shape", "backend", "bound", "method", "note"):
+        rows = [row | {name: "<img src=x>"} for row in sample["rows"]]
+        page = report.write(sample | {"rows": rows, "ceilings": None}, tmp_path / name)
+        assert "<img" not in page.read_text(encoding="utf-8")
+    nothing = report.write(sample | {"rows": [], "ceilings": None}, tmp_path / "none")
+    assert "None beyond the noise." in nothing.read_text(encoding="utf-8")
 
 
 # --- Tuning ----------------------------------------------------------------------------------
