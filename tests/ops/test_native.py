@@ -35,12 +35,19 @@ SPECS = [
     for spec in (*OPS, *IN_PLACE_OPS)
     if getattr(native, spec.name) is not getattr(reference, spec.name)
 ]
-DELEGATED = {"window", "softcap", "sinks", "alibi", "padded", "documents", "cache_dtype"}
+DELEGATED = {"window", "softcap", "sinks", "alibi", "padded", "documents"}
+
+
+def own_cases(spec):
+    """The test cases that the backend computes itself."""
+    names = DELEGATED if spec.name == "prefill_attention" else DELEGATED | {"cache_dtype"}
+    return [c for c in spec.test_cases() if not any(c.sizes.get(name) for name in names)]
+
+
 TABLE = [
     pytest.param(spec, case, dtype, id=f"{spec.name}-{case}-{dtype}")
     for spec in SPECS
-    for index, case in enumerate(spec.test_cases())
-    if not any(case.sizes.get(name) for name in DELEGATED)
+    for index, case in enumerate(own_cases(spec))
     # float32 always, one of 16 bits in turn: they take the same path.
     for dtype in (torch.float32, DTYPES[1 + index % 2])
 ]
@@ -57,7 +64,7 @@ def test_within_budget(spec, case, dtype, device):
 def test_inputs_with_structure(spec, structure, device):
     """A small case of each op in one dtype; case and dtype vary with the structure."""
     index = list(STRUCTURES).index(structure)
-    cases = [c for c in spec.test_cases() if not any(c.sizes.get(name) for name in DELEGATED)]
+    cases = own_cases(spec)
     case = replace(cases[index % len(cases)], structure=structure)
     assert_ok(measure(spec, case, DTYPES[index % len(DTYPES)], device, SEED))
 
@@ -175,6 +182,16 @@ def decode_inputs(lengths, draw, device, *, seq_len_q=1, pages=None):
         for row, length in enumerate(lengths):
             inputs["block_table"][row, -(-max(length, 0) // 4) :] = -7
     return inputs | {"k_cache": caches[0], "v_cache": caches[1]}
+
+
+@pytest.mark.parametrize("pages", (False, True), ids=("contiguous", "pages"))
+@pytest.mark.parametrize("bounds", ([0, 3, 6, 9], [0, 0, 9, 9], [0, 1, 2, 7], [0, 20, 20, 20]))
+@pytest.mark.parametrize("lengths", ([24, 9, 3], [7, 2, 12], [99, -3, 4]))
+def test_any_prefill(lengths, bounds, pages, draw, device):
+    inputs = decode_inputs(lengths, draw, device, pages=pages)
+    inputs["q"] = draw(9, 6, 16)
+    inputs["cu_seqlens_q"] = torch.tensor(bounds, device=device)
+    assert_call(native.prefill_attention, reference.prefill_attention, inputs)
 
 
 @pytest.mark.parametrize("pages", (False, True), ids=("contiguous", "pages"))

@@ -13,17 +13,19 @@ derivative of attention or of the loss raises.
     linear_cross_entropy     a chunk of tokens at a time: its logits and their gradient together
     apply_rope               CPU only: a product and a multiply-add, on q and k together
     rope_append_kv           CPU only: writes to the given slots of the cache and nowhere else
-    decode_attention         CPU only: F.scaled_dot_product_attention over the keys in use
+    decode_attention, prefill_attention
+                             CPU only: F.scaled_dot_product_attention over the keys in use
     adamw_update             PyTorch's fused AdamW, and a rounding to `copy`
-    prefill_attention, token_log_probs, sample_tokens
+    token_log_probs, sample_tokens
                              the reference's functions
 
 The reference also computes what PyTorch has no fused function for: attention with a window, soft
-cap, sinks, ALiBi, key_ranges, key_mask or return_lse, or with a query that sees no key; quantised
-caches; losses with a soft cap, a z-loss, `reduction="none"` or a vocabulary sharded over ranks. It
-computes the ops marked "CPU only" on other devices and under `torch.compile`: these ops read slots
-and lengths from tensors, which would make the host wait for a GPU. On a GPU only
-`flash_attention_varlen` and `prefill_attention` read values back, like the reference.
+cap, sinks, ALiBi, key_ranges, key_mask or return_lse, or with a query that sees no key; decode
+steps on quantised caches; losses with a soft cap, a z-loss, `reduction="none"` or a vocabulary
+sharded over ranks. It computes the ops marked "CPU only" on other devices and under
+`torch.compile`: these ops read slots and lengths from tensors, which would make the host wait for a
+GPU. On a GPU only `flash_attention_varlen` and `prefill_attention` read values back, like the
+reference.
 
 Reproducibility, measured on a CPU: the same call gives the same bits, with gradients or without.
     The
@@ -39,10 +41,10 @@ Layout and `MAX_NEW_TOKENS` are those of the reference.
 
 from gqa_kernels.native.adamw import adamw_update
 from gqa_kernels.native.attention import flash_attention, flash_attention_varlen
-from gqa_kernels.native.cache import decode_attention, rope_append_kv
+from gqa_kernels.native.cache import decode_attention, prefill_attention, rope_append_kv
 from gqa_kernels.native.losses import linear_cross_entropy
 from gqa_kernels.native.rows import add_rms_norm, apply_rope, rms_norm, swiglu
-from gqa_kernels.reference import prefill_attention, sample_tokens, token_log_probs
+from gqa_kernels.reference import sample_tokens, token_log_probs
 
 __all__ = [
     "adamw_update",

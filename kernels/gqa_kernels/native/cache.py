@@ -1,10 +1,12 @@
 """Ops on the entries of a key/value cache that are in use; contracts as in `reference.cache`."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from gqa_kernels import reference
-from gqa_kernels.native.attention import attend
+from gqa_kernels.native.attention import attend, flash_attention
 from gqa_kernels.native.rows import apply_rope, reads_freely
 
 
@@ -179,3 +181,92 @@ def _entries(cache: Tensor, slots: Tensor) -> Tensor:
         rows = cache.view(-1, *cache.shape[2:]).index_select(0, slots.flatten())
         return rows.view(*slots.shape, *cache.shape[2:])
     return cache[slots // cache.shape[1], slots % cache.shape[1]]
+
+
+def prefill_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor | None,
+    *,
+    block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See `reference.prefill_attention`, which computes all options but those of the cache."""
+    plain = causal and all(x is None for x in (window, softcap, sinks, alibi_slopes))
+    if plain and not return_lse and reads_freely(q):
+        caches = (k_cache, k_scale), (v_cache, v_scale)
+        out = _prefill_used(q, caches, cu_seqlens_q, seq_lens, block_table, softmax_scale)
+        if out is not None:
+            return out
+    return reference.prefill_attention(
+        q,
+        k_cache,
+        v_cache,
+        cu_seqlens_q,
+        seq_lens,
+        block_table=block_table,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        causal=causal,
+        softmax_scale=softmax_scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        return_lse=return_lse,
+    )
+
+
+def _prefill_used(
+    q: Tensor,
+    caches: tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]],
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor | None,
+    block_table: Tensor | None,
+    softmax_scale: float | None,
+) -> Tensor | None:
+    """Attention over the entries of each sequence; `caches` are keys and values, each with its
+    scale. None if there is no new token, if a sequence has fewer tokens than new ones, if a row
+    belongs to no sequence, if a length exceeds the capacity, or if a page does not exist: the
+    reference computes these cases."""
+    k_cache = caches[0][0]
+    capacity, bounds = _capacity(k_cache, block_table), cu_seqlens_q.tolist()
+    lengths = [capacity] * (len(bounds) - 1) if seq_lens is None else seq_lens.tolist()
+    if len(q) == 0 or bounds[-1] != len(q) or max(lengths) > capacity:
+        return None
+    outs = []
+    for row, ((first, end), length) in enumerate(zip(pairwise(bounds), lengths, strict=True)):
+        if first == end:
+            continue
+        if end - first > length:
+            return None
+        table = None if block_table is None else block_table[row : row + 1]
+        slots = _slots([length], k_cache.shape, table)
+        if slots is None:
+            return None
+        if block_table is None:
+            slots = slots + row * capacity
+        k, v = (_dequantized(cache, scale, slots, q.dtype) for cache, scale in caches)
+        outs.append(
+            flash_attention(q[None, first:end], k, v, causal=True, softmax_scale=softmax_scale)
+        )
+    return torch.cat(outs, dim=1)[0]
+
+
+def _dequantized(cache: Tensor, scale: Tensor | None, slots: Tensor, dtype: torch.dtype) -> Tensor:
+    entries = _entries(cache, slots)
+    if scale is None:
+        return entries
+    if scale.dim() == 3:
+        scale = _entries(scale, slots)
+    return (entries.to(scale.dtype) * scale[..., None]).to(dtype)
