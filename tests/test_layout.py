@@ -275,8 +275,8 @@ def test_the_model_knows_no_kernel(name):
     names = imported(MODELS[name])
     assert not {name.split(".")[0] for name in names} & {"triton", "tests", "bench"}
     used = {name.removeprefix("gqa_kernels.") for name in names if "gqa_kernels." in name}
-    # The demo shows the errors of the op table; placement asks what Triton can drive; a cache asks
-    # the specification how many tokens a call may bring.
+    # The demo shows the errors of the op table; placement asks what Triton can drive; the model
+    # asks the specification how many new tokens decode_attention takes.
     seams = {"get_backend", "backends", "interpreter", "accuracy", "spec", "runtime", "positions"}
     seams |= {"reference.MAX_NEW_TOKENS", "reference", "__version__"}
     assert all(within(name, seams) for name in used)
