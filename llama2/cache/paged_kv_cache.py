@@ -52,8 +52,8 @@ class PagedKVCache(Stored):
     Attributes:
         stored: `[num_layers, num_pages, page_size, …]`.
         block_table: int32 `[max_batch, max_pages]` on the device; −1 for unused entries.
-        seq_lens: int32 `[max_batch]` on the device: the lengths in the latest batch, pending tokens
-            included; 0 for rows that are not in it.
+        seq_lens: int32 `[max_batch]` on the device: the lengths in the latest batch of `decode`,
+            pending tokens included; 0 for rows that are not in it.
     Args:
         dtype: as for `KVCache`.
     Raises:
@@ -204,8 +204,7 @@ class PagedKVCache(Stored):
         self._batch = None
 
     def forget(self) -> None:
-        """Stops the reuse of written pages, after a change of weights or logits that were not
-        finite."""
+        """Stops the reuse of written pages: weights changed, or logits were not finite."""
         self._pool.forget()
 
     def computed_with(self, config: ModelConfig, weights: Tensor) -> None:
@@ -226,8 +225,7 @@ class PagedKVCache(Stored):
         if most is not None and most < 1:
             raise ValueError(f"most: expected at least 1; got {most}")
         count = self.num_pending(row)
-        self._batch = PagedBatch(self, [row], count if most is None else min(count, most))
-        return self._batch
+        return PagedBatch(self, [row], count if most is None else min(count, most))
 
     def decode(self, rows: Sequence[int]) -> "PagedBatch":
         """Returns the pending tokens of `rows`, any number of each: `[max_batch, most pending]`.
@@ -238,8 +236,7 @@ class PagedKVCache(Stored):
         Raises:
             ValueError: there are no pending tokens.
         """
-        self._batch = PagedBatch(self, rows)
-        return self._batch
+        return PagedBatch(self, rows)
 
     def _shared(self, tokens: Sequence[int]) -> tuple[list[bytes], list[int]]:
         """Returns digests and pages of written content that is a prefix of `tokens[:-1]`."""
@@ -332,17 +329,16 @@ class PagedBatch:
     def __init__(
         self, cache: PagedKVCache, rows: Sequence[int] | np.ndarray, count: int | None = None
     ) -> None:
-        alone = count is not None
         self.stored, self._cache = cache.stored, cache
         self._rows = rows = cache._rows(rows)
         num_cached = cache._num_cached[rows]
-        self._ends = ends = num_cached + count if alone else cache._lengths[rows]
+        self._ends = ends = cache._lengths[rows] if count is None else num_cached + count
         self._num_new = ends - num_cached
         width = max(self._num_new.tolist(), default=0)
         if width == 0:
             raise ValueError("rows: expected at least 1 pending token; got 0")
-        self._places = np.zeros(1, dtype=np.int64) if alone else rows  # in the batch
-        self._shape = (1 if alone else cache.max_batch, width)
+        self._places = rows if count is None else np.zeros(1, dtype=np.int64)  # in the batch
+        self._shape = (cache.max_batch if count is None else 1, width)
         ago = np.arange(width, 0, -1)  # tokens are right-aligned
         is_new = ago <= self._num_new[:, None]
         at = np.where(is_new, ends[:, None] - ago, 0)
@@ -350,17 +346,21 @@ class PagedBatch:
         new[1] = -1
         new[0, self._places] = at
         new[1, self._places] = np.where(is_new, cache._slots(rows[:, None], at), -1)
-        lengths = np.zeros(cache.max_batch, dtype=np.int32)
-        lengths[rows] = ends
         device = cache.seq_lens.device
         self.positions_and_slots = places = to_device(new, device)
-        cache.seq_lens.copy_(to_device(lengths, device))
-        if not cache._table_is_sent:
-            cache.block_table.copy_(to_device(cache._table, device))
-            cache._table_is_sent = True
-        part = slice(rows[0], rows[0] + 1) if alone else slice(None)
-        seq_lens = None if alone and num_cached[0] == 0 else cache.seq_lens[part]
-        self._step = CacheStep(self.stored, *places, seq_lens, cache.block_table[part])
+        if count is None:
+            lengths = np.zeros(cache.max_batch, dtype=np.int32)
+            lengths[rows] = ends
+            cache.seq_lens.copy_(to_device(lengths, device))
+            if not cache._table_is_sent:
+                cache.block_table.copy_(to_device(cache._table, device))
+                cache._table_is_sent = True
+            seq_lens, table = cache.seq_lens, cache.block_table
+        else:  # in new tensors, as kernels are compiled for the alignment of addresses
+            seq_lens = to_device(ends.astype(np.int32), device) if num_cached[0] else None
+            table = to_device(cache._table[rows], device)
+        self._step = CacheStep(self.stored, *places, seq_lens, table)
+        cache._batch = self
 
     @functools.cached_property
     def tokens(self) -> Tensor:
