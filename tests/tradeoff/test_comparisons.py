@@ -102,6 +102,12 @@ def set_run(part, name, value, **fields):
             ),
             "runs: expected MHA from scratch among them; got none",
         ),
+        (
+            lambda r: r.update(
+                runs=[x for x in r["runs"] if x["arm"] != "longer" or x["num_kv_heads"] < 4]
+            ),
+            "runs: expected MHA among those of the arm 'longer' of records; got none",
+        ),
     ],
 )
 def test_a_damaged_result_is_refused(result, change, message):

@@ -20,7 +20,7 @@ def check(results: dict[str, Any]) -> None:
             or out of range; part, arm, heads, method and alpha of a run do not fit together;
             the bits of a run are not one per held-out file, or do not add up to its bits per byte;
             an accuracy is not the mean over numbers of items; a run occurs twice; the language
-            models of MHA from scratch are missing.
+            models of MHA from scratch are missing, or those of an arm of "records" that has runs.
     """
     if not isinstance(results, dict) or results.get("kind") != "study":
         kind = results.get("kind") if isinstance(results, dict) else type(results).__name__
@@ -47,6 +47,11 @@ def check(results: dict[str, Any]) -> None:
         seen.add(key)
     if not mha(results):
         raise ValueError("runs: expected MHA from scratch among them; got none")
+    for arm in arms(results):
+        if not records(results, arm["name"]):
+            raise ValueError(
+                f"runs: expected MHA among those of the arm {arm['name']!r} of records; got none"
+            )
 
 
 def _check_kind(results: dict[str, Any], name: str, run: Run) -> None:
