@@ -183,6 +183,16 @@ def test_another_study_in_the_folder_is_refused(work, texts):
     assert study(replace(SMALL, processes=2), texts, folder)[1] == entries
 
 
+def test_a_study_does_not_go_on_with_other_code(work, texts, monkeypatch):
+    """Its result names the source of all of its runs."""
+    folder = work[0]
+    monkeypatch.setattr(training, "source_sha256", lambda _: "another")
+    before = corpus_files(folder)
+    with pytest.raises(ValueError, match=r"expected the state of a run with source sha256='anoth"):
+        study(SMALL, texts, folder)
+    assert corpus_files(folder) == before
+
+
 def corpus_files(folder):
     return {file.name: file.read_bytes() for file in (folder / "corpus").iterdir()}
 

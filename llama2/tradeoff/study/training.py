@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from llama2.checkout import source_sha256
 from llama2.checkpoint import SHIPPED, load_config
 from llama2.model import Llama2
 from llama2.placement import Placement, place
@@ -48,8 +49,9 @@ def run_study(
     Returns:
         the corpus, and the entries "runs" of a result in the order of `jobs`.
     Raises:
-        OSError, ValueError: as `prepare`; `work` is of another study, or another process runs in
-            it: then nothing there changes. A file there is damaged.
+        OSError, ValueError: as `prepare`; `work` is of another study or of another version of this
+            package's study, or another process runs in it: then nothing there changes. A file there
+            is damaged.
         FloatingPointError: a run diverged.
     """
     work.mkdir(parents=True, exist_ok=True)
@@ -78,6 +80,8 @@ def _claim(work: Path, preset: Preset, texts: Texts) -> None:
     identity = {
         "preset": json.loads(json.dumps(asdict(preset) | {"processes": None})),
         "corpus": {part: texts.record[part]["sha256"] for part in ("train", "held_out")},
+        # The result names one source of all runs.
+        "source": {"sha256": source_sha256(Path(__file__).parent)},
     }
     file = work / "study.json"
     if file.exists():
