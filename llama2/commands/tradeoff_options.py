@@ -62,9 +62,14 @@ def _add_study(group: argparse._ArgumentGroup) -> None:
         "--steps",
         type=integer,
         metavar="N",
-        help="steps of a model from scratch; default: the preset's",
+        help="training steps of each language model from scratch; default: the preset's",
     )
-    add("--processes", type=integer, metavar="N", help="parallel processes; default: the preset's")
+    add(
+        "--processes",
+        type=integer,
+        metavar="N",
+        help="number of training processes at once; default: the preset's",
+    )
     add(
         "--results",
         type=path,
@@ -80,7 +85,8 @@ def _add_deployment(group: argparse._ArgumentGroup) -> None:
         "--shape",
         default="7B",
         metavar="|".join((*PUBLISHED, "FILE.json")),
-        help="the shape to deploy; default: %(default)s",
+        help="the shape to deploy: a published one, a config.json in Hugging Face's layout, or "
+        "another JSON file of ModelConfig's fields; default: %(default)s",
     )
     add(
         "--gpu",
@@ -89,7 +95,13 @@ def _add_deployment(group: argparse._ArgumentGroup) -> None:
         help=f"the GPU to deploy on: {', '.join(GPUS)}, or MEMORY_GIB,TB_PER_S,TFLOPS; default: "
         "%(default)s",
     )
-    add("--context", type=integer, default=4096, metavar="N", help="expected tokens per sequence")
+    add(
+        "--context",
+        type=integer,
+        default=4096,
+        metavar="N",
+        help="expected tokens per sequence; default: %(default)s",
+    )
     add(
         "--batch",
         type=_batch,
@@ -98,13 +110,20 @@ def _add_deployment(group: argparse._ArgumentGroup) -> None:
         help="expected sequences that decode together, or max for as many as fit; default: "
         "%(default)s",
     )
-    add("--tp", type=integer, default=1, metavar="N", help="GPUs that share the model")
+    add(
+        "--tp",
+        type=integer,
+        default=1,
+        metavar="N",
+        help="GPUs that share the model; default: %(default)s",
+    )
     add(
         "--keep",
         type=number,
         default=KEEP,
         metavar="SHARE",
-        help="acceptable share of the fastest count's tokens/s; default: %(default)s",
+        help="how fast, relative to the fastest number of heads, is fast enough: a share of its "
+        "tokens per second; default: %(default)s",
     )
     add(
         "--least-share",
