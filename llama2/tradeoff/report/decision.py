@@ -152,7 +152,8 @@ def _notes(question: Question, results: dict[str, Any] | None) -> Iterator[str]:
         )
     yield (
         f"Published ({LLAMA2_TABLE_18.source}; {GQA_TABLE_1.source}): more is better; other "
-        "models, in the row with as many heads."
+        "models, in the row with as many heads; MHA's figures are in MHA's row, whatever its "
+        "number of heads."
     )
     yield from quality.notes(results)
 
