@@ -85,6 +85,7 @@ def test_numbers_and_words_are_python_s_to_the_last_bit():
             assert (each.num_kv_heads, each.share) == (other["heads"], other["share"])
             assert each.verdict == other["verdict"]
             assert (each.tokens_per_s, each.speed_up) == (other["speed"], other["speedUp"])
+            assert each.batch == other.get("batch")
             assert each.kv_bytes_per_token_per_rank == other.get("kvBytes")
             assert each.largest_batch == other.get("largestBatch")
             assert each.crossover_batch == other.get("crossoverBatch")

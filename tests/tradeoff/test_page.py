@@ -358,6 +358,20 @@ def test_where_nothing_fits_the_page_says_so(tmp_path, undrawn):
     assert all(row[2:4] == [MISSING] * 2 and row[5] == "0" for row in table["rows"])
 
 
+@pytest.mark.parametrize(
+    ("gpu", "batch", "said"),
+    [
+        ("H200", 32, "Take GQA (4): 4.07 times as many tokens per second as MHA. Predicted"),
+        ("RTX 4090", 32, "Take GQA (4): 1,598 tokens per second at batch 32; MHA fits at most 3 "),
+        ("L40S", 100_000, "No count with at least 1/8"),
+    ],
+)
+def test_the_pick_is_compared_with_mha_only_if_mha_fits(gpu, batch, said):
+    question = Question(CONFIG, GPUS[gpu], 4096, batch)
+    found = candidates(question)
+    assert decision.pick_sentence(question, found, pick(question, found)).startswith(said)
+
+
 def test_one_seed_gives_no_verdict(undrawn):
     result = synthetic_result(seeds=(3,))
     blocks = study_sections.sections(result, QUESTION)

@@ -53,14 +53,20 @@ def pick_sentence(question: Question, found: Sequence[Candidate], chosen: Candid
     if chosen is None:
         least = share_name(question.least_share)
         return f"No count with at least {least} of the query heads fits: {question.setting}."
-    mha = found[-1]
-    unfit = "" if mha.verdict == "fits" else ", which does not fit"
-    if chosen is mha or chosen.speed_up is None:
-        speed = f"{chosen.tokens_per_s:,.0f} tokens per second"
-    else:
-        speed = f"{chosen.speed_up:,.2f} times as many tokens per second as MHA{unfit}"
     heads = heads_name(chosen.num_kv_heads, question.config.num_q_heads)
-    return f"Take {heads}: {speed}. Predicted for {question.setting}."
+    return f"Take {heads}: {_speed(chosen, found[-1])}. Predicted for {question.setting}."
+
+
+def _speed(each: Candidate, mha: Candidate) -> str:
+    """Returns the speed of a count that fits, relative to MHA's only if MHA fits."""
+    speed = f"{each.tokens_per_s:,.0f} tokens per second"
+    if each is mha:
+        return speed
+    if mha.verdict == "fits":
+        return f"{each.speed_up:,.2f} times as many tokens per second as MHA"
+    most = mha.largest_batch
+    fits = f"fits at most {most:,} sequence{'s' * (most > 1)}" if most else "does not fit"
+    return f"{speed} at batch {each.batch:,}; MHA {fits}"
 
 
 def rule_sentence(question: Question) -> str:

@@ -83,6 +83,7 @@ function candidates(data, setting) {
       heads,
       share,
       verdict: fits ? "fits" : "does not fit",
+      batch: own,
       kvBytes: found.kvBytes,
       largestBatch: largest,
       crossoverBatch: found.crossoverBatch(context),
@@ -163,13 +164,21 @@ function pickSentence(data, setting, found, chosen) {
     return `No count with at least ${shareName(setting.least)} of the query heads fits: ${name}.`;
   }
   const heads = headsName(chosen.heads, data.shape.num_q_heads);
-  const mha = found[found.length - 1];
-  const unfit = mha.verdict === "fits" ? "" : ", which does not fit";
-  const speed =
-    chosen === mha || chosen.speedUp === null
-      ? `${fixed(chosen.speed, 0)} tokens per second`
-      : `${fixed(chosen.speedUp, 2)} times as many tokens per second as MHA${unfit}`;
+  const speed = speedName(chosen, found[found.length - 1]);
   return `Take ${heads}: ${speed}. Predicted for ${name}.`;
+}
+
+/** The speed of a count that fits, relative to MHA's only if MHA fits. */
+function speedName(each, mha) {
+  const speed = `${fixed(each.speed, 0)} tokens per second`;
+  if (each === mha) return speed;
+  if (mha.verdict === "fits") {
+    return `${fixed(each.speedUp, 2)} times as many tokens per second as MHA`;
+  }
+  const most = mha.largestBatch;
+  const sequences = most > 1 ? "sequences" : "sequence";
+  const fits = most ? `fits at most ${fixed(most, 0)} ${sequences}` : "does not fit";
+  return `${speed} at batch ${fixed(each.batch, 0)}; MHA ${fits}`;
 }
 
 function ruleSentence(setting) {
