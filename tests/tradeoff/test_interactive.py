@@ -51,7 +51,7 @@ def drawn(generator):
 
 
 def in_node(script, given):
-    program = f"const page = require({json.dumps(str(interactive.SCRIPT))});\n"
+    program = f"{interactive.code()}\nconst page = module.exports;\n"
     program += "const given = JSON.parse(require('fs').readFileSync(0));\n"
     program += f"console.log(JSON.stringify(given.map((data) => {{ {script} }})));"
     done = subprocess.run(
@@ -72,6 +72,7 @@ def test_numbers_and_words_are_python_s_to_the_last_bit():
           found,
           cells: found.map((each) => page.cells(data, setting, each, chosen)),
           pick: page.pickSentence(data, setting, found, chosen),
+          published: page.publishedSentence(data, found, chosen),
           rule: page.ruleSentence(setting),
         };
     """
@@ -91,6 +92,7 @@ def test_numbers_and_words_are_python_s_to_the_last_bit():
             assert each.crossover_batch == other.get("crossoverBatch")
         assert answer["cells"] == [decision.cells(question, each, chosen) for each in found]
         assert answer["pick"] == decision.pick_sentence(question, found, chosen)
+        assert answer["published"] == decision.published_sentence(question, found, chosen)
         assert answer["rule"] == decision.rule_sentence(question)
     assert len(picks) > 6 and None in picks  # the settings were worth asking
 
@@ -168,7 +170,8 @@ def test_what_is_not_embedded_is_not_assumed():
     assert interactive.data(odd, None)["setting"]["gpu"] == "custom"
     assert '<option value="custom" selected>odd</option>' in interactive.form(odd)
     assert '<option value="0.3" selected>30 %</option>' in interactive.form(odd)
-    assert len(interactive.SCRIPT.read_text(encoding="utf-8").splitlines()) <= 400
+    for file in interactive.SCRIPTS:
+        assert len(file.read_text(encoding="utf-8").splitlines()) <= 400
 
 
 # In a browser
@@ -236,6 +239,8 @@ def test_a_browser_shows_python_s_numbers(page, address, changes):
     found = candidates(question)
     chosen = pick(question, found)
     assert text_of(document, "pick") == decision.pick_sentence(question, found, chosen)
+    told = decision.published_sentence(question, found, chosen)
+    assert text_of(document, "published") == told
     assert text_of(document, "rule") == decision.rule_sentence(question)
     told = quality.evidence(synthetic_result(), question.config)
     assert text_of(document, "evidence") == (told[chosen.num_kv_heads] if chosen else "")

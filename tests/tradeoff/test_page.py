@@ -222,7 +222,15 @@ def test_the_page_stands_alone(page):
 
 
 def test_the_decision_comes_first_and_contents_name_every_section(page):
-    order = ['id="pick"', 'id="evidence"', 'id="rule"', 'id="decision"', 'id="setting"', "<h2"]
+    order = [
+        'id="pick"',
+        'id="published"',
+        'id="evidence"',
+        'id="rule"',
+        'id="decision"',
+        'id="setting"',
+        "<h2",
+    ]
     places = [page.index(text) for text in order]
     assert places == sorted(places)
     headings = re.findall('<h2 id="(.*?)">(.*?)</h2>', page)
@@ -370,6 +378,30 @@ def test_the_pick_is_compared_with_mha_only_if_mha_fits(gpu, batch, said):
     question = Question(CONFIG, GPUS[gpu], 4096, batch)
     found = candidates(question)
     assert decision.pick_sentence(question, found, pick(question, found)).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes", "said"),
+    [
+        (
+            "7B",
+            {},
+            "The speed rule picks GQA (4). Apart from MQA, GQA (8) has the fewest heads with "
+            "published quality figures: 2.83 times as many tokens per second as MHA.",
+        ),
+        ("7B", {"batch": 200}, "8,051 tokens per second at batch 200; MHA fits at most 62 seq"),
+        ("7B", {"batch": 1_000, "least_share": 0}, ""),  # 8 heads do not fit
+        ("70B", {"tp": 8}, ""),  # 8 heads are the pick
+        ("13B", {"tp": 5, "least_share": 0.5}, ""),  # 8 heads cannot be shared
+    ],
+)
+def test_the_fewest_heads_with_published_figures_stand_with_the_pick(shape, changes, said):
+    question = replace(Question(PUBLISHED[shape], GPUS["H200"], 4096, 32), **changes)
+    found = candidates(question)
+    chosen = pick(question, found)
+    assert chosen is not None
+    told = decision.published_sentence(question, found, chosen)
+    assert said in told if said else not told
 
 
 def test_one_seed_gives_no_verdict(undrawn):

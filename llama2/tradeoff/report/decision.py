@@ -6,6 +6,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from llama2.accounting import head_counts
 from llama2.reporting.document import MISSING, Block, Column, Paragraph, Sentence, Table
 from llama2.reporting.wording import short
 from llama2.tradeoff.published import GQA_TABLE_1, LLAMA2_TABLE_18
@@ -31,6 +32,7 @@ def opening(
     found = candidates(question)
     chosen = pick(question, found)
     yield Paragraph([Sentence(pick_sentence(question, found, chosen))], lead=True, name="pick")
+    yield Paragraph([Sentence(published_sentence(question, found, chosen))], name="published")
     if results is not None:
         told = quality.evidence(results, question.config)
         said = told[chosen.num_kv_heads] if chosen else ""
@@ -67,6 +69,34 @@ def _speed(each: Candidate, mha: Candidate) -> str:
     most = mha.largest_batch
     fits = f"fits at most {most:,} sequence{'s' * (most > 1)}" if most else "does not fit"
     return f"{speed} at batch {each.batch:,}; MHA {fits}"
+
+
+def published_sentence(
+    question: Question, found: Sequence[Candidate], chosen: Candidate | None
+) -> str:
+    """Returns the speed of the fewest heads above MQA's with published figures; "" without them,
+    where they do not fit, or where the rule picks them."""
+    heads, count = question.config.num_q_heads, published_heads(question)
+    each = next((each for each in found if each.num_kv_heads == count), None)
+    if chosen is None or each is None or each is chosen or each.tokens_per_s is None:
+        return ""
+    return (
+        f"The speed rule picks {heads_name(chosen.num_kv_heads, heads)}. Apart from MQA, "
+        f"{heads_name(count, heads)} has the fewest heads with published quality figures: "
+        f"{_speed(each, found[-1])}."
+    )
+
+
+def published_heads(question: Question) -> int | None:
+    """Returns the fewest key/value heads, more than MQA's and fewer than MHA's, that the published
+    tables have figures for; None without such a count."""
+    heads = question.config.num_q_heads
+    counts = [
+        count
+        for count in head_counts(question.config)
+        if 1 < count < heads and _published(count, heads) != (MISSING, MISSING)
+    ]
+    return min(counts, default=None)
 
 
 def rule_sentence(question: Question) -> str:

@@ -16,11 +16,11 @@ from llama2.reporting.drawing import head_colours
 from llama2.tradeoff.question import Question
 from llama2.tradeoff.recommend import share_name
 from llama2.tradeoff.report import quality
-from llama2.tradeoff.report.decision import COMMON_HEADS
+from llama2.tradeoff.report.decision import COMMON_HEADS, published_heads
 from llama2.tradeoff.report.deployment_tables import SHOWN_BATCH
 from llama2.tradeoff.roofline import CACHE_FORMATS, GPUS, Deployment
 
-SCRIPT = Path(__file__).with_name("page.js")
+SCRIPTS = tuple(Path(__file__).with_name(name) for name in ("plots.js", "page.js"))
 _SHARES = (1, 0.5, 0.25, 0.125, 0.0625, 0)
 _RANKS = (1, 2, 4, 8, 16)
 
@@ -30,7 +30,7 @@ STYLE = """
 #setting[hidden] { display: none; }
 #setting label { display: grid; font-size: .85rem; }
 #setting input, #setting select { font: inherit; width: 8.5rem; max-width: 100%; }
-#message:empty { display: none; } #message { color: var(--predicted); flex-basis: 100%; margin: 0; }
+p:empty { display: none; } #message { color: var(--predicted); flex-basis: 100%; margin: 0; }
 #legend { display: flex; flex-wrap: wrap; gap: 0 1rem; font-size: .88rem; }
 #legend span::before { content: ""; display: inline-block; width: 1.3em; height: .35em;
   margin-right: .4em; vertical-align: middle; background: var(--colour); border: 1px solid #888; }
@@ -57,6 +57,7 @@ def data(question: Question, results: dict[str, Any] | None) -> dict[str, Any]:
         "shape_name": question.shape_name,
         "counts": counts,
         "common_heads": COMMON_HEADS if config.num_q_heads > COMMON_HEADS else None,
+        "published_heads": published_heads(question),
         "gpus": {name: asdict(gpu) for name, gpu in gpus.items()},
         "caches": {name: asdict(cache) for name, cache in caches.items()},
         "weight_bytes_per_value": defaults["weight_bytes_per_value"],
@@ -106,8 +107,12 @@ def form(question: Question) -> str:
 def script(question: Question, results: dict[str, Any] | None) -> str:
     """Returns the script element with its constants."""
     embedded = json.dumps(data(question, results)).replace("<", "\\u003c")
-    code = SCRIPT.read_text(encoding="utf-8")
-    return f"<script>\nconst DATA = {embedded};\n{code}</script>"
+    return f"<script>\nconst DATA = {embedded};\n{code()}</script>"
+
+
+def code() -> str:
+    """Returns the text of the script without its constants."""
+    return "".join(file.read_text(encoding="utf-8") for file in SCRIPTS)
 
 
 def _field(name: str, value: object, attributes: str) -> str:
