@@ -61,7 +61,7 @@ def recommend(question: Question) -> Recommendation:
     found = candidates(question)
     chosen = pick(question, found)
     if chosen is None:
-        raise ValueError(_what_would_fit(question, found))
+        raise ValueError(_refusal(question, found))
     return Recommendation(chosen.num_kv_heads, tuple(_reasons(question, found, chosen)), found)
 
 
@@ -207,14 +207,9 @@ def _cache_share(deployment: Deployment, batch: int, context: int) -> float:
     return 1 - deployment.weight_bytes_per_rank / deployment.decode_bytes(batch, context)
 
 
-def _what_would_fit(question: Question, found: Sequence[Candidate]) -> str:
-    # As small as any that is considered: on every rank no more heads than these.
-    count = min(
-        each.num_kv_heads
-        for each in found
-        if each.verdict != "cannot be shared by tp" and each.share >= question.least_share
-    )
-    smallest = question.deployment(count)
+def what_would_fit(question: Question, found: Sequence[Candidate]) -> list[str]:
+    """Returns the changes to a question without a pick, one of which gives it a pick."""
+    smallest = _smallest(question, found)
     context, wanted = question.context, question.batch or 1
     offers = []
     if longest := smallest.largest_context(wanted):
@@ -229,10 +224,27 @@ def _what_would_fit(question: Question, found: Sequence[Candidate]) -> str:
     fewer = [each.num_kv_heads for each in found if each.verdict == "fits"]
     if fewer:
         offers.append(f"{max(fewer)} heads, below the least share")
+    return offers
+
+
+def _smallest(question: Question, found: Sequence[Candidate]) -> Deployment:
+    """Returns a deployment that is as small as any that the rule considers: on every rank no more
+    heads than the others."""
+    count = min(
+        each.num_kv_heads
+        for each in found
+        if each.verdict != "cannot be shared by tp" and each.share >= question.least_share
+    )
+    return question.deployment(count)
+
+
+def _refusal(question: Question, found: Sequence[Candidate]) -> str:
+    smallest, offers = _smallest(question, found), what_would_fit(question, found)
+    weights, batch = smallest.weight_bytes_per_rank / GIB, question.batch or 1
     text = f"; what would fit: {', or '.join(offers)}" if offers else ""
     return (
         f"context: expected one at which some number of key/value heads of at least "
         f"{share_name(question.least_share)} of the query heads fits {question.gpu.name} with "
-        f"tp={question.tp} at batch {wanted:,}, beside {smallest.weight_bytes_per_rank / GIB:.1f} "
-        f"GiB of weights per GPU; got {context:,}{text}"
+        f"tp={question.tp} at batch {batch:,}, beside {weights:.1f} GiB of weights per GPU; "
+        f"got {question.context:,}{text}"
     )

@@ -359,7 +359,8 @@ def test_where_nothing_fits_the_page_says_so(tmp_path, undrawn):
     blocks = write_page(synthetic_result(), tmp_path, small)["blocks"]
     assert blocks[0]["sentences"][0]["text"] == (
         "No count with at least 1/8 of the query heads fits: the 70B shape on RTX 4090 with 4,096 "
-        "tokens per sequence, the largest batch that fits and a cache in 16 bits."
+        "tokens per sequence, the largest batch that fits and a cache in 16 bits. What would fit: "
+        "tp=8."
     )
     table = next(block for block in blocks if block["kind"] == "table")
     assert table["marked"] is None

@@ -11,7 +11,7 @@ from llama2.reporting.document import MISSING, Block, Column, Paragraph, Sentenc
 from llama2.reporting.wording import short
 from llama2.tradeoff.published import GQA_TABLE_1, LLAMA2_TABLE_18
 from llama2.tradeoff.question import LEAST_SHARE, Question
-from llama2.tradeoff.recommend import Candidate, candidates, pick, share_name
+from llama2.tradeoff.recommend import Candidate, candidates, pick, share_name, what_would_fit
 from llama2.tradeoff.report import quality
 from llama2.tradeoff.report.wording import heads_name
 
@@ -54,7 +54,11 @@ def opening(
 def pick_sentence(question: Question, found: Sequence[Candidate], chosen: Candidate | None) -> str:
     if chosen is None:
         least = share_name(question.least_share)
-        return f"No count with at least {least} of the query heads fits: {question.setting}."
+        offers = what_would_fit(question, found)
+        fitting = f" What would fit: {', or '.join(offers)}." if offers else ""
+        return (
+            f"No count with at least {least} of the query heads fits: {question.setting}.{fitting}"
+        )
     heads = heads_name(chosen.num_kv_heads, question.config.num_q_heads)
     return f"Take {heads}: {_speed(chosen, found[-1])}. Predicted for {question.setting}."
 

@@ -100,6 +100,27 @@ function pick(found, setting) {
   return fitting.filter((each) => each.speed >= setting.keep * best).pop() ?? null;
 }
 
+/** Changes to a setting without a pick, one of which gives it a pick. */
+function whatWouldFit(data, setting, found) {
+  const { context } = setting;
+  const wanted = setting.batch ?? 1;
+  const least = found.find((each) => each.kvBytes && each.share >= setting.least);
+  const smallest = deployment(data, setting, least.heads);
+  const offers = [];
+  const longest = smallest.largestContext(wanted);
+  if (longest) offers.push(`a context of ${fixed(longest, 0)} at batch ${fixed(wanted, 0)}`);
+  const largest = smallest.largestBatch(context);
+  if (largest) offers.push(`a batch of ${fixed(largest, 0)} at context ${fixed(context, 0)}`);
+  const ranks = data.counts.find((tp) => {
+    const wider = { ...setting, tp, batch: wanted };
+    return pick(candidates(data, wider), wider);
+  });
+  if (ranks) offers.push(`tp=${ranks}`);
+  const fewer = found.filter((each) => each.speed !== null).pop();
+  if (fewer) offers.push(`${fewer.heads} heads, below the least share`);
+  return offers;
+}
+
 // ---- words: wording.py and decision.py
 
 /** Python's f"{x:,.{digits}f}", which rounds ties to even, as toFixed does not. */
@@ -162,7 +183,10 @@ function settingName(data, setting) {
 function pickSentence(data, setting, found, chosen) {
   const name = settingName(data, setting);
   if (!chosen) {
-    return `No count with at least ${shareName(setting.least)} of the query heads fits: ${name}.`;
+    const least = shareName(setting.least);
+    const offers = whatWouldFit(data, setting, found);
+    const fitting = offers.length ? ` What would fit: ${offers.join(", or ")}.` : "";
+    return `No count with at least ${least} of the query heads fits: ${name}.${fitting}`;
   }
   const heads = headsName(chosen.heads, data.shape.num_q_heads);
   const speed = speedName(chosen, found[found.length - 1]);
