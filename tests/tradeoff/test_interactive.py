@@ -74,6 +74,7 @@ def test_numbers_and_words_are_python_s_to_the_last_bit():
           pick: page.pickSentence(data, setting, found, chosen),
           published: page.publishedSentence(data, found, chosen),
           rule: page.ruleSentence(setting),
+          command: page.commandOf(data, setting),
         };
     """
     answers = in_node(script, [interactive.data(question, None) for question in questions])
@@ -93,6 +94,7 @@ def test_numbers_and_words_are_python_s_to_the_last_bit():
         assert answer["cells"] == [decision.cells(question, each, chosen) for each in found]
         assert answer["pick"] == decision.pick_sentence(question, found, chosen)
         assert answer["published"] == decision.published_sentence(question, found, chosen)
+        assert answer["command"] == interactive.command(question)
         assert answer["rule"] == decision.rule_sentence(question)
     assert len(picks) > 6 and None in picks  # the settings were worth asking
 
@@ -146,9 +148,11 @@ def test_rounding_is_python_s():
         ("batch", "1.5", "batch: expected a whole number from 1 on, or max; got 1.5"),
         ("gpu", "constructor", "gpu: expected one of H200, H100, A100"),
         ("tp", "3", "tp: expected a divisor of the 32 query heads; got 3"),
-        ("cache", "int4", "cache: expected one of auto, fp8, int8; got int4"),
+        ("kv-cache-dtype", "int4", "kv-cache-dtype: expected one of auto, fp8, int8; got int4"),
         ("keep", "0", "keep: expected a share above 0, up to 1; got 0"),
-        ("least", "2", "least: expected a share from 0 to 1; got 2"),
+        ("least-share", "2", "least-share: expected a share from 0 to 1; got 2"),
+        ("cache", "int8", "address: expected context=, batch=, gpu=, tp=, kv-cache-dtype=, keep="),
+        ("constructor", "1", "address: expected context=, "),
     ],
 )
 def test_fields_say_what_is_wrong(field, text, message):
@@ -217,11 +221,11 @@ def rows_of(document):
     [
         ("", {}),
         (
-            "#context=8192&batch=16&gpu=H100&tp=2&cache=int8",
+            "#context=8192&batch=16&gpu=H100&tp=2&kv-cache-dtype=int8",
             {"context": 8192, "batch": 16, "gpu": "H100", "tp": 2, "cache": "int8"},
         ),
         (
-            "#context=100000&batch=max&gpu=RTX+4090&keep=0.5&least=0",
+            "#context=100000&batch=max&gpu=RTX+4090&keep=0.5&least-share=0",
             {"context": 100_000, "batch": None, "gpu": "RTX 4090", "keep": 0.5, "least_share": 0},
         ),
         ("#batch=100000", {"batch": 100_000}),
@@ -245,6 +249,8 @@ def test_a_browser_shows_python_s_numbers(page, address, changes):
     told = quality.evidence(synthetic_result(), question.config)
     assert text_of(document, "evidence") == (told[chosen.num_kv_heads] if chosen else "")
     assert text_of(document, "message") == ""
+    told = html.unescape(re.search(r'<pre id="command">(.*?)</pre>', document).group(1))
+    assert told == interactive.command(question)
     rows = rows_of(document)
     assert list(rows) == [str(each.num_kv_heads) for each in reversed(found)]
     for each in found:
@@ -258,23 +264,50 @@ def test_a_browser_shows_python_s_numbers(page, address, changes):
 
 
 @needs_browser
-def test_a_wrong_address_is_told_and_changes_nothing(page):
-    document = shown(page.as_uri() + "#tp=3")
-    message = "tp: expected a divisor of the 32 query heads; got 3"
-    assert text_of(document, "message") == message
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("#tp=3&gpu=H100", "tp: expected a divisor of the 32 query heads; got 3"),
+        ("#context=abc&gpu=H100", "context: expected a whole number from 1 on; got abc"),
+        ("#gpu=H100&cache=int8", "address: expected context=, batch=, gpu=, tp=, "),
+        ("#nowhere", "address: expected context=, "),
+        ("#gpu=<img src=x>", "gpu: expected one of H200, "),
+    ],
+)
+def test_a_wrong_address_is_told_and_changes_nothing(page, address, message):
+    document = shown(page.as_uri() + address)
+    assert f"in its address. {message}" in text_of(document, "message")
     found = candidates(QUESTION)
     assert text_of(document, "pick") == decision.pick_sentence(
         QUESTION, found, pick(QUESTION, found)
     )
+    assert "<img" not in document
 
 
-def in_frame(page, width, script, folder):
+FIELDS = 'return [...page.getElementById("setting").elements].map((f) => f.value).join(" ");'
+
+
+@needs_browser
+@pytest.mark.parametrize(
+    ("address", "values"),
+    [
+        ("#context=abc&gpu=H100", "4096 32 H200 1 auto 0.8 0.125"),
+        ("#context=0x10&batch=max&least-share=0.3", "16 max H200 1 auto 0.8 0.3"),
+        ("#text", "4096 32 H200 1 auto 0.8 0.125"),
+    ],
+)
+def test_the_fields_have_the_setting_that_is_shown(page, tmp_path, address, values):
+    assert in_frame(page, 800, FIELDS, tmp_path, address) == values
+
+
+def in_frame(page, width, script, folder, address=""):
     """The text that a script writes of the page in a frame of that width: a browser's own window is
     not as narrow as a telephone."""
     frame = folder / "frame.html"
     frame.write_text(
-        f'<iframe id="f" style="width:{width}px;height:900px;border:0" src="{page.as_uri()}">'
-        '</iframe><p id="told"></p><script>document.getElementById("f").onload = (event) => {\n'
+        f'<iframe id="f" style="width:{width}px;height:900px;border:0" '
+        f'src="{page.as_uri()}{address}"></iframe>'
+        '<p id="told"></p><script>document.getElementById("f").onload = (event) => {\n'
         "const page = event.target.contentDocument;\n"
         f'document.getElementById("told").textContent = (() => {{ {script} }})();\n'
         "};</script>",
@@ -305,5 +338,5 @@ def test_a_field_changes_the_page_and_its_address(page, tmp_path):
     said = decision.pick_sentence(
         replace(QUESTION, context=8192), found, pick(replace(QUESTION, context=8192), found)
     )
-    address = "#context=8192&batch=32&gpu=H200&tp=1&cache=auto&keep=0.8&least=0.125"
+    address = "#context=8192&batch=32&gpu=H200&tp=1&kv-cache-dtype=auto&keep=0.8&least-share=0.125"
     assert in_frame(page, 800, script, tmp_path) == f"{said} {address}"

@@ -5,6 +5,7 @@
 
 import html
 import json
+import shlex
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from llama2.tradeoff.recommend import share_name
 from llama2.tradeoff.report import quality
 from llama2.tradeoff.report.decision import COMMON_HEADS, published_heads
 from llama2.tradeoff.report.deployment_tables import SHOWN_BATCH
-from llama2.tradeoff.roofline import CACHE_FORMATS, GPUS, Deployment
+from llama2.tradeoff.roofline import CACHE_FORMATS, GIB, GPUS, Deployment, Gpu
 
 SCRIPTS = tuple(Path(__file__).with_name(name) for name in ("plots.js", "page.js"))
 _SHARES = (1, 0.5, 0.25, 0.125, 0.0625, 0)
@@ -65,24 +66,29 @@ def data(question: Question, results: dict[str, Any] | None) -> dict[str, Any]:
         "shown_batch": SHOWN_BATCH,
         "evidence": None if results is None else quality.evidence(results, config),
         "colours": {count: to_hex(colour) for count, (colour, _) in head_colours(counts).items()},
-        "setting": {
+        "shape_option": question.published_name or "FILE.json",
+        "gpu_options": {name: _gpu_option(name, gpu) for name, gpu in gpus.items()},
+        "setting": {  # by the names of the options of `llama2 tradeoff`
             "context": question.context,
             "batch": question.batch or "max",
             "gpu": next(name for name, gpu in gpus.items() if gpu == question.gpu),
             "tp": question.tp,
-            "cache": next(name for name, cache in caches.items() if cache == question.cache),
+            "kv-cache-dtype": next(
+                name for name, cache in caches.items() if cache == question.cache
+            ),
             "keep": _number(question.keep),
-            "least": _number(question.least_share),
+            "least-share": _number(question.least_share),
         },
     }
 
 
 def form(question: Question) -> str:
-    """Returns the form, hidden until the script runs, with a place for error messages."""
+    """Returns the form, hidden until the script runs, with a place for error messages, and the
+    command of its setting."""
     known = data(question, None)
     setting = known["setting"]
     ranks = sorted({*(tp for tp in _RANKS if question.config.num_q_heads % tp == 0), question.tp})
-    shares = sorted({*_SHARES, setting["least"]}, reverse=True)
+    shares = sorted({*_SHARES, setting["least-share"]}, reverse=True)
     controls = {
         "context, tokens": _field("context", setting["context"], 'type="number" min="1"'),
         "batch, or max": _field("batch", setting["batch"], 'type="text" inputmode="numeric"'),
@@ -91,17 +97,32 @@ def form(question: Question) -> str:
             "tp", {tp: f"{tp} GPU{'s' * (tp > 1)}" for tp in ranks}, setting
         ),
         "cache": _choice(
-            "cache", {name: cache["name"] for name, cache in known["caches"].items()}, setting
+            "kv-cache-dtype",
+            {name: cache["name"] for name, cache in known["caches"].items()},
+            setting,
         ),
         "share of speed to keep": _field(
             "keep", setting["keep"], 'type="number" min="0.05" max="1" step="0.05"'
         ),
         "least share of heads": _choice(
-            "least", {share: share_name(share) if share else "any" for share in shares}, setting
+            "least-share",
+            {share: share_name(share) if share else "any" for share in shares},
+            setting,
         ),
     }
     labels = "\n".join(f"<label>{name} {control}</label>" for name, control in controls.items())
-    return f'<form id="setting" hidden>\n{labels}\n<p id="message" role="alert"></p>\n</form>'
+    return (
+        f'<form id="setting" hidden>\n{labels}\n<p id="message" role="alert"></p>\n</form>\n'
+        f'<pre id="command">{html.escape(command(question))}</pre>'
+    )
+
+
+def command(question: Question) -> str:
+    """Returns the command whose page opens with the question's setting, without a study."""
+    known = data(question, None)
+    options = known["setting"] | {"gpu": known["gpu_options"][known["setting"]["gpu"]]}
+    told = " ".join(f"--{name} {value}" for name, value in options.items())
+    return f"llama2 tradeoff --preset none --out DIR --shape {known['shape_option']} {told}"
 
 
 def script(question: Question, results: dict[str, Any] | None) -> str:
@@ -126,6 +147,14 @@ def _choice(name: str, texts: dict[Any, str], setting: dict[str, Any]) -> str:
         for value, text in texts.items()
     )
     return f'<select name="{name}">{options}</select>'
+
+
+def _gpu_option(name: str, gpu: Gpu) -> str:
+    """Returns the value of --gpu, quoted for a shell."""
+    if name in GPUS:
+        return shlex.quote(name)
+    numbers = (gpu.memory_bytes / GIB, gpu.bytes_per_s / 1e12, gpu.flops_per_s / 1e12)
+    return ",".join(str(_number(number)) for number in numbers)
 
 
 def _number(value: float) -> float:

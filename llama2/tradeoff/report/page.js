@@ -227,8 +227,17 @@ function ruleSentence(setting) {
 
 // ---- the page
 
-/** The setting that texts, such as those of the fields, name. An Error names the wrong field. */
+/**
+ * The setting that texts by the names of options give, those of the fields or of the address, and
+ * the same as texts again. An Error names what is wrong.
+ */
 function parseSetting(data, texts) {
+  const names = Object.keys(data.setting);
+  for (const name of Object.keys(texts)) {
+    if (!names.includes(name)) {
+      throw new Error(`address: expected ${names.join("=, ")}= after the #; got ${name}`);
+    }
+  }
   const wanted = { ...data.setting, ...texts };
   const choice = (name, among) => {
     if (Object.hasOwn(among, wanted[name])) return among[wanted[name]];
@@ -242,16 +251,27 @@ function parseSetting(data, texts) {
   };
   const isSize = (value) => Number.isSafeInteger(value) && value >= 1;
   const isTp = (value) => isSize(value) && data.shape.num_q_heads % value === 0;
-  return {
+  const setting = {
     context: number("context", isSize, "a whole number from 1 on"),
     batch:
       wanted.batch === "max" ? null : number("batch", isSize, "a whole number from 1 on, or max"),
     gpu: choice("gpu", data.gpus),
     tp: number("tp", isTp, `a divisor of the ${data.shape.num_q_heads} query heads`),
-    cache: choice("cache", data.caches),
+    cache: choice("kv-cache-dtype", data.caches),
     keep: number("keep", (value) => value > 0 && value <= 1, "a share above 0, up to 1"),
-    least: number("least", (value) => value >= 0 && value <= 1, "a share from 0 to 1"),
+    least: number("least-share", (value) => value >= 0 && value <= 1, "a share from 0 to 1"),
   };
+  const { context, batch, tp, keep, least } = setting;
+  const numbers = { context, batch: batch ?? "max", tp, keep, "least-share": least };
+  return { ...setting, texts: { ...wanted, ...numbers } };
+}
+
+/** The command whose page opens with a setting, without a study. */
+function commandOf(data, { texts }) {
+  const options = { ...texts, gpu: data.gpu_options[texts.gpu] };
+  const told = Object.entries(options).map(([name, value]) => `--${name} ${value}`);
+  const start = `llama2 tradeoff --preset none --out DIR --shape ${data.shape_option}`;
+  return [start, ...told].join(" ");
 }
 
 function show(data, setting) {
@@ -261,6 +281,7 @@ function show(data, setting) {
   document.getElementById("published").textContent = publishedSentence(data, found, chosen);
   const evidence = document.getElementById("evidence");
   if (evidence) evidence.textContent = chosen ? data.evidence[chosen.heads] : "";
+  document.getElementById("command").textContent = commandOf(data, setting);
   document.getElementById("rule").textContent = ruleSentence(setting);
   for (const row of document.querySelectorAll("#decision tbody tr")) {
     const each = found.find(({ heads }) => String(heads) === row.dataset.key);
@@ -277,28 +298,42 @@ function show(data, setting) {
 
 function start(data) {
   const form = document.getElementById("setting");
-  const update = (texts) => {
-    const message = document.getElementById("message");
+  const message = document.getElementById("message");
+  const fill = ({ texts }) => {
+    for (const field of form.elements) {
+      const text = String(texts[field.name]);
+      field.value = text;
+      if (field.value === text) continue;
+      field.add(new Option(text)); // a choice that the page was not written with
+      field.value = text;
+    }
+  };
+  /** Shows what the address says in full, or the setting that the page was written with. */
+  const fromHash = () => {
+    const hash = location.hash.slice(1);
+    let setting = parseSetting(data, {});
+    message.textContent = "";
     try {
-      show(data, parseSetting(data, texts));
+      setting = parseSetting(data, Object.fromEntries(new URLSearchParams(hash)));
+    } catch (error) {
+      message.textContent =
+        `The page ignores what follows the # in its address. ${error.message}`;
+    }
+    fill(setting);
+    show(data, setting);
+  };
+  form.addEventListener("input", () => {
+    try {
+      const setting = parseSetting(data, Object.fromEntries(new FormData(form)));
+      show(data, setting);
+      history.replaceState(null, "", `#${new URLSearchParams(setting.texts)}`);
       message.textContent = "";
     } catch (error) {
       message.textContent = error.message;
     }
-  };
-  const fromHash = () => {
-    if (location.hash && !location.hash.includes("=")) return; // a link to a section
-    const named = new URLSearchParams(location.hash.slice(1));
-    const texts = { ...data.setting, ...Object.fromEntries(named) };
-    for (const field of form.elements) if (field.name) field.value = texts[field.name];
-    update(texts);
-  };
-  form.addEventListener("input", () => {
-    const texts = Object.fromEntries(new FormData(form));
-    history.replaceState(null, "", `#${new URLSearchParams(texts)}`);
-    update(texts);
   });
-  addEventListener("hashchange", fromHash);
+  const isSection = () => location.hash && document.getElementById(location.hash.slice(1));
+  addEventListener("hashchange", () => isSection() || fromHash());
   form.hidden = false;
   for (const heads of [...data.counts].reverse()) {
     const name = document.createElement("span");
@@ -306,10 +341,10 @@ function start(data) {
     name.textContent = headsName(heads, data.shape.num_q_heads);
     document.getElementById("legend").append(name);
   }
-  if (location.hash.includes("=")) fromHash();
-  else update({});
+  if (isSection()) show(data, parseSetting(data, {}));
+  else fromHash();
 }
 
-const words = { cells, fixed, pickSentence, publishedSentence, ruleSentence };
+const words = { cells, commandOf, fixed, pickSentence, publishedSentence, ruleSentence };
 if (typeof module === "undefined") start(DATA);
 else module.exports = { candidates, curves, parseSetting, pick, ...words }; // for tests
