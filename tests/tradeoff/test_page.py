@@ -260,6 +260,12 @@ def test_the_committed_page_is_of_the_committed_result(undrawn):
     assert shown == {path.name for path in folder.glob("*.svg")}
 
 
+def test_sections_that_the_fields_do_not_change_say_so(markdown):
+    sections = dict(re.findall(r"^## (.*)\n\n((?:(?!## ).*\n)*)", markdown, re.MULTILINE))
+    told = {name for name, text in sections.items() if "ts fields do not change" in text}
+    assert told == {"Quality against speed", "Other shapes and several GPUs", "How to reproduce"}
+
+
 def test_markdown_shows_every_plot_and_whole_tables(markdown, folder):
     shown = re.findall(r"\]\(([\w-]+)\.svg\)", markdown)
     assert set(shown) == {path.stem for path in folder.glob("*.svg")} == PLOTS | {"measured-7B"}

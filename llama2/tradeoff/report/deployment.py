@@ -15,6 +15,7 @@ from llama2.tradeoff import published
 from llama2.tradeoff.question import Question
 from llama2.tradeoff.report import deployment_plots, deployment_tables
 from llama2.tradeoff.report.figures import figure
+from llama2.tradeoff.report.wording import FIXED_SETTING
 
 
 def curves(question: Question) -> Iterator[Block]:
@@ -49,6 +50,7 @@ def curves(question: Question) -> Iterator[Block]:
 
 def tables(question: Question, rows: list[dict[str, Any]]) -> Iterator[Block]:
     yield Heading("Other shapes and several GPUs")
+    yield Paragraph([Sentence(FIXED_SETTING)])
     yield deployment_tables.shapes_table(question)
     yield deployment_tables.memory_table(question)
     if rows:

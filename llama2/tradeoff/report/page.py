@@ -117,6 +117,9 @@ def _reproduce(results: dict[str, Any] | None, command: str | None) -> Iterator[
     commands += [command] if command else []
     yield Heading("How to reproduce")
     if commands:
+        yield Paragraph(
+            [Sentence("How this page was written; its fields do not change this section.")]
+        )
         yield Code("\n".join(dict.fromkeys(commands)))
     if results is None:
         yield Paragraph([Sentence("The figures follow from the settings above alone.")])

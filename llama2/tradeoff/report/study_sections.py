@@ -10,7 +10,7 @@ from llama2.reporting.statistics import noise_floor
 from llama2.tradeoff.question import Question, parameters_name
 from llama2.tradeoff.report import study_plots, study_tables
 from llama2.tradeoff.report.figures import figure
-from llama2.tradeoff.report.wording import heads_name, listed
+from llama2.tradeoff.report.wording import FIXED_SETTING, heads_name, listed
 from llama2.tradeoff.study import runs
 
 
@@ -104,7 +104,8 @@ def _pareto(results: dict[str, Any], question: Question) -> Iterator[Block]:
                     f"faster {question.setting} is predicted to decode with the same share of "
                     "heads and unchanged feed-forward layers. That model need not lose what the "
                     "small ones lose."
-                )
+                ),
+                Sentence(FIXED_SETTING),
             ]
         )
         yield Figures(shown)

@@ -8,6 +8,10 @@ from llama2.reporting.statistics import Estimate, FileDifference
 from llama2.reporting.wording import MINUS, signed
 from llama2.tradeoff.study.comparisons import BITS_PER_BYTE, NOT_TOLD_APART, Comparison, Measure
 
+FIXED_SETTING = (
+    "Computed for the setting that this page was written with; its fields do not change this "
+    "section."
+)
 METHOD_NOTES = {  # of `llama2.conversion.METHODS`
     "low_rank": "one head that comes closest to the outputs of a group's",
     "aligned": "heads of a group turned towards each other, then their mean",
