@@ -1,6 +1,8 @@
 """What `llama2 tradeoff` prints and reads apart from the study: the page as JSON, measured rows."""
 
 import json
+import shlex
+from dataclasses import asdict
 
 import pytest
 
@@ -8,7 +10,8 @@ from llama2 import cli
 from llama2.config import PUBLISHED
 from llama2.tradeoff.question import Question
 from llama2.tradeoff.recommend import recommend
-from llama2.tradeoff.roofline import CACHE_FORMATS, GPUS
+from llama2.tradeoff.report import interactive
+from llama2.tradeoff.roofline import CACHE_FORMATS, GPUS, Gpu
 
 ROW = {
     "shape": "7B",
@@ -51,6 +54,26 @@ def test_json_is_the_page_with_the_numbers_of_the_recommendation(tmp_path, capsy
     lines = (out / "report.md").read_text(encoding="utf-8").splitlines()
     assert all("| " + " | ".join(row) + " |" in lines for row in table["rows"])
     assert [row[0] for row in table["rows"]][table["marked"]] == "GQA (8)"
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        Question(PUBLISHED["7B"], GPUS["H200"], 4096, 32),
+        Question(PUBLISHED["13B"], GPUS["RTX 4090"], 100, None, 2, CACHE_FORMATS["fp8"], 0.5, 0),
+        Question(PUBLISHED["7B"], Gpu("odd", 80 * 2**30, 3.35e12, 9.9e14, "test"), 64, 1),
+    ],
+    ids=("defaults", "all options", "a GPU of one's own"),
+)
+def test_the_command_on_a_page_gives_its_setting(tmp_path, capsys, question):
+    written = shlex.split(interactive.command(question))
+    assert written[:2] == ["llama2", "tradeoff"] and written.count("DIR") == 1
+    out = str(tmp_path / "out")
+    assert cli.main([out if word == "DIR" else word for word in [*written[1:], "--json"]]) == 0
+    found = json.loads(capsys.readouterr().out)["recommendation"]
+    assert found == json.loads(json.dumps(asdict(recommend(question)))) | {
+        "reasons": found["reasons"]
+    }
 
 
 def test_measured_rows_of_an_earlier_run_stand_in_the_decision(tmp_path, capsys):

@@ -300,6 +300,14 @@ def test_the_fields_have_the_setting_that_is_shown(page, tmp_path, address, valu
     assert in_frame(page, 800, FIELDS, tmp_path, address) == values
 
 
+@needs_browser
+def test_the_fields_stand_between_the_headline_and_the_table(page, tmp_path):
+    script = "const at = (name) => page.getElementById(name).getBoundingClientRect();"
+    script += 'return at("rule").bottom < at("setting").top && at("setting").bottom < '
+    script += 'at("decision").top && at("setting").bottom < 900;'
+    assert in_frame(page, 1280, script, tmp_path) == "true"
+
+
 def in_frame(page, width, script, folder, address=""):
     """The text that a script writes of the page in a frame of that width: a browser's own window is
     not as narrow as a telephone."""

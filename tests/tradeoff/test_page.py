@@ -222,15 +222,8 @@ def test_the_page_stands_alone(page):
 
 
 def test_the_decision_comes_first_and_contents_name_every_section(page):
-    order = [
-        'id="pick"',
-        'id="published"',
-        'id="evidence"',
-        'id="rule"',
-        'id="decision"',
-        'id="setting"',
-        "<h2",
-    ]
+    ids = ("pick", "published", "evidence", "rule", "setting", "command", "decision")
+    order = [*(f'id="{name}"' for name in ids), "<h2"]
     places = [page.index(text) for text in order]
     assert places == sorted(places)
     headings = re.findall('<h2 id="(.*?)">(.*?)</h2>', page)

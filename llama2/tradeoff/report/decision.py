@@ -25,10 +25,8 @@ _PREDICTED = {  # the columns that depend on the setting, by their keys
 }
 
 
-def opening(
-    question: Question, results: dict[str, Any] | None, rows: Sequence[dict[str, Any]]
-) -> Iterator[Block]:
-    """Yields the pick, the rule and the table; `rows` are measured decode steps."""
+def headline(question: Question, results: dict[str, Any] | None) -> Iterator[Block]:
+    """Yields the pick, what supports it, and the rule."""
     found = candidates(question)
     chosen = pick(question, found)
     yield Paragraph([Sentence(pick_sentence(question, found, chosen))], lead=True, name="pick")
@@ -38,6 +36,14 @@ def opening(
         said = told[chosen.num_kv_heads] if chosen else ""
         yield Paragraph([Sentence(said)], name="evidence")
     yield Paragraph([Sentence(rule_sentence(question))], name="rule")
+
+
+def counts(
+    question: Question, results: dict[str, Any] | None, rows: Sequence[dict[str, Any]]
+) -> Iterator[Block]:
+    """Yields the table of all counts; `rows` are measured decode steps."""
+    found = candidates(question)
+    chosen = pick(question, found)
     yield decision_table(question, found, chosen, results, rows)
     yield Paragraph(
         [

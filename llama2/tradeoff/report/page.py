@@ -80,8 +80,9 @@ def page_blocks(
     rows: list[dict[str, Any]],
     command: str | None,
 ) -> Iterator[Block]:
-    yield from decision.opening(question, results, rows)
+    yield from decision.headline(question, results)
     yield Markup(interactive.form(question))
+    yield from decision.counts(question, results, rows)
     yield from deployment.curves(question)
     yield Contents()
     if results is not None:
