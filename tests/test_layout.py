@@ -87,6 +87,7 @@ MODEL_ALLOWED = {
     | {"storage"},
     "tradeoff.study": {
         "tradeoff.study",
+        "checkout",
         "accounting",
         "checkpoint",
         "config",
