@@ -27,6 +27,7 @@ from llama2.commands import (
     tradeoff_options,
     warm_up,
 )
+from llama2.extras import how_to_install
 from llama2.placement import add_device_option
 from llama2.terminal import COMPLAINTS, complain, discard, notes
 
@@ -235,7 +236,7 @@ def _on_request(name: str, extra: str) -> Run:
             if error.name is None or error.name.partition(".")[0] in ("llama2", "gqa_kernels"):
                 raise
             raise ImportError(
-                f"llama2 {name} needs {error.name}: pip install gqa-kernels[{extra}]"
+                f"llama2 {name} needs {error.name}; {how_to_install(extra)}"
             ) from error
         return module.run(arguments)
 

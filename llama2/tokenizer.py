@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from llama2.chat_format import Message, chat_turns
+from llama2.extras import how_to_install
 
 _OFTEN_CHANGED = " a  b\t\ufb01\u2460A\u030a\u3000\u212b\U000e0041 "  # by normalisers
 
@@ -32,7 +33,7 @@ class Tokenizer:
             import sentencepiece
         except ImportError as error:
             raise ImportError(
-                "Tokenizer needs sentencepiece: pip install gqa-kernels[models]"
+                f"Tokenizer needs sentencepiece; {how_to_install('models')}"
             ) from error
         path = Path(path)
         if not path.is_file():

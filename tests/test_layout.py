@@ -45,7 +45,8 @@ MODEL_ALLOWED = {
     "__init__": {"cache", "config", "generate", "model", "serving"},
     "config": set(),
     "chat_format": set(),
-    "tokenizer": {"chat_format"},
+    "extras": set(),
+    "tokenizer": {"chat_format", "extras"},
     "placement": set(),
     "checkout": set(),
     "storage": set(),
@@ -60,7 +61,7 @@ MODEL_ALLOWED = {
     "model": {"cache", "config", "decoder", "head", "targets"},
     "scalar_model": {"config", "decoder"},
     "parallel": {"decoder", "model", "targets"},
-    "checkpoint": {"checkpoint", "config", "decoder", "model", "scalar_model", "storage"},
+    "checkpoint": {"checkpoint", "config", "decoder", "extras", "model", "scalar_model", "storage"},
     "conversion": {"model"},
     "convert_checkpoint": {"checkpoint", "config", "conversion", "decoder", "model", "storage"},
     "decoding": {"decoding", "cache", "model"},
@@ -69,13 +70,13 @@ MODEL_ALLOWED = {
     "stops": {"checkpoint", "tokenizer"},
     "taught_format": {"chat_format", "checkpoint"},
     "evaluation": {"model"},
-    "evaluation.lm_eval": {"evaluation.harness"},
+    "evaluation.lm_eval": {"evaluation.harness", "extras"},
     "evaluation.scoring": {"head", "model"},
     "evaluation.harness": {"evaluation.scoring", "cache", "cache_size", "chat_format", "checkpoint"}
     | {"decoding"}
     | {"placement", "serving", "stops", "taught_format", "tokenizer"},
-    "train": {"train", "checkpoint", "config", "decoder", "evaluation", "model", "parallel"}
-    | {"scalar_model", "storage", "terminal", "tokenizer"},
+    "train": {"train", "checkpoint", "config", "decoder", "evaluation", "extras", "model"}
+    | {"parallel", "scalar_model", "storage", "terminal", "tokenizer"},
     "finetune": {"finetune", "chat_format", "model", "serving", "cache", "storage", "targets"}
     | {"terminal", "tokenizer", "train"},
     "warm_up": {"cache", "config", "evaluation", "finetune", "generate", "model", "serving"}
@@ -117,7 +118,7 @@ MODEL_ALLOWED = {
     | {"terminal"}
     | {"serving", "stops", "storage", "taught_format", "tokenizer", "tradeoff", "train"}
     | {"warm_up"},
-    "cli": {"commands", "placement", "terminal"},
+    "cli": {"commands", "extras", "placement", "terminal"},
     "__main__": {"cli"},
 }
 

@@ -20,7 +20,8 @@ def main(arguments: list[str]) -> None:
         from gqa_kernels.integrations import transformers
     except ImportError as error:
         raise SystemExit(
-            f"gqa_kernels.run needs {error.name}: pip install gqa-kernels[transformers]"
+            f"gqa_kernels.run needs {error.name}; from a clone of gqa-kernels: "
+            'pip install ".[transformers]"'
         ) from error
     transformers.register()
     sys.argv = arguments

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llama2.config import MAX_SIZE, ModelConfig, is_positive, is_size
+from llama2.extras import how_to_install
 
 FLOATS = {  # by their names in safetensors
     "F64": torch.float64,
@@ -127,7 +128,7 @@ def require(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"checkpoints need {module.partition('.')[0]}: pip install gqa-kernels[models]"
+            f"checkpoints need {module.partition('.')[0]}; {how_to_install('models')}"
         ) from error
 
 

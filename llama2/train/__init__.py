@@ -1,1 +1,1 @@
-"""Training recipes. They need the extra `models`: pip install gqa-kernels[models]."""
+"""Training recipes. They need the extra `models`."""

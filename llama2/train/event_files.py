@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llama2.extras import how_to_install
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -58,5 +60,5 @@ def check_tensorboard() -> None:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "--tensorboard needs tensorboard: pip install gqa-kernels[tensorboard]"
+            f"--tensorboard needs tensorboard; {how_to_install('tensorboard')}"
         ) from error

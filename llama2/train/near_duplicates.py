@@ -7,6 +7,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from llama2.extras import how_to_install
+
 THRESHOLD = 0.8
 LEAST_THRESHOLD = 0.1
 
@@ -51,7 +53,7 @@ class NearDuplicates:
             from datasketch import MinHash, MinHashLSH
         except ImportError as error:
             raise ImportError(
-                f"finding near-duplicates needs {error.name}: pip install gqa-kernels[data]"
+                f"finding near-duplicates needs {error.name}; {how_to_install('data')}"
             ) from error
         self._threshold = threshold
         # Shingles are 64-bit hashes already.

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from llama2.extras import how_to_install
+
 if TYPE_CHECKING:
     from phonenumbers import PhoneNumberMatch
 
@@ -78,9 +80,7 @@ class Redactor:
             import phonenumbers
             from publicsuffixlist import PublicSuffixList
         except ImportError as error:
-            raise ImportError(
-                f"redaction needs {error.name}: pip install gqa-kernels[data]"
-            ) from error
+            raise ImportError(f"redaction needs {error.name}; {how_to_install('data')}") from error
         if region not in phonenumbers.SUPPORTED_REGIONS:
             raise ValueError(
                 f"region: expected a two-letter code such as US, GB or DE; got {region!r}"

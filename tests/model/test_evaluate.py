@@ -164,7 +164,8 @@ def test_a_missing_extra_is_named(monkeypatch, capfd, tmp_path):
     options = ["--checkpoint", "x", "--tasks", "y", "--out", str(tmp_path / "z")]
     assert cli.main(["evaluate", *options]) == 2
     assert capfd.readouterr().err == (
-        "llama2: llama2 evaluate needs lm_eval: pip install gqa-kernels[evaluation]\n"
+        "llama2: llama2 evaluate needs lm_eval; from a clone of gqa-kernels: "
+        'pip install ".[evaluation]"\n'
     )
 
 

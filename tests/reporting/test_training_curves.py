@@ -257,5 +257,6 @@ def test_a_missing_matplotlib_names_the_extra(plot, monkeypatch, tmp_path):
     status, _, err = plot(write_run(tmp_path / "run"))
     assert (status, err) == (
         2,
-        "llama2: llama2 plot needs matplotlib: pip install gqa-kernels[plot]\n",
+        "llama2: llama2 plot needs matplotlib; from a clone of gqa-kernels: "
+        'pip install ".[plot]"\n',
     )

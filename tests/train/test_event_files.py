@@ -144,5 +144,6 @@ def test_a_missing_tensorboard_is_known_before_the_run(command, monkeypatch, tmp
     )
     assert status == 2 and list(tmp_path.iterdir()) == [data]
     assert capfd.readouterr().err.splitlines()[-1] == (
-        "llama2: --tensorboard needs tensorboard: pip install gqa-kernels[tensorboard]"
+        "llama2: --tensorboard needs tensorboard; from a clone of gqa-kernels: "
+        'pip install ".[tensorboard]"'
     )
