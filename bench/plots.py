@@ -36,7 +36,7 @@ def draw(content: dict[str, Any]) -> list[document.Figure]:
     if rows and content["ceilings"]:
         caption = (
             "Roofline: every row of ours (triton) under the two ceilings of this run, its copy "
-            "bandwidth and its matrix rate. Flops and bytes are computed, rates are measured."
+            "bandwidth and its matrix rate. Flops and bytes are computed."
         )
         drawn = svg(lambda: _marked(_roofline(rows, content["ceilings"]), content["kind"]))
         plots.append(document.Figure("roofline", drawn, caption, ["measured", "computed"]))

@@ -96,7 +96,7 @@ def read(path: Path) -> dict[str, Any]:
     """Reads a result file.
 
     Raises:
-        ValueError: not a result file, or of another schema.
+        ValueError: no file, not a result file, or one of another schema.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

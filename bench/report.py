@@ -15,6 +15,7 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,16 +85,15 @@ def tie_width(ours: Row, peer: Row) -> float:
 
 
 def losses(rows: list[Row]) -> list[tuple[float, Row, Row]]:
-    """(ours / fastest peer, ours, that peer) of each group lost by more than a tie, worst first."""
+    """(fastest peer / ours, ours, that peer) of each group lost by more than a tie, worst first."""
     found = []
     for group in groups(rows).values():
         ours, peer = group.get(OURS), best_peer(group)
         if ours is None or peer is None:
             continue
-        ratio = ours["median_us"] / peer["median_us"]
-        if ratio > 1 + tie_width(ours, peer):
-            found.append((ratio, ours, peer))
-    return sorted(found, key=lambda loss: -loss[0])
+        if ours["median_us"] / peer["median_us"] > 1 + tie_width(ours, peer):
+            found.append((peer["median_us"] / ours["median_us"], ours, peer))
+    return sorted(found, key=lambda loss: loss[0])
 
 
 def _columns(names: Iterable[str], tag: Tag | None = None) -> list[Column]:
@@ -112,12 +112,12 @@ def _first_screen(content: dict[str, Any], rows: list[Row]) -> Iterator[Block]:
     facts = {name: environment[name] for name in sorted(environment)}
     facts["started"] = content["started"]
     yield Table(
-        "What was measured, and with what",
+        "What ran, and on what",
         _columns(("what", "value")),
         [[name, "unknown" if value is None else str(value)] for name, value in facts.items()],
     )
     yield Table(
-        "The device, measured in this run",
+        "The device in this run",
         _columns(("what", "value")),  # untagged: text that may wrap on a narrow screen
         list(_device(ceilings, rows)),
     )
@@ -162,7 +162,7 @@ def _losses(rows: list[Row]) -> Iterator[Block]:
             *_columns(("op", "pass", "shape")),
             *_columns(("ours µs",), "measured"),
             *_columns(("fastest peer",)),
-            *_columns(("its µs", "ours / peer"), "measured"),
+            *_columns(("its µs", "peer / ours"), "measured"),
         ],
         [
             [
@@ -314,7 +314,7 @@ def _skipped(rows: list[Row]) -> Iterator[Block]:
 def build(content: dict[str, Any], plots: Sequence[Figure] = ()) -> list[Block]:
     """The page of a result file's content, with those plots."""
     rows = content["rows"]
-    return [
+    blocks = [
         *_first_screen(content, rows),
         Contents(),
         *_losses(rows),
@@ -328,6 +328,24 @@ def build(content: dict[str, Any], plots: Sequence[Figure] = ()) -> list[Block]:
         ),
         *_skipped(rows),
     ]
+    return blocks if content["kind"] == MEASUREMENT else [_simulated(block) for block in blocks]
+
+
+def _simulated(block: Block) -> Block:
+    """Returns the block with the tag "simulated" in place of "measured"."""
+
+    def tag(before: Tag | None) -> Tag | None:
+        return "simulated" if before == "measured" else before
+
+    match block:
+        case Paragraph() | Items():
+            sentences = [replace(each, tag=tag(each.tag)) for each in block.sentences]
+            return replace(block, sentences=sentences)
+        case Table():
+            return replace(block, columns=[replace(x, tag=tag(x.tag)) for x in block.columns])
+        case Figure():
+            return replace(block, tags=[tag(each) for each in block.tags])
+    return block
 
 
 def write(content: dict[str, Any], folder: Path) -> Path:

@@ -678,6 +678,9 @@ def test_the_sample_cannot_be_taken_for_a_result(sample):
     assert "sample" in sample["kind"] and "not a measurement" in sample["environment"]["gpu"]
     page = to_markdown(report.TITLE, report.build(sample))
     assert "INVENTED NUMBERS" in page and "No number on this page is a result" in page
+    assert "measured)*" not in page and "*(simulated)*" in page
+    real = to_markdown(report.TITLE, report.build(sample | {"kind": record.MEASUREMENT}))
+    assert "*(measured)*" in real and "simulated" not in real
 
 
 def test_report_lists_losses_first_and_every_backend(sample):
@@ -686,10 +689,10 @@ def test_report_lists_losses_first_and_every_backend(sample):
     assert headings[0] == "## Losses"
     losses = report.losses(sample["rows"])
     ratios = [ratio for ratio, _, _ in losses]
-    assert ratios == sorted(ratios, reverse=True)
+    assert ratios == sorted(ratios)
     # six of attention against cuDNN (1.6 / 2.0), one of RMSNorm against torch.compile (1.1 / 1.25)
-    assert ratios == pytest.approx([1.25] * 6 + [1.25 / 1.1])
-    assert "| rms\\_norm | fwd | 70B-T8192 | 250 | compile | 220 | 1.14 |" in page
+    assert ratios == pytest.approx([1.6 / 2.0] * 6 + [1.1 / 1.25])
+    assert "| rms\\_norm | fwd | 70B-T8192 | 250 | compile | 220 | 0.88 |" in page
     # 1.5 / 1.25 twice and 1.1 / 1.25
     assert report.geometric_mean([1.2, 1.2, 0.88]) == pytest.approx(1.0821, abs=1e-4)
     assert "1.08 (3)" in page and "51,200" in page

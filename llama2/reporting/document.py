@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any, Literal
 
-Tag = Literal["measured", "computed", "predicted", "published", "this study"]
+Tag = Literal["measured", "computed", "predicted", "published", "simulated", "this study"]
 MISSING = "–"
 
 
@@ -136,7 +136,7 @@ h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
 p, li { max-width: 48rem; } .lead { font-size: 1.15rem; } a { color: var(--published); }
 .badge { font-size: .75rem; font-weight: 600; border: 1px solid; border-radius: .6em;
   padding: 0 .45em; white-space: nowrap; }
-.measured { color: var(--measured); } .computed, .predicted { color: var(--predicted); }
+.measured { color: var(--measured); } .computed, .predicted, .simulated { color: var(--predicted); }
 .published { color: var(--published); } .study { color: var(--study); }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
