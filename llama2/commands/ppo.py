@@ -176,7 +176,7 @@ def _read(
         return Question(ids, prompt.is_safety)
 
     read = read_and_make(args.data, read_prompts, encode, kind="prompt", speaks=speaks)
-    check_lines(args, read[2], f"prompts of at most {room} tokens")
+    check_lines(args, read[2])
     return read
 
 

@@ -78,7 +78,7 @@ def _tune(
     if args.held_out:
         # Evaluated without margins, so that runs with different ones can be compared.
         held_out, held_out_sources, bad = _read([args.held_out], tokenizer, **settings)
-    check_lines(args, num_bad + bad, f"comparisons of at most {limits.seq_len} tokens an answer")
+    check_lines(args, num_bad + bad)
     margins = args.margins or ("small" if all(pair.rating for pair in pairs) else "none")
     pairs = with_margins(pairs, margins)
     data = PairBatches(pairs, batch_size=limits.batch_size, epochs=args.epochs, seed=limits.seed)

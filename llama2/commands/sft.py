@@ -69,7 +69,7 @@ def _tune(
         held_out, bad = _read([args.held_out], tokenizer, care, **settings, held_out=True)
     if speaks:
         care.report_unused()
-    check_lines(args, num_bad + bad, f"dialogues of at most {limits.seq_len + 1} tokens")
+    check_lines(args, num_bad + bad)
     sizes = {"seq_len": limits.seq_len, "batch_size": limits.batch_size}
     data = PackedDialogues(training.encoded, **sizes, epochs=args.epochs, seed=limits.seed)
     config = replace(limits, steps=data.steps)

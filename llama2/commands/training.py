@@ -185,11 +185,11 @@ def tune(args: argparse.Namespace, shape: ModelConfig, body: Tune) -> int:
     return 0
 
 
-def check_lines(args: argparse.Namespace, num_bad: int, expected: str) -> None:
+def check_lines(args: argparse.Namespace, num_bad: int) -> None:
     """Raises ValueError if lines are bad, unless --skip-bad-lines is given."""
     if num_bad and not args.skip_bad_lines:
         raise ValueError(
-            f"data: expected {expected} in every line; got the bad lines above ({num_bad:,}). "
+            f"data: expected no bad lines; got {num_bad:,}, for the reasons above. "
             "--skip-bad-lines skips them"
         )
 

@@ -163,10 +163,7 @@ def test_bad_lines_are_named_and_nothing_is_lost(folder, capsys):
     path.write_bytes(path.read_bytes() + b"\xff\xfe\n")
     write(folder / "held.jsonl", ["[]\n", *good])
     run = (*options(folder, held_out="held.jsonl"), *RECIPE)
-    with pytest.raises(
-        ValueError,
-        match=r"data: expected comparisons of at most 64 tokens an answer .* above \(7\)",
-    ):
+    with pytest.raises(ValueError, match="data: expected no bad lines; got 7, for the reasons"):
         reward.run(parse(*run))
     shown = capsys.readouterr().err.splitlines()
     complaints = [line.split("train.jsonl:")[1] for line in shown if "train.jsonl:" in line]
@@ -186,7 +183,7 @@ def test_margins_need_ratings(folder, capsys):
     write(folder / "train.jsonl", lines)
     write(folder / "held.jsonl", lines)  # which no margin is applied to
     run = (*options(folder, held_out="held.jsonl"), *RECIPE)
-    with pytest.raises(ValueError, match=r"the bad lines above \(1\)"):
+    with pytest.raises(ValueError, match="expected no bad lines; got 1, for the reasons above"):
         reward.run(parse(*run, "--margins", "large"))
     assert "train.jsonl:2: rating: expected one of significantly" in capsys.readouterr().err
     assert reward.run(parse(*run)) == 0
