@@ -69,7 +69,7 @@ def check_device(name: str, tensor: Tensor) -> None:
             return
     except RuntimeError as error:
         raise RuntimeError(
-            f"{name}: expected a GPU that Triton can drive; found none ({error}). "
+            f"{name}: expected a GPU that Triton can drive; found none. "
             'Use get_backend("torch"), or set TRITON_INTERPRET=1 to check kernels on the CPU'
         ) from error
     expected = driver.active.get_active_torch_device().type
