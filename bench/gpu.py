@@ -198,9 +198,22 @@ def _has_gpu() -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--budget", type=float, default=1800.0, metavar="SECONDS")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=1800.0,
+        metavar="SECONDS",
+        help="time for all stages together; default: %(default)g",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the result files")
-    parser.add_argument("--again", action="append", default=[], metavar="STAGE")
+    parser.add_argument(
+        "--again",
+        action="append",
+        default=[],
+        metavar="STAGE",
+        help="run this stage again although it is done; repeatable: "
+        + ", ".join(stage.name for stage in STAGES),
+    )
     parser.add_argument("--dry-run", action="store_true", help="every stage, without a GPU")
     options = parser.parse_args(arguments)
     for name in options.again:

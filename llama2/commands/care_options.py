@@ -29,7 +29,7 @@ def add_care_options(group: argparse._ArgumentGroup) -> None:
         metavar="REGION",
         help="replace e-mail addresses, telephone numbers and IP addresses by <EMAIL_ADDRESS>, "
         f"<PHONE_NUMBER> and <IP_ADDRESS>; REGION is the country of national telephone numbers; "
-        f"default: {_REGION}",
+        f"off by default; without a value {_REGION}",
     )
     add(
         "--drop-near-duplicates",
@@ -38,7 +38,7 @@ def add_care_options(group: argparse._ArgumentGroup) -> None:
         const=THRESHOLD,
         metavar="THRESHOLD",
         help="leave out texts whose five-word sequences have at least this Jaccard similarity with "
-        f"those of an earlier text; default: {THRESHOLD}",
+        f"those of an earlier text; off by default; without a value {THRESHOLD}",
     )
 
 

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=integer,
         required=True,
         metavar="N",
-        help="a divisor of SOURCE's number",
+        help="a divisor of SOURCE's number of key/value heads",
     )
     add(
         "--method",
@@ -182,6 +182,7 @@ def _report(target: Path, old: ModelConfig, new: ModelConfig) -> None:
         print(
             "Conversion lowers quality. To train further for α = 5 % of the original training's N "
             f"steps, as in arXiv:2305.13245:\n  llama2 pretrain --init {shlex.quote(str(target))} "
-            "--alpha 0.05 --of-steps N --warmup-steps M --work DIR --out DIR\nwhere M is a small "
-            "part of those steps."
+            "--text TEXTS --alpha 0.05 --of-steps N --warmup-steps M --work WORK --out OUT\nwhere "
+            "TEXTS is a directory or file of texts like those of the original training, and M a "
+            "small part of those steps."
         )

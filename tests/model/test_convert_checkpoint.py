@@ -604,7 +604,9 @@ def test_the_command_says_what_became_smaller_and_how_to_go_on(llama2, tmp_path,
     ):
         place = words.index(f"{after:,}")
         assert words[place - 2 : place] == [f"{before:,}", "→"]
-    assert f"llama2 pretrain --init {tmp_path / 'out'} --alpha 0.05 --of-steps N" in out
+    assert (
+        f"llama2 pretrain --init {tmp_path / 'out'} --text TEXTS --alpha 0.05 --of-steps N" in out
+    )
 
 
 def test_the_command_calibrates_on_windows_of_the_training_part(llama2, text, monkeypatch):
