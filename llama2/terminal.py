@@ -49,6 +49,11 @@ class _Notes:
         return getattr(self._stream, name)
 
 
+def counted(count: int, noun: str) -> str:
+    """Returns the number and the noun, with an "s" unless the number is 1: `2,000 steps`."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def complain_of_line(path: Path, number: int, error: Exception) -> None:
     """Reports a bad line of a file on stderr."""
     print(f"{path}:{number}: {' '.join(str(error).split())}", file=sys.stderr)

@@ -38,6 +38,7 @@ from llama2.rlhf.rollouts import Judge, Question, Questions, Sampler
 from llama2.rlhf.scoring import Scorer, load_reward_model
 from llama2.stops import stop_ids
 from llama2.taught_format import taught_format
+from llama2.terminal import counted
 from llama2.tokenizer import Tokenizer, check_fits
 from llama2.train.corpora import TOKENIZER
 from llama2.train.pretrain import TrainConfig
@@ -238,9 +239,10 @@ def _weights_of(args: argparse.Namespace) -> dict[str, str | None]:
 
 
 def _report(record: dict[str, Any], out: Path) -> None:
+    iterations = record["ppo_config"]["iterations"]
     print(
-        f"{out}: {record['ppo_config']['iterations']:,} iterations over {record['prompts']:,} "
-        f"prompts; mean reward {record['first_reward']:.4f} in the first iteration, "
-        f"{record['final_reward']:.4f} over the last ones; divergence from {record['init']} "
-        f"{record['final_kl']:.4f} nats per answer"
+        f"{out}: {counted(iterations, 'iteration')} over {counted(record['prompts'], 'prompt')}; "
+        f"mean reward {record['first_reward']:.4f} in the first iteration, "
+        f"{record['final_reward']:.4f} over the last {min(_LAST, iterations)}; "
+        f"divergence from {record['init']} {record['final_kl']:.4f} nats per answer"
     )

@@ -19,6 +19,7 @@ from llama2.commands.training import (
     final_loss,
     note_warm_up,
     owned,
+    shown_loss,
     text_files,
     train,
     train_config,
@@ -27,6 +28,7 @@ from llama2.config import ModelConfig
 from llama2.evaluation.bits import bits_per_document
 from llama2.model import Llama2
 from llama2.placement import Placement
+from llama2.terminal import counted
 from llama2.tokenizer import Tokenizer
 from llama2.train.card import card, write_card
 from llama2.train.care import described
@@ -136,15 +138,15 @@ def _evaluate(
 
 def _report(record: dict[str, Any], out: Path) -> None:
     print(
-        f"{out}: {record['parameters']:,} parameters after {record['tokens_seen']:,} tokens, "
-        f"loss {record['final_train_loss']:.4f} over the last steps"
+        f"{out}: checkpoint with {record['parameters']:,} parameters after "
+        f"{record['tokens_seen']:,} tokens; {shown_loss(record)}"
     )
     for name, share in record["sources"].items():
         done = described(share) if "documents" in share else ""
         line = f"  {name}: {share['tokens']:,} tokens, {share['epochs']:.2f} epochs"
         print(f"{line}; {done}" if done else line)
-    if record["held_out"]:
+    if held_out := record["held_out"]:
         print(
-            "  held out: {bits_per_byte:.4f} bits per byte over {documents} documents of {bytes:,} "
-            "bytes".format(**record["held_out"])
+            f"  held out: {held_out['bits_per_byte']:.4f} bits per byte over "
+            f"{counted(held_out['documents'], 'document')} of {held_out['bytes']:,} bytes"
         )

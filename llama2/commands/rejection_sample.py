@@ -48,6 +48,7 @@ from llama2.rlhf.rejection import (
 )
 from llama2.rlhf.scoring import Scorer, load_reward_model
 from llama2.taught_format import taught_format
+from llama2.terminal import counted
 from llama2.tokenizer import Tokenizer
 
 _BEST = ("messages", "source", "reward", "sample", "earlier", "rewards", "faults", "round")
@@ -238,8 +239,8 @@ def _sample(
     num_unjudged = sum(prompt.is_safety for prompt in todo) if judge.safety is None else 0
     if num_unjudged:
         print(
-            f"note: {num_unjudged} safety prompts are judged like all others, as there is no "
-            "--safety-reward",
+            f"note: {counted(num_unjudged, 'safety prompt')} judged like all others, as there is "
+            "no --safety-reward",
             file=sys.stderr,
         )
     for file in files:

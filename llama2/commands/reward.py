@@ -21,6 +21,7 @@ from llama2.commands.training import (
     check_lines,
     export,
     final_loss,
+    shown_loss,
     text_files,
     train,
     train_config,
@@ -39,6 +40,7 @@ from llama2.rlhf.reward import (
 )
 from llama2.scalar_model import ScalarModel
 from llama2.taught_format import taught_format
+from llama2.terminal import counted
 from llama2.tokenizer import Tokenizer, check_fits
 from llama2.train.corpora import TOKENIZER
 from llama2.train.pretrain import TrainConfig
@@ -87,7 +89,7 @@ def _tune(
     told = f"margins: {margins}"
     if args.margins is None and 0 < unrated < len(pairs):
         told += f" ({unrated:,} without a rating)"
-    announce(args, computer, config, f"{len(pairs):,} comparisons, {told}")
+    announce(args, computer, config, f"{counted(len(pairs), 'comparison')}, {told}")
     model = computer.sharded(_initial_model(args, computer), config)
     before = _evaluated(computer, model, held_out, config)
     log = train(args, computer, model, data, config, ranking_loss, counts_tokens=False)
@@ -155,16 +157,16 @@ def _evaluated(
 
 def _report(record: dict[str, Any], out: Path) -> None:
     print(
-        f"{out}: {record['comparisons']:,} comparisons, {record['epochs']:g} epochs, margins "
-        f"{record['margins']}, loss {record['final_train_loss']:.4f} over the last steps"
+        f"{out}: {counted(record['comparisons'], 'comparison')}, epochs: {record['epochs']:g}, "
+        f"margins: {record['margins']}, {shown_loss(record)}"
     )
     if not record["held_out"]:
         return
     before, after = record["held_out"]["before"], record["held_out"]["after"]
     print(
-        f"  held out: accuracy {before['accuracy']:.1%} on {before['pairs']:,} pairs before, "
-        f"{after['accuracy']:.1%} after; loss {before['loss']:.4f} before, {after['loss']:.4f} "
-        "after"
+        f"  held out: accuracy {before['accuracy']:.1%} on {counted(before['pairs'], 'pair')} "
+        f"before, {after['accuracy']:.1%} after; loss {before['loss']:.4f} before, "
+        f"{after['loss']:.4f} after"
     )
     for rating, counts in after["by_rating"].items():
         print(

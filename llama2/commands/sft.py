@@ -20,6 +20,7 @@ from llama2.commands.training import (
     check_lines,
     export,
     final_loss,
+    shown_loss,
     text_files,
     train,
     tune,
@@ -31,6 +32,7 @@ from llama2.finetune.encoding import Encoded
 from llama2.finetune.packing import PackedDialogues, answer_loss
 from llama2.finetune.sft import Dialogues, encode_within, held_out_loss, taken
 from llama2.model import Llama2
+from llama2.terminal import counted
 from llama2.tokenizer import Tokenizer, check_fits
 from llama2.train.care import Care, described
 from llama2.train.corpora import TOKENIZER
@@ -74,8 +76,8 @@ def _tune(
     data = PackedDialogues(training.encoded, **sizes, epochs=args.epochs, seed=limits.seed)
     config = replace(limits, steps=data.steps)
     summary = (
-        f"{len(training.encoded):,} dialogues in {data.num_rows:,} rows of {config.seq_len}, "
-        f"{data.waste:.1%} of it padding"
+        f"{counted(len(training.encoded), 'dialogue')} in {counted(data.num_rows, 'row')} of "
+        f"{config.seq_len} tokens, {data.waste:.1%} of them padding"
     )
     announce(args, computer, config, summary)
     options = {"dtype": torch.float32, "device": computer.placement.device}
@@ -165,14 +167,15 @@ def _loss(
 
 def _report(record: dict[str, Any], out: Path) -> None:
     print(
-        f"{out}: {record['dialogues']:,} dialogues, {record['epochs']:g} epochs, loss "
-        f"{record['final_train_loss']:.4f} over the last steps"
+        f"{out}: {counted(record['dialogues'], 'dialogue')}, epochs: {record['epochs']:g}, "
+        f"{shown_loss(record)}"
     )
     for source, counts in record["sources"].items():
-        line = f"  {source}: {counts['documents']:,} dialogues, {counts['answer_tokens']:,} tokens"
-        print("; ".join(filter(None, (f"{line} of answers", described(counts)))))
-    if record["held_out"]:
+        line = f"  {source}: {counted(counts['documents'], 'dialogue')}"
+        line += f", {counted(counts['answer_tokens'], 'token')} of answers"
+        print("; ".join(filter(None, (line, described(counts)))))
+    if held_out := record["held_out"]:
         print(
-            "  held out: {loss_before:.4f} nats per token of an answer before, {loss:.4f} after, "
-            "over {dialogues:,} dialogues".format(**record["held_out"])
+            f"  held out: {held_out['loss_before']:.4f} nats per token of an answer before, "
+            f"{held_out['loss']:.4f} after, over {counted(held_out['dialogues'], 'dialogue')}"
         )

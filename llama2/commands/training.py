@@ -26,6 +26,7 @@ from llama2.config import ModelConfig
 from llama2.decoder import Decoder
 from llama2.placement import free_bytes
 from llama2.storage import locked, read_json, replacing, write_text
+from llama2.terminal import counted
 from llama2.tokenizer import Tokenizer
 from llama2.train import pretrain
 from llama2.train.corpora import TOKENIZER
@@ -198,7 +199,7 @@ def announce(args: argparse.Namespace, machine: Machine, config: TrainConfig, su
     """Prints on stderr what will be trained and on which device."""
     if machine.execution.speaks:
         note_warm_up(config)
-        print(f"{summary}; {config.steps:,} steps", file=sys.stderr)
+        print(f"{summary}; {counted(config.steps, 'step')}", file=sys.stderr)
         if args.backend == "auto" or machine.placement.interpreted:
             machine.placement.announce()
 
@@ -283,6 +284,13 @@ def round_to_bfloat16(model: nn.Module) -> None:
 def final_loss(log: list[dict[str, float]]) -> float:
     """Returns the mean loss of the last steps."""
     return fmean(step["loss"] for step in log[-_LAST_STEPS:])
+
+
+def shown_loss(record: dict[str, Any]) -> str:
+    """Returns a record's `final_loss` as text, with the number of steps that it is the mean of."""
+    steps = min(_LAST_STEPS, record["train_config"]["steps"])
+    over = f"the mean of the last {steps} steps" if steps > 1 else "of the only step"
+    return f"loss {record['final_train_loss']:.4f}, {over}"
 
 
 def text_files(tokenizer_file: Path | None, init: Path | None) -> dict[str, Path | str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama2.storage import write_text
+from llama2.terminal import counted
 from llama2.train.care import described
 
 NAME = "README.md"
@@ -122,8 +123,9 @@ def _held_out(record: dict[str, Any]) -> str:
         return "Nothing was held out."
     done = described(counts) if counts else ""
     return (
-        f"Held out: {figures['bits_per_byte']:.4f} bits per byte over {figures['documents']:,} "
-        f"documents of {figures['bytes']:,} bytes" + (f" ({done})." if done else ".")
+        f"Held out: {figures['bits_per_byte']:.4f} bits per byte over "
+        f"{counted(figures['documents'], 'document')} of {figures['bytes']:,} bytes"
+        + (f" ({done})." if done else ".")
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from llama2.terminal import counted
 from llama2.train.data import Document
 from llama2.train.near_duplicates import NearDuplicates, near_duplicates
 from llama2.train.redaction import Redactor
@@ -49,9 +50,9 @@ def described(counts: dict[str, Any]) -> str:
     empty."""
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in counts["redacted"].items())
     parts = (
-        f"{counts['excluded']:,} documents excluded" if counts["excluded"] else "",
+        f"{counted(counts['excluded'], 'document')} excluded" if counts["excluded"] else "",
         f"redacted: {kinds}" if kinds else "",
-        f"{counts['near_duplicates']:,} near-duplicates dropped"
+        f"{counted(counts['near_duplicates'], 'near-duplicate')} dropped"
         if counts["near_duplicates"]
         else "",
     )

@@ -124,7 +124,7 @@ def test_a_prompt_has_to_leave_room_for_the_whole_answer(folder, capsys):
     [
         ({"reward": "chat"}, (), "chat: expected a reward model"),
         ({"safety_reward": "other"}, (), "other: expected the format of dialogues of "),
-        ({"safety_reward": None}, (), r"data: expected prompts .* above \(1\)"),
+        ({"safety_reward": None}, (), "data: expected no bad lines; got 1, for the reasons above"),
         ({"data": "none.jsonl"}, (), r"none\.jsonl: expected a JSON-lines file"),
         ({"out": "chat"}, (), "out: expected a directory other than --init"),
         ({"work": "helpful"}, (), "work: expected a directory other than --reward; got "),

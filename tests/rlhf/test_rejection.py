@@ -327,7 +327,7 @@ def test_safety_counts_where_it_is_at_stake(rejection, stand_in, judge):
 
 
 def test_tags_without_a_safety_model_are_told(rejection, stand_in):
-    assert "1 safety prompts are judged like all others" in rejection()[3]
+    assert "1 safety prompt judged like all others" in rejection()[3]
 
 
 # --- answers that cannot be learnt, prompts that cannot be asked --------------------------------

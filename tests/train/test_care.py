@@ -96,7 +96,7 @@ def test_counts_of_a_source():
     }
     assert described(counts.to_json()) == (
         "2 documents excluded; redacted: EMAIL_ADDRESS 1, IP_ADDRESS 1, PHONE_NUMBER 1; "
-        "1 near-duplicates dropped"
+        "1 near-duplicate dropped"
     )
     assert described(CareCounts(5).to_json()) == ""
     assert care.training("two", documents) == ([], CareCounts(excluded=5))
@@ -218,12 +218,12 @@ def test_a_run_with_care(sources, tmp_path, capsys):
     epochs = record["sources"][found["web"][0]]["epochs"]
     assert epochs > 1  # up-sampled
     line = f"  {found['web'][0]}: {12 * 32} tokens, {epochs:.2f} epochs; redacted: PHONE_NUMBER 1; "
-    assert f"{line}1 near-duplicates dropped\n" in printed
+    assert f"{line}1 near-duplicate dropped\n" in printed
     card = (out / "README.md").read_text(encoding="utf-8")
     web_name = os.path.basename(found["web"][0])
     assert f"| `{web_name}` | 384 | {epochs:.2f} | 2 | 0 | PHONE_NUMBER 1 | 1 |" in card
     assert "| `secret` | 0 | 0.00 | 0 | 2 | 0 | 0 |" in card
-    assert f"{record['held_out']['bits_per_byte']:.4f} bits per byte over 1 documents" in card
+    assert f"{record['held_out']['bits_per_byte']:.4f} bits per byte over 1 document " in card
     for part in ("`*.md`, `secret`", args.command_line, "US", "0.8", record["run"]):
         assert part in card
 

@@ -177,7 +177,9 @@ def test_texts_become_a_checkpoint(folders, capsys, tmp_path):
     lines = capsys.readouterr().out.splitlines()
     model = load(tmp_path / "out", get_backend("eager"))
     count = sum(parameter.numel() for parameter in model.parameters())
-    assert lines[0].startswith(f"{tmp_path / 'out'}: {count:,} parameters after 192 tokens, loss ")
+    assert lines[0].startswith(
+        f"{tmp_path / 'out'}: checkpoint with {count:,} parameters after 192 tokens; loss "
+    )
     assert lines[1].startswith(f"  {tokens}: 192 tokens, 0.")
     record = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
     # 58.txt is the one in 20 whose path is held out

@@ -84,7 +84,7 @@ def test_dialogues_become_a_checkpoint(folder, capsys):
     record = json.loads((folder / "out" / "training.json").read_text(encoding="utf-8"))
     log = read_log(folder / "work" / "log.jsonl")
     assert len(log) == record["train_config"]["steps"] > 3
-    assert log[-1]["loss"] < log[0]["loss"] and "% of it padding" in shown.err
+    assert log[-1]["loss"] < log[0]["loss"] and "% of them padding" in shown.err
     assert record["held_out"]["loss"] < record["held_out"]["loss_before"]
     assert record["sources"]["train.jsonl"]["documents"] == record["dialogues"] == 40
     assert record["held_out"]["sources"]["held"]["documents"] == 7
@@ -199,7 +199,7 @@ def test_care_is_taken_of_dialogues(folder, capsys):
     assert record["care"]["exclude"] == ["priv*", "none"]
     shown = capsys.readouterr()
     assert "exclude: no document or source matches 'none'" in shown.err
-    assert "mail: 1 dialogues" in shown.out and "redacted: EMAIL_ADDRESS 2" in shown.out
+    assert "mail: 1 dialogue," in shown.out and "redacted: EMAIL_ADDRESS 2" in shown.out
 
 
 def test_a_dialogue_that_is_too_long_is_no_near_duplicates_first(folder):
