@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gqa_kernels import reference
+from gqa_kernels import get_backend, reference
 
 
 @pytest.fixture
@@ -105,3 +105,19 @@ def test_a_window_beyond_all_keys_hides_none(lengths, far, draw):
             (reference.prefill_attention, (q.flatten(0, 1), k, k, bounds, None), {"causal": False}),
         ):
             assert torch.equal(op(*rows, **options, window=window), op(*rows, **options))
+
+
+@pytest.mark.parametrize("bounds", ((1, 3, 6), (0, 4, 2), (0, -1, 6), (2, 2, 2)))
+@pytest.mark.parametrize("backend", ("eager", "torch"))
+def test_bounds_that_are_none_are_refused(backend, bounds, draw):
+    """Rows before the first bound would be missing from the result."""
+    ops, bounds = get_backend(backend), torch.tensor(bounds)
+    q, cache = draw(6, 2, 8).float(), draw(2, 9, 1, 8).float()
+    right = torch.tensor([0, 2, 6])
+    message = "expected bounds from 0 that never decrease; got "
+    with pytest.raises(ValueError, match=f"^cu_seqlens_q: {message}"):
+        ops.prefill_attention(q, cache, cache, bounds, None)
+    with pytest.raises(ValueError, match=f"^cu_seqlens_q: {message}"):
+        ops.flash_attention_varlen(q, q, q, bounds, right)
+    with pytest.raises(ValueError, match=f"^cu_seqlens_kv: {message}"):
+        ops.flash_attention_varlen(q, q, q, right, bounds)

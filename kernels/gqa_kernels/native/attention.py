@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gqa_kernels import reference
 from gqa_kernels.native.rows import own_dtype, wide
+from gqa_kernels.reference.attention import packed_bounds
 
 
 def attend(
@@ -107,16 +108,16 @@ def flash_attention_varlen(
         return reference.flash_attention_varlen(
             *packed, **settings, **options, return_lse=return_lse
         )
-    queries = _sequences(q, cu_seqlens_q, tail=True)
-    keys, values = (_sequences(x, cu_seqlens_kv, tail=False) for x in (k, v))
+    queries = _sequences("cu_seqlens_q", q, cu_seqlens_q, tail=True)
+    keys, values = (_sequences("cu_seqlens_kv", x, cu_seqlens_kv, tail=False) for x in (k, v))
     each = zip(queries, keys, values, strict=True)
     outs = [flash_attention(*(x[None] for x in sequence), **settings)[0] for sequence in each]
     return torch.cat(outs)
 
 
-def _sequences(x: Tensor, cu_seqlens: Tensor, *, tail: bool) -> tuple[Tensor, ...]:
+def _sequences(name: str, x: Tensor, cu_seqlens: Tensor, *, tail: bool) -> tuple[Tensor, ...]:
     """Splits x into the packed sequences and, with `tail`, the rows after them."""
-    bounds = [min(bound, len(x)) for bound in cu_seqlens.tolist()]
+    bounds = packed_bounds(name, cu_seqlens, len(x))
     end = len(x) if tail else bounds[-1]
     # The gradient of a split is one tensor; each slice would have a gradient of the size of x.
     return x[:end].split([j - i for i, j in pairwise([*bounds, end])])

@@ -8,6 +8,7 @@ from torch import Tensor
 from gqa_kernels import reference
 from gqa_kernels.native.attention import attend, flash_attention
 from gqa_kernels.native.rows import apply_rope, reads_freely
+from gqa_kernels.reference.attention import packed_bounds
 
 
 def rope_append_kv(
@@ -240,7 +241,8 @@ def _prefill_used(
     belongs to no sequence, if a length exceeds the capacity, or if a page does not exist: the
     reference computes these cases."""
     k_cache = caches[0][0]
-    capacity, bounds = _capacity(k_cache, block_table), cu_seqlens_q.tolist()
+    capacity = _capacity(k_cache, block_table)
+    bounds = packed_bounds("cu_seqlens_q", cu_seqlens_q, len(q))
     lengths = [capacity] * (len(bounds) - 1) if seq_lens is None else seq_lens.tolist()
     if len(q) == 0 or bounds[-1] != len(q) or max(lengths) > capacity:
         return None

@@ -140,6 +140,18 @@ def flash_attention(
     return (out, lse) if return_lse else out
 
 
+def packed_bounds(name: str, cu_seqlens: Tensor, total: int) -> list[int]:
+    """Returns the bounds of packed sequences as numbers; those beyond `total` count as `total`.
+
+    Raises:
+        ValueError: bounds that do not begin at 0, or decrease.
+    """
+    bounds = [min(bound, total) for bound in cu_seqlens.tolist()]
+    if bounds[0] != 0 or bounds != sorted(bounds):
+        raise ValueError(f"{name}: expected bounds from 0 that never decrease; got {bounds!r:.80}")
+    return bounds
+
+
 def flash_attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -172,8 +184,8 @@ def flash_attention_varlen(
         out `[total_q, num_q_heads, head_dim]`, and with `return_lse` the natural-log lse
         `[num_q_heads, total_q]` in float32.
     """
-    bounds_q = [min(x, q.shape[0]) for x in cu_seqlens_q.tolist()]
-    bounds_kv = [min(x, k.shape[0]) for x in cu_seqlens_kv.tolist()]
+    bounds_q = packed_bounds("cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    bounds_kv = packed_bounds("cu_seqlens_kv", cu_seqlens_kv, k.shape[0])
     # The rows after the last sequence become one more sequence without keys.
     bounds_q, bounds_kv = [*bounds_q, q.shape[0]], [*bounds_kv, bounds_kv[-1]]
     lengths_q, lengths_kv = ([j - i for i, j in pairwise(x)] for x in (bounds_q, bounds_kv))

@@ -6,7 +6,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from gqa_kernels.reference.attention import alibi_bias, attend, in_range, in_window, nonzero
+from gqa_kernels.reference.attention import (
+    alibi_bias,
+    attend,
+    in_range,
+    in_window,
+    nonzero,
+    packed_bounds,
+)
 from gqa_kernels.reference.rows import apply_rope, wide
 
 MAX_NEW_TOKENS = 16  # per sequence, in `decode_attention`
@@ -257,7 +264,7 @@ def prefill_attention(
         dequantized(cache, scale, q.dtype)
         for cache, scale in ((k_cache, k_scale), (v_cache, v_scale))
     )
-    bounds = [min(bound, q.shape[0]) for bound in cu_seqlens_q.tolist()]
+    bounds = packed_bounds("cu_seqlens_q", cu_seqlens_q, q.shape[0])
     batch, page_size = len(bounds) - 1, k_cache.shape[1]
     capacity = page_size * (1 if block_table is None else block_table.shape[1])
     lengths = [capacity] * batch if seq_lens is None else seq_lens.clamp(0, capacity).tolist()
