@@ -96,7 +96,8 @@ def read(path: Path) -> dict[str, Any]:
     """Reads a result file.
 
     Raises:
-        ValueError: no file, not a result file, or one of another schema.
+        OSError: the file cannot be read.
+        ValueError: it is not a result file, or one of another schema.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
