@@ -240,8 +240,8 @@ def decode_attention(
             float8_e4m3fn and int8 caches only.
         causal: new token i sees entries up to its own; False: all entries of its sequence.
         softmax_scale: positive; None means 1 / sqrt(head_dim).
-        window, softcap, sinks, alibi_slopes: as in `flash_attention`; entries that no new token
-            sees in its window are not read.
+        window, softcap, sinks, alibi_slopes: as in `flash_attention`. Tiles of keys before the
+            windows of all new tokens are skipped.
         key_ranges, key_mask: as in `flash_attention`, with capacity for seq_len_kv.
         return_lse: also return the natural-log lse, float32 `[batch, num_q_heads, seq_len_q]`.
     Returns:
