@@ -108,3 +108,32 @@ def test_a_row_of_a_prefill_has_the_same_bits_in_a_separate_call(arch):
     """Whether or not other rows of its block see further tiles, and whether a tile is masked."""
     done = compiling("-c", BITS_OF_PREFILL, arch)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+BITS_OF_DECODE = """
+import sys, torch
+from gqa_kernels import decode_attention
+from ptx_emulator.driver import emulating
+num_new, length = 16, 200
+draw = torch.Generator().manual_seed(0)
+q, k, v = (
+    torch.randn(1, rows, heads, 64, generator=draw).bfloat16()
+    for rows, heads in ((num_new, 4), (length, 2), (length, 2))
+)
+with emulating(sys.argv[1]):
+    for end in (194, 193, 66):  # the tokens' keys end in different tiles
+        lengths = torch.tensor([end])
+        out, lse = decode_attention(q, k, v, lengths, return_lse=True)
+        for i in (0, 12, 14, 15):
+            new = slice(i, i + 1)
+            lengths = torch.tensor([end - num_new + 1 + i])
+            alone, lse_alone = decode_attention(q[:, new], k, v, lengths, return_lse=True)
+            assert torch.equal(alone, out[:, new]), (end, i)
+            assert torch.equal(lse_alone, lse[:, :, new]), (end, i)
+"""
+
+
+@pytest.mark.parametrize("arch", ("sm_80", "sm_90"))
+def test_several_new_tokens_have_the_bits_of_one_by_one(arch):
+    done = compiling("-c", BITS_OF_DECODE, arch)
+    assert done.returncode == 0, done.stderr[-4000:]

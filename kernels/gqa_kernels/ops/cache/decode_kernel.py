@@ -250,10 +250,11 @@ def _decode_kernel(
         softmax = empty_softmax(BLOCK_M, BLOCK_D)
         if sinks_ptr is not None:
             softmax = _with_sinks(softmax, sinks_ptr, queries, split, score_unit)
+        # A tile of which a row sees no key must not change the row, not even by a rounding: EXACT.
         for tile in tl.range(start, end, BLOCK_N, num_stages=NUM_STAGES):
             softmax = attend_to_tile(
                 q, tile, end, pages, cache, visible, scoring, softmax,
-                True, False, HEAD_DIM, PAGE_SIZE, BLOCK_N,
+                True, True, HEAD_DIM, PAGE_SIZE, BLOCK_N,
             )  # fmt: skip
 
         out, log_sum = finish_softmax(softmax)
