@@ -177,10 +177,12 @@ def test_attends_and_appends(kind, causal, seqlen_q, seqlen_new, draw, device):
     check(kind, draw, device, causal=causal, **sizes)
 
 
-@KINDS
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("interleaved", (False, True))
-@pytest.mark.parametrize(("seqlen_q", "seqlen_new"), ((1, 1), (4, 4), (2, 3)))
+@pytest.mark.parametrize(
+    ("kind", "seqlen_q", "seqlen_new"),
+    (("contiguous", 4, 4), ("indexed", 1, 1), ("paged", 4, 4), ("paged", 2, 3)),
+)
 def test_rotates(kind, causal, interleaved, seqlen_q, seqlen_new, draw, device):
     sizes = {"seqlen_q": seqlen_q, "seqlen_new": seqlen_new, "rotary_dim": DIM}
     check(kind, draw, device, causal=causal, rotary_interleaved=interleaved, **sizes)
@@ -190,8 +192,17 @@ def test_rotates_a_part_of_a_head(draw, device):
     check("paged", draw, device, seqlen_q=3, seqlen_new=3, rotary_dim=8, causal=True)
 
 
-@KINDS
-@pytest.mark.parametrize("window", ((3, -1), (2, 0), (0, 1), (-1, 2), (2**63 - 1, 2**63 - 1)))
+@pytest.mark.parametrize(
+    ("kind", "window"),
+    (
+        ("contiguous", (3, -1)),
+        ("indexed", (2, 0)),
+        ("paged", (0, 1)),
+        ("contiguous", (-1, 2)),
+        ("indexed", (2**63 - 1, 2**63 - 1)),
+        ("paged", (3, -1)),
+    ),
+)
 def test_windows(kind, window, draw, device):
     check(kind, draw, device, seqlen_q=4, seqlen_new=4, causal=True, window_size=window)
     check(kind, draw, device, window_size=window)
