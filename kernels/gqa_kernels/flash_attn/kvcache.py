@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 from gqa_kernels.ops.cache import decode, prefill
 from gqa_kernels.ops.cache.append import rope_append_kv
 from gqa_kernels.ops.rope import apply_rope
-from gqa_kernels.runtime import checks, library
+from gqa_kernels.runtime import checks, layout, library
 
 _MOST_PER_PAGE = 256  # the largest page when a contiguous cache is read as pages
 
@@ -105,7 +105,7 @@ def flash_attn_with_kvcache(
 
     if cache_batch_idx is not None:
         k_cache, v_cache, block_table = _as_pages(k_cache, v_cache, cache_batch_idx)
-    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    capacity = layout.cache_capacity(k_cache, block_table)
     before = _lengths(cache_seqlens, capacity, q)
     seq_lens = before if k is None else (before + k.shape[1]).clamp(max=capacity)
     num_rows = 1 if packs else q.shape[1]

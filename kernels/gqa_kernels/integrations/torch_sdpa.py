@@ -14,8 +14,7 @@ so does `torch.nn.attention.varlen.varlen_attn`:
 or, temporarily, `with torch_sdpa.activated(): ...`. Both affect the whole process.
 
 PyTorch still chooses which calls it gives to flash attention: float16 and bfloat16 tensors on a
-    GPU,
-head_dim up to 256, no mask, equal lengths if `is_causal`, and no other kernel preferred (see
+GPU, head_dim up to 256, no mask, equal lengths if `is_causal`, and no other kernel preferred (see
 `torch.nn.attention.sdpa_kernel`). Other calls, such as those with a mask or in float32, do not
 reach this module. Calls that reach it and are not supported raise: dropout, the debug mask, and
 varlen_attn's options seqused_k, block_table and num_splits above 1.

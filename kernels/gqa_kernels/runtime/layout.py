@@ -81,6 +81,11 @@ def sequence_stride(per_head: Tensor | None) -> int:
     return per_head.stride(0) if per_head is not None and per_head.dim() == 2 else 0
 
 
+def cache_capacity(k_cache: Tensor, block_table: Tensor | None) -> int:
+    """The largest number of tokens of a sequence in a contiguous cache, or in its pages."""
+    return k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+
+
 def key_mask(mask: Tensor | None) -> Tensor | None:
     """Returns a mask `[batch, num_keys]` as bytes or integers, contiguous along the keys."""
     if mask is None:

@@ -51,7 +51,7 @@ def _forward(
     q, k_cache, v_cache = map(layout.contiguous_features, (q, k_cache, v_cache))
     batch, seq_len_q, num_q_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[2]
-    capacity = _capacity(k_cache, block_table)
+    capacity = layout.cache_capacity(k_cache, block_table)
     lse_shape = batch, num_q_heads, seq_len_q
     if capacity == 0:
         none_seen = None
@@ -144,11 +144,6 @@ def _forward(
     return out, out_lse
 
 
-def _capacity(k_cache: Tensor, block_table: Tensor | None) -> int:
-    """The largest number of tokens of a sequence."""
-    return k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-
-
 def check(
     q: Tensor,
     k_cache: Tensor,
@@ -178,7 +173,7 @@ def check(
         checks.tensor("seq_lens", seq_lens, dtypes=checks.INTS, shape=(batch,), like=like)
     if block_table is not None:
         checks.block_table(block_table, batch, k_cache.shape[1], like=like)
-    sizes = (batch, seq_len_q, _capacity(k_cache, block_table))
+    sizes = (batch, seq_len_q, layout.cache_capacity(k_cache, block_table))
     checks.key_limits(key_ranges, key_mask, sizes, like=like)
     checks.attention_heads(num_q_heads, k_cache.shape[2], head_dim)
     checks.softcap(softcap, checks.softmax_scale(softmax_scale, head_dim))

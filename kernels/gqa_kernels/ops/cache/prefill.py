@@ -55,7 +55,7 @@ def _forward(
     q, k_cache, v_cache = map(layout.contiguous_features, (q, k_cache, v_cache))
     total_q, num_q_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[2]
-    capacity = _capacity(k_cache, block_table)
+    capacity = layout.cache_capacity(k_cache, block_table)
     num_sequences = cu_seqlens_q.shape[0] - 1
     lse_shape = num_q_heads, total_q
     if total_q == 0 or capacity == 0 or num_sequences == 0:
@@ -126,11 +126,6 @@ def _forward(
             num_stages=config.num_stages,
         )
     return out, lse
-
-
-def _capacity(k_cache: Tensor, block_table: Tensor | None) -> int:
-    """The largest number of tokens of a sequence."""
-    return k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
 
 
 def check(
