@@ -5,7 +5,8 @@ from llama2.cache.paged_kv_cache import PagedKVCache
 from llama2.config import PUBLISHED, ModelConfig
 from llama2.generate import Generator
 from llama2.model import Llama2
-from llama2.serving import Request, Result, serve
+from llama2.requests import Request, Result
+from llama2.serving import serve
 
 __all__ = [
     "PUBLISHED",

@@ -20,7 +20,7 @@ from llama2.checkpoint.files import Checkpoint, require
 from llama2.checkpoint.weight_shards import MAX_SHARD_BYTES, WEIGHT_FILES, plan_shards, write_shards
 from llama2.config import ModelConfig
 from llama2.conversion import METHODS, NEEDS_DATA, AttentionWeights, convert_layer, second_moment
-from llama2.decoder import DecoderLayer, RotaryTable
+from llama2.layers import DecoderLayer, RotaryTable
 from llama2.model import Llama2
 from llama2.storage import finish_staged, is_unfinished, staged
 

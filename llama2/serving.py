@@ -17,58 +17,14 @@ from llama2.cache.page_pool import OutOfPages
 from llama2.cache.paged_kv_cache import PagedKVCache
 from llama2.decoding.graphs import can_capture, on_gpu
 from llama2.decoding.paged_decode import PagedDecode
-from llama2.decoding.sampling import check_sampling, is_whole, uniform_draws
+from llama2.decoding.sampling import is_whole, uniform_draws
 from llama2.decoding.weights import fingerprint, in_own_dtype
-from llama2.generate import as_stop_ids, check_tokens, drawn_ids
+from llama2.generate import drawn_ids
 from llama2.model import Llama2
+from llama2.requests import Request, Result, check_request
 
 DEFAULT_PREFILL_BUDGET = 512  # tokens of prompts per step
 _NO_TOKEN = -2  # pads stop_ids; −1 marks a token sampled from logits that are not finite
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt of token ids to continue; the other settings are as in `generate`.
-
-    The random numbers depend only on the seed; None uses a new one.
-
-    Attributes:
-        stop: called after each new token with all new tokens; the request ends when it returns
-            True.
-    """
-
-    prompt: Sequence[int]
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop_ids: Iterable[int] = ()
-    stop: Callable[[Sequence[int]], bool] | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "stop_ids", as_stop_ids(self.stop_ids))
-
-
-@dataclass(frozen=True)
-class Result:
-    """The new tokens of request number `index`; the last one is the stop token if there was one.
-
-    Attributes:
-        error: why the request ended early: the model's logits are NaN or infinite. Otherwise None.
-    """
-
-    index: int
-    request: Request
-    tokens: list[int]
-    error: str | None = None
-
-    @property
-    def finish_reason(self) -> str:
-        """ "stop" after a stop token, "length" after max_new_tokens, "error"."""
-        if self.error is not None:
-            return "error"
-        stopped = bool(self.tokens) and self.tokens[-1] in self.request.stop_ids
-        return "stop" if stopped else "length"
 
 
 @dataclass(eq=False)
@@ -83,46 +39,6 @@ class _Running:
     @property
     def tokens(self) -> list[int]:
         return [*self.request.prompt, *self.new]
-
-
-def seed_of(seed: int | None, *place: int) -> int | None:
-    """Returns a seed for one of many requests, which differs between places and is the same in a
-    resumed run. None stays None.
-
-    Args:
-        place: ints of at least 0.
-    """
-    if seed is None:
-        return None
-    return int(np.random.SeedSequence((seed, *place)).generate_state(1, np.uint64)[0])
-
-
-def check_request(model: Llama2, cache: PagedKVCache, request: Request) -> None:
-    """Checks that `serve` can finish a request.
-
-    Raises:
-        TypeError: `request` is not a Request.
-        ValueError: as `generate`, or its tokens need more pages than the cache has.
-    """
-    if not isinstance(request, Request):
-        raise TypeError(f"request: expected a Request; got a {type(request).__name__}")
-    check_tokens(model.config, [request.prompt], request.max_new_tokens, request.stop_ids)
-    check_sampling(request.temperature, request.top_p, request.seed)
-    if request.max_new_tokens == 0:
-        return
-    # The last new token is never an input, so it needs no place in the cache.
-    num_tokens = len(request.prompt) + request.max_new_tokens - 1
-    pages = cache.pages_for(num_tokens)
-    if pages > cache.num_pages:
-        raise ValueError(
-            f"num_pages: expected at least {pages} pages of {cache.page_size} for "
-            f"{len(request.prompt)} + {request.max_new_tokens} tokens; got {cache.num_pages}"
-        )
-    if num_tokens > cache.max_seq_len:
-        raise ValueError(
-            f"max_seq_len: expected a cache for at least {num_tokens} tokens; got "
-            f"{cache.max_seq_len}"
-        )
 
 
 def serve(
@@ -140,9 +56,9 @@ def serve(
 
     A step adds one token to each running request. It also prefills at most `prefill_budget` tokens
     of prompts, one prompt after another, and adds the first token to each request whose prompt is
-    then complete; a longer prompt continues in the next steps. Between two tokens of a running
-    request, the model therefore computes at most `prefill_budget` tokens of other prompts, however
-    long they are.
+    then complete; a longer prompt continues in the next steps, in one batch with the running
+    requests. Between two tokens of a running request, the model therefore computes at most
+    `prefill_budget` tokens of other prompts, however long they are.
 
     Requests are admitted in order, when a row and pages are free. Requests with the same prompt
     that start in the same step share its prefill. Other requests share full pages with earlier
@@ -190,6 +106,7 @@ class _Server:
     Attributes:
         prefilling: the request admitted last, while its prompt is incomplete; it is not in
             `running`.
+        budget_left: how many tokens of prompts the present step may still compute.
         ahead: whether the model's next step is enqueued before the host reads the last step's
             tokens, so that the GPU works while the host plans. A request that ends at a stop token
             then goes through one step more than needed.
@@ -205,7 +122,7 @@ class _Server:
         vocab_size: int,
     ) -> None:
         self.model, self.cache, self.max_batch = model, cache, max_batch
-        self.prefill_budget = prefill_budget
+        self.prefill_budget = self.budget_left = prefill_budget
         self.decoder = PagedDecode(model, cache, vocab_size, capture=capture)
         self.ahead = on_gpu(model)
         self.running: list[_Running] = []  # in the order of admission
@@ -226,6 +143,7 @@ class _Server:
         self.cache.computed_with(self.model.cache_config, fingerprint(self.model))
         try:
             while True:
+                self.budget_left = self.prefill_budget
                 if self.ahead:
                     self._decode()
                 self._collect()
@@ -256,9 +174,9 @@ class _Server:
             yield _Running(index, request, uniform)
 
     def _decode(self) -> None:
-        """Passes the last token of every request that needs another one through the model. When
-        pages run out, it collects tokens so that requests can end, and preempts the request
-        admitted last."""
+        """Passes the last token of every request that needs another one through the model, with
+        the next chunk of `prefilling` if there is one. When pages run out, it collects tokens so
+        that requests can end, and preempts the request admitted last."""
         while True:
             has_more = self.decoder.num_drawn[self._rows] < self._limits[self._rows]
             rows = self._rows[has_more]
@@ -272,6 +190,9 @@ class _Server:
                     self._collect()
                 else:
                     self._preempt()
+        if self.prefilling is not None:
+            self._compute(rows)
+            return
         with in_own_dtype(self.model):
             self.decoder.decode(self.cache.decode(rows))
 
@@ -284,26 +205,22 @@ class _Server:
         self.waiting.appendleft(youngest)
 
     def _prefill(self, incoming: Iterator[_Running]) -> None:
-        """Computes up to `prefill_budget` tokens of prompts: of `prefilling`, then of the requests
+        """Computes what is left of the step's budget: tokens of `prefilling`, then of the requests
         that it admits in order until one does not fit."""
-        left = self.prefill_budget
         started: dict[tuple[int, ...], int] = {}  # rows by tokens
-        while self.prefilling is not None or self._admit(incoming, started, left):
+        while self.prefilling is not None or self._admit(incoming, started):
             row = self.prefilling.row
-            if pending := self.cache.num_pending(row):  # none of a fork
-                count = min(pending, left)
-                self._compute(row, count)
-                left -= count
-                if count < pending:
+            if self.cache.num_pending(row):  # none of a fork
+                if self.budget_left:
+                    self._compute()
+                if self.cache.num_pending(row):
                     return
-                started[tuple(self.prefilling.tokens)] = row
+            started[tuple(self.prefilling.tokens)] = row
             self._begin()
 
-    def _admit(
-        self, incoming: Iterator[_Running], started: dict[tuple[int, ...], int], left: int
-    ) -> bool:
-        """Admits the next request, as `prefilling`, if it fits and the step has `left` tokens for
-        it. Returns whether it did.
+    def _admit(self, incoming: Iterator[_Running], started: dict[tuple[int, ...], int]) -> bool:
+        """Admits the next request, as `prefilling`, if it fits and the step has tokens left for it.
+        Returns whether it did.
 
         A request with the same tokens as another that starts in the same step is a fork of it,
         which needs no tokens and takes no page yet. One free page per running request is kept for
@@ -322,7 +239,7 @@ class _Server:
             return False  # to yield its result before more are read
         tokens = tuple(request.tokens)
         leader = started.get(tokens)
-        if leader is None and left == 0:
+        if leader is None and not self.budget_left:
             return False
         pages = self.cache.pages_to_admit(tokens) if leader is None else 0
         if self.running and pages + len(self.running) > self.cache.num_free_pages:
@@ -333,12 +250,14 @@ class _Server:
             self.decoder.states[request.row] = self.decoder.states[leader]
         return True
 
-    def _compute(self, row: int, count: int) -> None:
-        """Passes `count` pending tokens of a row through the model."""
+    def _compute(self, decoding: Sequence[int] | np.ndarray = ()) -> None:
+        """Passes the next chunk of `prefilling` through the model, in one batch with the latest
+        tokens of the rows `decoding`."""
+        row = self.prefilling.row
+        count = min(self.cache.num_pending(row), self.budget_left)
+        self.budget_left -= count
         with in_own_dtype(self.model):
-            batch = self.cache.prefill(row, count)
-            states = self.model.hidden_states(batch.tokens, batch)
-            self.decoder.states[row] = states[0, -1]
+            self.decoder.compute(self.cache.prefill(row, count, decoding=decoding))
 
     def _begin(self) -> None:
         """Makes `prefilling` a running request."""

@@ -42,7 +42,7 @@ KERNELS_ALLOWED = {
 
 # The same for the model's package.
 MODEL_ALLOWED = {
-    "__init__": {"cache", "config", "generate", "model", "serving"},
+    "__init__": {"cache", "config", "generate", "model", "requests", "serving"},
     "config": set(),
     "chat_format": set(),
     "extras": set(),
@@ -57,16 +57,18 @@ MODEL_ALLOWED = {
     "targets": set(),
     "head": {"targets"},
     "joint_projection": set(),
-    "decoder": {"cache", "config", "joint_projection", "targets"},
+    "layers": {"cache", "config", "joint_projection"},
+    "decoder": {"cache", "config", "joint_projection", "layers", "targets"},
     "model": {"cache", "config", "decoder", "head", "targets"},
     "scalar_model": {"config", "decoder"},
     "parallel": {"decoder", "model", "targets"},
     "checkpoint": {"checkpoint", "config", "decoder", "extras", "model", "scalar_model", "storage"},
     "conversion": {"model"},
-    "convert_checkpoint": {"checkpoint", "config", "conversion", "decoder", "model", "storage"},
+    "convert_checkpoint": {"checkpoint", "config", "conversion", "layers", "model", "storage"},
     "decoding": {"decoding", "cache", "model"},
     "generate": {"cache", "config", "decoding", "model"},
-    "serving": {"cache", "decoding", "generate", "model"},
+    "requests": {"cache", "decoding", "generate", "model"},
+    "serving": {"cache", "decoding", "generate", "model", "requests"},
     "stops": {"checkpoint", "tokenizer"},
     "taught_format": {"chat_format", "checkpoint"},
     "evaluation": {"model"},
@@ -74,16 +76,25 @@ MODEL_ALLOWED = {
     "evaluation.scoring": {"head", "model"},
     "evaluation.harness": {"evaluation.scoring", "cache", "cache_size", "chat_format", "checkpoint"}
     | {"decoding"}
-    | {"placement", "serving", "stops", "taught_format", "tokenizer"},
+    | {"placement", "requests", "serving", "stops", "taught_format", "tokenizer"},
     "train": {"train", "checkpoint", "config", "decoder", "evaluation", "extras", "model"}
     | {"parallel", "scalar_model", "storage", "terminal", "tokenizer"},
     "finetune": {"finetune", "chat_format", "model", "serving", "cache", "storage", "targets"}
-    | {"terminal", "tokenizer", "train"},
+    | {"requests", "terminal", "tokenizer", "train"},
     "warm_up": {"cache", "config", "evaluation", "finetune", "generate", "model", "serving"}
-    | {"train"},
+    | {"requests", "train"},
     "reporting": {"reporting"},
     "rlhf": {"rlhf", "cache", "cache_size", "chat_format", "checkpoint", "decoder", "finetune"}
-    | {"model", "scalar_model", "serving", "storage", "taught_format", "tokenizer", "train"},
+    | {
+        "model",
+        "requests",
+        "scalar_model",
+        "serving",
+        "storage",
+        "taught_format",
+        "tokenizer",
+        "train",
+    },
     "tradeoff": {"tradeoff", "accounting", "cache", "config", "decoding", "model", "reporting"}
     | {"storage"},
     "tradeoff.study": {
@@ -116,7 +127,7 @@ MODEL_ALLOWED = {
     | {"config", "conversion", "convert_checkpoint", "decoder", "evaluation", "finetune"}
     | {"generate", "model", "parallel", "placement", "reporting", "rlhf", "scalar_model", "targets"}
     | {"terminal"}
-    | {"serving", "stops", "storage", "taught_format", "tokenizer", "tradeoff", "train"}
+    | {"requests", "serving", "stops", "storage", "taught_format", "tokenizer", "tradeoff", "train"}
     | {"warm_up"},
     "cli": {"commands", "extras", "placement", "terminal"},
     "__main__": {"cli"},

@@ -59,6 +59,18 @@ class KeyValues(NamedTuple):
         return (self.map(itemgetter(layer)) for layer in range(len(self.keys)))
 
 
+class Decoding(NamedTuple):
+    """Sequences with one new token each, in a paged cache.
+
+    Attributes:
+        seq_lens: int32 `[num_sequences]`, the new tokens included.
+        block_table: int32 `[num_sequences, max_pages]`.
+    """
+
+    seq_lens: Tensor
+    block_table: Tensor
+
+
 class CacheStep(NamedTuple):
     """Where a call writes its new tokens in a cache, and what they attend to; the same for all
     layers.
@@ -71,6 +83,10 @@ class CacheStep(NamedTuple):
         seq_lens: int `[batch]`, new tokens included; None if the sequences begin with this call, so
             that the new tokens attend only to each other.
         block_table: int32 `[batch, max_pages]` for a paged cache, otherwise None.
+        cu_seqlens: int32 `[batch + 1]`, the bounds of sequences that are packed in tokens
+            `[1, total]`, otherwise None.
+        decoding: further sequences, whose tokens precede the packed ones. `seq_lens`, `block_table`
+            and `cu_seqlens` do not include them.
     """
 
     stored: KeyValues
@@ -78,6 +94,8 @@ class CacheStep(NamedTuple):
     slots: Tensor
     seq_lens: Tensor | None
     block_table: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    decoding: Decoding | None = None
 
     def of_layers(self) -> "Iterator[CacheStep]":
         """Yields the step with the tensors of each layer."""

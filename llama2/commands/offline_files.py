@@ -8,7 +8,7 @@ from typing import Any
 
 from llama2.commands import json_lines
 from llama2.commands.json_lines import Complaints
-from llama2.serving import Result
+from llama2.requests import Result
 from llama2.tokenizer import Tokenizer
 
 SETTINGS = {"max_new_tokens": int, "temperature": float, "top_p": float, "seed": int}

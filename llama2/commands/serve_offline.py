@@ -16,13 +16,8 @@ from llama2.commands.offline_files import SETTINGS, Line, read_prompts, result_l
 from llama2.commands.options import add_generation_options, integer, load
 from llama2.commands.text import encode_prompt
 from llama2.model import Llama2
-from llama2.serving import (
-    DEFAULT_PREFILL_BUDGET,
-    Request,
-    check_request,
-    seed_of,
-    serve,
-)
+from llama2.requests import Request, check_request, seed_of
+from llama2.serving import DEFAULT_PREFILL_BUDGET, serve
 from llama2.stops import stop_ids
 
 

@@ -77,6 +77,14 @@ class PagedDecode:
         self._decode(self._run_model)
         batch.advance(1)
 
+    def compute(self, batch: PagedBatch) -> None:
+        """Passes a batch of `prefill` through the model and writes the state of each row's last
+        token to `states`. It is not captured, as its shape changes from step to step."""
+        tokens = batch.tokens_with(self._tokens[:, 0])
+        states = self._model.hidden_states(tokens, batch)[0]
+        rows, last = to_device(np.stack([batch.rows, batch.last]), states.device)
+        self.states[rows] = states[last]
+
     def draw(self, rows: np.ndarray) -> Callable[[], np.ndarray]:
         """Samples a token for each of `rows`. Returns a function that waits for the device and
         returns the tokens of all rows, −1 where logits are not finite; call it before the next

@@ -34,7 +34,8 @@ from llama2.checkpoint import load, load_config
 from llama2.decoding.weights import fingerprint
 from llama2.evaluation.scoring import Score, Window, scores
 from llama2.placement import place
-from llama2.serving import Request, serve
+from llama2.requests import Request
+from llama2.serving import serve
 from llama2.stops import StopStrings, stop_ids
 from llama2.taught_format import taught_format
 from llama2.tokenizer import Tokenizer, check_fits

@@ -9,7 +9,8 @@ from llama2.cache.paged_kv_cache import PagedKVCache
 from llama2.chat_format import Message, without_tags
 from llama2.finetune.encoding import encode_prompt
 from llama2.model import Llama2
-from llama2.serving import Request, Result, check_request, seed_of, serve
+from llama2.requests import Request, Result, check_request, seed_of
+from llama2.serving import serve
 from llama2.tokenizer import Tokenizer
 
 

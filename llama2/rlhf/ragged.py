@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama2.cache.paged_kv_cache import to_device
+from llama2.cache.transfer import to_device
 
 _MULTIPLE = 64  # packed lengths are rounded up to this, for fewer allocations and compilations
 

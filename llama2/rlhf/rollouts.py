@@ -26,9 +26,10 @@ import torch
 from llama2.cache.paged_kv_cache import PagedKVCache
 from llama2.cache_size import fitting_pages
 from llama2.model import Llama2
+from llama2.requests import Request, Result, seed_of
 from llama2.rlhf.ppo_losses import Rollout
 from llama2.rlhf.ragged import Ragged
-from llama2.serving import Request, Result, seed_of, serve
+from llama2.serving import serve
 from llama2.train.distributed import replica
 from llama2.train.epochs import Epochs
 from llama2.train.execution import Execution

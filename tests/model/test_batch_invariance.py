@@ -21,7 +21,8 @@ from llama2.cache.kv_cache import KVCache
 from llama2.cache.paged_kv_cache import PagedKVCache
 from llama2.decoding.decode_batch import DecodeBatch
 from llama2.generate import Generator
-from llama2.serving import Request, _Server, serve
+from llama2.requests import Request
+from llama2.serving import _Server, serve
 
 CONFIG = small_config(num_q_heads=2, num_kv_heads=1)
 NEW = 3  # tokens of each sequence that are decoded one by one
@@ -210,10 +211,10 @@ def test_served_beside_what_is_preempted(model, device, monkeypatch):
         assert same_bits(torch.stack(states[index])[:until], single[:until])
 
 
-@pytest.mark.parametrize("length", [3, 4])
-def test_served_as_a_fork(length, model, device, monkeypatch):
-    """Requests of one prompt, whose last page of 4 tokens they share in part or whole."""
-    requests = [Request([*range(length)], 4, 1.5, seed=seed) for seed in range(3)]
+@pytest.fixture
+def served_alone_and_together(device, monkeypatch):
+    """Returns the states of each request by a function of the model and requests: (served alone,
+    served together)."""
     states: dict[int, list[Tensor]] = {}
     draw = _Server._draw
 
@@ -222,17 +223,34 @@ def test_served_as_a_fork(length, model, device, monkeypatch):
         for running in server.running:
             states.setdefault(running.index, []).append(server.decoder.states[running.row].clone())
 
-    monkeypatch.setattr(_Server, "_draw", recorded)
-    sizes = {"page_size": 4, "max_batch": 3, "num_pages": 9}
-    wanted = []
-    for request in requests:
+    def served(model, requests, **settings) -> list[Tensor]:
         states.clear()
-        list(serve(model, [request], cache=make_paged(torch.float32, device, **sizes)))
-        wanted.append(torch.stack(states[0]))
-    states.clear()
-    list(serve(model, requests, cache=make_paged(torch.float32, device, **sizes)))
-    for index, single in enumerate(wanted):
-        assert same_bits(torch.stack(states[index]), single)
+        sizes = {"page_size": 4, "max_batch": 3, "num_pages": 12}
+        cache = make_paged(torch.float32, device, **sizes)
+        list(serve(model, requests, cache=cache, **settings))
+        return [torch.stack(states[index]) for index in range(len(requests))]
+
+    monkeypatch.setattr(_Server, "_draw", recorded)
+    return lambda model, requests, **settings: [
+        (*served(model, [request], **settings), together)
+        for request, together in zip(requests, served(model, requests, **settings), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("length", [3, 4])
+def test_served_as_a_fork(length, model, served_alone_and_together):
+    """Requests of one prompt, whose last page of 4 tokens they share in part or whole."""
+    requests = [Request([*range(length)], 4, 1.5, seed=seed) for seed in range(3)]
+    for alone, together in served_alone_and_together(model, requests):
+        assert same_bits(together, alone)
+
+
+def test_served_beside_chunks_of_a_prompt(model, served_alone_and_together):
+    """The chunks go through the model in one batch with the latest tokens of other requests."""
+    requests = [Request([7, 8, 9], 5), Request([4], 3), Request([*range(20)], 1)]
+    states = served_alone_and_together(model, requests, prefill_budget=6)
+    for alone, together in states[:2]:  # the third begins with a smaller chunk than alone
+        assert same_bits(together, alone)
 
 
 # --- One sequence, cut into calls -------------------------------------------------------------

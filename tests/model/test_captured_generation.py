@@ -17,7 +17,8 @@ from llama2 import generate, serving
 from llama2.cache.paged_kv_cache import PagedKVCache
 from llama2.decoding import decode_batch, graphs
 from llama2.generate import Generator, rounded_batch
-from llama2.serving import Request, serve
+from llama2.requests import Request
+from llama2.serving import serve
 
 PROMPTS = [[1, 5, 9], [2], [3, 1, 4, 1, 5, 9, 2, 6], [7, 7], [8]]
 SAMPLED = {"temperature": 0.9, "top_p": 0.9, "seed": 5}

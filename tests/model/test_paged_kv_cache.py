@@ -121,6 +121,35 @@ def test_rows_of_different_pasts_decode_together(most, model, device):
         assert_as_alone(model, logits[row, -count:], tokens[row])
 
 
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_chunk_beside_rows_that_decode(begins, model, device):
+    """The last token of one of these rows is known on the device alone."""
+    cache = make_cache(device, max_batch=4, num_pages=24)
+    tokens = {cache.admit(prompt): prompt for prompt in ([1, 2, 3], [4] * 9, [*range(10, 40)])}
+    first, second, chunk = tokens
+    for row, most in ((first, None), (second, None), (chunk, 7))[: 2 if begins else 3]:
+        run(model, cache.prefill(row, most))
+    cache.grow([second])
+    cache.extend(first, [8])
+    with pytest.raises(ValueError, match="row: expected one with known tokens"):
+        cache.prefill(chunk, 21, decoding=[second, first]).tokens  # noqa: B018
+    batch = cache.prefill(chunk, 21, decoding=[second, first])
+    latest = torch.tensor([90, 91, 92, 93], device=device)
+    whole = batch.tokens_with(latest)
+    assert whole.shape == (1, 23)
+    with torch.no_grad():
+        logits = model(whole, batch)[0]
+    end = 21 if begins else 28
+    assert_as_alone(model, logits[:1], [*tokens[second], 90 + second])
+    assert_as_alone(model, logits[1:2], [*tokens[first], 8])
+    assert_as_alone(model, logits[2:], tokens[chunk][:end])
+    assert cache.num_pending(chunk) == 30 - end
+    assert cache.num_pending(first) == cache.num_pending(second) == 0
+    for decoding in ([first], [chunk]):  # no pending token; the same row
+        with pytest.raises(ValueError, match="decoding: expected other rows than 2, with 1 pendi"):
+            cache.prefill(chunk, decoding=decoding)
+
+
 def test_a_step_says_where_tokens_go(device):
     cache = make_cache(device, max_batch=4)
     rows = [cache.admit(prompt) for prompt in ([1] * 6, [2] * 3, [3])]

@@ -11,7 +11,8 @@ from llama2 import cli
 from llama2.cache.kv_cache import CACHE_DTYPES, KVCache
 from llama2.cache.paged_kv_cache import PagedKVCache
 from llama2.generate import Generator
-from llama2.serving import Request, _Server, serve
+from llama2.requests import Request
+from llama2.serving import _Server, serve
 
 CONFIG = small_config()
 DTYPES = [dtype for dtype in CACHE_DTYPES.values() if dtype is not None]

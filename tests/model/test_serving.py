@@ -4,6 +4,7 @@ import random
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from small_llama import lively, small_config, twin
@@ -13,7 +14,8 @@ from llama2 import Llama2, serving
 from llama2.cache.paged_kv_cache import PagedKVCache
 from llama2.decoding.paged_decode import PagedDecode
 from llama2.generate import generate
-from llama2.serving import Request, Result, _Server, check_request, serve
+from llama2.requests import Request, Result, check_request
+from llama2.serving import _Server, serve
 
 
 @pytest.fixture(autouse=True, params=[False, True], ids=["", "ahead"])
@@ -379,15 +381,16 @@ def test_triton_serves_eagers_tokens(model):
 
 
 @pytest.fixture
-def prefilled(model):
-    """How many tokens went through the model outside of steps of the batch, call by call."""
+def prefilled(monkeypatch):
+    """How many tokens of prompts went through the model, call by call."""
     lengths = []
+    compute = PagedDecode.compute
 
-    def note(_, inputs, __):
-        if inputs[0].shape[0] == 1:
-            lengths.append(inputs[0].shape[1])
+    def noted(decoder, batch):
+        lengths.append(int(np.diff(batch.last, prepend=-1)[-1]))  # the last row is the prompt's
+        compute(decoder, batch)
 
-    model.embed_tokens.register_forward_hook(note)
+    monkeypatch.setattr(PagedDecode, "compute", noted)
     return lengths
 
 
@@ -531,32 +534,48 @@ def test_chunks_change_no_token(seed, model, preemptions):
 
 
 @pytest.mark.parametrize("budget", [1, 3, 16, 20, 0])
-def test_no_token_waits_for_more_than_a_budget_of_other_prompts(budget, model, prefilled):
-    """From each token of a running request to its next one, whatever arrives meanwhile."""
-    pauses = []
+def test_no_token_waits_for_more_than_a_budget_of_other_prompts(
+    budget, model, prefilled, monkeypatch
+):
+    """From one drawing, which draws a token for each running request, to the next one."""
+    pauses, rows = [], []
+    draw = PagedDecode.draw
+    last = 0
 
-    def request(length: int, new: int) -> Request:
-        before = []
+    def noted(decoder, drawn):
+        nonlocal last
+        rows.append(len(drawn))
+        if decoder.num_drawn[drawn].any():  # a request has waited since its last token
+            pauses.append(sum(prefilled) - last)
+        last = sum(prefilled)
+        return draw(decoder, drawn)
 
-        def stop(tokens):
-            if before:
-                pauses.append(sum(prefilled) - before[-1])
-            before.append(sum(prefilled))
-            return False
-
-        return Request([length, *range(1, length)], new, stop=stop)
-
+    monkeypatch.setattr(PagedDecode, "draw", noted)
     sizes = ((2, 30), (1, 9), (3, 2), (60, 3), (30, 2), (1, 3), (45, 2), (5, 4))
-    requests = [request(*size) for size in sizes]
+    requests = [Request([length, *range(1, length)], new) for length, new in sizes]
     cache = make_cache(model, num_pages=100, max_batch=3)
     results = list(serve(model, requests, cache=cache, prefill_budget=budget))
-    assert len(pauses) == sum(new - 1 for _, new in sizes)
+    assert len(results) == len(requests)
+    assert sum(rows) == sum(new for _, new in sizes)
     assert sum(prefilled) == sum(length for length, _ in sizes)
     if budget:
         assert max(prefilled) == max(pauses) == budget
     else:
+        assert max(prefilled) == 60
         assert max(pauses) >= 60
-    assert_as_alone(model, requests, results)
+
+
+def test_a_chunk_goes_through_the_model_with_the_tokens_of_running_requests(model, events):
+    shapes = []
+    model.embed_tokens.register_forward_hook(lambda _, x, __: shapes.append(tuple(x[0].shape)))
+    requests = [Request([1, 2], 9), Request([3], 9), Request([5] * 20, 4)]
+    cache = make_cache(model, max_batch=3)
+    list(serve(model, requests, cache=cache, prefill_budget=6))
+    # Two prompts and 3 tokens of the third; its other chunks with two running requests.
+    prefills = [(1, 2), (1, 1), (1, 3), (1, 8), (1, 8), (1, 7)]
+    assert [shape for shape in shapes if shape[0] == 1] == prefills
+    assert len(shapes) == len(prefills) + [name for name, _ in events].count("decode")
+    assert [name for name, _ in events].count("draw") == 9
 
 
 @pytest.mark.parametrize("budget", [1, 3, 5, 16])
@@ -609,7 +628,7 @@ def events(monkeypatch):
     decode, draw = PagedDecode.decode, PagedDecode.draw
 
     def noted_decode(decoder, batch):
-        seen.append(("decode", len(batch._rows)))
+        seen.append(("decode", len(batch.rows)))
         decode(decoder, batch)
 
     def noted_draw(decoder, rows):

@@ -24,11 +24,11 @@ from llama2.finetune import sampling
 from llama2.finetune.conversations import place_numbers
 from llama2.finetune.dialogues import Dialogue, read_dialogues
 from llama2.finetune.encoding import encode_dialogue
+from llama2.requests import seed_of
 from llama2.rlhf.rejection import Judge, best_of
 from llama2.rlhf.rewards import combined
 from llama2.rlhf.scoring import Scorer
 from llama2.scalar_model import ScalarModel
-from llama2.serving import seed_of
 
 LINES = [
     {"prompt": "one"},

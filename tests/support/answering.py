@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from llama2 import checkpoint
-from llama2.serving import Request, Result, check_request
+from llama2.requests import Request, Result, check_request
 from llama2.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(checkpoint.SHIPPED / "tokenizer.model")

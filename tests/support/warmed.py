@@ -30,7 +30,8 @@ from llama2.evaluation.scoring import Window, scores
 from llama2.finetune.packing import PackedRows, answer_loss
 from llama2.generate import Generator
 from llama2.model import Llama2
-from llama2.serving import Request, serve
+from llama2.requests import Request
+from llama2.serving import serve
 from llama2.train import pretrain
 from llama2.warm_up import USES, _Uninitialised, _Zeros, call_all
 
