@@ -56,7 +56,7 @@ def seconds_per_step(batch: int) -> float:
     def nothing(tokens: torch.Tensor, cache: Any) -> torch.Tensor:
         cache.reserve(*tokens.shape)
         cache.advance(tokens.shape[1])
-        return states
+        return states.expand(1, tokens.shape[1], -1)
 
     model.hidden_states = nothing  # computes prompts
     PagedDecode._run_model = lambda self: None

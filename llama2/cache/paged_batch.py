@@ -32,10 +32,12 @@ class PagedBatch:
         self.stored, self.rows, self.last = cache.stored, rows, last
         self._cache, self._shape = cache, shape
         self._ends = cache._num_cached[rows] + counts
-        self._rows_of_tokens = np.repeat(rows, counts)
-        before_last = np.repeat(counts.cumsum() - 1, counts) - np.arange(counts.sum())
-        self._positions = np.repeat(self._ends - 1, counts) - before_last
-        self._places = np.repeat(last, counts) - before_last
+        self._rows_of_tokens, self._positions, self._places = rows, self._ends - 1, last
+        if (counts != 1).any():
+            before_last = np.repeat(counts.cumsum() - 1, counts) - np.arange(counts.sum())
+            self._rows_of_tokens = np.repeat(rows, counts)
+            self._positions = np.repeat(self._positions, counts) - before_last
+            self._places = np.repeat(last, counts) - before_last
         new = np.zeros((2, shape[0] * shape[1]), dtype=np.int64)
         new[1] = -1
         slots = cache._slots(self._rows_of_tokens, self._positions)
