@@ -166,6 +166,8 @@ def _speed_up(module: Any) -> None:
     launching = threading.RLock()  # a launch patches globals and keeps its grid position in one
     patched: list[set[int]] = []  # for each running launch: modules whose globals are patched
 
+    blocks = _compute_once_per_type(module)
+
     def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
         with launching:
             patched.append(set())
@@ -173,6 +175,8 @@ def _speed_up(module: Any) -> None:
                 return original_launch(self, *args, **kwargs)
             finally:
                 patched.pop()
+                if not patched:
+                    blocks.clear()  # a launch has pointer types of its own
 
     def patch_lang(function: Any) -> Any:
         if patched:
@@ -193,6 +197,54 @@ def _speed_up(module: Any) -> None:
     module.InterpretedFunction.__call__ = call
     # Triton spends ten operations on checking for int32 overflow and does not use the result.
     module.interpreter_semantic.binary_op_sanitize_overflow_impl = lambda *_: None
+
+
+def _compute_once_per_type(module: Any) -> dict[Any, dict[str, Any]]:
+    """Keeps what Triton computes anew for every tensor although it follows from the tensor's type:
+    shapes, as tuples of typed constants, and the names of types. Skips conversions and broadcasts
+    to the type that a tensor has.
+
+    Returns:
+        The attributes of the block types seen, by element type and shape.
+    """
+    core, semantic = module.tl.core, module.interpreter_semantic
+    original_block, original_tensor = core.block_type.__init__, core.tensor.__init__
+    original_broadcast, original_cast = semantic.broadcast_impl_value, semantic.cast
+    blocks: dict[Any, dict[str, Any]] = {}
+
+    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        sizes = tuple(x.value if isinstance(x, core.constexpr) else x for x in shape)
+        key = (id(element_ty), sizes)  # unique: what is kept holds the element type
+        if key in blocks:
+            self.__dict__.update(blocks[key])
+        else:
+            original_block(self, element_ty, shape)
+            blocks[key] = self.__dict__
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        known = type.__dict__.get("_of_tensors")
+        if known is None:
+            original_tensor(self, handle, type)
+            known = {name: x for name, x in self.__dict__.items() if name != "handle"}
+            type._of_tensors = known
+        else:
+            self.__dict__.update(known)
+            self.handle = handle
+
+    def broadcast(lhs: Any, rhs: Any) -> Any:
+        left, right = lhs.type, rhs.type
+        if left.is_block() and right.is_block() and list(left.shape) == list(right.shape):
+            return lhs, rhs
+        return original_broadcast(lhs, rhs)
+
+    def cast(input: Any, dst_ty: Any, *rest: Any) -> Any:
+        return input if input.dtype is dst_ty else original_cast(input, dst_ty, *rest)
+
+    core.block_type.__init__ = block_type
+    core.tensor.__init__ = tensor
+    semantic.broadcast_impl_value = broadcast
+    semantic.cast = cast
+    return blocks
 
 
 def _check_overflow(a: Any, b: Any, operation: Any) -> None:
