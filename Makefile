@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo chat-model test test-seeds test-matrix test-newest test-machine-code test-mutants lint format bench peers compile-check-3.6 clean
+.PHONY: demo chat-model test test-long test-seeds test-matrix test-newest test-machine-code test-mutants lint format bench peers compile-check-3.6 clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -46,6 +46,10 @@ chat-model: $(READY)
 # One thread per test process: the processes share the cores, and the interpreter has one thread.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 tests
+
+# What `make test` leaves out of the combinations of parameters, and its longest cases.
+test-long: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 -m long tests
 
 # Tests of error budgets under other seeds, instruction sets and numbers of threads: hours. What has
 # been run is kept in .seeds/ and not run again for the same sources.

@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 
 # These import the kernels, so they come after the interpreter.
 from budget import SEED
+from combinations import mark_the_rest
 from poison import PoisonedTorch, op_modules
 
 from gqa_kernels.spec.case import standard_normal
@@ -21,6 +22,11 @@ from gqa_kernels.spec.case import standard_normal
 # these are replaced by the poisoned ones below, or it would really allocate memory.
 with torch.device("meta"):
     torch.empty(0)
+
+
+@pytest.hookimpl(tryfirst=True)  # before what is marked is deselected
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_the_rest(items)
 
 
 def pytest_report_header() -> str:

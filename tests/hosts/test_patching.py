@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 import ranks
 import transformers
 from budget import SEED, assert_network
-from processes import fresh
+from processes import forked
 from tiny_transformers import cast, double
 from torch import nn
 
@@ -325,25 +325,31 @@ def test_a_pickle_runs_in_a_fresh_process(device, tokens, tmp_path):
     model = build(device=device)
     patch(model)
     torch.save((model, model.model, tokens, model(tokens).logits), tmp_path / "model.pt")
-    fresh(
-        "import torch\n"
+    torch.save((model.model, tokens), tmp_path / "part.pt")
+    codes = {
+        "whole": "import torch\n"
         f"model, part, tokens, logits = torch.load({str(tmp_path / 'model.pt')!r},"
         " weights_only=False)\n"
         "assert torch.equal(model(tokens).logits, logits)\n"
         "assert part.layers[0].self_attn.config._attn_implementation == 'gqa_kernels'",
-        **({"TRITON_INTERPRET": "1"} if device.type == "cpu" else {}),
-    )
-    torch.save((model.model, tokens), tmp_path / "part.pt")
-    fresh(
-        "import torch\n"
+        "part": "import torch\n"
         f"part, tokens = torch.load({str(tmp_path / 'part.pt')!r}, weights_only=False)\n"
         "part(tokens)",
-        **({"TRITON_INTERPRET": "1"} if device.type == "cpu" else {}),
-    )
+    }
+    for how in ("named before", "overlapping"):
+        # Every attention brings the registration, whichever call replaced it.
+        torch.save(attention_of_a_model(how, device), tmp_path / f"{how}.pt")
+        codes[how] = (
+            "import torch\n"
+            f"torch.load({str(tmp_path / f'{how}.pt')!r}, weights_only=False)\n"
+            "from transformers import AttentionInterface\n"
+            "assert 'gqa_kernels' in AttentionInterface()"
+        )
+    environment = {"TRITON_INTERPRET": "1"} if device.type == "cpu" else {}
+    forked(codes, tmp_path, "triton", "transformers.models.llama.modeling_llama", **environment)
 
 
-@pytest.mark.parametrize("how", ["named before", "overlapping"])
-def test_every_attention_of_a_pickle_brings_its_registration(how, device, tokens, tmp_path):
+def attention_of_a_model(how, device):
     model = build(device=device)
     attention = model.model.layers[0].self_attn
     if how == "named before":
@@ -353,13 +359,7 @@ def test_every_attention_of_a_pickle_brings_its_registration(how, device, tokens
     else:
         with patch(model.model.layers[0], ("attention",)):
             patch(model, ("attention",))
-    torch.save(attention, tmp_path / "attention.pt")
-    fresh(
-        "import torch\n"
-        f"torch.load({str(tmp_path / 'attention.pt')!r}, weights_only=False)\n"
-        "from transformers import AttentionInterface\n"
-        "assert 'gqa_kernels' in AttentionInterface()"
-    )
+    return attention
 
 
 def test_a_training_step_then_unpatch(device, tokens):

@@ -66,6 +66,7 @@ def assert_attention(inputs):
     assert_call(gqa_kernels.flash_attention, reference.flash_attention, inputs, tuple(wrt))
 
 
+@pytest.mark.covering(2)
 @DRIFTS
 @DTYPES
 @pytest.mark.parametrize("offset", OFFSETS)
@@ -73,6 +74,7 @@ def test_offsets(offset, dtype, drift, draw):
     assert_attention({**draw(offset, drift, dtype), "causal": True})
 
 
+@pytest.mark.covering(1)
 @DTYPES
 @pytest.mark.parametrize("form", FORMS)
 def test_every_mask_form(form, dtype, draw, device, generator):
@@ -107,6 +109,7 @@ def test_scores_of_a_thousand(draw):
     assert_attention(inputs)
 
 
+@pytest.mark.covering(1)
 @DTYPES
 @pytest.mark.parametrize("seed", (19, 20, 21))
 def test_one_token_among_many_of_another(seed, dtype, device):

@@ -131,6 +131,7 @@ class Watch(TorchDispatchMode):
 # --- the ops of the library ------------------------------------------------------------------
 
 
+@pytest.mark.covering(2)
 @DTYPES
 @EVERY_OP
 @pytest.mark.parametrize("layout", (lambda x: x, strided), ids=("dense", "strided"))
@@ -239,6 +240,7 @@ BACKWARD = {
 }
 
 
+@pytest.mark.covering(2)
 @DTYPES
 @pytest.mark.parametrize("variant", range(3))
 @pytest.mark.parametrize("name", BACKWARD)
@@ -342,6 +344,7 @@ def test_opcheck_of_every_cache(append):
 # --- compilers -------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dynamic", (False, True))
 def test_a_compiled_step_writes_the_cache(append, dynamic):
     """And reads after it what it wrote, outputs and caches being what they are without a compiler,
@@ -370,6 +373,7 @@ def test_a_compiled_step_writes_the_cache(append, dynamic):
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), name
 
 
+@pytest.mark.covering(1)
 @DTYPES
 @EVERY_OP
 def test_compiled_gives_the_same_bits(name, dtype, make):
@@ -389,7 +393,7 @@ def test_one_compilation_serves_all_lengths(name, make):
     for length in (3, 5):
         outputs_of(name, make(name, length=length, grad=True), compiled)
     assert counter.frame_count == 2
-    for length in (4, 7, 2, 6, 9, 8):
+    for length in (4, 7, 2):
         inputs = make(name, length=length, grad=True)
         outputs = outputs_of(name, inputs, compiled)
         assert_same_bits(outputs, outputs_of(name, inputs))
@@ -461,6 +465,7 @@ def test_jit_trace(name, make):
         assert_same_bits(grads_of(name, other, outputs), grads_of(name, other, expected))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     ("name", "wrong", "message"),
     (
@@ -517,6 +522,7 @@ def test_batched_gradients_are_refused(name, make):
         torch.func.vmap(lambda grad: torch.autograd.grad(output, leaf, grad))(batch)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("where", ("eager", "mode", "op", "compiler"))
 @pytest.mark.parametrize("name", ("decode_attention", "prefill_attention"))
 def test_attention_over_a_cache_has_no_gradient(name, where, make):

@@ -1,4 +1,6 @@
-"""Every op of the table, every small case, every dtype: outputs and gradients within budget."""
+"""Every op of the table, every small case, every dtype: outputs and gradients within budget.
+
+`make test` runs each case in one dtype, and each op in all of them."""
 
 import inspect
 import random
@@ -22,6 +24,7 @@ TABLE = [
 ]
 
 
+@pytest.mark.covering(1, each="spec")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("spec", "case"), TABLE)
 def test_within_budget(spec, case, dtype, device):
@@ -39,7 +42,7 @@ def test_inputs_with_structure(spec, structure, device):
     assert_ok(measure(spec, case, dtype, device, SEED))
 
 
-@pytest.mark.parametrize("seed", (1, 2, 3))
+@pytest.mark.parametrize("seed", (1, *(pytest.param(n, marks=pytest.mark.long) for n in (2, 3))))
 @pytest.mark.parametrize("spec", (*OPS, *IN_PLACE_OPS), ids=lambda spec: spec.name)
 def test_within_budget_of_chosen_cases(spec, seed, device):
     """Each seed chooses a case, a structure and a dtype for each op. TEST_SEED chooses others, as

@@ -1,6 +1,7 @@
 """Runs test cases in several processes that communicate through gloo, on CPU tensors."""
 
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -21,17 +22,15 @@ def run(cases: dict[str, Callable[[], None]], world_size: int) -> None:
     names the failed cases and their errors.
 
     The processes start only once for all cases; as separate tests, pytest's workers would
-    distribute the cases. The kernels run in Triton's interpreter, also on a machine with a GPU.
+    distribute the cases. They are forked from a server that starts with the first call and has
+    imported what most need. The kernels run in Triton's interpreter, also on a machine with a GPU.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        before = os.environ.get("TRITON_INTERPRET")
-        os.environ["TRITON_INTERPRET"] = "1"  # for the children, before they import anything
-        try:
-            mp.spawn(_rank, args=(world_size, folder, cases), nprocs=world_size)
-        finally:
-            del os.environ["TRITON_INTERPRET"]
-            if before is not None:
-                os.environ["TRITON_INTERPRET"] = before
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["rank_modules"])
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")  # for the server, before it imports anything
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        arguments = (dict(os.environ), world_size, folder, cases)
+        mp.start_processes(_rank, arguments, nprocs=world_size, start_method="forkserver")
         reports = [
             json.loads(file.read_text(encoding="utf-8"))
             for file in sorted(Path(folder).glob("*.json"))
@@ -41,10 +40,17 @@ def run(cases: dict[str, Callable[[], None]], world_size: int) -> None:
     assert not failures, "\n".join(failures)
 
 
-def _rank(rank: int, world_size: int, folder: str, cases: dict[str, Callable[[], None]]) -> None:
+def _rank(
+    rank: int,
+    environment: dict[str, str],
+    world_size: int,
+    folder: str,
+    cases: dict[str, Callable[[], None]],
+) -> None:
     from gqa_kernels import interpreter
 
     interpreter.enable()
+    os.environ.update(environment)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

@@ -121,6 +121,8 @@ def perform(run: Run, folder: Path) -> None:
         "-q",
         "-n",
         "auto",
+        "-m",
+        "not matrix and not machine_code and not mutants",
     ]
     command += ["--maxprocesses", "4", f"@{arguments.resolve()}"]
     with (folder / f"{run.name}.log").open("w", encoding="utf-8") as log:

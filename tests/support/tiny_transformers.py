@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import random
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 import torch
 import transformers
 from budget import SEED
+from combinations import covering
 from torch import Tensor, nn
 
 from gqa_kernels import patch
@@ -131,18 +131,8 @@ def matrix(at_once: int, **dimensions: Sequence[Any]) -> pytest.MarkDecorator:
     The combinations that cover every value (at_once 1) or every pair of values (2) run by default;
     the others have the mark `matrix`.
     """
-
-    def met(combination):
-        return set(itertools.combinations(enumerate(combination), at_once))
-
     combinations = list(itertools.product(*dimensions.values()))
-    # Shuffled, so that no value is more frequent because it is the first.
-    shuffled = random.Random(0).sample(combinations, len(combinations))
-    missing, chosen = set().union(*map(met, combinations)), set()
-    while missing:
-        best = max(shuffled, key=lambda combination: len(met(combination) & missing))
-        chosen.add(best)
-        missing -= met(best)
+    chosen = covering(combinations, at_once)
     return pytest.mark.parametrize(
         tuple(dimensions),
         [
