@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from combinations import long
 
 from llama2 import cli
 from llama2.align import chain
@@ -129,7 +130,7 @@ def _chains_of(pid):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, long(signal.SIGINT)])
 def test_chains_end_with_their_parent(tmp_path, how):
     command = [sys.executable, "-m", "llama2", "align", "--preset", "cpu", "--seeds", "0", "1"]
     # A shell that has no job control starts what runs in the background without interrupts.

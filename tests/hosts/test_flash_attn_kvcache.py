@@ -169,6 +169,7 @@ def check(kind, draw, device, dtype=torch.float32, *, seqlen_q=1, seqlen_new=0, 
 KINDS = pytest.mark.parametrize("kind", ("contiguous", "indexed", "paged"))
 
 
+@pytest.mark.covering(2)
 @KINDS
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize(("seqlen_q", "seqlen_new"), ((1, 0), (1, 1), (5, 0), (5, 5), (2, 3)))
@@ -177,6 +178,7 @@ def test_attends_and_appends(kind, causal, seqlen_q, seqlen_new, draw, device):
     check(kind, draw, device, causal=causal, **sizes)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("interleaved", (False, True))
 @pytest.mark.parametrize(
@@ -214,6 +216,7 @@ def test_windows_of_queries_that_are_not_causal(window, draw, device):
     check("paged", draw, device, window_size=window, **sizes)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("per_row", (False, True))
 def test_caps_and_biases(causal, per_row, draw, device):
@@ -224,6 +227,7 @@ def test_caps_and_biases(causal, per_row, draw, device):
     check("paged", draw, device, torch.bfloat16, seqlen_q=3, causal=causal, **both)
 
 
+@pytest.mark.covering(1)
 @KINDS
 @pytest.mark.parametrize("causal", (False, True))
 def test_left_padding(kind, causal, draw, device):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from combinations import long
 
 pytest.importorskip("transformers")
 
@@ -78,7 +79,7 @@ def exact_loss(outputs, labels, num_items_in_batch=None):
     return F.cross_entropy(logits[real], targets[real], reduction="sum") / count
 
 
-@pytest.mark.parametrize("kind", ("Llama", "Gemma2"))
+@pytest.mark.parametrize("kind", ("Llama", long("Gemma2")))
 def test_trainer(kind, tmp_path, rows):
     pytest.importorskip("accelerate")
     plain = make(kind, num_hidden_layers=1, final_logit_softcapping=3.0)

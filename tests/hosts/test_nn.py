@@ -145,6 +145,7 @@ def exact_table(device):
     return angle.cos(), angle.sin()
 
 
+@pytest.mark.covering(1)
 @HEADS
 @DTYPES
 @pytest.mark.parametrize("bias", (False, True), ids=("plain", "bias"))
@@ -252,6 +253,7 @@ def test_packed_sequences_are_the_sequences(checkpoint_format, table, device, ge
         assert_is_attention(out, module, documents, table)
 
 
+@pytest.mark.covering(1)
 @torch.no_grad()
 @pytest.mark.parametrize("backend", ("triton", "eager"))
 @pytest.mark.parametrize("checkpoint_format", ("hf", "meta"))

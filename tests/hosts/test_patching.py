@@ -9,6 +9,7 @@ from types import MethodType
 
 import pytest
 import torch
+from combinations import long
 
 pytest.importorskip("transformers")
 
@@ -117,6 +118,7 @@ def counts(report):
     return found
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_gradients(family, dtype, device, tokens):
@@ -442,7 +444,7 @@ def test_autocast(device, tokens):
     assert_network(ours, model, logits, lambda model: double(model)(lambda m: m(tokens).logits))
 
 
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen3"])
+@pytest.mark.parametrize("family", ["Llama", long("Mistral"), long("Qwen3")])
 def test_generation(family, device):
     changes = {"sliding_window": 4} if family == "Mistral" else {}
     model = build(family, device, **changes)

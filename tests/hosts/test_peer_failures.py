@@ -48,6 +48,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from combinations import long
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -102,6 +103,7 @@ def test_a_teacher_changes_with_its_student(route, tokens, device):
     assert torch.equal(make().to(device)(tokens).logits, before)  # one that is made afterwards
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("reentrant", (True, False), ids=("reentrant", "not reentrant"))
 @ROUTES
 def test_a_checkpointed_layer_is_recomputed_by_other_code(
@@ -199,7 +201,7 @@ def test_a_row_depends_on_the_rows_beside_it(draw, device):
 
 
 @pytest.mark.parametrize(
-    ("route", "train", "masked"), (("attention", False, True), ("patch", True, False))
+    ("route", "train", "masked"), (("attention", False, True), long("patch", True, False))
 )
 def test_every_length_is_compiled_anew(route, train, masked, device):
     """One graph for the first length, one for all others."""
@@ -216,7 +218,7 @@ def test_every_length_is_compiled_anew(route, train, masked, device):
         assert counter.frame_count <= 2
 
 
-@ROUTES
+@pytest.mark.parametrize("route", ("attention", long("patch")))
 def test_compiled_code_computes_in_float64(route, tokens, device):
     """Where an eps or a scale is a Python number that a compiler takes for a tensor."""
     seen = set()

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budget import assert_call, assert_results
+from combinations import long
 from processes import fresh
 from torch.nn import attention as torch_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
@@ -101,6 +102,7 @@ def assert_with_gradients(function, torchs, eager, inputs):
     )
 
 
+@pytest.mark.covering(2)
 @HEADS
 @DTYPES
 @pytest.mark.parametrize("layout", ("heads first", "projections", "fused"))
@@ -193,7 +195,7 @@ def test_torch_finds_the_ops_well_formed(ours, draw):
     torch.library.opcheck(op, (torch.empty_like(q), *arguments), test_utils=("test_schema",))
 
 
-@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
+@pytest.mark.parametrize("backend", ("aot_eager", long("inductor")))
 def test_compilers_call_it(backend, ours, draw):
     inputs = qkv(draw, "fused")
 

@@ -16,6 +16,10 @@ TABLE = Counter(
     {spec.name: len(spec.test_cases()) for spec in (*OPS, *IN_PLACE_OPS) if spec.test_cases()}
 )
 
+ARCHS = pytest.mark.parametrize(
+    "arch", (pytest.param("sm_80", marks=pytest.mark.machine_code), "sm_90")
+)
+
 
 def checked(folder, *options):
     """The records of `ptx_emulator.check` with these options, none of which may have failed."""
@@ -74,7 +78,7 @@ assert (stored[..., ::2] == 0).all() and (stored[..., 1::2] != 0).any(), stored
 """
 
 
-@pytest.mark.parametrize("arch", ("sm_80", "sm_90"))
+@ARCHS
 def test_nan_in_an_int8_cache_is_stored_as_0(arch):
     done = compiling("-c", NAN_IN_AN_INT8_CACHE, arch)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -103,7 +107,7 @@ with emulating(sys.argv[1]):
 """
 
 
-@pytest.mark.parametrize("arch", ("sm_80", "sm_90"))
+@ARCHS
 def test_a_row_of_a_prefill_has_the_same_bits_in_a_separate_call(arch):
     """Whether or not other rows of its block see further tiles, and whether a tile is masked."""
     done = compiling("-c", BITS_OF_PREFILL, arch)
@@ -133,7 +137,7 @@ with emulating(sys.argv[1]):
 """
 
 
-@pytest.mark.parametrize("arch", ("sm_80", "sm_90"))
+@ARCHS
 def test_several_new_tokens_have_the_bits_of_one_by_one(arch):
     done = compiling("-c", BITS_OF_DECODE, arch)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -8,6 +8,7 @@ interpreter multiplies each row of a tile for itself too.
 import numpy as np
 import pytest
 import torch
+from combinations import long
 from small_llama import lively, random_tokens, right_padded, small_config
 from torch import Tensor
 
@@ -111,7 +112,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 # --- A sequence beside others ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("cache_dtype", [torch.float32, long(torch.float8_e4m3fn)], ids=str)
 def test_a_row_of_a_ragged_batch(cache_dtype, model, device):
     tokens = sequences(device)
     prompts, num_valid = right_padded([x[:-NEW] for x in tokens])
@@ -125,7 +126,7 @@ def test_a_row_of_a_ragged_batch(cache_dtype, model, device):
 
 
 @pytest.mark.parametrize(
-    ("cache_dtype", "page_size"), [(torch.float32, 32), (torch.int8, 4)], ids=str
+    ("cache_dtype", "page_size"), [long(torch.float32, 32), (torch.int8, 4)], ids=str
 )
 def test_a_row_in_pages(cache_dtype, page_size, model, device):
     """Admitted in another order, in pages that others had before, beside one that waits."""

@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 from budget import assert_network
+from combinations import long
 from largest import LargestTensor
 from small_llama import (
     gradients,
@@ -109,6 +110,7 @@ def assert_same_bits(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None
     assert [name for name in ours if not ours[name].equal(theirs[name])] == []
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_triton_gradients_within_budget_of_eager(form, dtype, device):
@@ -200,7 +202,7 @@ def test_checkpointed_layers_give_the_same_bits(device):
     assert_same_bits(loss_and_gradients(model, batch), expected)
 
 
-@pytest.mark.parametrize("form", ["plain", "packed"])
+@pytest.mark.parametrize("form", [long("plain"), "packed"])
 def test_compiled_loss_gives_the_same_bits(form, device):
     """In one graph."""
     model = shallow(device)

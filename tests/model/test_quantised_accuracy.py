@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from combinations import long
 from quantisation import half_a_step
 from small_llama import EAGER
 from torch import Tensor
@@ -48,24 +49,23 @@ def log_probabilities(model: Llama2, tokens: Tensor, cache_dtype: torch.dtype) -
     return torch.cat([model(part, cache).double().log_softmax(-1) for part in parts], 1)
 
 
-def test_held_out_text(texts):
+@pytest.mark.parametrize("dtype", (torch.float32, long(torch.bfloat16)), ids=str)
+def test_held_out_text(dtype, texts):
     tokens, num_bytes = texts
     exact = log_probabilities(shipped(dtype=torch.float64), tokens, torch.float64)
     divergence = {}
     print(f"\n{tokens.numel()} tokens, {num_bytes} bytes")
-    for dtype in (torch.float32, torch.bfloat16):
-        for name, cache_dtype in CACHE_DTYPES.items():
-            found = log_probabilities(shipped(dtype=dtype), tokens, cache_dtype or dtype)
-            bits = -found[:, :-1].gather(-1, tokens[:, 1:, None]).sum() / math.log(2)
-            same = (found.argmax(-1) == exact.argmax(-1)).double().mean()
-            nats = (exact.exp() * (exact - found)).sum(-1).mean().item()
-            divergence[dtype, name] = nats
-            print(
-                f"{dtype} {name:5}: {bits / num_bytes:.4f} bits per byte, KL {nats:.1e} nats, "
-                f"likeliest token the same {100 * same:.1f} %"
-            )
-        # int8's step is 1/127 of the largest of a head, float8_e4m3fn's 1/8 to 1/16 of a value.
-        assert 0 <= divergence[dtype, "auto"] < divergence[dtype, "int8"] < divergence[dtype, "fp8"]
+    for name, cache_dtype in CACHE_DTYPES.items():
+        found = log_probabilities(shipped(dtype=dtype), tokens, cache_dtype or dtype)
+        bits = -found[:, :-1].gather(-1, tokens[:, 1:, None]).sum() / math.log(2)
+        same = (found.argmax(-1) == exact.argmax(-1)).double().mean()
+        divergence[name] = (exact.exp() * (exact - found)).sum(-1).mean().item()
+        print(
+            f"{dtype} {name:5}: {bits / num_bytes:.4f} bits per byte, KL {divergence[name]:.1e} "
+            f"nats, likeliest token the same {100 * same:.1f} %"
+        )
+    # int8's step is 1/127 of the largest of a head, float8_e4m3fn's 1/8 to 1/16 of a value.
+    assert 0 <= divergence["auto"] < divergence["int8"] < divergence["fp8"]
 
 
 class Bounded:

@@ -86,6 +86,7 @@ def preemptions(monkeypatch):
     return lengths
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("order", range(3))
 @pytest.mark.parametrize(
     ("sizes", "preempts"),
@@ -399,6 +400,7 @@ def samples(prompt: list[int], count: int, new: int = 9, **settings) -> list[Req
     return [Request(prompt, new, seed=seed, **settings) for seed in range(count)]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 16, 19])  # in pages of 4
 def test_a_prompt_of_many_requests_goes_through_the_model_once(length, model, prefilled):
     requests, cache = samples([*range(20, 20 + length)], 6), make_cache(model, max_batch=6)
@@ -446,6 +448,7 @@ def test_forks_keep_room_to_grow(model, prefilled, preemptions):
     assert_as_alone(model, requests, results)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("num_pages", [8, 9, 11, 14])
 def test_forks_that_are_preempted_go_on_as_alone(num_pages, model, preemptions):
     """Greedy ones too, which come back with equal tokens."""
@@ -457,6 +460,7 @@ def test_forks_that_are_preempted_go_on_as_alone(num_pages, model, preemptions):
     assert_as_alone(model, requests, results)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("seed", range(4))
 def test_requests_of_few_prompts_in_any_order(seed, model):
     """Of all lengths, on caches of all sizes; closed at any moment, the cache is empty."""
@@ -498,6 +502,7 @@ def test_forks_of_a_prompt_without_finite_logits_each_say_so(model, prefilled):
 # --- prompts in chunks ----------------------------------------------------------------------------
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("seed", range(3))
 def test_chunks_change_no_token(seed, model, preemptions):
     """Of prompts of all lengths, some equal and some with equal beginnings, greedy and sampled,
@@ -533,6 +538,7 @@ def test_chunks_change_no_token(seed, model, preemptions):
     assert bool(preemptions) == (seed < 2)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("budget", [1, 3, 16, 20, 0])
 def test_no_token_waits_for_more_than_a_budget_of_other_prompts(
     budget, model, prefilled, monkeypatch
@@ -578,6 +584,7 @@ def test_a_chunk_goes_through_the_model_with_the_tokens_of_running_requests(mode
     assert [name for name, _ in events].count("draw") == 9
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("budget", [1, 3, 5, 16])
 def test_a_prompt_of_many_requests_is_prefilled_in_chunks_once(budget, model, prefilled):
     requests, cache = samples([*range(20, 39)], 6), make_cache(model, max_batch=6)

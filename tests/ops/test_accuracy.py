@@ -122,7 +122,7 @@ def test_the_same_bits_under_other_instructions():
         "print(hashlib.sha256(b''.join(p.float().numpy().tobytes() for p in parts)).hexdigest())\n"
     )
     found = set()
-    for capability, num_threads in (("default", "1"), ("avx2", "8")):
+    for capability, num_threads in (("default", "1"), ("avx2", "2")):
         environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
         environment |= {"OMP_NUM_THREADS": num_threads}
         command = [sys.executable, "-c", code]

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from budget import assert_call, assert_calls
+from combinations import long
 
 from gqa_kernels import reference
 from gqa_kernels.accuracy import run
@@ -32,7 +33,7 @@ def border_lengths():
 
 
 @pytest.mark.parametrize(
-    "scores", ({}, {"causal": True}, {"window": (11, 6)}, {"window": (60, 15)}), ids=str
+    "scores", ({"causal": True}, {"window": (11, 6)}, long({}), long({"window": (60, 15)})), ids=str
 )
 def test_lengths_that_cross_tile_borders(scores, draw):
     """One budget for all lengths: a single short row says little about eager's error."""
@@ -59,7 +60,7 @@ def test_windows_that_end_at_every_row_of_a_tile(draw):
 # FlashAttention's own: crossed on a GPU; in the interpreter each once, longer and shorter mixed.
 LENGTHS = (1, 3, 108, 113, 203, 239, 256, 799, 1023, 1024)
 PAIRS = tuple(itertools.product(LENGTHS, LENGTHS))
-SOME_PAIRS = ((1, 239), (799, 3), (108, 113), (113, 203), (256, 108))
+SOME_PAIRS = (long((1, 239)), (799, 3), (108, 113), long((113, 203)), (256, 108))
 
 
 @pytest.mark.parametrize("lengths", PAIRS if torch.cuda.is_available() else SOME_PAIRS, ids=str)
@@ -82,7 +83,7 @@ def test_tiles_that_need_no_mask(apart, draw, monkeypatch):
     assert_within_budget(q, k, v, window=(75, 20))
 
 
-@pytest.mark.parametrize("group_size", (1, 3, 5, 7, 8, 12))
+@pytest.mark.parametrize("group_size", (1, 3, long(5), long(7), 8, long(12)))
 def test_keys_sum_over_their_group(group_size, draw):
     q, k, v = draw(2, 18, 2 * group_size, 16), draw(2, 35, 2, 16), draw(2, 35, 2, 16)
     assert_within_budget(q, k, v, causal=True)
@@ -161,7 +162,7 @@ def test_gradient_through_lse_alone(draw):
 @pytest.mark.filterwarnings("ignore:Input .* is not a double precision:UserWarning")
 def test_gradcheck(draw):
     """Against differences of the kernel's own forward pass; float32 asks for a wide step."""
-    inputs = [draw(1, n, h, 8).requires_grad_() for n, h in ((3, 2), (4, 1), (4, 1))]
+    inputs = [draw(1, n, h, 8).requires_grad_() for n, h in ((2, 2), (3, 1), (3, 1))]
 
     def function(q, k, v):
         return flash_attention(q, k, v, causal=True, softcap=2.0, return_lse=True)

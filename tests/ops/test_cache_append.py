@@ -101,6 +101,7 @@ def assert_only_slots_changed(before, after):
 # --- in the dtype of the model ---------------------------------------------------------------
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("interleaved", (False, True))
 @pytest.mark.parametrize(

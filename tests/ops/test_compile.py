@@ -151,7 +151,16 @@ def test_decode_has_enough_bytes_in_flight():
     assert not [entry for entry in found if entry[1] != "float32" and entry[2] < entry[3]]
 
 
-@pytest.mark.parametrize("arch", ("sm_80", "sm_90", "sm_100", "sm_120"))
+@pytest.mark.parametrize(
+    "arch",
+    (
+        "sm_90",
+        *(
+            pytest.param(arch, marks=pytest.mark.machine_code)
+            for arch in ("sm_80", "sm_100", "sm_120")
+        ),
+    ),
+)
 def test_decode_publishes_its_partial_results(arch):
     """A program's stores, a barrier of its threads, one thread's release and acquire, a barrier,
     and loads past the L1 cache: nothing weaker is right, and no test of results could tell."""
@@ -235,6 +244,7 @@ def test_two_programs_hide_each_others_latencies(monkeypatch):
     assert [simulate(chain, 4, programs).cycles for programs in (1, 2, 4)] == [22, 22, 4 * 8]
 
 
+@pytest.mark.machine_code
 def test_a_spilling_config_is_found():
     """The check can fail: 128 × 128 tiles do not fit the registers of four warps."""
     entries = json.loads(
@@ -255,6 +265,7 @@ def test_a_spilling_config_is_found():
     assert "serialised wgmma" in found
 
 
+@pytest.mark.machine_code
 def test_more_shared_memory_than_the_target_has_is_found():
     entries = json.loads(
         python(

@@ -60,6 +60,7 @@ def assert_is_flash_attention(q, k, v):
     assert_call(decoded, causal, {"q": q, "k": k, "v": v})
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("seq_len_q", (1, 2, 5, 16))
 @pytest.mark.parametrize("group_size", (1, 3, 7, 8))
 def test_new_tokens_are_causal(seq_len_q, group_size, draw, device):

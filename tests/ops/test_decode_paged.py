@@ -414,6 +414,7 @@ def make_quantized(make, generator):
     return make_quantized
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("page_size", (None, 8, 64))
 @pytest.mark.parametrize("per_token", (False, True), ids=("per_head", "per_token"))
 @pytest.mark.parametrize("cache_dtype", QUANTIZED, ids=str)

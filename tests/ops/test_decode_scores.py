@@ -30,6 +30,7 @@ def every_option(draw):
     return {"softcap": 1.5, "sinks": draw(6), "alibi_slopes": draw(2, 6).abs()}
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("causal", (True, False))
 @pytest.mark.parametrize("window", WINDOWS)
 def test_windows(window, causal, inputs, draw):

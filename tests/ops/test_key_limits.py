@@ -17,6 +17,7 @@ def random_ranges(batch, seq_len_q, seq_len_kv, generator):
     return ranges
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", (torch.int32, torch.int64), ids=str)
 @pytest.mark.parametrize("limits", ({"causal": True}, {"window": (30, 2)}, {}), ids=str)
 def test_any_ranges_beside_other_limits(limits, dtype, draw, device, generator):

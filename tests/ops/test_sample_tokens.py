@@ -63,6 +63,7 @@ def may_be_drawn(logits, temperature, top_p, uniform, token) -> bool:
     )
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
 @pytest.mark.parametrize(("batch", "vocab_size"), ((30, 1), (40, 33), (12, 1000), (4, 9001)))
 def test_tokens_are_the_references_but_for_roundings(batch, vocab_size, dtype, settings, device):

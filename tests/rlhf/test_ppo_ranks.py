@@ -5,10 +5,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import pytest
 import ranks
 import tiny_ppo
 import torch
 import torch.distributed as dist
+from combinations import long
 from small_llama import EAGER, twin
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -113,10 +115,15 @@ def items_come_back_in_their_order() -> None:
     assert execution.collected(own) == items
 
 
-def test_two_processes_do_what_one_does(tmp_path):
+MESHES = {0: (("dp", "tp"), ("tp", "dp"), ("tp", "tp")), 4: (("dp", "dp"),)}
+
+
+@pytest.mark.parametrize(
+    "meshes", ({0: MESHES[0][:1], 4: MESHES[4]}, long(MESHES)), ids=("few", "all")
+)
+def test_two_processes_do_what_one_does(meshes, tmp_path):
     cases = {"order": items_come_back_in_their_order}
-    meshes = (("dp", "tp"), ("tp", "dp"), ("tp", "tp"))
-    for group_size, pairs in ((0, meshes), (4, (("dp", "dp"),))):
+    for group_size, pairs in meshes.items():
         folder = tmp_path / str(group_size)
         log, weights = train(folder / "one", group_size=group_size)
         assert len(log) == 2 and log[1]["kl"] > 0

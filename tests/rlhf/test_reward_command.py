@@ -243,6 +243,7 @@ def test_an_answer_of_the_models_longest_length_is_scored(folder):
         reward.run(parse(*options(folder, work="work2", out="out2"), *RECIPE))
 
 
+@pytest.mark.long
 def test_two_processes_train_the_same_model(folder):
     run = ("--held-out", folder / "held.jsonl", *RECIPE, "--micro-batch-size", 2, "--epochs", 1)
     assert reward.run(parse(*options(folder), *run)) == 0
@@ -266,6 +267,7 @@ def test_two_processes_train_the_same_model(folder):
     assert two["after"]["loss"] == pytest.approx(one["after"]["loss"], rel=1e-2)
 
 
+@pytest.mark.long
 def test_killed_at_random_moments_the_command_gives_the_same_bits(folder):
     run = ("--data", folder / "train.jsonl", "--init", folder / "base", "--held-out")
     run += (folder / "held.jsonl", "--micro-batch-size", 2, "--save-every", 4, *RECIPE)

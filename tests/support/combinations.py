@@ -1,11 +1,14 @@
 """Chooses few of a test's combinations of parameters."""
 
+import functools
 import itertools
 import random
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 
 import pytest
+
+long = functools.partial(pytest.param, marks=pytest.mark.long)  # only for `make test-long`
 
 
 def covering(

@@ -125,14 +125,17 @@ def places(start: int, count: int, device: torch.device) -> dict[str, Tensor]:
     return {"cache_position": torch.arange(start, start + count, device=device)}
 
 
-def matrix(at_once: int, **dimensions: Sequence[Any]) -> pytest.MarkDecorator:
+def matrix(
+    at_once: int, only: dict[str, Sequence[Any]] | None = None, **dimensions: Sequence[Any]
+) -> pytest.MarkDecorator:
     """Parametrizes a test by all combinations of the dimensions' values.
 
-    The combinations that cover every value (at_once 1) or every pair of values (2) run by default;
-    the others have the mark `matrix`.
+    The combinations that cover every value (at_once 1) or every pair of values (2), of a dimension
+    in `only` of the values there, run by default; the others have the mark `matrix`.
     """
     combinations = list(itertools.product(*dimensions.values()))
-    chosen = covering(combinations, at_once)
+    some = dimensions | (only or {})
+    chosen = covering(list(itertools.product(*some.values())), at_once)
     return pytest.mark.parametrize(
         tuple(dimensions),
         [

@@ -9,6 +9,7 @@ import subprocess
 from dataclasses import replace
 
 import pytest
+from combinations import long
 from small_llama import small_config
 from tradeoff_sample import synthetic_result
 
@@ -224,11 +225,11 @@ def rows_of(document):
             "#context=8192&batch=16&gpu=H100&tp=2&kv-cache-dtype=int8",
             {"context": 8192, "batch": 16, "gpu": "H100", "tp": 2, "cache": "int8"},
         ),
-        (
+        long(
             "#context=100000&batch=max&gpu=RTX+4090&keep=0.5&least-share=0",
             {"context": 100_000, "batch": None, "gpu": "RTX 4090", "keep": 0.5, "least_share": 0},
         ),
-        ("#batch=100000", {"batch": 100_000}),
+        long("#batch=100000", {"batch": 100_000}),
     ],
     ids=("as written", "several", "largest batch", "nothing fits"),
 )
@@ -268,9 +269,9 @@ def test_a_browser_shows_python_s_numbers(page, address, changes):
     ("address", "message"),
     [
         ("#tp=3&gpu=H100", "tp: expected a divisor of the 32 query heads; got 3"),
-        ("#context=abc&gpu=H100", "context: expected a whole number from 1 on; got abc"),
-        ("#gpu=H100&cache=int8", "address: expected context=, batch=, gpu=, tp=, "),
-        ("#nowhere", "address: expected context=, "),
+        long("#context=abc&gpu=H100", "context: expected a whole number from 1 on; got abc"),
+        long("#gpu=H100&cache=int8", "address: expected context=, batch=, gpu=, tp=, "),
+        long("#nowhere", "address: expected context=, "),
         ("#gpu=<img src=x>", "gpu: expected one of H200, "),
     ],
 )
@@ -292,7 +293,7 @@ FIELDS = 'return [...page.getElementById("setting").elements].map((f) => f.value
     ("address", "values"),
     [
         ("#context=abc&gpu=H100", "4096 32 H200 1 auto 0.8 0.125"),
-        ("#context=0x10&batch=max&least-share=0.3", "16 max H200 1 auto 0.8 0.3"),
+        long("#context=0x10&batch=max&least-share=0.3", "16 max H200 1 auto 0.8 0.3"),
         ("#text", "4096 32 H200 1 auto 0.8 0.125"),
     ],
 )

@@ -15,6 +15,7 @@ from statistics import fmean
 
 import matplotlib
 import pytest
+from combinations import long
 from tradeoff_sample import synthetic_result
 
 from llama2.config import PUBLISHED
@@ -331,8 +332,8 @@ def test_renderings_escape_and_tag_a_table():
     [
         ({"seeds": (3,), "controls": False}, set()),
         ({"methods": (), "shipped": False}, set()),
-        ({"arms": (), "kv_heads": (1,)}, {"recall", "learning", "pareto-recall"}),
-        ({"kv_heads": (), "methods": ()}, {"pareto"}),
+        long({"arms": (), "kv_heads": (1,)}, {"recall", "learning", "pareto-recall"}),
+        long({"kv_heads": (), "methods": ()}, {"pareto"}),
         ({"alphas": (0.0,), "kv_heads": (4,)}, set()),
     ],
     ids=("one seed", "no conversion", "no records", "no fewer heads", "one of each"),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from combinations import long
 
 from llama2.train.near_duplicates import _shingles, near_duplicates
 
@@ -42,7 +43,7 @@ def test_near_duplicates():
     assert near_duplicates(reversed(texts), 0.8) == [1, 3, 5]
 
 
-@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.8, 0.95])
+@pytest.mark.parametrize("threshold", [long(0.1), 0.5, 0.8, long(0.95)])
 def test_near_duplicates_are_all_pairs_that_are_similar_enough(threshold):
     """Beside a search among all pairs; some lie just above and just below the threshold."""
     texts = []
