@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from budget import assert_results
+from combinations import long
 from torch.utils.flop_counter import FlopCounterMode
 
 from gqa_kernels.accuracy import widen
@@ -258,9 +259,9 @@ def test_many_queries_that_are_not_causal(draw, device):
 @pytest.mark.parametrize(
     ("kind", "options"),
     (
-        ("contiguous", {"causal": True}),
+        long("contiguous", {"causal": True}),
         ("indexed", {"causal": True, "softcap": 1.5, "window_size": (6, -1)}),
-        ("paged", {"window_size": (2, 3)}),
+        long("paged", {"window_size": (2, 3)}),
         ("paged", {"alibi_slopes": torch.linspace(0.1, 0.6, HEADS), "softmax_scale": 0.4}),
     ),
     ids=("causal", "cap", "window", "slopes"),
