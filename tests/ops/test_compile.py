@@ -3,7 +3,8 @@
 `bench/compiled.py` compiles them in a process of its own, since Triton's interpreter, in which the
 tests of this process run, is switched on or off for a whole process. Its results are kept in
 Triton's cache: the first run takes minutes, the next ones seconds. `make test` compiles the cases
-that take the most registers, for sm_90; `make test-machine-code` all of them, for every target.
+that take the most registers, of most ops, for sm_90; `make test-machine-code` all of them, for
+every target.
 """
 
 import json
@@ -54,11 +55,12 @@ NARROW_ALLOWED = {
     "cache.append": {"LDG.64", "LDG.32", "STG.32", "STG.64"},
 }
 
-# `make test` leaves out packed attention, whose kernels are those of attention.
+# `make test` leaves out what other ops have the kernels of; `test_emulated.py` compiles them.
+_SAME_KERNELS = ("flash_attention_varlen", "token_log_probs")
 FEWER = [
     option
     for spec in (*OPS, *IN_PLACE_OPS)
-    if spec.name != "flash_attention_varlen"
+    if spec.name not in _SAME_KERNELS
     for option in ("--op", spec.name)
 ]
 
