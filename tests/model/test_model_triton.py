@@ -232,7 +232,7 @@ def test_training_reads_no_value_on_the_device(form, device):
 def test_a_training_step_makes_no_logits(device):
     """Nor anything else of their size."""
     config = replace(small_config(), vocab_size=600)
-    tokens = random_tokens(device, 2, 67) % config.vocab_size
+    tokens = random_tokens(device, 1, 67) % config.vocab_size
     sizes = {}
     for name in ("eager", "triton"):
         torch.manual_seed(0)
@@ -240,8 +240,8 @@ def test_a_training_step_makes_no_logits(device):
         with LargestTensor() as largest:
             model.loss(tokens).backward()
         sizes[name] = largest.numel
-    assert sizes["eager"] >= 132 * config.vocab_size
-    assert sizes["triton"] <= max(x.numel() for x in model.parameters())
+    most = max(x.numel() for x in model.parameters())
+    assert sizes["eager"] >= 66 * config.vocab_size > most >= sizes["triton"]
 
 
 def test_the_loss_under_autocast_is_that_of_its_head(device):
