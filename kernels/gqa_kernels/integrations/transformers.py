@@ -24,11 +24,12 @@ Everything else raises: other mask functions, ready-made four-dimensional masks,
 weights as outputs, paged caches. Supports Transformers 4.57 and 5.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, or_masks, sdpa_mask
@@ -73,6 +74,23 @@ class Registration:
 def _registered() -> Registration:
     register()
     return Registration()
+
+
+def init_continuous_batching(model: nn.Module, *args: Any, **options: Any) -> Any:
+    """`patch` puts this in the place of a model's method of the same name, which `generate_batch`
+    calls; see `transformers_paged`.
+
+    Raises:
+        RuntimeError: a Transformers whose continuous batching this package does not know.
+    """
+    try:
+        from gqa_kernels.integrations import transformers_paged
+    except ImportError as error:
+        raise RuntimeError(
+            f"transformers: expected 5.20 or newer for continuous batching with {ATTENTION_NAME}; "
+            f"got {transformers.__version__}"
+        ) from error
+    return transformers_paged.init_continuous_batching(model, *args, **options)
 
 
 def attention_mask(
@@ -255,18 +273,11 @@ def attention_forward(
             cache, a position bias, any other tensor that may shape attention. Otherwise as
             `flash_attention`.
     """
-    if dropout:
-        raise NotImplementedError(
-            f"dropout: expected 0.0; got {dropout}. Set the model's attention_dropout to 0.0"
-        )
+    refuse_dropout(dropout)
     for name in ("output_attentions", "cache", "position_bias"):
         if others.get(name) is not None and others[name] is not False:
             raise NotImplementedError(f"{name}: expected none with {ATTENTION_NAME}; got one")
-    for name, other in others.items():
-        if isinstance(other, Tensor) and name not in _IGNORED:
-            raise NotImplementedError(
-                f"{name}: expected no such tensor with {ATTENTION_NAME}; got {list(other.shape)}"
-            )
+    refuse_others(others)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     q, k, v = (x.transpose(1, 2) for x in autocast(query, key, value))
@@ -297,6 +308,22 @@ def attention_forward(
     else:
         out = flash_attention(q, k, v, causal=causal, **scores, **limits)
     return out, None
+
+
+def refuse_dropout(dropout: float) -> None:
+    if dropout:
+        raise NotImplementedError(
+            f"dropout: expected 0.0; got {dropout}. Set the model's attention_dropout to 0.0"
+        )
+
+
+def refuse_others(others: dict[str, Any], allowed: Collection[str] = ()) -> None:
+    """Raises if a layer passes a tensor that is not known to leave attention as it is."""
+    for name, other in others.items():
+        if isinstance(other, Tensor) and name not in _IGNORED and name not in allowed:
+            raise NotImplementedError(
+                f"{name}: expected no such tensor with {ATTENTION_NAME}; got {list(other.shape)}"
+            )
 
 
 def _unpack(
