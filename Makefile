@@ -60,7 +60,7 @@ test-seeds: $(READY)
 # the last 4.
 MATRIX := pytest -n auto --maxprocesses 4 -m "" tests/hosts/test_transformers.py \
 	tests/hosts/test_transformers_masks.py tests/hosts/test_patching.py tests/hosts/test_peer_failures.py \
-	tests/hosts/test_linear_cross_entropy_patch.py
+	tests/hosts/test_linear_cross_entropy_patch.py tests/hosts/test_generate_batch.py
 
 test-matrix: $(READY) .venv-transformers4/.ready .venv-transformers/.ready
 	OMP_NUM_THREADS=1 $(BIN)/$(MATRIX)

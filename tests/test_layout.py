@@ -34,6 +34,7 @@ KERNELS_ALLOWED = {
     "sharding": {"fused", "ops", "runtime"},
     "patching": {"patching", "backends", "runtime", "integrations"},
     "integrations": {"ops", "flash_attn", "sdpa", "runtime"},
+    "integrations.transformers_paged": {"integrations.transformers", "ops", "sdpa"},
     "warming": {"warming", "interpreter"},
     "spec": {"spec", "fused", "reference"},
     "summation": set(),

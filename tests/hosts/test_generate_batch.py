@@ -213,6 +213,8 @@ def test_a_copy_batches_its_own_model(device):
 def test_a_model_in_use_refuses_other_calls_until_its_manager_stops(device):
     model = model_of("Llama").to(device)
     ids = torch.tensor(prompts((5,)), device=device)
+    adapter.register()
+    model.set_attn_implementation(adapter.ATTENTION_NAME)
     patch(model, {"attention"})
     expected = model(ids).logits
     config = transformers.ContinuousBatchingConfig(page_size=4, num_blocks=8, max_batch_tokens=8)
@@ -241,6 +243,16 @@ def test_refused_settings_leave_the_model_as_it_was(device, monkeypatch):
     with pytest.raises(MemoryError):
         batched(model, prompts())
     assert model.config._attn_implementation == adapter.ATTENTION_NAME
+
+
+@supported
+def test_an_attention_that_was_set_later_keeps_its_manager(device):
+    model = model_of("Llama").to(device)
+    patch(model, {"attention"})
+    model.set_attn_implementation("sdpa")
+    manager = model.init_continuous_batching(transformers.GenerationConfig(eos_token_id=-1))
+    assert type(manager) is transformers.ContinuousBatchingManager
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_other_versions_of_transformers_are_named(device, monkeypatch):

@@ -21,7 +21,8 @@ masks on unchanged, also from `generate` into a compiled model.
 This covers left and right padding, packed `position_ids` or `cu_seq_lens_q`, sliding and chunked
 windows, dynamic and static caches, and every mask function that gives each query one range of keys.
 Everything else raises: other mask functions, ready-made four-dimensional masks, dropout, attention
-weights as outputs, paged caches. Supports Transformers 4.57 and 5.
+weights as outputs, paged caches. Supports Transformers 4.57 and 5. Continuous batching has an
+attention function of its own, in `transformers_paged`.
 """
 
 from collections.abc import Callable, Collection
@@ -29,7 +30,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, or_masks, sdpa_mask
@@ -74,23 +74,6 @@ class Registration:
 def _registered() -> Registration:
     register()
     return Registration()
-
-
-def init_continuous_batching(model: nn.Module, *args: Any, **options: Any) -> Any:
-    """`patch` puts this in the place of a model's method of the same name, which `generate_batch`
-    calls; see `transformers_paged`.
-
-    Raises:
-        RuntimeError: a Transformers whose continuous batching this package does not know.
-    """
-    try:
-        from gqa_kernels.integrations import transformers_paged
-    except ImportError as error:
-        raise RuntimeError(
-            f"transformers: expected 5.20 or newer for continuous batching with {ATTENTION_NAME}; "
-            f"got {transformers.__version__}"
-        ) from error
-    return transformers_paged.init_continuous_batching(model, *args, **options)
 
 
 def attention_mask(

@@ -1,8 +1,8 @@
 """Transformers' continuous batching (`generate_batch`, `init_continuous_batching`) on this package.
 
 Its manager runs a model on packed rows, one after another, with a cache of pages that all requests
-share. `patch` puts `init_continuous_batching` of `integrations.transformers`, which calls the one
-here, in the place of a model's own method. The manager that it returns differs from Transformers':
+share. `patch` puts a function that calls `init_continuous_batching` below in the place of a model's
+own method. The manager that it returns differs from Transformers':
 
     attention   while the manager is in use, the model's config names `attention_forward` below.
                 The manager makes no masks for a name that contains "flash" and gives bounds.
@@ -107,7 +107,7 @@ class Cache(PagedAttentionCache):
             entry = seq_lens.long() - 1  # of the one new token; −1 in a row of padding
             page = block_table.long().gather(1, (entry.clamp(min=0) // page_size)[:, None])[:, 0]
             write_index = page * page_size + entry % page_size
-            write_index = torch.where(entry < 0, allocator.write_trash_index, write_index)
+            write_index = write_index.masked_fill(entry < 0, allocator.write_trash_index)
         self._known = batch, capturing, (write_index, block_table, seq_lens)
         return self._known[2]
 
@@ -240,7 +240,12 @@ def init_continuous_batching(
     AttentionInterface.register(PAGED_NAME, attention_forward)
     text_config = model.config.get_text_config()
     configs = {id(config): config for config in (model.config, text_config)}.values()
-    names = [(config, config._attn_implementation) for config in configs]
+    # After a manager that was never started, a config still names what is set below.
+    names = [
+        (config, ATTENTION_NAME if name == PAGED_NAME else name)
+        for config in configs
+        for name in (config._attn_implementation,)
+    ]
     _set_names((config, PAGED_NAME) for config in configs)
     try:
         manager = type(model).init_continuous_batching(

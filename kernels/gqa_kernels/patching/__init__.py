@@ -1,9 +1,10 @@
 """`patch(model)` puts the kernels into an existing model; `unpatch(model)` removes them.
 
 Only instances change: a replaced module gets an instance-level `forward` and, with "attention", a
-copy of its config. Classes and module globals are not touched, so other models of the same class in
-the process are not affected. Each module stores what was there before, so a copy or a pickle of a
-patched model is patched too and can be unpatched separately.
+copy of its config; the model then gets a method for continuous batching, too. Classes and module
+globals are not touched, so other models of the same class in the process are not affected. Each
+module stores what was there before, so a copy or a pickle of a patched model is patched too and can
+be unpatched separately.
 """
 
 import re
@@ -70,7 +71,8 @@ def patch(model: nn.Module, ops: Collection[str] = DEFAULT_OPS, *, strict: bool 
                     the projections in place and rotates in float32, by cos and sin as Transformers
                     rounds them to the activations' dtype
         attention   the attention function of a Transformers model's causal attention, in a copy of
-                    its config; dropout in training raises, see `integrations.transformers`
+                    its config; dropout in training raises, see `integrations.transformers`. Also in
+                    `generate_batch`, see `integrations.transformers_paged`
         torch_rms_norm   torch.nn.RMSNorm, in Llama's order of roundings: in 16 bits the normalised
                     value is rounded before it is multiplied by the weight, not only after
         linear_cross_entropy   the loss of a Transformers model with an lm_head, from hidden states

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from gqa_kernels.patching import causal_lm, forwards, stand_ins
+from gqa_kernels.patching import batching, causal_lm, forwards, stand_ins
 from gqa_kernels.patching.stand_ins import has
 
 BEFORE = "_gqa_kernels_before"  # on a patched module: {attribute: (what was set, *what was there)}
@@ -271,15 +271,9 @@ def _add_attention(plan: Plan, model: nn.Module) -> None:
         plan.changes.extend(_config_changes(model, chosen, adapter))
     own = {id(module.config) for module in replaced}
     for module in model.modules():
-        if _batches_continuously(module) and id(module.config.get_text_config()) in own:
-            method = partial(adapter.init_continuous_batching, module)
+        if batching.holds(module) and id(module.config.get_text_config()) in own:
+            method = partial(batching.init_continuous_batching, module)
             plan.changes.append(Change(module, "init_continuous_batching", method))
-
-
-def _batches_continuously(module: nn.Module) -> bool:
-    config = vars(module).get("config")
-    decodes = config is not None and not getattr(config, "is_encoder_decoder", False)
-    return decodes and hasattr(type(module), "init_continuous_batching")
 
 
 def _config_changes(model: nn.Module, chosen: dict[int, Any], adapter: ModuleType) -> list[Change]:
