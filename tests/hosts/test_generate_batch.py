@@ -25,11 +25,11 @@ supported = pytest.mark.skipif(paged is None, reason="Transformers 5.20 or newer
 
 NEW_TOKENS = 3
 LENGTHS = (13, 5)
-# Settings of each kind of model that make its window, cap and sinks matter.
+# Settings of each kind of model that make its window, scale, cap and sinks matter.
 KINDS = {
     "Llama": {},
     "Mistral": {},
-    "Gemma2": {"attn_logit_softcapping": 0.5},
+    "Gemma2": {"attn_logit_softcapping": 0.5, "query_pre_attn_scalar": 2},
     "GptOss": {
         "sliding_window": 6,
         "layer_types": ["full_attention", "sliding_attention"],
@@ -139,9 +139,10 @@ def padding(monkeypatch):
 @supported
 @matrix(1, kind=KINDS, dtype=(torch.float32, torch.bfloat16), batch=BATCHES)
 def test_tokens_and_log_probabilities(kind, dtype, batch, device, processors, calls, monkeypatch):
+    model, rows = cast(model_of(kind), dtype).to(device), prompts()
     if batch == "padded":
         padding(monkeypatch)
-    model, rows = cast(model_of(kind), dtype).to(device), prompts()
+        rows += prompts((2,))  # three requests are padded to four
     ours = copy.deepcopy(model)
     patch(ours, {"attention"})
     results = batched(ours, rows, **BATCHES[batch])
