@@ -42,7 +42,7 @@ BATCHES = {
     "chunks": {},
     "few pages": {"num_blocks": 5, "max_requests_per_batch": 2},
     "no block table": {"max_blocks_per_request": 0, "max_batch_tokens": 64},
-    "padded": {},
+    "padded": {"max_requests_per_batch": 4},
 }
 
 
