@@ -1,9 +1,9 @@
 """Token generation for ragged batches, with one key/value cache and CUDA graphs of decode steps."""
 
-import functools
 import itertools
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,17 @@ import torch
 from llama2.cache.kv_cache import KVCache
 from llama2.config import ModelConfig
 from llama2.decoding.decode_batch import DecodeBatch
+from llama2.decoding.drafters import Drafter, LookupDrafter, ModelDrafter
 from llama2.decoding.graphs import can_capture, on_gpu
 from llama2.decoding.sampling import check_sampling, is_whole, uniform_draws
+from llama2.decoding.speculation import (
+    DraftModel,
+    PromptLookup,
+    Speculation,
+    Statistics,
+    check_speculation,
+)
+from llama2.decoding.speculative_batch import SpeculativeBatch
 from llama2.decoding.weights import addresses, in_own_dtype
 from llama2.model import Llama2
 
@@ -31,6 +40,7 @@ def generate(
     top_p: float = 1.0,
     stop_ids: Iterable[int] = (),
     seed: int | None = None,
+    speculation: Speculation | None = None,
 ) -> list[list[int]]:
     """Continues every prompt, on the model's device and in its dtype, also under torch.autocast.
 
@@ -44,6 +54,9 @@ def generate(
         stop_ids: tokens that end their sequence, usually `[tokenizer.eos_id]`.
         seed: the random numbers of prompt i depend only on the seed and i, not on the rest of the
             batch or the device. None uses a new seed for every call.
+        speculation: a `PromptLookup` or a `DraftModel` that drafts tokens, of which a step accepts
+            those that the model draws itself. The tokens are those without it, greedy and sampled,
+            as far as matrix products round a row independently of the rows beside it.
     Returns:
         The new tokens of each prompt. A stopped sequence ends with its stop token; one that reached
         `max_new_tokens` does not.
@@ -53,7 +66,7 @@ def generate(
             negative or not finite; top_p is outside (0, 1]; the seed is negative.
         FloatingPointError: the model's logits are NaN or infinite.
     """
-    return Generator(model).generate(
+    return Generator(model, speculation=speculation).generate(
         prompts,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -64,14 +77,18 @@ def generate(
 
 
 def stream(
-    model: Llama2, prompts: Sequence[Sequence[int]], **settings: Any
+    model: Llama2,
+    prompts: Sequence[Sequence[int]],
+    *,
+    speculation: Speculation | None = None,
+    **settings: Any,
 ) -> Iterator[tuple[int, int]]:
     """Yields the tokens of `generate`, with its settings, one at a time: (index of the prompt, new
     token), step by step.
 
     The call itself checks the arguments, before the first token is requested.
     """
-    return Generator(model).stream(prompts, **settings)
+    return Generator(model, speculation=speculation).stream(prompts, **settings)
 
 
 class Generator:
@@ -92,10 +109,18 @@ class Generator:
             has forward hooks, which a replay would not call (tensor parallelism uses such hooks).
         vocab_size: ids from this one on are never sampled; for a tokenizer with fewer ids than the
             model. None means the model's.
+        speculation: as for `generate`. A draft model's cache has the same `cache_dtype`; None means
+            its own dtype.
+
+    Attributes:
+        statistics: of the latest call, so far, if it speculates; otherwise None.
     Raises:
         ValueError: `capture` without a GPU or with a model that has hooks; a vocab_size that is not
-            positive or exceeds the model's.
-        TypeError: raised by `generate` and `stream`: cache_dtype is none of these.
+            positive or exceeds the model's; a draft model with another vocabulary or device.
+            Raised by `generate` and `stream`: a prompt plus `max_new_tokens` exceeds the draft
+            model's `max_seq_len`.
+        TypeError: `speculation` is none of these. Raised by `generate` and `stream`: cache_dtype is
+            none of these.
     """
 
     def __init__(
@@ -105,22 +130,39 @@ class Generator:
         cache_dtype: torch.dtype | None = None,
         capture: bool | None = None,
         vocab_size: int | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
+        check_speculation(speculation, model)
         self.model, self._cache_dtype, self._capture = model, cache_dtype, capture
         self._vocab_size = drawn_ids(model.config, vocab_size)
+        self._speculation = speculation
+        self._draft = speculation.model if isinstance(speculation, DraftModel) else None
+        self.statistics: Statistics | None = None
         self._lock = threading.Lock()  # held while a token is computed
-        self._cache: KVCache | None = None
-        self._batches: dict[int, DecodeBatch] = {}  # by their number of rows
+        self._size = (0, 0)  # rows and capacity of the caches
+        self._caches: list[KVCache] = []  # the model's, and the draft model's if there is one
+        self._batches: dict[int, DecodeBatch | SpeculativeBatch] = {}  # by their number of rows
         self._made_for: list[object] = []
         self._calls = itertools.count()
         self._current = -1  # the call that uses the cache
-        can_capture(model, capture)
+        self._captures()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Makes a copy or pickle with the same settings, its own lock and no caches."""
         settings = {"cache_dtype": self._cache_dtype, "capture": self._capture}
-        settings["vocab_size"] = self._vocab_size
-        return functools.partial(type(self), **settings), (self.model,)
+        settings |= {"vocab_size": self._vocab_size, "speculation": self._speculation}
+        return _made_again, (type(self), self.model, settings)
+
+    @property
+    def max_seq_len(self) -> int:
+        """The most tokens of a prompt with its new ones: the least of the models' max_seq_len."""
+        return min(model.config.max_seq_len for model in self._models())
+
+    def _models(self) -> list[Llama2]:
+        return [self.model] if self._draft is None else [self.model, self._draft]
+
+    def _captures(self) -> bool:
+        return all([can_capture(model, self._capture) for model in self._models()])
 
     def generate(self, prompts: Sequence[Sequence[int]], **settings: Any) -> list[list[int]]:
         """See the function `generate`."""
@@ -145,6 +187,8 @@ class Generator:
         stop_ids = as_stop_ids(stop_ids)
         check_tokens(self.model.config, prompts, max_new_tokens, stop_ids)
         check_sampling(temperature, top_p, seed)
+        longest = max(map(len, prompts)) + max_new_tokens
+        check_speculation(self._speculation, self.model, longest)  # models may have moved
         prompts = [list(prompt) for prompt in prompts]  # a copy, so that they stay as checked
         return self._alone(
             self._stream(prompts, max_new_tokens, temperature, top_p, stop_ids, seed)
@@ -177,6 +221,7 @@ class Generator:
         stop_ids: frozenset[int],
         seed: int | None,
     ) -> Iterator[tuple[int, int]]:
+        self.statistics = None if self._speculation is None else Statistics()
         if max_new_tokens == 0:
             return
         self._current = call = next(self._calls)
@@ -185,47 +230,82 @@ class Generator:
         draws = [uniform_draws(seed, index, max_new_tokens) for index in range(len(prompts))]
         uniform = torch.from_numpy(np.stack(draws))
         steps = batch.run(prompts, uniform, temperature, top_p, list(stop_ids))
+        counts = [0] * len(prompts)  # of new tokens
         running = list(range(len(prompts)))
-        for step, tokens in enumerate(steps):
+        for step, new in enumerate(steps):
+            if step > 0 and self.statistics is not None:
+                self.statistics.num_steps += len(running)
+                self.statistics.num_new_tokens += sum(len(new[index]) for index in running)
             for index in running:
-                if tokens[index] < 0:
-                    raise FloatingPointError(
-                        f"model: expected finite logits; got NaN or infinity for prompts[{index}] "
-                        f"at new token {step} in {self.model.lm_head.weight.dtype}"
-                    )
-                yield index, tokens[index]
-                if self._current != call:
-                    raise RuntimeError(
-                        "stream: expected the latest call on a Generator; got an earlier one"
-                    )
-            running = [index for index in running if tokens[index] not in stop_ids]
+                for token in new[index]:
+                    if token < 0:
+                        raise FloatingPointError(
+                            "model: expected finite logits; got NaN or infinity for "
+                            f"prompts[{index}] at new token {counts[index]} in "
+                            f"{self.model.lm_head.weight.dtype}"
+                        )
+                    yield index, token
+                    if self._current != call:
+                        raise RuntimeError(
+                            "stream: expected the latest call on a Generator; got an earlier one"
+                        )
+                    counts[index] += 1
+            running = [
+                index
+                for index in running
+                if new[index][-1] not in stop_ids and counts[index] < max_new_tokens
+            ]
             if not running:
                 return
 
-    def _batch(self, rows: int, capacity: int) -> DecodeBatch:
-        model, weight = self.model, self.model.lm_head.weight
-        if on_gpu(model):
-            model.fuse_projections()  # may move parameters, so before their addresses are recorded
+    def _batch(self, rows: int, capacity: int) -> DecodeBatch | SpeculativeBatch:
+        models = self._models()
+        if on_gpu(self.model):
+            for model in models:  # it may move parameters, so before their addresses are recorded
+                model.fuse_projections()
             rows = rounded_batch(rows)
             units = -(-capacity // _CAPACITY_UNIT)
-            capacity = min(units * _CAPACITY_UNIT, model.config.max_seq_len)
-        captures = can_capture(model, self._capture)
-        made_for = [captures, model.cache_config, *addresses(model)]
+            capacity = min(units * _CAPACITY_UNIT, self.model.config.max_seq_len)
+        captures = self._captures()
+        made_for = [captures]
+        for model in models:
+            made_for += [model.cache_config, *addresses(model)]
         if self._made_for != made_for:
-            self._made_for, self._cache = made_for, None
-        held = (0, 0)
-        if self._cache is not None:
-            held = len(self._cache.seq_lens), self._cache.capacity
-        needed = max(rows, held[0]), max(capacity, held[1])
-        if needed != held:
-            self._batches, self._cache = {}, None  # first, to free their memory
-            settings = {"dtype": self._cache_dtype or weight.dtype, "device": weight.device}
-            self._cache = KVCache(model.cache_config, *needed, **settings)
+            self._made_for, self._size = made_for, (0, 0)
+        needed = max(rows, self._size[0]), max(capacity, self._size[1])
+        if needed != self._size:
+            self._batches, self._caches = {}, []  # first, to free their memory
+            self._size = (0, 0)
+            self._caches = [self._cache(model, *needed) for model in models]
+            self._size = needed
         if rows not in self._batches:
-            self._batches[rows] = DecodeBatch(
-                model, self._cache.first(rows), self._vocab_size, capture=captures
-            )
+            self._batches[rows] = self._new_batch(rows, captures)
         return self._batches[rows]
+
+    def _cache(self, model: Llama2, rows: int, capacity: int) -> KVCache:
+        """Returns a cache with room for what the last steps draft beyond the sequences' ends."""
+        weight, config = model.lm_head.weight, model.cache_config
+        if self._speculation is not None:
+            capacity += self._speculation.num_tokens
+            config = replace(config, max_seq_len=capacity)
+        dtype = self._cache_dtype or weight.dtype
+        return KVCache(config, rows, capacity, dtype=dtype, device=weight.device)
+
+    def _new_batch(self, rows: int, captures: bool) -> DecodeBatch | SpeculativeBatch:
+        cache, *others = [cache.first(rows) for cache in self._caches]
+        speculation, vocab_size = self._speculation, self._vocab_size
+        if speculation is None:
+            return DecodeBatch(self.model, cache, vocab_size, capture=captures)
+        drafter: Drafter
+        if isinstance(speculation, PromptLookup):
+            drafter = LookupDrafter(speculation.num_tokens, speculation.max_ngram)
+        else:
+            drafter = ModelDrafter(speculation.model, others[0], vocab_size, speculation.num_tokens)
+        return SpeculativeBatch(self.model, cache, vocab_size, drafter, capture=captures)
+
+
+def _made_again(kind: type[Generator], model: Llama2, settings: dict[str, Any]) -> Generator:
+    return kind(model, **settings)
 
 
 def drawn_ids(config: ModelConfig, vocab_size: int | None) -> int:

@@ -1,6 +1,6 @@
 """A batch of sequences on a contiguous cache: its state on the device and its decode step.
 
-The step reads and writes tensors at fixed addresses and never synchronises, so that on a GPU it can
+A step reads and writes tensors at fixed addresses and never synchronises, so that on a GPU it can
 be captured once and replayed. The device also ends rows, at a stop token or when logits are not
 finite. Ended rows, and rows without a prompt, attend to nothing and write nothing.
 """
@@ -20,8 +20,9 @@ from llama2.decoding.sampling import in_float32, sample
 from llama2.model import Llama2
 
 
-class DecodeBatch:
-    """Continues batches of up to as many prompts as `cache` has rows.
+class Batch:
+    """What `DecodeBatch` and `SpeculativeBatch` share: which rows go on, how they are sampled, and
+    steps.
 
     Args:
         cache: the rows' keys and values; nothing else may write to it.
@@ -38,14 +39,60 @@ class DecodeBatch:
         self._ahead = 1 if device.type == "cuda" else 0  # steps enqueued before one is read
         self._rows = torch.arange(batch, device=device)
         self._running = torch.zeros(batch, dtype=torch.bool, device=device)
-        self._tokens = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._num_drawn = torch.zeros(1, dtype=torch.int64, device=device)
-        self._drawn = torch.zeros(config.max_seq_len, batch, dtype=torch.int64, device=device)
-        self._uniform = torch.zeros(batch, config.max_seq_len, dtype=torch.float32, device=device)
         self._temperature = torch.zeros(batch, dtype=torch.float32, device=device)
         self._top_p = torch.ones(batch, dtype=torch.float32, device=device)
         self._is_stop = torch.zeros(config.vocab_size, dtype=torch.bool, device=device)
         self._steps = {greedy: Step(capture=capture) for greedy in (True, False)}
+
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Returns the prompts on the device, right-padded, and the number of tokens of each."""
+        longest = max(map(len, prompts))
+        tokens = [[*p, *[0] * (longest - len(p))] for p in prompts]
+        num_valid = [len(p) for p in prompts]
+        return tuple(torch.tensor(x, device=self._device) for x in (tokens, num_valid))
+
+    def _begin(
+        self,
+        tokens: Tensor,
+        num_valid: Tensor,
+        temperature: float,
+        top_p: float,
+        stop_ids: Sequence[int],
+    ) -> Tensor:
+        """Returns the states of the last token of every row, `[batch, hidden_size]`."""
+        device, count = self._device, len(tokens)
+        self._running.copy_(self._rows < count)
+        self._temperature.fill_(in_float32(temperature))
+        self._top_p.fill_(top_p)
+        self._is_stop.zero_()
+        self._is_stop[torch.tensor(stop_ids, dtype=torch.int64, device=device)] = True
+        states = self._model.hidden_states(tokens, self._cache.first(count), num_valid)
+        last = states.new_zeros(len(self._rows), states.shape[-1])
+        last[:count] = states[self._rows[:count], num_valid - 1]
+        return last
+
+    def _on_device(self) -> contextlib.AbstractContextManager[object]:
+        if self._device.type == "cuda":
+            return torch.cuda.device(self._device)
+        return contextlib.nullcontext()
+
+    def _fetch(self, values: Tensor, host: Tensor) -> Callable[[], np.ndarray]:
+        """Enqueues the copy of the rows' values to `host`, `[number of prompts, …]`, and returns a
+        function that waits for it."""
+        with self._on_device():
+            return to_host(values[: len(host)], host)
+
+
+class DecodeBatch(Batch):
+    """Continues batches of up to as many prompts as `cache` has rows; arguments as for `Batch`."""
+
+    def __init__(self, model: Llama2, cache: KVCache, vocab_size: int, *, capture: bool) -> None:
+        super().__init__(model, cache, vocab_size, capture=capture)
+        batch, longest, device = len(cache.seq_lens), model.config.max_seq_len, self._device
+        self._tokens = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._num_drawn = torch.zeros(1, dtype=torch.int64, device=device)
+        self._drawn = torch.zeros(longest, batch, dtype=torch.int64, device=device)
+        self._uniform = torch.zeros(batch, longest, dtype=torch.float32, device=device)
 
     def run(
         self,
@@ -54,9 +101,9 @@ class DecodeBatch:
         temperature: float,
         top_p: float,
         stop_ids: Sequence[int],
-    ) -> Iterator[list[int]]:
-        """Yields the new tokens of all rows, step by step; −1 for a row whose logits are not
-        finite.
+    ) -> Iterator[list[list[int]]]:
+        """Yields the new tokens of all rows, step by step, a list of one token for each row; −1 for
+        a row whose logits are not finite.
 
         On a GPU, a step is enqueued before the host waits for the tokens of the previous one, so
         that the GPU never idles.
@@ -67,7 +114,9 @@ class DecodeBatch:
         """
         num_steps, greedy = uniform.shape[1], temperature == 0
         with self._on_device():
-            last = self._begin(prompts, uniform, temperature, top_p, stop_ids)
+            self._num_drawn.zero_()
+            self._uniform[: len(prompts), :num_steps] = uniform.to(self._device)
+            last = self._begin(*self._padded(prompts), temperature, top_p, stop_ids)
             self._draw(last, greedy)
         host = torch.empty(
             (num_steps, len(prompts)),
@@ -75,40 +124,15 @@ class DecodeBatch:
             device="cpu",
             pin_memory=self._device.type == "cuda",
         )
-        fetched = deque([self._fetch(0, host)])
+        fetched = deque([self._fetch(self._drawn[0], host[0])])
         for index in range(1, num_steps):
             if len(fetched) > self._ahead:
-                yield fetched.popleft()().tolist()
+                yield fetched.popleft()()[:, None].tolist()
             with self._on_device():
                 self._steps[greedy](lambda: self._step(greedy))
-            fetched.append(self._fetch(index, host))
+            fetched.append(self._fetch(self._drawn[index], host[index]))
         while fetched:
-            yield fetched.popleft()().tolist()
-
-    def _begin(
-        self,
-        prompts: Sequence[Sequence[int]],
-        uniform: Tensor,
-        temperature: float,
-        top_p: float,
-        stop_ids: Sequence[int],
-    ) -> Tensor:
-        """Returns the states of the last token of every row, `[batch, hidden_size]`."""
-        device, count, longest = self._device, len(prompts), max(map(len, prompts))
-        self._running.copy_(self._rows < count)
-        self._num_drawn.zero_()
-        self._uniform[:count, : uniform.shape[1]] = uniform.to(device)
-        self._temperature.fill_(in_float32(temperature))
-        self._top_p.fill_(top_p)
-        self._is_stop.zero_()
-        self._is_stop[torch.tensor(stop_ids, dtype=torch.int64, device=device)] = True
-
-        tokens = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=device)
-        num_valid = torch.tensor([len(p) for p in prompts], device=device)
-        states = self._model.hidden_states(tokens, self._cache.first(count), num_valid)
-        last = states.new_zeros(len(self._rows), states.shape[-1])
-        last[:count] = states[self._rows[:count], num_valid - 1]
-        return last
+            yield fetched.popleft()()[:, None].tolist()
 
     def _step(self, greedy: bool) -> None:
         self._draw(self._model.hidden_states(self._tokens[:, None], self)[:, 0], greedy)
@@ -132,14 +156,3 @@ class DecodeBatch:
 
     def advance(self, num_tokens: int, valid: Tensor | None = None) -> None:
         self._cache.seq_lens += self._running
-
-    def _fetch(self, index: int, host: Tensor) -> Callable[[], np.ndarray]:
-        """Enqueues the copy of a step's tokens and returns a function that waits for it."""
-        host = host[index]
-        with self._on_device():
-            return to_host(self._drawn[index, : len(host)], host)
-
-    def _on_device(self) -> contextlib.AbstractContextManager[object]:
-        if self._device.type == "cuda":
-            return torch.cuda.device(self._device)
-        return contextlib.nullcontext()
