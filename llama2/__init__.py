@@ -7,14 +7,17 @@ from llama2.generate import Generator
 from llama2.model import Llama2
 from llama2.requests import Request, Result
 from llama2.serving import serve
+from llama2.speculation import DraftModel, PromptLookup
 
 __all__ = [
     "PUBLISHED",
+    "DraftModel",
     "Generator",
     "KVCache",
     "Llama2",
     "ModelConfig",
     "PagedKVCache",
+    "PromptLookup",
     "Request",
     "Result",
     "serve",

@@ -15,16 +15,16 @@ from llama2.decoding.decode_batch import DecodeBatch
 from llama2.decoding.drafters import Drafter, LookupDrafter, ModelDrafter
 from llama2.decoding.graphs import can_capture, on_gpu
 from llama2.decoding.sampling import check_sampling, is_whole, uniform_draws
-from llama2.decoding.speculation import (
+from llama2.decoding.speculative_batch import SpeculativeBatch
+from llama2.decoding.weights import addresses, in_own_dtype
+from llama2.model import Llama2
+from llama2.speculation import (
     DraftModel,
     PromptLookup,
     Speculation,
     Statistics,
     check_speculation,
 )
-from llama2.decoding.speculative_batch import SpeculativeBatch
-from llama2.decoding.weights import addresses, in_own_dtype
-from llama2.model import Llama2
 
 # On a GPU sizes are rounded up, so that calls of similar sizes reuse the cache and the graphs.
 _CAPACITY_UNIT = 256
@@ -155,7 +155,8 @@ class Generator:
 
     @property
     def max_seq_len(self) -> int:
-        """The most tokens of a prompt with its new ones: the least of the models' max_seq_len."""
+        """The most tokens of a prompt with its new ones: the model's or, if that is smaller, the
+        draft model's `max_seq_len`."""
         return min(model.config.max_seq_len for model in self._models())
 
     def _models(self) -> list[Llama2]:
@@ -253,7 +254,7 @@ class Generator:
             running = [
                 index
                 for index in running
-                if new[index][-1] not in stop_ids and counts[index] < max_new_tokens
+                if counts[index] < max_new_tokens and not stop_ids.intersection(new[index][-1:])
             ]
             if not running:
                 return

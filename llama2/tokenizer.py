@@ -142,6 +142,22 @@ def check_fits(tokenizer: Tokenizer, vocab_size: int, where: Path) -> None:
         )
 
 
+def check_same(tokenizer: Tokenizer, other: Tokenizer, where: Path) -> None:
+    """Raises ValueError, beginning with `where`, if the other tokenizer has other ids or texts of
+    ids."""
+    if other.vocab_size != tokenizer.vocab_size:
+        raise ValueError(
+            f"{where}: expected the model's tokenizer, of {tokenizer.vocab_size} ids; got one of "
+            f"{other.vocab_size}"
+        )
+    for token, (expected, got) in enumerate(zip(tokenizer._bytes, other._bytes, strict=True)):
+        if got != expected:
+            raise ValueError(
+                f"{where}: expected the model's tokenizer, with {expected!r} as id {token}; got "
+                f"{got!r}"
+            )
+
+
 class StreamDecoder:
     """Converts ids, one at a time, into pieces of text that concatenate to the whole text.
 

@@ -43,7 +43,7 @@ KERNELS_ALLOWED = {
 
 # The same for the model's package.
 MODEL_ALLOWED = {
-    "__init__": {"cache", "config", "generate", "model", "requests", "serving"},
+    "__init__": {"cache", "config", "generate", "model", "requests", "serving", "speculation"},
     "config": set(),
     "chat_format": set(),
     "extras": set(),
@@ -67,7 +67,8 @@ MODEL_ALLOWED = {
     "conversion": {"model"},
     "convert_checkpoint": {"checkpoint", "config", "conversion", "layers", "model", "storage"},
     "decoding": {"decoding", "cache", "model"},
-    "generate": {"cache", "config", "decoding", "model"},
+    "speculation": {"decoding", "model"},
+    "generate": {"cache", "config", "decoding", "model", "speculation"},
     "requests": {"cache", "decoding", "generate", "model"},
     "serving": {"cache", "decoding", "generate", "model", "requests"},
     "stops": {"checkpoint", "tokenizer"},
@@ -128,8 +129,8 @@ MODEL_ALLOWED = {
     | {"config", "conversion", "convert_checkpoint", "decoder", "evaluation", "finetune"}
     | {"generate", "model", "parallel", "placement", "reporting", "rlhf", "scalar_model", "targets"}
     | {"terminal"}
-    | {"requests", "serving", "stops", "storage", "taught_format", "tokenizer", "tradeoff", "train"}
-    | {"warm_up"},
+    | {"requests", "serving", "speculation", "stops", "storage", "taught_format", "tokenizer"}
+    | {"tradeoff", "train", "warm_up"},
     "cli": {"commands", "extras", "placement", "terminal"},
     "__main__": {"cli"},
 }

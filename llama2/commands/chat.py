@@ -9,6 +9,7 @@ from typing import Any
 from llama2.chat_format import without_tags
 from llama2.checkpoint import SHIPPED, SHIPPED_CHAT
 from llama2.commands.options import add_generation_options, load, make_generator, sampling
+from llama2.commands.speculation import add_speculation_options, report, speculation
 from llama2.commands.text import require_utf8, stream_text
 from llama2.finetune.encoding import encode_prompt
 from llama2.generate import Generator, check_settings
@@ -27,6 +28,7 @@ _COMMANDS = "/reset forgets the conversation, /exit leaves"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `run`."""
     add_generation_options(parser, max_new_tokens=512, chat=True)
+    add_speculation_options(parser)
     parser.add_argument("--system", metavar="TEXT", help="instructions for the conversation")
 
 
@@ -34,13 +36,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Converses until the user leaves, and returns 0.
 
     Raises:
-        OSError, ValueError, NotImplementedError, ImportError: as `load` and `chat`.
+        OSError, ValueError, NotImplementedError, ImportError: as `load`, `speculation` and
+            `chat`.
     """
     system = arguments.system and require_utf8("--system", arguments.system)
     model, tokenizer = load(arguments)
     if arguments.checkpoint in _NOTES:
         print(f"note: {_NOTES[arguments.checkpoint]}", file=sys.stderr)
-    generator = make_generator(arguments, model, tokenizer)
+    drafter = speculation(arguments, tokenizer)
+    generator = make_generator(arguments, model, tokenizer, drafter)
     stops = stop_ids(tokenizer, arguments.checkpoint)
     form = taught_format(arguments.checkpoint)
     chat(generator, tokenizer, stops=stops, system=system, form=form, **sampling(arguments))
@@ -73,7 +77,7 @@ def chat(
             or a setting is wrong.
     """
     check_settings(max_new_tokens=max_new_tokens, **settings)  # before the first question
-    max_seq_len = generator.model.config.max_seq_len
+    max_seq_len = generator.max_seq_len
     opening = [] if system is None else [{"role": "system", "content": system}]
     _tokens(max_seq_len, tokenizer, form, [*opening, {"role": "user", "content": ""}])
     # Line editing, where Python has it.
@@ -100,6 +104,7 @@ def chat(
                 print(shown, end="", flush=True)
                 answer += shown
             print()
+            report(generator)
             kept = without_tags(answer)
             if kept != answer:
                 _note("removed the chat format's tags from the answer that the conversation keeps")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from llama2.commands.options import add_generation_options, load, make_generator, sampling
+from llama2.commands.speculation import add_speculation_options, report, speculation
 from llama2.commands.text import encode_prompt, require_utf8, stream_text
 from llama2.generate import check_tokens
 from llama2.stops import stop_ids
@@ -15,6 +16,7 @@ from llama2.stops import stop_ids
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `run`."""
     add_generation_options(parser, max_new_tokens=128)
+    add_speculation_options(parser)
     parser.add_argument(
         "--prompt", action="append", metavar="TEXT", help="text to continue; repeat it for a batch"
     )
@@ -27,8 +29,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints each prompt with its continuation and returns 0.
 
     Raises:
-        OSError, ValueError, NotImplementedError, ImportError: as `load` and `Generator.generate`;
-            or there is no prompt, or one is not UTF-8.
+        OSError, ValueError, NotImplementedError, ImportError: as `load`, `speculation` and
+            `Generator.generate`; or there is no prompt, or one is not UTF-8.
     """
     prompts = [require_utf8("--prompt", prompt) for prompt in arguments.prompt or ()]
     if arguments.prompt_file is not None:
@@ -36,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not prompts:
         raise ValueError("generate: expected --prompt TEXT or --prompt-file FILE; got neither")
     model, tokenizer = load(arguments)
-    generator = make_generator(arguments, model, tokenizer)
+    drafter = speculation(arguments, tokenizer)
+    generator = make_generator(arguments, model, tokenizer, drafter)
     settings = sampling(arguments)
     stops = stop_ids(tokenizer, arguments.checkpoint)
     encoded = []
@@ -56,11 +59,13 @@ def run(arguments: argparse.Namespace) -> int:
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
+        report(generator)
         return 0
     continuations = generator.generate(encoded, stop_ids=stops, **settings)
     for number, (prompt, new) in enumerate(zip(encoded, continuations, strict=True), 1):
         print(f"--- prompt {number} of {len(prompts)}")
         print(tokenizer.decode(prompt + new))
+    report(generator)
     return 0
 
 

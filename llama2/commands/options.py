@@ -15,6 +15,7 @@ from llama2.config import PUBLISHED, ModelConfig
 from llama2.generate import Generator
 from llama2.model import Llama2
 from llama2.placement import add_options, place
+from llama2.speculation import Speculation
 from llama2.tokenizer import Tokenizer, check_fits
 
 _LARGEST = 2**63 - 1
@@ -139,10 +140,15 @@ def load(arguments: argparse.Namespace) -> tuple[Llama2, Tokenizer]:
     return model, tokenizer
 
 
-def make_generator(arguments: argparse.Namespace, model: Llama2, tokenizer: Tokenizer) -> Generator:
+def make_generator(
+    arguments: argparse.Namespace,
+    model: Llama2,
+    tokenizer: Tokenizer,
+    speculation: Speculation | None,
+) -> Generator:
     """Returns a generator that never samples an id which the tokenizer lacks."""
-    dtype = CACHE_DTYPES[arguments.kv_cache_dtype]
-    return Generator(model, cache_dtype=dtype, vocab_size=tokenizer.vocab_size)
+    settings = {"cache_dtype": CACHE_DTYPES[arguments.kv_cache_dtype], "speculation": speculation}
+    return Generator(model, vocab_size=tokenizer.vocab_size, **settings)
 
 
 def sampling(arguments: argparse.Namespace) -> dict[str, float | int | None]:

@@ -1,9 +1,14 @@
-"""A batch of sequences that are decoded speculatively: the step of `speculation.py` on the device.
+"""A batch of sequences that are decoded speculatively, as `llama2.speculation` describes.
 
-As a decode step, it reads and writes tensors at fixed addresses and never synchronises, drafts and
+A step reads and writes tensors at fixed addresses and never synchronises, drafts and
 acceptance included, and it computes the same number of tokens for every row. Rows accept different
 numbers of them: each advances by its own, and the keys and values of its rejected tokens, which lie
 beyond its length, are overwritten by the next step.
+
+Attention multiplies the values of later drafted tokens by 0, which gives NaN if they are not
+finite. So a row with logits that are not finite takes another step, which guesses its last token
+again, whose values are finite if the row's are, and accepts no guess. That step decides whether the
+row ends.
 """
 
 from collections import deque
@@ -11,6 +16,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from llama2.cache.kv_cache import CacheStep, KVCache
 from llama2.decoding.decode_batch import Batch
@@ -37,6 +43,8 @@ class SpeculativeBatch(Batch):
         batch, longest, device = len(cache.seq_lens), cache.capacity + 1, self._device
         self._places = torch.arange(self._width, device=device)
         self._new = torch.zeros(batch, self._width, dtype=torch.int64, device=device)
+        # Rows whose next draw accepts no draft, so that they end if its logits are not finite.
+        self._accepts_none = torch.zeros(batch, dtype=torch.bool, device=device)
         self._end = torch.zeros(batch, dtype=torch.int64, device=device)  # the most tokens of a row
         self._sequences = Rows(
             tokens=torch.zeros(batch, longest, dtype=torch.int64, device=device),
@@ -55,8 +63,8 @@ class SpeculativeBatch(Batch):
         top_p: float,
         stop_ids: Sequence[int],
     ) -> Iterator[list[list[int]]]:
-        """Yields the new tokens of all rows, step by step: of a running row one or more, of another
-        none. −1 ends a row whose logits are not finite.
+        """Yields the new tokens of all rows, step by step: of a running row usually one or more, of
+        another none. −1 ends a row whose logits are not finite.
 
         On a GPU, a step is enqueued before the host waits for the tokens of the previous one.
 
@@ -76,7 +84,7 @@ class SpeculativeBatch(Batch):
         in_flight.append(self._fetch(self._new, buffers[0]))
         num_steps, remaining = 1, [uniform.shape[1]] * len(prompts)
         while in_flight or any(remaining):
-            # Each step in flight gives a running row at least one token.
+            # A step in flight gives a running row at least one token, but for a repeated one.
             if len(in_flight) <= self._ahead and max(remaining) > len(in_flight):
                 with self._on_device():
                     self._steps[greedy](lambda: self._step(greedy))
@@ -102,34 +110,35 @@ class SpeculativeBatch(Batch):
         """Computes the prompts and draws the first new token of each."""
         tokens, num_valid = self._padded(prompts)
         count, rows = len(prompts), self._sequences
+        self._accepts_none.fill_(True)
         self._end[:count] = num_valid + uniform.shape[1]
         places = num_valid[:, None] + torch.arange(uniform.shape[1], device=self._device)
         rows.uniform[:count].scatter_(1, places, uniform.to(self._device))
         rows.tokens[:count, : tokens.shape[1]] = tokens
         last = self._begin(tokens, num_valid, temperature, top_p, stop_ids)
         self._drafter.begin(tokens, num_valid)
-        self._draw(last[:, None], self._cache.seq_lens[:, None].long(), greedy)
+        positions = self._cache.seq_lens[:, None].long()
+        self._draw(last[:, None], positions, positions[:, :0], greedy)
 
     def _step(self, greedy: bool) -> None:
         rows = self._sequences
-        drafts = self._drafter.draft(rows, greedy)
         self._positions = rows.next_positions(self._width)
         last = rows.tokens.gather(1, self._positions[:, :1])
+        drafts = torch.where(self._accepts_none[:, None], last, self._drafter.draft(rows, greedy))
         states = self._model.hidden_states(torch.cat([last, drafts.clamp(min=0)], 1), self)
-        rows.last.add_(self._draw(states, self._positions + 1, greedy, drafts))
+        rows.last.add_(self._draw(states, self._positions + 1, drafts, greedy))
 
-    def _draw(
-        self, states: Tensor, positions: Tensor, greedy: bool, drafts: Tensor | None = None
-    ) -> Tensor:
+    def _draw(self, states: Tensor, positions: Tensor, drafts: Tensor, greedy: bool) -> Tensor:
         """Draws tokens, and keeps those up to the first that differs from its draft or ends its
         row.
 
         Args:
             states: `[batch, count, hidden_size]`, of the tokens before those that are drawn.
             positions: int64 `[batch, count]`, of the tokens that are drawn.
-            drafts: int64 `[batch, count − 1]`, None if count is 1.
+            drafts: int64 `[batch, count − 1]`.
         Returns:
-            int64 `[batch]`, how many tokens are kept; 0 of a row that had ended.
+            int64 `[batch]`, how many tokens are kept; 0 of a row that had ended, or whose next step
+            repeats this one.
         """
         rows, count = self._sequences, positions.shape[1]
         logits = self._model.lm_head(states)[..., : self._vocab_size].flatten(0, 1)
@@ -142,10 +151,12 @@ class SpeculativeBatch(Batch):
         drawn = sample(self._model.sample_tokens, logits, *settings).view_as(positions)
         ids = drawn.clamp(min=0)
         ends = (drawn < 0) | self._is_stop[ids] | (positions + 1 >= self._end[:, None])
-        kept = torch.ones_like(drawn)
-        if drafts is not None:
-            kept[:, 1:] = ((drafts == drawn[:, :-1]) & ~ends[:, :-1]).cumprod(1)
-        kept = kept.bool() & self._running[:, None]
+        accepts = ~self._accepts_none[:, None]
+        accepted = (drafts == drawn[:, :-1]) & ~ends[:, :-1] & accepts
+        kept = pad(accepted.cumprod(1), (1, 0), value=1).bool() & self._running[:, None]
+        doubtful = kept & (drawn < 0) & accepts
+        kept &= ~doubtful
+        self._accepts_none.copy_(doubtful.any(1))
         rows.tokens.scatter_(1, positions, ids)  # of the rejected ones too, beyond the row's end
         self._new.fill_(_NO_TOKEN)
         self._new[:, :count] = torch.where(kept, drawn, _NO_TOKEN)

@@ -20,7 +20,7 @@ from gqa_kernels.reference import MAX_NEW_TOKENS
 from llama2.decoding.sampling import is_whole
 from llama2.model import Llama2
 
-MOST_DRAFTED = MAX_NEW_TOKENS - 1  # with the latest token, what decode_attention takes
+_MOST_DRAFTED = MAX_NEW_TOKENS - 1  # with the latest token, what decode_attention takes
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class PromptLookup:
     max_ngram: int = 3
 
     def __post_init__(self) -> None:
-        _check_num_tokens(self.num_tokens)
+        check_num_tokens(self.num_tokens)
         if not is_whole(self.max_ngram) or self.max_ngram < 1:
             raise ValueError(f"max_ngram: expected an int of at least 1; got {self.max_ngram!r}")
 
@@ -67,7 +67,7 @@ class DraftModel:
     def __post_init__(self) -> None:
         if not isinstance(self.model, Llama2):
             raise TypeError(f"model: expected a Llama2; got a {type(self.model).__name__}")
-        _check_num_tokens(self.num_tokens)
+        check_num_tokens(self.num_tokens)
 
 
 Speculation = PromptLookup | DraftModel
@@ -93,10 +93,11 @@ class Statistics:
         return self.num_new_tokens / self.num_steps if self.num_steps else float("nan")
 
 
-def _check_num_tokens(num_tokens: int) -> None:
-    if not is_whole(num_tokens) or not 1 <= num_tokens <= MOST_DRAFTED:
+def check_num_tokens(num_tokens: int) -> None:
+    """Raises ValueError unless it is a number of tokens that a step can draft."""
+    if not is_whole(num_tokens) or not 1 <= num_tokens <= _MOST_DRAFTED:
         raise ValueError(
-            f"num_tokens: expected an int from 1 to {MOST_DRAFTED}; got {num_tokens!r}"
+            f"num_tokens: expected an int from 1 to {_MOST_DRAFTED}; got {num_tokens!r}"
         )
 
 
