@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gqa_kernels.reference import MAX_NEW_TOKENS
 from llama2.cache.kv_cache import KVCache
 from llama2.config import ModelConfig
 from llama2.decoding.decode_batch import DecodeBatch
@@ -287,7 +288,7 @@ class Generator:
         """Returns a cache with room for what the last steps draft beyond the sequences' ends."""
         weight, config = model.lm_head.weight, model.cache_config
         if self._speculation is not None:
-            capacity += self._speculation.num_tokens
+            capacity += MAX_NEW_TOKENS  # a multiple of 16, as Triton's binaries depend on that
             config = replace(config, max_seq_len=capacity)
         dtype = self._cache_dtype or weight.dtype
         return KVCache(config, rows, capacity, dtype=dtype, device=weight.device)

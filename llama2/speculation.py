@@ -20,7 +20,7 @@ from gqa_kernels.reference import MAX_NEW_TOKENS
 from llama2.decoding.sampling import is_whole
 from llama2.model import Llama2
 
-_MOST_DRAFTED = MAX_NEW_TOKENS - 1  # with the latest token, what decode_attention takes
+MOST_DRAFTED = MAX_NEW_TOKENS - 1  # with the latest token, what decode_attention takes
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ class Statistics:
 
 def check_num_tokens(num_tokens: int) -> None:
     """Raises ValueError unless it is a number of tokens that a step can draft."""
-    if not is_whole(num_tokens) or not 1 <= num_tokens <= _MOST_DRAFTED:
+    if not is_whole(num_tokens) or not 1 <= num_tokens <= MOST_DRAFTED:
         raise ValueError(
-            f"num_tokens: expected an int from 1 to {_MOST_DRAFTED}; got {num_tokens!r}"
+            f"num_tokens: expected an int from 1 to {MOST_DRAFTED}; got {num_tokens!r}"
         )
 
 

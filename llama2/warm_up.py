@@ -26,10 +26,11 @@ from llama2.generate import Generator
 from llama2.model import Llama2
 from llama2.requests import Request
 from llama2.serving import serve
+from llama2.speculation import MOST_DRAFTED, PromptLookup, Speculation
 from llama2.train import pretrain
 from llama2.train.execution import OneProcess
 
-USES = ("generate", "serve", "prefixes", "evaluate", "train")
+USES = ("generate", "speculation", "serve", "prefixes", "evaluate", "train")
 DEFAULT_USES = ("generate", "serve")
 
 _PROMPT = 33  # tokens: more than a decode step takes, and not a multiple of 16
@@ -50,7 +51,10 @@ def call_all(
     """Makes the calls of `uses`, a subset of USES.
 
     - generate: prefill and decode steps on a contiguous cache, for one sequence and for a batch.
-    - serve: the same on a paged cache, and more than 16 tokens after others of their prompt.
+    - speculation: steps of 1 to 15 drafted tokens on such a cache; each number needs its own
+      binary. With generate, it is also what a draft model needs.
+    - serve: prefill and decode steps on a paged cache, and more than 16 tokens after others of
+      their prompt.
     - prefixes: 1 to 16 tokens after a shared prefix or an earlier chunk of their prompt; each
       number needs its own binary.
     - evaluate: logits and losses of padded and packed texts, without gradients.
@@ -71,6 +75,7 @@ def call_all(
     model = _without_values(config, ops, dtype, device)
     calls: dict[str, Callable[[], None]] = {
         "generate": lambda: _generate(model, cache_dtype),
+        "speculation": lambda: _speculate(model, cache_dtype),
         "serve": lambda: _serve(model, cache_dtype, page_size),
         "prefixes": lambda: _serve(
             model, cache_dtype, page_size, range(1, MAX_NEW_TOKENS + 1), (1, 1)
@@ -111,8 +116,11 @@ class _Zeros(TorchFunctionMode):
 # The calls sample: greedy decoding launches one kernel less.
 
 
-def _generate(model: Llama2, cache_dtype: torch.dtype | None) -> None:
-    generator = Generator(model, cache_dtype=cache_dtype, capture=False)
+def _generate(
+    model: Llama2, cache_dtype: torch.dtype | None, speculation: Speculation | None = None
+) -> None:
+    settings = {"cache_dtype": cache_dtype, "speculation": speculation}
+    generator = Generator(model, capture=False, **settings)
     # The prompt and a new token fill a multiple of 16, as the strides of caches on a GPU are
     # rounded.
     prompt = [0] * min(31, model.config.max_seq_len - 1)
@@ -120,6 +128,11 @@ def _generate(model: Llama2, cache_dtype: torch.dtype | None) -> None:
         for prompts in ([prompt] * batch, [prompt[:1]] * batch):
             with _Zeros():
                 generator.generate(prompts, max_new_tokens=2, temperature=1.0)
+
+
+def _speculate(model: Llama2, cache_dtype: torch.dtype | None) -> None:
+    for num_tokens in range(1, MOST_DRAFTED + 1):
+        _generate(model, cache_dtype, PromptLookup(num_tokens))
 
 
 def _serve(

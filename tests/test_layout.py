@@ -84,7 +84,7 @@ MODEL_ALLOWED = {
     "finetune": {"finetune", "chat_format", "model", "serving", "cache", "storage", "targets"}
     | {"requests", "terminal", "tokenizer", "train"},
     "warm_up": {"cache", "config", "evaluation", "finetune", "generate", "model", "serving"}
-    | {"requests", "train"},
+    | {"requests", "speculation", "train"},
     "reporting": {"reporting"},
     "rlhf": {"rlhf", "cache", "cache_size", "chat_format", "checkpoint", "decoder", "finetune"}
     | {

@@ -55,8 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_uses,
         default=DEFAULT_USES,
         metavar="USE,…",
-        help=f"what to compile for: some of {', '.join(USES)}; prefixes: up to 16 tokens "
-        "of a prompt of serve after a shared prefix or an earlier chunk; default: "
+        help=f"what to compile for: some of {', '.join(USES)}; speculation: drafted tokens of "
+        "generate and chat; prefixes: up to 16 tokens of a prompt of serve after a shared prefix "
+        "or an earlier chunk; default: "
         f"{','.join(DEFAULT_USES)}",
     )
     add(

@@ -31,8 +31,8 @@ class SpeculativeBatch(Batch):
     """Continues batches of up to as many prompts as `cache` has rows; arguments as for `Batch`.
 
     Args:
-        cache: longer by the drafter's num_tokens than the sequences, whose last steps draft tokens
-            beyond their ends.
+        cache: longer by at least the drafter's num_tokens than the sequences, whose last steps
+            draft tokens beyond their ends.
     """
 
     def __init__(

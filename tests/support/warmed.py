@@ -32,6 +32,7 @@ from llama2.generate import Generator
 from llama2.model import Llama2
 from llama2.requests import Request
 from llama2.serving import serve
+from llama2.speculation import DraftModel, PromptLookup
 from llama2.train import pretrain
 from llama2.warm_up import USES, _Uninitialised, _Zeros, call_all
 
@@ -122,6 +123,13 @@ def _generate(model: Llama2, cache_dtype: torch.dtype | None) -> None:
         generator.generate(prompts, max_new_tokens=new, temperature=0.7)
 
 
+def _speculate(model: Llama2, cache_dtype: torch.dtype | None) -> None:
+    for batch, speculation in product((1, 3), (PromptLookup(7), DraftModel(model, 2))):
+        settings = {"cache_dtype": cache_dtype, "speculation": speculation}
+        generator = Generator(model, capture=False, **settings)
+        generator.generate([[0] * 30] * batch, max_new_tokens=19, temperature=0.7)
+
+
 def _serve(model: Llama2, cache_dtype: torch.dtype | None) -> None:
     dtype = cache_dtype or model.lm_head.weight.dtype
     settings = {"page_size": PAGE, "dtype": dtype, "device": "cpu"}
@@ -163,6 +171,7 @@ def _use(use: str, cache_dtype: torch.dtype | None) -> None:
     model = Llama2(SHAPE, get_backend("triton")).bfloat16()
     calls = {
         "generate": lambda: _generate(model, cache_dtype),
+        "speculation": lambda: _speculate(model, cache_dtype),
         "serve": lambda: _serve(model, cache_dtype),
         "evaluate": lambda: _evaluate(model),
     }
@@ -183,10 +192,11 @@ def left_out() -> list:
     """Returns, by use and cache, the number of kernels that a model's own calls launch, and those
     that no warm-up compiles."""
     found = []
+    together = {"serve": ("serve", "prefixes"), "speculation": ("generate", "speculation")}
     caches = product(("generate", "serve"), CACHES)
-    for use, cache in (*caches, ("evaluate", "auto"), ("train", "auto")):
+    for use, cache in (*caches, *((x, "auto") for x in ("speculation", "evaluate", "train"))):
         needed = record(partial(_use, use, CACHE_DTYPES[cache]), "sm_90")
-        known = _warmed((use, "prefixes") if use == "serve" else (use,), CACHE_DTYPES[cache])
+        known = _warmed(together.get(use, (use,)), CACHE_DTYPES[cache])
         found.append((use, cache, len(needed), [str(x) for x in needed if _same(x) not in known]))
     return found
 
