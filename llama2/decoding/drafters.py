@@ -43,11 +43,11 @@ class Rows:
 
 
 def cache_step(cache: KVCache, positions: Tensor, running: Tensor, max_seq_len: int) -> CacheStep:
-    """Returns the step of tokens at consecutive positions, int64 `[batch, num_tokens]`, that may be
-    fewer than the cache holds. Rows that are not running write nothing and attend to nothing.
+    """Returns the step of tokens at consecutive positions, int64 `[batch, num_tokens]`. Rows that
+    are not running write nothing and attend to nothing.
 
-    A sequence never has `max_seq_len` tokens or more, but drafted tokens may have positions beyond
-    its end. These are not used, and rotated as the last position, as the rotary table ends there.
+    Drafted tokens may have positions beyond a sequence's end and beyond `max_seq_len`, where the
+    rotary table ends: these are rotated as its last position, and never accepted.
     """
     rows = torch.arange(len(positions), device=positions.device)[:, None]
     slots = torch.where(running[:, None], rows * cache.capacity + positions, -1)
