@@ -11,7 +11,7 @@ from llama2.cache.kv_cache import CacheStep, KVCache
 from llama2.decoding.sampling import sample
 from llama2.model import Llama2
 
-_NO_TOKEN = -1  # beside tokens: what equals none
+_NO_TOKEN = -1  # before the first token of a sequence
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,6 @@ class LookupDrafter:
         # Of the tokens up to each place, the last `width`, the latest first.
         ngrams = pad(tokens, (width - 1, 0), value=_NO_TOKEN).unfold(1, width, 1).flip(-1)
         own = ngrams.gather(1, last[:, :, None].expand(-1, -1, width))
-        own = own.where(own != _NO_TOKEN, _NO_TOKEN - 1)  # before the sequence: equals nothing
         num_equal = (ngrams == own).cumprod(-1).sum(-1)
         score = torch.where(places < last, num_equal * len(places) + places, -1)
         place = score.argmax(-1, keepdim=True)

@@ -138,12 +138,33 @@ def test_sequences_end_apart_and_within_accepted_tokens(model):
         assert generator.statistics.num_new_tokens == sum(map(len, expected)) - len(PROMPTS)
 
 
-@pytest.mark.parametrize("name", ["lookup", "same"])
-def test_the_whole_context_can_be_used(name, model):
+def test_the_whole_context_can_be_used(device):
+    """Guesses lie beyond the rotary table, where positions give NaN, and beyond the sequence."""
+    model = twin(lively(small_config(), device), EAGER, torch.float64)
     prompts = [[1] * 100, [2, 3]]
     expected = Generator(model).generate(prompts, max_new_tokens=28)
-    generator = Generator(model, speculation=drafting(name, model))
-    assert generator.generate(prompts, max_new_tokens=28) == expected
+    for speculation in (PromptLookup(15), DraftModel(noisy(model, 0.15), 15)):
+        generator = Generator(model, speculation=speculation)
+        assert generator.generate(prompts, max_new_tokens=28) == expected
+
+
+def test_a_stopped_row_reads_and_writes_nothing(model):
+    """Nor does it take part in the sums of a batch: its tokens do not matter."""
+    attention, seen = model.layers[0].self_attn, []
+    append, decode = attention.rope_append_kv, attention.decode_attention
+    attention.rope_append_kv = lambda *args, **others: (
+        seen.append([args[8].amax(1).tolist()]) or append(*args, **others)
+    )
+    attention.decode_attention = lambda q, k, v, seq_lens, **others: (
+        seen[-1].append(seq_lens.tolist()) or decode(q, k, v, seq_lens, **others)
+    )
+    stops = Generator(model).generate(PROMPTS, max_new_tokens=1)[1]
+    seen.clear()
+    generator = Generator(model, speculation=PromptLookup(3))
+    new = generator.generate(PROMPTS, max_new_tokens=4, stop_ids=stops)
+    assert len(new[1]) == 1 and len(new[0]) == 4
+    for slots, seq_lens in seen[1:]:
+        assert slots[1] == -1 and seq_lens[1] == 0 and max(slots) >= 0 and max(seq_lens) > 0
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
@@ -236,6 +257,18 @@ def test_logits_that_are_not_finite_are_reported(model):
         generator = Generator(model, speculation=speculation)
         with pytest.raises(FloatingPointError, match=rf"prompts\[0\] at new token {step} in"):
             generator.generate([[1, 2]], max_new_tokens=9)
+
+
+def test_logits_after_a_prompt_that_are_not_finite_end_it(model):
+    calls = []
+
+    def broken_once(_, __, logits):
+        calls.append(logits)
+        return logits * math.nan if len(calls) == 1 else logits
+
+    model.lm_head.register_forward_hook(broken_once)
+    with pytest.raises(FloatingPointError, match=r"prompts\[0\] at new token 0 in"):
+        Generator(model, speculation=PromptLookup()).generate([[1, 2]], max_new_tokens=9)
 
 
 def test_a_guess_without_finite_values_ends_nothing(model):
