@@ -60,14 +60,14 @@ def drafting(name: str, model) -> PromptLookup | DraftModel:
 @pytest.mark.parametrize("settings", [{}, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("name", ["lookup", "same", "noisy", "wrong"])
 def test_tokens_are_those_without(name, settings, model):
-    settings = {"max_new_tokens": 40, **settings}
+    settings = {"max_new_tokens": 25, **settings}
     expected = Generator(model).generate(PROMPTS, **settings)
     generator = Generator(model, speculation=drafting(name, model))
     assert generator.generate(PROMPTS, **settings) == expected
     gained = generator.statistics.tokens_per_step
-    assert generator.statistics.num_new_tokens == len(PROMPTS) * 39
+    assert generator.statistics.num_new_tokens == len(PROMPTS) * 24
     if name == "same":
-        assert generator.statistics.num_steps == len(PROMPTS) * math.ceil(39 / 4)
+        assert generator.statistics.num_steps == len(PROMPTS) * math.ceil(24 / 4)
     elif name == "wrong" and not settings.get("temperature"):
         assert gained == 1
     elif name == "noisy":
@@ -149,7 +149,6 @@ def test_the_whole_context_can_be_used(device):
 
 
 def test_a_stopped_row_reads_and_writes_nothing(model):
-    """Nor does it take part in the sums of a batch: its tokens do not matter."""
     attention, seen = model.layers[0].self_attn, []
     append, decode = attention.rope_append_kv, attention.decode_attention
     attention.rope_append_kv = lambda *args, **others: (
@@ -165,6 +164,10 @@ def test_a_stopped_row_reads_and_writes_nothing(model):
     assert len(new[1]) == 1 and len(new[0]) == 4
     for slots, seq_lens in seen[1:]:
         assert slots[1] == -1 and seq_lens[1] == 0 and max(slots) >= 0 and max(seq_lens) > 0
+    (batch,) = generator._batches.values()
+    with torch.inference_mode():
+        steps = [*batch.run(PROMPTS, torch.zeros(3, 4), 0.0, 1.0, list(stops))]
+    assert steps[1][0] and not any(new[1] for new in steps[1:])
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
@@ -189,14 +192,15 @@ def test_what_a_cache_held_does_not_matter(dtype, model, monkeypatch):
                 stored.fill_(float("nan"))
 
     monkeypatch.setattr(KVCache, "__init__", poisoned)
-    expected = Generator(model, cache_dtype=dtype).generate(PROMPTS, max_new_tokens=30)
+    expected = Generator(model, cache_dtype=dtype).generate(PROMPTS, max_new_tokens=16)
     for name in ("lookup", "noisy"):
         generator = Generator(model, cache_dtype=dtype, speculation=drafting(name, model))
-        assert generator.generate(PROMPTS, max_new_tokens=30) == expected
+        assert generator.generate(PROMPTS, max_new_tokens=16) == expected
 
 
 def test_on_the_kernels(device):
-    model = lively(small_config(num_q_heads=2, num_kv_heads=1), device, get_backend("triton"))
+    config = replace(small_config(num_q_heads=2, num_kv_heads=1), num_layers=1)
+    model = lively(config, device, get_backend("triton"))
     expected = Generator(model).generate(PROMPTS[:2], max_new_tokens=5)
     generator = Generator(model, speculation=DraftModel(noisy(model, 0.1), 2))
     assert generator.generate(PROMPTS[:2], max_new_tokens=5) == expected
@@ -217,10 +221,9 @@ def test_steps_are_captured(name, device, monkeypatch):
         for module in (graphs, generate):
             monkeypatch.setattr(module, "on_gpu", lambda _: True)
     generator = Generator(model, speculation=speculation)
-    for _ in range(2):
-        assert generator.generate(PROMPTS, max_new_tokens=8) == expected[0]
-        assert generator.generate(PROMPTS, max_new_tokens=8, **SAMPLED) == expected[1]
-        generator._batches[4]._ahead = 1
+    assert generator.generate(PROMPTS, max_new_tokens=8) == expected[0]
+    generator._batches[4]._ahead = 1
+    assert generator.generate(PROMPTS, max_new_tokens=8, **SAMPLED) == expected[1]
     assert generator.generate(PROMPTS, max_new_tokens=8, stop_ids=stops) == cut
     assert len(recorded) == 2  # greedy and sampled
     with torch.no_grad():  # a moved draft model needs new graphs
