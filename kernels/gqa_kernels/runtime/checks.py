@@ -147,6 +147,16 @@ def kv_caches(
         )
 
 
+def separate_entries(name: str, value: Tensor) -> None:
+    """Checks that no two entries of a cache that is written to are the same memory."""
+    if any(
+        stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)
+    ):
+        raise ValueError(
+            f"{name}: expected entries that share no memory; got strides {value.stride()}"
+        )
+
+
 def block_table(value: Tensor, batch: int, page_size: int, *, like: tuple[str, Tensor]) -> None:
     """Checks a block table and `page_size`, the page size of its cache."""
     tensor("block_table", value, dtypes=(torch.int32,), shape=(batch, "max_pages"), like=like)
@@ -261,13 +271,13 @@ def switch(name: str, value: bool | int) -> bool:
     return flag(name, value)
 
 
-def attention_heads(num_q_heads: int, num_kv_heads: int, head_dim: int) -> None:
+def attention_heads(num_q_heads: int, num_kv_heads: int, head_dim: int, multiple: int = 8) -> None:
+    """Checks head counts, and that head_dim is a multiple of `multiple` up to 256."""
     if num_kv_heads < 1 or num_q_heads % num_kv_heads:
         raise ValueError(
             f"q: expected a number of heads that is a multiple of k's {num_kv_heads}; "
             f"got {num_q_heads}"
         )
-    if head_dim % 8 or not 8 <= head_dim <= 256:
-        raise NotImplementedError(
-            f"q: expected a head_dim that is a multiple of 8 up to 256; got {head_dim}"
-        )
+    if head_dim % multiple or not 1 <= head_dim <= 256:
+        what = "of 1 up to 256" if multiple == 1 else f"that is a multiple of {multiple} up to 256"
+        raise NotImplementedError(f"q: expected a head_dim {what}; got {head_dim}")

@@ -175,6 +175,7 @@ _DECODE_CASES = (
         *(2, 5, 300, (4, 2), 16, "a window to both sides, sinks"),
         **{"test": True, "causal": False, "window": (9, 3), "sinks": True},
     ),
+    _decode_case(2, 3, 70, (6, 2), 59, "FlashAttention's test of odd widths", test=True),
     *(
         _decode_case(batch, 1, context, heads, 128, source)
         for source, heads in (("7B", (32, 32)), ("13B", (40, 40)), ("34B and 70B", (64, 8)))

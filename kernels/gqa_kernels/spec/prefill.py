@@ -108,6 +108,7 @@ _CASES = (
     _tested((40, 2, 30), (8, 1), 16, "gpt-oss's sinks, pages", sinks=True, page_size=8),
     _tested((40, 2, 30), (4, 2), 8, "ALiBi, the narrowest head", alibi=True),
     _tested((40, 2, 50), (4, 2), 16, "a window to both sides, sinks", **_BOTH),
+    _tested((20, 2, 30), (4, 2), 20, "a narrow head, no multiple of 8"),
     *(
         _case(lengths, heads, 128, source, **options)
         for source, heads in (("7B", (32, 32)), ("34B and 70B", (64, 8)))

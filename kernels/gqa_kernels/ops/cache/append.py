@@ -318,11 +318,8 @@ def _check(
     checks.attention_heads(num_q_heads, num_kv_heads, head_dim)
     shape = ("num_pages", "page_size", num_kv_heads, head_dim)
     checks.kv_caches(k_cache, v_cache, k_scale, v_scale, shape=shape, like=like)
-    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-            raise ValueError(
-                f"{name}: expected entries that share no memory; got strides {x.stride()}"
-            )
+    checks.separate_entries("k_cache", k_cache)
+    checks.separate_entries("v_cache", v_cache)
     shape = ("max_seq_len", head_dim // 2)
     checks.tensor("cos", cos, dtypes=(torch.float32,), shape=shape, like=like)
     checks.tensor("sin", sin, dtypes=(torch.float32,), shape=cos.shape, like=like)

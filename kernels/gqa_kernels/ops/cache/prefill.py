@@ -161,7 +161,7 @@ def check(
         checks.tensor("seq_lens", seq_lens, shape=(batch,), **ints)
     if block_table is not None:
         checks.block_table(block_table, batch, k_cache.shape[1], like=like)
-    checks.attention_heads(num_q_heads, k_cache.shape[2], head_dim)
+    checks.attention_heads(num_q_heads, k_cache.shape[2], head_dim, multiple=1)
     checks.softcap(softcap, checks.softmax_scale(softmax_scale, head_dim))
     checks.window((window_left, window_right))
     checks.head_terms(sinks, alibi_slopes, batch, num_q_heads, like=like)
@@ -206,8 +206,9 @@ def prefill_attention(
     a long cache, `decode_attention` uses more of the GPU.
 
     Args:
-        q: float32, float16 or bfloat16 `[total_q, num_q_heads, head_dim]`, head_dim a multiple of 8
-            up to 256; any strides.
+        q: float32, float16 or bfloat16 `[total_q, num_q_heads, head_dim]`, head_dim up to 256;
+            any strides. Where head_dim is no multiple of 8, features are read one by one, which is
+            slow.
         k_cache, v_cache: `[batch, max_seq_len, num_kv_heads, head_dim]`, or with a block_table
             `[num_pages, page_size, num_kv_heads, head_dim]`, page_size a power of two; q's dtype,
             or both float8_e4m3fn or int8; any strides with contiguous features.
@@ -232,8 +233,8 @@ def prefill_attention(
         key, such as one after the last sequence, out is 0 and lse is −inf or its sink.
     Raises:
         TypeError, ValueError: an argument of another kind, dtype, shape or device.
-        NotImplementedError: another head_dim, a page_size that is no power of two, a float8_e4m3fn
-            cache on a GPU without that type, or an input that requires a gradient.
+        NotImplementedError: a head_dim above 256, a page_size that is no power of two, a
+            float8_e4m3fn cache on a GPU without that type, or an input that requires a gradient.
         RuntimeError: q is not on a GPU that Triton drives.
     """
     return_lse = checks.flag("return_lse", return_lse)
