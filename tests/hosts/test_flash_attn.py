@@ -117,6 +117,24 @@ def test_varlen(options, meaning, draw, bounds):
     assert_means(function, options, expected, meaning, tensors)
 
 
+@pytest.mark.parametrize("headdim", (59, 12, 1))
+def test_headdims_that_are_no_multiple_of_8(headdim, draw, bounds):
+    options, meaning = MEANINGS["causal-window" if headdim == 59 else "alibi"]
+    shapes = {"q": (1, 9, 2, headdim), "k": (1, 7, 1, headdim), "v": (1, 7, 1, headdim)}
+    tensors = {name: draw(*shape, dtype=BFLOAT16) for name, shape in shapes.items()}
+    assert_means(flash_attn.flash_attn_func, options, reference.flash_attention, meaning, tensors)
+
+    def one(q, k, v, **options):
+        lengths = bounds(9), bounds(7), 9, 7
+        out = flash_attn.flash_attn_varlen_func(q[0], k[0], v[0], *lengths, **options)
+        return (out[0][None], out[1][None], out[2]) if isinstance(out, tuple) else out[None]
+
+    dense = flash_attn.flash_attn_func(**tensors, causal=True)
+    assert dense.shape == tensors["q"].shape
+    assert torch.equal(one(**tensors, causal=True), dense)
+    assert_means(one, {"causal": True}, reference.flash_attention, {"causal": True}, tensors)
+
+
 def test_slopes_per_sequence(draw, bounds, device):
     slopes = torch.stack([SLOPES, SLOPES.flip(0)])
     options = {"causal": True, "alibi_slopes": slopes}
@@ -186,9 +204,10 @@ def test_packed_tensors_give_the_bits_of_separate_ones(name, draw, bounds, monke
         assert torch.equal(grads[1], torch.stack((dk, dv), dim=-3))
 
 
-def test_compiles_whole(draw, bounds):
+@pytest.mark.parametrize("headdim", (16, 12))
+def test_compiles_whole(headdim, draw, bounds):
     torch._dynamo.reset()
-    qkv, cu_seqlens = draw(12, 3, 2, 16).requires_grad_(), bounds(4, 8)
+    qkv, cu_seqlens = draw(12, 3, 2, headdim).requires_grad_(), bounds(4, 8)
 
     def function(qkv):
         return flash_attn.flash_attn_varlen_qkvpacked_func(
@@ -239,22 +258,27 @@ def test_longest_lengths_are_whatever_callers_pass(draw, bounds):
 # --- Pages -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def paged(draw, bounds):
-    """Sequences of more keys than queries, of fewer, and empty ones, in shuffled pages of 4 keys;
-    NaN wherever no key is."""
+def in_pages(draw, bounds, page_size, headdim):
+    """Sequences of more keys than queries, of fewer, and empty ones, in shuffled pages; NaN
+    wherever no key is."""
     lengths_q, lengths_k = (5, 0, 20, 3), (9, 4, 22, 1)
-    order, used = torch.randperm(13).tolist(), [-(-n // 4) for n in lengths_k]
+    order, used = torch.randperm(13).tolist(), [-(-n // page_size) for n in lengths_k]
     table = torch.full((4, 6), 99, dtype=torch.int32)
-    q = draw(sum(lengths_q), 4, 16)
-    k, v = (torch.full((13, 4, 2, 16), torch.nan) for _ in range(2))
+    q, features = draw(sum(lengths_q), 4, headdim), (2, headdim)
+    k, v = (torch.full((13, page_size, *features), torch.nan) for _ in range(2))
     for row, length, count in zip(table, lengths_k, used, strict=True):
         row[:count] = torch.tensor([order.pop() for _ in range(count)])
         for x in (k, v):
-            keys = torch.cat([draw(length, 2, 16).cpu(), torch.full((3, 2, 16), torch.nan)])
-            x[row[:count].long()] = keys[: 4 * count].view(count, 4, 2, 16)
+            keys = torch.full((count * page_size, *features), torch.nan)
+            keys[:length] = draw(length, *features).cpu()
+            x[row[:count].long()] = keys.view(count, page_size, *features)
     k, v, table = (x.to(q.device) for x in (k, v, table))
     return {"q": q, "k": k, "v": v}, bounds(*lengths_q), bounds(*lengths_k), table
+
+
+@pytest.fixture
+def paged(draw, bounds):
+    return in_pages(draw, bounds, 4, 16)
 
 
 def gathered(pages, cu_seqlens_k, table):
@@ -267,7 +291,17 @@ def gathered(pages, cu_seqlens_k, table):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @EVERY_MEANING
 def test_varlen_reads_pages(options, meaning, dtype, paged, device):
-    inputs, bounds_q, bounds_k, table = paged
+    assert_reads_pages(options, meaning, dtype, paged, device)
+
+
+@pytest.mark.parametrize(("page_size", "headdim"), ((5, 16), (12, 20), (4, 3)))
+def test_varlen_reads_pages_of_any_shape(page_size, headdim, draw, bounds, device):
+    pages = in_pages(draw, bounds, page_size, headdim)
+    assert_reads_pages(*MEANINGS["both"], torch.bfloat16, pages, device)
+
+
+def assert_reads_pages(options, meaning, dtype, pages, device):
+    inputs, bounds_q, bounds_k, table = pages
     inputs = {name: x.to(dtype) for name, x in inputs.items()}
     if "alibi_slopes" in options:
         slopes = {"alibi_slopes": SLOPES.repeat(2).to(device)}
@@ -323,5 +357,7 @@ def test_refused_tensors(draw, bounds):
         flash_attn.flash_attn_varlen_kvpacked_func(
             q, draw(1, 3, 2, 4, 16), cu_seqlens, cu_seqlens, 3, 3
         )
-    with pytest.raises(NotImplementedError, match="multiple of 8 up to 256; got 12"):
-        flash_attn.flash_attn_qkvpacked_func(draw(1, 3, 3, 4, 12))
+    with pytest.raises(NotImplementedError, match="multiple of 8 up to 256; got 257"):
+        flash_attn.flash_attn_qkvpacked_func(draw(1, 3, 3, 1, 257))
+    with pytest.raises(ValueError, match=r"^k: expected shape \[\*, \*, \*, 12\]; got \[.*, 13\]"):
+        flash_attn.flash_attn_func(draw(1, 3, 4, 12), draw(1, 3, 4, 13), draw(1, 3, 4, 12))

@@ -5,167 +5,11 @@ import math
 
 import pytest
 import torch
-from budget import assert_results
+from cached_attention import BATCH, DIM, HEADS, HEADS_K, ROOM, check, laid_out, place, table_of
 from combinations import long
 from torch.utils.flop_counter import FlopCounterMode
 
-from gqa_kernels.accuracy import widen
 from gqa_kernels.flash_attn import flash_attn_with_kvcache
-
-BATCH, HEADS, HEADS_K, DIM, ROOM = 3, 6, 2, 16, 24
-NAN = float("nan")
-EXACT = torch.float64
-
-
-def turned(x, cos, sin, positions, interleaved):
-    """x `[seqlen, heads, dim]` rotated by the angles of its positions."""
-    half = cos.shape[1]
-    cos, sin = (table[positions].to(x.dtype)[:, None] for table in (cos, sin))
-    out = x.clone()
-    if interleaved:
-        first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
-    else:
-        first, second = slice(0, half), slice(half, 2 * half)
-    out[..., first] = x[..., first] * cos - x[..., second] * sin
-    out[..., second] = x[..., second] * cos + x[..., first] * sin
-    return out
-
-
-def meaning(
-    stored, q, rows, k=None, v=None, rotary=None, seqlens=None, leftpad=None, causal=False,
-    window=(-1, -1), interleaved=True, scale=None, softcap=0.0, slopes=None,
-):  # fmt: skip
-    """(out, lse, appended rows) of sequences `rows[b] = (keys, values)`, one query at a time.
-
-    A rotated key is rounded to `stored`, the dtype of the cache; all else is in that of q.
-    """
-    dtype = q.dtype
-    outs, lses, appended = [], [], []
-    window = tuple(min(side, 10**6) for side in window)  # as far as any entry is
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    for b, (keys, values) in enumerate(rows):
-        before = len(keys) if seqlens is None else int(seqlens[b])
-        keys, values, query = keys[:before].to(dtype), values[:before].to(dtype), q[b].to(dtype)
-        if k is not None:
-            new = k[b].to(dtype)
-            if rotary is not None:
-                places = torch.arange(len(new)) + before
-                new = turned(new, *rotary, places, interleaved).to(stored).to(dtype)
-                local = causal or window != (-1, -1)
-                at = torch.arange(len(query)) * local + before
-                query = turned(query, *rotary, at, interleaved).to(stored).to(dtype)
-            appended.append((new, v[b]))
-            keys, values = torch.cat([keys, new]), torch.cat([values, v[b].to(dtype)])
-        group = q.shape[2] // keys.shape[1]
-        out, lse = torch.zeros_like(query), torch.full(query.shape[1::-1], -math.inf, dtype=dtype)
-        for i in range(len(query)):
-            p = len(keys) - len(query) + i
-            j = torch.arange(len(keys))
-            seen = j >= (0 if leftpad is None else leftpad[b])
-            if causal:
-                seen &= j <= p
-            if window[0] >= 0:
-                seen &= j >= p - window[0]
-            if window[1] >= 0:
-                seen &= j <= p + window[1]
-            for h in range(q.shape[2]):
-                if seen.any():
-                    scores = keys[seen, h // group] @ query[i, h] * scale
-                    if softcap:
-                        scores = softcap * torch.tanh(scores / softcap)
-                    if slopes is not None:
-                        slope = slopes.expand(BATCH, -1)[b, h]
-                        scores = scores - slope.to(dtype) * (p - j[seen]).abs()
-                    lse[h, i] = scores.logsumexp(0)
-                    out[i, h] = scores.softmax(0) @ values[seen, h // group]
-        outs.append(out)
-        lses.append(lse)
-    return torch.stack(outs), torch.stack(lses), appended
-
-
-def table_of(num_positions, half, device):
-    angle = torch.arange(num_positions)[:, None] * 0.7 ** torch.arange(half)
-    return angle.cos().to(device), angle.sin().to(device)
-
-
-def laid_out(kind, rows, lengths, device):
-    """(k_cache, v_cache, arguments) that hold `rows`, with NaN wherever nobody is to look."""
-    dtype = rows[0][0].dtype
-    shape = {"contiguous": (BATCH, ROOM), "indexed": (5, ROOM), "paged": (20, 4)}[kind]
-    caches = [torch.full((*shape, HEADS_K, DIM), NAN, dtype=dtype) for _ in range(2)]
-    if kind == "paged":
-        order = torch.randperm(20, generator=torch.Generator().manual_seed(1))
-        where = order[: BATCH * ROOM // 4].view(BATCH, -1)
-        arguments = {"block_table": where.int().to(device)}
-    else:
-        where = {"contiguous": torch.arange(BATCH), "indexed": torch.tensor([3, 0, 4])}[kind]
-        arguments = {} if kind == "contiguous" else {"cache_batch_idx": where.int().to(device)}
-    for b, row in enumerate(rows):
-        for cache, x in zip(caches, row, strict=True):
-            for t in range(int(lengths[b])):
-                cache[place(kind, where, b, t)] = x[t]
-    return *(cache.to(device) for cache in caches), arguments, where
-
-
-def place(kind, where, b, t):
-    return (where[b, t // 4], t % 4) if kind == "paged" else (where[b], t)
-
-
-def check(kind, draw, device, dtype=torch.float32, *, seqlen_q=1, seqlen_new=0, lengths=(0, 4, 17),
-          rotary_dim=0, **options):  # fmt: skip
-    """The result, by the budget of the same maths in low precision, and every entry of the cache
-    afterwards."""
-    rows = [(draw(ROOM, HEADS_K, DIM, dtype=dtype), draw(ROOM, HEADS_K, DIM, dtype=dtype))
-            for _ in range(BATCH)]  # fmt: skip
-    rows = [(k.cpu(), v.cpu()) for k, v in rows]
-    k_cache, v_cache, arguments, where = laid_out(kind, rows, lengths, device)
-    q = draw(BATCH, seqlen_q, HEADS, DIM, dtype=dtype)
-    given = {"q": q.cpu(), "rows": rows, "seqlens": lengths}
-    names = {"causal": "causal", "window_size": "window", "rotary_interleaved": "interleaved",
-             "cache_leftpad": "leftpad", "softmax_scale": "scale", "softcap": "softcap",
-             "alibi_slopes": "slopes"}  # fmt: skip
-    given |= {names[name]: value for name, value in options.items()}
-    if seqlen_new:
-        new = [draw(BATCH, seqlen_new, HEADS_K, DIM, dtype=dtype) for _ in range(2)]
-        arguments |= {"k": new[0], "v": new[1]}
-        given |= {"k": new[0].cpu(), "v": new[1].cpu()}
-    if rotary_dim:
-        rotary = table_of(ROOM + 8, rotary_dim // 2, device)
-        arguments |= {"rotary_cos": rotary[0].to(dtype), "rotary_sin": rotary[1].to(dtype)}
-        given["rotary"] = tuple(x.to(dtype).cpu() for x in rotary)
-    for name, value in options.items():
-        if name == "cache_leftpad":
-            value = torch.tensor(value, dtype=torch.int32, device=device)
-        arguments[name] = value.to(device) if isinstance(value, torch.Tensor) else value
-    before = k_cache.clone(), v_cache.clone()
-    out, lse = flash_attn_with_kvcache(
-        q, k_cache, v_cache, return_softmax_lse=True,
-        cache_seqlens=torch.tensor(lengths, dtype=torch.int32, device=device), **arguments,
-    )  # fmt: skip
-
-    def results(given):
-        out, lse, _ = meaning(dtype, **given)
-        return {"out": out, "lse": lse.to(torch.promote_types(lse.dtype, torch.float32))}
-
-    actual = {"out": out.cpu(), "lse": lse.cpu()}
-    assert_results(actual, results, given)
-    exact = meaning(dtype, **widen(given))
-    written = set()
-    for b in range(BATCH if seqlen_new else 0):
-        for t in range(seqlen_new):
-            at = place(kind, where, b, int(lengths[b]) + t)
-            written.add(tuple(map(int, at)))
-            k_new, v_new = exact[2][b]
-            torch.testing.assert_close(
-                k_cache[at].cpu().to(EXACT), k_new[t], rtol=torch.finfo(dtype).eps, atol=1e-6
-            )
-            assert v_cache[at].cpu().equal(v_new[t])
-    for old, cache in zip(before, (k_cache, v_cache), strict=True):
-        for at in written:
-            old[at] = cache[at]
-        assert old.nan_to_num(7.0).equal(cache.nan_to_num(7.0))
-    return out, lse
-
 
 KINDS = pytest.mark.parametrize("kind", ("contiguous", "indexed", "paged"))
 
@@ -191,8 +35,25 @@ def test_rotates(kind, causal, interleaved, seqlen_q, seqlen_new, draw, device):
     check(kind, draw, device, causal=causal, rotary_interleaved=interleaved, **sizes)
 
 
-def test_rotates_a_part_of_a_head(draw, device):
-    check("paged", draw, device, seqlen_q=3, seqlen_new=3, rotary_dim=8, causal=True)
+@pytest.mark.parametrize("interleaved", (False, True))
+def test_rotates_a_part_of_a_head(interleaved, draw, device):
+    options = {"causal": True, "rotary_interleaved": interleaved}
+    check("paged", draw, device, seqlen_q=3, seqlen_new=3, rotary_dim=8, **options)
+    check("contiguous", draw, device, seqlen_q=1, seqlen_new=2, rotary_dim=10, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dim", "options"),
+    (
+        ("contiguous", 59, {"seqlen_q": 3, "rotary_dim": 48, "rotary_interleaved": False}),
+        ("indexed", 20, {"seqlen_q": 1, "rotary_dim": 16, "window_size": (5, 0)}),
+        ("paged", 6, {"seqlen_q": 2, "rotary_dim": 6, "causal": True}),
+        ("sixes", 1, {"seqlen_q": 18, "causal": True, "cache_leftpad": [0, 1, 9]}),
+    ),
+    ids=("59", "20", "6", "1"),
+)
+def test_head_dims_that_are_no_multiple_of_8(kind, dim, options, draw, device):
+    check(kind, draw, device, torch.bfloat16, seqlen_new=3, dim=dim, **options)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +97,21 @@ def test_left_padding(kind, causal, draw, device):
     check(kind, draw, device, causal=causal, cache_leftpad=[0, 5, 9], **sizes)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    (
+        ("contiguous", {"causal": True, "rotary_dim": 8, "seqlen_new": 17}),
+        ("indexed", {"window_size": (4, 2), "softcap": 1.5, "rotary_interleaved": False}),
+        ("paged", {"alibi_slopes": torch.linspace(0.1, 0.6, HEADS)}),
+    ),
+    ids=("causal", "window", "slopes"),
+)
+def test_left_padding_of_many_queries(kind, options, draw, device):
+    """More than `decode_attention` takes; of no entry, of some, and of more than there are."""
+    options = {"lengths": (0, 4, 7), "cache_leftpad": [0, 3, 30]} | options
+    check(kind, draw, device, torch.bfloat16, seqlen_q=18, **options)
+
+
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 def test_sixteen_bits(dtype, draw, device):
     check("paged", draw, device, dtype, seqlen_q=2, seqlen_new=2, causal=True, softmax_scale=0.3)
@@ -256,6 +132,11 @@ def test_many_queries_that_are_not_causal(draw, device):
     check("paged", draw, device, seqlen_q=20)
 
 
+def test_pages_of_no_power_of_two(draw, device):
+    check("sixes", draw, device, seqlen_q=2, seqlen_new=2, causal=True)
+    check("sixes", draw, device, torch.bfloat16, seqlen_q=18, seqlen_new=3, window_size=(5, -1))
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
     (
@@ -272,27 +153,34 @@ def test_many_queries_that_see_different_entries(kind, options, draw, device):
     check(kind, draw, device, torch.bfloat16, **sizes, **options)
 
 
-def test_many_queries_compiled(draw, device):
-    q, k, v = draw(2, 18, 6, 16), draw(2, 18, 2, 16), draw(2, 18, 2, 16)
+@pytest.mark.parametrize("dim", (16, 20))
+def test_many_queries_compiled(dim, draw, device):
+    q, k, v = draw(2, 18, 6, dim), draw(2, 18, 2, dim), draw(2, 18, 2, dim)
     seqlens = torch.tensor([2, 6], dtype=torch.int32, device=device)
-    cache, results = draw(2, 24, 2, 16), []
+    cache, results = draw(2, 24, 2, dim), []
     compiled = torch.compile(flash_attn_with_kvcache, backend="aot_eager", fullgraph=True)
     for call in (flash_attn_with_kvcache, compiled):
         caches = cache.clone(), cache.flip(0)
         with torch.no_grad():
             options = {"cache_seqlens": seqlens, "causal": True, "return_softmax_lse": True}
-            results.append(call(q, *caches, k, v, **options))
+            if dim == 20:
+                options |= {"cache_leftpad": seqlens - 1, "rotary_interleaved": False}
+                cos, sin = table_of(24, 8, device)
+                options |= {"rotary_cos": cos, "rotary_sin": sin}
+            results.append((*call(q, *caches, k, v, **options), *caches))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
+@pytest.mark.covering(1)
 @KINDS
-def test_what_finds_no_room_is_not_written(kind, draw, device):
-    rows = [(torch.ones(ROOM, HEADS_K, DIM),) * 2] * BATCH
+@pytest.mark.parametrize("dim", (DIM, 7))
+def test_what_finds_no_room_is_not_written(kind, dim, draw, device):
+    rows = [(torch.ones(ROOM, HEADS_K, dim),) * 2] * BATCH
     k_cache, v_cache, arguments, where = laid_out(kind, rows, [ROOM] * BATCH, device)
     k_before, v_before = k_cache.clone(), v_cache.clone()
-    new = draw(BATCH, 2, HEADS_K, DIM)
+    new = draw(BATCH, 2, HEADS_K, dim)
     seqlens = torch.tensor([ROOM - 1, ROOM, ROOM + 7], dtype=torch.int32, device=device)
-    q = draw(BATCH, 1, HEADS, DIM)
+    q = draw(BATCH, 1, HEADS, dim)
     out = flash_attn_with_kvcache(q, k_cache, v_cache, new, new, cache_seqlens=seqlens, **arguments)
     at = place(kind, where, 0, ROOM - 1)
     assert v_cache[at].equal(new[0, 0])
@@ -302,17 +190,23 @@ def test_what_finds_no_room_is_not_written(kind, draw, device):
     assert out.isfinite().all()
 
 
-def test_a_row_that_there_is_not_is_empty(draw, device):
-    q, k, v = draw(3, 1, 4, 16), draw(2, 8, 2, 16), draw(2, 8, 2, 16)
+@pytest.mark.parametrize("dim", (16, 7))
+def test_a_row_that_there_is_not_is_empty(dim, draw, device):
+    q, k, v = draw(3, 1, 4, dim), draw(2, 8, 2, dim), draw(2, 8, 2, dim)
     index = torch.tensor([1, 2, -1], dtype=torch.int32, device=device)
     before = k.clone()
-    new = draw(3, 1, 2, 16)
+    new = draw(3, 1, 2, dim)
     out, lse = flash_attn_with_kvcache(
         q, k, v, new, new, cache_seqlens=3, cache_batch_idx=index, return_softmax_lse=True
     )
     assert (out[1:] == 0).all() and (lse[1:] == -math.inf).all() and (out[0] != 0).any()
+    assert k[1, 3].equal(new[0, 0])
     before[1, 3] = k[1, 3]
     assert before.equal(k)
+    flash_attn_with_kvcache(
+        q[1:], k, v, new[1:], new[1:], cache_seqlens=3, cache_batch_idx=index[1:]
+    )
+    assert before.equal(k)  # no token has an entry
 
 
 def test_strided_tensors(draw, device):
@@ -353,9 +247,18 @@ def test_compiled_and_eager_have_the_same_bits(draw, device):
 BAD = {
     "softcap": ({"softcap": -1.0}, ValueError, r"softcap: expected .* got -1\.0"),
     "slopes": ({"alibi_slopes": torch.ones(3)}, ValueError, r"alibi_slopes: expected shape \[4\]"),
-    "many queries and leftpad": (
-        {"q": (2, 17, 4, 16), "causal": True, "cache_leftpad": torch.zeros(2).int()},
-        NotImplementedError, "cache_leftpad: expected None with more than 16 queries",
+    "wide heads": (
+        {name: (2, 8, 4 if name == "q" else 2, 257) for name in ("q", "k_cache", "v_cache")},
+        NotImplementedError, "q: expected a head_dim of 1 up to 256; got 257",
+    ),
+    "features apart": (
+        {"v_cache": torch.zeros(2, 8, 16, 2).mT}, ValueError,
+        "v_cache: expected contiguous features; got strides",
+    ),
+    "empty pages": (
+        {"k_cache": (2, 0, 2, 16), "v_cache": (2, 0, 2, 16),
+         "block_table": torch.zeros(2, 1).int()}, ValueError,
+        "k_cache: expected a page_size of at least 1; got 0",
     ),
     "many queries, slopes": (
         {"q": (2, 17, 4, 16), "alibi_slopes": torch.ones(3)}, ValueError,
@@ -384,10 +287,6 @@ BAD = {
     "wide rotary": (
         {"rotary_cos": (9, 9), "rotary_sin": (9, 9)}, ValueError,
         "rotary_cos: expected a rotary_dim of at most headdim, 16; got 18",
-    ),
-    "halves": (
-        {"rotary_cos": (9, 4), "rotary_sin": (9, 4), "rotary_interleaved": False},
-        NotImplementedError, "rotary_cos: expected a rotary_dim of headdim, 16, without",
     ),
     "index and pages": (
         {"cache_batch_idx": torch.zeros(2).int(), "block_table": torch.zeros(2, 1).int()},
@@ -441,23 +340,58 @@ def test_lengths_beyond_the_cache_count_as_its_end(draw, device):
                 assert torch.equal(out, full)
 
 
-def test_entries_that_share_memory_are_not_written_to(draw, device):
-    cache = draw(1, 8, 2, 16)
-    new = draw(2, 1, 2, 16)
+@pytest.mark.parametrize("dim", (16, 7))
+def test_entries_that_share_memory_are_not_written_to(dim, draw, device):
+    cache = draw(1, 8, 2, dim)
+    new = draw(2, 1, 2, dim)
     shared = cache.expand(2, -1, -1, -1)
     before = cache.clone()
     message = r"^k_cache: expected entries that share no memory; got strides \(0, "
     with pytest.raises(ValueError, match=message):
-        flash_attn_with_kvcache(draw(2, 1, 4, 16), shared, shared, new, new, cache_seqlens=3)
+        flash_attn_with_kvcache(draw(2, 1, 4, dim), shared, shared, new, new, cache_seqlens=3)
     assert cache.equal(before)
+    q, index = draw(2, 1, 4, dim), torch.tensor([1, -1], dtype=torch.int32, device=device)
+    out = flash_attn_with_kvcache(q, shared, shared, cache_batch_idx=index)
+    plain = [shared.clone() for _ in "kv"]
+    assert torch.equal(out, flash_attn_with_kvcache(q, *plain, cache_batch_idx=index))
+    assert (out[1] == 0).all() and (out[0] != 0).any()
 
 
-def test_an_index_into_caches_that_are_no_pages(draw, device):
-    wide, other = draw(2, 9, 2, 16)[:, :8], draw(2, 8, 2, 16)
-    index = torch.tensor([1, 0], dtype=torch.int32, device=device)
-    message = r"^k_cache: expected sequences one after another in memory"
-    with pytest.raises(NotImplementedError, match=message):
-        flash_attn_with_kvcache(draw(2, 1, 4, 16), wide, other, cache_batch_idx=index)
+def laid_apart(layout, draw):
+    """(k_cache, v_cache) `[4, 12, 2, 16]` in some layout of memory."""
+    if layout == "in one tensor":
+        return draw(4, 2, 12, 2, 16).unbind(1)
+    if layout == "heads first":
+        return draw(4, 2, 12, 16).transpose(1, 2), draw(4, 2, 12, 16).transpose(1, 2)
+    if layout == "sequences in the middle":
+        return draw(12, 4, 2, 16).transpose(0, 1), draw(12, 4, 2, 16).transpose(0, 1)
+    if layout == "gaps":
+        return draw(4, 14, 2, 16)[:, :12], draw(4, 14, 2, 16)[:, :12]
+    return draw(4, 13, 2, 16)[:, :12], draw(4, 12, 2, 16)  # "unlike": no pages for both
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize(
+    "layout", ("in one tensor", "heads first", "sequences in the middle", "gaps", "unlike")
+)
+@pytest.mark.parametrize("pages", (False, True))
+def test_layouts_of_caches(layout, pages, draw, device):
+    """Rows of 12 entries are no pages of a power of two."""
+    caches = laid_apart(layout, draw)
+    plain = [cache.contiguous() for cache in caches]
+    rows = torch.tensor([[3, 0], [1, 2]], dtype=torch.int32, device=device)
+    options = {"block_table": rows} if pages else {"cache_batch_idx": rows[:, 0]}
+    new = draw(2, 2, 2, 16)
+    lengths = torch.tensor([7, 9], dtype=torch.int32, device=device)
+    options |= {"cache_seqlens": lengths, "causal": True}
+    for q, leftpad in ((draw(2, 1, 4, 16), None), (draw(2, 18, 4, 16), lengths - 5)):
+        results = [
+            flash_attn_with_kvcache(q, *some, new, new, cache_leftpad=leftpad, **options)
+            for some in (caches, plain)
+        ]
+        assert torch.equal(*results)
+    assert all(cache.equal(one) for cache, one in zip(caches, plain, strict=True))
+    assert plain[1][3, 7].equal(new[0, 0])
 
 
 def test_every_argument_is_told_of():

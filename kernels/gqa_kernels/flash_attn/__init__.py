@@ -18,25 +18,34 @@ of `prefill_attention` in `ops/cache`. In every function:
 
 Differences to flash-attn: float32 tensors and int64 bounds are accepted; softmax_lse is
 differentiable, and −inf, not +inf, for a query that sees no key; max_seqlen is not used, since the
-kernels read the bounds on the device; rows after the last sequence give 0; headdim is a multiple of
-8 up to 256, never padded.
+kernels read the bounds on the device; rows after the last sequence give 0.
+
+headdim is any size up to 256. Where it is no multiple of 8, each call copies q, k and v to new
+tensors with zeros after their features, as in flash-attn, and out is a view of the first features;
+results and gradients are those of the given tensors. Keys in pages are not copied: the kernel reads
+their features one by one, which is slow.
 
 Raises, in every function:
     TypeError, ValueError: an argument of another kind, dtype, shape or device; a negative softcap.
         Errors about a part of a packed tensor name the part, q, k or v; errors about bounds name
         cu_seqlens_q and cu_seqlens_kv.
-    NotImplementedError: a dropout_p other than 0.0, another headdim, alibi_slopes that require a
-        gradient, an input that requires a gradient with a block_table.
+    NotImplementedError: a dropout_p other than 0.0, a headdim above 256, alibi_slopes that require
+        a gradient, an input that requires a gradient with a block_table.
     RuntimeError: tensors that are not on a GPU that Triton drives.
 
 Source: Dao 2023, arXiv:2307.08691; github.com/Dao-AILab/flash-attention v2.8.3,
 `flash_attn/flash_attn_interface.py`.
 """
 
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from gqa_kernels.flash_attn.kvcache import flash_attn_with_kvcache
+from gqa_kernels.flash_attn.pages import addressed
 from gqa_kernels.ops import attention
 from gqa_kernels.ops.cache.prefill import prefill_attention
 from gqa_kernels.runtime import checks
@@ -100,6 +109,25 @@ def _result(result: Tensor | tuple[Tensor, Tensor]) -> _Result:
     return result
 
 
+def _attend(
+    attend: Callable, q: Tensor, k: Tensor, v: Tensor, *bounds: Tensor, **options: object
+) -> _Result:
+    """Calls `attend`, which takes a headdim that is a multiple of 8, with any headdim."""
+    headdim = q.shape[-1] if isinstance(q, Tensor) and q.dim() else 0
+    if headdim % 8 == 0 or headdim > 256:
+        return _result(attend(q, k, v, *bounds, **options))
+    if not is_compiling():  # before their headdims become others
+        for name, x in (("k", k), ("v", v)):
+            checks.tensor(name, x, shape=(*["*"] * (q.dim() - 1), headdim), like=("q", q))
+    q, k, v = (F.pad(x, (0, -headdim % 8)) for x in (q, k, v))
+    options["softmax_scale"] = checks.softmax_scale(options["softmax_scale"], headdim)
+    result = attend(q, k, v, *bounds, **options)
+    if isinstance(result, tuple):
+        out, softmax_lse = result
+        return _result((out[..., :headdim], softmax_lse))
+    return result[..., :headdim]
+
+
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -127,7 +155,7 @@ def flash_attn_func(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         deterministic, return_attn_probs,
     )  # fmt: skip
-    return _result(attention.flash_attention(q, k, v, **options))
+    return _attend(attention.flash_attention, q, k, v, **options)
 
 
 def flash_attn_kvpacked_func(
@@ -201,7 +229,8 @@ def flash_attn_varlen_func(
     Args:
         q: (total_q, nheads, headdim).
         k, v: (total_k, nheads_k, headdim); with a block_table (num_pages, page_size, nheads_k,
-            headdim), page_size any power of two.
+            headdim), any page_size; pages of no power of two are read in parts, without a copy
+            where `flash_attn_with_kvcache` makes none.
         cu_seqlens_q, cu_seqlens_k: int32 or int64 (batch + 1,): sequence b has the rows from
             cu_seqlens[b] up to cu_seqlens[b + 1]; with a block_table, only the difference of two
             bounds of keys counts, the number of keys of the sequence.
@@ -218,17 +247,24 @@ def flash_attn_varlen_func(
         deterministic, return_attn_probs,
     )  # fmt: skip
     if block_table is None:
-        packed = (q, k, v, cu_seqlens_q, cu_seqlens_k)
-        return _result(attention.flash_attention_varlen(*packed, **options))
+        bounds = cu_seqlens_q, cu_seqlens_k
+        return _attend(attention.flash_attention_varlen, q, k, v, *bounds, **options)
     if not is_compiling():  # checks are not traced
-        _check_pages(q, k, v, cu_seqlens_q, cu_seqlens_k)
-    seqlens_k = cu_seqlens_k.diff()
-    pages = {"block_table": block_table}
-    return _result(prefill_attention(q, k, v, cu_seqlens_q, seqlens_k, **pages, **options))
+        _check_pages(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table)
+    page_size = k.shape[1]
+    if page_size & (page_size - 1):
+        k, v, block_table = addressed(k, v, block_table)
+    lengths = cu_seqlens_q, cu_seqlens_k.diff()
+    return _result(prefill_attention(q, k, v, *lengths, block_table=block_table, **options))
 
 
 def _check_pages(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    block_table: Tensor,
 ) -> None:
     """Checks what `prefill_attention` would report under another name, and that k has q's dtype."""
     like = ("q", q)
@@ -241,6 +277,8 @@ def _check_pages(
     checks.tensor("v", v, shape=tuple(k.shape), like=like)
     for name, pages in (("k", k), ("v", v)):
         checks.same_dtype(name, pages, *like)
+    table = (cu_seqlens_q.shape[0] - 1, "max_pages")
+    checks.tensor("block_table", block_table, dtypes=(torch.int32,), shape=table, like=like)
 
 
 def flash_attn_varlen_kvpacked_func(

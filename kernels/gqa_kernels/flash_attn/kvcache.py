@@ -1,21 +1,19 @@
 """flash-attn 2.8's `flash_attn_with_kvcache` on `rope_append_kv`, `decode_attention` and, for more
 queries than that takes, `prefill_attention`.
 
-Lengths and slots, which depend on values, are computed on the device.
+Lengths and slots, which depend on values, are computed on the device. `append.py` writes the new
+tokens; `pages.py` lays a table over caches that the kernels cannot address as they are.
 Source: github.com/Dao-AILab/flash-attention v2.8.3, `flash_attn/flash_attn_interface.py`.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from gqa_kernels.flash_attn.append import append
+from gqa_kernels.flash_attn.pages import addressed
 from gqa_kernels.ops.cache import decode, prefill
-from gqa_kernels.ops.cache.append import rope_append_kv
-from gqa_kernels.ops.rope import apply_rope
 from gqa_kernels.runtime import checks, layout, library
-
-_MOST_PER_PAGE = 256  # the largest page when a contiguous cache is read as pages
 
 
 def flash_attn_with_kvcache(
@@ -46,9 +44,10 @@ def flash_attn_with_kvcache(
     counts the new entries too.
 
     Args:
-        q: float32, float16 or bfloat16 (batch, seqlen_q, nheads, headdim), seqlen_q ≥ 1.
+        q: float32, float16 or bfloat16 (batch, seqlen_q, nheads, headdim), seqlen_q ≥ 1, headdim up
+            to 256.
         k_cache, v_cache: the same dtype, (batch_cache, seqlen_cache, nheads_k, headdim), or with a
-            block_table (num_pages, page_size, nheads_k, headdim), page_size any power of two.
+            block_table (num_pages, page_size, nheads_k, headdim); contiguous features.
         k, v: (batch, seqlen_new, nheads_k, headdim), or None: nothing is appended.
         rotary_cos, rotary_sin: (seqlen_ro, rotary_dim / 2): k is rotated by the angles of its
             entries; q by those of entries cache_seqlens + i if attention is causal or has a window,
@@ -64,7 +63,8 @@ def flash_attn_with_kvcache(
             −1, does not limit a side.
         softcap: scores become softcap · tanh(score / softcap); 0.0: they stay as they are.
         alibi_slopes: float32 (nheads,) or (batch, nheads): scores become score − slope · |p − j|.
-        rotary_interleaved: pairs are (2i, 2i + 1); otherwise (i, i + headdim / 2).
+        rotary_interleaved: pairs are (2i, 2i + 1); otherwise (i, i + rotary_dim / 2). Features from
+            rotary_dim on are not rotated.
         num_splits: no effect. The split of a sequence depends on its length alone, so its result
             has the same bits in any batch.
         return_softmax_lse: return (out, softmax_lse).
@@ -72,17 +72,27 @@ def flash_attn_with_kvcache(
         out (batch, seqlen_q, nheads, headdim), or (out, softmax_lse), softmax_lse float32 (batch,
         nheads, seqlen_q). For a query that sees no entry, out is 0 and softmax_lse is −inf.
 
-    Differences to flash-attn: float32 is accepted, and so is a block_table with a cache_leftpad; an
-    entry beyond the cache is not written; an index outside the cache in cache_batch_idx or
-    block_table stands for an empty sequence or page; where k is not rotated, an infinite feature
-    makes its pair NaN.
+    Slow, but without a copy of the cache:
+        a headdim that is no multiple of 8: the kernels read features one by one, and PyTorch writes
+            the new tokens. (flash-attn pads and copies both caches in every call, and copies them
+            back.)
+        a cache_leftpad with more than 16 queries that are causal, have a window or alibi_slopes:
+            the kernel finds each entry by a table, int32 (batch, seqlen_cache), which the call
+            makes.
+        a page_size that is no power of two, for the same reason: pages are read in parts, whose
+            size is the largest power of two that divides page_size.
+    In the last two cases and with a cache_batch_idx, the call copies both caches if their sequences
+    or pages are no whole number of entries apart in memory, or not the same number in both.
+
+    Differences to flash-attn: float32 is accepted, and so are pages of any size, any even
+    rotary_dim and a block_table with a cache_leftpad; an entry beyond the cache is not written; an
+    index outside the cache in cache_batch_idx or block_table stands for an empty sequence or page;
+    where k is not rotated, an infinite feature makes its pair NaN.
     Raises:
         TypeError, ValueError: an argument of another kind, dtype, shape or device. Nothing has been
             written.
-        NotImplementedError: a cache_leftpad with more than 16 queries that are causal, have a
-            window or alibi_slopes; a rotary_dim below headdim without rotary_interleaved; a
-            cache_batch_idx with a block_table, or with caches whose sequences are not one after
-            another in memory; an input that requires a gradient.
+        NotImplementedError: a headdim above 256; a cache_batch_idx with a block_table, which
+            flash-attn refuses too; an input that requires a gradient.
         RuntimeError: tensors that are not on a GPU that Triton drives.
     """
     left, right = checks.window_size(window_size)
@@ -93,43 +103,41 @@ def flash_attn_with_kvcache(
     rotary_interleaved = checks.switch("rotary_interleaved", rotary_interleaved)
     new, rotary = (k, v), (rotary_cos, rotary_sin)
     tensors = (q, k_cache, v_cache, *new, *rotary, cache_batch_idx, cache_leftpad, block_table)
-    if not is_compiling():  # checks are not traced
+    if not is_compiling():  # before anything is written; checks are not traced
         if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
             cache_seqlens = checks.whole("cache_seqlens", cache_seqlens)
-        _check(*tensors, cache_seqlens, rotary_interleaved)
+        _check(*tensors, cache_seqlens)
+        checks.softcap(softcap, checks.softmax_scale(softmax_scale, q.shape[3]))
+        checks.head_terms(None, alibi_slopes, q.shape[0], q.shape[2], like=("q", q))
+        if library.needs_graph(q, k_cache, v_cache, k, v):
+            decode.refuse_gradient()
     causal = causal or q.shape[1] == 1  # the mask hides nothing from a single query
     # Queries that see the same keys with the same scores are packed into one.
     packs = not causal and left is right is alibi_slopes is None
-    # Whether each query is rotated by its own entry.
-    turns = causal or left is not None or right is not None
+    many = not packs and q.shape[1] > decode.MAX_NEW_TOKENS
 
-    if cache_batch_idx is not None:
-        k_cache, v_cache, block_table = _as_pages(k_cache, v_cache, cache_batch_idx)
-    capacity = layout.cache_capacity(k_cache, block_table)
-    before = _lengths(cache_seqlens, capacity, q)
-    seq_lens = before if k is None else (before + k.shape[1]).clamp(max=capacity)
-    num_rows = 1 if packs else q.shape[1]
-    ranges = _key_ranges(seq_lens, num_rows, cache_leftpad, capacity)
-    many = num_rows > decode.MAX_NEW_TOKENS
-    if many and ranges is not None:
-        raise NotImplementedError(
-            f"cache_leftpad: expected None with more than {decode.MAX_NEW_TOKENS} queries that are "
-            f"causal, have a window or alibi_slopes; got {num_rows}"
-        )
-    if not is_compiling():  # before anything is written
-        scores = (softmax_scale, left, 0 if causal else right, softcap, None, alibi_slopes)
-        if many:
-            attended = (k_cache, v_cache, _bounds(q), seq_lens, block_table, None, None)
-            prefill.check(q.flatten(0, 1), *attended, *scores)
-        else:
-            attended = (k_cache, v_cache, seq_lens, block_table, None, None, ranges, None)
-            decode.check(q[:, :num_rows], *attended, *scores)
-        if library.needs_graph(q, k_cache, v_cache, k, v):
-            decode.refuse_gradient()
+    # Rows of a cache hold pages, or all entries of a sequence.
+    rows = block_table if cache_batch_idx is None else cache_batch_idx[:, None]
+    capacity = layout.cache_capacity(k_cache, rows)
+    seq_lens = before = _lengths(cache_seqlens, capacity, q)
     if k is not None:
-        q = _append(
-            q, k, v, k_cache, v_cache, *rotary, before, block_table, turns, rotary_interleaved
-        )
+        # Whether each query is rotated by its own entry.
+        turns = causal or left is not None or right is not None
+        q = append(q, k, v, k_cache, v_cache, *rotary, before, rows, turns, rotary_interleaved)
+        seq_lens = (before + k.shape[1]).clamp(max=capacity)
+
+    first = None if cache_leftpad is None else cache_leftpad.long().clamp(0, capacity)
+    ranges = moved = None
+    if first is not None:
+        if many:  # `prefill_attention` takes no ranges: the sequences begin later instead
+            moved, seq_lens = first, (seq_lens - first).clamp(min=0)
+        else:
+            ranges = _key_ranges(first, 1 if packs else q.shape[1], capacity)
+    size = k_cache.shape[1]
+    if cache_batch_idx is not None or moved is not None or (rows is not None and size & (size - 1)):
+        if rows is None:
+            rows = torch.arange(q.shape[0], device=q.device)[:, None]
+        k_cache, v_cache, block_table = addressed(k_cache, v_cache, rows, first=moved)
     options = {
         "block_table": block_table,
         "causal": causal,
@@ -178,9 +186,8 @@ def _check(
     cache_leftpad: Tensor | None,
     block_table: Tensor | None,
     cache_seqlens: int | Tensor | None,
-    rotary_interleaved: bool,
 ) -> None:
-    """Checks what the ops do not check, or would report under another name."""
+    """Checks the tensors, and cache_seqlens."""
     like = ("q", q)
     checks.tensor("q", q, shape=("batch", "seqlen_q", "nheads", "headdim"))
     batch, _, _, headdim = q.shape
@@ -193,7 +200,14 @@ def _check(
     checks.tensor("v_cache", v_cache, shape=k_cache.shape, like=like)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         checks.same_dtype(name, cache, *like)
-    checks.attention_heads(q.shape[2], k_cache.shape[2], headdim)
+        if cache.stride(-1) != 1:
+            raise ValueError(f"{name}: expected contiguous features; got strides {cache.stride()}")
+    checks.attention_heads(q.shape[2], k_cache.shape[2], headdim, multiple=1)
+    if block_table is not None:
+        ints = {"dtypes": (torch.int32,), "like": like}
+        checks.tensor("block_table", block_table, shape=(batch, "max_pages"), **ints)
+        if k_cache.shape[1] == 0:
+            raise ValueError("k_cache: expected a page_size of at least 1; got 0")
     if q.shape[1] == 0:
         raise ValueError("q: expected at least one query; got none")
     for name, x in (("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):
@@ -224,38 +238,6 @@ def _check(
             raise ValueError(
                 f"rotary_cos: expected a rotary_dim of at most headdim, {headdim}; got {rotary_dim}"
             )
-        if rotary_dim < headdim and not rotary_interleaved:
-            raise NotImplementedError(
-                f"rotary_cos: expected a rotary_dim of headdim, {headdim}, without "
-                f"rotary_interleaved; got {rotary_dim}"
-            )
-
-
-def _as_pages(
-    k_cache: Tensor, v_cache: Tensor, cache_batch_idx: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns contiguous caches as pages, and a block table for the rows of cache_batch_idx; the
-    caches are not copied."""
-    batch_cache, seqlen = k_cache.shape[:2]
-    page_size = min(seqlen & -seqlen, _MOST_PER_PAGE) or 1
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if batch_cache > 1 and cache.stride(0) != seqlen * cache.stride(1):
-            raise NotImplementedError(
-                f"{name}: expected sequences one after another in memory with cache_batch_idx; "
-                f"got strides {cache.stride()}"
-            )
-    pages_each = seqlen // page_size
-    pages = [
-        cache.as_strided(
-            (batch_cache * pages_each, page_size, *cache.shape[2:]),
-            (page_size * cache.stride(1), *cache.stride()[1:]),
-        )
-        for cache in (k_cache, v_cache)
-    ]
-    first = cache_batch_idx.long()[:, None] * pages_each
-    there = (cache_batch_idx >= 0) & (cache_batch_idx < batch_cache)
-    table = first + torch.arange(pages_each, device=k_cache.device)
-    return *pages, torch.where(there[:, None], table, -1).int()
 
 
 def _lengths(cache_seqlens: int | Tensor | None, capacity: int, q: Tensor) -> Tensor:
@@ -266,63 +248,10 @@ def _lengths(cache_seqlens: int | Tensor | None, capacity: int, q: Tensor) -> Te
     return torch.full((q.shape[0],), length, dtype=torch.int64, device=q.device)
 
 
-def _key_ranges(
-    seq_lens: Tensor, seqlen_q: int, cache_leftpad: Tensor | None, capacity: int
-) -> Tensor | None:
-    """(first, end) of the entries that each query may see in padded rows; None without padding."""
-    if cache_leftpad is None:
-        return None
-    first = cache_leftpad.long().clamp(0, capacity)[:, None].expand(-1, seqlen_q)
+def _key_ranges(first: Tensor, seqlen_q: int, capacity: int) -> Tensor:
+    """(first, end) of the entries that each query may see, int32 (batch, seqlen_q, 2)."""
+    first = first[:, None].expand(-1, seqlen_q)
     return torch.stack([first, torch.full_like(first, capacity)], -1).int()
-
-
-def _append(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    before: Tensor,
-    block_table: Tensor | None,
-    turns: bool,
-    interleaved: bool,
-) -> Tensor:
-    """Writes k and v to their entries; returns q rotated."""
-    half = q.shape[3] // 2
-    entries = before[:, None] + torch.arange(k.shape[1], device=q.device)
-    slots = _slots(entries, k_cache, block_table)
-    if cos is None:  # rotates by 0
-        cos, sin = q.new_ones(1, half, dtype=torch.float32), q.new_zeros(1, half).float()
-        rope_append_kv(k, k, v, k_cache, v_cache, cos, sin, torch.zeros_like(entries), slots)
-        return q
-    rest = half - cos.shape[1]  # pairs that are not rotated
-    cos, sin = F.pad(cos.float(), (0, rest), value=1.0), F.pad(sin.float(), (0, rest))
-    options = {"interleaved": interleaved}
-    if turns and q.shape[1] == k.shape[1]:
-        written = (k_cache, v_cache, cos, sin, entries, slots)
-        return rope_append_kv(q, k, v, *written, **options)[0]
-    rope_append_kv(k, k, v, k_cache, v_cache, cos, sin, entries, slots, **options)
-    steps = torch.arange(q.shape[1], device=q.device) * turns
-    positions = before[:, None] + steps
-    return apply_rope(q, q[:, :, : k.shape[2]], cos, sin, positions, **options)[0]
-
-
-def _slots(entries: Tensor, cache: Tensor, block_table: Tensor | None) -> Tensor:
-    """Slots: indices into the first two dimensions of a cache, flattened; −1 for an entry beyond
-    its capacity."""
-    if block_table is None:
-        rows = torch.arange(len(entries), device=entries.device)[:, None]
-        slots, capacity = rows * cache.shape[1] + entries, cache.shape[1]
-    else:
-        page_size, max_pages = cache.shape[1], block_table.shape[1]
-        capacity = page_size * max_pages
-        if capacity == 0:
-            return torch.full_like(entries, -1)
-        index = (entries // page_size).clamp(0, max_pages - 1)
-        slots = block_table.long().gather(1, index) * page_size + entries % page_size
-    return torch.where((entries >= 0) & (entries < capacity), slots, -1)
 
 
 def _pack(q: Tensor, nheads_k: int) -> Tensor:
