@@ -245,6 +245,63 @@ def test_varlen_attn(window, ours, draw, device):
         assert torch.equal(into, out)
 
 
+@pytest.mark.parametrize("window", ((-1, 0), (4, 2)))
+@pytest.mark.parametrize("page_size", (None, 4, 6))
+def test_varlen_attn_over_a_cache(page_size, window, ours, draw, device):
+    """Keys in pages, and packed keys of which only the first count; NaN where no key is."""
+    bounds_q = torch.tensor([0, 5, 5, 24], device=device, dtype=torch.int32)
+    used, room = torch.tensor([7, 3, 21], device=device, dtype=torch.int32), 24
+    rows = [draw(room, 2, 16, dtype=torch.bfloat16).detach() for _ in "kv" for _ in used]
+    for row, count in zip(rows, used.tolist() * 2, strict=True):
+        row[count:] = torch.nan
+    own = torch.tensor([10, room, room], device=device, dtype=torch.int32)
+    if page_size is None:
+        rows = [row[:length] for row, length in zip(rows, own.tolist() * 2, strict=True)]
+        k, v = torch.cat(rows[:3]), torch.cat(rows[3:])
+        options, bounds_k = {}, torch.cat([own.new_zeros(1), own.cumsum(0, dtype=torch.int32)])
+    else:
+        pages, order = room // page_size, torch.randperm(3 * room // page_size)
+        k, v = (torch.cat(x).view(-1, page_size, 2, 16)[order] for x in (rows[:3], rows[3:]))
+        table = order.argsort().view(3, pages).int()
+        options, bounds_k = {"block_table": table.to(device)}, None
+    options |= {"seqused_k": used, "window_size": window, "enable_gqa": True}
+    counts = used.tolist()
+    keys, values = (
+        torch.cat([row[:count] for row, count in zip(x, counts, strict=True)])
+        for x in (rows[:3], rows[3:])
+    )
+    ends = torch.cat([used.new_zeros(1), used.cumsum(0)])
+
+    def function(q, keys, values):
+        aux = varlen.AuxRequest(lse=True)
+        return varlen.varlen_attn(q, k, v, bounds_q, bounds_k, 19, room, return_aux=aux, **options)
+
+    def eager(q, keys, values):
+        sides = tuple(None if side < 0 else side for side in window)
+        return reference.flash_attention_varlen(
+            q, keys, values, bounds_q, ends, window=sides, return_lse=True
+        )
+
+    inputs = {"q": draw(24, 4, 16, dtype=torch.bfloat16).detach(), "keys": keys, "values": values}
+    assert_call(function, eager, inputs)
+    if page_size is None:  # no sequence has keys of the next one
+        k.nan_to_num_(1.0), v.nan_to_num_(2.0)
+        options["seqused_k"] = own
+        whole = function(**inputs)
+        options["seqused_k"] = own + 9
+        assert all(map(torch.equal, function(**inputs), whole))
+    with pytest.raises(RuntimeError, match="seqused_k is an inference-only parameter"):
+        function(inputs["q"].requires_grad_(), None, None)
+
+
+def test_a_cache_of_unknown_lengths(ours, draw, device):
+    q, k = draw(3, 4, 16).detach(), draw(2, 4, 4, 16).detach()
+    bounds = torch.tensor([0, 3], device=device, dtype=torch.int32)
+    table = torch.zeros(1, 2, device=device, dtype=torch.int32)
+    with pytest.raises(ValueError, match="seqused_k: expected a tensor with block_table"):
+        varlen.varlen_attn(q, k, k, bounds, None, 3, 8, block_table=table)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     (
@@ -261,9 +318,7 @@ def test_what_is_not_supported_says_so(options, message, ours, draw):
 @pytest.mark.parametrize(
     ("options", "message"),
     (
-        ({"seqused_k": torch.ones(3, dtype=torch.int32)}, "seqused_k: expected None; got a tensor"),
         ({"alibi_slopes": torch.ones(4)}, "alibi_slopes: expected None; got a tensor"),
-        ({"block_table": torch.ones(3, 1, dtype=torch.int32)}, "block_table: expected None"),
         ({"num_splits": 2}, "num_splits: expected None; got 2"),
     ),
 )

@@ -17,7 +17,8 @@ PyTorch still chooses which calls it gives to flash attention: float16 and bfloa
 GPU, head_dim up to 256, no mask, equal lengths if `is_causal`, and no other kernel preferred (see
 `torch.nn.attention.sdpa_kernel`). Other calls, such as those with a mask or in float32, do not
 reach this module. Calls that reach it and are not supported raise: dropout, the debug mask, and
-varlen_attn's options seqused_k, block_table and num_splits above 1.
+varlen_attn's num_splits above 1. varlen_attn's seqused_k and block_table run on
+`prefill_attention`, which reads keys in pages of any size where they are.
 
 This has not been tried on a GPU. The tests run the same functions registered for CPU tensors, so
 they cover dispatch, autograd and compilation but not PyTorch's choice.
@@ -31,7 +32,10 @@ import torch
 from torch import Tensor
 from torch.nn import attention as torch_attention
 
+from gqa_kernels.flash_attn.pages import addressed
 from gqa_kernels.ops import attention
+from gqa_kernels.ops.cache.prefill import prefill_attention
+from gqa_kernels.runtime import checks
 
 __all__ = ["NAME", "activated", "register"]
 
@@ -167,16 +171,19 @@ def _flash_attention_forward(
     `[total, num_heads, head_dim]`."""
     _refuse("dropout_p", dropout_p, 0.0)
     _refuse("return_debug_mask", return_debug_mask, False)
-    _refuse("seqused_k", seqused_k, None)
     _refuse("alibi_slopes", alibi_slopes, None)  # aten's backward function does not take them
-    _refuse("block_table", block_table, None)
     _refuse("num_splits", num_splits, None, 0, 1)  # this kernel has no split-KV
-    call = _call(
-        query, key, value, cum_seq_q, cum_seq_k,
-        is_causal, scale, window_size_left, window_size_right,
-    )  # fmt: skip
-    # aten records its own backward function; whether it will is not visible here.
-    out, lse, residue = attention.outputs(call, need_residue=torch.is_grad_enabled())
+    sides = window_size_left, window_size_right
+    if seqused_k is not None or block_table is not None:
+        out, lse = _over_a_cache(
+            query, key, value, cum_seq_q, cum_seq_k, max_k, seqused_k, block_table,
+            is_causal, scale, *sides,
+        )  # fmt: skip
+        residue = None
+    else:
+        call = _call(query, key, value, cum_seq_q, cum_seq_k, is_causal, scale, *sides)
+        # aten records its own backward function; whether it will is not visible here.
+        out, lse, residue = attention.outputs(call, need_residue=torch.is_grad_enabled())
     # Without dropout, aten reads neither; it saves the second for backward.
     rng_state = torch.empty(2, dtype=torch.uint64, device=query.device)
     unused = torch.empty((), dtype=torch.uint64, device=query.device)
@@ -224,6 +231,51 @@ def _flash_attention_backward(
         need_dq=True, need_dkdv=True, need_dsinks=False,
     )  # fmt: skip
     return tuple(map(_strided_like, (query, key, value), grads))
+
+
+def _over_a_cache(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cum_seq_q: Tensor,
+    cum_seq_k: Tensor | None,
+    max_k: int,
+    seqused_k: Tensor | None,
+    block_table: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    window_size_left: int | None,
+    window_size_right: int | None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) over the first seqused_k keys of each sequence: of its pages, or of its rows of
+    packed keys. Nothing is copied."""
+    if seqused_k is None:
+        raise ValueError("seqused_k: expected a tensor with block_table; got None")
+    checks.tensor(
+        "seqused_k", seqused_k, dtypes=checks.INTS, shape=("batch",), like=("query", query)
+    )
+    if block_table is None:  # a page for each key
+        ints = {"dtypes": checks.INTS, "like": ("query", query)}
+        checks.tensor("cum_seq_k", cum_seq_k, shape=("batch + 1",), **ints)
+        key, value = key[:, None], value[:, None]
+        bounds = cum_seq_k.long()
+        seqused_k = torch.minimum(seqused_k, bounds.diff())
+        block_table = bounds[:-1, None] + torch.arange(max_k, device=key.device)
+        block_table = block_table.int()
+    elif key.shape[1] & (key.shape[1] - 1):
+        key, value, block_table = addressed(key, value, block_table)
+    return prefill_attention(
+        query,
+        key,
+        value,
+        cum_seq_q,
+        seqused_k,
+        block_table=block_table,
+        causal=is_causal,
+        softmax_scale=scale,
+        window=(_side(window_size_left), _side(window_size_right)),
+        return_lse=True,
+    )
 
 
 def _call(
