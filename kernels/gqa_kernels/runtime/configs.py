@@ -230,6 +230,18 @@ def decode_config(element_size: int, head_dim: int) -> DecodeConfig:
     )
 
 
+# The keys of sequences with at most this many new tokens are split among programs. More tokens have
+# blocks of rows enough to fill a GPU, and partial results would take memory and time.
+PREFILL_SPLIT_TOKENS = 64
+# Programs per SM that share these sequences' splits, of which some find none.
+PREFILL_PROGRAMS_PER_SM = 8
+# A step of the combination processes this many splits of as many queries as give this many
+# features, and this many lse.
+PREFILL_COMBINE_SPLITS = 8
+PREFILL_COMBINE_FEATURES = 1024
+PREFILL_COMBINE_LSE = 16
+
+
 class PrefillConfig(NamedTuple):
     arch: str  # a prefix; "" covers every architecture
     element_size: int  # of the queries
@@ -239,12 +251,15 @@ class PrefillConfig(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+    # A tile of keys takes about a microsecond (a prediction), a launch some more: a split of 2048
+    # keys is neither the longest part of a launch nor too short for its combination.
+    split_keys: int = 2048
 
 
 PREFILL = (
-    # Small tiles, so that tests cross tile borders with few keys.
+    # Small tiles, and splits, so that tests cross their borders with few keys.
     *(
-        PrefillConfig("interpreter", *sizes, 256, block_m=32, block_n=16, num_warps=4, num_stages=2)
+        PrefillConfig("interpreter", *sizes, 256, 32, 16, num_warps=4, num_stages=2, split_keys=32)
         for sizes in ((2, 2), (2, 1), (4, 4), (4, 1))
     ),
     # Compiled: the largest tiles that do not spill with any option. wgmma and tcgen05 need 64 rows.

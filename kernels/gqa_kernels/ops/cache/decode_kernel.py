@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from gqa_kernels.ops.cache.pages import Cached, Pages
+from gqa_kernels.ops.cache.splits import Partials, combine, is_last, publish
 from gqa_kernels.ops.cache.tile import KeyValues, attend_to_tile, load_length
 from gqa_kernels.primitives.scores import Scoring, Visible, load_ranges
 from gqa_kernels.primitives.tiles import LOG2_E, Softmax, empty_softmax, finish_softmax
@@ -51,69 +52,6 @@ def _store_lse(lse_ptr, lse, queries):
     """Stores lse unless lse_ptr is None."""
     if lse_ptr is not None:
         tl.store(lse_ptr + queries.lse_row, lse, mask=queries.exist)
-
-
-@triton.jit
-def _is_last(counter_ptr, num_arrivals):
-    """Counts this program and returns whether it is the last to arrive. The last one sees what the
-    others stored, and clears the counter for the next launch."""
-    # The barrier orders the stores of all threads before the atomic add of the one that counts.
-    tl.debug_barrier()
-    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == num_arrivals - 1
-    if last:
-        tl.store(counter_ptr, 0)
-    return last
-
-
-@triton.jit
-def _combine(
-    partial_ptr,
-    lse_ptr,
-    out_ptr,
-    queries,
-    num_splits,
-    num_slots,
-    HEAD_DIM: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Stores lse = log Σₛ exp(lseₛ) and out = Σₛ exp(lseₛ − lse) · partialₛ of some queries.
-
-    Other programs wrote the splits, so loads bypass the L1 cache, which is not coherent.
-    """
-    BLOCK_R: tl.constexpr = queries.row.shape[0]
-    exist = queries.exist[None, :]
-    slots = queries.row * num_slots  # [BLOCK_R], int64
-    every = tl.arange(0, MAX_SPLITS)[:, None]
-    ptrs = lse_ptr + slots[None, :] + every
-    all_written = (every < num_splits) & exist
-    lses = tl.load(ptrs, mask=all_written, other=-float("inf"), cache_modifier=".cg")
-    largest = tl.max(lses, 0)
-    largest = tl.where(largest == -float("inf"), 0.0, largest)  # no key: −inf − 0 weighs 0
-    total = tl.sum(tl.math.exp2((lses - largest[None, :]) * LOG2_E), 0)
-    seen = tl.where(total == 0.0, 1.0, total)
-    unit = 1.0 / seen  # [BLOCK_R]
-
-    columns = tl.arange(0, BLOCK_D)[None, :]
-    out = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
-    for first in tl.range(0, num_splits, BLOCK_S):
-        splits = first + tl.arange(0, BLOCK_S)[:, None]
-        written = (splits < num_splits) & exist
-        rows = slots[None, :] + splits  # [BLOCK_S, BLOCK_R]
-        lse = tl.load(lse_ptr + rows, mask=written, other=-float("inf"), cache_modifier=".cg")
-        partial = tl.load(
-            partial_ptr + rows[:, :, None] * HEAD_DIM + columns[None],
-            mask=written[:, :, None] & (columns < HEAD_DIM)[None],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        weights = tl.math.exp2((lse - largest[None, :]) * LOG2_E) * unit[None, :]
-        out += tl.sum(weights[:, :, None] * partial, 0)
-    ptrs = out_ptr + queries.row[:, None] * HEAD_DIM + columns
-    out = out.to(out_ptr.dtype.element_ty)
-    tl.store(ptrs, out, mask=queries.exist[:, None] & (columns < HEAD_DIM))
-    return tl.where(total == 0.0, -float("inf"), largest + tl.log(seen))
 
 
 @triton.jit
@@ -225,6 +163,7 @@ def _decode_kernel(
         else:
             k_scale, v_scale = tl.load(k_scale_ptr), tl.load(v_scale_ptr)
     cache = KeyValues(k, v, k_scales, v_scales, k_scale)
+    partials = Partials(partial_ptr, lse_ptr, num_slots)
     table_stride = None
     if block_table_ptr is not None:
         block_table_ptr += batch * block_table_strides[0]
@@ -266,18 +205,19 @@ def _decode_kernel(
             tl.store(ptrs, out.to(out_ptr.dtype.element_ty), mask=q_mask)
             _store_lse(out_lse_ptr, lse, queries)
         else:
-            slot = queries.row * num_slots + split  # [BLOCK_M]
-            tl.store(partial_ptr + slot[:, None] * HEAD_DIM + columns, out, mask=q_mask)
-            tl.store(lse_ptr + slot, lse, mask=queries.exist)
+            publish(partials, queries.row, split, out, lse, queries.exist, HEAD_DIM)
 
     if num_splits > 1:
         num_arrivals = tl.minimum(num_splits, tl.num_programs(1))
-        if _is_last(counters_ptr + tl.program_id(0), num_arrivals):
+        if is_last(counters_ptr + tl.program_id(0), num_arrivals):
             for first in tl.range(first_row, tl.minimum(first_row + BLOCK_M, NUM_ROWS), BLOCK_R):
                 some = first + tl.arange(0, BLOCK_R)
                 rows = _unpack(some, batch, kv_head, SEQ_LEN_Q, NUM_KV_HEADS, GROUP_SIZE)
-                total_lse = _combine(
-                    partial_ptr, lse_ptr, out_ptr, rows, num_splits, num_slots,
+                total, total_lse = combine(
+                    partials, rows.row, rows.exist, 0, num_splits, MAX_SPLITS,
                     HEAD_DIM, MAX_SPLITS, BLOCK_S, BLOCK_D,
                 )  # fmt: skip
+                ptrs = out_ptr + rows.row[:, None] * HEAD_DIM + columns
+                mask = rows.exist[:, None] & (columns < HEAD_DIM)
+                tl.store(ptrs, total.to(out_ptr.dtype.element_ty), mask=mask)
                 _store_lse(out_lse_ptr, total_lse, rows)

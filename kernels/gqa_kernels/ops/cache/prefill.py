@@ -24,14 +24,55 @@ sequence with few new tokens. If that cache is long, the program determines the 
 `decode_attention` splits the keys, and takes sequences with up to 16 new tokens.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from gqa_kernels.ops.cache import counters
 from gqa_kernels.ops.cache.prefill_kernel import _prefill_kernel
 from gqa_kernels.primitives import packed
 from gqa_kernels.runtime import checks, configs, launch, layout, library, target
 
 _launch_prefill = launch.launcher(_prefill_kernel)
+
+
+class _Splits(NamedTuple):
+    """Programs and memory for sequences whose keys are split."""
+
+    programs_per_sequence: int  # and key/value head
+    num_slots: int  # the most splits of a sequence
+    num_tokens: int  # whose partial results are kept; 0 where no sequence has two splits
+    tokens_per_sequence: int  # in that memory; 0: the tokens lie there as they do in q
+    num_counters: int
+
+
+def _plan_splits(
+    sizes: tuple[int, int, int, int],
+    capacity: int,
+    window_left: int | None,
+    config: configs.PrefillConfig,
+) -> _Splits:
+    """Bounds what the lengths on the device may ask for. No bits depend on the plan."""
+    total_q, num_sequences, num_kv_heads, group_size = sizes
+    most_tokens = min(configs.PREFILL_SPLIT_TOKENS, total_q)
+    reach = capacity  # the largest number of keys in the splits of a sequence
+    if window_left is not None:
+        reach = min(capacity, window_left + most_tokens + config.split_keys - 1)
+    num_slots = layout.cdiv(reach, config.split_keys)
+    num_items = layout.cdiv(most_tokens * group_size, config.block_m) * num_slots
+    num_programs = configs.PREFILL_PROGRAMS_PER_SM * target.current().num_sms
+    programs_per_sequence = min(num_items, layout.cdiv(num_programs, num_sequences * num_kv_heads))
+    by_sequence = num_sequences * most_tokens < total_q
+    num_tokens = num_sequences * most_tokens if by_sequence else total_q
+    num_blocks = layout.cdiv(configs.PREFILL_SPLIT_TOKENS * group_size, config.block_m)
+    return _Splits(
+        programs_per_sequence,
+        num_slots,
+        num_tokens if num_slots > 1 else 0,
+        most_tokens if by_sequence else 0,
+        num_sequences * num_kv_heads * num_blocks,
+    )
 
 
 def _forward(
@@ -78,13 +119,21 @@ def _forward(
     if need_lse:
         lse = torch.empty(*lse_shape, dtype=torch.float32, device=q.device)
     group_size = num_q_heads // num_kv_heads
+    block_d = max(16, layout.power_of_2(head_dim))
     with target.device_of(q):
         config = configs.prefill_config(
             target.current().arch, q.element_size(), k_cache.element_size(), head_dim
         )
+        plan = _plan_splits(
+            (total_q, num_sequences, num_kv_heads, group_size), capacity, window_left, config
+        )
+        num_partials = plan.num_tokens * num_q_heads, plan.num_slots
+        partial = torch.empty(*num_partials, head_dim, dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty(num_partials, dtype=torch.float32, device=q.device)
         num_blocks = packed.num_blocks(total_q * group_size, num_sequences, config.block_m)
+        num_programs = (plan.programs_per_sequence * num_sequences + num_blocks) * num_kv_heads
         _launch_prefill(
-            (num_blocks * num_kv_heads,),
+            (num_programs,),
             q_ptr=q,
             k_ptr=k_cache,
             v_ptr=v_cache,
@@ -97,6 +146,9 @@ def _forward(
             alibi_slopes_ptr=alibi_slopes,
             out_ptr=out,
             lse_ptr=lse,
+            partial_ptr=partial,
+            partial_lse_ptr=partial_lse,
+            counters_ptr=counters.zeroed(plan.num_counters, q.device),
             q_strides=q.stride()[:2],
             k_strides=k_cache.stride()[:3],
             v_strides=v_cache.stride()[:3],
@@ -106,9 +158,12 @@ def _forward(
             v_scale_strides=None if v_scale is None else v_scale.stride(),
             alibi_stride=None if alibi_slopes is None else layout.sequence_stride(alibi_slopes),
             num_sequences=num_sequences,
+            programs_per_sequence=plan.programs_per_sequence,
+            partial_tokens=plan.tokens_per_sequence,
             total_q=total_q,
             capacity=capacity,
             num_pages=k_cache.shape[0],
+            num_slots=plan.num_slots,
             window_left=window_left,
             window_right=window_right,
             score_unit=softmax_scale if softcap is None else float(softcap),
@@ -118,9 +173,14 @@ def _forward(
             HEAD_DIM=head_dim,
             PAGE_SIZE=1 if block_table is None else k_cache.shape[1],
             SCALE_PER_TOKEN=k_scale is not None and k_scale.dim() == 3,
+            SPLIT_TOKENS=configs.PREFILL_SPLIT_TOKENS,
+            SPLIT_KEYS=config.split_keys,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
-            BLOCK_D=max(16, layout.power_of_2(head_dim)),
+            BLOCK_D=block_d,
+            BLOCK_R=min(config.block_m, configs.PREFILL_COMBINE_FEATURES // block_d),
+            BLOCK_S=configs.PREFILL_COMBINE_SPLITS,
+            BLOCK_LSE=configs.PREFILL_COMBINE_LSE,
             NUM_STAGES=config.num_stages,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
