@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from budget import assert_call
+from program_order import Backwards
 
 from gqa_kernels import reference
 from gqa_kernels.ops.cache import counters, decode
@@ -260,27 +261,6 @@ def test_queries_that_see_no_key_of_many_splits(make, small_chunks):
     hidden = torch.zeros(2, 320, dtype=torch.bool, device=q.device)
     out = decode_attention(q, **caches, seq_lens=seq_lens, key_mask=hidden)
     assert torch.equal(out, torch.zeros_like(q))
-
-
-class Backwards:
-    """Launches in the interpreter whose programs run from the last to the first."""
-
-    def __init__(self, launch, monkeypatch):
-        self.launch, self.monkeypatch, self.num_launches = launch, monkeypatch, 0
-
-    def __call__(self, grid, **arguments):
-        from triton.runtime import interpreter
-
-        builder = interpreter.interpreter_builder
-        forwards = builder.set_grid_idx
-
-        def set_grid_idx(x, y, z):
-            sizes = (*grid, 1, 1)[:3]
-            forwards(*(size - 1 - i for size, i in zip(sizes, (x, y, z), strict=True)))
-
-        self.monkeypatch.setattr(builder, "set_grid_idx", set_grid_idx)
-        self.num_launches += 1
-        self.launch(grid, **arguments)
 
 
 def test_the_order_of_the_programs_does_not_show(make, small_chunks, monkeypatch, device):
