@@ -251,16 +251,20 @@ def _decode() -> list[Workload]:
 
 
 def _prefill() -> list[Workload]:
-    """A chunk of 2048 tokens: the fourth of a prompt, and one batched with 63 decode steps."""
+    """A chunk of 2048 tokens: the fourth of a prompt, and one batched with 63 decode steps. A chunk
+    of 512 tokens with 7 decode steps, and questions of few tokens, over long caches."""
     found = []
     for name, heads in (("70B", (64, 8)), ("7B", (32, 32))):
-        for what, batch, cached, cache in (
-            ("chunk", 1, 6144, {}),
-            ("chunk-page16", 1, 6144, {"page_size": 16}),
-            ("mixed-page16", 64, 4096, {"page_size": 16, "mixed": True}),
+        for what, total, batch, cached, cache in (
+            ("chunk", 2048, 1, 6144, {}),
+            ("chunk-page16", 2048, 1, 6144, {"page_size": 16}),
+            ("mixed-page16", 2048, 64, 4096, {"page_size": 16, "mixed": True}),
+            ("mixed-page16", 519, 8, 32768, {"page_size": 16, "mixed": True}),
+            ("question-page16", 30, 1, 32768, {"page_size": 16}),
+            ("drafts-page16", 8, 1, 32768, {"page_size": 16}),
         ):
             sizes = {
-                "total": 2048,
+                "total": total,
                 "num_sequences": batch,
                 "cached": cached,
                 "num_q_heads": heads[0],
@@ -270,7 +274,7 @@ def _prefill() -> list[Workload]:
                 **cache,
             }
             tier = "core" if name == "70B" else "full"
-            shape = f"{name}-B{batch}-T2048-L{cached}-{what}"
+            shape = f"{name}-B{batch}-T{total}-L{cached}-{what}"
             found.append(Workload(_PREFILL, "fwd", shape, Case(sizes, name), tier))
     return found
 

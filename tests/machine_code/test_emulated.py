@@ -118,6 +118,32 @@ def test_a_row_of_a_prefill_has_the_same_bits_in_a_separate_call(arch):
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+SPLITS_OF_PREFILL = """
+import sys, torch
+from gqa_kernels.runtime import configs
+from gqa_kernels.spec import OPS, Case
+from ptx_emulator.check import Call
+configs.PREFILL = tuple(config._replace(split_keys=64) for config in configs.PREFILL)
+configs.PREFILL_PROGRAMS_PER_SM = int(sys.argv[2])
+spec = next(spec for spec in OPS if spec.name == "prefill_attention")
+sizes = {"total": 72, "num_sequences": 3, "cached": 150, "num_q_heads": 2, "num_kv_heads": 1}
+sizes |= {"head_dim": 64, "causal": True, "mixed": True, "page_size": 16}
+outcome = Call(spec, Case(sizes, "mixed"), torch.bfloat16).run(sys.argv[1])
+assert not outcome.complaints, outcome.complaints
+"""
+
+
+@pytest.mark.parametrize(
+    ("arch", "programs_per_sm"),
+    (("sm_90", 8), pytest.param("sm_80", 0, marks=pytest.mark.machine_code)),
+)
+def test_split_keys_of_a_prefill(arch, programs_per_sm):
+    """A chunk of a prompt with two decode steps of three and two splits; each computed by a program
+    of its own, or all of a step by one."""
+    done = compiling("-c", SPLITS_OF_PREFILL, arch, str(programs_per_sm))
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 BITS_OF_DECODE = """
 import sys, torch
 from gqa_kernels import decode_attention

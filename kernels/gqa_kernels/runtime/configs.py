@@ -6,6 +6,8 @@ compiled code (registers, spills, width of accesses) and have not been measured 
 
 from typing import NamedTuple
 
+import triton
+
 
 class RowConfig(NamedTuple):
     max_width: int
@@ -262,11 +264,24 @@ PREFILL = (
         PrefillConfig("interpreter", *sizes, 256, 32, 16, num_warps=4, num_stages=2, split_keys=32)
         for sizes in ((2, 2), (2, 1), (4, 4), (4, 1))
     ),
+    *(
+        # Under Triton 3.6, larger tiles over pages of 16 keys need more registers than there are,
+        # and ptxas serialises their products. Contiguous caches have the same tiles, and so the
+        # same bits.
+        (
+            PrefillConfig("sm_90", 2, 2, 64, block_m=128, block_n=64, num_warps=8, num_stages=3),
+            PrefillConfig("sm_90", 2, 2, 128, block_m=128, block_n=32, num_warps=8, num_stages=2),
+            PrefillConfig("sm_90", 2, 2, 256, block_m=64, block_n=16, num_warps=8, num_stages=2),
+            PrefillConfig("sm_90", 2, 1, 128, block_m=64, block_n=32, num_warps=8, num_stages=2),
+        )
+        if triton.__version__.startswith("3.6.")
+        else ()
+    ),
     # Compiled: the largest tiles that do not spill with any option. wgmma and tcgen05 need 64 rows.
     # With scales per token, an 8-bit cache needs a second accumulator.
     PrefillConfig("sm_90", 2, 2, 128, block_m=128, block_n=64, num_warps=8, num_stages=3),
     PrefillConfig("sm_90", 2, 2, 256, block_m=64, block_n=32, num_warps=8, num_stages=2),
-    PrefillConfig("sm_90", 2, 1, 128, block_m=128, block_n=64, num_warps=8, num_stages=3),
+    PrefillConfig("sm_90", 2, 1, 128, block_m=128, block_n=32, num_warps=8, num_stages=3),
     PrefillConfig("sm_90", 2, 1, 256, block_m=64, block_n=16, num_warps=8, num_stages=2),
     PrefillConfig("sm_100", 2, 2, 128, block_m=128, block_n=64, num_warps=8, num_stages=2),
     PrefillConfig("sm_100", 2, 2, 256, block_m=64, block_n=32, num_warps=8, num_stages=2),

@@ -6,22 +6,37 @@ The new tokens of all sequences are packed one after another, as in `flash_atten
 cache is laid out as in `decode_attention`. One launch computes chunks of prompts whose beginning is
 cached, prompts that share a cached prefix, drafted tokens and decode steps, in one batch.
 
-A program owns a block of rows of one sequence and one key/value head: its new tokens × the query
-heads that read that head, so K and V are read once for all heads of a group. It walks the key tiles
-that its rows see, from the first to the last, with the online softmax of flash attention (Dao 2023,
-arXiv:2307.08691). Only the tiles that some row does not see entirely are masked. Keys in pages are
-read in place, never gathered.
+An item of work is a block of rows of one sequence and one key/value head: its new tokens × the
+query heads that read that head, so K and V are read once for all heads of a group. The rows walk
+the key tiles that they see, from the first to the last, with the online softmax of flash attention
+(Dao 2023, arXiv:2307.08691). Only the tiles that some row does not see entirely are masked. Keys in
+pages are read in place, never gathered.
 
-Key tiles begin at multiples of the tile's size in the sequence, and a tile in which a row sees no
-key does not change that row. Therefore the bits of a row's result do not depend on the other
-sequences of the batch, the paging and the capacity. They do not depend on the other new tokens of
-the call either, except in a cache with scales per token: there, weights are divided by the largest
-scale of a tile, which may be that of a later key. All this assumes that a matrix product computes
-all rows of a tile in the same way, as tensor cores do.
+The keys of a sequence with at most PREFILL_SPLIT_TOKENS = 64 new tokens are split (Dao et al. 2023,
+"Flash-Decoding for long-context inference"), so that a decode step over a long cache does not
+determine the time of a batch: an item is a block of rows with the keys of one split. Splits begin
+at multiples of 2048 keys of the sequence. Several programs share a sequence's items and publish
+partial results, and the one that finishes last combines them in the order of the splits, so one
+launch suffices. A longer sequence has blocks of rows enough to fill a GPU; a program walks all keys
+that its block sees.
 
-Keys are not split among programs: one program per key/value head reads the whole cache of a
-sequence with few new tokens. If that cache is long, the program determines the time of the launch;
-`decode_attention` splits the keys, and takes sequences with up to 16 new tokens.
+Key tiles begin at multiples of the tile's size in the sequence; a tile or a split in which a row
+sees no key does not change that row. Therefore the bits of a row's result do not depend on the
+other sequences of the batch, the paging, the capacity and the number of programs. Nor do they
+depend on the other new tokens of the sequence, with two exceptions:
+
+- A row that sees keys on both sides of a multiple of 2048 has other bits in a call with at most 64
+  new tokens of its sequence than in one with more. To merge at the same keys, a block of a longer
+  sequence would need a second accumulator, for which there are no registers.
+- In a cache with scales per token, weights are divided by the largest scale of a tile, which may be
+  that of a later key.
+
+All this assumes that a matrix product computes all rows of a tile in the same way, as tensor cores
+do.
+
+Partial results take 4 · (head_dim + 1) bytes for each new token, query head and split of the
+capacity, of as many new tokens as there are, at most 64 of each sequence; nothing if the capacity
+is at most 2048.
 """
 
 from typing import NamedTuple
@@ -62,7 +77,9 @@ def _plan_splits(
     num_slots = layout.cdiv(reach, config.split_keys)
     num_items = layout.cdiv(most_tokens * group_size, config.block_m) * num_slots
     num_programs = configs.PREFILL_PROGRAMS_PER_SM * target.current().num_sms
-    programs_per_sequence = min(num_items, layout.cdiv(num_programs, num_sequences * num_kv_heads))
+    programs_per_sequence = min(
+        num_items, max(1, layout.cdiv(num_programs, num_sequences * num_kv_heads))
+    )
     by_sequence = num_sequences * most_tokens < total_q
     num_tokens = num_sequences * most_tokens if by_sequence else total_q
     num_blocks = layout.cdiv(configs.PREFILL_SPLIT_TOKENS * group_size, config.block_m)
@@ -262,8 +279,9 @@ def prefill_attention(
     """Attention of any number of new tokens of each sequence over its cache; see
     `reference.prefill_attention`.
 
-    The keys of a sequence are not split among programs: for sequences with up to 16 new tokens and
-    a long cache, `decode_attention` uses more of the GPU.
+    The keys of sequences with at most 64 new tokens are split among programs, by lengths on the
+    device. Row for row, the bits do not depend on the other sequences, the paging and the capacity;
+    the module's docstring says how they depend on the sequence's own number of new tokens.
 
     Args:
         q: float32, float16 or bfloat16 `[total_q, num_q_heads, head_dim]`, head_dim up to 256;
