@@ -131,6 +131,27 @@ sizes |= {"head_dim": 64, "causal": True, "mixed": True, "page_size": 16}
 outcome = Call(spec, Case(sizes, "mixed"), torch.bfloat16).run(sys.argv[1])
 assert not outcome.complaints, outcome.complaints
 """
+BITS_OF_SPLITS = """
+import sys, torch
+from gqa_kernels import prefill_attention
+from gqa_kernels.runtime import configs
+from ptx_emulator.driver import emulating
+configs.PREFILL = tuple(config._replace(split_keys=64) for config in configs.PREFILL)
+draw = torch.Generator().manual_seed(0)
+q, k, v = (
+    torch.randn(shape, generator=draw).bfloat16()
+    for shape in ((64, 1, 64), (1, 400, 1, 64), (1, 400, 1, 64))
+)
+with emulating(sys.argv[1]):
+    for window in ((180, None), None):
+        out, alone = (
+            prefill_attention(
+                q[-n:], k, v, torch.tensor([0, n]), torch.tensor([400]), window=window
+            )
+            for n in (64, 1)
+        )
+        assert torch.equal(alone, out[-1:]), window
+"""
 
 
 @pytest.mark.parametrize(
@@ -141,6 +162,13 @@ def test_split_keys_of_a_prefill(arch, programs_per_sm):
     """A chunk of a prompt with two decode steps of three and two splits; each computed by a program
     of its own, or all of a step by one."""
     done = compiling("-c", SPLITS_OF_PREFILL, arch, str(programs_per_sm))
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.machine_code
+@pytest.mark.parametrize("arch", ("sm_80", "sm_90"))
+def test_splits_that_only_other_rows_see_leave_a_row_its_bits(arch):
+    done = compiling("-c", BITS_OF_SPLITS, arch)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

@@ -240,7 +240,7 @@ PREFILL_PROGRAMS_PER_SM = 8
 # A step of the combination processes this many splits of as many queries as give this many
 # features, and this many lse.
 PREFILL_COMBINE_SPLITS = 8
-PREFILL_COMBINE_FEATURES = 1024
+PREFILL_COMBINE_FEATURES = 512
 PREFILL_COMBINE_LSE = 16
 
 

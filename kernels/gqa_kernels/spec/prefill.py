@@ -99,8 +99,8 @@ _GEMMA = {"window": (30, None), "softcap": 5.0}
 _CASES = (
     _tested((75, 3, 50), (6, 2), 80, "GQA 3, blocks of two sequences, one without new tokens"),
     _tested((21, 2, 70), (5, 1), 64, "MQA 5"),
-    _tested((41, 1, 0), (2, 2), 128, "MHA, a whole prompt"),
-    _tested((44, 5, 60), (4, 2), 16, "a chunk with decode steps", page_size=8, mixed=True),
+    _tested((70, 1, 0), (2, 2), 128, "MHA, a whole prompt"),
+    _tested((72, 5, 60), (4, 2), 16, "a chunk with decode steps", page_size=8, mixed=True),
     _tested((24, 2, 80), (4, 1), 32, "MQA 4, a page of tiles", page_size=64),
     _tested((30, 3, 40), (4, 2), 64, "GQA 2, a scale per token, pages", **_INT8, page_size=16),
     _tested((30, 3, 40), (4, 2), 64, "GQA 2, a scale per head", **_FLOAT8, scale_per_head=True),
