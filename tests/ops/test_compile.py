@@ -39,6 +39,7 @@ SPILLS_ALLOWED = (
     # ptxas keeps to 64 registers here and reads 8 bytes back, once per thread.
     ("sm_100", "add_rms_norm", "hidden_size=8192", "inference"),
     # Likewise to 128, and to 80 in float32.
+    ("sm_90", "prefill_attention", "float32", "head_dim=256"),
     ("sm_120", "decode_attention", "head_dim=128-cache_dtype=torch.int8-scale_per_head=True"),
     ("decode_attention", "float32", "head_dim=128"),
 )

@@ -109,7 +109,7 @@ def after(inputs, num_new, device):
     return prefill_attention(**inputs | {"q": inputs["q"][-num_new:], "cu_seqlens_q": bounds})
 
 
-@pytest.mark.parametrize("window", (None, (100, None)))
+@pytest.mark.parametrize("window", (None, (84, None)))
 def test_which_chunks_give_a_token_the_same_bits(window, make, monkeypatch, device):
     """Chunks of a prompt of at most SPLIT tokens, and longer ones; for as many keys as a split has,
     all chunks."""
