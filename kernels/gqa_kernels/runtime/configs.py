@@ -288,7 +288,7 @@ PREFILL = (
     PrefillConfig("sm_100", 2, 1, 128, block_m=128, block_n=32, num_warps=8, num_stages=2),
     PrefillConfig("sm_100", 2, 1, 256, block_m=64, block_n=32, num_warps=8, num_stages=2),
     PrefillConfig("gfx", 2, 2, 128, block_m=128, block_n=32, num_warps=8, num_stages=2),
-    PrefillConfig("gfx", 2, 2, 256, block_m=64, block_n=32, num_warps=8, num_stages=2),
+    PrefillConfig("gfx", 2, 2, 256, block_m=64, block_n=32, num_warps=8, num_stages=1),
     PrefillConfig("gfx", 2, 1, 128, block_m=64, block_n=32, num_warps=8, num_stages=2),
     PrefillConfig("gfx", 2, 1, 256, block_m=32, block_n=32, num_warps=4, num_stages=1),
     PrefillConfig("", 2, 2, 64, block_m=128, block_n=64, num_warps=8, num_stages=2),
