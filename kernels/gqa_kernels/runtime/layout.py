@@ -53,6 +53,12 @@ def fits_tma(x: Tensor) -> bool:
     )  # fmt: skip
 
 
+def aligned(x: Tensor) -> Tensor:
+    """Returns x `[batch, row, head, feature]` itself if `fits_tma` holds for it, a copy
+    otherwise."""
+    return x if fits_tma(x) else x.clone(memory_format=torch.contiguous_format)
+
+
 def descriptor(x: Tensor, block_rows: int, block_features: int) -> TensorDescriptor:
     """Returns a descriptor for loads of tiles of one head of a non-empty x
     `[batch, row, head, feature]` for which `fits_tma` holds."""

@@ -1,8 +1,9 @@
 """Flash attention with grouped key/value heads: the public functions and their gradient.
 
 `forward.py` and `backward.py` contain the kernels, the formulas and what one program owns;
-`scores.py`: windows, soft cap, ALiBi and masks; `sequences.py`: packed sequences. Saved for
-backward: the inputs, out, lse and, for 16-bit inputs, the residue of out, one byte per element.
+`hopper/`: a kernel for Hopper; `launch.py`: which kernel a call gets; `scores.py`: windows, soft
+cap, ALiBi and masks; `sequences.py`: packed sequences. Saved for backward: the inputs, out, lse
+and, for 16-bit inputs, the residue of out, one byte per element.
 """
 
 import inspect
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from gqa_kernels.ops.attention.backward import launch_backward
 from gqa_kernels.ops.attention.call import Call, batched, check, prepared
-from gqa_kernels.ops.attention.forward import launch_forward
+from gqa_kernels.ops.attention.launch import launch_forward
 from gqa_kernels.runtime import checks, library
 
 

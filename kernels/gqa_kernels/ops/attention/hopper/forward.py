@@ -1,0 +1,425 @@
+"""The forward kernel of flash attention for Hopper, warp-specialised.
+
+    out = softmax(scores) v,  lse = log Σ exp(scores)
+
+as `ops/attention/forward.py`, after FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608). Query
+head h reads key/value head h // GROUP_SIZE.
+
+A program owns 64 queries per consumer, of one head, and goes on to further blocks of queries:
+
+    copy warp    queries and, downwards from the last tile that they see, tiles of keys and values
+    consumer     multiplies queries with keys of tile i and weights with values of tile i − 1; the
+                 softmax of tile i runs under the second product; weights stay in registers
+    turns        a consumer issues its products while another one computes its softmax
+    out          leaves through shared memory while the next block begins
+
+Tiles that need a mask, on the diagonal and at the end, come first; the long loop applies none.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from gqa_kernels.ops.attention.call import Call
+from gqa_kernels.ops.attention.hopper.pipeline import (
+    CONSUMER_ROWS,
+    accumulator_layout,
+    allocate_tiles,
+    await_turn,
+    block_of_step,
+    descriptor,
+    fill,
+    heads_per_section,
+    landed,
+    make_ring,
+    pass_turn,
+    pin,
+    release,
+    start_store,
+)
+from gqa_kernels.runtime import configs, launch, layout
+
+LOG2_E = gl.constexpr(1.4426950408889634)
+LN_2 = gl.constexpr(0.6931471805599453)
+
+
+class Shared(NamedTuple):
+    """The shared memory of a program."""
+
+    q: Any  # a ring with a stage per consumer
+    k: Any  # rings of tiles of BLOCK_N keys or values
+    v: Any
+    out: Any  # [consumer, row, feature]
+
+
+class Sizes(NamedTuple):
+    seq_len_q: Any
+    seq_len_kv: Any
+    num_heads: Any
+    num_row_blocks: Any  # of a head
+    num_batch_heads: Any
+    section: Any  # `block_of_step`
+
+
+class Softmax(NamedTuple):
+    """The state of an online softmax over the keys so far."""
+
+    running_max: Any
+    running_sum: Any
+    accumulator: Any  # without the values of the last tile
+    weights: Any  # of the last tile, the left operand of the product with its values
+
+
+@gluon.jit
+def _block(step, sizes, BLOCK_M: gl.constexpr):
+    """The block of BLOCK_M queries of this program's step."""
+    return block_of_step(
+        step,
+        sizes.num_heads,
+        sizes.num_row_blocks,
+        sizes.num_batch_heads,
+        sizes.section,
+        BLOCK_M,
+    )
+
+
+@gluon.jit
+def _key_tiles(
+    first_row, sizes, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr
+):
+    """(number of key tiles that a block of queries sees, number of those that need no mask).
+
+    One tile at least is walked with a mask, so that rows without keys become 0 and −inf.
+    """
+    num_seen = sizes.seq_len_kv
+    num_free = sizes.seq_len_kv
+    if CAUSAL:
+        own_key = first_row + sizes.seq_len_kv - sizes.seq_len_q  # of the first row
+        num_seen = gl.minimum(num_seen, own_key + BLOCK_M)
+        num_free = gl.maximum(own_key + 1, 0)
+    num_tiles = gl.maximum(num_seen + BLOCK_N - 1, BLOCK_N) // BLOCK_N
+    return num_tiles, gl.minimum(num_free // BLOCK_N, num_tiles - 1)
+
+
+@gluon.jit
+def _copy(q, k, v, shared, sizes, GROUP_SIZE: gl.constexpr, CAUSAL: gl.constexpr):
+    """The copy warp."""
+    NUM_CONSUMERS: gl.constexpr = shared.q.stages.shape[0]
+    BLOCK_M: gl.constexpr = NUM_CONSUMERS * CONSUMER_ROWS
+    BLOCK_N: gl.constexpr = shared.k.stages.shape[1]
+    step = 0
+    n = 0  # key tiles so far, of all blocks
+    block = _block(step, sizes, BLOCK_M)
+    while block.exists:
+        num_tiles, _ = _key_tiles(block.first_row, sizes, BLOCK_M, BLOCK_N, CAUSAL)
+        for consumer in gl.static_range(NUM_CONSUMERS):
+            row = block.first_row + consumer * CONSUMER_ROWS
+            fill(shared.q, step * NUM_CONSUMERS + consumer, q, block.batch, row, block.head)
+        kv_head = block.head // GROUP_SIZE
+        for i in range(num_tiles):
+            key = (num_tiles - 1 - i) * BLOCK_N
+            fill(shared.k, n + i, k, block.batch, key, kv_head)
+            fill(shared.v, n + i, v, block.batch, key, kv_head)
+        n += num_tiles
+        step += 1
+        block = _block(step, sizes, BLOCK_M)
+
+
+@gluon.jit
+def _hide(scores, own_keys, start, seq_len_kv, LAYOUT: gl.constexpr, CAUSAL: gl.constexpr):
+    """Sets scores of keys that a row does not see to −inf; `start` is the first key of the tile."""
+    BLOCK_N: gl.constexpr = scores.shape[1]
+    keys = gl.expand_dims(gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    if CAUSAL:  # no query has its own key after the last one
+        return gl.where(keys <= gl.expand_dims(own_keys - start, 1), scores, -float("inf"))
+    else:
+        return gl.where(keys < seq_len_kv - start, scores, -float("inf"))
+
+
+@gluon.jit
+def _weigh(scores, running_max, running_sum, exponent_scale, MASKED: gl.constexpr):
+    """(weights, new maximum, new sum, factor of all that was summed before) of a tile."""
+    new_max = gl.maximum(running_max, gl.max(scores, 1))
+    anchor = new_max * exponent_scale
+    if MASKED:  # a row that has seen no key yet: −inf − (−inf) would be NaN
+        anchor = gl.where(new_max == -float("inf"), 0.0, anchor)
+    weights = gl.exp2(scores * exponent_scale - gl.expand_dims(anchor, 1))
+    rescale = gl.exp2(running_max * exponent_scale - anchor)
+    return weights, new_max, running_sum * rescale + gl.sum(weights, 1), rescale
+
+
+@gluon.jit
+def _as_operand(weights, dtype: gl.constexpr, LAYOUT: gl.constexpr):
+    """Rounds weights and keeps them in registers as the left operand of a product."""
+    return gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, LAYOUT, k_width=2))
+
+
+@gluon.jit
+def _walk(
+    q,
+    shared,
+    n,
+    num_steps,
+    start,
+    softmax,
+    own_keys,
+    seq_len_kv,
+    exponent_scale,
+    CONSUMER: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    TURNS: gl.constexpr,
+    MASKED: gl.constexpr,
+):
+    """Adds num_steps tiles, from tile n of the rings on, to the softmax, which is one tile behind
+    with the values; `start` is the first key of the first of these tiles."""
+    NUM_CONSUMERS: gl.constexpr = shared.q.stages.shape[0]
+    BLOCK_N: gl.constexpr = shared.k.stages.shape[1]
+    HEAD_DIM: gl.constexpr = shared.k.stages.shape[2]
+    SCORES: gl.constexpr = accumulator_layout(BLOCK_N)
+    OUT: gl.constexpr = accumulator_layout(HEAD_DIM)
+    zero = gl.zeros([CONSUMER_ROWS, BLOCK_N], gl.float32, layout=SCORES)
+    for i in range(num_steps):
+        k = landed(shared.k, n + i)
+        await_turn(CONSUMER, TURNS)
+        scores_soon = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+        v = landed(shared.v, n + i - 1)
+        values_soon = warpgroup_mma(softmax.weights, v, softmax.accumulator, is_async=True)
+        pass_turn(CONSUMER, NUM_CONSUMERS, TURNS)
+        scores = warpgroup_mma_wait(1, deps=[scores_soon])
+        release(shared.k, n + i)
+        if MASKED:
+            scores = _hide(scores, own_keys, start - i * BLOCK_N, seq_len_kv, SCORES, CAUSAL)
+        weights, running_max, running_sum, rescale = _weigh(
+            scores, softmax.running_max, softmax.running_sum, exponent_scale, MASKED
+        )
+        weights = _as_operand(weights, v.dtype, OUT)
+        running_sum = pin(running_sum)
+        accumulator, weights = warpgroup_mma_wait(0, deps=[values_soon, weights])
+        release(shared.v, n + i - 1)
+        rescale = gl.convert_layout(rescale, gl.SliceLayout(1, OUT))
+        accumulator = accumulator * gl.expand_dims(rescale, 1)
+        softmax = Softmax(running_max, running_sum, accumulator, weights)
+    return softmax
+
+
+@gluon.jit
+def _consume(
+    out,
+    lse_ptr,
+    shared,
+    sizes,
+    score_unit,
+    CONSUMER: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    TURNS: gl.constexpr,
+    OWN_OUT: gl.constexpr,
+):
+    """A consumer: CONSUMER_ROWS queries of each block."""
+    NUM_CONSUMERS: gl.constexpr = shared.q.stages.shape[0]
+    BLOCK_M: gl.constexpr = NUM_CONSUMERS * CONSUMER_ROWS
+    BLOCK_N: gl.constexpr = shared.k.stages.shape[1]
+    HEAD_DIM: gl.constexpr = shared.k.stages.shape[2]
+    SCORES: gl.constexpr = accumulator_layout(BLOCK_N)
+    OUT: gl.constexpr = accumulator_layout(HEAD_DIM)
+    OF_ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
+    exponent_scale = score_unit * LOG2_E
+    step = 0
+    n = 0  # key tiles so far, of all blocks
+    if CONSUMER == NUM_CONSUMERS - 1:
+        pass_turn(CONSUMER, NUM_CONSUMERS, TURNS)  # consumer 0 begins
+    block = _block(step, sizes, BLOCK_M)
+    while block.exists:
+        num_tiles, num_free = _key_tiles(block.first_row, sizes, BLOCK_M, BLOCK_N, CAUSAL)
+        start = (num_tiles - 1) * BLOCK_N
+        first_row = block.first_row + CONSUMER * CONSUMER_ROWS
+        rows = first_row + gl.arange(0, CONSUMER_ROWS, layout=OF_ROWS)
+        own_keys = rows + sizes.seq_len_kv - sizes.seq_len_q
+
+        # The last tile of keys; there are no weights yet that could multiply values meanwhile.
+        q = landed(shared.q, step * NUM_CONSUMERS + CONSUMER)
+        k = landed(shared.k, n)
+        zero = gl.zeros([CONSUMER_ROWS, BLOCK_N], gl.float32, layout=SCORES)
+        await_turn(CONSUMER, TURNS)
+        scores_soon = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+        pass_turn(CONSUMER, NUM_CONSUMERS, TURNS)
+        scores = warpgroup_mma_wait(0, deps=[scores_soon])
+        release(shared.k, n)
+        scores = _hide(scores, own_keys, start, sizes.seq_len_kv, SCORES, CAUSAL)
+        none = gl.zeros([CONSUMER_ROWS], gl.float32, layout=OF_ROWS)
+        weights, running_max, running_sum, _ = _weigh(
+            scores, none - float("inf"), none, exponent_scale, True
+        )
+        accumulator = gl.zeros([CONSUMER_ROWS, HEAD_DIM], gl.float32, layout=OUT)
+        weights = _as_operand(weights, k.dtype, OUT)
+        softmax = Softmax(running_max, running_sum, accumulator, weights)
+
+        num_masked = num_tiles - 1 - num_free
+        if CAUSAL:
+            softmax = _walk(
+                q, shared, n + 1, num_masked, start - BLOCK_N, softmax,
+                own_keys, sizes.seq_len_kv, exponent_scale,
+                CONSUMER, CAUSAL, TURNS, True,
+            )  # fmt: skip
+        softmax = _walk(
+            q, shared, n + num_tiles - num_free, num_free, start, softmax,
+            own_keys, sizes.seq_len_kv, exponent_scale,
+            CONSUMER, CAUSAL, TURNS, False,
+        )  # fmt: skip
+        n += num_tiles
+        if OWN_OUT:
+            release(shared.q, step * NUM_CONSUMERS + CONSUMER)
+
+        # The values of the first tile; lse is stored meanwhile.
+        v = landed(shared.v, n - 1)
+        values_soon = warpgroup_mma(softmax.weights, v, softmax.accumulator, is_async=True)
+        seen = softmax.running_sum > 0.0
+        if lse_ptr is not None:
+            lse = softmax.running_max + gl.log2(softmax.running_sum) * (LN_2 / score_unit)
+            lse = gl.where(seen, lse, -float("inf"))
+            head = (block.batch * sizes.num_heads + block.head).to(gl.int64)
+            gl.store(lse_ptr + head * sizes.seq_len_q + rows, lse, mask=rows < sizes.seq_len_q)
+        inverse = gl.where(seen, 1.0 / softmax.running_sum, 0.0)
+        inverse = gl.convert_layout(inverse, gl.SliceLayout(1, OUT))
+        values = warpgroup_mma_wait(0, deps=[values_soon])
+        release(shared.v, n - 1)
+        tile = shared.out.index(CONSUMER)
+        tma.store_wait(0)  # the last block's store has read the tile
+        tile.store((values * gl.expand_dims(inverse, 1)).to(out.dtype))
+        fence_async_shared()
+        tile = tile.reshape([1, CONSUMER_ROWS, 1, HEAD_DIM])
+        start_store(out, [block.batch, first_row, block.head, 0], tile)
+        if not OWN_OUT:
+            tma.store_wait(0)
+            release(shared.q, step * NUM_CONSUMERS + CONSUMER)
+        step += 1
+        block = _block(step, sizes, BLOCK_M)
+    if CONSUMER == 0:
+        await_turn(CONSUMER, TURNS)  # which the last consumer has passed on
+    tma.store_wait(0)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "seq_len_q", "seq_len_kv", "num_heads", "num_row_blocks", "num_batch_heads", "section",
+    ]
+)  # fmt: skip
+def _forward_kernel(
+    q,
+    k,
+    v,
+    out,
+    lse_ptr,
+    seq_len_q,
+    seq_len_kv,
+    num_heads,
+    num_row_blocks,
+    num_batch_heads,
+    section,
+    score_unit,
+    GROUP_SIZE: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    NUM_CONSUMERS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    NUM_STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    TURNS: gl.constexpr,
+    OWN_OUT: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
+    COPY_REGISTERS: gl.constexpr,
+):
+    """A program attends from blocks of queries to all the keys that they see."""
+    q_ring = make_ring(q.dtype, NUM_CONSUMERS, CONSUMER_ROWS, HEAD_DIM, 1)
+    k_ring = make_ring(k.dtype, NUM_STAGES, BLOCK_N, HEAD_DIM, NUM_CONSUMERS)
+    v_ring = make_ring(v.dtype, NUM_STAGES, BLOCK_N, HEAD_DIM, NUM_CONSUMERS)
+    fence_async_shared()
+    staged = q_ring.stages  # without memory of its own, out takes the place of q
+    if OWN_OUT:
+        staged = allocate_tiles(q.dtype, NUM_CONSUMERS, CONSUMER_ROWS, HEAD_DIM)
+    shared = Shared(q_ring, k_ring, v_ring, staged)
+    sizes = Sizes(seq_len_q, seq_len_kv, num_heads, num_row_blocks, num_batch_heads, section)
+    if NUM_CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (out, lse_ptr, shared, sizes, score_unit, 0, CAUSAL, TURNS, OWN_OUT)),
+                (_consume, (out, lse_ptr, shared, sizes, score_unit, 1, CAUSAL, TURNS, OWN_OUT)),
+                (_copy, (q, k, v, shared, sizes, GROUP_SIZE, CAUSAL)),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS, COPY_REGISTERS],
+        )
+    else:
+        gl.static_assert(NUM_CONSUMERS == 3)
+        gl.warp_specialize(
+            [
+                (_consume, (out, lse_ptr, shared, sizes, score_unit, 0, CAUSAL, TURNS, OWN_OUT)),
+                (_consume, (out, lse_ptr, shared, sizes, score_unit, 1, CAUSAL, TURNS, OWN_OUT)),
+                (_consume, (out, lse_ptr, shared, sizes, score_unit, 2, CAUSAL, TURNS, OWN_OUT)),
+                (_copy, (q, k, v, shared, sizes, GROUP_SIZE, CAUSAL)),
+            ],
+            [4, 4, 1],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, COPY_REGISTERS],
+        )
+
+
+_launch = launch.launcher(_forward_kernel)
+
+
+def launch_forward(
+    call: Call, config: configs.HopperConfig, num_programs: int, *, need_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) of a prepared, non-empty call without options, lse None unless needed.
+
+    Args:
+        call: has q, k and v, a scale, and window_right None (full) or 0 (causal).
+        num_programs: at most one per SM runs at a time.
+    Returns:
+        out, lse: those of `ops.attention.forward.launch_forward`, lse in score units.
+    """
+    q, k, v = map(layout.aligned, (call.q, call.k, call.v))
+    batch, seq_len_q, num_q_heads, head_dim = q.shape
+    _, seq_len_kv, num_kv_heads, _ = k.shape
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = None
+    if need_lse:
+        lse = torch.empty(batch, num_q_heads, seq_len_q, dtype=torch.float32, device=q.device)
+    group_size = num_q_heads // num_kv_heads
+    num_batch_heads = batch * num_q_heads
+    num_row_blocks = layout.cdiv(seq_len_q, CONSUMER_ROWS.value * config.num_consumers)
+    _launch(
+        (min(num_programs, num_row_blocks * num_batch_heads),),
+        q=descriptor(q, CONSUMER_ROWS.value),
+        k=descriptor(k, config.block_n),
+        v=descriptor(v, config.block_n),
+        out=descriptor(out, CONSUMER_ROWS.value),
+        lse_ptr=lse,
+        seq_len_q=seq_len_q,
+        seq_len_kv=seq_len_kv,
+        num_heads=num_q_heads,
+        num_row_blocks=num_row_blocks,
+        num_batch_heads=num_batch_heads,
+        section=heads_per_section(
+            2 * seq_len_kv * head_dim * k.element_size(), group_size, num_batch_heads
+        ),
+        score_unit=call.score_unit,
+        GROUP_SIZE=group_size,
+        HEAD_DIM=head_dim,
+        NUM_CONSUMERS=config.num_consumers,
+        BLOCK_N=config.block_n,
+        NUM_STAGES=config.num_stages,
+        CAUSAL=call.window_right is not None,
+        TURNS=config.turns,
+        OWN_OUT=config.own_out,
+        CONSUMER_REGISTERS=config.consumer_registers,
+        COPY_REGISTERS=config.copy_registers,
+        num_warps=4,
+    )
+    return out, lse

@@ -1,0 +1,42 @@
+"""Which kernel a forward pass runs: the portable one, or one for an architecture.
+
+The choice depends on the architecture, dtype, head_dim and options alone, never on lengths, so that
+a row has the same bits in every batch.
+"""
+
+from torch import Tensor
+
+from gqa_kernels.ops.attention import forward
+from gqa_kernels.ops.attention.call import Call
+from gqa_kernels.runtime import configs, target
+
+
+def launch_forward(
+    call: Call, *, need_lse: bool, need_residue: bool, unmeasured: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(out, lse, residue) of a prepared call, as `forward.launch_forward`.
+
+    Args:
+        unmeasured: also take a kernel that was never measured on a GPU, if it covers the call.
+    """
+    q = call.q
+    with target.device_of(q):
+        config = None if need_residue else hopper_config(call, unmeasured=unmeasured)
+        if config is None or q.numel() == 0 or call.k.numel() == 0:
+            return forward.launch_forward(call, need_lse=need_lse, need_residue=need_residue)
+        # Late: whatever becomes of `triton.experimental`, the portable kernels can be imported.
+        from gqa_kernels.ops.attention.hopper import forward as hopper
+
+        num_sms = target.current().num_sms
+        return *hopper.launch_forward(call, config, num_sms, need_lse=need_lse), None
+
+
+def hopper_config(call: Call, *, unmeasured: bool) -> configs.HopperConfig | None:
+    """The configuration of the forward kernel for Hopper; None if it does not cover the call."""
+    options = (*call[3:9], call.window_left, call.softcap)
+    if any(option is not None for option in options) or call.window_right not in (None, 0):
+        return None
+    q = call.q
+    return configs.hopper_config(
+        configs.HOPPER_FORWARD, target.current().arch, q.element_size(), q.shape[-1], unmeasured
+    )
