@@ -1,7 +1,8 @@
 """Attention for Hopper (sm_90), in Gluon: off by default, as it has not run on a GPU yet.
 
-`pipeline.py`: what its kernels share; `forward.py`: the forward kernel. `triton.experimental` may
-change in every version of Triton, so these two are imported only when a call runs them:
+`forward.py`: the forward kernel; `pipeline.py`: rings of tiles, turns; `tiles.py`: order and masks.
+`triton.experimental` may change in every version of Triton, so these are imported only when a call
+runs them:
 `ops/attention/launch.py` chooses by the rows of `configs.HOPPER_FORWARD`, all of which say
 `measured=False`, and `flash_attention` below asks for such a row.
 """

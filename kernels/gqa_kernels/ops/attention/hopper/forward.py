@@ -35,16 +35,21 @@ from gqa_kernels.ops.attention.hopper.pipeline import (
     accumulator_layout,
     allocate_tiles,
     await_turn,
-    block_of_step,
     descriptor,
     fill,
-    heads_per_section,
     landed,
     make_ring,
     pass_turn,
     pin,
     release,
     start_store,
+)
+from gqa_kernels.ops.attention.hopper.tiles import (
+    Sizes,
+    block_of_step,
+    heads_per_section,
+    hide,
+    key_tiles,
 )
 from gqa_kernels.runtime import configs, launch, layout
 
@@ -61,15 +66,6 @@ class Shared(NamedTuple):
     out: Any  # [consumer, row, feature]
 
 
-class Sizes(NamedTuple):
-    seq_len_q: Any
-    seq_len_kv: Any
-    num_heads: Any
-    num_row_blocks: Any  # of a head
-    num_batch_heads: Any
-    section: Any  # `block_of_step`
-
-
 class Softmax(NamedTuple):
     """The state of an online softmax over the keys so far."""
 
@@ -80,37 +76,6 @@ class Softmax(NamedTuple):
 
 
 @gluon.jit
-def _block(step, sizes, BLOCK_M: gl.constexpr):
-    """The block of BLOCK_M queries of this program's step."""
-    return block_of_step(
-        step,
-        sizes.num_heads,
-        sizes.num_row_blocks,
-        sizes.num_batch_heads,
-        sizes.section,
-        BLOCK_M,
-    )
-
-
-@gluon.jit
-def _key_tiles(
-    first_row, sizes, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr
-):
-    """(number of key tiles that a block of queries sees, number of those that need no mask).
-
-    One tile at least is walked with a mask, so that rows without keys become 0 and −inf.
-    """
-    num_seen = sizes.seq_len_kv
-    num_free = sizes.seq_len_kv
-    if CAUSAL:
-        own_key = first_row + sizes.seq_len_kv - sizes.seq_len_q  # of the first row
-        num_seen = gl.minimum(num_seen, own_key + BLOCK_M)
-        num_free = gl.maximum(own_key + 1, 0)
-    num_tiles = gl.maximum(num_seen + BLOCK_N - 1, BLOCK_N) // BLOCK_N
-    return num_tiles, gl.minimum(num_free // BLOCK_N, num_tiles - 1)
-
-
-@gluon.jit
 def _copy(q, k, v, shared, sizes, GROUP_SIZE: gl.constexpr, CAUSAL: gl.constexpr):
     """The copy warp."""
     NUM_CONSUMERS: gl.constexpr = shared.q.stages.shape[0]
@@ -118,31 +83,23 @@ def _copy(q, k, v, shared, sizes, GROUP_SIZE: gl.constexpr, CAUSAL: gl.constexpr
     BLOCK_N: gl.constexpr = shared.k.stages.shape[1]
     step = 0
     n = 0  # key tiles so far, of all blocks
-    block = _block(step, sizes, BLOCK_M)
+    block = block_of_step(step, sizes, BLOCK_M)
     while block.exists:
-        num_tiles, _ = _key_tiles(block.first_row, sizes, BLOCK_M, BLOCK_N, CAUSAL)
+        num_tiles, _ = key_tiles(block.first_row, sizes, BLOCK_M, BLOCK_N, CAUSAL)
+        kv_head = block.head // GROUP_SIZE
+        last = num_tiles - 1
+        # The stages of k and v are free before those of q, which the last block still reads.
+        fill(shared.k, n, k, block.batch, last * BLOCK_N, kv_head)
         for consumer in gl.static_range(NUM_CONSUMERS):
             row = block.first_row + consumer * CONSUMER_ROWS
             fill(shared.q, step * NUM_CONSUMERS + consumer, q, block.batch, row, block.head)
-        kv_head = block.head // GROUP_SIZE
-        for i in range(num_tiles):
-            key = (num_tiles - 1 - i) * BLOCK_N
-            fill(shared.k, n + i, k, block.batch, key, kv_head)
-            fill(shared.v, n + i, v, block.batch, key, kv_head)
+        fill(shared.v, n, v, block.batch, last * BLOCK_N, kv_head)
+        for i in range(1, num_tiles):
+            fill(shared.k, n + i, k, block.batch, (last - i) * BLOCK_N, kv_head)
+            fill(shared.v, n + i, v, block.batch, (last - i) * BLOCK_N, kv_head)
         n += num_tiles
         step += 1
-        block = _block(step, sizes, BLOCK_M)
-
-
-@gluon.jit
-def _hide(scores, own_keys, start, seq_len_kv, LAYOUT: gl.constexpr, CAUSAL: gl.constexpr):
-    """Sets scores of keys that a row does not see to −inf; `start` is the first key of the tile."""
-    BLOCK_N: gl.constexpr = scores.shape[1]
-    keys = gl.expand_dims(gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT)), 0)
-    if CAUSAL:  # no query has its own key after the last one
-        return gl.where(keys <= gl.expand_dims(own_keys - start, 1), scores, -float("inf"))
-    else:
-        return gl.where(keys < seq_len_kv - start, scores, -float("inf"))
+        block = block_of_step(step, sizes, BLOCK_M)
 
 
 @gluon.jit
@@ -197,7 +154,7 @@ def _walk(
         scores = warpgroup_mma_wait(1, deps=[scores_soon])
         release(shared.k, n + i)
         if MASKED:
-            scores = _hide(scores, own_keys, start - i * BLOCK_N, seq_len_kv, SCORES, CAUSAL)
+            scores = hide(scores, own_keys, start - i * BLOCK_N, seq_len_kv, SCORES, CAUSAL)
         weights, running_max, running_sum, rescale = _weigh(
             scores, softmax.running_max, softmax.running_sum, exponent_scale, MASKED
         )
@@ -236,9 +193,9 @@ def _consume(
     n = 0  # key tiles so far, of all blocks
     if CONSUMER == NUM_CONSUMERS - 1:
         pass_turn(CONSUMER, NUM_CONSUMERS, TURNS)  # consumer 0 begins
-    block = _block(step, sizes, BLOCK_M)
+    block = block_of_step(step, sizes, BLOCK_M)
     while block.exists:
-        num_tiles, num_free = _key_tiles(block.first_row, sizes, BLOCK_M, BLOCK_N, CAUSAL)
+        num_tiles, num_free = key_tiles(block.first_row, sizes, BLOCK_M, BLOCK_N, CAUSAL)
         start = (num_tiles - 1) * BLOCK_N
         first_row = block.first_row + CONSUMER * CONSUMER_ROWS
         rows = first_row + gl.arange(0, CONSUMER_ROWS, layout=OF_ROWS)
@@ -253,7 +210,7 @@ def _consume(
         pass_turn(CONSUMER, NUM_CONSUMERS, TURNS)
         scores = warpgroup_mma_wait(0, deps=[scores_soon])
         release(shared.k, n)
-        scores = _hide(scores, own_keys, start, sizes.seq_len_kv, SCORES, CAUSAL)
+        scores = hide(scores, own_keys, start, sizes.seq_len_kv, SCORES, CAUSAL)
         none = gl.zeros([CONSUMER_ROWS], gl.float32, layout=OF_ROWS)
         weights, running_max, running_sum, _ = _weigh(
             scores, none - float("inf"), none, exponent_scale, True
@@ -301,7 +258,7 @@ def _consume(
             tma.store_wait(0)
             release(shared.q, step * NUM_CONSUMERS + CONSUMER)
         step += 1
-        block = _block(step, sizes, BLOCK_M)
+        block = block_of_step(step, sizes, BLOCK_M)
     if CONSUMER == 0:
         await_turn(CONSUMER, TURNS)  # which the last consumer has passed on
     tma.store_wait(0)
@@ -345,7 +302,7 @@ def _forward_kernel(
     if OWN_OUT:
         staged = allocate_tiles(q.dtype, NUM_CONSUMERS, CONSUMER_ROWS, HEAD_DIM)
     shared = Shared(q_ring, k_ring, v_ring, staged)
-    sizes = Sizes(seq_len_q, seq_len_kv, num_heads, num_row_blocks, num_batch_heads, section)
+    sizes = Sizes(seq_len_q, seq_len_kv, num_heads, num_batch_heads, num_row_blocks, section)
     if NUM_CONSUMERS == 2:
         gl.warp_specialize(
             [

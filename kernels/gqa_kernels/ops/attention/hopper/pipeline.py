@@ -1,4 +1,4 @@
-"""What the warp-specialised kernels for Hopper share: rings of tiles, turns, the order of tiles.
+"""What the warp-specialised kernels for Hopper share: rings of tiles, turns, descriptors.
 
 A program consists of consumers, groups of four warps that multiply and compute, and one copy warp,
 which brings their operands to shared memory by TMA. They meet at barriers only:
@@ -23,7 +23,6 @@ start_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 start_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 CONSUMER_ROWS = gl.constexpr(64)  # of a product of four warps
-L2_BYTES = 32 << 20  # of keys and values in use at a time; the L2 cache of an H200 has 50 MB
 
 
 @gluon.constexpr_function
@@ -152,53 +151,6 @@ def pin(x):
         is_pure=False,
         pack=1,
     )
-
-
-class Block(NamedTuple):
-    """The work of a step: a block of rows of one head. Without work, `exists` is false."""
-
-    exists: Any
-    batch: Any
-    head: Any
-    first_row: Any
-
-
-@gluon.jit
-def block_of_step(
-    step, num_heads, num_row_blocks, num_batch_heads, section, NUM_ROWS: gl.constexpr
-):
-    """The block of this program's step. The programs share the blocks by their numbers alone.
-
-    Blocks are ordered by how many keys they see under a causal mask, the last rows first, and dealt
-    to the programs there and back again: each gets light and heavy blocks alike. Sections of heads
-    follow each other, so that the keys and values in use stay in the L2 cache.
-
-    Args:
-        section: the number of heads in a section; a multiple of the heads that share keys.
-    """
-    num_programs = gl.num_programs(0)
-    program = gl.program_id(0)
-    if step % 2 == 1:
-        program = num_programs - 1 - program
-    number = step * num_programs + program
-    first_head = number // (section * num_row_blocks) * section
-    heads_here = gl.maximum(gl.minimum(section, num_batch_heads - first_head), 1)
-    rest = number - first_head * num_row_blocks
-    batch_head = first_head + rest % heads_here
-    row_block = num_row_blocks - 1 - rest // heads_here
-    return Block(
-        number < num_row_blocks * num_batch_heads,
-        batch_head // num_heads,
-        batch_head % num_heads,
-        row_block * NUM_ROWS,
-    )
-
-
-def heads_per_section(num_bytes: int, group_size: int, num_batch_heads: int) -> int:
-    """The number of heads in a section of `block_of_step`, from the bytes of a head's keys and
-    values."""
-    num_groups = max(1, L2_BYTES // num_bytes)
-    return min(num_groups * group_size, num_batch_heads)
 
 
 def descriptor(x: Tensor, block_rows: int) -> TensorDescriptor:

@@ -1,0 +1,95 @@
+"""Which tiles the kernels for Hopper process, in which order, and the mask of a tile."""
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+L2_BYTES = 32 << 20  # of keys and values in use at a time; the L2 cache of an H200 has 50 MB
+
+
+class Sizes(NamedTuple):
+    """The sizes of a call."""
+
+    seq_len_q: Any
+    seq_len_kv: Any
+    num_heads: Any
+    num_batch_heads: Any
+    num_row_blocks: Any  # of a head
+    section: Any  # `block_of_step`
+
+
+class Block(NamedTuple):
+    """The work of a step: a block of rows of one head. After the last one, `exists` is false."""
+
+    exists: Any
+    batch: Any
+    head: Any
+    first_row: Any
+
+
+@gluon.jit
+def block_of_step(step, sizes, NUM_ROWS: gl.constexpr):
+    """The block of NUM_ROWS rows that this program processes at a step.
+
+    The blocks with the most keys under a causal mask, those of the last rows, come first. They are
+    dealt to the programs there and back again, so that each gets heavy and light ones alike. Heads
+    follow each other in sections, whose keys and values fit the L2 cache.
+    """
+    num_programs = gl.num_programs(0)
+    program = gl.program_id(0)
+    if step % 2 == 1:
+        program = num_programs - 1 - program
+    number = step * num_programs + program
+    first_head = number // (sizes.section * sizes.num_row_blocks) * sizes.section
+    heads_here = gl.maximum(gl.minimum(sizes.section, sizes.num_batch_heads - first_head), 1)
+    rest = number - first_head * sizes.num_row_blocks
+    batch_head = first_head + rest % heads_here
+    row_block = sizes.num_row_blocks - 1 - rest // heads_here
+    return Block(
+        number < sizes.num_row_blocks * sizes.num_batch_heads,
+        batch_head // sizes.num_heads,
+        batch_head % sizes.num_heads,
+        row_block * NUM_ROWS,
+    )
+
+
+def heads_per_section(num_bytes: int, group_size: int, num_batch_heads: int) -> int:
+    """The number of query heads in a section: whole groups.
+
+    Args:
+        num_bytes: of the keys and values of one group.
+    """
+    return min(max(1, L2_BYTES // num_bytes) * group_size, num_batch_heads)
+
+
+@gluon.jit
+def key_tiles(first_row, sizes, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
+    """(number of key tiles that BLOCK_M queries see, number of those that need no mask).
+
+    One tile at least is walked with a mask, so that rows without keys become 0 and −inf.
+    """
+    num_seen = sizes.seq_len_kv
+    num_free = sizes.seq_len_kv
+    if CAUSAL:
+        own_key = first_row + sizes.seq_len_kv - sizes.seq_len_q  # of the first row
+        num_seen = gl.minimum(num_seen, own_key + BLOCK_M)
+        num_free = gl.maximum(own_key + 1, 0)
+    num_tiles = gl.maximum(num_seen + BLOCK_N - 1, BLOCK_N) // BLOCK_N
+    return num_tiles, gl.minimum(num_free // BLOCK_N, num_tiles - 1)
+
+
+@gluon.jit
+def hide(scores, own_keys, start, seq_len_kv, LAYOUT: gl.constexpr, CAUSAL: gl.constexpr):
+    """Sets scores `[row, key]` of keys that a row does not see to −inf.
+
+    Args:
+        own_keys: the key that each row is aligned with.
+        start: the first key of the tile.
+    """
+    BLOCK_N: gl.constexpr = scores.shape[1]
+    keys = gl.expand_dims(gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    if CAUSAL:  # no row has its own key after the last one
+        return gl.where(keys <= gl.expand_dims(own_keys - start, 1), scores, -float("inf"))
+    else:
+        return gl.where(keys < seq_len_kv - start, scores, -float("inf"))

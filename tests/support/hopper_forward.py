@@ -1,0 +1,261 @@
+"""The forward kernel for Hopper on random calls, in random interleavings, without a GPU.
+
+    python -m hopper_forward --cases 1000              as it is written, by gluon_emulator
+    python -m hopper_forward --faults                  one synchronisation less at a time
+    python -m hopper_forward --ptx --cases 30          as it is compiled, by ptx_emulator
+
+Every call is held to its error budget. `tests/ops/test_hopper_forward.py` runs a sample.
+"""
+
+import argparse
+import importlib.util
+import random
+import re
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from gluon_emulator import load
+from poison import PoisonedTorch
+from torch import Tensor
+
+from gqa_kernels import accuracy, reference
+from gqa_kernels.ops.attention.call import Call, prepared
+from gqa_kernels.runtime.configs import HopperConfig
+
+_FOLDER = "gqa_kernels.ops.attention.hopper"
+MODULES = tuple(f"{_FOLDER}.{name}" for name in ("pipeline", "tiles", "forward"))
+SHARED_BYTES = 232448
+
+
+class Case(NamedTuple):
+    """A call, the configuration and the number of programs that it runs with."""
+
+    config: HopperConfig
+    batch: int = 1
+    num_q_heads: int = 2
+    num_kv_heads: int = 1
+    seq_len_q: int = 200
+    seq_len_kv: int = 200
+    dtype: torch.dtype = torch.bfloat16
+    causal: bool = True
+    return_lse: bool = True
+    num_programs: int = 2
+    section: int | None = None  # heads; None: as the launcher chooses
+
+
+def shared_bytes(config: HopperConfig) -> int:
+    rows = 64 * config.num_consumers * (2 if config.own_out else 1)
+    return 2 * config.head_dim * (rows + 2 * config.num_stages * config.block_n) + 256
+
+
+def draw_case(numbers: random.Random) -> Case:
+    """Small lengths around the borders of tiles, every form of the configuration that fits."""
+    choice = numbers.choice
+    head_dim, consumers = choice((64, 64, 64, 128, 256)), choice((2, 2, 3))
+    forms = [
+        HopperConfig(head_dim, consumers, block_n, stages, own_out, turns=turns)
+        for block_n in (64, 128)
+        for stages in (2, 3, 4)
+        for own_out in (True, False)
+        for turns in (True, True, False)
+    ]
+    kv_heads = choice((1, 2))
+    return Case(
+        config=choice([form for form in forms if shared_bytes(form) <= SHARED_BYTES]),
+        batch=choice((1, 1, 2)),
+        num_q_heads=kv_heads * choice((1, 2, 3)),
+        num_kv_heads=kv_heads,
+        seq_len_q=choice((1, 63, 64, 65, 128, 129, 200, 257, 300, 385)),
+        seq_len_kv=choice((1, 63, 64, 127, 128, 129, 255, 256, 300, 513, 640)),
+        dtype=choice((torch.bfloat16, torch.float16)),
+        causal=numbers.random() < 0.7,
+        return_lse=numbers.random() < 0.8,
+        num_programs=choice((1, 2, 3, 5, 132)),
+        section=choice((None, 1, 2, 3)),
+    )
+
+
+def inputs_of(case: Case, seed: int) -> dict[str, Tensor]:
+    """q is a view of every head but one; k and v are views with the heads before the rows."""
+    generator = torch.Generator().manual_seed(seed)
+    _, batch, num_q_heads, num_kv_heads, seq_len_q, seq_len_kv, dtype, *_ = case
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, case.config.head_dim, generator=generator).to(dtype)
+
+    q = draw(batch, seq_len_q, num_q_heads + 1)[:, :, :num_q_heads]
+    k, v = (draw(batch, num_kv_heads, seq_len_kv).transpose(1, 2) for _ in range(2))
+    return {"q": q, "k": k, "v": v}
+
+
+Attend = Callable[..., Tensor | tuple[Tensor, Tensor]]
+
+
+def unchanged(name: str, text: str) -> str:
+    return text
+
+
+def as_written(case: Case, seed: int, change: Callable[[str, str], str] = unchanged) -> Attend:
+    """`flash_attention` by the kernel in the emulator of Gluon."""
+    return _attend(load(MODULES, seed, change), case)
+
+
+def as_compiled(case: Case, seed: int) -> Attend:
+    """`flash_attention` by the kernel's PTX, which must give the same bits under two schedules."""
+    from ptx_emulator.driver import emulating
+
+    from gqa_kernels.ops.attention.hopper import forward
+
+    run = _attend(forward, case)
+
+    def attend(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        results = []
+        for schedule in ("lockstep", "random"):
+            with emulating("sm_90", schedule=schedule, seed=seed, mbarrier_fence=True):
+                found = run(*args, **kwargs)
+            results.append(found if isinstance(found, tuple) else (found,))
+        for one, other in zip(*results, strict=True):
+            assert torch.equal(one.nan_to_num(), other.nan_to_num()), "other bits"
+        return results[0]
+
+    return attend
+
+
+def _attend(module: types.ModuleType, case: Case) -> Attend:
+    """`flash_attention` by a module's launcher, with NaN in what it allocates."""
+    module.torch = PoisonedTorch()
+    if case.section is not None:
+        module.heads_per_section = lambda *_: case.section
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, return_lse: bool) -> Any:
+        window_right = 0 if causal else None
+        call = prepared(Call(q, k, v, *[None] * 6, None, None, window_right, None))
+        out, lse = module.launch_forward(call, case.config, case.num_programs, need_lse=return_lse)
+        return (out, lse * call.score_unit) if return_lse else out
+
+    return attend
+
+
+def complaints(case: Case, seed: int, attend: Attend) -> list[str]:
+    """What goes wrong in a call, or which results are beyond their error budget."""
+    inputs = inputs_of(case, seed) | {"causal": case.causal, "return_lse": case.return_lse}
+    try:
+        measured = accuracy.measure_call(attend, reference.flash_attention, inputs, ())
+    except Exception as error:
+        return [f"{type(error).__name__}: {error}"]
+    return [str(m) for m in measured if not m.ok]
+
+
+# --- Faults ----------------------------------------------------------------------------------
+
+_DROPPED = re.compile(
+    r"^ +(release|await_turn|pass_turn|mbarrier\.(?:wait|arrive|expect)|tma\.store_wait"
+    r"|fence_async_shared)\(.*\)(?:  #.*)?$"
+)
+_LANDED = re.compile(r"landed\(([\w.]+), (.*)\)$")
+_PRODUCTS = re.compile(r"warpgroup_mma_wait\((\d)")
+
+# What another synchronisation implies. Before the copy warp fills this stage of keys again, it
+# fills a stage of values that is released later than these products end.
+IMPLIED = ("scores = warpgroup_mma_wait(1, deps=[scores_soon]) / release(shared.k, n + i)",)
+
+
+class Fault(NamedTuple):
+    """Lines of a module, the first of them counted from 1, and what stands there instead."""
+
+    module: str
+    number: int
+    lines: tuple[str, ...]
+    instead: tuple[str, ...]
+
+    def apply(self, name: str, text: str) -> str:
+        if name != self.module:
+            return text
+        lines, end = text.split("\n"), self.number - 1 + len(self.lines)
+        assert tuple(lines[self.number - 1 : end]) == self.lines
+        return "\n".join((*lines[: self.number - 1], *self.instead, *lines[end:]))
+
+    @property
+    def text(self) -> str:
+        return " / ".join(line.strip() for line in self.lines)
+
+    def __str__(self) -> str:
+        return f"{self.module.rpartition('.')[2]}:{self.number}: {self.text}"
+
+
+def faults() -> Iterator[Fault]:
+    """One synchronisation less: a call that is left out, a tile that is used before it lands or
+    released before it is read, a wait for fewer products."""
+    for name in MODULES:
+        path = Path(importlib.util.find_spec(name).origin)
+        before = ""
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+            if _DROPPED.match(line):
+                indent = line[: len(line) - len(line.lstrip())]
+                yield Fault(name, number, (line,), (f"{indent}pass",))
+            elif found := _LANDED.search(line):
+                ring, n = found.groups()
+                taken = f"{ring}.stages.index(({n}) % {ring}.stages.shape[0])"
+                yield Fault(name, number, (line,), (line[: found.start()] + taken,))
+            elif found := _PRODUCTS.search(line):
+                fewer = _PRODUCTS.sub(f"warpgroup_mma_wait({int(found[1]) + 1}", line)
+                yield Fault(name, number, (line,), (fewer,))
+            if "release(" in line and "_wait(" in before:
+                early = Fault(name, number - 1, (before, line), (line, before))
+                if early.text not in IMPLIED:
+                    yield early
+            before = line
+
+
+def _shapes() -> Iterator[Case]:
+    """Calls in which every synchronisation matters: several blocks for a program, few tiles of keys
+    without turns, no memory of its own for out."""
+    narrow = HopperConfig(64, 2, 64, 2, own_out=True)
+    for _ in range(12):
+        yield Case(narrow, seq_len_q=320, seq_len_kv=640, causal=True)
+        yield Case(narrow._replace(own_out=False), seq_len_q=320, seq_len_kv=320, causal=False)
+        for turns in (True, False):
+            for seq_len_kv in (64, 128):
+                config = narrow._replace(turns=turns)
+                yield Case(config, 1, 1, 1, 640, seq_len_kv, causal=False, num_programs=1)
+
+
+def how_noticed(fault: Fault) -> str | None:
+    """What the first call that notices a fault says; None if none does."""
+    for seed, case in enumerate(_shapes()):
+        if found := complaints(case, seed, as_written(case, seed, fault.apply)):
+            return found[0]
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--cases", type=int, default=0, help="random calls")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--faults", action="store_true", help="break the kernel")
+    parser.add_argument("--ptx", action="store_true", help="run random calls as compiled")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    started, failed = time.time(), 0
+    numbers, run = random.Random(options.seed), as_compiled if options.ptx else as_written
+    for number in range(options.cases):
+        case, seed = draw_case(numbers), number + 10**6 * options.seed
+        for complaint in complaints(case, seed, run(case, seed)):
+            failed += 1
+            print(f"failed {number} {case}: {complaint}", flush=True)
+    if options.cases:
+        print(f"{options.cases} calls, {failed} complaints, {time.time() - started:.0f} s")
+    for fault in faults() if options.faults else ():
+        found = how_noticed(fault)
+        failed += found is None
+        print(f"{'seen  ' if found else 'MISSED'} {fault} | {(found or '')[:110]}", flush=True)
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
