@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo chat-model test test-long test-seeds test-matrix test-newest test-machine-code test-mutants lint format bench peers compile-check-3.6 clean
+.PHONY: demo chat-model test test-long test-seeds test-matrix test-newest test-machine-code test-mutants test-hopper lint format bench peers compile-check-3.6 clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -103,10 +103,17 @@ EMULATOR := PYTHONPATH=tests/support OMP_NUM_THREADS=1 $(BIN)/python -m ptx_emul
 
 test-machine-code: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 -m "" tests/machine_code \
-		tests/ops/test_compile.py tests/ops/test_launch.py
+		tests/ops/test_compile.py tests/ops/test_launch.py tests/ops/test_hopper_compile.py
 	$(EMULATOR).check --arch sm_80 --dtype float32 --dtype bfloat16 --noise
 	$(EMULATOR).mutations --arch sm_80
 	$(EMULATOR).mutations --arch sm_90
+
+# The attention kernel for Hopper, which is off by default: random calls in random interleavings, a
+# fault for each of its synchronisations, its binaries, and random calls of its PTX. Half an hour.
+test-hopper: $(READY)
+	PYTHONPATH=tests/support OMP_NUM_THREADS=1 $(BIN)/python -m hopper_forward --cases 1000 --faults
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "" tests/ops/test_hopper_compile.py
+	PYTHONPATH=tests/support OMP_NUM_THREADS=1 $(BIN)/python -m hopper_forward --ptx --cases 40
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -126,7 +133,8 @@ peers: $(READY)
 # Triton 3.6.0 is what PyTorch 2.11 brings. Installed last and alone, because a CUDA build of the
 # pinned PyTorch asks for its own Triton; nothing runs on a GPU, so that the two need not match.
 compile-check-3.6: .venv-triton36/.ready
-	OMP_NUM_THREADS=1 .venv-triton36/bin/pytest -m "" tests/ops/test_compile.py tests/ops/test_launch.py
+	OMP_NUM_THREADS=1 .venv-triton36/bin/pytest -m "" tests/ops/test_compile.py tests/ops/test_launch.py \
+		tests/ops/test_hopper_compile.py
 
 .venv-triton36/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-triton36

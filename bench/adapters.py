@@ -48,6 +48,7 @@ class Backend:
         coarse: ops that round their sums after every chunk of tokens, with a note on their results;
             their error budget is that of eager code that does the same.
         writes_inputs: ops that overwrite their inputs; they get copies.
+        on_request: whether it runs only where --bench-backends names it.
         ours: whether a failure is a failure of this package, and not a row about a peer.
     """
 
@@ -59,6 +60,7 @@ class Backend:
     coarse: dict[str, str] = field(default_factory=dict)
     writes_inputs: frozenset[str] = frozenset()
     ours: bool = False
+    on_request: bool = False
 
     def available(self) -> str | None:
         """Why this backend cannot run here, or None."""

@@ -109,7 +109,8 @@ def _examine_nvidia(files: dict[str, str]) -> Binary:
         under_wgmma=_under_wgmma(loop),
         schedule=tuple(map(_scheduled, loop)) if count(mix, "HGMMA") else (),
         serialized=_serialized(files["ptx"]) if "wgmma" in ptx else (),
-        transposed_dots=count_transposed_dots(Path(files["ttir"]).read_text(encoding="utf-8")),
+        # Gluon begins after that stage, and its operands are where its author put them.
+        transposed_dots=_transposed_dots(files) if "ttir" in files else 0,
     )
 
 
@@ -125,21 +126,50 @@ def _parse_sass(disassembly: str) -> list[_Instruction]:
 
 def _main_loop(instructions: list[_Instruction]) -> list[_Instruction]:
     """Returns the shortest loop with the most matrix products or, if there are none, the shortest
-    that reads or writes global memory. A loop ends with a backward branch and contains no EXIT, so
-    code that ptxas moves behind the end of the kernel, such as the retry of a barrier, is not in
-    one."""
+    that reads or writes global memory. Code that ptxas moves behind the end of the kernel, such as
+    the retry of a barrier, is in no loop, because those contain no EXIT."""
     ranked = []
-    for branch in instructions:
-        goal = re.search(r"\b0x([0-9a-f]+)$", branch.text)
-        if not branch.text.startswith("BRA") or not goal or int(goal[1], 16) >= branch.address:
-            continue
-        start = int(goal[1], 16)
-        body = [i for i in instructions if start <= i.address <= branch.address]
-        products = sum(bool(_MATMUL.match(i.text)) for i in body)
-        accesses = any(i.text.startswith(("LDG", "STG", "UTMALDG")) for i in body)
-        if (products or accesses) and not any(i.text.startswith("EXIT") for i in body):
+    for body in _loops(instructions):
+        products = _num_products(body)
+        if products or any(i.text.startswith(("LDG", "STG", "UTMALDG")) for i in body):
             ranked.append((-products, len(body), body))
     return min(ranked, key=lambda entry: entry[:2])[2] if ranked else []
+
+
+def _loops(instructions: list[_Instruction]) -> list[list[_Instruction]]:
+    """Code that ends with a backward branch and has no EXIT, from its goal on."""
+    found = []
+    for branch in instructions:
+        goal = re.search(r"\b0x([0-9a-f]+)$", branch.text)
+        if branch.text.startswith("BRA") and goal and int(goal[1], 16) < branch.address:
+            start = int(goal[1], 16)
+            body = [i for i in instructions if start <= i.address <= branch.address]
+            if not any(i.text.startswith("EXIT") for i in body):
+                found.append(body)
+    return found
+
+
+def _num_products(body: list[_Instruction]) -> int:
+    return sum(bool(_MATMUL.match(i.text)) for i in body)
+
+
+class ProductLoop(NamedTuple):
+    """A loop over products of a kernel whose warps run different code."""
+
+    mix: dict[str, int]
+    under_wgmma: dict[str, int]
+
+
+def product_loops(launch: Launch) -> list[ProductLoop]:
+    """The loops with matrix products that contain no other such loop (NVIDIA)."""
+    disassembly = _run(knobs.nvidia.cuobjdump.path, "-sass", launch.files()["cubin"])
+    loops = [body for body in _loops(_parse_sass(disassembly)) if _num_products(body)]
+    spans = [(body[0].address, body[-1].address) for body in loops]
+    return [
+        ProductLoop(Counter(i.opcode for i in body), _under_wgmma(body))
+        for body, (start, end) in zip(loops, spans, strict=True)
+        if not any((start, end) != span and start <= span[0] <= span[1] <= end for span in spans)
+    ]
 
 
 def _running_groups(instruction: _Instruction) -> int | None:
@@ -211,7 +241,7 @@ def _examine_amd(files: dict[str, str]) -> Binary:
         spills=stated("vgpr_spill_count"),
         local_bytes=stated("private_segment_fixed_size"),
         mix=Counter(opcodes),
-        transposed_dots=count_transposed_dots(Path(files["ttir"]).read_text(encoding="utf-8")),
+        transposed_dots=_transposed_dots(files),
     )
 
 
@@ -222,6 +252,10 @@ def _examine_amd(files: dict[str, str]) -> Binary:
 class _Value:
     operation: str = ""
     sources: list["_Value"] = field(default_factory=list)
+
+
+def _transposed_dots(files: dict[str, str]) -> int:
+    return count_transposed_dots(Path(files["ttir"]).read_text(encoding="utf-8"))
 
 
 def count_transposed_dots(ttir: str) -> int:

@@ -137,7 +137,9 @@ class _Session:
         is_model = isinstance(workload, model_grid.ModelWorkload)
         names = workload.backends if is_model else peers.for_op(workload.op)
         wanted = self.config.getoption("--bench-backends")
-        if wanted is not None:
+        if wanted is None:
+            names = [name for name in names if name not in peers.ON_REQUEST]
+        else:
             names = [name for name in names if name in wanted.split(",")]
         return [name for name in names if not (self.dry and name in NOT_IN_DRY_RUN)]
 

@@ -15,6 +15,9 @@ from adapters import STEPS, Adapter, Backend, Lacks, plain_cache
 from timing import Call
 
 from gqa_kernels import fused, reference
+from gqa_kernels.ops.attention import hopper
+from gqa_kernels.runtime import target
+from gqa_kernels.runtime.configs import HOPPER_FORWARD
 
 EPS = 1e-5
 
@@ -233,6 +236,23 @@ def _flex_decode(inputs: dict[str, Any]) -> Call:
     return _flex(q, inputs["k_cache"], inputs["v_cache"], mask, q.shape[0])
 
 
+# --- Our kernels that nothing runs by default -------------------------------------------------
+
+
+def _hopper_target() -> None:
+    if (arch := target.current().arch) != "sm_90":
+        raise RuntimeError(f"expected sm_90; got {arch}")
+
+
+def _hopper_prefill(inputs: dict[str, Any]) -> Call:
+    q = inputs["q"]
+    given = {name: x for name, x in inputs.items() if name != "return_lse" and x is not None}
+    covered = q.element_size() == 2 and q.shape[-1] in {row.head_dim for row in HOPPER_FORWARD}
+    if not covered or given.keys() - {"q", "k", "v", "causal", "softmax_scale"}:
+        raise Lacks("the kernel for Hopper has 16-bit heads of 64, 128 and 256, and no options")
+    return functools.partial(hopper.flash_attention, **given)
+
+
 # --- The table -------------------------------------------------------------------------------
 
 _DECODE_FORWARD = dict.fromkeys(
@@ -247,6 +267,14 @@ BACKENDS = (
         distribution="gqa-kernels",
         forward_only=_DECODE_FORWARD,
         ours=True,
+    ),
+    Backend(
+        "hopper",
+        {"flash_attention": _hopper_prefill},
+        _hopper_target,
+        distribution="gqa-kernels",
+        forward_only={"flash_attention": "the kernel for Hopper has no backward pass"},
+        on_request=True,
     ),
     Backend("eager", of_module(reference), forward_only=_DECODE_FORWARD, ours=True),
     Backend(
@@ -279,6 +307,7 @@ BACKENDS = (
     *installed_peers.BACKENDS,
 )
 
+ON_REQUEST = {backend.name for backend in BACKENDS if backend.on_request}
 BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 

@@ -161,6 +161,17 @@ EMULATOR_ALLOWED = {
     "mutations": {"cases", "check", "driver"},
 }
 
+# And of the emulator of kernels as they are written.
+GLUON_EMULATOR = ROOT / "tests" / "support" / "gluon_emulator"
+GLUON_EMULATOR_ALLOWED = {
+    "__init__": {"loading", "schedule"},
+    "schedule": set(),
+    "numbers": {"schedule"},
+    "memory": {"schedule"},
+    "language": {"memory", "numbers", "schedule"},
+    "loading": {"language"},
+}
+
 
 def imported(path: Path) -> set[str]:
     """Every module that a file imports, at any depth of nesting."""
@@ -183,6 +194,7 @@ def modules(package: Path) -> dict[str, Path]:
 
 
 KERNELS, MODELS, EMULATORS = modules(PACKAGE), modules(MODEL), modules(EMULATOR)
+GLUON_EMULATORS = modules(GLUON_EMULATOR)
 
 
 def within(name: str, prefixes: set[str]) -> bool:
@@ -229,10 +241,25 @@ def test_arrows_inside_the_emulator(name):
     assert not outside & {"llama2", "bench"} and ("gqa_kernels" not in outside or over_the_table)
 
 
+@pytest.mark.parametrize("name", GLUON_EMULATORS)
+def test_arrows_inside_the_emulator_of_gluon(name):
+    """And it knows neither our kernels nor Triton."""
+    allowed = rule_of(name, GLUON_EMULATOR_ALLOWED)
+    found = siblings(GLUON_EMULATORS[name], "gluon_emulator", GLUON_EMULATORS.keys())
+    assert not {other for other in found if not within(other, allowed)}
+    outside = {module.split(".")[0] for module in imported(GLUON_EMULATORS[name])}
+    assert not outside & {"gqa_kernels", "llama2", "bench", "triton"}
+
+
 @pytest.mark.parametrize(
     ("package", "files"),
-    [("gqa_kernels", KERNELS), ("llama2", MODELS), ("ptx_emulator", EMULATORS)],
-    ids=["gqa_kernels", "llama2", "ptx_emulator"],
+    [
+        ("gqa_kernels", KERNELS),
+        ("llama2", MODELS),
+        ("ptx_emulator", EMULATORS),
+        ("gluon_emulator", GLUON_EMULATORS),
+    ],
+    ids=["gqa_kernels", "llama2", "ptx_emulator", "gluon_emulator"],
 )
 def test_no_circles(package, files):
     """Modules can be put in an order in which each imports earlier ones alone, late imports too."""
@@ -260,15 +287,20 @@ def test_allocations_name_their_dtype_and_device(path):
 
 
 def test_a_file_fits_in_the_head():
-    files = [*KERNELS.values(), *MODELS.values(), *EMULATORS.values()]
+    files = [*KERNELS.values(), *MODELS.values(), *EMULATORS.values(), *GLUON_EMULATORS.values()]
     lines = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in files}
     assert not {file: count for file, count in lines.items() if count > 400}
 
 
 @pytest.mark.parametrize(
     ("allowed", "files"),
-    [(KERNELS_ALLOWED, KERNELS), (MODEL_ALLOWED, MODELS), (EMULATOR_ALLOWED, EMULATORS)],
-    ids=["k", "m", "e"],
+    [
+        (KERNELS_ALLOWED, KERNELS),
+        (MODEL_ALLOWED, MODELS),
+        (EMULATOR_ALLOWED, EMULATORS),
+        (GLUON_EMULATOR_ALLOWED, GLUON_EMULATORS),
+    ],
+    ids=["k", "m", "e", "g"],
 )
 def test_every_rule_has_a_module(allowed, files):
     assert all(any(within(name, {rule}) for name in files) for rule in allowed)

@@ -3,6 +3,7 @@
     python -m hopper_forward --cases 1000              as it is written, by gluon_emulator
     python -m hopper_forward --faults                  one synchronisation less at a time
     python -m hopper_forward --ptx --cases 30          as it is compiled, by ptx_emulator
+    timeout 300 python -m hopper_forward --gpu --cases 300         on a GPU, if this machine has one
 
 Every call is held to its error budget. `tests/ops/test_hopper_forward.py` runs a sample.
 """
@@ -22,6 +23,7 @@ import torch
 from gluon_emulator import load
 from poison import PoisonedTorch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from gqa_kernels import accuracy, reference
 from gqa_kernels.ops.attention.call import Call, prepared
@@ -105,6 +107,21 @@ def as_written(case: Case, seed: int, change: Callable[[str, str], str] = unchan
     return _attend(load(MODULES, seed, change), case)
 
 
+def on_gpu(case: Case, seed: int) -> Attend:
+    """`flash_attention` by the kernel on this machine's GPU, twice, with the same bits."""
+    from gqa_kernels.ops.attention.hopper import forward
+
+    run = _attend(forward, case)
+
+    def attend(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
+        first, second = run(*args, **kwargs), run(*args, **kwargs)
+        for one, other in zip(tree_leaves(first), tree_leaves(second), strict=True):
+            assert torch.equal(one.nan_to_num(), other.nan_to_num()), "other bits"
+        return first
+
+    return attend
+
+
 def as_compiled(case: Case, seed: int) -> Attend:
     """`flash_attention` by the kernel's PTX, which must give the same bits under two schedules."""
     from ptx_emulator.driver import emulating
@@ -141,9 +158,10 @@ def _attend(module: types.ModuleType, case: Case) -> Attend:
     return attend
 
 
-def complaints(case: Case, seed: int, attend: Attend) -> list[str]:
+def complaints(case: Case, seed: int, attend: Attend, device: str = "cpu") -> list[str]:
     """What goes wrong in a call, or which results are beyond their error budget."""
-    inputs = inputs_of(case, seed) | {"causal": case.causal, "return_lse": case.return_lse}
+    tensors = {name: x.to(device) for name, x in inputs_of(case, seed).items()}
+    inputs = tensors | {"causal": case.causal, "return_lse": case.return_lse}
     try:
         measured = accuracy.measure_call(attend, reference.flash_attention, inputs, ())
     except Exception as error:
@@ -238,14 +256,17 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=0, help="random calls")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", action="store_true", help="break the kernel")
-    parser.add_argument("--ptx", action="store_true", help="run random calls as compiled")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--ptx", action="store_true", help="run random calls as compiled")
+    where.add_argument("--gpu", action="store_true", help="run random calls on a GPU")
     options = parser.parse_args()
     torch.set_num_threads(1)
     started, failed = time.time(), 0
-    numbers, run = random.Random(options.seed), as_compiled if options.ptx else as_written
+    numbers, device = random.Random(options.seed), "cuda" if options.gpu else "cpu"
+    run = on_gpu if options.gpu else as_compiled if options.ptx else as_written
     for number in range(options.cases):
         case, seed = draw_case(numbers), number + 10**6 * options.seed
-        for complaint in complaints(case, seed, run(case, seed)):
+        for complaint in complaints(case, seed, run(case, seed), device):
             failed += 1
             print(f"failed {number} {case}: {complaint}", flush=True)
     if options.cases:

@@ -1,0 +1,76 @@
+"""Prints as JSON what the kernels for Hopper compile to; needs bench/ on the path.
+
+    PYTHONPATH=bench python tests/support/hopper_binaries.py [--fewer]
+
+Every row of the table, causal and full; --fewer: one of them.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import capture
+import torch
+from binary import examine, product_loops
+
+from gqa_kernels.ops.attention import hopper
+from gqa_kernels.runtime.configs import HOPPER_FORWARD
+
+# The synchronisation in a partition's PTX, by a letter.
+_STEPS = {
+    r"stmatrix|st\.shared": "S",  # generic writes
+    r"fence\.proxy\.async": "F",
+    r"bar\.sync\s+\d+, 128": "|",  # of a partition
+    r"bar\.warp\.sync": "|",  # of the copy warp
+    r"cp\.async\.bulk\.tensor\.\dd\.global": "O",  # a copy out
+    r"cp\.async\.bulk\.wait_group": "w",
+    r"mbarrier\.arrive\.shared": "A",
+    r"wgmma\.wait_group": "g",
+    r"wgmma\.mma_async": "M",
+}
+
+
+def order_of(ptx: str) -> str:
+    """The letters of `_STEPS` in the order of the PTX."""
+    found = []
+    for line in ptx.splitlines():
+        found += [step for pattern, step in _STEPS.items() if re.search(pattern, line)][:1]
+    return "".join(found)
+
+
+def entries(fewer: bool) -> Iterator[dict]:
+    rows = [row for row in HOPPER_FORWARD if row.head_dim == 128] if fewer else HOPPER_FORWARD
+    for row in rows:
+        q = torch.empty(1, 8192, 64, row.head_dim, dtype=torch.bfloat16)
+        k = torch.empty(1, 8192, 8, row.head_dim, dtype=torch.bfloat16)
+        for causal in (True,) if fewer else (True, False):
+            (launch,) = capture.capture(
+                "sm_90",
+                lambda q=q, k=k, c=causal: hopper.flash_attention(
+                    q, k, k, causal=c, return_lse=True
+                ),
+            )
+            binary = examine(launch)
+            ptx = Path(launch.files()["ptx"]).read_text(encoding="utf-8")
+            yield {
+                "row": row._asdict(),
+                "causal": causal,
+                "kernel": launch.kernel,
+                "shared": launch.shared,
+                "mix": binary.mix,
+                "serialized": binary.serialized,
+                "local": binary.spills,
+                "loops": [loop._asdict() for loop in product_loops(launch)],
+                "order": order_of(ptx),
+                "named": sorted(set(re.findall(r"bar\.(?:sync|arrive)\s+(\d+), 256", ptx))),
+                "barriers": sorted(set(re.findall(r"\bbar\.sync\s+(\d+), 128", ptx))),
+                "registers": [int(n) for n in re.findall(r"setmaxnreg\.\w+\.\S+\s+(\d+)", ptx)],
+                "max_registers": int(re.search(r"\.maxnreg\s+(\d+)", ptx)[1]),
+                "threads": int(re.search(r"\.reqntid\s+(\d+)", ptx)[1]),
+            }
+
+
+if __name__ == "__main__":
+    print(json.dumps(list(entries("--fewer" in sys.argv))))
