@@ -2,7 +2,8 @@
 
     PYTHONPATH=bench python tests/support/hopper_binaries.py [--fewer]
 
-Every row of the table, causal and full; --fewer: one of them.
+Every row of the table, causal and full, for inference and for training, which needs the residue
+too; --fewer: one of them.
 """
 
 import json
@@ -15,7 +16,8 @@ import capture
 import torch
 from binary import examine, product_loops
 
-from gqa_kernels.ops.attention import hopper
+from gqa_kernels.ops.attention.call import Call, prepared
+from gqa_kernels.ops.attention.launch import launch_forward
 from gqa_kernels.runtime.configs import HOPPER_FORWARD
 
 # The synchronisation in a partition's PTX, by a letter.
@@ -45,11 +47,13 @@ def entries(fewer: bool) -> Iterator[dict]:
     for row in rows:
         q = torch.empty(1, 8192, 64, row.head_dim, dtype=torch.bfloat16)
         k = torch.empty(1, 8192, 8, row.head_dim, dtype=torch.bfloat16)
-        for causal in (True,) if fewer else (True, False):
+        forms = [(True, False)] if fewer else [(c, t) for c in (True, False) for t in (True, False)]
+        for causal, training in forms:
+            call = prepared(Call(q, k, k, *[None] * 8, 0 if causal else None, None))
             (launch,) = capture.capture(
                 "sm_90",
-                lambda q=q, k=k, c=causal: hopper.flash_attention(
-                    q, k, k, causal=c, return_lse=True
+                lambda call=call, training=training: launch_forward(
+                    call, need_lse=True, need_residue=training, unmeasured=True
                 ),
             )
             binary = examine(launch)
@@ -57,6 +61,7 @@ def entries(fewer: bool) -> Iterator[dict]:
             yield {
                 "row": row._asdict(),
                 "causal": causal,
+                "training": training,
                 "kernel": launch.kernel,
                 "shared": launch.shared,
                 "mix": binary.mix,

@@ -30,7 +30,8 @@ from gqa_kernels.ops.attention.call import Call, prepared
 from gqa_kernels.runtime.configs import HopperConfig
 
 _FOLDER = "gqa_kernels.ops.attention.hopper"
-MODULES = tuple(f"{_FOLDER}.{name}" for name in ("pipeline", "tiles", "forward"))
+GLUON = tuple(f"{_FOLDER}.{name}" for name in ("pipeline", "tiles", "softmax", "forward"))
+MODULES = ("gqa_kernels.primitives.residue", *GLUON)
 SHARED_BYTES = 232448
 
 
@@ -46,6 +47,7 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
     causal: bool = True
     return_lse: bool = True
+    need_residue: bool = False
     num_programs: int = 2
     section: int | None = None  # heads; None: as the launcher chooses
 
@@ -58,9 +60,10 @@ def shared_bytes(config: HopperConfig) -> int:
 def draw_case(numbers: random.Random) -> Case:
     """Small lengths around the borders of tiles, every form of the configuration that fits."""
     choice = numbers.choice
-    head_dim, consumers = choice((64, 64, 64, 128, 256)), choice((2, 2, 3))
+    head_dim, consumers = choice(((64, 2), (64, 2), (64, 3), (128, 2), (128, 3), (256, 2)))
+    registers = {2: (240, 24), 3: (160, 32)}[consumers]
     forms = [
-        HopperConfig(head_dim, consumers, block_n, stages, own_out, turns=turns)
+        HopperConfig(head_dim, consumers, block_n, stages, own_out, *registers, turns=turns)
         for block_n in (64, 128)
         for stages in (2, 3, 4)
         for own_out in (True, False)
@@ -77,6 +80,7 @@ def draw_case(numbers: random.Random) -> Case:
         dtype=choice((torch.bfloat16, torch.float16)),
         causal=numbers.random() < 0.7,
         return_lse=numbers.random() < 0.8,
+        need_residue=numbers.random() < 0.5,
         num_programs=choice((1, 2, 3, 5, 132)),
         section=choice((None, 1, 2, 3)),
     )
@@ -152,10 +156,48 @@ def _attend(module: types.ModuleType, case: Case) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, return_lse: bool) -> Any:
         window_right = 0 if causal else None
         call = prepared(Call(q, k, v, *[None] * 6, None, None, window_right, None))
-        out, lse = module.launch_forward(call, case.config, case.num_programs, need_lse=return_lse)
+        out, lse, residue = module.launch_forward(
+            call,
+            case.config,
+            case.num_programs,
+            need_lse=return_lse,
+            need_residue=case.need_residue,
+        )
+        if case.need_residue:
+            check_residue(call, case.config.block_n, out, residue)
         return (out, lse * call.score_unit) if return_lse else out
 
     return attend
+
+
+def check_residue(call: Call, block_n: int, out: Tensor, residue: Tensor) -> None:
+    """Raises unless the residue leaves a tenth at most of the difference between out and the mean
+    of the values under the weights as they were rounded."""
+    q, k, v = (x.double().transpose(1, 2) for x in call[:3])
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) * call.score_unit
+    keys = torch.arange(k.shape[2], device=q.device)
+    if call.window_right is not None:
+        own = torch.arange(q.shape[2], device=q.device)[:, None] + k.shape[2] - q.shape[2]
+        scores = scores.masked_fill(keys > own, -torch.inf)
+    # A weight is rounded relative to the largest score so far, from the last tile downwards.
+    tiles = scores.split(block_n, dim=-1)
+    largest = torch.stack([tile.amax(-1) for tile in tiles])
+    anchors = largest.flip(0).cummax(0).values.flip(0).nan_to_num(neginf=0.0)[..., None]
+    weights = torch.cat(
+        [
+            (tile - anchor).exp().to(out.dtype).double() * (anchor - anchors[0]).exp()
+            for tile, anchor in zip(tiles, anchors, strict=True)
+        ],
+        dim=-1,
+    )
+    mean = (weights @ v / weights.sum(-1, keepdim=True)).nan_to_num().transpose(1, 2)
+    exponent = out.double().abs().clamp(min=2.0**-14).log2().floor()
+    restored = (
+        out.double() + residue * (exponent - (14 if out.dtype == torch.bfloat16 else 17)).exp2()
+    )
+    before, after = ((x - mean).norm().item() for x in (out.double(), restored))
+    assert after <= 0.1 * before, f"the residue leaves {after:.2e} of {before:.2e}"
 
 
 def complaints(case: Case, seed: int, attend: Attend, device: str = "cpu") -> list[str]:

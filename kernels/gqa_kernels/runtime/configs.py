@@ -123,8 +123,8 @@ class HopperConfig(NamedTuple):
     num_stages: int  # tiles of keys, and as many of values
     own_out: bool  # whether there is shared memory for out beside that of q
     # Per thread; with those of the copy warp, and of three idle warps beside it, 65536 in all.
-    consumer_registers: int = 232
-    copy_registers: int = 40
+    consumer_registers: int = 240
+    copy_registers: int = 24
     turns: bool = True  # whether the consumers take turns at issuing products
     measured: bool = False  # on a GPU; other rows run only where a caller asks for them
 

@@ -1,4 +1,4 @@
-"""Stand-ins for Gluon's modules, by the names that kernels import."""
+"""Stand-ins for the modules of Gluon and Triton, by the names that kernels import."""
 
 import re
 import types
@@ -65,6 +65,17 @@ def jit(function: Callable | None = None, **options: Any) -> Any:
 
 
 # --- language: what partitions compute -------------------------------------------------------
+
+
+class Registers(Tensor):
+    """A tensor of a partition: PyTorch's, but for the conversion."""
+
+    def to(self, dtype: torch.dtype, bitcast: bool = False) -> Tensor:
+        return self.view(dtype) if bitcast else super().to(dtype)
+
+
+def _in_registers(make: Callable[..., Tensor]) -> Callable[..., Registers]:
+    return lambda *args, **kwargs: make(*args, **kwargs).as_subclass(Registers)
 
 
 def _scalar_or_tensor(of_scalars: Callable, of_tensors: Callable) -> Callable:
@@ -152,7 +163,8 @@ class _Product:
             accumulator = accumulator.result
         a = self.a.data if isinstance(self.a, memory.Tile) else self.a
         product = a.float() @ self.b.data.float()
-        self.result = product + accumulator if self.use_acc else product
+        total = product + accumulator if self.use_acc else product
+        self.result = total.as_subclass(Registers)
         for tile in self.tiles():
             memory.uses(tile).remove("a product")
 
@@ -213,17 +225,22 @@ def modules() -> dict[str, types.ModuleType]:
         "minimum": _scalar_or_tensor(min, torch.minimum),
         "maximum": _scalar_or_tensor(max, torch.maximum),
         "where": _where,
-        "arange": lambda start, end, layout=None: torch.arange(start, end, dtype=torch.int32),
-        "zeros": lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype),
-        "full": lambda shape, value, dtype, layout=None: torch.full(shape, value, dtype=dtype),
+        "arange": _in_registers(
+            lambda start, end, layout=None: torch.arange(start, end, dtype=torch.int32)
+        ),
+        "zeros": _in_registers(lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype)),
+        "full": _in_registers(
+            lambda shape, value, dtype, layout=None: torch.full(shape, value, dtype=dtype)
+        ),
         "expand_dims": lambda x, axis: x.unsqueeze(axis),
+        "floor": torch.floor,
         "exp2": torch.exp2,
         "log2": torch.log2,
         "sum": lambda x, axis: x.sum(axis),
         "max": lambda x, axis: x.amax(axis),
         "convert_layout": lambda x, layout: x,
         "store": lambda pointer, value, mask=None: pointer.store(value, mask),
-        "load": lambda pointer, mask=None, other=0.0: pointer.load(mask, other),
+        "load": _in_registers(lambda pointer, mask=None, other=0.0: pointer.load(mask, other)),
         "inline_asm_elementwise": _inline_asm,
         "allocate_shared_memory": _allocate,
         "warp_specialize": _warp_specialize,
@@ -251,6 +268,8 @@ def modules() -> dict[str, types.ModuleType]:
     }
     gluon = "triton.experimental.gluon"
     found = {
+        "triton": {"jit": jit},
+        "triton.language": language,
         "triton.experimental": {},
         gluon: {"jit": jit, "constexpr_function": lambda function: function},
         f"{gluon}.language": language,

@@ -1,4 +1,4 @@
-"""Loads kernels' modules on stand-ins for Gluon."""
+"""Loads kernels' modules on stand-ins for Gluon and Triton."""
 
 import importlib.util
 import random
@@ -19,16 +19,18 @@ def load(
     """The last of these modules, whose kernels run here when they are launched, on CPU tensors.
 
     Args:
-        names: the modules that import Gluon, each after those that it imports.
+        names: the modules with kernels, each after those that it imports. Their packages import
+            whatever else they need.
         seed: determines the interleavings of all launches.
         change: (name of a module, source) → source that runs instead, to test that faults are
             noticed.
     """
     stand_ins = language.modules()
     seeds = random.Random(seed)
+    # Before the stand-ins are in place: this imports the packages that hold the modules.
+    paths = {name: Path(importlib.util.find_spec(name).origin) for name in names}
     with _in_place(stand_ins):
-        for name in names:
-            path = Path(importlib.util.find_spec(name).origin)
+        for name, path in paths.items():
             module = types.ModuleType(name)
             module.__file__, module.__package__ = str(path), name.rpartition(".")[0]
             module.__dict__["__seeds__"] = seeds

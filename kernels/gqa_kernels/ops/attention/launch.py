@@ -21,14 +21,16 @@ def launch_forward(
     """
     q = call.q
     with target.device_of(q):
-        config = None if need_residue else hopper_config(call, unmeasured=unmeasured)
+        config = hopper_config(call, unmeasured=unmeasured)
         if config is None or q.numel() == 0 or call.k.numel() == 0:
             return forward.launch_forward(call, need_lse=need_lse, need_residue=need_residue)
         # Late: whatever becomes of `triton.experimental`, the portable kernels can be imported.
         from gqa_kernels.ops.attention.hopper import forward as hopper
 
         num_sms = target.current().num_sms
-        return *hopper.launch_forward(call, config, num_sms, need_lse=need_lse), None
+        return hopper.launch_forward(
+            call, config, num_sms, need_lse=need_lse, need_residue=need_residue
+        )
 
 
 def hopper_config(call: Call, *, unmeasured: bool) -> configs.HopperConfig | None:

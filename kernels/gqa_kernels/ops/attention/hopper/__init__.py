@@ -1,6 +1,7 @@
 """Attention for Hopper (sm_90), in Gluon: off by default, as it has not run on a GPU yet.
 
-`forward.py`: the forward kernel; `pipeline.py`: rings of tiles, turns; `tiles.py`: order and masks.
+`forward.py`: the forward kernel; `softmax.py`: its softmax; `pipeline.py`: rings of tiles, turns;
+`tiles.py`: the order of tiles, masks.
 `triton.experimental` may change in every version of Triton, so these are imported only when a call
 runs them:
 `ops/attention/launch.py` chooses by the rows of `configs.HOPPER_FORWARD`, all of which say

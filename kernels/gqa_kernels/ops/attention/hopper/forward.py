@@ -44,13 +44,16 @@ from gqa_kernels.ops.attention.hopper.pipeline import (
     release,
     start_store,
 )
+from gqa_kernels.ops.attention.hopper.softmax import Softmax, as_operand, weigh
 from gqa_kernels.ops.attention.hopper.tiles import (
     Sizes,
     block_of_step,
     heads_per_section,
     hide,
     key_tiles,
+    store_rows,
 )
+from gqa_kernels.primitives.residue import residue_of
 from gqa_kernels.runtime import configs, launch, layout
 
 LOG2_E = gl.constexpr(1.4426950408889634)
@@ -66,13 +69,12 @@ class Shared(NamedTuple):
     out: Any  # [consumer, row, feature]
 
 
-class Softmax(NamedTuple):
-    """The state of an online softmax over the keys so far."""
+class Results(NamedTuple):
+    """Where the results go."""
 
-    running_max: Any
-    running_sum: Any
-    accumulator: Any  # without the values of the last tile
-    weights: Any  # of the last tile, the left operand of the product with its values
+    out: Any  # a descriptor
+    residue: Any  # a pointer, or None
+    lse: Any  # likewise
 
 
 @gluon.jit
@@ -103,24 +105,6 @@ def _copy(q, k, v, shared, sizes, GROUP_SIZE: gl.constexpr, CAUSAL: gl.constexpr
 
 
 @gluon.jit
-def _weigh(scores, running_max, running_sum, exponent_scale, MASKED: gl.constexpr):
-    """(weights, new maximum, new sum, factor of all that was summed before) of a tile."""
-    new_max = gl.maximum(running_max, gl.max(scores, 1))
-    anchor = new_max * exponent_scale
-    if MASKED:  # a row that has seen no key yet: −inf − (−inf) would be NaN
-        anchor = gl.where(new_max == -float("inf"), 0.0, anchor)
-    weights = gl.exp2(scores * exponent_scale - gl.expand_dims(anchor, 1))
-    rescale = gl.exp2(running_max * exponent_scale - anchor)
-    return weights, new_max, running_sum * rescale + gl.sum(weights, 1), rescale
-
-
-@gluon.jit
-def _as_operand(weights, dtype: gl.constexpr, LAYOUT: gl.constexpr):
-    """Rounds weights and keeps them in registers as the left operand of a product."""
-    return gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, LAYOUT, k_width=2))
-
-
-@gluon.jit
 def _walk(
     q,
     shared,
@@ -135,6 +119,7 @@ def _walk(
     CAUSAL: gl.constexpr,
     TURNS: gl.constexpr,
     MASKED: gl.constexpr,
+    ROUNDED: gl.constexpr,
 ):
     """Adds num_steps tiles, from tile n of the rings on, to the softmax, which is one tile behind
     with the values; `start` is the first key of the first of these tiles."""
@@ -155,23 +140,25 @@ def _walk(
         release(shared.k, n + i)
         if MASKED:
             scores = hide(scores, own_keys, start - i * BLOCK_N, seq_len_kv, SCORES, CAUSAL)
-        weights, running_max, running_sum, rescale = _weigh(
+        weights, running_max, running_sum, rescale = weigh(
             scores, softmax.running_max, softmax.running_sum, exponent_scale, MASKED
         )
-        weights = _as_operand(weights, v.dtype, OUT)
         running_sum = pin(running_sum)
-        accumulator, weights = warpgroup_mma_wait(0, deps=[values_soon, weights])
+        accumulator, weights = warpgroup_mma_wait(0, deps=[values_soon, weights.to(v.dtype)])
         release(shared.v, n + i - 1)
+        rounded_sum = softmax.rounded_sum
+        if ROUNDED:  # after the product: before, there are no registers for it
+            rounded_sum = rounded_sum * rescale + gl.sum(weights.to(gl.float32), 1)
         rescale = gl.convert_layout(rescale, gl.SliceLayout(1, OUT))
         accumulator = accumulator * gl.expand_dims(rescale, 1)
-        softmax = Softmax(running_max, running_sum, accumulator, weights)
+        weights = as_operand(weights, OUT)
+        softmax = Softmax(running_max, running_sum, rounded_sum, accumulator, weights)
     return softmax
 
 
 @gluon.jit
 def _consume(
-    out,
-    lse_ptr,
+    results,
     shared,
     sizes,
     score_unit,
@@ -188,6 +175,7 @@ def _consume(
     SCORES: gl.constexpr = accumulator_layout(BLOCK_N)
     OUT: gl.constexpr = accumulator_layout(HEAD_DIM)
     OF_ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
+    ROUNDED: gl.constexpr = results.residue is not None
     exponent_scale = score_unit * LOG2_E
     step = 0
     n = 0  # key tiles so far, of all blocks
@@ -212,24 +200,28 @@ def _consume(
         release(shared.k, n)
         scores = hide(scores, own_keys, start, sizes.seq_len_kv, SCORES, CAUSAL)
         none = gl.zeros([CONSUMER_ROWS], gl.float32, layout=OF_ROWS)
-        weights, running_max, running_sum, _ = _weigh(
+        weights, running_max, running_sum, _ = weigh(
             scores, none - float("inf"), none, exponent_scale, True
         )
+        weights = weights.to(k.dtype)
+        rounded_sum = none
+        if ROUNDED:
+            rounded_sum = gl.sum(weights.to(gl.float32), 1)
         accumulator = gl.zeros([CONSUMER_ROWS, HEAD_DIM], gl.float32, layout=OUT)
-        weights = _as_operand(weights, k.dtype, OUT)
-        softmax = Softmax(running_max, running_sum, accumulator, weights)
+        weights = as_operand(weights, OUT)
+        softmax = Softmax(running_max, running_sum, rounded_sum, accumulator, weights)
 
         num_masked = num_tiles - 1 - num_free
         if CAUSAL:
             softmax = _walk(
                 q, shared, n + 1, num_masked, start - BLOCK_N, softmax,
                 own_keys, sizes.seq_len_kv, exponent_scale,
-                CONSUMER, CAUSAL, TURNS, True,
+                CONSUMER, CAUSAL, TURNS, True, ROUNDED,
             )  # fmt: skip
         softmax = _walk(
             q, shared, n + num_tiles - num_free, num_free, start, softmax,
             own_keys, sizes.seq_len_kv, exponent_scale,
-            CONSUMER, CAUSAL, TURNS, False,
+            CONSUMER, CAUSAL, TURNS, False, ROUNDED,
         )  # fmt: skip
         n += num_tiles
         if OWN_OUT:
@@ -239,21 +231,29 @@ def _consume(
         v = landed(shared.v, n - 1)
         values_soon = warpgroup_mma(softmax.weights, v, softmax.accumulator, is_async=True)
         seen = softmax.running_sum > 0.0
-        if lse_ptr is not None:
+        if results.lse is not None:
             lse = softmax.running_max + gl.log2(softmax.running_sum) * (LN_2 / score_unit)
             lse = gl.where(seen, lse, -float("inf"))
             head = (block.batch * sizes.num_heads + block.head).to(gl.int64)
-            gl.store(lse_ptr + head * sizes.seq_len_q + rows, lse, mask=rows < sizes.seq_len_q)
+            gl.store(results.lse + head * sizes.seq_len_q + rows, lse, mask=rows < sizes.seq_len_q)
         inverse = gl.where(seen, 1.0 / softmax.running_sum, 0.0)
         inverse = gl.convert_layout(inverse, gl.SliceLayout(1, OUT))
         values = warpgroup_mma_wait(0, deps=[values_soon])
         release(shared.v, n - 1)
         tile = shared.out.index(CONSUMER)
         tma.store_wait(0)  # the last block's store has read the tile
-        tile.store((values * gl.expand_dims(inverse, 1)).to(out.dtype))
+        values = values * gl.expand_dims(inverse, 1)
+        rounded = values.to(results.out.dtype)
+        tile.store(rounded)
         fence_async_shared()
         tile = tile.reshape([1, CONSUMER_ROWS, 1, HEAD_DIM])
-        start_store(out, [block.batch, first_row, block.head, 0], tile)
+        start_store(results.out, [block.batch, first_row, block.head, 0], tile)
+        if ROUNDED:
+            share = gl.where(seen, softmax.running_sum / softmax.rounded_sum - 1.0, 0.0)
+            share = gl.convert_layout(share, gl.SliceLayout(1, OUT))
+            lost = values * gl.expand_dims(share, 1) + (values - rounded.to(gl.float32))
+            residue = residue_of(lost, rounded)
+            store_rows(results.residue, residue, block, first_row, sizes, OUT)
         if not OWN_OUT:
             tma.store_wait(0)
             release(shared.q, step * NUM_CONSUMERS + CONSUMER)
@@ -274,6 +274,7 @@ def _forward_kernel(
     k,
     v,
     out,
+    residue_ptr,
     lse_ptr,
     seq_len_q,
     seq_len_kv,
@@ -303,11 +304,12 @@ def _forward_kernel(
         staged = allocate_tiles(q.dtype, NUM_CONSUMERS, CONSUMER_ROWS, HEAD_DIM)
     shared = Shared(q_ring, k_ring, v_ring, staged)
     sizes = Sizes(seq_len_q, seq_len_kv, num_heads, num_batch_heads, num_row_blocks, section)
+    results = Results(out, residue_ptr, lse_ptr)
     if NUM_CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (out, lse_ptr, shared, sizes, score_unit, 0, CAUSAL, TURNS, OWN_OUT)),
-                (_consume, (out, lse_ptr, shared, sizes, score_unit, 1, CAUSAL, TURNS, OWN_OUT)),
+                (_consume, (results, shared, sizes, score_unit, 0, CAUSAL, TURNS, OWN_OUT)),
+                (_consume, (results, shared, sizes, score_unit, 1, CAUSAL, TURNS, OWN_OUT)),
                 (_copy, (q, k, v, shared, sizes, GROUP_SIZE, CAUSAL)),
             ],
             [4, 1],
@@ -317,9 +319,9 @@ def _forward_kernel(
         gl.static_assert(NUM_CONSUMERS == 3)
         gl.warp_specialize(
             [
-                (_consume, (out, lse_ptr, shared, sizes, score_unit, 0, CAUSAL, TURNS, OWN_OUT)),
-                (_consume, (out, lse_ptr, shared, sizes, score_unit, 1, CAUSAL, TURNS, OWN_OUT)),
-                (_consume, (out, lse_ptr, shared, sizes, score_unit, 2, CAUSAL, TURNS, OWN_OUT)),
+                (_consume, (results, shared, sizes, score_unit, 0, CAUSAL, TURNS, OWN_OUT)),
+                (_consume, (results, shared, sizes, score_unit, 1, CAUSAL, TURNS, OWN_OUT)),
+                (_consume, (results, shared, sizes, score_unit, 2, CAUSAL, TURNS, OWN_OUT)),
                 (_copy, (q, k, v, shared, sizes, GROUP_SIZE, CAUSAL)),
             ],
             [4, 4, 1],
@@ -331,21 +333,29 @@ _launch = launch.launcher(_forward_kernel)
 
 
 def launch_forward(
-    call: Call, config: configs.HopperConfig, num_programs: int, *, need_lse: bool
-) -> tuple[Tensor, Tensor | None]:
-    """(out, lse) of a prepared, non-empty call without options, lse None unless needed.
+    call: Call,
+    config: configs.HopperConfig,
+    num_programs: int,
+    *,
+    need_lse: bool,
+    need_residue: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(out, lse, residue) of a prepared, non-empty call without options, each of the last two None
+    unless needed.
 
     Args:
         call: has q, k and v, a scale, and window_right None (full) or 0 (causal).
         num_programs: at most one per SM runs at a time.
     Returns:
-        out, lse: those of `ops.attention.forward.launch_forward`, lse in score units.
+        As `ops.attention.forward.launch_forward`.
     """
     q, k, v = map(layout.aligned, (call.q, call.k, call.v))
     batch, seq_len_q, num_q_heads, head_dim = q.shape
     _, seq_len_kv, num_kv_heads, _ = k.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = None
+    lse = residue = None
+    if need_residue:
+        residue = torch.empty_like(out, dtype=torch.int8)
     if need_lse:
         lse = torch.empty(batch, num_q_heads, seq_len_q, dtype=torch.float32, device=q.device)
     group_size = num_q_heads // num_kv_heads
@@ -357,6 +367,7 @@ def launch_forward(
         k=descriptor(k, config.block_n),
         v=descriptor(v, config.block_n),
         out=descriptor(out, CONSUMER_ROWS.value),
+        residue_ptr=residue,
         lse_ptr=lse,
         seq_len_q=seq_len_q,
         seq_len_kv=seq_len_kv,
@@ -379,4 +390,4 @@ def launch_forward(
         COPY_REGISTERS=config.copy_registers,
         num_warps=4,
     )
-    return out, lse
+    return out, lse, residue

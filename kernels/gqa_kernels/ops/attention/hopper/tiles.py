@@ -1,4 +1,4 @@
-"""Which tiles the kernels for Hopper process, in which order, and the mask of a tile."""
+"""Which tiles the kernels for Hopper process, in which order; their masks and stores."""
 
 from typing import Any, NamedTuple
 
@@ -93,3 +93,16 @@ def hide(scores, own_keys, start, seq_len_kv, LAYOUT: gl.constexpr, CAUSAL: gl.c
         return gl.where(keys <= gl.expand_dims(own_keys - start, 1), scores, -float("inf"))
     else:
         return gl.where(keys < seq_len_kv - start, scores, -float("inf"))
+
+
+@gluon.jit
+def store_rows(pointer, tile, block, first_row, sizes, LAYOUT: gl.constexpr):
+    """Stores the rows of a head that exist to a contiguous `[batch, row, head, feature]`."""
+    NUM_ROWS: gl.constexpr = tile.shape[0]
+    HEAD_DIM: gl.constexpr = tile.shape[1]
+    rows = first_row + gl.arange(0, NUM_ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    features = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, LAYOUT))
+    row = block.batch.to(gl.int64) * sizes.seq_len_q + rows
+    offsets = (row * sizes.num_heads + block.head) * HEAD_DIM
+    pointers = pointer + gl.expand_dims(offsets, 1) + gl.expand_dims(features, 0)
+    gl.store(pointers, tile, mask=gl.expand_dims(rows < sizes.seq_len_q, 1))
