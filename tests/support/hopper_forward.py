@@ -87,7 +87,8 @@ def draw_case(numbers: random.Random) -> Case:
 
 
 def inputs_of(case: Case, seed: int) -> dict[str, Tensor]:
-    """q is a view of every head but one; k and v are views with the heads before the rows."""
+    """q is a view of every head but one; k and v are views with the heads before the rows. Where
+    the residue is checked, values have a mean, so that the sum of rounded weights matters."""
     generator = torch.Generator().manual_seed(seed)
     _, batch, num_q_heads, num_kv_heads, seq_len_q, seq_len_kv, dtype, *_ = case
 
@@ -96,7 +97,7 @@ def inputs_of(case: Case, seed: int) -> dict[str, Tensor]:
 
     q = draw(batch, seq_len_q, num_q_heads + 1)[:, :, :num_q_heads]
     k, v = (draw(batch, num_kv_heads, seq_len_kv).transpose(1, 2) for _ in range(2))
-    return {"q": q, "k": k, "v": v}
+    return {"q": q, "k": k, "v": v + 4 if case.need_residue else v}
 
 
 Attend = Callable[..., Tensor | tuple[Tensor, Tensor]]
@@ -171,7 +172,7 @@ def _attend(module: types.ModuleType, case: Case) -> Attend:
 
 
 def check_residue(call: Call, block_n: int, out: Tensor, residue: Tensor) -> None:
-    """Raises unless the residue leaves a tenth at most of the difference between out and the mean
+    """Raises unless the residue leaves a fiftieth at most of the difference between out and the mean
     of the values under the weights as they were rounded."""
     q, k, v = (x.double().transpose(1, 2) for x in call[:3])
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
@@ -197,7 +198,7 @@ def check_residue(call: Call, block_n: int, out: Tensor, residue: Tensor) -> Non
         out.double() + residue * (exponent - (14 if out.dtype == torch.bfloat16 else 17)).exp2()
     )
     before, after = ((x - mean).norm().item() for x in (out.double(), restored))
-    assert after <= 0.1 * before, f"the residue leaves {after:.2e} of {before:.2e}"
+    assert 50 * after <= before, f"the residue leaves {after:.2e} of {before:.2e}"
 
 
 def complaints(case: Case, seed: int, attend: Attend, device: str = "cpu") -> list[str]:
