@@ -172,8 +172,8 @@ def _attend(module: types.ModuleType, case: Case) -> Attend:
 
 
 def check_residue(call: Call, block_n: int, out: Tensor, residue: Tensor) -> None:
-    """Raises unless the residue leaves a fiftieth at most of the difference between out and the mean
-    of the values under the weights as they were rounded."""
+    """Raises unless the residue leaves at most a fiftieth of the difference between out and the
+    mean of the values under the weights as they were rounded."""
     q, k, v = (x.double().transpose(1, 2) for x in call[:3])
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     scores = q @ k.transpose(-1, -2) * call.score_unit
