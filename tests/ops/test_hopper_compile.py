@@ -6,11 +6,16 @@ compile-check-3.6` all of them.
 
 import json
 import re
+from importlib.metadata import version
 
 import pytest
 from hopper_forward import SHARED_BYTES
 from processes import SUPPORT, compiling
-from test_compile import BENCH, IS_36, count
+from test_compile import BENCH, count
+
+# Accesses to local memory in a loop over keys. Triton 3.6 has two in one binary of twelve, in the
+# loop without a mask; 3.8 a few in the loop with a mask of one. PyTorch 2.12 and 2.13 pin 3.7.
+FEW_LOCAL = 0 if version("triton").startswith("3.7.") else 8
 
 
 def compiled(*options):
@@ -36,7 +41,7 @@ def complaints(entry):
         expect("exponentials", count(loop["mix"], "MUFU.EX2"), 64 * block_n // 128 + 2)
         expect("those under a product", loop["under_wgmma"]["MUFU.EX2"], 64 * block_n // 128 + 2)
         local = count(loop["mix"], "LDL", "STL")
-        expect("much local memory in a key loop", local > (2 if IS_36 else 0), False)
+        expect("much local memory in a key loop", local > FEW_LOCAL, False)
     # Outside these loops, a few numbers of a block may lie there.
     expect("much local memory", entry["local"] > (64 if entry["training"] else 24), False)
     # A copy moves 64 features; k and v are copied for the first tile and in the loop.
