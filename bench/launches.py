@@ -53,9 +53,17 @@ class NotWhatItSays(AssertionError):
     """A backend did not run the kernels that its name promises."""
 
 
+# Backends that are this package's, and the modules of their kernels.
+OWN = {"triton": "gqa_kernels.", "hopper": "gqa_kernels.ops.attention.hopper."}
+
+
 def check(backend: str, launched: list[str]) -> None:
-    """Raises NotWhatItSays if "triton" launched none of this package's kernels, or another did."""
-    if backend == "triton" and not launched:
-        raise NotWhatItSays("triton: expected a launch of this package's kernels; got none")
-    if backend != "triton" and launched:
+    """Raises NotWhatItSays if a backend in OWN launched none of its kernels, or one of this
+    package's that are not its own; or if another backend launched one of this package's."""
+    if backend in OWN and not launched:
+        raise NotWhatItSays(f"{backend}: expected a launch of this package's kernels; got none")
+    own = OWN.get(backend)
+    if own is None and launched:
         raise NotWhatItSays(f"{backend}: expected none of this package's kernels; got {launched}")
+    if own and not all(name.startswith(own) for name in launched):
+        raise NotWhatItSays(f"{backend}: expected kernels of {own}*; got {launched}")

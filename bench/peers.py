@@ -5,6 +5,7 @@ no compiled call may fall back to eager. `installed_peers` has the backends of o
 """
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -242,6 +243,7 @@ def _flex_decode(inputs: dict[str, Any]) -> Call:
 def _hopper_target() -> None:
     if (arch := target.current().arch) != "sm_90":
         raise RuntimeError(f"expected sm_90; got {arch}")
+    importlib.import_module(f"{hopper.__name__}.forward")  # so that `launches` sees its kernels
 
 
 def _hopper_prefill(inputs: dict[str, Any]) -> Call:
