@@ -151,19 +151,23 @@ def as_compiled(case: Case, seed: int) -> Attend:
 def _attend(module: types.ModuleType, case: Case) -> Attend:
     """`flash_attention` by a module's launcher, with NaN in what it allocates."""
     module.torch = PoisonedTorch()
-    if case.section is not None:
-        module.heads_per_section = lambda *_: case.section
 
     def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, return_lse: bool) -> Any:
         window_right = 0 if causal else None
         call = prepared(Call(q, k, v, *[None] * 6, None, None, window_right, None))
-        out, lse, residue = module.launch_forward(
-            call,
-            case.config,
-            case.num_programs,
-            need_lse=return_lse,
-            need_residue=case.need_residue,
-        )
+        chosen = module.heads_per_section
+        if case.section is not None:
+            module.heads_per_section = lambda *_: case.section
+        try:
+            out, lse, residue = module.launch_forward(
+                call,
+                case.config,
+                case.num_programs,
+                need_lse=return_lse,
+                need_residue=case.need_residue,
+            )
+        finally:
+            module.heads_per_section = chosen
         if case.need_residue:
             check_residue(call, case.config.block_n, out, residue)
         return (out, lse * call.score_unit) if return_lse else out
@@ -201,12 +205,17 @@ def check_residue(call: Call, block_n: int, out: Tensor, residue: Tensor) -> Non
     assert 50 * after <= before, f"the residue leaves {after:.2e} of {before:.2e}"
 
 
-def complaints(case: Case, seed: int, attend: Attend, device: str = "cpu") -> list[str]:
-    """What goes wrong in a call, or which results are beyond their error budget."""
+def measure(case: Case, seed: int, attend: Attend, device: str = "cpu") -> list[accuracy.Measured]:
+    """The results of a call with their errors and error budgets."""
     tensors = {name: x.to(device) for name, x in inputs_of(case, seed).items()}
     inputs = tensors | {"causal": case.causal, "return_lse": case.return_lse}
+    return accuracy.measure_call(attend, reference.flash_attention, inputs, ())
+
+
+def complaints(case: Case, seed: int, attend: Attend, device: str = "cpu") -> list[str]:
+    """What goes wrong in a call, or which results are beyond their error budget."""
     try:
-        measured = accuracy.measure_call(attend, reference.flash_attention, inputs, ())
+        measured = measure(case, seed, attend, device)
     except Exception as error:
         return [f"{type(error).__name__}: {error}"]
     return [str(m) for m in measured if not m.ok]
