@@ -223,10 +223,55 @@ def test_a_model_in_use_refuses_other_calls_until_its_manager_stops(device):
     manager = model.init_continuous_batching(generation, config)
     with pytest.raises(ValueError, match="write_index: expected continuous batching's arguments"):
         model(ids)
-    manager.start()
-    manager.stop()
+    manager.stop()  # it was never started
     assert torch.equal(model(ids).logits, expected)
+    tokens = greedy(model, ids.tolist())[0][:2]
+    for _ in range(2):  # a manager may be started again
+        manager.start()
+        manager.add_request(ids[0].tolist(), request_id="one")
+        assert manager.get_result("one", timeout=60).generated_tokens == tokens
+        manager.stop()
+        assert torch.equal(model(ids).logits, expected)
     assert config.max_blocks_per_request is None  # the caller's is not changed
+
+
+@supported
+@pytest.mark.parametrize("change", [unpatch, lambda model: model.set_attn_implementation("sdpa")])
+def test_a_kept_manager_keeps_its_attention(change, device):
+    model = model_of("Llama").to(device)
+    patch(model, {"attention"})
+    ids = torch.tensor(prompts((5,)), device=device)
+    expected = greedy(model, ids.tolist())
+    generation = transformers.GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1)
+    config = transformers.ContinuousBatchingConfig(
+        page_size=4, num_blocks=8, max_batch_tokens=8, auto_switch_to_flash=False
+    )
+
+    def tokens():
+        results = model.generate_batch(ids.tolist(), generation, config, persistent_manager=True)
+        return [result.generated_tokens for result in results.values()]
+
+    assert tokens() == expected
+    change(model)
+    name, logits = model.config._attn_implementation, model(ids).logits
+    assert tokens() == expected
+    assert model.config._attn_implementation == name and torch.equal(model(ids).logits, logits)
+
+
+@supported
+def test_an_attention_that_is_set_while_a_manager_is_in_use_fails_its_requests(device):
+    model = model_of("Llama").to(device)
+    patch(model, {"attention"})
+    generation = transformers.GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=-1)
+    config = transformers.ContinuousBatchingConfig(page_size=4, num_blocks=8, max_batch_tokens=8)
+    manager = model.init_continuous_batching(generation, config)
+    unpatch(model)
+    manager.add_request(prompts((5,))[0], request_id="one")
+    manager.start()
+    error = manager.get_result("one", timeout=60).error
+    manager.stop()
+    assert "model: expected the attention gqa_kernels_paged_flash while" in str(error)
+    assert model.config._attn_implementation == "eager"
 
 
 @supported

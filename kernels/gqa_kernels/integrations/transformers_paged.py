@@ -20,7 +20,7 @@ Importing this module needs the caches of Transformers 5.20 or newer.
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -192,27 +192,72 @@ def attention_forward(
 
 
 class Manager(ContinuousBatchingManager):
-    """Transformers' manager of a model whose attention is this package's."""
+    """Transformers' manager of a model whose attention is this package's.
 
-    _names: Iterable[tuple[Any, str]] = ()  # (config, the attention that it named before)
+    It is in use from `init_continuous_batching` or `start` until its thread ends or, if there is
+    none, until `stop` or `destroy`.
+    """
+
+    _names: Sequence[tuple[Any, str]] = ()  # while it is in use, what `_use_pages` returned
 
     def warmup(self) -> None:
         try:
             super().warmup()
         except BaseException:  # no call of stop follows
-            _set_names(self._names)
+            self._release()
             raise
 
+    def start(self, *args: Any, **options: Any) -> None:
+        self._names = self._names or _use_pages(self.model)
+        super().start(*args, **options)
+
     def stop(self, *args: Any, **options: Any) -> None:
-        started = self._generation_thread is not None
         super().stop(*args, **options)
-        if started:
-            _set_names(self._names)
+        if not self.is_running():
+            self._release()
+
+    def destroy(self, *args: Any, **options: Any) -> None:
+        super().destroy(*args, **options)
+        self._release()
+
+    def _release(self) -> None:
+        names, self._names = self._names, ()
+        _set_names(names)
+
+    def _run_generation_loop(self, *args: Any, **options: Any) -> None:
+        try:
+            super()._run_generation_loop(*args, **options)
+        finally:
+            self._release()
+
+    def _generation_step(self, *args: Any, **options: Any) -> None:
+        name = self.model.config.get_text_config()._attn_implementation
+        if name != PAGED_NAME:  # for which the cache's `update` would return too few keys
+            raise RuntimeError(
+                f"model: expected the attention {PAGED_NAME} while its manager is in use; got "
+                f"{name}. Stop the manager, or call destroy_cached_continuous_batching_manager()"
+            )
+        super()._generation_step(*args, **options)
 
     def _create_batch_processor(self) -> Any:
         processor = super()._create_batch_processor()
         processor.cache.__class__ = Cache
         return processor
+
+
+def _use_pages(model: nn.Module) -> list[tuple[Any, str]]:
+    """Sets `attention_forward` as the model's attention. Returns its configs and the attention that
+    each named before."""
+    AttentionInterface.register(PAGED_NAME, attention_forward)
+    configs = {id(x): x for x in (model.config, model.config.get_text_config())}.values()
+    # After a manager that was neither started nor stopped, a config still names what is set here.
+    names = [
+        (config, ATTENTION_NAME if name == PAGED_NAME else name)
+        for config in configs
+        for name in (config._attn_implementation,)
+    ]
+    _set_names((config, PAGED_NAME) for config in configs)
+    return names
 
 
 def _set_names(names: Iterable[tuple[Any, str]]) -> None:
@@ -237,16 +282,7 @@ def init_continuous_batching(
     if continuous_batching_config is not None:  # or the manager warns that it cannot pass tables
         continuous_batching_config = copy.copy(continuous_batching_config)
         continuous_batching_config.max_blocks_per_request = 0
-    AttentionInterface.register(PAGED_NAME, attention_forward)
-    text_config = model.config.get_text_config()
-    configs = {id(config): config for config in (model.config, text_config)}.values()
-    # After a manager that was never started, a config still names what is set below.
-    names = [
-        (config, ATTENTION_NAME if name == PAGED_NAME else name)
-        for config in configs
-        for name in (config._attn_implementation,)
-    ]
-    _set_names((config, PAGED_NAME) for config in configs)
+    names = _use_pages(model)
     try:
         manager = type(model).init_continuous_batching(
             model,
@@ -260,7 +296,9 @@ def init_continuous_batching(
         raise
     manager.__class__ = Manager
     manager._names = names
-    kinds = map(ATTN_TYPE_TO_ALLOCATOR.get, group_layers_by_attn_type(text_config))
+    kinds = map(
+        ATTN_TYPE_TO_ALLOCATOR.get, group_layers_by_attn_type(model.config.get_text_config())
+    )
     if manager.batch_processor is None and all(kind.supports_block_table for kind in kinds):
         blocks = requested.max_blocks_per_request
         manager.continuous_batching_config.max_blocks_per_request = blocks
