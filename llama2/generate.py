@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from gqa_kernels.reference import MAX_NEW_TOKENS
-from llama2.cache.kv_cache import KVCache
+from llama2.cache.kv_cache import CACHE_DTYPES, KVCache
 from llama2.config import ModelConfig
 from llama2.decoding.decode_batch import DecodeBatch
 from llama2.decoding.drafters import Drafter, LookupDrafter, ModelDrafter
@@ -110,8 +110,8 @@ class Generator:
             has forward hooks, which a replay would not call (tensor parallelism uses such hooks).
         vocab_size: ids from this one on are never sampled; for a tokenizer with fewer ids than the
             model. None means the model's.
-        speculation: as for `generate`. A draft model's cache has the same `cache_dtype`; None means
-            its own dtype.
+        speculation: as for `generate`. A draft model's cache is quantised like the model's, or has
+            the draft model's own dtype.
 
     Attributes:
         statistics: of the latest call, so far, if it speculates; otherwise None.
@@ -223,7 +223,8 @@ class Generator:
         stop_ids: frozenset[int],
         seed: int | None,
     ) -> Iterator[tuple[int, int]]:
-        self.statistics = None if self._speculation is None else Statistics()
+        statistics = None if self._speculation is None else Statistics()
+        self.statistics = statistics
         if max_new_tokens == 0:
             return
         self._current = call = next(self._calls)
@@ -235,9 +236,9 @@ class Generator:
         counts = [0] * len(prompts)  # of new tokens
         running = list(range(len(prompts)))
         for step, new in enumerate(steps):
-            if step > 0 and self.statistics is not None:
-                self.statistics.num_steps += len(running)
-                self.statistics.num_new_tokens += sum(len(new[index]) for index in running)
+            if step > 0 and statistics is not None:
+                statistics.num_steps += len(running)
+                statistics.num_new_tokens += sum(len(new[index]) for index in running)
             for index in running:
                 for token in new[index]:
                     if token < 0:
@@ -290,7 +291,9 @@ class Generator:
         if self._speculation is not None:
             capacity += MAX_NEW_TOKENS  # a multiple of 16, as Triton's binaries depend on that
             config = replace(config, max_seq_len=capacity)
-        dtype = self._cache_dtype or weight.dtype
+        dtype = self._cache_dtype
+        if dtype is None or (model is not self.model and dtype not in CACHE_DTYPES.values()):
+            dtype = weight.dtype
         return KVCache(config, rows, capacity, dtype=dtype, device=weight.device)
 
     def _new_batch(self, rows: int, captures: bool) -> DecodeBatch | SpeculativeBatch:

@@ -82,7 +82,8 @@ class LookupDrafter:
         pass
 
     def draft(self, rows: Rows, greedy: bool) -> Tensor:
-        tokens, last, width = rows.tokens, rows.last[:, None].long(), self._max_ngram
+        tokens, last = rows.tokens, rows.last[:, None].long()
+        width = min(self._max_ngram, tokens.shape[1])
         places = torch.arange(tokens.shape[1], device=tokens.device)
         # Of the tokens up to each place, the last `width`, the latest first.
         ngrams = pad(tokens, (width - 1, 0), value=_NO_TOKEN).unfold(1, width, 1).flip(-1)

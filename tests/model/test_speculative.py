@@ -92,7 +92,7 @@ def looked_up(tokens: list[int], num_tokens: int, max_ngram: int) -> list[int]:
     """The specification of `PromptLookup`, one sequence at a time."""
 
     def num_equal(place: int) -> int:
-        for k in range(max_ngram):
+        for k in range(min(max_ngram, len(tokens))):
             if place - k < 0 or tokens[place - k] != tokens[-1 - k]:
                 return k
         return max_ngram
@@ -104,7 +104,7 @@ def looked_up(tokens: list[int], num_tokens: int, max_ngram: int) -> list[int]:
     return continued[len(tokens) :]
 
 
-@pytest.mark.parametrize("max_ngram", [1, 3, 30])
+@pytest.mark.parametrize("max_ngram", [1, 3, 10**30])
 def test_lookup_takes_the_latest_of_the_longest(max_ngram, device):
     lengths = torch.tensor([2, 3, 9, 20, 21], dtype=torch.int32, device=device)
     tokens = torch.randint(3, (5, 24), device=device)
@@ -306,6 +306,24 @@ def test_copies_speculate_too(model):
         assert other._draft is other.model is not model
         assert other.generate(PROMPTS, max_new_tokens=9) == expected
         assert other.statistics == generator.statistics and max(map(max, expected)) < 90
+
+
+def test_a_draft_model_in_another_dtype_has_a_cache_of_its_own(model):
+    draft = copy.deepcopy(model).to(torch.float32)
+    expected = Generator(model).generate(PROMPTS, max_new_tokens=5)
+    generator = Generator(model, cache_dtype=torch.float64, speculation=DraftModel(draft, 4))
+    assert generator.generate(PROMPTS, max_new_tokens=5) == expected
+    assert generator.statistics.num_steps < 2 * len(PROMPTS)
+
+
+def test_an_iterator_counts_its_own_steps(model):
+    generator = Generator(model, speculation=PromptLookup())
+    steps = generator.stream(PROMPTS, max_new_tokens=4)
+    next(steps)
+    counted = generator.statistics
+    assert generator.generate(PROMPTS, max_new_tokens=0) == [[], [], []]
+    assert len([*steps]) == 11 and counted.num_new_tokens == 9
+    assert generator.statistics.num_steps == 0
 
 
 @pytest.mark.parametrize(
