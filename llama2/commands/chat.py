@@ -9,7 +9,12 @@ from typing import Any
 from llama2.chat_format import without_tags
 from llama2.checkpoint import SHIPPED, SHIPPED_CHAT
 from llama2.commands.options import add_generation_options, load, make_generator, sampling
-from llama2.commands.speculation import add_speculation_options, report, speculation
+from llama2.commands.speculation import (
+    add_speculation_options,
+    check_options,
+    report,
+    speculation,
+)
 from llama2.commands.text import require_utf8, stream_text
 from llama2.finetune.encoding import encode_prompt
 from llama2.generate import Generator, check_settings
@@ -40,6 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
             `chat`.
     """
     system = arguments.system and require_utf8("--system", arguments.system)
+    check_options(arguments)
     model, tokenizer = load(arguments)
     if arguments.checkpoint in _NOTES:
         print(f"note: {_NOTES[arguments.checkpoint]}", file=sys.stderr)

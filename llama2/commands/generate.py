@@ -7,7 +7,12 @@ import sys
 from pathlib import Path
 
 from llama2.commands.options import add_generation_options, load, make_generator, sampling
-from llama2.commands.speculation import add_speculation_options, report, speculation
+from llama2.commands.speculation import (
+    add_speculation_options,
+    check_options,
+    report,
+    speculation,
+)
 from llama2.commands.text import encode_prompt, require_utf8, stream_text
 from llama2.generate import check_tokens
 from llama2.stops import stop_ids
@@ -37,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         prompts.append(_read_prompt(arguments.prompt_file))
     if not prompts:
         raise ValueError("generate: expected --prompt TEXT or --prompt-file FILE; got neither")
+    check_options(arguments)
     model, tokenizer = load(arguments)
     drafter = speculation(arguments, tokenizer)
     generator = make_generator(arguments, model, tokenizer, drafter)

@@ -45,21 +45,32 @@ def _num_tokens(text: str) -> int:
     return number
 
 
+def check_options(arguments: argparse.Namespace) -> None:
+    """Checks what can be checked before the weights of the model are read.
+
+    Raises:
+        OSError, ValueError, NotImplementedError: --draft names no checkpoint of Llama 2, or
+            --draft-tokens comes without --draft.
+    """
+    if arguments.draft is not None:
+        checkpoint.load_config(arguments.draft)
+    elif arguments.draft_tokens is not None:
+        raise ValueError("--draft-tokens: expected --draft DIR with it; got none")
+
+
 def speculation(arguments: argparse.Namespace, tokenizer: Tokenizer) -> Speculation | None:
-    """Returns what the options describe; loads the draft model on the model's device.
+    """Returns what options describe that `check_options` accepts; loads the draft model on the
+    model's device.
 
     Raises:
         OSError, ValueError, NotImplementedError, ImportError: as `options.load`; or the draft
-            model's tokenizer differs, or --draft-tokens comes without --draft.
+            model's tokenizer differs.
     """
-    if arguments.draft is None and arguments.draft_tokens is not None:
-        raise ValueError("--draft-tokens: expected --draft DIR with it; got none")
     if arguments.prompt_lookup is not None:
         return PromptLookup(arguments.prompt_lookup)
     if arguments.draft is None:
         return None
     file = arguments.draft / "tokenizer.model"
-    checkpoint.load_config(arguments.draft)  # so that the error is not about the tokenizer
     check_same(tokenizer, Tokenizer(file), file)
     placement = place(arguments.backend, arguments.device)
     dtype = arguments.dtype and DTYPES[arguments.dtype]
