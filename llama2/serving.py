@@ -85,8 +85,10 @@ def serve(
             request.
     """
     most = cache.max_batch if max_batch is None else max_batch
-    if not 1 <= most <= cache.max_batch:
-        raise ValueError(f"max_batch: expected from 1 to the cache's {cache.max_batch}; got {most}")
+    if not is_whole(most) or not 1 <= most <= cache.max_batch:
+        raise ValueError(
+            f"max_batch: expected an int from 1 to the cache's {cache.max_batch}; got {most!r}"
+        )
     if cache.num_free_rows < cache.max_batch:
         raise ValueError(
             f"cache: expected no sequences in use; got {cache.max_batch - cache.num_free_rows}"

@@ -253,8 +253,9 @@ def test_an_impossible_request_is_refused_when_it_is_read(changes, message, mode
 
 def test_impossible_calls_are_refused_at_once(model):
     cache = make_cache(model)
-    for max_batch in (0, 5):
-        with pytest.raises(ValueError, match="max_batch: expected from 1 to the cache's 4; got"):
+    message = "max_batch: expected an int from 1 to the cache's 4; got"
+    for max_batch in (0, 5, 1.5, True, "2"):
+        with pytest.raises(ValueError, match=message):
             serve(model, [], cache=cache, max_batch=max_batch)
     cache.admit([1])
     with pytest.raises(ValueError, match="cache: expected no sequences in use; got 1"):
