@@ -133,8 +133,8 @@ def _tokens(
     tokens = encode_prompt(tokenizer, messages, form)
     if len(tokens) >= max_seq_len:
         raise ValueError(
-            f"the context is full: the conversation takes {len(tokens)} tokens; the model's "
-            f"context holds {max_seq_len}, with the answer"
+            f"the context is full: the conversation takes {len(tokens)} tokens; it "
+            f"holds {max_seq_len}, with the answer"
         )
     return tokens
 
