@@ -108,12 +108,14 @@ test-machine-code: $(READY)
 	$(EMULATOR).mutations --arch sm_80
 	$(EMULATOR).mutations --arch sm_90
 
-# The attention kernel for Hopper, which is off by default: random calls in random interleavings, a
-# fault for each of its synchronisations, its binaries, and random calls of its PTX. Half an hour.
+# The attention kernels for Hopper, which are off by default: random calls in random interleavings, a
+# fault for each of their synchronisations, their binaries, and random calls of their PTX. An hour.
 test-hopper: $(READY)
 	PYTHONPATH=tests/support OMP_NUM_THREADS=1 $(BIN)/python -m hopper_forward --cases 1000 --faults
+	PYTHONPATH=tests/support OMP_NUM_THREADS=1 $(BIN)/python -m hopper_backward --cases 500 --faults
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "" tests/ops/test_hopper_compile.py
 	PYTHONPATH=tests/support OMP_NUM_THREADS=1 $(BIN)/python -m hopper_forward --ptx --cases 40
+	PYTHONPATH=tests/support OMP_NUM_THREADS=1 $(BIN)/python -m hopper_backward --ptx --cases 20
 
 lint: $(READY)
 	$(BIN)/ruff check .

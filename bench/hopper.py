@@ -8,9 +8,9 @@ each variant (`hopper_variants.py`), held to the error budget, each made twice; 
 variants that passed, beside the portable kernel, cuDNN and FlashAttention 2 through PyTorch, and
 FlashAttention 3 where it is installed. Every result is written at once: the same command goes on
 where an interrupted one stopped. Prints, and writes beside OUT as Markdown, the results and the
-rows for `kernels/gqa_kernels/runtime/configs.py` (`hopper_report.py`). Needs PyTorch, Triton and
-pytest; the packages of this checkout need not be installed. `--dry-run` goes through all kinds of
-jobs without a GPU.
+rows for `kernels/gqa_kernels/runtime/hopper_configs.py` (`hopper_report.py`). Needs PyTorch, Triton
+and pytest; the packages of this checkout need not be installed. `--dry-run` goes through all kinds
+of jobs without a GPU.
 """
 
 # ruff: noqa: E402  (what makes the rest importable comes first)

@@ -46,7 +46,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from gqa_kernels import fused
-from gqa_kernels.runtime import configs
+from gqa_kernels.runtime import hopper_configs
 from gqa_kernels.spec import OPS, Case
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -86,7 +86,7 @@ def install(variant: Variant | None) -> None:
 
     from gqa_kernels.ops.attention.hopper import forward
 
-    configs.HOPPER_FORWARD = tuple(row._replace(measured=False) for row in _rows(variant))
+    hopper_configs.HOPPER_FORWARD = tuple(row._replace(measured=False) for row in _rows(variant))
     if variant is not None and not variant.pinned:
 
         @gluon.jit
@@ -103,8 +103,8 @@ def install(variant: Variant | None) -> None:
         forward.launch_forward = launch_forward
 
 
-def _rows(variant: Variant | None) -> tuple[configs.HopperConfig, ...]:
-    return configs.HOPPER_FORWARD if variant is None else (variant.config,)
+def _rows(variant: Variant | None) -> tuple[hopper_configs.HopperConfig, ...]:
+    return hopper_configs.HOPPER_FORWARD if variant is None else (variant.config,)
 
 
 def _emulated(variant: Variant, case: hopper_forward.Case, seed: int) -> Attend:

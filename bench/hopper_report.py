@@ -1,8 +1,8 @@
-"""What `hopper.py` found, as Markdown: tables, a verdict per variant, rows for `configs.py`.
+"""What `hopper.py` found, as Markdown: tables, a verdict per variant, rows for the table.
 
-A variant may become a row of `configs.HOPPER_FORWARD` with measured=True if its random calls were
-right and had the same bits twice, and if it is at least `LEAST_GAIN` × as fast as the portable
-kernel at every shape of the race, in alternating rounds of one process.
+A variant may become a row of `HOPPER_FORWARD` with measured=True if its random calls were right and
+had the same bits twice, and if it is at least `LEAST_GAIN` × as fast as the portable kernel at
+every shape of the race, in alternating rounds of one process.
 """
 
 import math
@@ -13,7 +13,7 @@ import hopper_variants as variants
 import record
 from hopper_variants import OURS, PORTABLE, Variant
 
-from gqa_kernels.runtime.configs import HOPPER_FORWARD, HopperConfig
+from gqa_kernels.runtime.hopper_configs import HOPPER_FORWARD, HopperConfig
 
 LEAST_GAIN = 1.10
 LEAST_CASES = 100
@@ -225,7 +225,7 @@ def markdown(content: Content) -> str:
     for head_dim in dict.fromkeys(v.head_dim for v in _table_of(content).values()):
         blocks += [f"## head_dim {head_dim}", _race(content, head_dim)]
     blocks += [
-        "## Rows for `kernels/gqa_kernels/runtime/configs.py`",
+        "## Rows for `kernels/gqa_kernels/runtime/hopper_configs.py`",
         f"A row says `measured=True` if a variant was right in at least {LEAST_CASES} random "
         f"calls, with the same bits twice, and at least {LEAST_GAIN:.2f} × as fast as the portable "
         "kernel at every shape. Such a row is what `flash_attention` runs from then on.",

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from gqa_kernels.runtime.configs import HOPPER_FORWARD, HopperConfig
+from gqa_kernels.runtime.hopper_configs import HOPPER_FORWARD, HopperConfig
 
 
 class Variant(NamedTuple):

@@ -18,7 +18,7 @@ from timing import Call
 from gqa_kernels import fused, reference
 from gqa_kernels.ops.attention import hopper
 from gqa_kernels.runtime import target
-from gqa_kernels.runtime.configs import HOPPER_FORWARD
+from gqa_kernels.runtime.hopper_configs import HOPPER_BACKWARD, HOPPER_FORWARD
 
 EPS = 1e-5
 
@@ -243,15 +243,19 @@ def _flex_decode(inputs: dict[str, Any]) -> Call:
 def _hopper_target() -> None:
     if (arch := target.current().arch) != "sm_90":
         raise RuntimeError(f"expected sm_90; got {arch}")
-    importlib.import_module(f"{hopper.__name__}.forward")  # so that `launches` sees its kernels
+    for name in ("forward", "dkdv", "dq"):  # so that `launches` sees their kernels
+        importlib.import_module(f"{hopper.__name__}.{name}")
 
 
-def _hopper_prefill(inputs: dict[str, Any]) -> Call:
+def _hopper_attention(inputs: dict[str, Any]) -> Call:
     q = inputs["q"]
     given = {name: x for name, x in inputs.items() if name != "return_lse" and x is not None}
-    covered = q.element_size() == 2 and q.shape[-1] in {row.head_dim for row in HOPPER_FORWARD}
+    table = HOPPER_BACKWARD if q.requires_grad else HOPPER_FORWARD
+    covered = q.element_size() == 2 and q.shape[-1] in {row.head_dim for row in table}
     if not covered or given.keys() - {"q", "k", "v", "causal", "softmax_scale"}:
-        raise Lacks("the kernel for Hopper has 16-bit heads of 64, 128 and 256, and no options")
+        raise Lacks(
+            "the kernels for Hopper have 16-bit heads of 64, 128 and, without a gradient, 256"
+        )
     return functools.partial(hopper.flash_attention, **given)
 
 
@@ -272,10 +276,9 @@ BACKENDS = (
     ),
     Backend(
         "hopper",
-        {"flash_attention": _hopper_prefill},
+        {"flash_attention": _hopper_attention},
         _hopper_target,
         distribution="gqa-kernels",
-        forward_only={"flash_attention": "the kernel for Hopper has no backward pass"},
         on_request=True,
     ),
     Backend("eager", of_module(reference), forward_only=_DECODE_FORWARD, ours=True),

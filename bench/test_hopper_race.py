@@ -16,8 +16,8 @@ import pytest
 import record
 import torch
 
-from gqa_kernels.runtime import configs
-from gqa_kernels.runtime.configs import HopperConfig
+from gqa_kernels.runtime import hopper_configs
+from gqa_kernels.runtime.hopper_configs import HopperConfig
 
 TABLE = next(iter(variants.VARIANTS.values()))
 SHAPES = variants.shape_names(TABLE.head_dim, dry=False)
@@ -62,7 +62,8 @@ def pasted(found):
 
 
 def test_a_row_that_is_right_and_faster_everywhere_is_measured():
-    rows = tuple(row._replace(measured=row == TABLE.config) for row in configs.HOPPER_FORWARD)
+    table = hopper_configs.HOPPER_FORWARD
+    rows = tuple(row._replace(measured=row == TABLE.config) for row in table)
     assert pasted(content(*GOOD)) == rows
     page = hopper_report.markdown(content(*GOOD))
     assert "1.20 to 1.20 × the portable kernel" in page and "600 (1.20)" in page
@@ -84,7 +85,7 @@ def test_a_row_that_is_right_and_faster_everywhere_is_measured():
 def test_any_objection_leaves_the_row_unmeasured(rows, objection):
     found = content(*rows)
     assert objection in "; ".join(hopper_report.objections(found, TABLE))
-    assert pasted(found) == configs.HOPPER_FORWARD
+    assert pasted(found) == hopper_configs.HOPPER_FORWARD
     assert objection in hopper_report.markdown(found)
 
 
@@ -250,13 +251,13 @@ def test_a_variant_is_what_runs_on_a_gpu(in_process, monkeypatch):
     seen, pin = [], forward.pin
     monkeypatch.setattr(forward, "launch_forward", lambda *given, **_: seen.append(given[2]))
     monkeypatch.setattr(forward, "pin", pin)
-    measured = tuple(row._replace(measured=True) for row in configs.HOPPER_FORWARD)
-    monkeypatch.setattr(configs, "HOPPER_FORWARD", measured)
+    measured = tuple(row._replace(measured=True) for row in hopper_configs.HOPPER_FORWARD)
+    monkeypatch.setattr(hopper_configs, "HOPPER_FORWARD", measured)
     hopper_child.install(None)
-    assert not any(row.measured for row in configs.HOPPER_FORWARD) and forward.pin is pin
+    assert not any(row.measured for row in hopper_configs.HOPPER_FORWARD) and forward.pin is pin
     variant = next(iter(variants.TINY_VARIANTS.values()))
     hopper_child.install(variant)
-    assert (variant.config,) == configs.HOPPER_FORWARD and forward.pin is not pin
+    assert (variant.config,) == hopper_configs.HOPPER_FORWARD and forward.pin is not pin
     forward.launch_forward("call", variant.config, 132)
     assert seen == [2**30]
 
@@ -269,7 +270,9 @@ def test_forms_meet_all_pairs():
 def test_the_backend_runs_its_own_kernel_only():
     own = "gqa_kernels.ops.attention.hopper.forward._forward_kernel"
     other = "gqa_kernels.ops.attention.forward._forward_kernel"
+    delta = "gqa_kernels.ops.attention.backward._prepare_kernel"
     launches.check("hopper", [own])
+    launches.check("hopper", [delta, "gqa_kernels.ops.attention.hopper.dq._dq_kernel"])
     for launched in ([], [other], [own, other]):
         with pytest.raises(launches.NotWhatItSays, match="hopper"):
             launches.check("hopper", launched)

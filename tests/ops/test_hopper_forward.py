@@ -9,6 +9,7 @@ import random
 import sys
 from pathlib import Path
 
+import hopper_backward
 import hopper_forward
 import pytest
 import torch
@@ -17,7 +18,7 @@ from hopper_forward import Case, as_written, complaints, draw_case, faults, how_
 from gqa_kernels import ops
 from gqa_kernels.ops.attention import hopper, launch
 from gqa_kernels.ops.attention.call import Call, prepared
-from gqa_kernels.runtime import configs, layout, target
+from gqa_kernels.runtime import hopper_configs, layout, target
 
 SM_90 = target.Target("sm_90", 132, True, 32)
 
@@ -28,7 +29,7 @@ def test_random_calls(seed):
     assert not complaints(case, seed, as_written(case, seed))
 
 
-@pytest.mark.parametrize("config", configs.HOPPER_FORWARD, ids=lambda row: str(row.head_dim))
+@pytest.mark.parametrize("config", hopper_configs.HOPPER_FORWARD, ids=lambda row: str(row.head_dim))
 def test_rows_of_the_table(config):
     """Blocks with and without keys, in one program."""
     case = Case(config, seq_len_q=257, seq_len_kv=130, num_programs=1)
@@ -62,7 +63,7 @@ def test_every_operand_is_copied_where_tma_cannot_address_it():
     odd = torch.randn(1, 40, 1, 65, dtype=torch.float32).bfloat16()[..., 1:]
     inputs = {"q": odd, "k": odd, "v": odd}
     assert not layout.fits_tma(odd)
-    case = Case(configs.HOPPER_FORWARD[0])
+    case = Case(hopper_configs.HOPPER_FORWARD[0])
     out, lse = as_written(case, 0)(**inputs, causal=True, return_lse=True)
     whole = {name: x.contiguous() for name, x in inputs.items()}
     again, lse_again = as_written(case, 1)(**whole, causal=True, return_lse=True)
@@ -73,7 +74,7 @@ def test_a_row_has_the_same_bits_alone():
     """Whatever other rows of its block see, and however the blocks are dealt to programs."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 150, heads, 64).half() for heads in (2, 1, 1))
-    config = configs.HOPPER_FORWARD[0]._replace(block_n=64)
+    config = hopper_configs.HOPPER_FORWARD[0]._replace(block_n=64)
     out = as_written(Case(config), 0)(q, k, v, causal=True, return_lse=False)
     for rows in (1, 64, 149):
         one = Case(config._replace(num_consumers=3), num_programs=1)
@@ -92,7 +93,8 @@ def a_call(head_dim=64, dtype=torch.bfloat16, packed=False, **options):
 
 def test_what_the_kernel_covers(monkeypatch):
     monkeypatch.setattr(target, "current", lambda: SM_90)
-    assert launch.hopper_config(a_call(), unmeasured=True) == configs.HOPPER_FORWARD[0]
+    table = hopper_configs.HOPPER_FORWARD
+    assert launch.hopper_config(a_call(), table, unmeasured=True) == table[0]
     for call in (
         a_call(head_dim=80),
         a_call(dtype=torch.float32),
@@ -105,10 +107,10 @@ def test_what_the_kernel_covers(monkeypatch):
         a_call(key_mask=torch.ones(1, 8, dtype=torch.bool)),
         a_call(key_ranges=torch.ones(1, 8, 2, dtype=torch.int32)),
     ):
-        assert launch.hopper_config(call, unmeasured=True) is None
+        assert launch.hopper_config(call, table, unmeasured=True) is None
     for arch in ("sm_80", "sm_100", "gfx942"):
         monkeypatch.setattr(target, "current", lambda arch=arch: SM_90._replace(arch=arch))
-        assert launch.hopper_config(a_call(), unmeasured=True) is None
+        assert launch.hopper_config(a_call(), table, unmeasured=True) is None
 
 
 def test_only_measured_rows_run_without_being_asked_for(monkeypatch):
@@ -121,11 +123,11 @@ def test_only_measured_rows_run_without_being_asked_for(monkeypatch):
     monkeypatch.setattr(launch.forward, "launch_forward", lambda call, **_: (call.q, None, None))
     options = {"need_lse": False, "need_residue": False}
     launch.launch_forward(a_call(), **options)
-    assert not ran and not any(row.measured for row in configs.HOPPER_FORWARD)
+    assert not ran and not any(row.measured for row in hopper_configs.HOPPER_FORWARD)
     launch.launch_forward(a_call(), **options, unmeasured=True)
     assert len(ran) == 1
-    measured = tuple(row._replace(measured=True) for row in configs.HOPPER_FORWARD)
-    monkeypatch.setattr(configs, "HOPPER_FORWARD", measured)
+    measured = tuple(row._replace(measured=True) for row in hopper_configs.HOPPER_FORWARD)
+    monkeypatch.setattr(hopper_configs, "HOPPER_FORWARD", measured)
     launch.launch_forward(a_call(), **options)
     assert len(ran) == 2
 
@@ -143,7 +145,7 @@ def test_nothing_imports_gluon_before_it_is_asked_for():
     package = Path(ops.__file__).parents[1]
     folder = package / "ops" / "attention" / "hopper"
     gluons = {path for path in folder.glob("*.py") if path.name != "__init__.py"}
-    assert len(gluons) == len(hopper_forward.GLUON)
+    assert len(gluons) == len({*hopper_forward.GLUON, *hopper_backward.KERNELS})
     for path in set(package.rglob("*.py")) - gluons:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in tree.body:  # not what functions import

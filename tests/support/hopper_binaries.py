@@ -2,8 +2,8 @@
 
     PYTHONPATH=bench python tests/support/hopper_binaries.py [--fewer]
 
-Every row of the table, causal and full, for inference and for training, which needs the residue
-too; --fewer: one of them.
+[forward, backward]: every row of the tables, causal and full, the forward kernel for inference and
+for training, which needs the residue too; --fewer: one of each.
 """
 
 import json
@@ -16,9 +16,10 @@ import capture
 import torch
 from binary import examine, product_loops
 
+from gqa_kernels.ops.attention.backward import launch_backward
 from gqa_kernels.ops.attention.call import Call, prepared
 from gqa_kernels.ops.attention.launch import launch_forward
-from gqa_kernels.runtime.configs import HOPPER_FORWARD
+from gqa_kernels.runtime.hopper_configs import HOPPER_BACKWARD, HOPPER_FORWARD
 
 # The synchronisation in a partition's PTX, by a letter.
 _STEPS = {
@@ -45,37 +46,62 @@ def order_of(ptx: str) -> str:
 def entries(fewer: bool) -> Iterator[dict]:
     rows = [row for row in HOPPER_FORWARD if row.head_dim == 128] if fewer else HOPPER_FORWARD
     for row in rows:
-        q = torch.empty(1, 8192, 64, row.head_dim, dtype=torch.bfloat16)
-        k = torch.empty(1, 8192, 8, row.head_dim, dtype=torch.bfloat16)
         forms = [(True, False)] if fewer else [(c, t) for c in (True, False) for t in (True, False)]
         for causal, training in forms:
-            call = prepared(Call(q, k, k, *[None] * 8, 0 if causal else None, None))
+            call = _call(row.head_dim, causal)
             (launch,) = capture.capture(
                 "sm_90",
                 lambda call=call, training=training: launch_forward(
                     call, need_lse=True, need_residue=training, unmeasured=True
                 ),
             )
-            binary = examine(launch)
-            ptx = Path(launch.files()["ptx"]).read_text(encoding="utf-8")
-            yield {
-                "row": row._asdict(),
-                "causal": causal,
-                "training": training,
-                "kernel": launch.kernel,
-                "shared": launch.shared,
-                "mix": binary.mix,
-                "serialized": binary.serialized,
-                "local": binary.spills,
-                "loops": [loop._asdict() for loop in product_loops(launch)],
-                "order": order_of(ptx),
-                "named": sorted(set(re.findall(r"bar\.(?:sync|arrive)\s+(\d+), 256", ptx))),
-                "barriers": sorted(set(re.findall(r"\bbar\.sync\s+(\d+), 128", ptx))),
-                "registers": [int(n) for n in re.findall(r"setmaxnreg\.\w+\.\S+\s+(\d+)", ptx)],
-                "max_registers": int(re.search(r"\.maxnreg\s+(\d+)", ptx)[1]),
-                "threads": int(re.search(r"\.reqntid\s+(\d+)", ptx)[1]),
-            }
+            yield {"row": row._asdict(), "causal": causal, "training": training, **_read(launch)}
+
+
+def backward_entries(fewer: bool) -> Iterator[dict]:
+    rows = [row for row in HOPPER_BACKWARD if row.head_dim == 128] if fewer else HOPPER_BACKWARD
+    for row in rows:
+        for causal in (True,) if fewer else (True, False):
+            call = _call(row.head_dim, causal)
+            lse = torch.empty(1, 64, 8192, dtype=torch.float32)
+            residue = torch.empty(call.q.shape, dtype=torch.int8)
+            launches = capture.capture(
+                "sm_90",
+                lambda call=call, lse=lse, residue=residue: launch_backward(
+                    call, call.q, None, call.q, lse, residue,
+                    need_dq=not fewer, need_dkdv=True, need_dsinks=False, unmeasured=True,
+                ),
+            )  # fmt: skip
+            for launch in launches:
+                if ".hopper." in launch.kernel:
+                    yield {"row": row._asdict(), "causal": causal, **_read(launch)}
+
+
+def _call(head_dim: int, causal: bool) -> Call:
+    q = torch.empty(1, 8192, 64, head_dim, dtype=torch.bfloat16)
+    k = torch.empty(1, 8192, 8, head_dim, dtype=torch.bfloat16)
+    return prepared(Call(q, k, k, *[None] * 8, 0 if causal else None, None))
+
+
+def _read(launch: capture.Launch) -> dict:
+    binary = examine(launch)
+    ptx = Path(launch.files()["ptx"]).read_text(encoding="utf-8")
+    return {
+        "kernel": launch.kernel,
+        "shared": launch.shared,
+        "mix": binary.mix,
+        "serialized": binary.serialized,
+        "local": binary.spills,
+        "loops": [loop._asdict() for loop in product_loops(launch)],
+        "order": order_of(ptx),
+        "named": sorted(set(re.findall(r"bar\.(?:sync|arrive)\s+(\d+), 256", ptx))),
+        "barriers": sorted(set(re.findall(r"\bbar\.sync\s+(\d+), 128", ptx))),
+        "registers": [int(n) for n in re.findall(r"setmaxnreg\.\w+\.\S+\s+(\d+)", ptx)],
+        "max_registers": int(re.search(r"\.maxnreg\s+(\d+)", ptx)[1]),
+        "threads": int(re.search(r"\.reqntid\s+(\d+)", ptx)[1]),
+    }
 
 
 if __name__ == "__main__":
-    print(json.dumps(list(entries("--fewer" in sys.argv))))
+    fewer = "--fewer" in sys.argv
+    print(json.dumps([list(entries(fewer)), list(backward_entries(fewer))]))

@@ -15,7 +15,7 @@ import re
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from gqa_kernels import accuracy, reference
 from gqa_kernels.ops.attention.call import Call, prepared
-from gqa_kernels.runtime.configs import HopperConfig
+from gqa_kernels.runtime.hopper_configs import HopperConfig
 
 _FOLDER = "gqa_kernels.ops.attention.hopper"
 GLUON = tuple(f"{_FOLDER}.{name}" for name in ("pipeline", "tiles", "softmax", "forward"))
@@ -258,10 +258,10 @@ class Fault(NamedTuple):
         return f"{self.module.rpartition('.')[2]}:{self.number}: {self.text}"
 
 
-def faults() -> Iterator[Fault]:
+def faults(modules: Sequence[str] = MODULES, implied: Sequence[str] = IMPLIED) -> Iterator[Fault]:
     """One synchronisation less: a call that is left out, a tile that is used before it lands or
     released before it is read, a wait for fewer products."""
-    for name in MODULES:
+    for name in modules:
         path = Path(importlib.util.find_spec(name).origin)
         before = ""
         for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
@@ -277,7 +277,7 @@ def faults() -> Iterator[Fault]:
                 yield Fault(name, number, (line,), (fewer,))
             if "release(" in line and "_wait(" in before:
                 early = Fault(name, number - 1, (before, line), (line, before))
-                if early.text not in IMPLIED:
+                if early.text not in implied:
                     yield early
             before = line
 

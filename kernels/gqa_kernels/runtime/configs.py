@@ -114,29 +114,6 @@ ATTENTION_FORWARD = (
 )
 
 
-class HopperConfig(NamedTuple):
-    """Of the warp-specialised kernels in `ops/attention/hopper/`, for 16-bit tensors on sm_90."""
-
-    head_dim: int
-    num_consumers: int  # groups of four warps with 64 queries each: 2 or 3
-    block_n: int
-    num_stages: int  # tiles of keys, and as many of values
-    own_out: bool  # whether there is shared memory for out beside that of q
-    # Per thread; with those of the copy warp, and of three idle warps beside it, 65536 in all.
-    consumer_registers: int = 240
-    copy_registers: int = 24
-    turns: bool = True  # whether the consumers take turns at issuing products
-    measured: bool = False  # on a GPU; other rows run only where a caller asks for them
-
-
-# Compiled, sm_90: no accesses to local memory in the loops over keys.
-HOPPER_FORWARD = (
-    HopperConfig(64, num_consumers=2, block_n=128, num_stages=4, own_out=True),
-    HopperConfig(128, num_consumers=2, block_n=128, num_stages=2, own_out=True),
-    HopperConfig(256, num_consumers=2, block_n=64, num_stages=2, own_out=False),
-)
-
-
 # A program keeps block_n keys and values and loops over queries, block_m at a time.
 ATTENTION_DKDV = (
     AttentionConfig("interpreter", 2, 256, block_m=16, block_n=32, num_warps=4, num_stages=2),
@@ -206,16 +183,6 @@ def attention_config(
         ):
             return row
     raise ValueError(f"head_dim: expected at most {table[-1].max_head_dim}; got {head_dim}")
-
-
-def hopper_config(
-    table: tuple[HopperConfig, ...], arch: str, element_size: int, head_dim: int, unmeasured: bool
-) -> HopperConfig | None:
-    """The row that applies; None if there is none or, unless `unmeasured`, it was not measured."""
-    if arch != "sm_90" or element_size != 2:
-        return None
-    row = next((row for row in table if row.head_dim == head_dim), None)
-    return row if row is not None and (row.measured or unmeasured) else None
 
 
 # Split-KV: a sequence is split into chunks of the smallest multiple of DECODE_CHUNK keys that gives

@@ -134,7 +134,7 @@ class Descriptor:
         aligned = all(stride * base.element_size() % 16 == 0 for stride in strides[:-1])
         if strides[-1] != 1 or not aligned or base.data_ptr() % 16:
             raise Fault(f"a descriptor of unaligned memory: strides {list(strides)}")
-        self.base, self.dtype, self.block_shape = base, base.dtype, list(block_shape)
+        self.base, self.dtype, self.block_shape = base.detach(), base.dtype, list(block_shape)
 
     def overlap(self, start: Sequence[int], tile: Tile) -> tuple[Tensor, Tensor]:
         """The parts of the tensor and of the tile that correspond, of a box from `start` on."""
@@ -200,7 +200,7 @@ class Pointer:
     """A pointer, or a tensor of pointers, into a tensor's memory."""
 
     def __init__(self, base: Tensor, offset: Any = 0) -> None:
-        self._data, self._offset, self.dtype = base.view(-1), offset, base.dtype
+        self._data, self._offset, self.dtype = base.detach().view(-1), offset, base.dtype
 
     def __add__(self, offset: Any) -> "Pointer":
         moved = Pointer.__new__(Pointer)

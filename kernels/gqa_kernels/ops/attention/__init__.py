@@ -1,7 +1,7 @@
 """Flash attention with grouped key/value heads: the public functions and their gradient.
 
 `forward.py` and `backward.py` contain the kernels, the formulas and what one program owns;
-`hopper/`: a kernel for Hopper; `launch.py`: which kernel a call gets; `scores.py`: windows, soft
+`hopper/`: kernels for Hopper; `launch.py`: which kernel a call gets; `scores.py`: windows, soft
 cap, ALiBi and masks; `sequences.py`: packed sequences. Saved for backward: the inputs, out, lse
 and, for 16-bit inputs, the residue of out, one byte per element.
 """

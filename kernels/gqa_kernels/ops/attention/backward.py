@@ -27,9 +27,10 @@ from gqa_kernels.ops.attention.call import Call, block_d, kernel_arguments
 from gqa_kernels.ops.attention.dkdv import key_value_gradients
 from gqa_kernels.ops.attention.dq import query_gradient
 from gqa_kernels.ops.attention.forward import launch_forward
+from gqa_kernels.ops.attention.launch import hopper_config
 from gqa_kernels.primitives.residue import restore
 from gqa_kernels.primitives.tiles import load_rows
-from gqa_kernels.runtime import configs, launch, layout, target
+from gqa_kernels.runtime import configs, hopper_configs, launch, layout, target
 
 
 @triton.jit(do_not_specialize=["seq_len_q"])
@@ -83,6 +84,7 @@ def launch_backward(
     need_dq: bool,
     need_dkdv: bool,
     need_dsinks: bool,
+    unmeasured: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dq, dk, dv, dsinks) of a prepared call, each None unless needed.
 
@@ -91,6 +93,7 @@ def launch_backward(
         dlse, lse: `[batch, num_q_heads, seq_len_q]`, in score units.
         residue: that of the forward pass; if it is None for a 16-bit out, the forward pass runs
             again.
+        unmeasured: also take kernels that were never measured on a GPU, if they cover the call.
     """
     dout = layout.contiguous_features(dout)
     out, lse = out.contiguous(), lse.contiguous()  # as the forward pass returns them
@@ -99,18 +102,29 @@ def launch_backward(
     dq = dk = dv = dsinks = None
     with target.device_of(call.q):
         delta = _prepare(call, dout, dlse, out, lse, residue)
-        given = {
-            "dout_ptr": dout,
-            "dout_strides": dout.stride()[:3],
-            "lse_ptr": lse,
-            "delta_ptr": delta,
-            "softmax_scale": call.softmax_scale,
-            **kernel_arguments(call),
-        }
-        if need_dkdv:
-            dk, dv = key_value_gradients(call, given)
-        if need_dq:
-            dq = query_gradient(call, given)
+        config = hopper_config(call, hopper_configs.HOPPER_BACKWARD, unmeasured=unmeasured)
+        if config is None or out.numel() == 0 or call.k.numel() == 0:
+            given = {
+                "dout_ptr": dout,
+                "dout_strides": dout.stride()[:3],
+                "lse_ptr": lse,
+                "delta_ptr": delta,
+                "softmax_scale": call.softmax_scale,
+                **kernel_arguments(call),
+            }
+            if need_dkdv:
+                dk, dv = key_value_gradients(call, given)
+            if need_dq:
+                dq = query_gradient(call, given)
+        else:
+            # Late: whatever becomes of `triton.experimental`, the others can be imported.
+            from gqa_kernels.ops.attention.hopper import dkdv as hopper_dkdv
+            from gqa_kernels.ops.attention.hopper import dq as hopper_dq
+
+            if need_dkdv:
+                dk, dv = hopper_dkdv.key_value_gradients(call, dout, lse, delta, config)
+            if need_dq:
+                dq = hopper_dq.query_gradient(call, dout, lse, delta, config)
     if need_dsinks:
         sinks = call.sinks
         weights = torch.exp(

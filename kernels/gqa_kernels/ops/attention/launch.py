@@ -1,4 +1,4 @@
-"""Which kernel a forward pass runs: the portable one, or one for an architecture.
+"""Which kernel a call runs: the portable one, or one for an architecture.
 
 The choice depends on the architecture, dtype, head_dim and options alone, never on lengths, so that
 a row has the same bits in every batch.
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gqa_kernels.ops.attention import forward
 from gqa_kernels.ops.attention.call import Call
-from gqa_kernels.runtime import configs, target
+from gqa_kernels.runtime import hopper_configs, target
 
 
 def launch_forward(
@@ -21,7 +21,7 @@ def launch_forward(
     """
     q = call.q
     with target.device_of(q):
-        config = hopper_config(call, unmeasured=unmeasured)
+        config = hopper_config(call, hopper_configs.HOPPER_FORWARD, unmeasured=unmeasured)
         if config is None or q.numel() == 0 or call.k.numel() == 0:
             return forward.launch_forward(call, need_lse=need_lse, need_residue=need_residue)
         # Late: whatever becomes of `triton.experimental`, the portable kernels can be imported.
@@ -33,12 +33,18 @@ def launch_forward(
         )
 
 
-def hopper_config(call: Call, *, unmeasured: bool) -> configs.HopperConfig | None:
-    """The configuration of the forward kernel for Hopper; None if it does not cover the call."""
+def hopper_config(
+    call: Call, table: tuple[hopper_configs.Row, ...], *, unmeasured: bool
+) -> hopper_configs.Row | None:
+    """The configuration of a kernel for Hopper; None if it does not cover the call.
+
+    Args:
+        table: `HOPPER_FORWARD` or `HOPPER_BACKWARD`.
+    """
     options = (*call[3:9], call.window_left, call.softcap)
     if any(option is not None for option in options) or call.window_right not in (None, 0):
         return None
     q = call.q
-    return configs.hopper_config(
-        configs.HOPPER_FORWARD, target.current().arch, q.element_size(), q.shape[-1], unmeasured
+    return hopper_configs.hopper_config(
+        table, target.current().arch, q.element_size(), q.shape[-1], unmeasured
     )

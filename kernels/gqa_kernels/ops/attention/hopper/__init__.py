@@ -1,18 +1,23 @@
 """Attention for Hopper (sm_90), in Gluon: off by default, as it has not run on a GPU yet.
 
-`forward.py`: the forward kernel; `softmax.py`: its softmax; `pipeline.py`: rings of tiles, turns;
-`tiles.py`: the order of tiles, masks.
+`forward.py`: the forward kernel; `softmax.py`: its softmax; `dkdv.py`, `dq.py`: the backward
+kernels; `pipeline.py`: rings of tiles, turns; `tiles.py`: the order of tiles, masks.
 `triton.experimental` may change in every version of Triton, so these are imported only when a call
 runs them:
-`ops/attention/launch.py` chooses by the rows of `configs.HOPPER_FORWARD`, all of which say
+`ops/attention/launch.py` chooses by the rows of `runtime/hopper_configs.py`, all of which say
 `measured=False`, and `flash_attention` below asks for such a row.
 """
 
-from torch import Tensor
+from typing import Any
 
+from torch import Tensor
+from torch.autograd.function import Function, FunctionCtx, once_differentiable
+
+from gqa_kernels.ops.attention.backward import launch_backward
 from gqa_kernels.ops.attention.call import Call, check, prepared
 from gqa_kernels.ops.attention.launch import hopper_config, launch_forward
-from gqa_kernels.runtime import checks, target
+from gqa_kernels.runtime import checks, library, target
+from gqa_kernels.runtime.hopper_configs import HOPPER_BACKWARD, HOPPER_FORWARD
 
 
 def flash_attention(
@@ -24,13 +29,14 @@ def flash_attention(
     softmax_scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`gqa_kernels.flash_attention` by the kernel for Hopper, measured or not; no gradient.
+    """`gqa_kernels.flash_attention` by the kernels for Hopper, measured or not.
 
-    For benchmarks and tests. Numerics are those of the portable kernel; bits differ.
+    For benchmarks and tests. Numerics are those of the portable kernels; bits differ.
 
     Args:
-        q: float16 or bfloat16 `[batch, seq_len_q, num_q_heads, head_dim]`; head_dim 64, 128 or 256;
-            any strides, without a copy where TMA can address them (`layout.fits_tma`).
+        q: float16 or bfloat16 `[batch, seq_len_q, num_q_heads, head_dim]`; head_dim 64, 128 or 256,
+            with a gradient 64 or 128; any strides, without a copy where TMA can address them
+            (`layout.fits_tma`).
         k, v: `[batch, seq_len_kv, num_kv_heads, head_dim]`, likewise.
         causal, softmax_scale, return_lse: as in `gqa_kernels.flash_attention`.
     Returns:
@@ -46,13 +52,62 @@ def flash_attention(
     )  # fmt: skip
     check(*call)
     target.check_device("q", q)
-    call = prepared(call)
+    differentiates = library.keeps_for_gradient(q, k, v)
     with target.device_of(q):
-        if hopper_config(call, unmeasured=True) is None:
-            dtype = str(q.dtype).removeprefix("torch.")
-            raise NotImplementedError(
-                "q: expected float16 or bfloat16, head_dim 64, 128 or 256, on sm_90; "
-                f"got {dtype}, head_dim {q.shape[-1]}, on {target.current().arch}"
-            )
-    out, lse, _ = launch_forward(call, need_lse=return_lse, need_residue=False, unmeasured=True)
+        _check_covered(prepared(call), HOPPER_FORWARD, "head_dim 64, 128 or 256")
+        if differentiates:
+            _check_covered(prepared(call), HOPPER_BACKWARD, "head_dim 64 or 128 with a gradient")
+    if differentiates:
+        out, lse = _Differentiable.apply(*call)
+    else:
+        out, lse, _ = launch_forward(
+            prepared(call), need_lse=return_lse, need_residue=False, unmeasured=True
+        )
     return (out, lse * call.score_unit) if return_lse else out
+
+
+def _check_covered(call: Call, table: tuple, sizes: str) -> None:
+    if hopper_config(call, table, unmeasured=True) is None:
+        dtype = str(call.q.dtype).removeprefix("torch.")
+        raise NotImplementedError(
+            f"q: expected float16 or bfloat16, {sizes}, on sm_90; "
+            f"got {dtype}, head_dim {call.q.shape[-1]}, on {target.current().arch}"
+        )
+
+
+class _Differentiable(Function):
+    """(out, lse in score units) of the fields of a call."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, *fields: Any) -> tuple[Tensor, Tensor]:
+        call = Call(*fields)
+        out, lse, residue = launch_forward(
+            prepared(call), need_lse=True, need_residue=True, unmeasured=True
+        )
+        ctx.save_for_backward(*call[:3], out, lse, residue)
+        ctx.numbers = call[3:]
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: FunctionCtx, dout: Tensor | None, dlse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, residue = ctx.saved_tensors
+        need_dq, *need_dkdv = ctx.needs_input_grad[:3]
+        grads = (None, None, None)
+        if dout is not None or dlse is not None:
+            *grads, _ = launch_backward(
+                prepared(Call(q, k, v, *ctx.numbers)),
+                out.new_zeros(out.shape) if dout is None else dout,
+                dlse,
+                out,
+                lse,
+                residue,
+                need_dq=need_dq,
+                need_dkdv=any(need_dkdv),
+                need_dsinks=False,
+                unmeasured=True,
+            )
+        return *grads, *[None] * len(ctx.numbers)

@@ -44,7 +44,7 @@ from gqa_kernels.ops.attention.hopper.pipeline import (
     release,
     start_store,
 )
-from gqa_kernels.ops.attention.hopper.softmax import Softmax, as_operand, weigh
+from gqa_kernels.ops.attention.hopper.softmax import LOG2_E, Softmax, as_operand, weigh
 from gqa_kernels.ops.attention.hopper.tiles import (
     Sizes,
     block_of_step,
@@ -54,9 +54,9 @@ from gqa_kernels.ops.attention.hopper.tiles import (
     store_rows,
 )
 from gqa_kernels.primitives.residue import residue_of
-from gqa_kernels.runtime import configs, launch, layout
+from gqa_kernels.runtime import launch, layout
+from gqa_kernels.runtime.hopper_configs import HopperConfig
 
-LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
 
 
@@ -334,7 +334,7 @@ _launch = launch.launcher(_forward_kernel)
 
 def launch_forward(
     call: Call,
-    config: configs.HopperConfig,
+    config: HopperConfig,
     num_programs: int,
     *,
     need_lse: bool,

@@ -1,9 +1,11 @@
-"""The online softmax of the forward kernel for Hopper."""
+"""The online softmax of the forward kernel for Hopper, and what the backward kernels share."""
 
 from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+
+LOG2_E = gl.constexpr(1.4426950408889634)
 
 
 class Softmax(NamedTuple):

@@ -106,3 +106,34 @@ def store_rows(pointer, tile, block, first_row, sizes, LAYOUT: gl.constexpr):
     offsets = (row * sizes.num_heads + block.head) * HEAD_DIM
     pointers = pointer + gl.expand_dims(offsets, 1) + gl.expand_dims(features, 0)
     gl.store(pointers, tile, mask=gl.expand_dims(rows < sizes.seq_len_q, 1))
+
+
+@gluon.jit
+def hide_keys(scores, keys, first_own_key, LAYOUT: gl.constexpr):
+    """Sets scores `[key, query]` of keys that a query does not see to −inf.
+
+    Args:
+        first_own_key: the key that the first query is aligned with.
+    """
+    NUM_QUERIES: gl.constexpr = scores.shape[1]
+    own_keys = first_own_key + gl.arange(0, NUM_QUERIES, layout=gl.SliceLayout(0, LAYOUT))
+    seen = gl.expand_dims(keys, 1) <= gl.expand_dims(own_keys, 0)
+    return gl.where(seen, scores, -float("inf"))
+
+
+@gluon.jit
+def load_statistics(statistics, batch, head, rows, sizes, exponent_scale):
+    """Returns (lse as an exponent of 2, delta) of rows of a head; rows that do not exist or see no
+    key get +inf and with it weights of 0."""
+    exists = rows < sizes.seq_len_q
+    first = (batch * sizes.num_heads + head).to(gl.int64) * sizes.seq_len_q
+    lse = gl.load(statistics.lse + first + rows, mask=exists, other=-float("inf"))
+    lse = gl.where(lse == -float("inf"), float("inf"), lse * exponent_scale)
+    return lse, gl.load(statistics.delta + first + rows, mask=exists, other=0.0)
+
+
+class Statistics(NamedTuple):
+    """Pointers to float32 `[batch, head, query]`: lse in score units, and delta."""
+
+    lse: Any
+    delta: Any

@@ -1,0 +1,331 @@
+"""The gradients of keys and values of flash attention for Hopper, warp-specialised.
+
+Formulas in `ops/attention/backward.py`, whose delta it takes. A program owns 64 keys and values of
+one key/value head for each of its two consumers, and sums over the query heads of the group:
+
+    copy warp    keys, values and, of each head, the tiles of queries and dO that see one of these
+                 keys, with their lse and delta
+    consumer     Sᵀ = K Qᵀ and dPᵀ = V dOᵀ of a tile; Pᵀ and dSᵀ stay in registers and multiply dO
+                 and the queries
+
+No product is transposed. The tiles that need a mask, the first ones of each head, come first.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from gqa_kernels.ops.attention.call import Call
+from gqa_kernels.ops.attention.hopper.pipeline import (
+    CONSUMER_ROWS,
+    accumulator_layout,
+    descriptor,
+    fill,
+    landed,
+    make_ring,
+    release,
+    start_store,
+)
+from gqa_kernels.ops.attention.hopper.softmax import LOG2_E, as_operand
+from gqa_kernels.ops.attention.hopper.tiles import Statistics, hide_keys, load_statistics
+from gqa_kernels.runtime import launch, layout
+from gqa_kernels.runtime.hopper_configs import HopperBackwardConfig
+
+NUM_CONSUMERS = gl.constexpr(2)
+BLOCK_N = gl.constexpr(128)  # NUM_CONSUMERS * CONSUMER_ROWS
+
+
+class Shared(NamedTuple):
+    """The shared memory of a program."""
+
+    k: Any  # rings with a stage per consumer, filled once
+    v: Any
+    q: Any  # rings of tiles of BLOCK_M queries, and of dO
+    d_out: Any
+    lse: Any  # [stage, query], written before `statistics` of the stage completes a phase; free
+    delta: Any  # where the stage of d_out is
+    statistics: Any  # a barrier per stage
+
+
+class Sizes(NamedTuple):
+    """The sizes of a call."""
+
+    seq_len_q: Any
+    seq_len_kv: Any
+    num_heads: Any  # of queries
+
+
+class Work(NamedTuple):
+    """The keys of a program, and the tiles of queries, for each head, that see them."""
+
+    batch: Any
+    kv_head: Any
+    first_key: Any
+    first_query: Any
+    num_tiles: Any
+    num_masked: Any  # of these, which come first
+
+
+@gluon.jit
+def _work(
+    sizes, num_batch_heads, GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, CAUSAL: gl.constexpr
+):
+    """The work of this program. The first keys, which most queries see under a causal mask, come
+    first."""
+    program = gl.program_id(0)
+    num_kv_heads = sizes.num_heads // GROUP_SIZE
+    batch_head = program % num_batch_heads
+    first_key = program // num_batch_heads * BLOCK_N
+    end_tile = (sizes.seq_len_q + BLOCK_M - 1) // BLOCK_M
+    first_tile = 0
+    first_free = 0  # the first tile whose queries all see all of these keys
+    if CAUSAL:
+        own_query = first_key + sizes.seq_len_q - sizes.seq_len_kv
+        first_tile = gl.minimum(gl.maximum(own_query, 0) // BLOCK_M, end_tile)
+        free_query = gl.maximum(own_query + BLOCK_N - 1, 0)
+        first_free = gl.minimum((free_query + BLOCK_M - 1) // BLOCK_M, end_tile)
+    return Work(
+        batch_head // num_kv_heads,
+        batch_head % num_kv_heads,
+        first_key,
+        first_tile * BLOCK_M,
+        end_tile - first_tile,
+        first_free - first_tile,
+    )
+
+
+@gluon.jit
+def _copy(
+    q, k, v, d_out, statistics, shared, sizes, work, exponent_scale, GROUP_SIZE: gl.constexpr
+):  # fmt: skip
+    """The copy warp."""
+    NUM_STAGES: gl.constexpr = shared.q.stages.shape[0]
+    BLOCK_M: gl.constexpr = shared.q.stages.shape[1]
+    LINE: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
+    for consumer in gl.static_range(NUM_CONSUMERS):
+        key = work.first_key + consumer * CONSUMER_ROWS
+        fill(shared.k, consumer, k, work.batch, key, work.kv_head)
+        fill(shared.v, consumer, v, work.batch, key, work.kv_head)
+    for i in range(GROUP_SIZE * work.num_tiles):
+        head = work.kv_head * GROUP_SIZE + i // work.num_tiles
+        query = work.first_query + i % work.num_tiles * BLOCK_M
+        fill(shared.q, i, q, work.batch, query, head)
+        fill(shared.d_out, i, d_out, work.batch, query, head)
+        queries = query + gl.arange(0, BLOCK_M, layout=LINE)
+        lse, delta = load_statistics(statistics, work.batch, head, queries, sizes, exponent_scale)
+        shared.lse.index(i % NUM_STAGES).store(lse)
+        shared.delta.index(i % NUM_STAGES).store(delta)
+        mbarrier.arrive(shared.statistics.index(i % NUM_STAGES), count=1)
+
+
+@gluon.jit
+def _walk(
+    k,
+    v,
+    shared,
+    n,
+    num_steps,
+    keys,
+    first_own_key,
+    exponent_scale,
+    dk,
+    dv,
+    MASKED: gl.constexpr,
+):
+    """Adds num_steps tiles, from tile n of the rings on, to dk and dv; returns both.
+
+    Args:
+        first_own_key: the key that the first query of tile n is aligned with.
+    """
+    NUM_STAGES: gl.constexpr = shared.q.stages.shape[0]
+    BLOCK_M: gl.constexpr = shared.q.stages.shape[1]
+    HEAD_DIM: gl.constexpr = shared.q.stages.shape[2]
+    SCORES: gl.constexpr = accumulator_layout(BLOCK_M)
+    GRADIENT: gl.constexpr = accumulator_layout(HEAD_DIM)
+    OF_QUERIES: gl.constexpr = gl.SliceLayout(0, SCORES)
+    zero = gl.zeros([CONSUMER_ROWS, BLOCK_M], gl.float32, layout=SCORES)
+    for i in range(num_steps):
+        stage = (n + i) % NUM_STAGES
+        q = landed(shared.q, n + i)
+        scores_soon = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+        d_out = landed(shared.d_out, n + i)
+        d_weights_soon = warpgroup_mma(v, d_out.permute((1, 0)), zero, use_acc=False, is_async=True)
+        mbarrier.wait(shared.statistics.index(stage), ((n + i) // NUM_STAGES) & 1)
+        lse = shared.lse.index(stage).load(OF_QUERIES)
+        scores = warpgroup_mma_wait(1, deps=[scores_soon])
+        if MASKED:
+            scores = hide_keys(scores, keys, first_own_key + i * BLOCK_M, SCORES)
+        weights = gl.exp2(scores * exponent_scale - gl.expand_dims(lse, 0))
+        rounded = as_operand(weights.to(q.dtype), GRADIENT)
+        dv_soon = warpgroup_mma(rounded, d_out, dv, is_async=True)
+        delta = shared.delta.index(stage).load(OF_QUERIES)
+        d_weights = warpgroup_mma_wait(1, deps=[d_weights_soon])
+        d_scores = weights * (d_weights - gl.expand_dims(delta, 0))
+        d_scores = as_operand(d_scores.to(q.dtype), GRADIENT)
+        dk_soon = warpgroup_mma(d_scores, q, dk, is_async=True)
+        dv, _ = warpgroup_mma_wait(1, deps=[dv_soon, rounded])
+        release(shared.d_out, n + i)
+        dk, _ = warpgroup_mma_wait(0, deps=[dk_soon, d_scores])
+        release(shared.q, n + i)
+    return dk, dv
+
+
+@gluon.jit
+def _consume(
+    dk_out,
+    dv_out,
+    shared,
+    sizes,
+    work,
+    softmax_scale,
+    exponent_scale,
+    CONSUMER: gl.constexpr,
+    GROUP_SIZE: gl.constexpr,
+    CAUSAL: gl.constexpr,
+):
+    """A consumer: CONSUMER_ROWS keys."""
+    BLOCK_M: gl.constexpr = shared.q.stages.shape[1]
+    HEAD_DIM: gl.constexpr = shared.q.stages.shape[2]
+    SCORES: gl.constexpr = accumulator_layout(BLOCK_M)
+    GRADIENT: gl.constexpr = accumulator_layout(HEAD_DIM)
+    first_key = work.first_key + CONSUMER * CONSUMER_ROWS
+    keys = first_key + gl.arange(0, CONSUMER_ROWS, layout=gl.SliceLayout(1, SCORES))
+    own_key = work.first_query + sizes.seq_len_kv - sizes.seq_len_q
+    dk = gl.zeros([CONSUMER_ROWS, HEAD_DIM], gl.float32, layout=GRADIENT)
+    dv = gl.zeros([CONSUMER_ROWS, HEAD_DIM], gl.float32, layout=GRADIENT)
+    k = landed(shared.k, CONSUMER)
+    v = landed(shared.v, CONSUMER)
+    for head in range(GROUP_SIZE):
+        n = head * work.num_tiles
+        if CAUSAL:
+            dk, dv = _walk(
+                k, v, shared, n, work.num_masked, keys, own_key, exponent_scale, dk, dv, True
+            )
+        dk, dv = _walk(
+            k, v, shared, n + work.num_masked, work.num_tiles - work.num_masked,
+            keys, own_key, exponent_scale, dk, dv, False,
+        )  # fmt: skip
+    # The gradients leave from where no product reads any more.
+    v.store(dv.to(dv_out.dtype))
+    k.store((dk * softmax_scale).to(dk_out.dtype))
+    fence_async_shared()
+    start = [work.batch, first_key, work.kv_head, 0]
+    start_store(dv_out, start, v.reshape([1, CONSUMER_ROWS, 1, HEAD_DIM]))
+    start_store(dk_out, start, k.reshape([1, CONSUMER_ROWS, 1, HEAD_DIM]))
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["seq_len_q", "seq_len_kv", "num_heads", "num_batch_heads"])
+def _dkdv_kernel(
+    q,
+    k,
+    v,
+    d_out,
+    dk,
+    dv,
+    lse_ptr,
+    delta_ptr,
+    seq_len_q,
+    seq_len_kv,
+    num_heads,
+    num_batch_heads,
+    softmax_scale,
+    GROUP_SIZE: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    NUM_STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
+    COPY_REGISTERS: gl.constexpr,
+):
+    """A program sums the gradients of BLOCK_N keys and values over all heads of a group."""
+    LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    k_ring = make_ring(k.dtype, NUM_CONSUMERS, CONSUMER_ROWS, HEAD_DIM, 1)
+    v_ring = make_ring(v.dtype, NUM_CONSUMERS, CONSUMER_ROWS, HEAD_DIM, 1)
+    q_ring = make_ring(q.dtype, NUM_STAGES, BLOCK_M, HEAD_DIM, NUM_CONSUMERS)
+    d_out_ring = make_ring(q.dtype, NUM_STAGES, BLOCK_M, HEAD_DIM, NUM_CONSUMERS)
+    lse = gl.allocate_shared_memory(gl.float32, [NUM_STAGES, BLOCK_M], LINE)
+    delta = gl.allocate_shared_memory(gl.float32, [NUM_STAGES, BLOCK_M], LINE)
+    ready = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(NUM_STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+    fence_async_shared()
+    shared = Shared(k_ring, v_ring, q_ring, d_out_ring, lse, delta, ready)
+    sizes = Sizes(seq_len_q, seq_len_kv, num_heads)
+    statistics = Statistics(lse_ptr, delta_ptr)
+    work = _work(sizes, num_batch_heads, GROUP_SIZE, BLOCK_M, CAUSAL)
+    exponent_scale = softmax_scale * LOG2_E
+    gl.warp_specialize(
+        [
+            (
+                _consume,
+                (
+                    dk, dv, shared, sizes, work, softmax_scale, exponent_scale,
+                    0, GROUP_SIZE, CAUSAL,
+                ),
+            ),
+            (
+                _consume,
+                (
+                    dk, dv, shared, sizes, work, softmax_scale, exponent_scale,
+                    1, GROUP_SIZE, CAUSAL,
+                ),
+            ),
+            (_copy, (q, k, v, d_out, statistics, shared, sizes, work, exponent_scale, GROUP_SIZE)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, COPY_REGISTERS],
+    )  # fmt: skip
+
+
+_launch = launch.launcher(_dkdv_kernel)
+
+
+def key_value_gradients(
+    call: Call, dout: Tensor, lse: Tensor, delta: Tensor, config: HopperBackwardConfig
+) -> tuple[Tensor, Tensor]:
+    """(dk, dv) of a prepared, non-empty call without options.
+
+    Args:
+        call, dout, lse, delta: as in `dq.query_gradient`.
+    """
+    q, k, v, dout = map(layout.aligned, (call.q, call.k, call.v, dout))
+    _, seq_len_q, num_q_heads, head_dim = q.shape
+    batch, seq_len_kv, num_kv_heads, _ = k.shape
+    dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+    num_batch_heads = batch * num_kv_heads
+    _launch(
+        (layout.cdiv(seq_len_kv, BLOCK_N.value) * num_batch_heads,),
+        q=descriptor(q, config.block),
+        k=descriptor(k, CONSUMER_ROWS.value),
+        v=descriptor(v, CONSUMER_ROWS.value),
+        d_out=descriptor(dout, config.block),
+        dk=descriptor(dk, CONSUMER_ROWS.value),
+        dv=descriptor(dv, CONSUMER_ROWS.value),
+        lse_ptr=lse,
+        delta_ptr=delta,
+        seq_len_q=seq_len_q,
+        seq_len_kv=seq_len_kv,
+        num_heads=num_q_heads,
+        num_batch_heads=num_batch_heads,
+        softmax_scale=call.score_unit,
+        GROUP_SIZE=num_q_heads // num_kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_M=config.block,
+        NUM_STAGES=config.num_stages,
+        CAUSAL=call.window_right is not None,
+        CONSUMER_REGISTERS=config.consumer_registers,
+        COPY_REGISTERS=config.copy_registers,
+        num_warps=4,
+    )
+    return dk, dv

@@ -1,0 +1,233 @@
+"""The backward kernels for Hopper on random calls, in random interleavings, without a GPU.
+
+    python -m hopper_backward --cases 500              as they are written, by gluon_emulator
+    python -m hopper_backward --faults                 one synchronisation less at a time
+    python -m hopper_backward --ptx --cases 10         as they are compiled, by ptx_emulator
+    timeout 300 python -m hopper_backward --gpu --cases 200        on a GPU, if this machine has one
+
+Every gradient is held to its error budget. `tests/ops/test_hopper_backward.py` runs a sample.
+"""
+
+import argparse
+import itertools
+import random
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from gluon_emulator import load
+from hopper_forward import SHARED_BYTES, Fault, faults, unchanged
+from poison import PoisonedTorch
+from torch import Tensor
+
+from gqa_kernels import accuracy, reference
+from gqa_kernels.ops.attention.call import Call, prepared
+from gqa_kernels.runtime.hopper_configs import HopperBackwardConfig
+
+_FOLDER = "gqa_kernels.ops.attention.hopper"
+_SHARED = tuple(f"{_FOLDER}.{name}" for name in ("pipeline", "tiles", "softmax"))
+KERNELS = (f"{_FOLDER}.dkdv", f"{_FOLDER}.dq")
+LOADED = tuple((*_SHARED, kernel) for kernel in KERNELS)  # what `load` takes
+
+
+class Case(NamedTuple):
+    """A call, and the configuration that it runs with."""
+
+    config: HopperBackwardConfig
+    batch: int = 1
+    num_q_heads: int = 2
+    num_kv_heads: int = 1
+    seq_len_q: int = 200
+    seq_len_kv: int = 200
+    dtype: torch.dtype = torch.bfloat16
+    causal: bool = True
+    mean: float = 0.0  # of keys and values
+    far: bool = False  # whether all scores are far below 0, where a key of zeros would count most
+
+
+def shared_bytes(config: HopperBackwardConfig) -> int:
+    return 2 * config.head_dim * (256 + 2 * config.num_stages * config.block) + 2048
+
+
+def draw_case(numbers: random.Random) -> Case:
+    """Small lengths around the borders of tiles."""
+    choice = numbers.choice
+    kv_heads = choice((1, 2))
+    forms = [
+        HopperBackwardConfig(head_dim, block, stages)
+        for head_dim, block, stages in itertools.product((64, 64, 128), (64, 64, 128), (2, 3))
+    ]
+    return Case(
+        config=choice([form for form in forms if shared_bytes(form) <= SHARED_BYTES]),
+        batch=choice((1, 1, 2)),
+        num_q_heads=kv_heads * choice((1, 2, 3)),
+        num_kv_heads=kv_heads,
+        seq_len_q=choice((1, 63, 64, 65, 128, 129, 200, 257, 300)),
+        seq_len_kv=choice((1, 63, 64, 127, 128, 129, 255, 256, 300, 385)),
+        dtype=choice((torch.bfloat16, torch.float16)),
+        causal=numbers.random() < 0.7,
+        mean=choice((0.0, 0.0, 3.0)),
+        far=numbers.random() < 0.1,
+    )
+
+
+def inputs_of(case: Case, seed: int) -> dict[str, Tensor]:
+    """q is a view of every head but one; k and v are views with the heads before the rows."""
+    generator = torch.Generator().manual_seed(seed)
+    _, batch, num_q_heads, num_kv_heads, seq_len_q, seq_len_kv, dtype, *_ = case
+
+    def draw(mean: float, *shape: int) -> Tensor:
+        x = torch.randn(*shape, case.config.head_dim, generator=generator) + mean
+        return x.to(dtype)
+
+    q = draw(-4.0 if case.far else 0.0, batch, seq_len_q, num_q_heads + 1)[:, :, :num_q_heads]
+    k, v = (
+        draw(mean, batch, num_kv_heads, seq_len_kv).transpose(1, 2)
+        for mean in (4.0 if case.far else case.mean, case.mean)
+    )
+    return {"q": q, "k": k, "v": v}
+
+
+Change = Callable[[str, str], str]
+
+
+def as_written(case: Case, seed: int, change: Change = unchanged) -> Callable[..., Any]:
+    """`flash_attention` whose gradients come from the kernels in the emulator of Gluon."""
+    dkdv, dq = (load(names, seed, change) for names in LOADED)
+    return _attend(dkdv, dq, case)
+
+
+def on_gpu(case: Case, seed: int) -> Callable[..., Any]:
+    """The same by the kernels on this machine's GPU, twice, with the same bits."""
+    from gqa_kernels.ops.attention.hopper import dkdv, dq
+
+    return _attend(dkdv, dq, case, lambda run: _same_bits([run(), run()]))
+
+
+def as_compiled(case: Case, seed: int) -> Callable[..., Any]:
+    """The same by the kernels' PTX, which must give the same bits under two schedules."""
+    from ptx_emulator.driver import emulating
+
+    from gqa_kernels.ops.attention.hopper import dkdv, dq
+
+    def run_twice(run: Callable[[], Any]) -> Any:
+        results = []
+        for schedule in ("lockstep", "random"):
+            with emulating("sm_90", schedule=schedule, seed=seed, mbarrier_fence=True):
+                results.append(run())
+        return _same_bits(results)
+
+    return _attend(dkdv, dq, case, run_twice)
+
+
+def _same_bits(results: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one.nan_to_num(), other.nan_to_num()), "other bits"
+    return results[0]
+
+
+def _attend(
+    dkdv: types.ModuleType,
+    dq: types.ModuleType,
+    case: Case,
+    run: Callable[[Callable[[], Any]], Any] = lambda kernels: kernels(),
+) -> Callable[..., Any]:
+    """`flash_attention` whose gradients come from these modules' launchers, with NaN in what they
+    allocate. Its outputs, and the statistics that the kernels take, are exact ones, rounded."""
+    dkdv.torch = dq.torch = PoisonedTorch()
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            ctx.call = prepared(Call(q, k, v, *[None] * 8, 0 if case.causal else None, None))
+            ctx.out, ctx.lse = reference.flash_attention(
+                q.double(), k.double(), v.double(), causal=case.causal, return_lse=True
+            )
+            return ctx.out.to(q.dtype), ctx.lse.float()
+
+        @staticmethod
+        def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor, ...]:
+            delta = (ctx.out * dout.double()).sum(-1).transpose(1, 2) - dlse
+            lse = ctx.lse / ctx.call.score_unit
+            # The heads of dout lie beside those of another tensor.
+            dout = torch.cat([dout, dout], 2)[:, :, : dout.shape[2]]
+            given = (ctx.call, dout, *(x.float().contiguous() for x in (lse, delta)), case.config)
+            return run(lambda: (dq.query_gradient(*given), *dkdv.key_value_gradients(*given)))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, return_lse: bool) -> Any:
+        return Attention.apply(q, k, v)
+
+    return attend
+
+
+def complaints(case: Case, seed: int, attend: Callable[..., Any], device: str = "cpu") -> list[str]:
+    """What goes wrong in a call, or which gradients are beyond their error budget."""
+    tensors = {name: x.to(device) for name, x in inputs_of(case, seed).items()}
+    inputs = tensors | {"causal": case.causal, "return_lse": True}
+    try:
+        measured = accuracy.measure_call(attend, reference.flash_attention, inputs, ("q", "k", "v"))
+    except Exception as error:
+        return [f"{type(error).__name__}: {error}"]
+    return [str(m) for m in measured if not m.ok]
+
+
+# What another synchronisation implies. Before the copy warp fills these stages again, it fills one
+# that is released after a later product of the same consumer.
+IMPLIED = (
+    "dv, _ = warpgroup_mma_wait(1, deps=[dv_soon, rounded]) / release(shared.d_out, n + i)",
+    "d_weights = warpgroup_mma_wait(0, deps=[d_weights_soon]) / release(shared.v, i)",
+)
+
+
+def all_faults() -> list[Fault]:
+    return list(faults((*_SHARED, *KERNELS), IMPLIED))
+
+
+def _shapes() -> Iterator[Case]:
+    """Calls in which every synchronisation matters: several rounds of every ring."""
+    narrow = HopperBackwardConfig(64, 64, 2)
+    for _ in range(8):
+        yield Case(narrow, seq_len_q=320, seq_len_kv=320, causal=True)
+        yield Case(narrow, seq_len_q=320, seq_len_kv=320, causal=False)
+
+
+def how_noticed(fault: Fault) -> str | None:
+    """What the first call that notices a fault says; None if none does."""
+    for seed, case in enumerate(_shapes()):
+        if found := complaints(case, seed, as_written(case, seed, fault.apply)):
+            return found[0]
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--cases", type=int, default=0, help="random calls")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--faults", action="store_true", help="break the kernels")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--ptx", action="store_true", help="run random calls as compiled")
+    where.add_argument("--gpu", action="store_true", help="run random calls on a GPU")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    started, failed, numbers = time.time(), 0, random.Random(options.seed)
+    run = on_gpu if options.gpu else as_compiled if options.ptx else as_written
+    device = "cuda" if options.gpu else "cpu"
+    for number in range(options.cases):
+        case, seed = draw_case(numbers), number + 10**6 * options.seed
+        for complaint in complaints(case, seed, run(case, seed), device):
+            failed += 1
+            print(f"failed {number} {case}: {complaint}", flush=True)
+    if options.cases:
+        print(f"{options.cases} calls, {failed} complaints, {time.time() - started:.0f} s")
+    for fault in all_faults() if options.faults else ():
+        found = how_noticed(fault)
+        failed += found is None
+        print(f"{'seen  ' if found else 'MISSED'} {fault} | {(found or '')[:110]}", flush=True)
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
