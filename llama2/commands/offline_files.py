@@ -52,7 +52,8 @@ def _parse(number: int, raw: bytes) -> Line:
         raise ValueError(f"line: expected a JSON object; got a {type(value).__name__}")
     known = {"prompt", "id", *SETTINGS}
     if not value.keys() <= known:
-        raise ValueError(f"line: expected the keys {sorted(known)}; got {sorted(value)}")
+        unknown = sorted(value.keys() - known)
+        raise ValueError(f"line: expected only keys among {sorted(known)}; got {unknown}")
     prompt, id = value.get("prompt"), value.get("id", number)
     if not isinstance(prompt, str):
         raise ValueError(f"prompt: expected a text; got {prompt!r}")

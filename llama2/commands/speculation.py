@@ -19,14 +19,14 @@ def add_speculation_options(parser: argparse.ArgumentParser) -> None:
         type=_num_tokens,
         metavar="N",
         help="decode speculatively: draft N tokens per step, from 1 to 15, that followed the "
-        "latest tokens earlier in the text; the text is the same as without",
+        "latest tokens earlier in the text; the text is the same as without, up to rounding",
     )
     either.add_argument(
         "--draft",
         type=path,
         metavar="DIR",
         help="decode speculatively: a smaller checkpoint with the same tokenizer drafts tokens; "
-        "the text is the same as without",
+        "the text is the same as without, up to rounding",
     )
     parser.add_argument(
         "--draft-tokens",
@@ -85,7 +85,7 @@ def report(generator: Generator) -> None:
     counts = generator.statistics
     if counts is not None and counts.num_steps:
         print(
-            f"speculation: {counts.tokens_per_step:.2f} new tokens per step of the model "
-            f"({counts.num_new_tokens} in {counts.num_steps})",
+            f"speculation: {counts.tokens_per_step:.2f} new tokens per step of a sequence, after "
+            f"its first token ({counts.num_new_tokens} in {counts.num_steps})",
             file=sys.stderr,
         )

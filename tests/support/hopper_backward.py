@@ -211,6 +211,8 @@ def main() -> None:
     where.add_argument("--ptx", action="store_true", help="run random calls as compiled")
     where.add_argument("--gpu", action="store_true", help="run random calls on a GPU")
     options = parser.parse_args()
+    if options.gpu and not torch.cuda.is_available():
+        parser.error("--gpu: expected a GPU; PyTorch finds none")
     torch.set_num_threads(1)
     started, failed, numbers = time.time(), 0, random.Random(options.seed)
     run = on_gpu if options.gpu else as_compiled if options.ptx else as_written

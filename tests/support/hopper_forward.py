@@ -312,6 +312,8 @@ def main() -> None:
     where.add_argument("--ptx", action="store_true", help="run random calls as compiled")
     where.add_argument("--gpu", action="store_true", help="run random calls on a GPU")
     options = parser.parse_args()
+    if options.gpu and not torch.cuda.is_available():
+        parser.error("--gpu: expected a GPU; PyTorch finds none")
     torch.set_num_threads(1)
     started, failed = time.time(), 0
     numbers, device = random.Random(options.seed), "cuda" if options.gpu else "cpu"
