@@ -158,7 +158,7 @@ BAD = [
     (b"[" * 100_000, "line: expected JSON; "),
     (b"\xff\xfe\xfd", "line: expected JSON; "),
     (b"[1]", "line: expected a JSON object; got a list"),
-    (b'{"prompt": "a", "max_tokens": 3}', "line: expected only keys among .*; got .'max_tokens'"),
+    (b'{"prompt": "a", "max_tokens": 3}', "; got ['max_tokens']"),
     (b"{}", "prompt: expected a text; got None"),
     (b'{"prompt": 3}', "prompt: expected a text; got 3"),
     (b'{"prompt": "a", "id": [1]}', "id: expected a text or a whole number; got [1]"),
