@@ -8,11 +8,8 @@
 Every gradient is held to its error budget. `tests/ops/test_hopper_backward.py` runs a sample.
 """
 
-import argparse
 import itertools
 import random
-import sys
-import time
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -21,6 +18,7 @@ import torch
 from gluon_emulator import load
 from hopper_forward import SHARED_BYTES, Fault, faults, unchanged
 from poison import PoisonedTorch
+from random_calls import command
 from torch import Tensor
 
 from gqa_kernels import accuracy, reference
@@ -203,32 +201,9 @@ def how_noticed(fault: Fault) -> str | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--cases", type=int, default=0, help="random calls")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--faults", action="store_true", help="break the kernels")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--ptx", action="store_true", help="run random calls as compiled")
-    where.add_argument("--gpu", action="store_true", help="run random calls on a GPU")
-    options = parser.parse_args()
-    if options.gpu and not torch.cuda.is_available():
-        parser.error("--gpu: expected a GPU; PyTorch finds none")
-    torch.set_num_threads(1)
-    started, failed, numbers = time.time(), 0, random.Random(options.seed)
-    run = on_gpu if options.gpu else as_compiled if options.ptx else as_written
-    device = "cuda" if options.gpu else "cpu"
-    for number in range(options.cases):
-        case, seed = draw_case(numbers), number + 10**6 * options.seed
-        for complaint in complaints(case, seed, run(case, seed), device):
-            failed += 1
-            print(f"failed {number} {case}: {complaint}", flush=True)
-    if options.cases:
-        print(f"{options.cases} calls, {failed} complaints, {time.time() - started:.0f} s")
-    for fault in all_faults() if options.faults else ():
-        found = how_noticed(fault)
-        failed += found is None
-        print(f"{'seen  ' if found else 'MISSED'} {fault} | {(found or '')[:110]}", flush=True)
-    sys.exit(failed > 0)
+    description = __doc__.partition("\n")[0]
+    runs = {"written": as_written, "ptx": as_compiled, "gpu": on_gpu}
+    command(description, draw_case, runs, complaints, all_faults, how_noticed)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,9 @@
 Every call is held to its error budget. `tests/ops/test_hopper_forward.py` runs a sample.
 """
 
-import argparse
 import importlib.util
 import random
 import re
-import sys
-import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from gluon_emulator import load
 from poison import PoisonedTorch
+from random_calls import command
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -304,32 +302,9 @@ def how_noticed(fault: Fault) -> str | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--cases", type=int, default=0, help="random calls")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--faults", action="store_true", help="break the kernel")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--ptx", action="store_true", help="run random calls as compiled")
-    where.add_argument("--gpu", action="store_true", help="run random calls on a GPU")
-    options = parser.parse_args()
-    if options.gpu and not torch.cuda.is_available():
-        parser.error("--gpu: expected a GPU; PyTorch finds none")
-    torch.set_num_threads(1)
-    started, failed = time.time(), 0
-    numbers, device = random.Random(options.seed), "cuda" if options.gpu else "cpu"
-    run = on_gpu if options.gpu else as_compiled if options.ptx else as_written
-    for number in range(options.cases):
-        case, seed = draw_case(numbers), number + 10**6 * options.seed
-        for complaint in complaints(case, seed, run(case, seed), device):
-            failed += 1
-            print(f"failed {number} {case}: {complaint}", flush=True)
-    if options.cases:
-        print(f"{options.cases} calls, {failed} complaints, {time.time() - started:.0f} s")
-    for fault in faults() if options.faults else ():
-        found = how_noticed(fault)
-        failed += found is None
-        print(f"{'seen  ' if found else 'MISSED'} {fault} | {(found or '')[:110]}", flush=True)
-    sys.exit(failed > 0)
+    description = __doc__.partition("\n")[0]
+    runs = {"written": as_written, "ptx": as_compiled, "gpu": on_gpu}
+    command(description, draw_case, runs, complaints, faults, how_noticed)
 
 
 if __name__ == "__main__":

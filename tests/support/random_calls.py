@@ -1,0 +1,54 @@
+"""The command of modules that check a kernel by random calls and by faults put into it."""
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+
+def command(
+    description: str,
+    draw_case: Callable[[random.Random], Any],
+    runs: Mapping[str, Callable[[Any, int], Any]],
+    complaints: Callable[[Any, int, Any, str], list[str]],
+    faults: Callable[[], Iterable[Any]],
+    how_noticed: Callable[[Any], str | None],
+) -> None:
+    """Runs what the command line asks for; exits with status 1 if a call was wrong or a fault was
+    not noticed.
+
+    Args:
+        runs: by "written", "ptx" and "gpu", a function of (case, seed) that returns what
+            `complaints(case, seed, …, device)` judges.
+        how_noticed: returns what the first call that notices a fault says; None if none does.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--cases", type=int, default=0, help="random calls")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--faults", action="store_true", help="break the kernel")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--ptx", action="store_true", help="run random calls as compiled")
+    where.add_argument("--gpu", action="store_true", help="run random calls on a GPU")
+    options = parser.parse_args()
+    if options.gpu and not torch.cuda.is_available():
+        parser.error("--gpu: expected a GPU; PyTorch finds none")
+    torch.set_num_threads(1)
+    started, failed, numbers = time.time(), 0, random.Random(options.seed)
+    run = runs["gpu" if options.gpu else "ptx" if options.ptx else "written"]
+    device = "cuda" if options.gpu else "cpu"
+    for number in range(options.cases):
+        case, seed = draw_case(numbers), number + 10**6 * options.seed
+        for complaint in complaints(case, seed, run(case, seed), device):
+            failed += 1
+            print(f"failed {number} {case}: {complaint}", flush=True)
+    if options.cases:
+        print(f"{options.cases} calls, {failed} complaints, {time.time() - started:.0f} s")
+    for fault in faults() if options.faults else ():
+        found = how_noticed(fault)
+        failed += found is None
+        print(f"{'seen  ' if found else 'MISSED'} {fault} | {(found or '')[:110]}", flush=True)
+    sys.exit(failed > 0)
