@@ -69,10 +69,10 @@ class PagedBatch:
     ) -> "PagedBatch":
         """See `PagedKVCache.prefill`."""
         pending = cache._lengths[decoding] - cache._num_cached[decoding]
-        if (pending != 1).any() or row in decoding:
+        if (pending != 1).any() or len({row, *decoding.tolist()}) <= len(decoding):
             raise ValueError(
-                f"decoding: expected other rows than {row}, with 1 pending token each; got rows "
-                f"{decoding.tolist()} with {pending.tolist()}"
+                f"decoding: expected different rows but {row}, with 1 pending token each; "
+                f"got rows {decoding.tolist()} with {pending.tolist()}"
             )
         rows = np.append(decoding, row)
         counts = np.append(pending, count)

@@ -61,11 +61,11 @@ class PagedKVCache(PagedSequences):
         sequence.
 
         Raises:
-            ValueError: there are no pending tokens, `most` is below 1, or a row of `decoding` does
-                not have one pending token.
+            ValueError: there are no pending tokens, `most` is no int of at least 1, or `decoding`
+                is not of different other rows with one pending token each.
         """
-        if most is not None and most < 1:
-            raise ValueError(f"most: expected at least 1; got {most}")
+        if most is not None and (not isinstance(most, int) or most < 1):
+            raise ValueError(f"most: expected an int of at least 1; got {most!r}")
         count = self.num_pending(row)
         if count == 0:
             raise ValueError("rows: expected at least 1 pending token; got 0")

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from llama2 import checkpoint
-from llama2.commands.options import DTYPES, integer, path
+from llama2.commands.options import DTYPES, path
 from llama2.generate import Generator
 from llama2.placement import place
 from llama2.speculation import DraftModel, PromptLookup, Speculation, check_num_tokens
@@ -37,7 +37,10 @@ def add_speculation_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _num_tokens(text: str) -> int:
-    number = integer(text)
+    try:
+        number = int(text)
+    except ValueError:
+        number = text
     try:
         check_num_tokens(number)
     except ValueError as error:

@@ -81,6 +81,10 @@ def test_a_draft_model_with_a_shorter_context(llama2, small):
     ("options", "message"),
     [
         (
+            ("--prompt-lookup", "1.5"),
+            "--prompt-lookup: expected an int from 1 to 15; got '1.5'",
+        ),
+        (
             ("--prompt-lookup", "16"),
             "--prompt-lookup: expected an int from 1 to 15; got 16",
         ),
