@@ -16,6 +16,12 @@ def to_device(values: np.ndarray, device: torch.device) -> Tensor:
     return host.to(device, non_blocking=True)
 
 
+def host_tokens(*shape: int, device: torch.device) -> Tensor:
+    """Returns int64 zeros on the CPU into which `to_host` copies tokens from `device`."""
+    pinned = device.type == "cuda"
+    return torch.zeros(shape, dtype=torch.int64, device="cpu", pin_memory=pinned)
+
+
 def to_host(values: Tensor, host: Tensor) -> Callable[[], np.ndarray]:
     """Enqueues a copy of the values into `host`.
 

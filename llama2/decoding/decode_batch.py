@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llama2.cache.kv_cache import CacheStep, KVCache
-from llama2.cache.transfer import to_host
+from llama2.cache.transfer import host_tokens, to_host
 from llama2.decoding.graphs import Step
 from llama2.decoding.sampling import in_float32, sample
 from llama2.model import Llama2
@@ -118,12 +118,7 @@ class DecodeBatch(Batch):
             self._uniform[: len(prompts), :num_steps] = uniform.to(self._device)
             last = self._begin(*self._padded(prompts), temperature, top_p, stop_ids)
             self._draw(last, greedy)
-        host = torch.empty(
-            (num_steps, len(prompts)),
-            dtype=torch.int64,
-            device="cpu",
-            pin_memory=self._device.type == "cuda",
-        )
+        host = host_tokens(num_steps, len(prompts), device=self._device)
         fetched = deque([self._fetch(self._drawn[0], host[0])])
         for index in range(1, num_steps):
             if len(fetched) > self._ahead:

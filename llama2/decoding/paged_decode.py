@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llama2.cache.kv_cache import CacheStep
 from llama2.cache.paged_kv_cache import PagedBatch, PagedKVCache
-from llama2.cache.transfer import to_device, to_host
+from llama2.cache.transfer import host_tokens, to_device, to_host
 from llama2.decoding.graphs import Step, on_gpu
 from llama2.decoding.sampling import in_float32, sample
 from llama2.model import Llama2
@@ -43,9 +43,7 @@ class PagedDecode:
         self._where: CacheStep | None = None
         self._settings = torch.zeros(3, rows, dtype=torch.float32, device=device)
         self._drawn = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._on_host = torch.zeros(
-            rows, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda"
-        )
+        self._on_host = host_tokens(rows, device=device)
         # By row: the uniform numbers of all its tokens; then uniform, temperature and top_p of the
         # next.
         self._uniform = np.zeros((rows, model.config.max_seq_len), dtype=np.float32)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from llama2.cache.kv_cache import CacheStep, KVCache
+from llama2.cache.transfer import host_tokens
 from llama2.decoding.decode_batch import Batch
 from llama2.decoding.drafters import Drafter, Rows, cache_step
 from llama2.decoding.sampling import sample
@@ -75,12 +76,8 @@ class SpeculativeBatch(Batch):
         greedy, in_flight = temperature == 0, deque()
         with self._on_device():
             self._first(prompts, uniform, temperature, top_p, stop_ids, greedy)
-        buffers = torch.empty(
-            (self._ahead + 1, len(prompts), self._width),
-            dtype=torch.int64,
-            device="cpu",
-            pin_memory=self._device.type == "cuda",
-        )
+        shape = self._ahead + 1, len(prompts), self._width
+        buffers = host_tokens(*shape, device=self._device)
         in_flight.append(self._fetch(self._new, buffers[0]))
         num_steps, remaining = 1, [uniform.shape[1]] * len(prompts)
         while in_flight or any(remaining):
