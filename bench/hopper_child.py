@@ -84,7 +84,7 @@ def install(variant: Variant | None) -> None:
     run the portable kernel."""
     from triton.experimental import gluon
 
-    from gqa_kernels.ops.attention.hopper import forward
+    from gqa_kernels.ops.attention.hopper import consumer, forward
 
     hopper_configs.HOPPER_FORWARD = tuple(row._replace(measured=False) for row in _rows(variant))
     if variant is not None and not variant.pinned:
@@ -93,7 +93,7 @@ def install(variant: Variant | None) -> None:
         def pin(x):
             return x
 
-        forward.pin = pin
+        consumer.pin = pin
     if variant is not None and not variant.persistent:
         launch = forward.launch_forward
 

@@ -28,7 +28,8 @@ from gqa_kernels.ops.attention.call import Call, prepared
 from gqa_kernels.runtime.hopper_configs import HopperConfig
 
 _FOLDER = "gqa_kernels.ops.attention.hopper"
-GLUON = tuple(f"{_FOLDER}.{name}" for name in ("pipeline", "tiles", "softmax", "forward"))
+_NAMES = ("pipeline", "tiles", "softmax", "consumer", "forward")
+GLUON = tuple(f"{_FOLDER}.{name}" for name in _NAMES)
 MODULES = ("gqa_kernels.primitives.residue", *GLUON)
 SHARED_BYTES = 232448
 

@@ -1,7 +1,8 @@
 """Attention for Hopper (sm_90), in Gluon: off by default, as it has not run on a GPU yet.
 
-`forward.py`: the forward kernel; `softmax.py`: its softmax; `dkdv.py`, `dq.py`: the backward
-kernels; `pipeline.py`: rings of tiles, turns; `tiles.py`: the order of tiles, masks.
+`forward.py`: the forward kernel; `consumer.py`: its consumers; `softmax.py`: their softmax;
+`dkdv.py`, `dq.py`: the backward kernels; `pipeline.py`: rings of tiles, turns; `tiles.py`: the
+order of tiles, masks.
 `triton.experimental` may change in every version of Triton, so these are imported only when a call
 runs them:
 `ops/attention/launch.py` chooses by the rows of `runtime/hopper_configs.py`, all of which say
