@@ -8,17 +8,18 @@
 Every gradient is held to its error budget. `tests/ops/test_hopper_backward.py` runs a sample.
 """
 
+import functools
 import itertools
 import random
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import random_calls
 import torch
 from gluon_emulator import load
 from hopper_forward import SHARED_BYTES, Fault, faults, unchanged
 from poison import PoisonedTorch
-from random_calls import command
 from torch import Tensor
 
 from gqa_kernels import accuracy, reference
@@ -161,15 +162,16 @@ def _attend(
     return attend
 
 
-def complaints(case: Case, seed: int, attend: Callable[..., Any], device: str = "cpu") -> list[str]:
-    """What goes wrong in a call, or which gradients are beyond their error budget."""
+def measure(
+    case: Case, seed: int, attend: Callable[..., Any], device: str = "cpu"
+) -> list[accuracy.Measured]:
+    """The results and gradients of a call with their errors and error budgets."""
     tensors = {name: x.to(device) for name, x in inputs_of(case, seed).items()}
     inputs = tensors | {"causal": case.causal, "return_lse": True}
-    try:
-        measured = accuracy.measure_call(attend, reference.flash_attention, inputs, ("q", "k", "v"))
-    except Exception as error:
-        return [f"{type(error).__name__}: {error}"]
-    return [str(m) for m in measured if not m.ok]
+    return accuracy.measure_call(attend, reference.flash_attention, inputs, ("q", "k", "v"))
+
+
+complaints = functools.partial(random_calls.complaints, measure)
 
 
 # What another synchronisation implies. Before the copy warp fills these stages again, it fills one
@@ -192,18 +194,13 @@ def _shapes() -> Iterator[Case]:
         yield Case(narrow, seq_len_q=320, seq_len_kv=320, causal=False)
 
 
-def how_noticed(fault: Fault) -> str | None:
-    """What the first call that notices a fault says; None if none does."""
-    for seed, case in enumerate(_shapes()):
-        if found := complaints(case, seed, as_written(case, seed, fault.apply)):
-            return found[0]
-    return None
+how_noticed = functools.partial(random_calls.how_noticed, complaints, as_written, _shapes)
 
 
 def main() -> None:
     description = __doc__.partition("\n")[0]
     runs = {"written": as_written, "ptx": as_compiled, "gpu": on_gpu}
-    command(description, draw_case, runs, complaints, all_faults, how_noticed)
+    random_calls.command(description, draw_case, runs, complaints, all_faults, how_noticed)
 
 
 if __name__ == "__main__":

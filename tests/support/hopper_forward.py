@@ -8,6 +8,7 @@
 Every call is held to its error budget. `tests/ops/test_hopper_forward.py` runs a sample.
 """
 
+import functools
 import importlib.util
 import random
 import re
@@ -16,10 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import random_calls
 import torch
 from gluon_emulator import load
 from poison import PoisonedTorch
-from random_calls import command
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -211,13 +212,7 @@ def measure(case: Case, seed: int, attend: Attend, device: str = "cpu") -> list[
     return accuracy.measure_call(attend, reference.flash_attention, inputs, ())
 
 
-def complaints(case: Case, seed: int, attend: Attend, device: str = "cpu") -> list[str]:
-    """What goes wrong in a call, or which results are beyond their error budget."""
-    try:
-        measured = measure(case, seed, attend, device)
-    except Exception as error:
-        return [f"{type(error).__name__}: {error}"]
-    return [str(m) for m in measured if not m.ok]
+complaints = functools.partial(random_calls.complaints, measure)
 
 
 # --- Faults ----------------------------------------------------------------------------------
@@ -294,18 +289,13 @@ def _shapes() -> Iterator[Case]:
                 yield Case(config, 1, 1, 1, 640, seq_len_kv, causal=False, num_programs=1)
 
 
-def how_noticed(fault: Fault) -> str | None:
-    """What the first call that notices a fault says; None if none does."""
-    for seed, case in enumerate(_shapes()):
-        if found := complaints(case, seed, as_written(case, seed, fault.apply)):
-            return found[0]
-    return None
+how_noticed = functools.partial(random_calls.how_noticed, complaints, as_written, _shapes)
 
 
 def main() -> None:
     description = __doc__.partition("\n")[0]
     runs = {"written": as_written, "ptx": as_compiled, "gpu": on_gpu}
-    command(description, draw_case, runs, complaints, faults, how_noticed)
+    random_calls.command(description, draw_case, runs, complaints, faults, how_noticed)
 
 
 if __name__ == "__main__":

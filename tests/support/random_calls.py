@@ -10,6 +10,38 @@ from typing import Any
 import torch
 
 
+def complaints(
+    measure: Callable[[Any, int, Any, str], list[Any]],
+    case: Any,
+    seed: int,
+    attend: Callable[..., Any],
+    device: str = "cpu",
+) -> list[str]:
+    """What goes wrong in a call, or which results are beyond their error budget.
+
+    Args:
+        measure: returns an `accuracy.Measured` of each result.
+    """
+    try:
+        measured = measure(case, seed, attend, device)
+    except Exception as error:
+        return [f"{type(error).__name__}: {error}"]
+    return [str(m) for m in measured if not m.ok]
+
+
+def how_noticed(
+    complaints: Callable[[Any, int, Any], list[str]],
+    as_written: Callable[[Any, int, Any], Any],
+    shapes: Callable[[], Iterable[Any]],
+    fault: Any,
+) -> str | None:
+    """What the first call that notices a fault says; None if none does."""
+    for seed, case in enumerate(shapes()):
+        if found := complaints(case, seed, as_written(case, seed, fault.apply)):
+            return found[0]
+    return None
+
+
 def command(
     description: str,
     draw_case: Callable[[random.Random], Any],
