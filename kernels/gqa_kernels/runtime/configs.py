@@ -185,6 +185,21 @@ def attention_config(
     raise ValueError(f"head_dim: expected at most {table[-1].max_head_dim}; got {head_dim}")
 
 
+# Bytes that the programs of a section of heads read over and over (`ops/attention/sequences.py`):
+# about half of the L2 cache or two thirds, by its size in the vendor's documents. Not measured.
+ATTENTION_SECTION_BYTES = {
+    "interpreter": 4 << 10,  # so that tests cross the borders of sections with small inputs
+    "sm_80": 20 << 20,  # of 40 MB
+    "sm_90": 32 << 20,  # of 50 MB
+    "sm_100": 64 << 20,  # of 126 MB
+}
+_LEAST_SECTION_BYTES = 4 << 20  # small GPUs of an architecture have 4 to 6 MB
+
+
+def section_bytes(arch: str) -> int:
+    return ATTENTION_SECTION_BYTES.get(arch, _LEAST_SECTION_BYTES)
+
+
 # Split-KV: a sequence is split into chunks of the smallest multiple of DECODE_CHUNK keys that gives
 # at most DECODE_MAX_SPLITS splits. This depends on its length alone, so its bits do not depend on
 # the batch. More splits use more SMs at batch 1, but the program that combines them has more to do.

@@ -133,7 +133,9 @@ def _walk_queries(
 
 
 @triton.jit(
-    do_not_specialize=["num_sequences", "seq_len_q", "seq_len_kv", "window_left", "window_right"]
+    do_not_specialize=[
+        *("num_sequences", "seq_len_q", "seq_len_kv", "section", "window_left", "window_right")
+    ]
 )
 def _dkdv_kernel(
     q_ptr,
@@ -160,6 +162,7 @@ def _dkdv_kernel(
     seq_len_q,
     seq_len_kv,
     num_kv_heads,
+    section,
     window_left,
     window_right,
     softmax_scale,
@@ -178,7 +181,7 @@ def _dkdv_kernel(
     rows_q, rows_kv = seq_len_q, seq_len_kv  # per batch entry
     work = locate(
         cu_seqlens_kv_ptr, cu_seqlens_q_ptr, num_sequences, num_kv_heads, seq_len_kv, seq_len_q,
-        BLOCK_N,
+        section, BLOCK_N,
     )  # fmt: skip
     seq_len_kv, seq_len_q = work.num_rows, work.num_other_rows
     start_n = work.block * BLOCK_N
@@ -283,6 +286,7 @@ def key_value_gradients(call: Call, given: dict[str, Any]) -> tuple[Tensor, Tens
             dk_ptr=dk,
             dv_ptr=dv,
             num_kv_heads=num_kv_heads,
+            section=sequences.section_of_keys(call),
             RANGES_BLOCK=configs.ATTENTION_RANGES_BLOCK,
             APART=config.apart,
             **given,

@@ -68,7 +68,9 @@ def _walk_keys(
 
 
 @triton.jit(
-    do_not_specialize=["num_sequences", "seq_len_q", "seq_len_kv", "window_left", "window_right"]
+    do_not_specialize=[
+        *("num_sequences", "seq_len_q", "seq_len_kv", "section", "window_left", "window_right")
+    ]
 )
 def _dq_kernel(
     q_ptr,
@@ -94,6 +96,7 @@ def _dq_kernel(
     seq_len_q,
     seq_len_kv,
     num_q_heads,
+    section,
     window_left,
     window_right,
     softmax_scale,
@@ -110,7 +113,7 @@ def _dq_kernel(
     rows_q = seq_len_q  # per batch entry
     work = locate(
         cu_seqlens_q_ptr, cu_seqlens_kv_ptr, num_sequences, num_q_heads, seq_len_q, seq_len_kv,
-        BLOCK_M,
+        section, BLOCK_M,
     )  # fmt: skip
     seq_len_q, seq_len_kv = work.num_rows, work.num_other_rows
     if work.block * BLOCK_M >= seq_len_q:
@@ -183,6 +186,7 @@ def query_gradient(call: Call, given: dict[str, Any]) -> Tensor:
             v_ptr=call.v,
             dq_ptr=dq,
             num_q_heads=num_q_heads,
+            section=sequences.section_of_queries(call),
             **given,
             **tile_arguments(config),
         )

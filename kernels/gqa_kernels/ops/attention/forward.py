@@ -143,7 +143,9 @@ def _walk(
 
 
 @triton.jit(
-    do_not_specialize=["num_sequences", "seq_len_q", "seq_len_kv", "window_left", "window_right"]
+    do_not_specialize=[
+        *("num_sequences", "seq_len_q", "seq_len_kv", "section", "window_left", "window_right")
+    ]
 )
 def _forward_kernel(
     q_ptr,
@@ -168,6 +170,7 @@ def _forward_kernel(
     seq_len_q,
     seq_len_kv,
     num_q_heads,
+    section,
     window_left,
     window_right,
     score_unit,
@@ -185,7 +188,7 @@ def _forward_kernel(
     rows_per_batch = seq_len_q
     work = locate(
         cu_seqlens_q_ptr, cu_seqlens_kv_ptr, num_sequences, num_q_heads, seq_len_q, seq_len_kv,
-        BLOCK_M,
+        section, BLOCK_M,
     )  # fmt: skip
     seq_len_q, seq_len_kv = work.num_rows, work.num_other_rows
     if work.block * BLOCK_M >= seq_len_q:
@@ -329,6 +332,7 @@ def launch_forward(
             lse_ptr=lse,
             sinks_ptr=call.sinks,
             num_q_heads=num_q_heads,
+            section=sequences.section_of_queries(call),
             USE_TMA=use_tma,
             AHEAD=config.ahead,
             **kernel_arguments(call),

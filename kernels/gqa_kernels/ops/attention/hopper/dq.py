@@ -40,11 +40,11 @@ from gqa_kernels.ops.attention.hopper.tiles import (
     Sizes,
     Statistics,
     block_of_step,
-    heads_per_section,
     hide,
     key_tiles,
     load_statistics,
 )
+from gqa_kernels.ops.attention.sequences import heads_per_section
 from gqa_kernels.runtime import launch, layout
 from gqa_kernels.runtime.hopper_configs import HopperBackwardConfig
 

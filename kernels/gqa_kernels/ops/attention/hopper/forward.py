@@ -34,9 +34,9 @@ from gqa_kernels.ops.attention.hopper.pipeline import (
 from gqa_kernels.ops.attention.hopper.tiles import (
     Sizes,
     block_of_step,
-    heads_per_section,
     key_tiles,
 )
+from gqa_kernels.ops.attention.sequences import heads_per_section
 from gqa_kernels.runtime import launch, layout
 from gqa_kernels.runtime.hopper_configs import HopperConfig
 

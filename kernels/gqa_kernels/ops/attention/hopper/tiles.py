@@ -5,8 +5,6 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-L2_BYTES = 32 << 20  # of keys and values in use at a time; the L2 cache of an H200 has 50 MB
-
 
 class Sizes(NamedTuple):
     """The sizes of a call."""
@@ -16,7 +14,7 @@ class Sizes(NamedTuple):
     num_heads: Any
     num_batch_heads: Any
     num_row_blocks: Any  # of a head
-    section: Any  # `block_of_step`
+    section: Any  # `block_of_step`, `sequences.heads_per_section`
 
 
 class Block(NamedTuple):
@@ -52,15 +50,6 @@ def block_of_step(step, sizes, NUM_ROWS: gl.constexpr):
         batch_head % sizes.num_heads,
         row_block * NUM_ROWS,
     )
-
-
-def heads_per_section(num_bytes: int, group_size: int, num_batch_heads: int) -> int:
-    """The number of query heads in a section: whole groups.
-
-    Args:
-        num_bytes: of the keys and values of one group.
-    """
-    return min(max(1, L2_BYTES // num_bytes) * group_size, num_batch_heads)
 
 
 @gluon.jit
