@@ -42,6 +42,8 @@ def complaints(entry):
         exponentials = 64 * block_n // 128 + 2
         found.expect("exponentials", count(loop["mix"], "MUFU.EX2"), exponentials)
         found.expect("those under a product", loop["under_wgmma"]["MUFU.EX2"], exponentials)
+        # Of the maxima of two rows in four threads; sums are added up after the loops.
+        found.expect("shuffles", count(loop["mix"], "SHFL"), 4)
     # Outside these loops, a few numbers of a block may lie there.
     found.expect("much local memory", entry["local"] > (64 if entry["training"] else 24), False)
     # A copy moves 64 features; k and v are copied for the first tile and in the loop.

@@ -15,7 +15,7 @@ from gluon_emulator.schedule import Event, Fault, Program, meet
 SHARED_BYTES = 232448  # of a program on sm_90
 _LAYOUTS = (
     *("NVMMADistributedLayout", "NVMMASharedLayout", "DotOperandLayout", "SliceLayout"),
-    *("SwizzledSharedLayout", "BlockedLayout"),
+    *("SwizzledSharedLayout", "BlockedLayout", "DistributedLinearLayout"),
 )
 
 

@@ -21,7 +21,15 @@ from gqa_kernels.ops.attention.hopper.pipeline import (
     release,
     start_store,
 )
-from gqa_kernels.ops.attention.hopper.softmax import LOG2_E, Softmax, as_operand, weigh
+from gqa_kernels.ops.attention.hopper.softmax import (
+    LOG2_E,
+    OF_THREADS,
+    Softmax,
+    add_weights,
+    as_operand,
+    sum_of_threads,
+    weigh,
+)
 from gqa_kernels.ops.attention.hopper.tiles import block_of_step, hide, key_tiles, store_rows
 from gqa_kernels.primitives.residue import residue_of
 
@@ -84,12 +92,13 @@ def _walk(
         weights, running_max, running_sum, rescale = weigh(
             scores, softmax.running_max, softmax.running_sum, exponent_scale, MASKED
         )
+        weights = weights.to(v.dtype)
         running_sum = pin(running_sum)
-        accumulator, weights = warpgroup_mma_wait(0, deps=[values_soon, weights.to(v.dtype)])
+        accumulator, weights = warpgroup_mma_wait(0, deps=[values_soon, weights])
         release(shared.v, n + i - 1)
         rounded_sum = softmax.rounded_sum
         if ROUNDED:  # after the product: before, there are no registers for it
-            rounded_sum = rounded_sum * rescale + gl.sum(weights.to(gl.float32), 1)
+            rounded_sum = add_weights(rounded_sum, rescale, weights.to(gl.float32))
         rescale = gl.convert_layout(rescale, gl.SliceLayout(1, OUT))
         accumulator = accumulator * gl.expand_dims(rescale, 1)
         weights = as_operand(weights, OUT)
@@ -140,14 +149,15 @@ def consume(
         scores = warpgroup_mma_wait(0, deps=[scores_soon])
         release(shared.k, n)
         scores = hide(scores, own_keys, start, sizes.seq_len_kv, SCORES, CAUSAL)
-        none = gl.zeros([CONSUMER_ROWS], gl.float32, layout=OF_ROWS)
-        weights, running_max, running_sum, _ = weigh(
-            scores, none - float("inf"), none, exponent_scale, True
+        nothing = gl.full([CONSUMER_ROWS], -float("inf"), gl.float32, layout=OF_ROWS)
+        no_sum = gl.zeros([CONSUMER_ROWS, 4], gl.float32, layout=OF_THREADS)
+        weights, running_max, running_sum, rescale = weigh(
+            scores, nothing, no_sum, exponent_scale, True
         )
         weights = weights.to(k.dtype)
-        rounded_sum = none
+        rounded_sum = no_sum
         if ROUNDED:
-            rounded_sum = gl.sum(weights.to(gl.float32), 1)
+            rounded_sum = add_weights(no_sum, rescale, weights.to(gl.float32))
         accumulator = gl.zeros([CONSUMER_ROWS, HEAD_DIM], gl.float32, layout=OUT)
         weights = as_operand(weights, OUT)
         softmax = Softmax(running_max, running_sum, rounded_sum, accumulator, weights)
@@ -171,13 +181,14 @@ def consume(
         # The values of the first tile; lse is stored meanwhile.
         v = landed(shared.v, n - 1)
         values_soon = warpgroup_mma(softmax.weights, v, softmax.accumulator, is_async=True)
-        seen = softmax.running_sum > 0.0
+        total = sum_of_threads(softmax.running_sum, OF_ROWS)
+        seen = total > 0.0
         if results.lse is not None:
-            lse = softmax.running_max + gl.log2(softmax.running_sum) * (LN_2 / score_unit)
+            lse = softmax.running_max + gl.log2(total) * (LN_2 / score_unit)
             lse = gl.where(seen, lse, -float("inf"))
             head = (block.batch * sizes.num_heads + block.head).to(gl.int64)
             gl.store(results.lse + head * sizes.seq_len_q + rows, lse, mask=rows < sizes.seq_len_q)
-        inverse = gl.where(seen, 1.0 / softmax.running_sum, 0.0)
+        inverse = gl.where(seen, 1.0 / total, 0.0)
         inverse = gl.convert_layout(inverse, gl.SliceLayout(1, OUT))
         values = warpgroup_mma_wait(0, deps=[values_soon])
         release(shared.v, n - 1)
@@ -190,7 +201,8 @@ def consume(
         tile = tile.reshape([1, CONSUMER_ROWS, 1, HEAD_DIM])
         start_store(results.out, [block.batch, first_row, block.head, 0], tile)
         if ROUNDED:
-            share = gl.where(seen, softmax.running_sum / softmax.rounded_sum - 1.0, 0.0)
+            rounded_total = sum_of_threads(softmax.rounded_sum, OF_ROWS)
+            share = gl.where(seen, total / rounded_total - 1.0, 0.0)
             share = gl.convert_layout(share, gl.SliceLayout(1, OUT))
             lost = values * gl.expand_dims(share, 1) + (values - rounded.to(gl.float32))
             residue = residue_of(lost, rounded)
