@@ -1,16 +1,18 @@
-"""Checks and races the attention kernel for Hopper on this machine's GPU, in one command.
+"""Checks and races the attention kernels for Hopper on this machine's GPU, in one command.
 
     python bench/hopper.py --out results/hopper.json [--minutes 13]
 
 Runs jobs, each in a process of its own with a time limit, because a kernel with a wrong barrier
-hangs: a small call under Triton's concurrency sanitizer; random calls of the portable kernel and of
-each variant (`hopper_variants.py`), held to the error budget, each made twice; races of the
-variants that passed, beside the portable kernel, cuDNN and FlashAttention 2 through PyTorch, and
-FlashAttention 3 where it is installed. Every result is written at once: the same command goes on
-where an interrupted one stopped. Prints, and writes beside OUT as Markdown, the results and the
-rows for `kernels/gqa_kernels/runtime/hopper_configs.py` (`hopper_report.py`). Needs PyTorch, Triton
-and pytest; the packages of this checkout need not be installed. `--dry-run` goes through all kinds
-of jobs without a GPU.
+hangs: a small call of each pass under Triton's concurrency sanitizer; random calls of the portable
+kernels and of each variant (`hopper_variants.py`), held to the error budget, each made twice; races
+of the variants that passed, forward or backward, beside the portable kernels, cuDNN and
+FlashAttention 2 through PyTorch, and FlashAttention 3 where it is installed. The plan gives every
+job its seconds; what decides about the tables comes first, and a race that is short of time goes on
+when the rest of that is done. Every result is written at once: the same command goes on where an
+interrupted one stopped. Prints, and writes beside OUT as Markdown, the results and the rows for
+`kernels/gqa_kernels/runtime/hopper_configs.py` (`hopper_report.py`). Needs PyTorch, Triton and
+pytest; the packages of this checkout need not be installed. `--dry-run` goes through all kinds of
+jobs without a GPU.
 """
 
 # ruff: noqa: E402  (what makes the rest importable comes first)
@@ -18,6 +20,7 @@ of jobs without a GPU.
 import argparse
 import contextlib
 import json
+import math
 import os
 import queue
 import signal
@@ -25,7 +28,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -39,8 +42,12 @@ import record
 from hopper_variants import Job
 from record import Record, Row
 
+from llama2.storage import write_text
+
 CHILD = Path(__file__).with_name("hopper_child.py")
 LEAST_S = 25.0  # a job is not started with less; enough to import PyTorch and report something
+REPORTING_S = 10.0  # a race begins no shape that late before its end
+TURNS = 3  # how often a race that is short of time gets its seconds before less important jobs
 END = "end"  # the pass of the row that says how a job ended
 
 
@@ -48,11 +55,13 @@ class CutError(Exception):
     """A job was stopped because the time of the whole command was up."""
 
 
-def command_of(job: Job, results: Record, dry: bool) -> list[str]:
+def command_of(job: Job, results: Record, dry: bool, seconds: float = math.inf) -> list[str]:
     raced = [row["shape"] for row in results.content["rows"] if row.get("job") == job.name]
     found = [sys.executable, str(CHILD), job.kind, *([job.what] if job.what else [])]
+    if job.kind == "check":
+        found += [f"--run={job.run}"]
     if job.kind == "race":
-        found += [f"--skip={','.join(dict.fromkeys(raced))}"]
+        found += [f"--seconds={seconds}", f"--skip={','.join(dict.fromkeys(raced))}"]
         found += [f"--ceilings={json.dumps(results.content['ceilings'])}"]
     return [*found, *(["--dry-run"] if dry else [])]
 
@@ -123,7 +132,7 @@ def describe(results: Record, log: TextIO, dry: bool) -> None:
     job = variants.DESCRIPTION
     found: dict[str, Any] = {}
     environment = environment_of(job, dry)
-    failure = run_child(command_of(job, results, dry), environment, job.seconds, log, found.update)
+    failure = run_child(command_of(job, results, dry), environment, job.limit, log, found.update)
     if failure or not found:
         raise ValueError(f"{log.name}: expected a description of the GPU; {failure}")
     before, now = (
@@ -141,7 +150,7 @@ def run_job(job: Job, results: Record, seconds: float, log: TextIO, dry: bool) -
     """Runs a job and returns the row that says how it ended.
 
     Raises:
-        CutError: the time that was left, less than the job's limit, did not suffice.
+        CutError: its time, or the time that was left, less than its limit, did not suffice.
     """
     complaints: list[str] = []
     figures: dict[str, Any] = {}
@@ -160,10 +169,10 @@ def run_job(job: Job, results: Record, seconds: float, log: TextIO, dry: bool) -
         results.write()
 
     start = time.monotonic()
-    command, environment = command_of(job, results, dry), environment_of(job, dry)
-    failure = run_child(command, environment, min(seconds, job.seconds), log, add)
+    command = command_of(job, results, dry, min(job.planned, seconds - REPORTING_S))
+    failure = run_child(command, environment_of(job, dry), min(seconds, job.limit), log, add)
     taken = time.monotonic() - start
-    if failure.startswith("still running") and seconds < job.seconds:
+    if figures.get("left") or (failure.startswith("still running") and seconds < job.limit):
         raise CutError(job.name)
     reason = failure or "; ".join(complaints)
     return Row("fail" if reason else "ok", {**_head(job), "seconds": taken, **figures}, reason)
@@ -173,29 +182,32 @@ def _head(job: Job) -> dict[str, Any]:
     return {"op": job.name, "pass": END, "shape": "", "what": job.what}
 
 
-def run_jobs(results: Record, deadline: float, log: TextIO, dry: bool) -> list[Job]:
+def run_jobs(
+    jobs: Iterable[Job], results: Record, deadline: float, log: TextIO, dry: bool
+) -> list[Job]:
     """Runs the jobs that have not ended before; returns those for which no time was left.
 
     Args:
         deadline: of time.monotonic().
     """
     left = []
-    for job in variants.jobs(dry):
+    for job in jobs:
         ends = {row["op"]: row for row in results.content["rows"] if row["pass"] == END}
         if job.name in ends:
             continue
-        check = ends.get(f"check {job.what}")
-        if job.kind == "race" and check is None:
-            left.append(job)
-            continue
-        if job.kind == "race" and check["status"] != "ok":
-            results.add(Row("skip", _head(job), "its check failed"))
-            continue
+        if job.kind == "race" or job.run > 1:
+            check = ends.get(variants.check_job(job.what).name)
+            if check is None:
+                left.append(job)
+                continue
+            if check["status"] != "ok":
+                results.add(Row("skip", _head(job), "its check failed"))
+                continue
         seconds = deadline - time.monotonic()
-        if seconds < min(LEAST_S, job.seconds):
+        if seconds < min(LEAST_S, job.planned):
             left.append(job)
             continue
-        print(f"{job.name}: up to {min(seconds, job.seconds):.0f} s", flush=True)
+        print(f"{job.name}: up to {min(seconds, job.limit):.0f} s", flush=True)
         log.write(f"--- {job.name}\n")
         log.flush()
         try:
@@ -205,8 +217,15 @@ def run_jobs(results: Record, deadline: float, log: TextIO, dry: bool) -> list[J
             left.append(job)
             continue
         results.add(row)
+        write_page(results)
         print(f"{job.name}: {row.reason or 'ok'}", flush=True)
     return left
+
+
+def write_page(results: Record) -> str:
+    page = hopper_report.markdown(results.content)
+    write_text(results.path.with_suffix(".md"), page)
+    return page
 
 
 def _has_gpu() -> bool:
@@ -238,10 +257,12 @@ def main(arguments: list[str] | None = None) -> int:
             describe(results, log, options.dry_run)
         except ValueError as error:
             parser.error(str(error))
-        left = run_jobs(results, deadline, log, options.dry_run)
-    page = hopper_report.markdown(results.content)
-    out.with_suffix(".md").write_text(page, encoding="utf-8")
-    print(page)
+        left = []
+        for jobs in variants.plan(options.dry_run):
+            for _ in range(TURNS):
+                jobs = run_jobs(jobs, results, deadline, log, options.dry_run)
+            left += jobs
+    print(write_page(results))
     for job in left:
         print(f"no time was left for {job.name}: the same command goes on with it")
     return 1 if left else 0

@@ -1,8 +1,9 @@
-"""What `hopper.py` found, as Markdown: tables, a verdict per variant, rows for the table.
+"""What `hopper.py` found, as Markdown: tables, a verdict per variant, rows for the tables.
 
-A variant may become a row of `HOPPER_FORWARD` with measured=True if its random calls were right and
-had the same bits twice, and if it is at least `LEAST_GAIN` × as fast as the portable kernel at
-every shape of the race, in alternating rounds of one process.
+A variant may become a row of `HOPPER_FORWARD` or `HOPPER_BACKWARD` with measured=True if its random
+calls were right in `CHECK_RUNS` processes and had the same bits twice, and if it is at least
+`LEAST_GAIN` × as fast as the portable kernels at every shape of the race, in alternating rounds of
+one process.
 """
 
 import math
@@ -11,12 +12,10 @@ from typing import Any
 
 import hopper_variants as variants
 import record
-from hopper_variants import OURS, PORTABLE, Variant
-
-from gqa_kernels.runtime.hopper_configs import HOPPER_FORWARD, HopperConfig
+from hopper_variants import CHECK_RUNS, OURS, PORTABLE, TABLES, Variant, check_job
 
 LEAST_GAIN = 1.10
-LEAST_CASES = 100
+LEAST_CASES = 100  # of all runs
 PORTABLE_BACKEND = record.OURS
 
 Content = dict[str, Any]
@@ -26,8 +25,9 @@ def _table_of(content: Content) -> dict[str, Variant]:
     return variants.VARIANTS if content["kind"] == record.MEASUREMENT else variants.TINY_VARIANTS
 
 
-def _shapes(content: Content, head_dim: int) -> list[str]:
-    return variants.shape_names(head_dim, content["kind"] != record.MEASUREMENT)
+def _shapes(content: Content, variant: Variant) -> list[str]:
+    simulated = content["kind"] != record.MEASUREMENT
+    return variants.shape_names(variant.pass_, variant.head_dim, simulated)
 
 
 def end_of(content: Content, job: str) -> Content | None:
@@ -62,16 +62,19 @@ def objections(content: Content, variant: Variant) -> list[str]:
     if content["kind"] != record.MEASUREMENT:
         found.append("simulated times")
     for job in [row for row in content["rows"] if row["op"].startswith("consan ")]:
-        found += [f"{job['op']}: {complaint}" for complaint in job.get("complaints", ())]
-    for what in (PORTABLE, variant.name):
-        check = end_of(content, f"check {what}")
+        if variants.pass_of(job["what"]) == variant.pass_:
+            found += [f"{job['op']}: {complaint}" for complaint in job.get("complaints", ())]
+    runs = [check_job(variant.name, run).name for run in range(1, CHECK_RUNS + 1)]
+    ends = {name: end_of(content, name) for name in (check_job(PORTABLE).name, *runs)}
+    for name, check in ends.items():
         if check is None:
-            found.append(f"check {what}: not run")
+            found.append(f"{name}: not run")
         elif check["status"] != "ok":
-            found.append(f"check {what}: {check['reason']}")
-        elif (cases := check.get("cases", 0)) < LEAST_CASES:
-            found.append(f"check {what}: {cases} cases, fewer than {LEAST_CASES}")
-    for shape in _shapes(content, variant.head_dim):
+            found.append(f"{name}: {check['reason']}")
+    cases = sum(ends[name].get("cases", 0) for name in runs if ends[name])
+    if cases < LEAST_CASES:
+        found.append(f"{runs[0]}: {cases} cases, fewer than {LEAST_CASES}")
+    for shape in _shapes(content, variant):
         ratio = gain(times(content, variant, shape))
         if ratio is None:
             found.append(f"{shape}: not timed")
@@ -82,51 +85,59 @@ def objections(content: Content, variant: Variant) -> list[str]:
 
 def mean_gain(content: Content, variant: Variant) -> float:
     """The geometric mean over the shapes that were timed; 0 if none was."""
-    ratios = [gain(times(content, variant, s)) for s in _shapes(content, variant.head_dim)]
+    ratios = [gain(times(content, variant, shape)) for shape in _shapes(content, variant)]
     known = [math.log(ratio) for ratio in ratios if ratio is not None]
     return math.exp(sum(known) / len(known)) if known else 0.0
 
 
-def best(content: Content, head_dim: int) -> Variant | None:
+def best(content: Content, pass_: str, head_dim: int) -> Variant | None:
     """The fastest variant that a row can ask for and that has no objections."""
     found = [
         variant
-        for variant in _table_of(content).values()
-        if variant.head_dim == head_dim and variant.fits_table and not objections(content, variant)
+        for variant in _of(content, pass_, head_dim)
+        if variant.fits_table and not objections(content, variant)
     ]
     return max(found, key=lambda variant: mean_gain(content, variant), default=None)
 
 
-# --- Rows for configs.py ---------------------------------------------------------------------
+def _of(content: Content, pass_: str, head_dim: int) -> list[Variant]:
+    table = _table_of(content).values()
+    return [variant for variant in table if (variant.pass_, variant.head_dim) == (pass_, head_dim)]
 
 
-def row_text(config: HopperConfig) -> str:
-    """A row of the table as source: head_dim, and what differs from the defaults by name."""
-    defaults = HopperConfig._field_defaults
+# --- Rows for hopper_configs.py --------------------------------------------------------------
+
+
+def row_text(config: Any) -> str:
+    """A row of a table as source: head_dim, and what differs from the defaults by name."""
+    defaults = config._field_defaults
     named = [
         f"{name}={value!r}"
         for name, value in config._asdict().items()
         if name != "head_dim" and (name not in defaults or value != defaults[name])
     ]
-    return f"    HopperConfig({', '.join([str(config.head_dim), *named])}),"
+    return f"    {type(config).__name__}({', '.join([str(config.head_dim), *named])}),"
 
 
 def rows_to_paste(content: Content) -> str:
-    """The whole table, with the rows that were measured and the others as they are."""
+    """Both tables, with the rows that were measured and the others as they are."""
     where = content["environment"]
-    lines = ["HOPPER_FORWARD = ("]
-    for row in HOPPER_FORWARD:
-        variant = best(content, row.head_dim)
-        if variant is not None:
-            shapes = _shapes(content, row.head_dim)
-            ratios = [gain(times(content, variant, shape)) for shape in shapes]
-            lines.append(
-                f"    # {where['gpu']}, Triton {where['triton']}, commit {where['commit']}: "
-                f"{min(ratios):.2f} to {max(ratios):.2f} × the portable kernel"
-            )
-            row = variant.config._replace(measured=True)
-        lines.append(row_text(row))
-    return "\n".join([*lines, ")"])
+    lines = []
+    for name, pass_ in (("HOPPER_FORWARD", "fwd"), ("HOPPER_BACKWARD", "bwd")):
+        lines.append(f"{name} = (")
+        for row in TABLES[pass_]:
+            variant = best(content, pass_, row.head_dim)
+            if variant is not None:
+                shapes = _shapes(content, variant)
+                ratios = [gain(times(content, variant, shape)) for shape in shapes]
+                lines.append(
+                    f"    # {where['gpu']}, Triton {where['triton']}, commit {where['commit']}: "
+                    f"{min(ratios):.2f} to {max(ratios):.2f} × the portable kernel"
+                )
+                row = variant.config._replace(measured=True)
+            lines.append(row_text(row))
+        lines.append(")")
+    return "\n".join(lines)
 
 
 # --- The page --------------------------------------------------------------------------------
@@ -144,20 +155,19 @@ def _figure(row: Content | None, ratio: float | None) -> str:
     return f"{row['tflops']:.0f}" + ("" if ratio is None else f" ({ratio:.2f})")
 
 
-def _race(content: Content, head_dim: int) -> str:
+def _race(content: Content, pass_: str, head_dim: int) -> str:
     """TFLOP/s, and in brackets the ratio to the portable kernel of the same process."""
-    shapes = _shapes(content, head_dim)
+    raced = _of(content, pass_, head_dim)
+    shapes = _shapes(content, raced[0])
     lines = []
-    for variant in _table_of(content).values():
-        if variant.head_dim != head_dim:
-            continue
+    for variant in raced:
         by_shape = [times(content, variant, shape) for shape in shapes]
         cells = [_figure(ours(rows), gain(rows)) for rows in by_shape]
         verdict = "; ".join(objections(content, variant)) or "may become a row"
         if not variant.fits_table:
             verdict = f"no row can ask for it; {verdict}"
         lines.append([variant.name, *cells, verdict])
-    table = next(v for v in _table_of(content).values() if v.head_dim == head_dim)
+    table = raced[0]
     by_shape = [times(content, table, shape) for shape in shapes]
     for name in dict.fromkeys(name for rows in by_shape for name in rows if name not in OURS):
         cells = []
@@ -214,7 +224,7 @@ def markdown(content: Content) -> str:
     where = content["environment"]
     simulated = content["kind"] != record.MEASUREMENT
     blocks = [
-        "# The attention kernel for Hopper",
+        "# The attention kernels for Hopper",
         *(["**SIMULATED TIMES, NOT A MEASUREMENT.**"] if simulated else []),
         f"{where['gpu']}, driver {where['driver']}, PyTorch {where['torch']}, cuDNN "
         f"{where['cudnn']}, Triton {where['triton']}, commit {where['commit']}; begun "
@@ -222,13 +232,16 @@ def markdown(content: Content) -> str:
         "Races: TFLOP/s and, in brackets, how many times as fast as the portable kernel "
         f"(`{PORTABLE_BACKEND}`) in alternating rounds of the same process.",
     ]
-    for head_dim in dict.fromkeys(v.head_dim for v in _table_of(content).values()):
-        blocks += [f"## head_dim {head_dim}", _race(content, head_dim)]
+    for pass_, title in (("fwd", "Forward"), ("bwd", "Backward")):
+        of_pass = [v for v in _table_of(content).values() if v.pass_ == pass_]
+        for head_dim in dict.fromkeys(v.head_dim for v in of_pass):
+            blocks += [f"## {title}, head_dim {head_dim}", _race(content, pass_, head_dim)]
     blocks += [
         "## Rows for `kernels/gqa_kernels/runtime/hopper_configs.py`",
-        f"A row says `measured=True` if a variant was right in at least {LEAST_CASES} random "
-        f"calls, with the same bits twice, and at least {LEAST_GAIN:.2f} × as fast as the portable "
-        "kernel at every shape. Such a row is what `flash_attention` runs from then on.",
+        f"A row says `measured=True` if a variant was right in at least {LEAST_CASES} random calls "
+        f"of {CHECK_RUNS} processes, with the same bits twice, and at least {LEAST_GAIN:.2f} × as "
+        "fast as the portable kernels at every shape. Such a row is what `flash_attention` runs "
+        "from then on.",
         f"```python\n{rows_to_paste(content)}\n```",
         "## Jobs",
         _jobs(content),

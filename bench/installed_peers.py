@@ -88,6 +88,24 @@ def _fa3_prefill(inputs: dict[str, Any]) -> Call:
     return lambda: function(q, k, v, causal=causal)
 
 
+# The package built from the folder hopper/ of flash-attention, which has a backward pass: 3.0.0b1.
+def _fa3_source() -> Any:
+    import flash_attn_interface
+
+    return flash_attn_interface
+
+
+def _fa3_source_prefill(inputs: dict[str, Any]) -> Call:
+    function = _fa3_source().flash_attn_func
+    q, k, v, causal = (inputs[name] for name in ("q", "k", "v", "causal"))
+
+    def call() -> Tensor:
+        out = function(q, k, v, causal=causal)
+        return out[0] if isinstance(out, tuple) else out  # some versions return lse too
+
+    return call
+
+
 def _fa3_packed(inputs: dict[str, Any]) -> Call:
     function = _fa3().flash_attn_varlen_func
     q, k, v, bounds = (inputs[name] for name in ("q", "k", "v", "cu_seqlens_q"))
@@ -333,6 +351,13 @@ BACKENDS = (
             "flash_attention_varlen": "fa3-fwd has no backward pass",
             "decode_attention": "a cache has no gradient",
         },
+    ),
+    Backend(
+        "fa3_source",
+        {"flash_attention": _fa3_source_prefill},
+        import_check=_fa3_source,
+        distribution="flash_attn_3",
+        on_request=True,
     ),
     Backend(
         "xformers",
