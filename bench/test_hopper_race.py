@@ -205,7 +205,7 @@ def test_a_variant_that_fails_its_check_is_not_raced(in_process, monkeypatch, tm
 
 def test_a_wrong_kernel_is_a_complaint(in_process, monkeypatch):
     """Out is 2 % too large."""
-    right, wrong = "seen, 1.0 / softmax.running_sum", "seen, 1.02 / softmax.running_sum"
+    right, wrong = "seen, 1.0 / total", "seen, 1.02 / total"
     monkeypatch.setattr(hopper_calls, "unpinned", lambda _, text: text.replace(right, wrong))
     monkeypatch.setattr(hopper_calls.Forward, "forms", ((1, 0, 0, 1, 0),))
     found = hopper_child.check(next(iter(variants.TINY_VARIANTS.values())), 60.0, 1, dry=True)
