@@ -94,6 +94,8 @@ class Forward(Calls):
         return case._replace(
             return_lse=bool(lse),
             need_residue=bool(residue),
+            window=None,
+            softcap=None,
             num_programs=2**30 if one_each else case.num_programs,
         )
 

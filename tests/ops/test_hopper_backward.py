@@ -106,6 +106,21 @@ def test_gradients_of_the_function(on_hopper):
     assert len(measured) == 5 and not [str(m) for m in measured if not m.ok]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the portable kernels run on the CPU")
+def test_gradients_with_options_are_portable(on_hopper):
+    """From lse and residue of the forward kernel for Hopper."""
+    for name in ("dkdv", "dq"):
+        on_hopper[name].__dict__.clear()
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 100, heads, 64) for heads in (2, 1, 1))
+    inputs = {name: x.bfloat16() for name, x in (("q", q), ("k", k + 3), ("v", v + 3))}
+    inputs |= {"causal": True, "window": (40, None), "softcap": 3.0, "return_lse": True}
+    measured = accuracy.measure_call(
+        hopper.flash_attention, reference.flash_attention, inputs, ("q", "k", "v")
+    )
+    assert len(measured) == 5 and not [str(m) for m in measured if not m.ok]
+
+
 def test_one_gradient_alone(on_hopper, monkeypatch):
     ran = []
     monkeypatch.setattr(backward, "_prepare", lambda call, dout, dlse, out, lse, residue: lse)

@@ -59,6 +59,32 @@ def test_a_missing_synchronisation_is_noticed(fault):
     assert how_noticed(fault)
 
 
+@pytest.mark.parametrize(
+    ("window", "lengths"),
+    [
+        ((64, 0), (300, 300)),  # as causal models have it: a tile of both ends, none between them
+        ((200, 30), (257, 513)),
+        ((0, 0), (200, 200)),
+        ((5, 3), (129, 640)),  # narrower than a tile
+        ((None, 5), (300, 129)),  # queries without keys
+        ((70, None), (300, 64)),
+        ((10**9, 10**9), (65, 130)),
+    ],
+    ids=str,
+)
+def test_windows(window, lengths):
+    config = hopper_configs.HOPPER_FORWARD[0]._replace(block_n=64)
+    case = Case(config, 1, 1, 1, *lengths, causal=False, window=window, need_residue=True)
+    assert not complaints(case, 0, as_written(case, 0))
+
+
+def test_capped_scores():
+    """Both branches of tanh, with and without a window."""
+    for window in (None, (100, 0)):
+        case = Case(hopper_configs.HOPPER_FORWARD[0], softcap=0.7, window=window)
+        assert not complaints(case, 0, as_written(case, 0))
+
+
 def test_every_operand_is_copied_where_tma_cannot_address_it():
     odd = torch.randn(1, 40, 1, 65, dtype=torch.float32).bfloat16()[..., 1:]
     inputs = {"q": odd, "k": odd, "v": odd}
@@ -94,14 +120,19 @@ def a_call(head_dim=64, dtype=torch.bfloat16, packed=False, **options):
 def test_what_the_kernel_covers(monkeypatch):
     monkeypatch.setattr(target, "current", lambda: SM_90)
     table = hopper_configs.HOPPER_FORWARD
-    assert launch.hopper_config(a_call(), table, unmeasured=True) == table[0]
+    for options in ({}, {"window_left": 3}, {"window_right": 3}, {"softcap": 2.0}):
+        call = a_call(**options)
+        assert launch.hopper_config(call, table, unmeasured=True) == table[0]
+        of_gradient = launch.hopper_config(call, hopper_configs.HOPPER_BACKWARD, unmeasured=True)
+        assert (of_gradient is None) == bool(options)
+    call = a_call(window_left=3, softcap=2.0)
+    assert launch.hopper_config(call, table, unmeasured=True) == table[0]
     for call in (
         a_call(head_dim=80),
         a_call(dtype=torch.float32),
         a_call(packed=True),
-        a_call(window_left=3),
-        a_call(window_right=3),
-        a_call(softcap=2.0),
+        a_call(head_dim=128, window_left=3, softcap=2.0),
+        a_call(head_dim=256, window_right=3, softcap=2.0),
         a_call(sinks=torch.zeros(2)),
         a_call(alibi_slopes=torch.ones(2)),
         a_call(key_mask=torch.ones(1, 8, dtype=torch.bool)),

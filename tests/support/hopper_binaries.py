@@ -2,8 +2,8 @@
 
     PYTHONPATH=bench python tests/support/hopper_binaries.py [--fewer]
 
-[forward, backward]: every row of the tables, causal and full, the forward kernel for inference and
-for training, which needs the residue too; --fewer: one of each.
+[forward, backward]: every row of the tables, causal and full, the forward kernel with each of its
+options too, for inference and for training, which needs the residue; --fewer: one of each.
 """
 
 import json
@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import capture
 import torch
@@ -19,7 +20,7 @@ from binary import examine, product_loops
 from gqa_kernels.ops.attention.backward import launch_backward
 from gqa_kernels.ops.attention.call import Call, prepared
 from gqa_kernels.ops.attention.launch import launch_forward
-from gqa_kernels.runtime.hopper_configs import HOPPER_BACKWARD, HOPPER_FORWARD
+from gqa_kernels.runtime.hopper_configs import HOPPER_BACKWARD, HOPPER_FORWARD, HopperConfig
 
 # The synchronisation in a partition's PTX, by a letter.
 _STEPS = {
@@ -43,19 +44,39 @@ def order_of(ptx: str) -> str:
     return "".join(found)
 
 
+class Form(NamedTuple):
+    """What the forward kernel is compiled for."""
+
+    causal: bool = True
+    window: bool = False
+    softcap: float | None = None
+    training: bool = False
+
+
+def _forms(row: HopperConfig) -> Iterator[Form]:
+    for training in (False, True):
+        yield Form(True, training=training)
+        yield Form(False, training=training)
+        yield Form(window=True, training=training)
+        yield Form(softcap=2.0, training=training)
+        yield Form(False, softcap=2.0, training=training)
+        if row.capped_windows:
+            yield Form(window=True, softcap=2.0, training=training)
+
+
 def entries(fewer: bool) -> Iterator[dict]:
     rows = [row for row in HOPPER_FORWARD if row.head_dim == 128] if fewer else HOPPER_FORWARD
     for row in rows:
-        forms = [(True, False)] if fewer else [(c, t) for c in (True, False) for t in (True, False)]
-        for causal, training in forms:
-            call = _call(row.head_dim, causal)
+        for form in [Form()] if fewer else _forms(row):
+            call = _call(row.head_dim, form.causal)
+            call = call._replace(window_left=100 if form.window else None, softcap=form.softcap)
             (launch,) = capture.capture(
                 "sm_90",
-                lambda call=call, training=training: launch_forward(
-                    call, need_lse=True, need_residue=training, unmeasured=True
+                lambda call=call, form=form: launch_forward(
+                    call, need_lse=True, need_residue=form.training, unmeasured=True
                 ),
             )
-            yield {"row": row._asdict(), "causal": causal, "training": training, **_read(launch)}
+            yield {"row": row._asdict(), "form": form._asdict(), **_read(launch)}
 
 
 def backward_entries(fewer: bool) -> Iterator[dict]:

@@ -29,9 +29,9 @@ from gqa_kernels.ops.attention.call import Call, prepared
 from gqa_kernels.runtime.hopper_configs import HopperConfig
 
 _FOLDER = "gqa_kernels.ops.attention.hopper"
-_NAMES = ("pipeline", "tiles", "softmax", "consumer", "forward")
+_NAMES = ("pipeline", "tiles", "softmax", "options", "consumer", "forward")
 GLUON = tuple(f"{_FOLDER}.{name}" for name in _NAMES)
-MODULES = ("gqa_kernels.primitives.residue", *GLUON)
+MODULES = ("gqa_kernels.primitives.residue", "gqa_kernels.primitives.soft_cap", *GLUON)
 SHARED_BYTES = 232448
 
 
@@ -49,6 +49,8 @@ class Case(NamedTuple):
     return_lse: bool = True
     need_residue: bool = False
     num_programs: int = 2
+    window: tuple[int | None, int | None] | None = None
+    softcap: float | None = None
     section: int | None = None  # heads; None: as the launcher chooses
 
 
@@ -70,6 +72,9 @@ def draw_case(numbers: random.Random) -> Case:
         for turns in (True, True, False)
     ]
     kv_heads = choice((1, 2))
+    window = None
+    if numbers.random() < 0.4:
+        window = choice((None, 0, 1, 63, 64, 100, 128, 250)), choice((None, None, 0, 5, 64, 130))
     return Case(
         config=choice([form for form in forms if shared_bytes(form) <= SHARED_BYTES]),
         batch=choice((1, 1, 2)),
@@ -82,6 +87,8 @@ def draw_case(numbers: random.Random) -> Case:
         return_lse=numbers.random() < 0.8,
         need_residue=numbers.random() < 0.5,
         num_programs=choice((1, 2, 3, 5, 132)),
+        window=window,
+        softcap=choice((None, None, 0.5, 4.0)),
         section=choice((None, 1, 2, 3)),
     )
 
@@ -152,9 +159,18 @@ def _attend(module: types.ModuleType, case: Case) -> Attend:
     """`flash_attention` by a module's launcher, with NaN in what it allocates."""
     module.torch = PoisonedTorch()
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, return_lse: bool) -> Any:
-        window_right = 0 if causal else None
-        call = prepared(Call(q, k, v, *[None] * 6, None, None, window_right, None))
+    def attend(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool,
+        return_lse: bool,
+        window: tuple[int | None, int | None] | None = None,
+        softcap: float | None = None,
+    ) -> Any:
+        left, right = window or (None, None)
+        right = 0 if causal else right
+        call = prepared(Call(q, k, v, *[None] * 7, left, right, softcap))
         chosen = module.heads_per_section
         if case.section is not None:
             module.heads_per_section = lambda *_: case.section
@@ -180,11 +196,15 @@ def check_residue(call: Call, block_n: int, out: Tensor, residue: Tensor) -> Non
     mean of the values under the weights as they were rounded."""
     q, k, v = (x.double().transpose(1, 2) for x in call[:3])
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    scores = q @ k.transpose(-1, -2) * call.score_unit
+    scores = q @ k.transpose(-1, -2) * call.softmax_scale
+    if call.softcap is not None:
+        scores = call.softcap * (scores / call.softcap).tanh()
     keys = torch.arange(k.shape[2], device=q.device)
+    own = torch.arange(q.shape[2], device=q.device)[:, None] + k.shape[2] - q.shape[2]
     if call.window_right is not None:
-        own = torch.arange(q.shape[2], device=q.device)[:, None] + k.shape[2] - q.shape[2]
-        scores = scores.masked_fill(keys > own, -torch.inf)
+        scores = scores.masked_fill(keys > own + call.window_right, -torch.inf)
+    if call.window_left is not None:
+        scores = scores.masked_fill(keys < own - call.window_left, -torch.inf)
     # A weight is rounded relative to the largest score so far, from the last tile downwards.
     tiles = scores.split(block_n, dim=-1)
     largest = torch.stack([tile.amax(-1) for tile in tiles])
@@ -208,7 +228,8 @@ def check_residue(call: Call, block_n: int, out: Tensor, residue: Tensor) -> Non
 def measure(case: Case, seed: int, attend: Attend, device: str = "cpu") -> list[accuracy.Measured]:
     """The results of a call with their errors and error budgets."""
     tensors = {name: x.to(device) for name, x in inputs_of(case, seed).items()}
-    inputs = tensors | {"causal": case.causal, "return_lse": case.return_lse}
+    options = ("causal", "return_lse", "window", "softcap")
+    inputs = tensors | {name: getattr(case, name) for name in options}
     return accuracy.measure_call(attend, reference.flash_attention, inputs, ())
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from gqa_kernels.primitives.tiles import LOG2_E
+from gqa_kernels.primitives.soft_cap import cap
 
 
 class Scoring(NamedTuple):
@@ -40,30 +40,6 @@ class Visible(NamedTuple):
     first_keys: Any  # of each query, in the shape of own_keys
     end_keys: Any
     key_mask_ptr: Any  # at key 0 of the batch entry
-
-
-@triton.jit
-def _tanh(x):
-    """tanh, exact to a few float32 roundings, also near 0, where 1 − 2 / (1 + exp 2x) cancels.
-
-    Both branches and the polynomial: Moshier, Cephes Mathematical Library, `tanhf.c`.
-    """
-    square = x * x
-    series = -5.70498872745e-3 * square + 2.06390887954e-2
-    series = series * square - 5.37397155531e-2
-    series = series * square + 1.33314422036e-1
-    series = series * square - 3.33332819422e-1
-    near = x + x * (square * series)
-    magnitude = tl.abs(x)
-    far = 1.0 - 2.0 / (1.0 + tl.math.exp2(magnitude * (2.0 * LOG2_E)))
-    return tl.where(magnitude < 0.625, near, tl.where(x < 0.0, -far, far))
-
-
-@triton.jit
-def cap(products, cap_scale):
-    if cap_scale is not None:
-        products = _tanh(products * cap_scale)
-    return products
 
 
 @triton.jit

@@ -19,11 +19,12 @@ class HopperConfig(NamedTuple):
     consumer_registers: int = 240
     copy_registers: int = 24
     turns: bool = True  # whether the consumers take turns at issuing products
+    capped_windows: bool = False  # whether there are registers for a soft cap with a window
     measured: bool = False  # on a GPU; other rows run only where a caller asks for them
 
 
 HOPPER_FORWARD = (
-    HopperConfig(64, num_consumers=2, block_n=128, num_stages=4, own_out=True),
+    HopperConfig(64, 2, block_n=128, num_stages=4, own_out=True, capped_windows=True),
     HopperConfig(128, num_consumers=2, block_n=128, num_stages=2, own_out=True),
     HopperConfig(256, num_consumers=2, block_n=64, num_stages=2, own_out=False),
 )

@@ -68,9 +68,12 @@ def jit(function: Callable | None = None, **options: Any) -> Any:
 
 
 class Registers(Tensor):
-    """A tensor of a partition: PyTorch's, but for the conversion."""
+    """A tensor of a partition: PyTorch's, but for the conversion. PyTorch does not compare uint32,
+    so those are in 64 bits."""
 
     def to(self, dtype: torch.dtype, bitcast: bool = False) -> Tensor:
+        if dtype == torch.uint32:
+            return super().to(torch.int64) & 0xFFFFFFFF
         return self.view(dtype) if bitcast else super().to(dtype)
 
 
@@ -214,7 +217,7 @@ def _fence() -> None:
 
 def modules() -> dict[str, types.ModuleType]:
     """The stand-ins by module name."""
-    dtypes = ("bfloat16", "float16", "float32", "int32", "int64", "int8")
+    dtypes = ("bfloat16", "float16", "float32", "int32", "int64", "int8", "uint32")
     language = {
         **{name: getattr(torch, name) for name in dtypes},
         "constexpr": constexpr,
@@ -234,7 +237,9 @@ def modules() -> dict[str, types.ModuleType]:
         ),
         "expand_dims": lambda x, axis: x.unsqueeze(axis),
         "floor": torch.floor,
+        "abs": torch.abs,
         "exp2": torch.exp2,
+        "math": types.SimpleNamespace(exp2=torch.exp2),
         "log2": torch.log2,
         "sum": lambda x, axis: x.sum(axis),
         "max": lambda x, axis: x.amax(axis),

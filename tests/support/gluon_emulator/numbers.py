@@ -13,6 +13,8 @@ class Integer(int):
     bits = 32
 
     def to(self, dtype: torch.dtype) -> "Integer":
+        if dtype == torch.uint32:
+            return _of(int(self) & 0xFFFFFFFF, 64)
         return _of(int(self), 64 if dtype == torch.int64 else 32)
 
 

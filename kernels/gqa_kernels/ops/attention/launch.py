@@ -41,10 +41,15 @@ def hopper_config(
     Args:
         table: `HOPPER_FORWARD` or `HOPPER_BACKWARD`.
     """
-    options = (*call[3:9], call.window_left, call.softcap)
-    if any(option is not None for option in options) or call.window_right not in (None, 0):
+    if any(option is not None for option in call[3:9]):
         return None
     q = call.q
-    return hopper_configs.hopper_config(
+    row = hopper_configs.hopper_config(
         table, target.current().arch, q.element_size(), q.shape[-1], unmeasured
     )
+    has_window = call.window_left is not None or call.window_right not in (None, 0)
+    if isinstance(row, hopper_configs.HopperConfig):
+        covered = not has_window or call.softcap is None or row.capped_windows
+    else:
+        covered = not has_window and call.softcap is None
+    return row if covered else None

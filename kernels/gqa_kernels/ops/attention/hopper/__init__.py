@@ -28,6 +28,8 @@ def flash_attention(
     *,
     causal: bool = False,
     softmax_scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`gqa_kernels.flash_attention` by the kernels for Hopper, measured or not.
@@ -39,25 +41,31 @@ def flash_attention(
             with a gradient 64 or 128; any strides, without a copy where TMA can address them
             (`layout.fits_tma`).
         k, v: `[batch, seq_len_kv, num_kv_heads, head_dim]`, likewise.
-        causal, softmax_scale, return_lse: as in `gqa_kernels.flash_attention`.
+        window, softcap: one of them or, at head_dim 64, both. Their gradient is computed by the
+            portable kernels.
+        All else as in `gqa_kernels.flash_attention`.
     Returns:
         out; or (out, lse) as `gqa_kernels.flash_attention` returns them.
     Raises:
         TypeError, ValueError: as `gqa_kernels.flash_attention`.
-        NotImplementedError: another architecture, dtype or head_dim.
+        NotImplementedError: another architecture, dtype, head_dim or combination of options.
     """
     causal = checks.flag("causal", causal)
+    left, right = checks.window(window)
     call = Call(
         q, k, v, *[None] * 6,
-        checks.optional_number("softmax_scale", softmax_scale), None, 0 if causal else None, None,
+        checks.optional_number("softmax_scale", softmax_scale), left, 0 if causal else right,
+        checks.optional_number("softcap", softcap),
     )  # fmt: skip
+    return _attend(call, return_lse)
+
+
+def _attend(call: Call, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
     check(*call)
-    target.check_device("q", q)
-    differentiates = library.keeps_for_gradient(q, k, v)
-    with target.device_of(q):
-        _check_covered(prepared(call), HOPPER_FORWARD, "head_dim 64, 128 or 256")
-        if differentiates:
-            _check_covered(prepared(call), HOPPER_BACKWARD, "head_dim 64 or 128 with a gradient")
+    target.check_device("q", call.q)
+    differentiates = library.keeps_for_gradient(call.q, call.k, call.v)
+    with target.device_of(call.q):
+        _check_covered(prepared(call), differentiates)
     if differentiates:
         out, lse = _Differentiable.apply(*call)
     else:
@@ -67,12 +75,22 @@ def flash_attention(
     return (out, lse * call.score_unit) if return_lse else out
 
 
-def _check_covered(call: Call, table: tuple, sizes: str) -> None:
-    if hopper_config(call, table, unmeasured=True) is None:
-        dtype = str(call.q.dtype).removeprefix("torch.")
+def _check_covered(call: Call, differentiates: bool) -> None:
+    head_dim = call.q.shape[-1]
+    plain = call._replace(window_left=None, window_right=None, softcap=None)
+    tables = [(HOPPER_FORWARD, "head_dim 64, 128 or 256")]
+    if differentiates:
+        tables.append((HOPPER_BACKWARD, "head_dim 64 or 128 with a gradient"))
+    for table, sizes in tables:
+        if hopper_config(plain, table, unmeasured=True) is None:
+            dtype = str(call.q.dtype).removeprefix("torch.")
+            raise NotImplementedError(
+                f"q: expected float16 or bfloat16, {sizes}, on sm_90; "
+                f"got {dtype}, head_dim {head_dim}, on {target.current().arch}"
+            )
+    if hopper_config(call, HOPPER_FORWARD, unmeasured=True) is None:
         raise NotImplementedError(
-            f"q: expected float16 or bfloat16, {sizes}, on sm_90; "
-            f"got {dtype}, head_dim {call.q.shape[-1]}, on {target.current().arch}"
+            f"window, softcap: expected one of them at head_dim {head_dim}; got both"
         )
 
 

@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from gqa_kernels.ops.attention.hopper.options import score, seen_tiles
 from gqa_kernels.ops.attention.hopper.pipeline import (
     CONSUMER_ROWS,
     accumulator_layout,
@@ -30,7 +31,7 @@ from gqa_kernels.ops.attention.hopper.softmax import (
     sum_of_threads,
     weigh,
 )
-from gqa_kernels.ops.attention.hopper.tiles import block_of_step, hide, key_tiles, store_rows
+from gqa_kernels.ops.attention.hopper.tiles import block_of_step, store_rows
 from gqa_kernels.primitives.residue import residue_of
 
 LN_2 = gl.constexpr(0.6931471805599453)
@@ -63,11 +64,12 @@ def _walk(
     softmax,
     own_keys,
     seq_len_kv,
+    options,
     exponent_scale,
     CONSUMER: gl.constexpr,
     CAUSAL: gl.constexpr,
     TURNS: gl.constexpr,
-    MASKED: gl.constexpr,
+    MASK: gl.constexpr,
     ROUNDED: gl.constexpr,
 ):
     """Adds num_steps tiles, from tile n of the rings on, to the softmax, which is one tile behind
@@ -87,10 +89,10 @@ def _walk(
         pass_turn(CONSUMER, NUM_CONSUMERS, TURNS)
         scores = warpgroup_mma_wait(1, deps=[scores_soon])
         release(shared.k, n + i)
-        if MASKED:
-            scores = hide(scores, own_keys, start - i * BLOCK_N, seq_len_kv, SCORES, CAUSAL)
+        first_key = start - i * BLOCK_N
+        scores = score(scores, own_keys, first_key, seq_len_kv, options, SCORES, CAUSAL, MASK)
         weights, running_max, running_sum, rescale = weigh(
-            scores, softmax.running_max, softmax.running_sum, exponent_scale, MASKED
+            scores, softmax.running_max, softmax.running_sum, exponent_scale, MASK is not None
         )
         weights = weights.to(v.dtype)
         running_sum = pin(running_sum)
@@ -111,6 +113,7 @@ def consume(
     results,
     shared,
     sizes,
+    options,
     score_unit,
     CONSUMER: gl.constexpr,
     CAUSAL: gl.constexpr,
@@ -133,8 +136,8 @@ def consume(
         pass_turn(CONSUMER, NUM_CONSUMERS, TURNS)  # consumer 0 begins
     block = block_of_step(step, sizes, BLOCK_M)
     while block.exists:
-        num_tiles, num_free = key_tiles(block.first_row, sizes, BLOCK_M, BLOCK_N, CAUSAL)
-        start = (num_tiles - 1) * BLOCK_N
+        tiles = seen_tiles(block.first_row, sizes, options, BLOCK_M, BLOCK_N, CAUSAL)
+        start = (tiles.first + tiles.count - 1) * BLOCK_N
         first_row = block.first_row + CONSUMER * CONSUMER_ROWS
         rows = first_row + gl.arange(0, CONSUMER_ROWS, layout=OF_ROWS)
         own_keys = rows + sizes.seq_len_kv - sizes.seq_len_q
@@ -148,7 +151,7 @@ def consume(
         pass_turn(CONSUMER, NUM_CONSUMERS, TURNS)
         scores = warpgroup_mma_wait(0, deps=[scores_soon])
         release(shared.k, n)
-        scores = hide(scores, own_keys, start, sizes.seq_len_kv, SCORES, CAUSAL)
+        scores = score(scores, own_keys, start, sizes.seq_len_kv, options, SCORES, CAUSAL, "all")
         nothing = gl.full([CONSUMER_ROWS], -float("inf"), gl.float32, layout=OF_ROWS)
         no_sum = gl.zeros([CONSUMER_ROWS, 4], gl.float32, layout=OF_THREADS)
         weights, running_max, running_sum, rescale = weigh(
@@ -162,19 +165,27 @@ def consume(
         weights = as_operand(weights, OUT)
         softmax = Softmax(running_max, running_sum, rounded_sum, accumulator, weights)
 
-        num_masked = num_tiles - 1 - num_free
-        if CAUSAL:
+        num_masked = tiles.count - 1 - tiles.num_free - tiles.num_left
+        if CAUSAL or options.window_left is not None:
             softmax = _walk(
                 q, shared, n + 1, num_masked, start - BLOCK_N, softmax,
-                own_keys, sizes.seq_len_kv, exponent_scale,
-                CONSUMER, CAUSAL, TURNS, True, ROUNDED,
+                own_keys, sizes.seq_len_kv, options, exponent_scale,
+                CONSUMER, CAUSAL, TURNS, "window", ROUNDED,
             )  # fmt: skip
+        n += tiles.count
+        end = n - tiles.num_left
         softmax = _walk(
-            q, shared, n + num_tiles - num_free, num_free, start, softmax,
-            own_keys, sizes.seq_len_kv, exponent_scale,
-            CONSUMER, CAUSAL, TURNS, False, ROUNDED,
+            q, shared, end - tiles.num_free, tiles.num_free, start, softmax,
+            own_keys, sizes.seq_len_kv, options, exponent_scale,
+            CONSUMER, CAUSAL, TURNS, None, ROUNDED,
         )  # fmt: skip
-        n += num_tiles
+        if options.window_left is not None:
+            start = (tiles.first + tiles.num_left - 1) * BLOCK_N
+            softmax = _walk(
+                q, shared, end, tiles.num_left, start, softmax,
+                own_keys, sizes.seq_len_kv, options, exponent_scale,
+                CONSUMER, CAUSAL, TURNS, "left", ROUNDED,
+            )  # fmt: skip
         if OWN_OUT:
             release(shared.q, step * NUM_CONSUMERS + CONSUMER)
 

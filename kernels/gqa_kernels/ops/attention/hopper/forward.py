@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from gqa_kernels.ops.attention.call import Call
 from gqa_kernels.ops.attention.hopper.consumer import Results, Shared, consume
+from gqa_kernels.ops.attention.hopper.options import Options, seen_tiles
 from gqa_kernels.ops.attention.hopper.pipeline import (
     CONSUMER_ROWS,
     allocate_tiles,
@@ -34,7 +35,6 @@ from gqa_kernels.ops.attention.hopper.pipeline import (
 from gqa_kernels.ops.attention.hopper.tiles import (
     Sizes,
     block_of_step,
-    key_tiles,
 )
 from gqa_kernels.ops.attention.sequences import heads_per_section
 from gqa_kernels.runtime import launch, layout
@@ -42,7 +42,7 @@ from gqa_kernels.runtime.hopper_configs import HopperConfig
 
 
 @gluon.jit
-def _copy(q, k, v, shared, sizes, GROUP_SIZE: gl.constexpr, CAUSAL: gl.constexpr):
+def _copy(q, k, v, shared, sizes, options, GROUP_SIZE: gl.constexpr, CAUSAL: gl.constexpr):
     """The copy warp."""
     NUM_CONSUMERS: gl.constexpr = shared.q.stages.shape[0]
     BLOCK_M: gl.constexpr = NUM_CONSUMERS * CONSUMER_ROWS
@@ -51,19 +51,19 @@ def _copy(q, k, v, shared, sizes, GROUP_SIZE: gl.constexpr, CAUSAL: gl.constexpr
     n = 0  # key tiles so far, of all blocks
     block = block_of_step(step, sizes, BLOCK_M)
     while block.exists:
-        num_tiles, _ = key_tiles(block.first_row, sizes, BLOCK_M, BLOCK_N, CAUSAL)
+        tiles = seen_tiles(block.first_row, sizes, options, BLOCK_M, BLOCK_N, CAUSAL)
         kv_head = block.head // GROUP_SIZE
-        last = num_tiles - 1
+        last = tiles.first + tiles.count - 1
         # The stages of k and v are free before those of q, which the last block still reads.
         fill(shared.k, n, k, block.batch, last * BLOCK_N, kv_head)
         for consumer in gl.static_range(NUM_CONSUMERS):
             row = block.first_row + consumer * CONSUMER_ROWS
             fill(shared.q, step * NUM_CONSUMERS + consumer, q, block.batch, row, block.head)
         fill(shared.v, n, v, block.batch, last * BLOCK_N, kv_head)
-        for i in range(1, num_tiles):
+        for i in range(1, tiles.count):
             fill(shared.k, n + i, k, block.batch, (last - i) * BLOCK_N, kv_head)
             fill(shared.v, n + i, v, block.batch, (last - i) * BLOCK_N, kv_head)
-        n += num_tiles
+        n += tiles.count
         step += 1
         block = block_of_step(step, sizes, BLOCK_M)
 
@@ -71,6 +71,7 @@ def _copy(q, k, v, shared, sizes, GROUP_SIZE: gl.constexpr, CAUSAL: gl.constexpr
 @gluon.jit(
     do_not_specialize=[
         "seq_len_q", "seq_len_kv", "num_heads", "num_row_blocks", "num_batch_heads", "section",
+        "window_left", "window_right",
     ]
 )  # fmt: skip
 def _forward_kernel(
@@ -86,7 +87,10 @@ def _forward_kernel(
     num_row_blocks,
     num_batch_heads,
     section,
+    window_left,
+    window_right,
     score_unit,
+    cap_scale,
     GROUP_SIZE: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     NUM_CONSUMERS: gl.constexpr,
@@ -109,12 +113,13 @@ def _forward_kernel(
     shared = Shared(q_ring, k_ring, v_ring, staged)
     sizes = Sizes(seq_len_q, seq_len_kv, num_heads, num_batch_heads, num_row_blocks, section)
     results = Results(out, residue_ptr, lse_ptr)
+    options = Options(window_left, window_right, cap_scale)
     if NUM_CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consume, (results, shared, sizes, score_unit, 0, CAUSAL, TURNS, OWN_OUT)),
-                (consume, (results, shared, sizes, score_unit, 1, CAUSAL, TURNS, OWN_OUT)),
-                (_copy, (q, k, v, shared, sizes, GROUP_SIZE, CAUSAL)),
+                (consume, (results, shared, sizes, options, score_unit, 0, CAUSAL, TURNS, OWN_OUT)),
+                (consume, (results, shared, sizes, options, score_unit, 1, CAUSAL, TURNS, OWN_OUT)),
+                (_copy, (q, k, v, shared, sizes, options, GROUP_SIZE, CAUSAL)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, COPY_REGISTERS],
@@ -123,10 +128,10 @@ def _forward_kernel(
         gl.static_assert(NUM_CONSUMERS == 3)
         gl.warp_specialize(
             [
-                (consume, (results, shared, sizes, score_unit, 0, CAUSAL, TURNS, OWN_OUT)),
-                (consume, (results, shared, sizes, score_unit, 1, CAUSAL, TURNS, OWN_OUT)),
-                (consume, (results, shared, sizes, score_unit, 2, CAUSAL, TURNS, OWN_OUT)),
-                (_copy, (q, k, v, shared, sizes, GROUP_SIZE, CAUSAL)),
+                (consume, (results, shared, sizes, options, score_unit, 0, CAUSAL, TURNS, OWN_OUT)),
+                (consume, (results, shared, sizes, options, score_unit, 1, CAUSAL, TURNS, OWN_OUT)),
+                (consume, (results, shared, sizes, options, score_unit, 2, CAUSAL, TURNS, OWN_OUT)),
+                (_copy, (q, k, v, shared, sizes, options, GROUP_SIZE, CAUSAL)),
             ],
             [4, 4, 1],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS, COPY_REGISTERS],
@@ -165,6 +170,12 @@ def launch_forward(
     group_size = num_q_heads // num_kv_heads
     num_batch_heads = batch * num_q_heads
     num_row_blocks = layout.cdiv(seq_len_q, CONSUMER_ROWS.value * config.num_consumers)
+    left, right = call.window_left, call.window_right
+    causal = (left, right) == (None, 0)
+    if causal:
+        right = None
+    elif left is not None or right is not None:  # one binary for all other windows
+        left, right = (2**30 if side is None else side for side in (left, right))
     _launch(
         (min(num_programs, num_row_blocks * num_batch_heads),),
         q=descriptor(q, CONSUMER_ROWS.value),
@@ -181,13 +192,16 @@ def launch_forward(
         section=heads_per_section(
             2 * seq_len_kv * head_dim * k.element_size(), group_size, num_batch_heads
         ),
+        window_left=left,
+        window_right=right,
         score_unit=call.score_unit,
+        cap_scale=None if call.softcap is None else call.softmax_scale / call.softcap,
         GROUP_SIZE=group_size,
         HEAD_DIM=head_dim,
         NUM_CONSUMERS=config.num_consumers,
         BLOCK_N=config.block_n,
         NUM_STAGES=config.num_stages,
-        CAUSAL=call.window_right is not None,
+        CAUSAL=causal,
         TURNS=config.turns,
         OWN_OUT=config.own_out,
         CONSUMER_REGISTERS=config.consumer_registers,
