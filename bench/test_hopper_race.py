@@ -266,24 +266,24 @@ def test_other_bits_of_a_gradient_are_a_complaint():
 
 
 def test_a_variant_is_what_runs_on_a_gpu(in_process, monkeypatch):
-    from gqa_kernels.ops.attention.hopper import forward
+    from gqa_kernels.ops.attention.hopper import consumer, forward
 
-    seen, pin = [], forward.pin
+    seen, pin = [], consumer.pin
     monkeypatch.setattr(forward, "launch_forward", lambda *given, **_: seen.append(given[2]))
-    monkeypatch.setattr(forward, "pin", pin)
+    monkeypatch.setattr(consumer, "pin", pin)
     for name, table in zip(("HOPPER_FORWARD", "HOPPER_BACKWARD"), TABLES, strict=True):
         measured = tuple(row._replace(measured=True) for row in table)
         monkeypatch.setattr(hopper_configs, name, measured)
     hopper_calls.Forward(None, dry=False).install()
     for table in (hopper_configs.HOPPER_FORWARD, hopper_configs.HOPPER_BACKWARD):
         assert table and not any(row.measured for row in table)
-    assert forward.pin is pin
+    assert consumer.pin is pin
     variant, backward = variants.TINY_VARIANTS.values()
     hopper_calls.Backward(backward, dry=False).install()
     assert hopper_configs.HOPPER_FORWARD == ()
     assert (backward.config,) == hopper_configs.HOPPER_BACKWARD
     hopper_calls.Forward(variant, dry=False).install()
-    assert (variant.config,) == hopper_configs.HOPPER_FORWARD and forward.pin is not pin
+    assert (variant.config,) == hopper_configs.HOPPER_FORWARD and consumer.pin is not pin
     forward.launch_forward("call", variant.config, 132)
     assert seen == [2**30]
 

@@ -40,7 +40,7 @@ def test_rows_of_the_table(config):
 
 
 # One of each kind: a copy too early, a deadlock, a wait for fewer products, a store too early.
-SAMPLE = ("mbarrier.wait(ring.empty", "release(shared.v, n + i", "mma_wait(0, deps=[values_soon]")
+SAMPLE = ("mbarrier.wait(ring.empty", "release(shared.v, n + i", "mma_wait(0, deps=values_soon")
 ALL = list(faults())
 
 
@@ -85,11 +85,12 @@ def test_capped_scores():
         assert not complaints(case, 0, as_written(case, 0))
 
 
-def test_every_operand_is_copied_where_tma_cannot_address_it():
-    odd = torch.randn(1, 40, 1, 65, dtype=torch.float32).bfloat16()[..., 1:]
+@pytest.mark.parametrize("config", hopper_configs.HOPPER_FORWARD[:2], ids=lambda row: row.head_dim)
+def test_every_operand_is_copied_where_tma_cannot_address_it(config):
+    odd = torch.randn(1, 40, 1, config.head_dim + 1, dtype=torch.float32).bfloat16()[..., 1:]
     inputs = {"q": odd, "k": odd, "v": odd}
     assert not layout.fits_tma(odd)
-    case = Case(hopper_configs.HOPPER_FORWARD[0])
+    case = Case(config)
     out, lse = as_written(case, 0)(**inputs, causal=True, return_lse=True)
     whole = {name: x.contiguous() for name, x in inputs.items()}
     again, lse_again = as_written(case, 1)(**whole, causal=True, return_lse=True)
@@ -128,7 +129,7 @@ def test_what_the_kernel_covers(monkeypatch):
     call = a_call(window_left=3, softcap=2.0)
     assert launch.hopper_config(call, table, unmeasured=True) == table[0]
     for call in (
-        a_call(head_dim=80),
+        a_call(head_dim=112),
         a_call(dtype=torch.float32),
         a_call(packed=True),
         a_call(head_dim=128, window_left=3, softcap=2.0),

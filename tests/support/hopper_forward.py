@@ -29,7 +29,7 @@ from gqa_kernels.ops.attention.call import Call, prepared
 from gqa_kernels.runtime.hopper_configs import HopperConfig
 
 _FOLDER = "gqa_kernels.ops.attention.hopper"
-_NAMES = ("pipeline", "tiles", "softmax", "options", "consumer", "forward")
+_NAMES = ("pipeline", "products", "tiles", "softmax", "options", "consumer", "forward")
 GLUON = tuple(f"{_FOLDER}.{name}" for name in _NAMES)
 MODULES = ("gqa_kernels.primitives.residue", "gqa_kernels.primitives.soft_cap", *GLUON)
 SHARED_BYTES = 232448
@@ -62,7 +62,9 @@ def shared_bytes(config: HopperConfig) -> int:
 def draw_case(numbers: random.Random) -> Case:
     """Small lengths around the borders of tiles, every form of the configuration that fits."""
     choice = numbers.choice
-    head_dim, consumers = choice(((64, 2), (64, 2), (64, 3), (128, 2), (128, 3), (256, 2)))
+    head_dim, consumers = choice(
+        ((64, 2), (64, 3), (80, 2), (80, 3), (96, 2), (96, 3), (128, 2), (128, 3), (256, 2))
+    )
     registers = {2: (240, 24), 3: (160, 32)}[consumers]
     forms = [
         HopperConfig(head_dim, consumers, block_n, stages, own_out, *registers, turns=turns)
@@ -242,12 +244,12 @@ _DROPPED = re.compile(
     r"^ +(release|await_turn|pass_turn|mbarrier\.(?:wait|arrive|expect)|tma\.store_wait"
     r"|fence_async_shared)\(.*\)(?:  #.*)?$"
 )
-_LANDED = re.compile(r"landed\(([\w.]+), (.*)\)$")
-_PRODUCTS = re.compile(r"warpgroup_mma_wait\((\d)")
+_LANDED = re.compile(r"landed\(([\w.]+), (.*)\)((?:\[0\])?)$")
+_PRODUCTS = re.compile(r"warpgroup_mma_wait\((\w+)")
 
 # What another synchronisation implies. Before the copy warp fills this stage of keys again, it
 # fills a stage of values that is released later than these products end.
-IMPLIED = ("scores = warpgroup_mma_wait(1, deps=[scores_soon]) / release(shared.k, n + i)",)
+IMPLIED = ("scores = warpgroup_mma_wait(NUM_PARTS, deps=[scores_soon]) / release(shared.k, n + i)",)
 
 
 class Fault(NamedTuple):
@@ -284,13 +286,13 @@ def faults(modules: Sequence[str] = MODULES, implied: Sequence[str] = IMPLIED) -
                 indent = line[: len(line) - len(line.lstrip())]
                 yield Fault(name, number, (line,), (f"{indent}pass",))
             elif found := _LANDED.search(line):
-                ring, n = found.groups()
-                taken = f"{ring}.stages.index(({n}) % {ring}.stages.shape[0])"
-                yield Fault(name, number, (line,), (line[: found.start()] + taken,))
+                ring, n, index = found.groups()
+                parts = f"tuple(part.index(({n}) % part.shape[0]) for part in {ring}.stages)"
+                yield Fault(name, number, (line,), (line[: found.start()] + parts + index,))
             elif found := _PRODUCTS.search(line):
-                fewer = _PRODUCTS.sub(f"warpgroup_mma_wait({int(found[1]) + 1}", line)
+                fewer = _PRODUCTS.sub(f"warpgroup_mma_wait({found[1]} + 1", line)
                 yield Fault(name, number, (line,), (fewer,))
-            if "release(" in line and "_wait(" in before:
+            if "release(" in line and ("_wait(" in before or "await_all(" in before):
                 early = Fault(name, number - 1, (before, line), (line, before))
                 if early.text not in implied:
                     yield early
@@ -302,6 +304,7 @@ def _shapes() -> Iterator[Case]:
     without turns, no memory of its own for out."""
     narrow = HopperConfig(64, 2, 64, 2, own_out=True)
     for _ in range(12):
+        yield Case(narrow._replace(head_dim=80), seq_len_q=130, seq_len_kv=200)
         yield Case(narrow, seq_len_q=320, seq_len_kv=640, causal=True)
         yield Case(narrow._replace(own_out=False), seq_len_q=320, seq_len_kv=320, causal=False)
         for turns in (True, False):

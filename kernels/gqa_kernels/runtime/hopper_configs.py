@@ -25,6 +25,8 @@ class HopperConfig(NamedTuple):
 
 HOPPER_FORWARD = (
     HopperConfig(64, 2, block_n=128, num_stages=4, own_out=True, capped_windows=True),
+    HopperConfig(80, num_consumers=2, block_n=128, num_stages=4, own_out=True),
+    HopperConfig(96, num_consumers=2, block_n=128, num_stages=3, own_out=True),
     HopperConfig(128, num_consumers=2, block_n=128, num_stages=2, own_out=True),
     HopperConfig(256, num_consumers=2, block_n=64, num_stages=2, own_out=False),
 )

@@ -1,8 +1,8 @@
 """Attention for Hopper (sm_90), in Gluon: off by default, as it has not run on a GPU yet.
 
 `forward.py`: the forward kernel; `consumer.py`: its consumers; `softmax.py`: their softmax;
-`dkdv.py`, `dq.py`: the backward kernels; `pipeline.py`: rings of tiles, turns; `tiles.py`: the
-order of tiles, masks.
+`dkdv.py`, `dq.py`: the backward kernels; `pipeline.py`: rings of tiles, turns; `products.py`:
+products of tiles in parts; `tiles.py`: the order of tiles, masks.
 `triton.experimental` may change in every version of Triton, so these are imported only when a call
 runs them:
 `ops/attention/launch.py` chooses by the rows of `runtime/hopper_configs.py`, all of which say
@@ -37,9 +37,9 @@ def flash_attention(
     For benchmarks and tests. Numerics are those of the portable kernels; bits differ.
 
     Args:
-        q: float16 or bfloat16 `[batch, seq_len_q, num_q_heads, head_dim]`; head_dim 64, 128 or 256,
-            with a gradient 64 or 128; any strides, without a copy where TMA can address them
-            (`layout.fits_tma`).
+        q: float16 or bfloat16 `[batch, seq_len_q, num_q_heads, head_dim]`; head_dim 64, 80, 96,
+            128 or 256, with a gradient 64 or 128; any strides, without a copy where TMA can
+            address them (`layout.fits_tma`).
         k, v: `[batch, seq_len_kv, num_kv_heads, head_dim]`, likewise.
         window, softcap: one of them or, at head_dim 64, both. Their gradient is computed by the
             portable kernels.
@@ -78,7 +78,7 @@ def _attend(call: Call, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
 def _check_covered(call: Call, differentiates: bool) -> None:
     head_dim = call.q.shape[-1]
     plain = call._replace(window_left=None, window_right=None, softcap=None)
-    tables = [(HOPPER_FORWARD, "head_dim 64, 128 or 256")]
+    tables = [(HOPPER_FORWARD, "head_dim 64, 80, 96, 128 or 256")]
     if differentiates:
         tables.append((HOPPER_BACKWARD, "head_dim 64 or 128 with a gradient"))
     for table, sizes in tables:

@@ -7,7 +7,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
@@ -15,12 +14,21 @@ from gqa_kernels.ops.attention.hopper.options import score, seen_tiles
 from gqa_kernels.ops.attention.hopper.pipeline import (
     CONSUMER_ROWS,
     accumulator_layout,
+    as_box,
     await_turn,
     landed,
+    parts_at,
     pass_turn,
     pin,
     release,
     start_store,
+)
+from gqa_kernels.ops.attention.hopper.products import (
+    await_all,
+    scale_rows,
+    start_scores,
+    start_values,
+    zero_rows,
 )
 from gqa_kernels.ops.attention.hopper.softmax import (
     LOG2_E,
@@ -43,13 +51,13 @@ class Shared(NamedTuple):
     q: Any  # a ring with a stage per consumer
     k: Any  # rings of tiles of BLOCK_N keys or values
     v: Any
-    out: Any  # [consumer, row, feature]
+    out: Any  # (part: [consumer, row, feature], …)
 
 
 class Results(NamedTuple):
     """Where the results go."""
 
-    out: Any  # a descriptor
+    out: Any  # a descriptor for each part
     residue: Any  # a pointer, or None
     lse: Any  # likewise
 
@@ -74,37 +82,37 @@ def _walk(
 ):
     """Adds num_steps tiles, from tile n of the rings on, to the softmax, which is one tile behind
     with the values; `start` is the first key of the first of these tiles."""
-    NUM_CONSUMERS: gl.constexpr = shared.q.stages.shape[0]
-    BLOCK_N: gl.constexpr = shared.k.stages.shape[1]
-    HEAD_DIM: gl.constexpr = shared.k.stages.shape[2]
+    NUM_CONSUMERS: gl.constexpr = shared.q.stages[0].shape[0]
+    BLOCK_N: gl.constexpr = shared.k.stages[0].shape[1]
+    NUM_PARTS: gl.constexpr = len(shared.k.stages)
     SCORES: gl.constexpr = accumulator_layout(BLOCK_N)
-    OUT: gl.constexpr = accumulator_layout(HEAD_DIM)
+    OUT: gl.constexpr = accumulator_layout(shared.v.stages[0].shape[2])
     zero = gl.zeros([CONSUMER_ROWS, BLOCK_N], gl.float32, layout=SCORES)
     for i in range(num_steps):
         k = landed(shared.k, n + i)
         await_turn(CONSUMER, TURNS)
-        scores_soon = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+        scores_soon = start_scores(q, k, zero)
         v = landed(shared.v, n + i - 1)
-        values_soon = warpgroup_mma(softmax.weights, v, softmax.accumulator, is_async=True)
+        values_soon = start_values(softmax.weights, v, softmax.accumulators)
         pass_turn(CONSUMER, NUM_CONSUMERS, TURNS)
-        scores = warpgroup_mma_wait(1, deps=[scores_soon])
+        scores = warpgroup_mma_wait(NUM_PARTS, deps=[scores_soon])
         release(shared.k, n + i)
         first_key = start - i * BLOCK_N
         scores = score(scores, own_keys, first_key, seq_len_kv, options, SCORES, CAUSAL, MASK)
         weights, running_max, running_sum, rescale = weigh(
             scores, softmax.running_max, softmax.running_sum, exponent_scale, MASK is not None
         )
-        weights = weights.to(v.dtype)
+        rounded = (weights.to(v[0].dtype),)
         running_sum = pin(running_sum)
-        accumulator, weights = warpgroup_mma_wait(0, deps=[values_soon, weights])
+        done = warpgroup_mma_wait(0, deps=values_soon + rounded)
         release(shared.v, n + i - 1)
+        weights = done[NUM_PARTS]
         rounded_sum = softmax.rounded_sum
         if ROUNDED:  # after the product: before, there are no registers for it
             rounded_sum = add_weights(rounded_sum, rescale, weights.to(gl.float32))
-        rescale = gl.convert_layout(rescale, gl.SliceLayout(1, OUT))
-        accumulator = accumulator * gl.expand_dims(rescale, 1)
+        accumulators = scale_rows(done[:NUM_PARTS], rescale)
         weights = as_operand(weights, OUT)
-        softmax = Softmax(running_max, running_sum, rounded_sum, accumulator, weights)
+        softmax = Softmax(running_max, running_sum, rounded_sum, accumulators, weights)
     return softmax
 
 
@@ -121,12 +129,14 @@ def consume(
     OWN_OUT: gl.constexpr,
 ):
     """A consumer: CONSUMER_ROWS queries of each block."""
-    NUM_CONSUMERS: gl.constexpr = shared.q.stages.shape[0]
+    NUM_CONSUMERS: gl.constexpr = shared.q.stages[0].shape[0]
     BLOCK_M: gl.constexpr = NUM_CONSUMERS * CONSUMER_ROWS
-    BLOCK_N: gl.constexpr = shared.k.stages.shape[1]
-    HEAD_DIM: gl.constexpr = shared.k.stages.shape[2]
+    BLOCK_N: gl.constexpr = shared.k.stages[0].shape[1]
+    NUM_PARTS: gl.constexpr = len(shared.k.stages)
     SCORES: gl.constexpr = accumulator_layout(BLOCK_N)
-    OUT: gl.constexpr = accumulator_layout(HEAD_DIM)
+    FIRST_PART: gl.constexpr = shared.v.stages[0].shape[2]
+    HEAD_DIM: gl.constexpr = FIRST_PART + (shared.v.stages[1].shape[2] if NUM_PARTS > 1 else 0)
+    OUT: gl.constexpr = accumulator_layout(FIRST_PART)
     OF_ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     ROUNDED: gl.constexpr = results.residue is not None
     exponent_scale = score_unit * LOG2_E
@@ -147,7 +157,7 @@ def consume(
         k = landed(shared.k, n)
         zero = gl.zeros([CONSUMER_ROWS, BLOCK_N], gl.float32, layout=SCORES)
         await_turn(CONSUMER, TURNS)
-        scores_soon = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+        scores_soon = start_scores(q, k, zero)
         pass_turn(CONSUMER, NUM_CONSUMERS, TURNS)
         scores = warpgroup_mma_wait(0, deps=[scores_soon])
         release(shared.k, n)
@@ -157,13 +167,13 @@ def consume(
         weights, running_max, running_sum, rescale = weigh(
             scores, nothing, no_sum, exponent_scale, True
         )
-        weights = weights.to(k.dtype)
+        weights = weights.to(k[0].dtype)
         rounded_sum = no_sum
         if ROUNDED:
             rounded_sum = add_weights(no_sum, rescale, weights.to(gl.float32))
-        accumulator = gl.zeros([CONSUMER_ROWS, HEAD_DIM], gl.float32, layout=OUT)
         weights = as_operand(weights, OUT)
-        softmax = Softmax(running_max, running_sum, rounded_sum, accumulator, weights)
+        accumulators = zero_rows(shared.v.stages)
+        softmax = Softmax(running_max, running_sum, rounded_sum, accumulators, weights)
 
         num_masked = tiles.count - 1 - tiles.num_free - tiles.num_left
         if CAUSAL or options.window_left is not None:
@@ -191,7 +201,7 @@ def consume(
 
         # The values of the first tile; lse is stored meanwhile.
         v = landed(shared.v, n - 1)
-        values_soon = warpgroup_mma(softmax.weights, v, softmax.accumulator, is_async=True)
+        values_soon = start_values(softmax.weights, v, softmax.accumulators)
         total = sum_of_threads(softmax.running_sum, OF_ROWS)
         seen = total > 0.0
         if results.lse is not None:
@@ -200,24 +210,28 @@ def consume(
             head = (block.batch * sizes.num_heads + block.head).to(gl.int64)
             gl.store(results.lse + head * sizes.seq_len_q + rows, lse, mask=rows < sizes.seq_len_q)
         inverse = gl.where(seen, 1.0 / total, 0.0)
-        inverse = gl.convert_layout(inverse, gl.SliceLayout(1, OUT))
-        values = warpgroup_mma_wait(0, deps=[values_soon])
+        values = await_all(values_soon)
         release(shared.v, n - 1)
-        tile = shared.out.index(CONSUMER)
+        tile = parts_at(shared.out, CONSUMER)
         tma.store_wait(0)  # the last block's store has read the tile
-        values = values * gl.expand_dims(inverse, 1)
-        rounded = values.to(results.out.dtype)
-        tile.store(rounded)
+        values = scale_rows(values, inverse)
+        for part in gl.static_range(NUM_PARTS):
+            tile[part].store(values[part].to(results.out[part].dtype))
         fence_async_shared()
-        tile = tile.reshape([1, CONSUMER_ROWS, 1, HEAD_DIM])
-        start_store(results.out, [block.batch, first_row, block.head, 0], tile)
+        for part in gl.static_range(NUM_PARTS):
+            corner = [block.batch, first_row, block.head, part * FIRST_PART]
+            start_store(results.out[part], corner, as_box(tile[part]))
         if ROUNDED:
             rounded_total = sum_of_threads(softmax.rounded_sum, OF_ROWS)
             share = gl.where(seen, total / rounded_total - 1.0, 0.0)
-            share = gl.convert_layout(share, gl.SliceLayout(1, OUT))
-            lost = values * gl.expand_dims(share, 1) + (values - rounded.to(gl.float32))
-            residue = residue_of(lost, rounded)
-            store_rows(results.residue, residue, block, first_row, sizes, OUT)
+            lost = scale_rows(values, share)
+            for part in gl.static_range(NUM_PARTS):
+                rounded = values[part].to(results.out[part].dtype)
+                residue = residue_of(lost[part] + (values[part] - rounded.to(gl.float32)), rounded)
+                store_rows(
+                    results.residue + part * FIRST_PART, residue, block, first_row, sizes,
+                    HEAD_DIM, accumulator_layout(tile[part].shape[1]),
+                )  # fmt: skip
         if not OWN_OUT:
             tma.store_wait(0)
             release(shared.q, step * NUM_CONSUMERS + CONSUMER)

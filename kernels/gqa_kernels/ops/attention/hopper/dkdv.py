@@ -109,8 +109,8 @@ def _copy(
     q, k, v, d_out, statistics, shared, sizes, work, exponent_scale, GROUP_SIZE: gl.constexpr
 ):  # fmt: skip
     """The copy warp."""
-    NUM_STAGES: gl.constexpr = shared.q.stages.shape[0]
-    BLOCK_M: gl.constexpr = shared.q.stages.shape[1]
+    NUM_STAGES: gl.constexpr = shared.q.stages[0].shape[0]
+    BLOCK_M: gl.constexpr = shared.q.stages[0].shape[1]
     LINE: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
     for consumer in gl.static_range(NUM_CONSUMERS):
         key = work.first_key + consumer * CONSUMER_ROWS
@@ -147,18 +147,18 @@ def _walk(
     Args:
         first_own_key: the key that the first query of tile n is aligned with.
     """
-    NUM_STAGES: gl.constexpr = shared.q.stages.shape[0]
-    BLOCK_M: gl.constexpr = shared.q.stages.shape[1]
-    HEAD_DIM: gl.constexpr = shared.q.stages.shape[2]
+    NUM_STAGES: gl.constexpr = shared.q.stages[0].shape[0]
+    BLOCK_M: gl.constexpr = shared.q.stages[0].shape[1]
+    HEAD_DIM: gl.constexpr = shared.q.stages[0].shape[2]
     SCORES: gl.constexpr = accumulator_layout(BLOCK_M)
     GRADIENT: gl.constexpr = accumulator_layout(HEAD_DIM)
     OF_QUERIES: gl.constexpr = gl.SliceLayout(0, SCORES)
     zero = gl.zeros([CONSUMER_ROWS, BLOCK_M], gl.float32, layout=SCORES)
     for i in range(num_steps):
         stage = (n + i) % NUM_STAGES
-        q = landed(shared.q, n + i)
+        q = landed(shared.q, n + i)[0]
         scores_soon = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
-        d_out = landed(shared.d_out, n + i)
+        d_out = landed(shared.d_out, n + i)[0]
         d_weights_soon = warpgroup_mma(v, d_out.permute((1, 0)), zero, use_acc=False, is_async=True)
         mbarrier.wait(shared.statistics.index(stage), ((n + i) // NUM_STAGES) & 1)
         lse = shared.lse.index(stage).load(OF_QUERIES)
@@ -194,8 +194,8 @@ def _consume(
     CAUSAL: gl.constexpr,
 ):
     """A consumer: CONSUMER_ROWS keys."""
-    BLOCK_M: gl.constexpr = shared.q.stages.shape[1]
-    HEAD_DIM: gl.constexpr = shared.q.stages.shape[2]
+    BLOCK_M: gl.constexpr = shared.q.stages[0].shape[1]
+    HEAD_DIM: gl.constexpr = shared.q.stages[0].shape[2]
     SCORES: gl.constexpr = accumulator_layout(BLOCK_M)
     GRADIENT: gl.constexpr = accumulator_layout(HEAD_DIM)
     first_key = work.first_key + CONSUMER * CONSUMER_ROWS
@@ -203,8 +203,8 @@ def _consume(
     own_key = work.first_query + sizes.seq_len_kv - sizes.seq_len_q
     dk = gl.zeros([CONSUMER_ROWS, HEAD_DIM], gl.float32, layout=GRADIENT)
     dv = gl.zeros([CONSUMER_ROWS, HEAD_DIM], gl.float32, layout=GRADIENT)
-    k = landed(shared.k, CONSUMER)
-    v = landed(shared.v, CONSUMER)
+    k = landed(shared.k, CONSUMER)[0]
+    v = landed(shared.v, CONSUMER)[0]
     for head in range(GROUP_SIZE):
         n = head * work.num_tiles
         if CAUSAL:
@@ -281,7 +281,13 @@ def _dkdv_kernel(
                     1, GROUP_SIZE, CAUSAL,
                 ),
             ),
-            (_copy, (q, k, v, d_out, statistics, shared, sizes, work, exponent_scale, GROUP_SIZE)),
+            (
+                _copy,
+                (
+                    (q,), (k,), (v,), (d_out,), statistics, shared, sizes, work, exponent_scale,
+                    GROUP_SIZE,
+                ),
+            ),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, COPY_REGISTERS],

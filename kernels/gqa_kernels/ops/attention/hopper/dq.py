@@ -74,7 +74,7 @@ class Rows(NamedTuple):
 @gluon.jit
 def _copy(q, k, v, d_out, shared, sizes, GROUP_SIZE: gl.constexpr, CAUSAL: gl.constexpr):
     """The copy warp."""
-    BLOCK_N: gl.constexpr = shared.k.stages.shape[1]
+    BLOCK_N: gl.constexpr = shared.k.stages[0].shape[1]
     block = block_of_step(0, sizes, BLOCK_M)
     num_tiles, _ = key_tiles(block.first_row, sizes, BLOCK_M, BLOCK_N, CAUSAL)
     for consumer in gl.static_range(NUM_CONSUMERS):
@@ -101,15 +101,15 @@ def _walk(
     MASKED: gl.constexpr,
 ):
     """Adds num_steps of the num_tiles tiles, from the n-th on, to dq; returns dq."""
-    BLOCK_N: gl.constexpr = shared.k.stages.shape[1]
-    HEAD_DIM: gl.constexpr = shared.k.stages.shape[2]
+    BLOCK_N: gl.constexpr = shared.k.stages[0].shape[1]
+    HEAD_DIM: gl.constexpr = shared.k.stages[0].shape[2]
     SCORES: gl.constexpr = accumulator_layout(BLOCK_N)
     GRADIENT: gl.constexpr = accumulator_layout(HEAD_DIM)
     zero = gl.zeros([CONSUMER_ROWS, BLOCK_N], gl.float32, layout=SCORES)
     for i in range(n, n + num_steps):
-        k = landed(shared.k, i)
+        k = landed(shared.k, i)[0]
         scores_soon = warpgroup_mma(rows.q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-        v = landed(shared.v, i)
+        v = landed(shared.v, i)[0]
         d_weights_soon = warpgroup_mma(
             rows.d_out, v.permute((1, 0)), zero, use_acc=False, is_async=True
         )
@@ -139,8 +139,8 @@ def _consume(
     CAUSAL: gl.constexpr,
 ):
     """A consumer: CONSUMER_ROWS queries."""
-    BLOCK_N: gl.constexpr = shared.k.stages.shape[1]
-    HEAD_DIM: gl.constexpr = shared.k.stages.shape[2]
+    BLOCK_N: gl.constexpr = shared.k.stages[0].shape[1]
+    HEAD_DIM: gl.constexpr = shared.k.stages[0].shape[2]
     SCORES: gl.constexpr = accumulator_layout(BLOCK_N)
     block = block_of_step(0, sizes, BLOCK_M)
     num_tiles, num_free = key_tiles(block.first_row, sizes, BLOCK_M, BLOCK_N, CAUSAL)
@@ -150,8 +150,8 @@ def _consume(
     lse, delta = load_statistics(
         statistics, block.batch, block.head, queries, sizes, exponent_scale
     )
-    q = landed(shared.q, CONSUMER)
-    d_out = landed(shared.d_out, CONSUMER)
+    q = landed(shared.q, CONSUMER)[0]
+    d_out = landed(shared.d_out, CONSUMER)[0]
     rows = Rows(q, d_out, queries + sizes.seq_len_kv - sizes.seq_len_q, lse, delta)
     dq = gl.zeros([CONSUMER_ROWS, HEAD_DIM], gl.float32, layout=accumulator_layout(HEAD_DIM))
     num_masked = num_tiles - num_free
@@ -211,7 +211,7 @@ def _dq_kernel(
         [
             (_consume, (dq, statistics, shared, sizes, softmax_scale, 0, CAUSAL)),
             (_consume, (dq, statistics, shared, sizes, softmax_scale, 1, CAUSAL)),
-            (_copy, (q, k, v, d_out, shared, sizes, GROUP_SIZE, CAUSAL)),
+            (_copy, ((q,), (k,), (v,), (d_out,), shared, sizes, GROUP_SIZE, CAUSAL)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, COPY_REGISTERS],

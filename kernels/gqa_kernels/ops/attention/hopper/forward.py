@@ -28,9 +28,10 @@ from gqa_kernels.ops.attention.hopper.options import Options, seen_tiles
 from gqa_kernels.ops.attention.hopper.pipeline import (
     CONSUMER_ROWS,
     allocate_tiles,
-    descriptor,
+    descriptors,
     fill,
     make_ring,
+    parts_of,
 )
 from gqa_kernels.ops.attention.hopper.tiles import (
     Sizes,
@@ -44,9 +45,9 @@ from gqa_kernels.runtime.hopper_configs import HopperConfig
 @gluon.jit
 def _copy(q, k, v, shared, sizes, options, GROUP_SIZE: gl.constexpr, CAUSAL: gl.constexpr):
     """The copy warp."""
-    NUM_CONSUMERS: gl.constexpr = shared.q.stages.shape[0]
+    NUM_CONSUMERS: gl.constexpr = shared.q.stages[0].shape[0]
     BLOCK_M: gl.constexpr = NUM_CONSUMERS * CONSUMER_ROWS
-    BLOCK_N: gl.constexpr = shared.k.stages.shape[1]
+    BLOCK_N: gl.constexpr = shared.k.stages[0].shape[1]
     step = 0
     n = 0  # key tiles so far, of all blocks
     block = block_of_step(step, sizes, BLOCK_M)
@@ -76,9 +77,13 @@ def _copy(q, k, v, shared, sizes, options, GROUP_SIZE: gl.constexpr, CAUSAL: gl.
 )  # fmt: skip
 def _forward_kernel(
     q,
+    q_rest,
     k,
+    k_rest,
     v,
+    v_rest,
     out,
+    out_rest,
     residue_ptr,
     lse_ptr,
     seq_len_q,
@@ -102,7 +107,11 @@ def _forward_kernel(
     CONSUMER_REGISTERS: gl.constexpr,
     COPY_REGISTERS: gl.constexpr,
 ):
-    """A program attends from blocks of queries to all the keys that they see."""
+    """A program attends from blocks of queries to all the keys that they see.
+
+    Args:
+        q_rest, k_rest, v_rest, out_rest: descriptors of the second parts, or None.
+    """
     q_ring = make_ring(q.dtype, NUM_CONSUMERS, CONSUMER_ROWS, HEAD_DIM, 1)
     k_ring = make_ring(k.dtype, NUM_STAGES, BLOCK_N, HEAD_DIM, NUM_CONSUMERS)
     v_ring = make_ring(v.dtype, NUM_STAGES, BLOCK_N, HEAD_DIM, NUM_CONSUMERS)
@@ -112,8 +121,9 @@ def _forward_kernel(
         staged = allocate_tiles(q.dtype, NUM_CONSUMERS, CONSUMER_ROWS, HEAD_DIM)
     shared = Shared(q_ring, k_ring, v_ring, staged)
     sizes = Sizes(seq_len_q, seq_len_kv, num_heads, num_batch_heads, num_row_blocks, section)
-    results = Results(out, residue_ptr, lse_ptr)
     options = Options(window_left, window_right, cap_scale)
+    q, k, v = parts_of(q, q_rest), parts_of(k, k_rest), parts_of(v, v_rest)
+    results = Results(parts_of(out, out_rest), residue_ptr, lse_ptr)
     if NUM_CONSUMERS == 2:
         gl.warp_specialize(
             [
@@ -176,12 +186,18 @@ def launch_forward(
         right = None
     elif left is not None or right is not None:  # one binary for all other windows
         left, right = (2**30 if side is None else side for side in (left, right))
+    q_parts, out_parts = (descriptors(x, CONSUMER_ROWS.value) for x in (q, out))
+    k_parts, v_parts = (descriptors(x, config.block_n) for x in (k, v))
     _launch(
         (min(num_programs, num_row_blocks * num_batch_heads),),
-        q=descriptor(q, CONSUMER_ROWS.value),
-        k=descriptor(k, config.block_n),
-        v=descriptor(v, config.block_n),
-        out=descriptor(out, CONSUMER_ROWS.value),
+        q=q_parts[0],
+        q_rest=q_parts[1],
+        k=k_parts[0],
+        k_rest=k_parts[1],
+        v=v_parts[0],
+        v_rest=v_parts[1],
+        out=out_parts[0],
+        out_rest=out_parts[1],
         residue_ptr=residue,
         lse_ptr=lse,
         seq_len_q=seq_len_q,

@@ -6,6 +6,9 @@ which brings their operands to shared memory by TMA. They meet at barriers only:
     ring     a tile lands in a stage (`full`); its readers have read it (`empty`)
     turns    one consumer issues its products while another computes its softmax
 
+The sizes of a tensor in Gluon are powers of two. Tiles of 80 or 96 features have two parts, with 64
+and 16 or 32 of them; a tile is the tuple of its one or two parts.
+
 The operations are those of `triton.experimental.gluon`, whose names differ between versions.
 """
 
@@ -31,6 +34,21 @@ def accumulator_layout(num_columns):
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, num_columns, 16])
 
 
+@gluon.constexpr_function
+def first_part(num_features):
+    """The number of features in the first part of a tile: the largest power of two among them."""
+    return 1 << (num_features.bit_length() - 1)
+
+
+@gluon.jit
+def parts_of(first, rest):
+    """The parts of a tensor, as descriptors; `rest` is None if there is only one."""
+    if rest is None:
+        return (first,)
+    else:
+        return (first, rest)
+
+
 class Ring(NamedTuple):
     """Stages of shared memory, filled by the copy warp and emptied by the consumers in one order.
 
@@ -39,8 +57,8 @@ class Ring(NamedTuple):
     run on from one block of rows to the next.
     """
 
-    stages: Any  # [num_stages, rows, features]
-    full: Any  # a barrier per stage: its tile has landed
+    stages: Any  # (part: [num_stages, rows, features of the part], …)
+    full: Any  # a barrier per stage: all parts of its tile have landed
     empty: Any  # a barrier per stage: all readers have read its tile
 
 
@@ -57,7 +75,7 @@ def make_ring(
     full = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(NUM_STAGES):
-        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(full.index(stage), count=len(stages))
         mbarrier.init(empty.index(stage), count=NUM_READERS)
     return Ring(stages, full, empty)
 
@@ -66,9 +84,14 @@ def make_ring(
 def allocate_tiles(
     dtype: gl.constexpr, COUNT: gl.constexpr, NUM_ROWS: gl.constexpr, NUM_FEATURES: gl.constexpr
 ):
-    """Returns shared memory `[COUNT, NUM_ROWS, NUM_FEATURES]` in the layout of TMA and wgmma."""
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([NUM_ROWS, NUM_FEATURES], dtype)
-    return gl.allocate_shared_memory(dtype, [COUNT, NUM_ROWS, NUM_FEATURES], layout)
+    """Returns shared memory `[COUNT, NUM_ROWS, features]` for each part, as TMA and wgmma expect
+    it."""
+    FIRST: gl.constexpr = first_part(NUM_FEATURES)
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([NUM_ROWS, FIRST], dtype)
+    parts = (gl.allocate_shared_memory(dtype, [COUNT, NUM_ROWS, FIRST], layout),)
+    if FIRST < NUM_FEATURES:
+        parts += allocate_tiles(dtype, COUNT, NUM_ROWS, NUM_FEATURES - FIRST)
+    return parts
 
 
 @gluon.jit
@@ -76,31 +99,48 @@ def fill(ring, n, source, batch, row, head):
     """Copy warp: starts the copy of tile n, from a row of one head on, once its stage is empty.
 
     Args:
-        source: a descriptor of `[batch, row, head, feature]`; what lies outside lands as zeros.
+        source: a descriptor of `[batch, row, head, feature]` for each part; what lies outside
+            lands as zeros.
     """
-    NUM_STAGES: gl.constexpr = ring.stages.shape[0]
-    NUM_ROWS: gl.constexpr = ring.stages.shape[1]
-    NUM_FEATURES: gl.constexpr = ring.stages.shape[2]
+    NUM_STAGES: gl.constexpr = ring.stages[0].shape[0]
     stage = n % NUM_STAGES
     mbarrier.wait(ring.empty.index(stage), ((n // NUM_STAGES) & 1) ^ 1)  # the first round: at once
-    mbarrier.expect(ring.full.index(stage), NUM_ROWS * NUM_FEATURES * 2)
-    tile = ring.stages.index(stage).reshape([1, NUM_ROWS, 1, NUM_FEATURES])
-    start_load(source, [batch, row, head, 0], ring.full.index(stage), tile)
+    full = ring.full.index(stage)
+    for part in gl.static_range(len(source)):
+        stages = ring.stages[part]
+        mbarrier.expect(full, stages.shape[1] * stages.shape[2] * 2)
+        corner = [batch, row, head, part * ring.stages[0].shape[2]]
+        start_load(source[part], corner, full, as_box(stages.index(stage)))
+
+
+@gluon.jit
+def as_box(tile):
+    """A tile `[row, feature]` as TMA copies it: `[1, row, 1, feature]`."""
+    return tile.reshape([1, tile.shape[0], 1, tile.shape[1]])
 
 
 @gluon.jit
 def landed(ring, n):
-    """Consumer: waits for tile n and returns it."""
-    NUM_STAGES: gl.constexpr = ring.stages.shape[0]
+    """Consumer: waits for tile n and returns its parts."""
+    NUM_STAGES: gl.constexpr = ring.stages[0].shape[0]
     stage = n % NUM_STAGES
     mbarrier.wait(ring.full.index(stage), (n // NUM_STAGES) & 1)
-    return ring.stages.index(stage)
+    return parts_at(ring.stages, stage)
+
+
+@gluon.jit
+def parts_at(stages, stage):
+    """The parts of the tile in a stage."""
+    parts = (stages[0].index(stage),)
+    for part in gl.static_range(1, len(stages)):
+        parts += (stages[part].index(stage),)
+    return parts
 
 
 @gluon.jit
 def release(ring, n):
     """Consumer: gives up tile n, which none of its products may still be reading."""
-    NUM_STAGES: gl.constexpr = ring.stages.shape[0]
+    NUM_STAGES: gl.constexpr = ring.stages[0].shape[0]
     mbarrier.arrive(ring.empty.index(n % NUM_STAGES), count=1)
 
 
@@ -153,12 +193,20 @@ def pin(x):
     )
 
 
-def descriptor(x: Tensor, block_rows: int) -> TensorDescriptor:
+def descriptor(x: Tensor, block_rows: int, block_features: int | None = None) -> TensorDescriptor:
     """Returns a descriptor of x `[batch, row, head, feature]` for tiles of rows of one head.
 
     Four dimensions, so that rows beyond the last are not those of the next head.
     """
     dtype = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[x.dtype]
-    block = [1, block_rows, 1, x.shape[-1]]
+    block = [1, block_rows, 1, block_features or x.shape[-1]]
     tiles = gl.NVMMASharedLayout.get_default_for(block, dtype)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, tiles)
+
+
+def descriptors(x: Tensor, block_rows: int) -> tuple[TensorDescriptor, TensorDescriptor | None]:
+    """Returns a `descriptor` for each part of a tile; None if there is no second part."""
+    head_dim = x.shape[-1]
+    first = first_part(head_dim)
+    rest = descriptor(x, block_rows, head_dim - first) if first < head_dim else None
+    return descriptor(x, block_rows, first), rest

@@ -25,7 +25,7 @@ class Softmax(NamedTuple):
     running_max: Any
     running_sum: Any  # of each thread
     rounded_sum: Any  # of the weights as they multiply values; only if the residue needs it
-    accumulator: Any  # without the values of the last tile
+    accumulators: Any  # of the parts of the features, without the values of the last tile
     weights: Any  # of the last tile, the left operand of the product with its values
 
 

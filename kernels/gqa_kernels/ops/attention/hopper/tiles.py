@@ -85,12 +85,15 @@ def hide(scores, own_keys, start, seq_len_kv, LAYOUT: gl.constexpr, CAUSAL: gl.c
 
 
 @gluon.jit
-def store_rows(pointer, tile, block, first_row, sizes, LAYOUT: gl.constexpr):
-    """Stores the rows of a head that exist to a contiguous `[batch, row, head, feature]`."""
+def store_rows(
+    pointer, tile, block, first_row, sizes, HEAD_DIM: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """Stores features of the rows of a head that exist to a contiguous `[batch, row, head,
+    feature]`, where `pointer` is that of the first of these features."""
     NUM_ROWS: gl.constexpr = tile.shape[0]
-    HEAD_DIM: gl.constexpr = tile.shape[1]
+    NUM_FEATURES: gl.constexpr = tile.shape[1]
     rows = first_row + gl.arange(0, NUM_ROWS, layout=gl.SliceLayout(1, LAYOUT))
-    features = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, LAYOUT))
+    features = gl.arange(0, NUM_FEATURES, layout=gl.SliceLayout(0, LAYOUT))
     row = block.batch.to(gl.int64) * sizes.seq_len_q + rows
     offsets = (row * sizes.num_heads + block.head) * HEAD_DIM
     pointers = pointer + gl.expand_dims(offsets, 1) + gl.expand_dims(features, 0)
