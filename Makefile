@@ -103,7 +103,8 @@ EMULATOR := PYTHONPATH=tests/support OMP_NUM_THREADS=1 $(BIN)/python -m ptx_emul
 
 test-machine-code: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 -m "" tests/machine_code \
-		tests/ops/test_compile.py tests/ops/test_launch.py tests/ops/test_hopper_compile.py
+		tests/ops/test_compile.py tests/ops/test_launch.py tests/ops/test_hopper_compile.py \
+		tests/ops/test_dkdv_specialized.py
 	$(EMULATOR).check --arch sm_80 --dtype float32 --dtype bfloat16 --noise
 	$(EMULATOR).mutations --arch sm_80
 	$(EMULATOR).mutations --arch sm_90
@@ -113,7 +114,8 @@ test-machine-code: $(READY)
 test-hopper: $(READY)
 	PYTHONPATH=tests/support OMP_NUM_THREADS=1 $(BIN)/python -m hopper_forward --cases 1000 --faults
 	PYTHONPATH=tests/support OMP_NUM_THREADS=1 $(BIN)/python -m hopper_backward --cases 500 --faults
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "" tests/ops/test_hopper_compile.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "" tests/ops/test_hopper_compile.py \
+		tests/ops/test_dkdv_specialized.py
 	PYTHONPATH=tests/support OMP_NUM_THREADS=1 $(BIN)/python -m hopper_forward --ptx --cases 40
 	PYTHONPATH=tests/support OMP_NUM_THREADS=1 $(BIN)/python -m hopper_backward --ptx --cases 20
 
@@ -136,7 +138,7 @@ peers: $(READY)
 # pinned PyTorch asks for its own Triton; nothing runs on a GPU, so that the two need not match.
 compile-check-3.6: .venv-triton36/.ready
 	OMP_NUM_THREADS=1 .venv-triton36/bin/pytest -m "" tests/ops/test_compile.py tests/ops/test_launch.py \
-		tests/ops/test_hopper_compile.py
+		tests/ops/test_hopper_compile.py tests/ops/test_dkdv_specialized.py
 
 .venv-triton36/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-triton36

@@ -53,12 +53,15 @@ class NotWhatItSays(AssertionError):
     """A backend did not run the kernels that its name promises."""
 
 
-# Backends that are this package's, and how the names of their kernels begin. Both run the kernel
+# Backends that are this package's, and how the names of their kernels begin. All run the kernel
 # that prepares delta.
 _ATTENTION = "gqa_kernels.ops.attention."
 OWN = {
     "triton": ("gqa_kernels.",),
     "hopper": (f"{_ATTENTION}hopper.", f"{_ATTENTION}backward._prepare_kernel"),
+    "specialized": tuple(
+        f"{_ATTENTION}{module}." for module in ("dkdv_specialized", "forward", "backward", "dq")
+    ),
 }
 
 

@@ -16,9 +16,13 @@ from adapters import STEPS, Adapter, Backend, Lacks, plain_cache
 from timing import Call
 
 from gqa_kernels import fused, reference
-from gqa_kernels.ops.attention import hopper
+from gqa_kernels.ops.attention import hopper, specialized
 from gqa_kernels.runtime import target
-from gqa_kernels.runtime.hopper_configs import HOPPER_BACKWARD, HOPPER_FORWARD
+from gqa_kernels.runtime.hopper_configs import (
+    HOPPER_BACKWARD,
+    HOPPER_FORWARD,
+    SPECIALIZED_DKDV,
+)
 
 EPS = 1e-5
 
@@ -259,6 +263,17 @@ def _hopper_attention(inputs: dict[str, Any]) -> Call:
     return functools.partial(hopper.flash_attention, **given)
 
 
+def _specialized_attention(inputs: dict[str, Any]) -> Call:
+    q = inputs["q"]
+    given = {name: x for name, x in inputs.items() if name != "return_lse" and x is not None}
+    covered = q.element_size() == 2 and q.shape[-1] in {row.head_dim for row in SPECIALIZED_DKDV}
+    if not covered or given.keys() - {"q", "k", "v", "causal", "softmax_scale"}:
+        raise Lacks("the specialised kernel of dk and dv has 16-bit heads of 64 and 128")
+    if not q.requires_grad:
+        raise Lacks("without a gradient it is the backend triton")
+    return functools.partial(specialized.flash_attention, **given)
+
+
 # --- The table -------------------------------------------------------------------------------
 
 _DECODE_FORWARD = dict.fromkeys(
@@ -277,6 +292,13 @@ BACKENDS = (
     Backend(
         "hopper",
         {"flash_attention": _hopper_attention},
+        _hopper_target,
+        distribution="gqa-kernels",
+        on_request=True,
+    ),
+    Backend(
+        "specialized",
+        {"flash_attention": _specialized_attention},
         _hopper_target,
         distribution="gqa-kernels",
         on_request=True,

@@ -48,7 +48,23 @@ HOPPER_BACKWARD = (
     HopperBackwardConfig(128, block=64, num_stages=3),
 )
 
-Row = TypeVar("Row", HopperConfig, HopperBackwardConfig)
+
+class SpecializedConfig(NamedTuple):
+    """Of `dkdv_specialized.py`, whose warps and registers Triton divides."""
+
+    head_dim: int
+    block_m: int
+    block_n: int  # 128: Triton gives each of two consumers half of it
+    num_stages: int  # with 3, accesses to local memory in the loop at head_dim 128
+    measured: bool = False  # as in `HopperConfig`
+
+
+SPECIALIZED_DKDV = (
+    SpecializedConfig(64, block_m=64, block_n=128, num_stages=2),
+    SpecializedConfig(128, block_m=64, block_n=128, num_stages=2),
+)
+
+Row = TypeVar("Row", HopperConfig, HopperBackwardConfig, SpecializedConfig)
 
 
 def hopper_config(

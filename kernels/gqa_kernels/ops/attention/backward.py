@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gqa_kernels.ops.attention import dkdv_specialized
 from gqa_kernels.ops.attention.call import Call, block_d, kernel_arguments
 from gqa_kernels.ops.attention.dkdv import key_value_gradients
 from gqa_kernels.ops.attention.dq import query_gradient
@@ -85,6 +86,7 @@ def launch_backward(
     need_dkdv: bool,
     need_dsinks: bool,
     unmeasured: bool = False,
+    specialize: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dq, dk, dv, dsinks) of a prepared call, each None unless needed.
 
@@ -94,6 +96,8 @@ def launch_backward(
         residue: that of the forward pass; if it is None for a 16-bit out, the forward pass runs
             again.
         unmeasured: also take kernels that were never measured on a GPU, if they cover the call.
+        specialize: take `dkdv_specialized.py`, measured or not, if it covers the call, and the
+            portable kernel of dq.
     """
     dout = layout.contiguous_features(dout)
     out, lse = out.contiguous(), lse.contiguous()  # as the forward pass returns them
@@ -103,6 +107,8 @@ def launch_backward(
     with target.device_of(call.q):
         delta = _prepare(call, dout, dlse, out, lse, residue)
         config = hopper_config(call, hopper_configs.HOPPER_BACKWARD, unmeasured=unmeasured)
+        if specialize:
+            config = None
         if config is None or out.numel() == 0 or call.k.numel() == 0:
             given = {
                 "dout_ptr": dout,
@@ -113,7 +119,11 @@ def launch_backward(
                 **kernel_arguments(call),
             }
             if need_dkdv:
-                dk, dv = key_value_gradients(call, given)
+                row = dkdv_specialized.config_of(call, unmeasured=specialize)
+                if row is None:
+                    dk, dv = key_value_gradients(call, given)
+                else:
+                    dk, dv = dkdv_specialized.key_value_gradients(call, dout, lse, delta, row)
             if need_dq:
                 dq = query_gradient(call, given)
         else:
