@@ -215,7 +215,7 @@ def test_a_wrong_kernel_is_a_complaint(in_process, monkeypatch):
 
 def test_a_wrong_gradient_is_a_complaint(in_process, monkeypatch):
     """dk is 2 % too large."""
-    right, wrong = "(dk * softmax_scale)", "(dk * softmax_scale * 1.02)"
+    right, wrong = "dk * softmax_scale,", "dk * softmax_scale * 1.02,"
 
     def as_written(case, seed):
         return written(case, seed, lambda _, text: text.replace(right, wrong))

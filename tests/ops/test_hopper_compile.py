@@ -13,9 +13,19 @@ from hopper_forward import SHARED_BYTES
 from processes import SUPPORT, compiling
 from test_compile import BENCH, count
 
-# Accesses to local memory in a loop over keys. Triton 3.6 has two in a few of twenty binaries, 3.8
-# a few in one of them. PyTorch 2.12 and 2.13 pin 3.7.
-FEW_LOCAL = 0 if version("triton").startswith("3.7.") else 8
+# Accesses to local memory by version of Triton; PyTorch 2.12 and 2.13 pin 3.7. In a loop over keys
+# or queries, at most, by form; none in those that are not named. Triton 3.9 assembles with ptxas
+# 13.4, which needs more registers: in dkdv, five of the seven are in the branch with the mask.
+LOCAL_IN_LOOPS = {
+    "3.9": {
+        "forward 128 causal training": 77,
+        "forward 256 causal training": 8,
+        "dkdv 128 causal": 7,
+    },
+}
+# Elsewhere, a few numbers of a block of rows: at most (in inference, in training). dq has none.
+LOCAL_ELSEWHERE = {"3.9": (55, 220)}
+TRITON = ".".join(version("triton").split(".")[:2])
 
 
 def compiled(*options):
@@ -28,6 +38,10 @@ class Complaints(list):
     def expect(self, what, actual, expected):
         if actual != expected:
             self.append(f"{what}: expected {expected}, got {actual}")
+
+    def at_most(self, what, actual, limit):
+        if actual > limit:
+            self.append(f"{what}: expected at most {limit}, got {actual}")
 
 
 def complaints(entry):
@@ -48,9 +62,6 @@ def complaints(entry):
         found.expect("those under a product", loop["under_wgmma"]["MUFU.EX2"], exponentials)
         # Of the maxima of two rows in four threads; sums are added up after the loops.
         found.expect("shuffles", count(loop["mix"], "SHFL"), 4)
-    # Outside these loops, a few numbers of a block may lie there.
-    most = (64 if form["training"] else 24) + (32 if form["window"] else 0)
-    found.expect("much local memory", entry["local"] > most, False)
     # A copy moves up to 64 features; k and v are copied for the first tile and in the loop.
     found.expect("copies in", count(entry["mix"], "UTMALDG"), (4 + consumers) * -(-head_dim // 64))
     found.expect("copies out", count(entry["mix"], "UTMASTG"), parts * consumers)
@@ -64,16 +75,14 @@ def backward_complaints(entry):
     row, loops = entry["row"], entry["loops"]
     head_dim, block, of_keys = row["head_dim"], row["block"], entry["kernel"].endswith("dkdv")
     found = Complaints()
-    # dq masks its last tile in any case.
-    found.expect("loops", len(loops), 4 if entry["causal"] or not of_keys else 2)
+    # dq has a second loop with a mask, for its last tile in any case.
+    found.expect("loops", len(loops), 2 if of_keys else 4)
     for loop in loops:
         products = (2 * head_dim + (2 if of_keys else 1) * block) // 16
         found.expect("products in a loop", count(loop["mix"], "HGMMA"), products)
         found.expect("exponentials", count(loop["mix"], "MUFU.EX2"), block // 2)
         if of_keys:
             found.expect("those under a product", loop["under_wgmma"]["MUFU.EX2"], block // 2)
-    # The scalars of a program; dq has registers for them.
-    found.expect("much local memory", entry["local"] > (64 if of_keys else 0), False)
     found.expect("copies in", count(entry["mix"], "UTMALDG"), 6 * head_dim // 64)
     found.expect("copies out", count(entry["mix"], "UTMASTG"), 4 if of_keys else 2)
     found += common_complaints(entry, 2)
@@ -84,9 +93,18 @@ def backward_complaints(entry):
 def common_complaints(entry, consumers):
     row, order = entry["row"], entry["order"]
     found = Complaints()
-    for loop in entry["loops"]:
-        local = count(loop["mix"], "LDL", "STL")
-        found.expect("much local memory in a key loop", local > FEW_LOCAL, False)
+    kernel = entry["kernel"].rpartition(".")[2]
+    form = entry.get("form", {"causal": entry.get("causal")})
+    name = " ".join(
+        [kernel, str(row["head_dim"]), *(flag for flag, given in form.items() if given)]
+    )
+    in_loops = [count(loop["mix"], "LDL", "STL") for loop in entry["loops"]]
+    limit = LOCAL_IN_LOOPS.get(TRITON, {}).get(name, 0)
+    found.at_most("local memory in a loop", max(in_loops), limit)
+    of_inference, of_training = LOCAL_ELSEWHERE.get(TRITON, (24, 64))
+    limit = of_training if form.get("training", True) else of_inference
+    limit = 0 if kernel == "dq" else limit + 32 * form.get("window", False)
+    found.at_most("local memory elsewhere", entry["local"] - sum(in_loops), limit)
     found.expect("serialised products", entry["serialized"], [])
     found.expect("too much shared memory", entry["shared"] > SHARED_BYTES, False)
     found.expect("threads", entry["threads"], 128 * (consumers + 1))
@@ -134,7 +152,7 @@ def test_a_bad_configuration_is_noticed():
     done = compiling("-c", f"import sys; sys.path.append({str(SUPPORT)!r})\n{change}", folder=BENCH)
     assert done.returncode == 0, done.stderr[-4000:]
     found = [complaint for entry in json.loads(done.stdout) for complaint in complaints(entry)]
-    assert any("local memory in a key loop" in complaint for complaint in found), found
+    assert any("local memory in a loop" in complaint for complaint in found), found
 
 
 @pytest.mark.machine_code

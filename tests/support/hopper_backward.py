@@ -27,7 +27,7 @@ from gqa_kernels.ops.attention.call import Call, prepared
 from gqa_kernels.runtime.hopper_configs import HopperBackwardConfig
 
 _FOLDER = "gqa_kernels.ops.attention.hopper"
-_SHARED = tuple(f"{_FOLDER}.{name}" for name in ("pipeline", "tiles", "softmax"))
+_SHARED = tuple(f"{_FOLDER}.{name}" for name in ("pipeline", "tiles", "softmax", "keys"))
 KERNELS = (f"{_FOLDER}.dkdv", f"{_FOLDER}.dq")
 LOADED = tuple((*_SHARED, kernel) for kernel in KERNELS)  # what `load` takes
 

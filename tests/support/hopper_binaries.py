@@ -28,6 +28,7 @@ _STEPS = {
     r"fence\.proxy\.async": "F",
     r"bar\.sync\s+\d+, 128": "|",  # of a partition
     r"bar\.warp\.sync": "|",  # of the copy warp
+    r"barrier\.sync\s+1;": "|",  # of all partitions, at their ends
     r"cp\.async\.bulk\.tensor\.\dd\.global": "O",  # a copy out
     r"cp\.async\.bulk\.wait_group": "w",
     r"mbarrier\.arrive\.shared": "A",

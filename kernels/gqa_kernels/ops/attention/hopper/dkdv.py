@@ -11,8 +11,6 @@ one key/value head for each of its two consumers, and sums over the query heads 
 No product is transposed. The tiles that need a mask, the first ones of each head, come first.
 """
 
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -20,112 +18,30 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from gqa_kernels.ops.attention.call import Call
+from gqa_kernels.ops.attention.hopper.keys import (
+    BLOCK_N,
+    Sizes,
+    copy_operands,
+    make_shared,
+    store_gradients,
+    work_of_program,
+)
 from gqa_kernels.ops.attention.hopper.pipeline import (
     CONSUMER_ROWS,
     accumulator_layout,
     descriptor,
-    fill,
     landed,
-    make_ring,
     release,
-    start_store,
 )
 from gqa_kernels.ops.attention.hopper.softmax import LOG2_E, as_operand
-from gqa_kernels.ops.attention.hopper.tiles import Statistics, hide_keys, load_statistics
+from gqa_kernels.ops.attention.hopper.tiles import Statistics, hide_keys
 from gqa_kernels.runtime import launch, layout
 from gqa_kernels.runtime.hopper_configs import HopperBackwardConfig
-
-NUM_CONSUMERS = gl.constexpr(2)
-BLOCK_N = gl.constexpr(128)  # NUM_CONSUMERS * CONSUMER_ROWS
-
-
-class Shared(NamedTuple):
-    """The shared memory of a program."""
-
-    k: Any  # rings with a stage per consumer, filled once
-    v: Any
-    q: Any  # rings of tiles of BLOCK_M queries, and of dO
-    d_out: Any
-    lse: Any  # [stage, query], written before `statistics` of the stage completes a phase; free
-    delta: Any  # where the stage of d_out is
-    statistics: Any  # a barrier per stage
-
-
-class Sizes(NamedTuple):
-    """The sizes of a call."""
-
-    seq_len_q: Any
-    seq_len_kv: Any
-    num_heads: Any  # of queries
-
-
-class Work(NamedTuple):
-    """The keys of a program, and the tiles of queries, for each head, that see them."""
-
-    batch: Any
-    kv_head: Any
-    first_key: Any
-    first_query: Any
-    num_tiles: Any
-    num_masked: Any  # of these, which come first
-
-
-@gluon.jit
-def _work(
-    sizes, num_batch_heads, GROUP_SIZE: gl.constexpr, BLOCK_M: gl.constexpr, CAUSAL: gl.constexpr
-):
-    """The work of this program. The first keys, which most queries see under a causal mask, come
-    first."""
-    program = gl.program_id(0)
-    num_kv_heads = sizes.num_heads // GROUP_SIZE
-    batch_head = program % num_batch_heads
-    first_key = program // num_batch_heads * BLOCK_N
-    end_tile = (sizes.seq_len_q + BLOCK_M - 1) // BLOCK_M
-    first_tile = 0
-    first_free = 0  # the first tile whose queries all see all of these keys
-    if CAUSAL:
-        own_query = first_key + sizes.seq_len_q - sizes.seq_len_kv
-        first_tile = gl.minimum(gl.maximum(own_query, 0) // BLOCK_M, end_tile)
-        free_query = gl.maximum(own_query + BLOCK_N - 1, 0)
-        first_free = gl.minimum((free_query + BLOCK_M - 1) // BLOCK_M, end_tile)
-    return Work(
-        batch_head // num_kv_heads,
-        batch_head % num_kv_heads,
-        first_key,
-        first_tile * BLOCK_M,
-        end_tile - first_tile,
-        first_free - first_tile,
-    )
-
-
-@gluon.jit
-def _copy(
-    q, k, v, d_out, statistics, shared, sizes, work, exponent_scale, GROUP_SIZE: gl.constexpr
-):  # fmt: skip
-    """The copy warp."""
-    NUM_STAGES: gl.constexpr = shared.q.stages[0].shape[0]
-    BLOCK_M: gl.constexpr = shared.q.stages[0].shape[1]
-    LINE: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
-    for consumer in gl.static_range(NUM_CONSUMERS):
-        key = work.first_key + consumer * CONSUMER_ROWS
-        fill(shared.k, consumer, k, work.batch, key, work.kv_head)
-        fill(shared.v, consumer, v, work.batch, key, work.kv_head)
-    for i in range(GROUP_SIZE * work.num_tiles):
-        head = work.kv_head * GROUP_SIZE + i // work.num_tiles
-        query = work.first_query + i % work.num_tiles * BLOCK_M
-        fill(shared.q, i, q, work.batch, query, head)
-        fill(shared.d_out, i, d_out, work.batch, query, head)
-        queries = query + gl.arange(0, BLOCK_M, layout=LINE)
-        lse, delta = load_statistics(statistics, work.batch, head, queries, sizes, exponent_scale)
-        shared.lse.index(i % NUM_STAGES).store(lse)
-        shared.delta.index(i % NUM_STAGES).store(delta)
-        mbarrier.arrive(shared.statistics.index(i % NUM_STAGES), count=1)
 
 
 @gluon.jit
@@ -134,15 +50,15 @@ def _walk(
     v,
     shared,
     n,
-    num_steps,
+    work,
     keys,
     first_own_key,
     exponent_scale,
     dk,
     dv,
-    MASKED: gl.constexpr,
+    CAUSAL: gl.constexpr,
 ):
-    """Adds num_steps tiles, from tile n of the rings on, to dk and dv; returns both.
+    """Adds the tiles of a head, from tile n of the rings on, to dk and dv; returns both.
 
     Args:
         first_own_key: the key that the first query of tile n is aligned with.
@@ -154,7 +70,7 @@ def _walk(
     GRADIENT: gl.constexpr = accumulator_layout(HEAD_DIM)
     OF_QUERIES: gl.constexpr = gl.SliceLayout(0, SCORES)
     zero = gl.zeros([CONSUMER_ROWS, BLOCK_M], gl.float32, layout=SCORES)
-    for i in range(num_steps):
+    for i in range(work.num_tiles):
         stage = (n + i) % NUM_STAGES
         q = landed(shared.q, n + i)[0]
         scores_soon = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -163,8 +79,11 @@ def _walk(
         mbarrier.wait(shared.statistics.index(stage), ((n + i) // NUM_STAGES) & 1)
         lse = shared.lse.index(stage).load(OF_QUERIES)
         scores = warpgroup_mma_wait(1, deps=[scores_soon])
-        if MASKED:
-            scores = hide_keys(scores, keys, first_own_key + i * BLOCK_M, SCORES)
+        # A branch: two loops, with and without the mask, need more registers.
+        if CAUSAL:  # noqa: SIM102, a constant
+            if i < work.num_masked:
+                first = first_own_key + i * BLOCK_M
+                scores = hide_keys(scores, keys, first, SCORES, CAUSAL)
         weights = gl.exp2(scores * exponent_scale - gl.expand_dims(lse, 0))
         rounded = as_operand(weights.to(q.dtype), GRADIENT)
         dv_soon = warpgroup_mma(rounded, d_out, dv, is_async=True)
@@ -207,22 +126,8 @@ def _consume(
     v = landed(shared.v, CONSUMER)[0]
     for head in range(GROUP_SIZE):
         n = head * work.num_tiles
-        if CAUSAL:
-            dk, dv = _walk(
-                k, v, shared, n, work.num_masked, keys, own_key, exponent_scale, dk, dv, True
-            )
-        dk, dv = _walk(
-            k, v, shared, n + work.num_masked, work.num_tiles - work.num_masked,
-            keys, own_key, exponent_scale, dk, dv, False,
-        )  # fmt: skip
-    # The gradients leave from where no product reads any more.
-    v.store(dv.to(dv_out.dtype))
-    k.store((dk * softmax_scale).to(dk_out.dtype))
-    fence_async_shared()
-    start = [work.batch, first_key, work.kv_head, 0]
-    start_store(dv_out, start, v.reshape([1, CONSUMER_ROWS, 1, HEAD_DIM]))
-    start_store(dk_out, start, k.reshape([1, CONSUMER_ROWS, 1, HEAD_DIM]))
-    tma.store_wait(0)
+        dk, dv = _walk(k, v, shared, n, work, keys, own_key, exponent_scale, dk, dv, CAUSAL)
+    store_gradients(dk_out, dv_out, k, v, dk * softmax_scale, dv, work, first_key)
 
 
 @gluon.jit(do_not_specialize=["seq_len_q", "seq_len_kv", "num_heads", "num_batch_heads"])
@@ -249,21 +154,11 @@ def _dkdv_kernel(
     COPY_REGISTERS: gl.constexpr,
 ):
     """A program sums the gradients of BLOCK_N keys and values over all heads of a group."""
-    LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    k_ring = make_ring(k.dtype, NUM_CONSUMERS, CONSUMER_ROWS, HEAD_DIM, 1)
-    v_ring = make_ring(v.dtype, NUM_CONSUMERS, CONSUMER_ROWS, HEAD_DIM, 1)
-    q_ring = make_ring(q.dtype, NUM_STAGES, BLOCK_M, HEAD_DIM, NUM_CONSUMERS)
-    d_out_ring = make_ring(q.dtype, NUM_STAGES, BLOCK_M, HEAD_DIM, NUM_CONSUMERS)
-    lse = gl.allocate_shared_memory(gl.float32, [NUM_STAGES, BLOCK_M], LINE)
-    delta = gl.allocate_shared_memory(gl.float32, [NUM_STAGES, BLOCK_M], LINE)
-    ready = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(NUM_STAGES):
-        mbarrier.init(ready.index(stage), count=1)
+    shared = make_shared(q.dtype, HEAD_DIM, BLOCK_M, NUM_STAGES)
     fence_async_shared()
-    shared = Shared(k_ring, v_ring, q_ring, d_out_ring, lse, delta, ready)
     sizes = Sizes(seq_len_q, seq_len_kv, num_heads)
     statistics = Statistics(lse_ptr, delta_ptr)
-    work = _work(sizes, num_batch_heads, GROUP_SIZE, BLOCK_M, CAUSAL)
+    work = work_of_program(sizes, num_batch_heads, GROUP_SIZE, BLOCK_M, CAUSAL)
     exponent_scale = softmax_scale * LOG2_E
     gl.warp_specialize(
         [
@@ -282,7 +177,7 @@ def _dkdv_kernel(
                 ),
             ),
             (
-                _copy,
+                copy_operands,
                 (
                     (q,), (k,), (v,), (d_out,), statistics, shared, sizes, work, exponent_scale,
                     GROUP_SIZE,

@@ -101,16 +101,19 @@ def store_rows(
 
 
 @gluon.jit
-def hide_keys(scores, keys, first_own_key, LAYOUT: gl.constexpr):
+def hide_keys(scores, keys, last_key, LAYOUT: gl.constexpr, CAUSAL: gl.constexpr):
     """Sets scores `[key, query]` of keys that a query does not see to −inf.
 
     Args:
-        first_own_key: the key that the first query is aligned with.
+        last_key: that the first query sees; the next query sees one more if CAUSAL.
     """
     NUM_QUERIES: gl.constexpr = scores.shape[1]
-    own_keys = first_own_key + gl.arange(0, NUM_QUERIES, layout=gl.SliceLayout(0, LAYOUT))
-    seen = gl.expand_dims(keys, 1) <= gl.expand_dims(own_keys, 0)
-    return gl.where(seen, scores, -float("inf"))
+    beyond = gl.expand_dims(keys - last_key, 1)
+    if CAUSAL:
+        queries = gl.arange(0, NUM_QUERIES, layout=gl.SliceLayout(0, LAYOUT))
+        return gl.where(beyond <= gl.expand_dims(queries, 0), scores, -float("inf"))
+    else:
+        return gl.where(beyond <= 0, scores, -float("inf"))
 
 
 @gluon.jit
