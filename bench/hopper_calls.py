@@ -149,6 +149,9 @@ class Backward(Calls):
     forms = tuple((a, b, a ^ b) for b in (0, 1) for a in (1, 0))
     support = hopper_backward
 
+    def in_form(self, case: hopper_backward.Case) -> hopper_backward.Case:
+        return case._replace(fused=False)
+
     def install(self) -> None:
         """Makes the kernels this variant, for the rest of the process; the forward pass, and the
         public functions, run the portable kernels."""

@@ -35,18 +35,21 @@ def test_random_calls(seed):
     assert not complaints(case, seed, as_written(case, seed))
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("config", hopper_configs.HOPPER_BACKWARD, ids=lambda row: row.head_dim)
-def test_rows_of_the_table(config):
+def test_rows_of_the_table(config, fused):
     """Queries with and without keys."""
-    case = Case(config, seq_len_q=257, seq_len_kv=130)
+    case = Case(config, seq_len_q=257, seq_len_kv=130, fused=fused)
     assert not complaints(case, 0, as_written(case, 0))
-    assert hopper_backward.shared_bytes(config) <= hopper_forward.SHARED_BYTES
+    assert hopper_backward.shared_bytes(config, fused) <= hopper_forward.SHARED_BYTES
     assert 32 * (8 * config.consumer_registers + 4 * config.copy_registers) <= 65536
 
 
-def test_keys_beyond_the_last_one():
+@pytest.mark.parametrize("fused", [False, True])
+def test_keys_beyond_the_last_one(fused):
     """They land as zeros, and every other key has a weight near 0 before it is normalised."""
-    case = Case(hopper_configs.HOPPER_BACKWARD[0], 1, 1, 1, 70, 70, causal=False, far=True)
+    config = hopper_configs.HOPPER_BACKWARD[0]
+    case = Case(config, 1, 1, 1, 70, 70, causal=False, far=True, fused=fused)
     assert not complaints(case, 0, as_written(case, 0))
 
 
@@ -60,8 +63,12 @@ def test_the_interleaving_does_not_change_the_bits():
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
-# A deadlock, statistics too early, a tile of queries that is given up too early.
-SAMPLE = ("release(shared.v, i", "mbarrier.wait(shared.statistics", "wait(0, deps=[dk_soon")
+# A deadlock, statistics too early, a tile of queries that is given up too early; keys that become
+# their gradient before the other consumer has read them.
+SAMPLE = (
+    *("release(shared.v, i", "mbarrier.wait(shared.statistics", "wait(0, deps=[dk_soon"),
+    "mbarrier.wait(exchange.read, ((GROUP_SIZE",
+)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +172,33 @@ def test_only_measured_rows_run_without_being_asked_for(on_hopper, monkeypatch):
     measured = tuple(row._replace(measured=True) for row in hopper_configs.HOPPER_BACKWARD)
     monkeypatch.setattr(hopper_configs, "HOPPER_BACKWARD", measured)
     assert run(call) == ["hopper"]
+
+
+def test_additions_in_any_order_are_asked_for(on_hopper, monkeypatch):
+    ran = []
+    monkeypatch.setattr(backward, "_prepare", lambda call, dout, dlse, out, lse, residue: lse)
+    for name, function in (
+        *(("dq", "query_gradient"), ("dkdv", "key_value_gradients"), ("fused", "gradients")),
+    ):
+        monkeypatch.setattr(
+            on_hopper[name],
+            function,
+            lambda call, *_, name=name: (
+                ran.append(name) or {"dq": call.q, "dkdv": call[1:3], "fused": call[:3]}[name]
+            ),
+        )
+    q, k, v = (torch.randn(1, 8, heads, 64).half().requires_grad_() for heads in (2, 1, 1))
+    for options, frozen, expected in (
+        ({}, False, ["dkdv", "dq"]),
+        ({"deterministic": False}, False, ["fused"]),
+        ({"deterministic": False}, True, ["dkdv"]),
+    ):
+        ran.clear()
+        hopper.flash_attention(q.detach() if frozen else q, k, v, **options).sum().backward()
+        assert ran == expected
+    monkeypatch.setattr(on_hopper["fused"], "start_add", None)
+    with pytest.raises(NotImplementedError, match=r"deterministic: expected True .*got False"):
+        hopper.flash_attention(q, k, v, deterministic=False)
 
 
 def test_a_gradient_of_wide_heads_is_refused(on_hopper):

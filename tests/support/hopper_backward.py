@@ -9,10 +9,11 @@ Every gradient is held to its error budget. `tests/ops/test_hopper_backward.py` 
 """
 
 import functools
+import importlib
 import itertools
 import random
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import random_calls
@@ -28,7 +29,8 @@ from gqa_kernels.runtime.hopper_configs import HopperBackwardConfig
 
 _FOLDER = "gqa_kernels.ops.attention.hopper"
 _SHARED = tuple(f"{_FOLDER}.{name}" for name in ("pipeline", "tiles", "softmax", "keys"))
-KERNELS = (f"{_FOLDER}.dkdv", f"{_FOLDER}.dq")
+KERNELS = tuple(f"{_FOLDER}.{name}" for name in ("dkdv", "dq", "fused"))
+GLUON = (*_SHARED, *KERNELS)
 LOADED = tuple((*_SHARED, kernel) for kernel in KERNELS)  # what `load` takes
 
 
@@ -45,22 +47,31 @@ class Case(NamedTuple):
     causal: bool = True
     mean: float = 0.0  # of keys and values
     far: bool = False  # whether all scores are far below 0, where a key of zeros would count most
+    fused: bool = False  # whether by the kernel that computes all gradients
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        return KERNELS[2:] if self.fused else KERNELS[:2]
 
 
-def shared_bytes(config: HopperBackwardConfig) -> int:
-    return 2 * config.head_dim * (256 + 2 * config.num_stages * config.block) + 2048
+def shared_bytes(config: HopperBackwardConfig, fused: bool = False) -> int:
+    exchange = config.block * (2 * 128 + 4 * config.head_dim) if fused else 0
+    return 2 * config.head_dim * (256 + 2 * config.num_stages * config.block) + exchange + 2048
 
 
 def draw_case(numbers: random.Random) -> Case:
     """Small lengths around the borders of tiles."""
     choice = numbers.choice
     kv_heads = choice((1, 2))
+    fused = numbers.random() < 0.4
     forms = [
         HopperBackwardConfig(head_dim, block, stages)
-        for head_dim, block, stages in itertools.product((64, 64, 128), (64, 64, 128), (2, 3))
+        for head_dim, block, stages in itertools.product(
+            (64, 64, 128), (64,) if fused else (64, 64, 128), (2, 3)
+        )
     ]
     return Case(
-        config=choice([form for form in forms if shared_bytes(form) <= SHARED_BYTES]),
+        config=choice([form for form in forms if shared_bytes(form, fused) <= SHARED_BYTES]),
         batch=choice((1, 1, 2)),
         num_q_heads=kv_heads * choice((1, 2, 3)),
         num_kv_heads=kv_heads,
@@ -70,6 +81,7 @@ def draw_case(numbers: random.Random) -> Case:
         causal=numbers.random() < 0.7,
         mean=choice((0.0, 0.0, 3.0)),
         far=numbers.random() < 0.1,
+        fused=fused,
     )
 
 
@@ -95,48 +107,61 @@ Change = Callable[[str, str], str]
 
 def as_written(case: Case, seed: int, change: Change = unchanged) -> Callable[..., Any]:
     """`flash_attention` whose gradients come from the kernels in the emulator of Gluon."""
-    dkdv, dq = (load(names, seed, change) for names in LOADED)
-    return _attend(dkdv, dq, case)
+    return _attend([load((*_SHARED, name), seed, change) for name in case.kernels], case)
 
 
 def on_gpu(case: Case, seed: int) -> Callable[..., Any]:
     """The same by the kernels on this machine's GPU, twice, with the same bits."""
-    from gqa_kernels.ops.attention.hopper import dkdv, dq
-
-    return _attend(dkdv, dq, case, lambda run: _same_bits([run(), run()]))
+    modules, case = _as_installed(case)
+    return _attend(modules, case, lambda run: _same_bits([run(), run()], case))
 
 
 def as_compiled(case: Case, seed: int) -> Callable[..., Any]:
     """The same by the kernels' PTX, which must give the same bits under two schedules."""
     from ptx_emulator.driver import emulating
 
-    from gqa_kernels.ops.attention.hopper import dkdv, dq
-
     def run_twice(run: Callable[[], Any]) -> Any:
         results = []
         for schedule in ("lockstep", "random"):
             with emulating("sm_90", schedule=schedule, seed=seed, mbarrier_fence=True):
                 results.append(run())
-        return _same_bits(results)
+        return _same_bits(results, case)
 
-    return _attend(dkdv, dq, case, run_twice)
+    modules, case = _as_installed(case)
+    return _attend(modules, case, run_twice)
 
 
-def _same_bits(results: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    for one, other in zip(*results, strict=True):
+def _as_installed(case: Case) -> tuple[list[types.ModuleType], Case]:
+    """The modules for a case; with a Triton before 3.8, which cannot compile `fused`, the other
+    ones."""
+    from gqa_kernels.ops.attention.hopper.pipeline import start_add
+
+    case = case._replace(fused=case.fused and start_add is not None)
+    return [importlib.import_module(name) for name in case.kernels], case
+
+
+def _same_bits(results: list[tuple[Tensor, ...]], case: Case) -> tuple[Tensor, ...]:
+    """One of the results, which have the same bits, but for dq where it is summed in any order."""
+    for one, other in list(zip(*results, strict=True))[case.fused :]:
         assert torch.equal(one.nan_to_num(), other.nan_to_num()), "other bits"
     return results[0]
 
 
 def _attend(
-    dkdv: types.ModuleType,
-    dq: types.ModuleType,
+    modules: Sequence[types.ModuleType],
     case: Case,
     run: Callable[[Callable[[], Any]], Any] = lambda kernels: kernels(),
 ) -> Callable[..., Any]:
     """`flash_attention` whose gradients come from these modules' launchers, with NaN in what they
     allocate. Its outputs, and the statistics that the kernels take, are exact ones, rounded."""
-    dkdv.torch = dq.torch = PoisonedTorch()
+    for module in modules:
+        module.torch = PoisonedTorch()
+
+    def gradients(*given: Any) -> tuple[Tensor, ...]:
+        if case.fused:
+            return modules[0].gradients(*given)
+        dkdv, dq = modules
+        return dq.query_gradient(*given), *dkdv.key_value_gradients(*given)
 
     class Attention(torch.autograd.Function):
         @staticmethod
@@ -154,7 +179,7 @@ def _attend(
             # The heads of dout lie beside those of another tensor.
             dout = torch.cat([dout, dout], 2)[:, :, : dout.shape[2]]
             given = (ctx.call, dout, *(x.float().contiguous() for x in (lse, delta)), case.config)
-            return run(lambda: (dq.query_gradient(*given), *dkdv.key_value_gradients(*given)))
+            return run(lambda: gradients(*given))
 
     def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, return_lse: bool) -> Any:
         return Attention.apply(q, k, v)
@@ -175,23 +200,27 @@ complaints = functools.partial(random_calls.complaints, measure)
 
 
 # What another synchronisation implies. Before the copy warp fills these stages again, it fills one
-# that is released after a later product of the same consumer.
+# that is released after a later product of the same consumer. The other consumer has waited for its
+# keys before this one multiplies them.
 IMPLIED = (
     "dv, _ = warpgroup_mma_wait(1, deps=[dv_soon, rounded]) / release(shared.d_out, n + i)",
+    "dv, _ = warpgroup_mma_wait(3, deps=[dv_soon, rounded]) / release(shared.d_out, n + i)",
+    "landed(shared.k, 1 - CONSUMER)",
     "d_weights = warpgroup_mma_wait(0, deps=[d_weights_soon]) / release(shared.v, i)",
 )
 
 
 def all_faults() -> list[Fault]:
-    return list(faults((*_SHARED, *KERNELS), IMPLIED))
+    found = faults(GLUON, IMPLIED)
+    return [fault for fault in found if fault.text not in IMPLIED]
 
 
 def _shapes() -> Iterator[Case]:
     """Calls in which every synchronisation matters: several rounds of every ring."""
     narrow = HopperBackwardConfig(64, 64, 2)
     for _ in range(8):
-        yield Case(narrow, seq_len_q=320, seq_len_kv=320, causal=True)
-        yield Case(narrow, seq_len_q=320, seq_len_kv=320, causal=False)
+        for fused, causal in itertools.product((False, True), (True, False)):
+            yield Case(narrow, seq_len_q=320, seq_len_kv=320, causal=causal, fused=fused)
 
 
 how_noticed = functools.partial(random_calls.how_noticed, complaints, as_written, _shapes)

@@ -3,7 +3,8 @@
     PYTHONPATH=bench python tests/support/hopper_binaries.py [--fewer]
 
 [forward, backward]: every row of the tables, causal and full, the forward kernel with each of its
-options too, for inference and for training, which needs the residue; --fewer: one of each.
+options too, for inference and for training, which needs the residue; from Triton 3.8 on, all
+gradients by one kernel, too. --fewer: one of each of the others.
 """
 
 import json
@@ -19,6 +20,7 @@ from binary import examine, product_loops
 
 from gqa_kernels.ops.attention.backward import launch_backward
 from gqa_kernels.ops.attention.call import Call, prepared
+from gqa_kernels.ops.attention.hopper.pipeline import start_add
 from gqa_kernels.ops.attention.launch import launch_forward
 from gqa_kernels.runtime.hopper_configs import HOPPER_BACKWARD, HOPPER_FORWARD, HopperConfig
 
@@ -29,7 +31,7 @@ _STEPS = {
     r"bar\.sync\s+\d+, 128": "|",  # of a partition
     r"bar\.warp\.sync": "|",  # of the copy warp
     r"barrier\.sync\s+1;": "|",  # of all partitions, at their ends
-    r"cp\.async\.bulk\.tensor\.\dd\.global": "O",  # a copy out
+    r"cp\.(reduce\.)?async\.bulk\.tensor\.\dd\.global": "O",  # a copy out, an addition
     r"cp\.async\.bulk\.wait_group": "w",
     r"mbarrier\.arrive\.shared": "A",
     r"wgmma\.wait_group": "g",
@@ -87,16 +89,19 @@ def backward_entries(fewer: bool) -> Iterator[dict]:
             call = _call(row.head_dim, causal)
             lse = torch.empty(1, 64, 8192, dtype=torch.float32)
             residue = torch.empty(call.q.shape, dtype=torch.int8)
-            launches = capture.capture(
-                "sm_90",
-                lambda call=call, lse=lse, residue=residue: launch_backward(
-                    call, call.q, None, call.q, lse, residue,
-                    need_dq=not fewer, need_dkdv=True, need_dsinks=False, unmeasured=True,
-                ),
-            )  # fmt: skip
-            for launch in launches:
-                if ".hopper." in launch.kernel:
-                    yield {"row": row._asdict(), "causal": causal, **_read(launch)}
+            for deterministic in (True, False) if start_add and not fewer else (True,):
+                launches = capture.capture(
+                    "sm_90",
+                    lambda call=call, lse=lse, residue=residue, deterministic=deterministic:
+                    launch_backward(
+                        call, call.q, None, call.q, lse, residue,
+                        need_dq=not fewer, need_dkdv=True, need_dsinks=False, unmeasured=True,
+                        deterministic=deterministic,
+                    ),
+                )  # fmt: skip
+                for launch in launches:
+                    if ".hopper." in launch.kernel:
+                        yield {"row": row._asdict(), "causal": causal, **_read(launch)}
 
 
 def _call(head_dim: int, causal: bool) -> Call:

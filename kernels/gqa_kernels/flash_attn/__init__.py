@@ -12,7 +12,7 @@ of `prefill_attention` in `ops/cache`. In every function:
         i + seqlen_k − seqlen_q + right; a negative number, −1, does not limit a side.
     softcap: positive; 0.0 means none.
     alibi_slopes: float32 (nheads,) or (batch, nheads), a constant.
-    deterministic: no effect; gradients always have the same bits.
+    deterministic: no effect; gradients always have the same bits, also where it is False.
     return_attn_probs: return (out, softmax_lse, S_dmask); S_dmask is empty, as in flash-attn
         without dropout.
 

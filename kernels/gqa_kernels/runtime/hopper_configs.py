@@ -1,7 +1,7 @@
 """Configurations of the warp-specialised kernels in `ops/attention/hopper/`: 16 bits, sm_90.
 
-Chosen from compiled code: no accesses to local memory in the loops with products. Registers are per
-thread; those of two consumers and of the copy warp, with three idle warps beside it, are 65536 in
+Chosen from compiled code: with Triton 3.7, no accesses to local memory in the loops with products.
+Registers are per thread; those of two consumers and of the copy warp, with three idle warps beside it, are 65536 in
 all.
 """
 
@@ -33,7 +33,7 @@ HOPPER_FORWARD = (
 
 
 class HopperBackwardConfig(NamedTuple):
-    """Of the two backward kernels, which have two consumers with 64 rows each."""
+    """Of the backward kernels, which have two consumers with 64 rows each."""
 
     head_dim: int
     block: int  # rows that a consumer processes in a step: queries for dk and dv, keys for dq

@@ -83,6 +83,9 @@ class Tile:
             raise Fault(f"tile {i} of {len(self.data)}")
         return Tile(self.data[i], (self.key, int(i)))
 
+    def slice(self, start: int, length: int, dim: int = 0) -> "Tile":
+        return Tile(self.data.narrow(dim, start, length), self.key)
+
     def permute(self, order: Sequence[int]) -> "Tile":
         return Tile(self.data.permute(*order), self.key)
 

@@ -155,7 +155,7 @@ class Hopper:
 
     # A bulk store reads shared memory as late as possible, at its wait; its writes land then.
 
-    def tensor_store(self, line, descriptor, coordinates, source, mask) -> None:
+    def tensor_store(self, line, descriptor, coordinates, source, mask, add) -> None:
         threads = self.threads if mask is None else np.flatnonzero(mask)
         for thread in threads.tolist():
             tensor = self.launch.descriptors.get(int(descriptor[thread]))
@@ -177,7 +177,7 @@ class Hopper:
             if self.races:
                 words = np.unique((address + np.arange(tensor.size)) // self.races.unit)
                 self.races.start_store(line, words, thread)
-            store = (line, tensor, start, address, places, words, thread)
+            store = (line, tensor, start, address, places, words, thread, add)
             self.stores_open.setdefault(thread, []).append(store)
 
     def commit_stores(self, mask) -> None:
@@ -191,15 +191,14 @@ class Hopper:
                 for store in groups.pop(0):
                     self.finish_store(*store)
 
-    def finish_store(self, line, tensor, start, address, places, words, thread) -> None:
+    def finish_store(self, line, tensor, start, address, places, words, thread, add) -> None:
         offset, data = tensor.written(start, self.shared[address + places])
         if self.races:
             self.races.finish_store(words, thread)
-        if len(offset):
-            self.note_global_write(
-                tensor.region, line, offset, tensor.item, np.full(len(offset), thread), None
-            )
-            tensor.region.bytes[offset[:, None] + np.arange(tensor.item)] = data
+        if len(offset) and not add:  # additions are atomic for each number
+            threads = np.full(len(offset), thread)
+            self.note_global_write(tensor.region, line, offset, tensor.item, threads, None)
+        tensor.write(offset, data, add)
 
     def finish_stores(self) -> None:
         groups = [*self.stores_open.values(), *(g for gs in self.stores.values() for g in gs)]

@@ -46,6 +46,16 @@ class TensorMap:
         flat, offsets = self.inside(start)
         return offsets, data.reshape(self.count, self.item)[flat]
 
+    def write(self, offsets, data, add):
+        """Stores bytes at offsets in the region; add: adds float32 numbers to what is there."""
+        where = offsets[:, None] + np.arange(self.item)
+        if add:
+            if self.item != 4:
+                raise NotImplementedError("additions other than float32")
+            total = self.region.bytes[where].view(np.float32) + data.view(np.float32)
+            data = total.view(np.uint8)
+        self.region.bytes[where] = data
+
     def read(self, start):
         """Returns the bytes of the block with corner `start`; zeros outside of the tensor."""
         flat, offsets = self.inside(start)

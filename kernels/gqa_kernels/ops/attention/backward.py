@@ -87,6 +87,7 @@ def launch_backward(
     need_dsinks: bool,
     unmeasured: bool = False,
     specialize: bool = False,
+    deterministic: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dq, dk, dv, dsinks) of a prepared call, each None unless needed.
 
@@ -98,6 +99,8 @@ def launch_backward(
         unmeasured: also take kernels that were never measured on a GPU, if they cover the call.
         specialize: take `dkdv_specialized.py`, measured or not, if it covers the call, and the
             portable kernel of dq.
+        deterministic: False: the kernel for Hopper that adds to dq in any order takes a call that
+            it covers, if all gradients are needed.
     """
     dout = layout.contiguous_features(dout)
     out, lse = out.contiguous(), lse.contiguous()  # as the forward pass returns them
@@ -130,7 +133,11 @@ def launch_backward(
             # Late: whatever becomes of `triton.experimental`, the others can be imported.
             from gqa_kernels.ops.attention.hopper import dkdv as hopper_dkdv
             from gqa_kernels.ops.attention.hopper import dq as hopper_dq
+            from gqa_kernels.ops.attention.hopper import fused
 
+            if not deterministic and need_dq and need_dkdv:
+                dq, dk, dv = fused.gradients(call, dout, lse, delta, config)
+                need_dq = need_dkdv = False
             if need_dkdv:
                 dk, dv = hopper_dkdv.key_value_gradients(call, dout, lse, delta, config)
             if need_dq:

@@ -11,6 +11,8 @@ from ptx_emulator.parse import Instruction, Kernel
 from ptx_emulator.translation.operands import NUMPY_OF, SIZE_OF
 from ptx_emulator.translation.writer import BlockWriter
 
+_BULK_COPIES = ("cp.async.bulk", "cp.reduce.async.bulk")
+
 
 class Block:
     """A basic block."""
@@ -39,7 +41,7 @@ class Program:
         self.kernel = kernel
         self.blocks: list[Block] = []
         ops = [i.op for i in kernel.instructions]
-        self.async_proxy = any(op.startswith(("wgmma", "cp.async.bulk")) for op in ops)
+        self.async_proxy = any(op.startswith(("wgmma", *_BULK_COPIES)) for op in ops)
         # Specialised warps run as separate units.
         self.specialised = any(op.startswith(("brx", "bar.arrive", "setmaxnreg")) for op in ops)
         leaders = {0, *kernel.labels.values()}
@@ -47,7 +49,7 @@ class Program:
             if _ends_block(instruction.op):
                 leaders.add(i + 1)
             if self.specialised and instruction.op.startswith(
-                ("mbarrier.arrive", "wgmma.commit", "cp.async.bulk")
+                ("mbarrier.arrive", "wgmma.commit", *_BULK_COPIES)
             ):
                 leaders.add(i + 1)  # other units may run here
             if instruction.op.startswith(("atom.global", "red.global")) or (

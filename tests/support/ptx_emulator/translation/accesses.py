@@ -110,14 +110,17 @@ class Accesses(Operands):
             self.lines.append(f"X.commit_stores({self.mask(i)})")
         elif op.startswith("cp.async.bulk.wait_group"):
             self.lines.append(f"X.wait_stores({args[0].value}, {self.mask(i)})")
-        elif op.startswith("cp.async.bulk.tensor") and ".global.shared::cta.bulk_group" in op:
+        elif ".bulk.tensor." in op and op.endswith(
+            (".global.shared::cta.bulk_group", ".global.shared::cta.add.bulk_group")
+        ):
             destination, source = args[:2]
             coordinates = ", ".join(
                 f"X.full({self.read(x, 'i4')}, i4)" for x in destination.coordinates
             )
             self.lines.append(
                 f"X.tensor_store({i.line}, X.full({self.read(destination.base, 'u8')}, u8), "
-                f"[{coordinates}], {self.address(source, 'u4')}, {self.mask(i)})"
+                f"[{coordinates}], {self.address(source, 'u4')}, {self.mask(i)}, "
+                f"add={op.startswith('cp.reduce.')})"
             )
         elif op.startswith("cp.async.bulk.tensor"):
             if "mbarrier" not in op:

@@ -1,8 +1,9 @@
 """Attention for Hopper (sm_90), in Gluon: off by default, as it has not run on a GPU yet.
 
 `forward.py`: the forward kernel; `consumer.py`: its consumers; `softmax.py`: their softmax;
-`dkdv.py`, `dq.py`: the backward kernels; `pipeline.py`: rings of tiles, turns; `products.py`:
-products of tiles in parts; `tiles.py`: the order of tiles, masks.
+`dkdv.py`, `dq.py`: the backward kernels; `fused.py`: both in one, where the order of sums may
+differ from run to run; `keys.py`: what it shares with `dkdv.py`; `pipeline.py`: rings of tiles,
+turns; `products.py`: products of tiles in parts; `tiles.py`: the order of tiles, masks.
 `triton.experimental` may change in every version of Triton, so these are imported only when a call
 runs them:
 `ops/attention/launch.py` chooses by the rows of `runtime/hopper_configs.py`, all of which say
@@ -11,6 +12,7 @@ runs them:
 
 from typing import Any
 
+import triton
 from torch import Tensor
 from torch.autograd.function import Function, FunctionCtx, once_differentiable
 
@@ -31,6 +33,7 @@ def flash_attention(
     window: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
     return_lse: bool = False,
+    deterministic: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`gqa_kernels.flash_attention` by the kernels for Hopper, measured or not.
 
@@ -43,36 +46,53 @@ def flash_attention(
         k, v: `[batch, seq_len_kv, num_kv_heads, head_dim]`, likewise.
         window, softcap: one of them or, at head_dim 64, both. Their gradient is computed by the
             portable kernels.
+        deterministic: False: without these, and if q and one of k, v require a gradient, one kernel
+            with five matrix products computes all gradients (`fused.py`). Programs add to that of
+            q in an order that differs from run to run, and its last bits with it. Takes float32
+            memory of q's shape, and Triton 3.8 or newer.
         All else as in `gqa_kernels.flash_attention`.
     Returns:
         out; or (out, lse) as `gqa_kernels.flash_attention` returns them.
     Raises:
         TypeError, ValueError: as `gqa_kernels.flash_attention`.
-        NotImplementedError: another architecture, dtype, head_dim or combination of options.
+        NotImplementedError: another architecture, dtype, head_dim or combination of options;
+            deterministic=False with an older Triton.
     """
     causal = checks.flag("causal", causal)
+    if not checks.flag("deterministic", deterministic):
+        _check_additions()
     left, right = checks.window(window)
     call = Call(
         q, k, v, *[None] * 6,
         checks.optional_number("softmax_scale", softmax_scale), left, 0 if causal else right,
         checks.optional_number("softcap", softcap),
     )  # fmt: skip
-    return _attend(call, return_lse)
+    return _attend(call, return_lse, deterministic)
 
 
-def _attend(call: Call, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+def _attend(call: Call, return_lse: bool, deterministic: bool) -> Tensor | tuple[Tensor, Tensor]:
     check(*call)
     target.check_device("q", call.q)
     differentiates = library.keeps_for_gradient(call.q, call.k, call.v)
     with target.device_of(call.q):
         _check_covered(prepared(call), differentiates)
     if differentiates:
-        out, lse = _Differentiable.apply(*call)
+        out, lse = _Differentiable.apply(deterministic, *call)
     else:
         out, lse, _ = launch_forward(
             prepared(call), need_lse=return_lse, need_residue=False, unmeasured=True
         )
     return (out, lse * call.score_unit) if return_lse else out
+
+
+def _check_additions() -> None:
+    from gqa_kernels.ops.attention.hopper import fused
+
+    if fused.start_add is None:
+        raise NotImplementedError(
+            "deterministic: expected True with this Triton, as False needs 3.8 or newer; "
+            f"got False with Triton {triton.__version__}"
+        )
 
 
 def _check_covered(call: Call, differentiates: bool) -> None:
@@ -98,13 +118,13 @@ class _Differentiable(Function):
     """(out, lse in score units) of the fields of a call."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, *fields: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: FunctionCtx, deterministic: bool, *fields: Any) -> tuple[Tensor, Tensor]:
         call = Call(*fields)
         out, lse, residue = launch_forward(
             prepared(call), need_lse=True, need_residue=True, unmeasured=True
         )
         ctx.save_for_backward(*call[:3], out, lse, residue)
-        ctx.numbers = call[3:]
+        ctx.numbers, ctx.deterministic = call[3:], deterministic
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -114,7 +134,7 @@ class _Differentiable(Function):
         ctx: FunctionCtx, dout: Tensor | None, dlse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, residue = ctx.saved_tensors
-        need_dq, *need_dkdv = ctx.needs_input_grad[:3]
+        need_dq, *need_dkdv = ctx.needs_input_grad[1:4]
         grads = (None, None, None)
         if dout is not None or dlse is not None:
             *grads, _ = launch_backward(
@@ -128,5 +148,6 @@ class _Differentiable(Function):
                 need_dkdv=any(need_dkdv),
                 need_dsinks=False,
                 unmeasured=True,
+                deterministic=ctx.deterministic,
             )
-        return *grads, *[None] * len(ctx.numbers)
+        return None, *grads, *[None] * len(ctx.numbers)

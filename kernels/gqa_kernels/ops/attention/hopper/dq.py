@@ -32,6 +32,7 @@ from gqa_kernels.ops.attention.hopper.pipeline import (
     fill,
     landed,
     make_ring,
+    pin_tile,
     release,
     start_store,
 )
@@ -118,6 +119,7 @@ def _walk(
             start = (num_tiles - 1 - i) * BLOCK_N
             scores = hide(scores, rows.own_keys, start, seq_len_kv, SCORES, CAUSAL)
         weights = gl.exp2(scores * exponent_scale - gl.expand_dims(rows.lse, 1))
+        weights = pin_tile(weights)  # under the second product
         d_weights = warpgroup_mma_wait(0, deps=[d_weights_soon])
         release(shared.v, i)
         d_scores = weights * (d_weights - gl.expand_dims(rows.delta, 1))

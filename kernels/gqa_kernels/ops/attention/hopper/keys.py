@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from gqa_kernels.ops.attention.hopper.pipeline import (
     CONSUMER_ROWS,
+    as_box,
     fill,
     make_ring,
     start_store,
@@ -130,11 +131,10 @@ def copy_operands(
 def store_gradients(dk_out, dv_out, k, v, dk, dv, work, first_key):
     """Consumer: stores the gradients of its keys and values, from where no product reads them any
     more."""
-    HEAD_DIM: gl.constexpr = k.shape[1]
     v.store(dv.to(dv_out.dtype))
     k.store(dk.to(dk_out.dtype))
     fence_async_shared()
     start = [work.batch, first_key, work.kv_head, 0]
-    start_store(dv_out, start, v.reshape([1, CONSUMER_ROWS, 1, HEAD_DIM]))
-    start_store(dk_out, start, k.reshape([1, CONSUMER_ROWS, 1, HEAD_DIM]))
+    start_store(dv_out, start, as_box(v))
+    start_store(dk_out, start, as_box(k))
     tma.store_wait(0)

@@ -24,6 +24,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 # Triton 3.8 renamed both; 3.9 keeps the old names as errors.
 start_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 start_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+start_add = getattr(tma, "async_atomic_add", None)  # since 3.8
 
 CONSUMER_ROWS = gl.constexpr(64)  # of a product of four warps
 
@@ -193,12 +194,50 @@ def pin(x):
     )
 
 
+@gluon.constexpr_function
+def _pin_text(count):
+    outputs, inputs = ([f"${i}" for i in range(first, first + count)] for first in (0, count))
+    ors = [f"or.b32 bits, bits, {x};" for x in inputs]
+    moves = [f"mov.b32 {y}, {x};" for y, x in zip(outputs, inputs, strict=True)]
+    branch = "setp.lt.s32 never, bits, 0; @never bar.warp.sync 0xffffffff;"
+    return " ".join(
+        ["{.reg .pred never; .reg .b32 bits; mov.b32 bits, 0;", *ors, branch, *moves, "}"]
+    )
+
+
+@gluon.constexpr_function
+def _pin_operands(count):
+    return ",".join(["=f"] * count + ["f"] * count)
+
+
+@gluon.jit
+def pin_tile(x):
+    """`pin` of all numbers x ≥ 0 of a tile of four warps, with one branch."""
+    COUNT: gl.constexpr = x.shape[0] * x.shape[1] // 128  # of a thread
+    return gl.inline_asm_elementwise(
+        _pin_text(COUNT),
+        _pin_operands(COUNT),
+        [x],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=COUNT,
+    )
+
+
+_DTYPES = {
+    torch.float16: gl.float16,
+    torch.bfloat16: gl.bfloat16,
+    torch.float32: gl.float32,
+}
+
+
 def descriptor(x: Tensor, block_rows: int, block_features: int | None = None) -> TensorDescriptor:
-    """Returns a descriptor of x `[batch, row, head, feature]` for tiles of rows of one head.
+    """Returns a descriptor of x `[batch, row, head, feature]` for tiles of rows of one head, of all
+    features unless it says how many.
 
     Four dimensions, so that rows beyond the last are not those of the next head.
     """
-    dtype = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[x.dtype]
+    dtype = _DTYPES[x.dtype]
     block = [1, block_rows, 1, block_features or x.shape[-1]]
     tiles = gl.NVMMASharedLayout.get_default_for(block, dtype)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, tiles)
