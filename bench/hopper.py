@@ -28,7 +28,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -117,10 +117,37 @@ def run_child(
     except (queue.Empty, subprocess.TimeoutExpired):
         return f"still running after {seconds:.0f} s, a deadlock perhaps; last: {last or 'nothing'}"
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # a process that waits for a GPU heeds no other
-        process.wait()
+        _end(process)
     return "" if code == 0 else f"exit status {code}; last: {last or 'nothing'}"
+
+
+@contextlib.contextmanager
+def compiling_beside(jobs: Iterable[Job], log: TextIO, dry: bool) -> Iterator[None]:
+    """A context beside which the sanitizer's kernels are compiled, which takes Triton 3.6 minutes:
+    its jobs find them in Triton's cache."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(CHILD), "compile", job.what],
+            env=environment_of(job, dry),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        for job in jobs
+        if job.kind == "consan" and not dry
+    ]
+    try:
+        yield
+    finally:
+        for process in processes:
+            _end(process)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ends a process and its children. One that waits for a GPU heeds no other signal."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def describe(results: Record, log: TextIO, dry: bool) -> None:
@@ -182,6 +209,11 @@ def _head(job: Job) -> dict[str, Any]:
     return {"op": job.name, "pass": END, "shape": "", "what": job.what}
 
 
+def unended(results: Record, jobs: Iterable[Job]) -> list[Job]:
+    ended = {row["op"] for row in results.content["rows"] if row["pass"] == END}
+    return [job for job in jobs if job.name not in ended]
+
+
 def run_jobs(
     jobs: Iterable[Job], results: Record, deadline: float, log: TextIO, dry: bool
 ) -> list[Job]:
@@ -191,10 +223,8 @@ def run_jobs(
         deadline: of time.monotonic().
     """
     left = []
-    for job in jobs:
+    for job in unended(results, jobs):
         ends = {row["op"]: row for row in results.content["rows"] if row["pass"] == END}
-        if job.name in ends:
-            continue
         if job.kind == "race" or job.run > 1:
             check = ends.get(variants.check_job(job.what).name)
             if check is None:
@@ -257,11 +287,12 @@ def main(arguments: list[str] | None = None) -> int:
             describe(results, log, options.dry_run)
         except ValueError as error:
             parser.error(str(error))
-        left = []
-        for jobs in variants.plan(options.dry_run):
-            for _ in range(TURNS):
-                jobs = run_jobs(jobs, results, deadline, log, options.dry_run)
-            left += jobs
+        left, plan = [], variants.plan(options.dry_run)
+        with compiling_beside(unended(results, plan[0]), log, options.dry_run):
+            for jobs in plan:
+                for _ in range(TURNS):
+                    jobs = run_jobs(jobs, results, deadline, log, options.dry_run)
+                left += jobs
     print(write_page(results))
     for job in left:
         print(f"no time was left for {job.name}: the same command goes on with it")

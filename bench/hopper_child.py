@@ -102,22 +102,36 @@ def _compile_forms(calls: Calls) -> None:
             calls.compile(case)
 
 
+def _traced_case(calls: Calls) -> Any:
+    """A small call. Without a mask and with two stages, instrumented kernels compile in half the
+    time; the stages are filled again sooner."""
+    config = calls.variant.config._replace(num_stages=2)
+    return calls.support.Case(config, causal=False)
+
+
+def compile_traced(variant: Variant) -> None:
+    """Compiles what `consan` launches."""
+    from tune import compiling_only
+
+    (calls,) = calls_of(variant, dry=False)
+    calls.install()
+    with ThreadPoolExecutor() as executor, compiling_only(executor):
+        calls.compile(_traced_case(calls))
+
+
 def consan(variant: Variant, dry: bool) -> dict[str, Any]:
     """One small call under Triton's concurrency sanitizer (TRITON_INSTRUMENTATION_MODE=consan),
     which traps at a race; in a dry run, in the emulator."""
     (calls,) = calls_of(variant, dry)
-    case = calls.support.Case(variant.config)
+    case = _traced_case(calls)
     if not dry:
         import triton
-        from tune import compiling_only
 
-        calls.install()
         # The instrumented kernels ask for scratch memory.
         triton.set_allocator(
             lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda")
         )
-        with ThreadPoolExecutor() as executor, compiling_only(executor):
-            calls.compile(case)
+        compile_traced(variant)
     found = calls.support.complaints(case, 0, calls.attend(case, 0), calls.device)
     if not (dry or found or all(map(assertions_of, calls.kernels()))):
         found = ["expected kernels with the sanitizer's assertions; got none"]
@@ -222,7 +236,7 @@ def race(
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kind", choices=("describe", "consan", "check", "race"))
+    parser.add_argument("kind", choices=("describe", "compile", "consan", "check", "race"))
     parser.add_argument("what", nargs="?", default="")
     parser.add_argument("--run", type=int, default=1, help="of a check: other calls in each")
     parser.add_argument("--seconds", type=float, default=math.inf, help="of a race")
@@ -246,6 +260,8 @@ def main(arguments: list[str] | None = None) -> None:
             found = measure(Clock(device))
             environment = ceilings.environment() | ({"gpu": StubDevice.name} if dry else {})
             emit({"environment": environment, "ceilings": found._asdict()})
+        case "compile":
+            compile_traced(variant)
         case "consan":
             emit(consan(variant, dry))
         case "check":

@@ -141,7 +141,7 @@ class Job(NamedTuple):
 
 PORTABLE = "portable"
 CHECK_RUNS = 2  # in processes of their own, on other calls
-CHECK_SECONDS = 15.0  # of a run's calls; starting and compiling come before
+CHECK_SECONDS = 20.0  # of a run's calls; starting and compiling come before
 MOST_CASES = 150  # of a run
 _STARTING = 20.0  # seconds of a check or race until its first call
 _SHAPE_SECONDS = {"fwd": 5.0, "bwd": 10.0}  # of a race
@@ -167,20 +167,14 @@ def plan(dry: bool) -> list[list[Job]]:
     """Jobs in groups, the most important first: what decides about the rows of the tables, which
     takes 13 minutes, and, with the time that is left, other variants."""
     table, others = (_TINY, ()) if dry else (TABLE, list(VARIANTS.values())[len(TABLE) :])
-    # Heads of 64 compile fastest; the sanitizer's kernels take Triton 3.6 a minute.
-    traced = {v.pass_: Job("consan", v.name, 75, 200) for v in table if v.head_dim == 64}
-    first = [traced["fwd"], check_job(PORTABLE)]
+    # Heads of 64 compile fastest. By the time of these jobs their kernels are compiled.
+    traced = [Job("consan", v.name, 40, 300) for v in table if v.head_dim == 64]
+    first = [check_job(PORTABLE)]
     for variant in table:
         first += [check_job(variant.name), race_job(variant, dry)]
-        if variant.pass_ == "bwd" and traced["bwd"] not in first:
-            first.append(traced["bwd"])
-    first += _second_runs(table)
-    rest = [
-        job
-        for variant in others
-        for job in (check_job(variant.name), race_job(variant, dry), *_second_runs([variant]))
-    ]
-    return [first, rest]
+    first += [*traced, *_second_runs(table)]
+    rest = [job for v in others for job in (check_job(v.name), race_job(v, dry))]
+    return [first, [*rest, *_second_runs(others)]]
 
 
 def _second_runs(of: Sequence[Variant]) -> Iterator[Job]:
