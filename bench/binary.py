@@ -34,6 +34,9 @@ class Scheduled(NamedTuple):
     sets_when_read: int | None  # the barrier that is freed when the operands have been read
     closes_group: bool  # of matrix products
     groups_left: int | None  # how many groups of products may still run; None: it waits for none
+    # BAR: its number or register, the threads that it counts (0: the whole program), whether it
+    # waits for them.
+    meets: tuple[str, int, bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,8 @@ class ProductLoop(NamedTuple):
 
     mix: dict[str, int]
     under_wgmma: dict[str, int]
+    registers: int  # up to the highest that it names
+    schedule: tuple[Scheduled, ...]
 
 
 def product_loops(launch: Launch) -> list[ProductLoop]:
@@ -166,7 +171,12 @@ def product_loops(launch: Launch) -> list[ProductLoop]:
     loops = [body for body in _loops(_parse_sass(disassembly)) if _num_products(body)]
     spans = [(body[0].address, body[-1].address) for body in loops]
     return [
-        ProductLoop(Counter(i.opcode for i in body), _under_wgmma(body))
+        ProductLoop(
+            Counter(i.opcode for i in body),
+            _under_wgmma(body),
+            1 + max(int(n) for i in body for n in re.findall(r"\bR(\d+)", i.text)),
+            tuple(map(_scheduled, body)),
+        )
         for body, (start, end) in zip(loops, spans, strict=True)
         if not any((start, end) != span and start <= span[0] <= span[1] <= end for span in spans)
     ]
@@ -177,6 +187,11 @@ def _running_groups(instruction: _Instruction) -> int | None:
     instructions."""
     wait = re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x([0-9a-f]+)", instruction.text)
     return int(wait[1], 16) if wait else None
+
+
+def _meets(instruction: _Instruction) -> tuple[str, int, bool] | None:
+    found = re.match(r"BAR\.(SYNC|ARV)\S* (\w+)(?:, (\w+))?", instruction.text)
+    return found and (found[2], int(found[3] or "0", 0), found[1] == "SYNC")
 
 
 def _scheduled(instruction: _Instruction) -> Scheduled:
@@ -192,6 +207,7 @@ def _scheduled(instruction: _Instruction) -> Scheduled:
         sets_when_read=read if read < 6 else None,
         closes_group=instruction.opcode.startswith("HGMMA") and "gsb0" in instruction.text,
         groups_left=_running_groups(instruction),
+        meets=_meets(instruction),
     )
 
 

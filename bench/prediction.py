@@ -29,7 +29,7 @@ from simulation import simulate
 
 BYTES_IN_FLIGHT_NEEDED = 40 * 1024  # per SM, at 4.3 TB/s
 MATMUL_TFLOPS = 790.0
-_L2_BYTES_PER_CYCLE = 30  # per SM
+L2_BYTES_PER_CYCLE = 30  # per SM
 
 
 def programs_per_sm(arch: str, launch: Launch, binary: Binary) -> int | None:
@@ -81,7 +81,7 @@ def attention_rate(arch: str, launch: Launch, binary: Binary) -> float | None:
         return None
     programs = math.ceil(launched)
     step = simulate(binary.schedule, launch.num_warps, programs)
-    traffic = programs * _bytes_per_step(launch, binary) / _L2_BYTES_PER_CYCLE
+    traffic = programs * _bytes_per_step(launch, binary) / L2_BYTES_PER_CYCLE
     return MATMUL_TFLOPS * step.tensor_cycles / max(step.cycles, traffic)
 
 

@@ -8,20 +8,24 @@ instruction, from the ready warp that has waited longest. A warp is not ready wh
   unit;
 - the unit that it needs is busy: an instruction occupies the special function unit for 8 cycles,
   and the memory unit for 2 to 8;
-- it waits at BAR for the other warps of its program;
+- it waits at BAR for the other warps of its program, or for as many as the barrier counts;
 - it waits at WARPGROUP.DEPBAR for matrix products. Products run in order, one at a time, at 1024
   flops per cycle.
+
+The warps of a warp-specialised kernel run loops of their own (`simulate_consumers`).
 
 Assumed: the latencies, and 4096 flops and 16 special functions per cycle and SM.
 Not modelled: cache misses, the arrival of tiles, and a varying clock.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from binary import Scheduled
 
 _STEPS, _WARM = 12, 4  # simulated steps of the loop, and initial steps left out of the mean
+_MOST_CYCLES = 1_000_000
 
 # Cycles for which an instruction occupies its unit, and cycles until its result is available.
 _MEMORY = {"SHFL": (2, 24), "LDS": (2, 24), "LDSM": (4, 30), "STS": (4, 4), "STSM": (8, 8),
@@ -41,7 +45,10 @@ class Simulated(NamedTuple):
 
 
 class _Warp:
-    def __init__(self, program: int, ready: int) -> None:
+    def __init__(self, loop: Sequence[Scheduled], program: int, ready: int) -> None:
+        self.loop = loop
+        self.units = [_unit(step.opcode.partition(".")[0]) for step in loop]
+        self.products = [_product_cycles(step.opcode) for step in loop]
         self.program = program
         self.ready = ready  # the first cycle in which it may issue
         self.issued = -1
@@ -76,15 +83,47 @@ def _product_cycles(opcode: str) -> int:
 
 def simulate(loop: Sequence[Scheduled], num_warps: int, programs: int) -> Simulated:
     """Simulates the loop with `programs` programs of num_warps warps each; returns one step."""
-    units = [_unit(step.opcode.partition(".")[0]) for step in loop]
-    products = [_product_cycles(step.opcode) for step in loop]
     per_program = max(1, num_warps // 4)
-    warps = [_Warp(index // per_program, 3 * index) for index in range(programs * per_program)]
+    count = programs * per_program
+    return _run([_Warp(loop, i // per_program, 3 * i) for i in range(count)], {})
+
+
+def simulate_consumers(loops: Sequence[Sequence[Scheduled]]) -> Simulated:
+    """Simulates a program of groups of four warps, each with a loop of its own; returns one step of
+    all.
+
+    Where they take turns at barriers that count several groups, the first group has its turn.
+    """
+    warps = [_Warp(_from_wait(loop), 0, 3 * index) for index, loop in enumerate(loops)]
+    first = next((step.meets for step in warps[0].loop if _is_turn(step)), None)
+    # The last group has passed the turn to the first one before its loop.
+    return _run(warps, {(0, first[0]): 1} if first else {})
+
+
+def _is_turn(step: Scheduled) -> bool:
+    return step.meets is not None and step.meets[1] > 128
+
+
+def _from_wait(loop: Sequence[Scheduled]) -> Sequence[Scheduled]:
+    """The loop from where it waits for its turn."""
+    start = next((i for i, step in enumerate(loop) if _is_turn(step) and step.meets[2]), 0)
+    return [*loop[start:], *loop[:start]]
+
+
+def _run(warps: list[_Warp], arrived: dict[tuple[int, str], int]) -> Simulated:
+    """Runs the warps of a quarter.
+
+    Args:
+        arrived: warps that have arrived at a barrier, by program and the barrier's name.
+    """
+    arrived, waiting = defaultdict(int, arrived), defaultdict(list)
     free: dict[str, int] = {}
     tensor_free, now = 0, 0
     while running := [warp for warp in warps if len(warp.ends) < _STEPS]:
+        if now > _MOST_CYCLES:
+            raise RuntimeError(f"expected {_STEPS} steps of every warp; got a deadlock")
         for warp in sorted(running, key=lambda warp: warp.issued):
-            step, (unit, occupied, latency) = loop[warp.next], units[warp.next]
+            step, (unit, occupied, latency) = warp.loop[warp.next], warp.units[warp.next]
             if warp.waits or warp.ready > now or free.get(unit, 0) > now:
                 continue
             if any(warp.barriers[index] > now for index in step.waits):
@@ -95,8 +134,8 @@ def simulate(loop: Sequence[Scheduled], num_warps: int, programs: int) -> Simula
                     continue
             if unit:
                 free[unit] = now + occupied
-            if products[warp.next]:
-                tensor_free = max(tensor_free, now) + products[warp.next]
+            if warp.products[warp.next]:
+                tensor_free = max(tensor_free, now) + warp.products[warp.next]
                 if step.closes_group:
                     warp.groups = [*warp.groups[-7:], tensor_free]
             if step.sets is not None:
@@ -106,16 +145,22 @@ def simulate(loop: Sequence[Scheduled], num_warps: int, programs: int) -> Simula
                 warp.barriers[step.sets_when_read] = read
             warp.ready, warp.issued = max(warp.ready, now + max(1, step.stall)), now
             if step.opcode == "BAR":
-                warp.waits = True
-                company = [other for other in running if other.program == warp.program]
-                if all(other.waits for other in company):
-                    for other in company:
+                name, threads, waits = step.meets or ("0", 0, True)
+                barrier = warp.program, name
+                company = sum(other.program == warp.program for other in warps)
+                arrived[barrier] += 1
+                if waits:
+                    warp.waits = True
+                    waiting[barrier].append(warp)
+                if arrived[barrier] == (threads // 128 or company):
+                    arrived[barrier] = 0
+                    for other in waiting.pop(barrier, ()):
                         other.waits, other.ready = False, max(other.ready, now + _BARRIER_LATENCY)
             warp.next += 1
-            if warp.next == len(loop):
+            if warp.next == len(warp.loop):
                 warp.next = 0
                 warp.ends.append(now)
             break
         now += 1
     cycles = max((warp.ends[-1] - warp.ends[_WARM]) / (_STEPS - 1 - _WARM) for warp in warps)
-    return Simulated(cycles, sum(products) * len(warps))
+    return Simulated(cycles, sum(sum(warp.products) for warp in warps))
