@@ -156,6 +156,25 @@ def test_deadlocks_are_seen(pattern, says):
         run(without(pattern), strict=False)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_register_may_hold_the_number_of_a_barrier(seed):
+    """As Triton 3.8 writes it."""
+    changed = []
+
+    def in_register(name, text):
+        found = r"^(\s*)bar\.sync\s+(\d+), 128;"
+        new = r"\1.reg .b32 %n\2_; mov.b32 %n\2_, \2; bar.sync %n\2_, 128;"
+        text, count = re.subn(found, new, text, flags=re.M)
+        changed.append(count)
+        return text
+
+    c, expected, _ = run(in_register, schedule="random" if seed else "lockstep", seed=seed)
+    torch.testing.assert_close(c.double(), expected, rtol=2e-3, atol=2e-3)
+    assert changed[0] > 0
+    with pytest.raises(EmulationError, match="deadlock"):  # all wait at one barrier
+        run(lambda name, text: in_register(name, text).replace(", 128;", ", 256;"), strict=False)
+
+
 def test_a_copy_that_nobody_takes_is_seen():
     _, _, emulator = run(strict=False, extra=1)
     assert any("nobody waited for" in finding for finding in emulator.findings), emulator.findings[

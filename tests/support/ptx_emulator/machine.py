@@ -332,6 +332,13 @@ class Cta(SharedAccesses, GlobalAccesses, Warps, Hopper):
             return dtype(SHARED_BASE if size == 0 else self.static_base + offset)
         raise NotImplementedError(f"symbol {name}")
 
+    def barrier_number(self, line, numbers, m) -> int:
+        """The number of a barrier that is in a register, the same for all threads that come."""
+        found = np.unique(numbers if m is None else numbers[m])
+        if len(found) > 1:
+            raise NotImplementedError(f"line {line}: threads at barriers {found.tolist()}")
+        return int(found[0])
+
     def special(self, name):
         base, _, axis = name[1:].partition(".")
         k = "xyz".index(axis) if axis else 0

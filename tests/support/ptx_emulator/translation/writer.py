@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ptx_emulator.parse import Instruction
+from ptx_emulator.parse import Imm, Instruction, Reg
 from ptx_emulator.translation.accesses import Accesses
 from ptx_emulator.translation.arithmetic import Arithmetic
 from ptx_emulator.translation.conversions import Conversions
@@ -77,7 +77,11 @@ class BlockWriter(Arithmetic, Conversions, Accesses, Warps):
             raise NotImplementedError("predicated barrier")
         if "red" in i.parts:
             raise NotImplementedError(i.op)
-        number = i.args[0].value if i.args else 0
+        number = i.args[0] if i.args else Imm(0)
+        if isinstance(number, Reg):  # Triton 3.8: the number of a partition's barrier
+            number = f"X.barrier_number({i.line}, {self.read(number, 'u4')}, {self.mask(i)})"
+        else:
+            number = number.value
         count = i.args[1].value if len(i.args) > 1 else 0
         sync = "arrive" not in i.parts
         self.lines.append(f"X.barrier_arguments = ({number}, {count}, {i.line}, {sync})")
