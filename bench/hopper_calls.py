@@ -101,6 +101,7 @@ class Forward(Calls):
             need_residue=bool(residue),
             window=None,
             softcap=None,
+            bounds=None,
             num_programs=2**30 if one_each else case.num_programs,
         )
 

@@ -167,7 +167,7 @@ GLUON_EMULATOR_ALLOWED = {
     "__init__": {"loading", "schedule"},
     "schedule": set(),
     "numbers": {"schedule"},
-    "memory": {"schedule"},
+    "memory": {"numbers", "schedule"},
     "language": {"memory", "numbers", "schedule"},
     "loading": {"language"},
 }

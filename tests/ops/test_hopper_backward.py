@@ -126,6 +126,13 @@ def test_gradients_with_options_are_portable(on_hopper):
         hopper.flash_attention, reference.flash_attention, inputs, ("q", "k", "v")
     )
     assert len(measured) == 5 and not [str(m) for m in measured if not m.ok]
+    bounds = torch.tensor([0, 30, 95])  # and five rows after the last sequence
+    inputs = {name: inputs[name][0] for name in ("q", "k", "v")} | {"return_lse": True}
+    inputs |= {"cu_seqlens_q": bounds, "cu_seqlens_kv": bounds, "causal": True}
+    measured = accuracy.measure_call(
+        hopper.flash_attention_varlen, reference.flash_attention_varlen, inputs, ("q", "k", "v")
+    )
+    assert len(measured) == 5 and not [str(m) for m in measured if not m.ok]
 
 
 def test_one_gradient_alone(on_hopper, monkeypatch):

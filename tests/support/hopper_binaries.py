@@ -7,6 +7,7 @@ options too, for inference and for training, which needs the residue; from Trito
 gradients by one kernel, too. --fewer: one of each of the others.
 """
 
+import itertools
 import json
 import re
 import sys
@@ -53,18 +54,19 @@ class Form(NamedTuple):
     causal: bool = True
     window: bool = False
     softcap: float | None = None
+    packed: bool = False
     training: bool = False
 
 
 def _forms(row: HopperConfig) -> Iterator[Form]:
-    for training in (False, True):
-        yield Form(True, training=training)
-        yield Form(False, training=training)
-        yield Form(window=True, training=training)
-        yield Form(softcap=2.0, training=training)
-        yield Form(False, softcap=2.0, training=training)
+    for packed, training in itertools.product((False, True), repeat=2):
+        form = Form(packed=packed, training=training)
+        yield form
+        yield form._replace(causal=False)
+        yield form._replace(window=True)
+        yield form._replace(softcap=2.0)
         if row.capped_windows:
-            yield Form(window=True, softcap=2.0, training=training)
+            yield form._replace(window=True, softcap=2.0)
 
 
 def entries(fewer: bool) -> Iterator[dict]:
@@ -72,7 +74,13 @@ def entries(fewer: bool) -> Iterator[dict]:
     for row in rows:
         for form in [Form()] if fewer else _forms(row):
             call = _call(row.head_dim, form.causal)
-            call = call._replace(window_left=100 if form.window else None, softcap=form.softcap)
+            bounds = torch.empty(9, dtype=torch.int32) if form.packed else None
+            call = call._replace(
+                window_left=100 if form.window else None,
+                softcap=form.softcap,
+                cu_seqlens_q=bounds,
+                cu_seqlens_kv=bounds,
+            )
             (launch,) = capture.capture(
                 "sm_90",
                 lambda call=call, form=form: launch_forward(

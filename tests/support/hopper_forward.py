@@ -10,6 +10,7 @@ Every call is held to its error budget. `tests/ops/test_hopper_forward.py` runs 
 
 import functools
 import importlib.util
+import itertools
 import random
 import re
 import types
@@ -29,9 +30,12 @@ from gqa_kernels.ops.attention.call import Call, prepared
 from gqa_kernels.runtime.hopper_configs import HopperConfig
 
 _FOLDER = "gqa_kernels.ops.attention.hopper"
-_NAMES = ("pipeline", "products", "tiles", "softmax", "options", "consumer", "forward")
+_NAMES = (
+    *("pipeline", "products", "tiles", "softmax", "options", "blocks", "consumer", "forward"),
+)
 GLUON = tuple(f"{_FOLDER}.{name}" for name in _NAMES)
-MODULES = ("gqa_kernels.primitives.residue", "gqa_kernels.primitives.soft_cap", *GLUON)
+_PRIMITIVES = tuple(f"gqa_kernels.primitives.{name}" for name in ("packed", "residue", "soft_cap"))
+MODULES = (*_PRIMITIVES, *GLUON)
 SHARED_BYTES = 232448
 
 
@@ -51,7 +55,8 @@ class Case(NamedTuple):
     num_programs: int = 2
     window: tuple[int | None, int | None] | None = None
     softcap: float | None = None
-    section: int | None = None  # heads; None: as the launcher chooses
+    bounds: tuple[tuple[int, ...], tuple[int, ...]] | None = None  # of packed queries and keys
+    section: int | None = None  # heads; None: all, as the launcher chooses for keys so short
 
 
 def shared_bytes(config: HopperConfig) -> int:
@@ -77,7 +82,8 @@ def draw_case(numbers: random.Random) -> Case:
     window = None
     if numbers.random() < 0.4:
         window = choice((None, 0, 1, 63, 64, 100, 128, 250)), choice((None, None, 0, 5, 64, 130))
-    return Case(
+    bounds = _draw_bounds(numbers) if numbers.random() < 0.3 else None
+    case = Case(
         config=choice([form for form in forms if shared_bytes(form) <= SHARED_BYTES]),
         batch=choice((1, 1, 2)),
         num_q_heads=kv_heads * choice((1, 2, 3)),
@@ -91,13 +97,28 @@ def draw_case(numbers: random.Random) -> Case:
         num_programs=choice((1, 2, 3, 5, 132)),
         window=window,
         softcap=choice((None, None, 0.5, 4.0)),
+        bounds=bounds,
         section=choice((None, 1, 2, 3)),
+    )
+    if bounds:  # and a few rows after the last sequence
+        rows, keys = (of[-1] + choice((1, 70)) for of in bounds)
+        case = case._replace(batch=1, seq_len_q=rows, seq_len_kv=keys)
+    return case
+
+
+def _draw_bounds(numbers: random.Random) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    count = numbers.choice((1, 2, 3, 5))
+    lengths_q = numbers.choices((0, 1, 30, 64, 65, 128, 200), k=count)
+    lengths_kv = numbers.choices((0, 1, 63, 64, 65, 129, 200, 256), k=count)
+    return tuple(itertools.accumulate(lengths_q, initial=0)), tuple(
+        itertools.accumulate(lengths_kv, initial=0)
     )
 
 
 def inputs_of(case: Case, seed: int) -> dict[str, Tensor]:
     """q is a view of every head but one; k and v are views with the heads before the rows. Where
-    the residue is checked, values have a mean, so that the sum of rounded weights matters."""
+    the residue is checked, values have a mean, so that the sum of rounded weights matters. Packed
+    rows that no other row may see are NaN."""
     generator = torch.Generator().manual_seed(seed)
     _, batch, num_q_heads, num_kv_heads, seq_len_q, seq_len_kv, dtype, *_ = case
 
@@ -106,7 +127,25 @@ def inputs_of(case: Case, seed: int) -> dict[str, Tensor]:
 
     q = draw(batch, seq_len_q, num_q_heads + 1)[:, :, :num_q_heads]
     k, v = (draw(batch, num_kv_heads, seq_len_kv).transpose(1, 2) for _ in range(2))
-    return {"q": q, "k": k, "v": v + 4 if case.need_residue else v}
+    v = v + 4 if case.need_residue else v
+    if case.bounds is None:
+        return {"q": q, "k": k, "v": v}
+    q, k, v = (x.squeeze(0) for x in (q, k, v))
+    bounds = {"cu_seqlens_q": case.bounds[0], "cu_seqlens_kv": case.bounds[1]}
+    for rows, keys in _sequences(case.bounds, q.shape[0], k.shape[0]):
+        if not len(keys):
+            q[rows.start : rows.stop] = torch.nan
+        if not len(rows) or keys.start == case.bounds[1][-1]:
+            k[keys.start : keys.stop] = v[keys.start : keys.stop] = torch.nan
+    return {"q": q, "k": k, "v": v} | {name: torch.tensor(x) for name, x in bounds.items()}
+
+
+def _sequences(bounds: Any, total_q: int, total_kv: int) -> Iterator[tuple[range, range]]:
+    """(queries, keys) of packed sequences; then the queries and the keys after the last one."""
+    for i in range(len(bounds[0]) - 1):
+        yield tuple(range(of[i], of[i + 1]) for of in bounds)
+    yield range(bounds[0][-1], total_q), range(total_kv, total_kv)
+    yield range(total_q, total_q), range(bounds[1][-1], total_kv)
 
 
 Attend = Callable[..., Tensor | tuple[Tensor, Tensor]]
@@ -169,13 +208,16 @@ def _attend(module: types.ModuleType, case: Case) -> Attend:
         return_lse: bool,
         window: tuple[int | None, int | None] | None = None,
         softcap: float | None = None,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_kv: Tensor | None = None,
     ) -> Any:
         left, right = window or (None, None)
         right = 0 if causal else right
-        call = prepared(Call(q, k, v, *[None] * 7, left, right, softcap))
+        bounds = cu_seqlens_q, cu_seqlens_kv
+        call = prepared(Call(q, k, v, *bounds, *[None] * 5, left, right, softcap))
         chosen = module.heads_per_section
-        if case.section is not None:
-            module.heads_per_section = lambda *_: case.section
+        section = case.section or case.batch * case.num_q_heads
+        module.heads_per_section = lambda *_: section
         try:
             out, lse, residue = module.launch_forward(
                 call,
@@ -187,15 +229,35 @@ def _attend(module: types.ModuleType, case: Case) -> Attend:
         finally:
             module.heads_per_section = chosen
         if case.need_residue:
-            check_residue(call, case.config.block_n, out, residue)
+            check_residue(call, case, out, residue)
+        if call.packed:
+            out, lse = (None if x is None else x.squeeze(0) for x in (out, lse))
         return (out, lse * call.score_unit) if return_lse else out
 
     return attend
 
 
-def check_residue(call: Call, block_n: int, out: Tensor, residue: Tensor) -> None:
+def check_residue(call: Call, case: Case, out: Tensor, residue: Tensor) -> None:
     """Raises unless the residue leaves at most a fiftieth of the difference between out and the
     mean of the values under the weights as they were rounded."""
+    q, k, v = call[:3]
+    parts = [(range(q.shape[1]), range(k.shape[1]))]
+    if case.bounds is not None:
+        parts = list(_sequences(case.bounds, q.shape[1], k.shape[1]))
+    before = after = 0.0
+    for rows, keys in parts:
+        if len(rows) and len(keys):
+            rows, keys = (slice(x.start, x.stop) for x in (rows, keys))
+            part = call._replace(q=q[:, rows], k=k[:, keys], v=v[:, keys])
+            errors = _errors(part, case.config.block_n, out[:, rows], residue[:, rows])
+            before, after = before + errors[0] ** 2, after + errors[1] ** 2
+    before, after = before**0.5, after**0.5
+    assert 50 * after <= before, f"the residue leaves {after:.2e} of {before:.2e}"
+
+
+def _errors(call: Call, block_n: int, out: Tensor, residue: Tensor) -> tuple[float, ...]:
+    """The norms of the differences from the mean of the values under the rounded weights, of out
+    and of out with its residue."""
     q, k, v = (x.double().transpose(1, 2) for x in call[:3])
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     scores = q @ k.transpose(-1, -2) * call.softmax_scale
@@ -223,8 +285,7 @@ def check_residue(call: Call, block_n: int, out: Tensor, residue: Tensor) -> Non
     restored = (
         out.double() + residue * (exponent - (14 if out.dtype == torch.bfloat16 else 17)).exp2()
     )
-    before, after = ((x - mean).norm().item() for x in (out.double(), restored))
-    assert 50 * after <= before, f"the residue leaves {after:.2e} of {before:.2e}"
+    return tuple((x - mean).norm().item() for x in (out.double(), restored))
 
 
 def measure(case: Case, seed: int, attend: Attend, device: str = "cpu") -> list[accuracy.Measured]:
@@ -232,7 +293,8 @@ def measure(case: Case, seed: int, attend: Attend, device: str = "cpu") -> list[
     tensors = {name: x.to(device) for name, x in inputs_of(case, seed).items()}
     options = ("causal", "return_lse", "window", "softcap")
     inputs = tensors | {name: getattr(case, name) for name in options}
-    return accuracy.measure_call(attend, reference.flash_attention, inputs, ())
+    oracle = reference.flash_attention if case.bounds is None else reference.flash_attention_varlen
+    return accuracy.measure_call(attend, oracle, inputs, ())
 
 
 complaints = functools.partial(random_calls.complaints, measure)

@@ -85,7 +85,8 @@ def _scalar_or_tensor(of_scalars: Callable, of_tensors: Callable) -> Callable:
     def function(a: Any, b: Any) -> Any:
         if isinstance(a, Tensor) or isinstance(b, Tensor):
             return of_tensors(torch.as_tensor(a), torch.as_tensor(b))
-        return of_scalars(a, b)
+        found = of_scalars(a, b)
+        return Integer(found) if type(found) is int else found
 
     return function
 
@@ -94,6 +95,11 @@ def _where(condition: Any, a: Any, b: Any) -> Any:
     if isinstance(condition, Tensor):
         return torch.where(condition, a, b)
     return a if condition else b
+
+
+def _load(pointer: memory.Pointer, mask: Any = None, other: float = 0.0) -> Any:
+    found = pointer.load(mask, other)
+    return found.as_subclass(Registers) if isinstance(found, Tensor) else found
 
 
 def _inline_asm(text: str, constraints: str, args: Sequence[Any], **options: Any) -> Any:
@@ -245,7 +251,7 @@ def modules() -> dict[str, types.ModuleType]:
         "max": lambda x, axis: x.amax(axis),
         "convert_layout": lambda x, layout: x,
         "store": lambda pointer, value, mask=None: pointer.store(value, mask),
-        "load": _in_registers(lambda pointer, mask=None, other=0.0: pointer.load(mask, other)),
+        "load": _load,
         "inline_asm_elementwise": _inline_asm,
         "allocate_shared_memory": _allocate,
         "warp_specialize": _warp_specialize,

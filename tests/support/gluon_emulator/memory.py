@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gluon_emulator.numbers import Integer
 from gluon_emulator.schedule import Event, Fault, Program
 
 
@@ -121,8 +122,11 @@ def must_be_fenced(thing: Any, who: str) -> None:
 
 
 class Descriptor:
-    """A TensorDescriptor: what of a box lies outside the tensor is 0 when read, lost when
-    written."""
+    """A TensorDescriptor: what of a box lies outside the tensor is 0 when read, lost when written.
+
+    With two dimensions more than the tensor, rows are those before row 2³⁰ of a box whose start
+    the first two move: addresses are sums modulo 2⁶⁴ (`triton.tools.ragged_tma`).
+    """
 
     def __init__(
         self,
@@ -132,7 +136,14 @@ class Descriptor:
         block_shape: Sequence[int],
         layout: Any,
     ) -> None:
-        if list(shape) != list(base.shape) or list(strides) != list(base.stride()):
+        _, row, *inner = base.stride()
+        self.is_ragged = len(shape) == 5
+        if self.is_ragged:
+            expected_shape = [0x7FFF0000, 0x7FFF0000, 2**30, *base.shape[2:]]
+            expected_strides = [2**34 - row, row, row, *inner]
+        else:
+            expected_shape, expected_strides = list(base.shape), list(base.stride())
+        if list(shape) != expected_shape or list(strides) != expected_strides:
             raise Fault("a descriptor of another tensor's shape or strides")
         aligned = all(stride * base.element_size() % 16 == 0 for stride in strides[:-1])
         if strides[-1] != 1 or not aligned or base.data_ptr() % 16:
@@ -141,6 +152,8 @@ class Descriptor:
 
     def overlap(self, start: Sequence[int], tile: Tile) -> tuple[Tensor, Tensor]:
         """The parts of the tensor and of the tile that correspond, of a box from `start` on."""
+        if self.is_ragged:
+            return self._ragged_overlap([int(x) for x in start], tile)
         outside, inside = [], []
         for first, block, size in zip(start, self.block_shape, self.base.shape, strict=True):
             low, high = max(int(first), 0), min(int(first) + block, size)
@@ -151,6 +164,20 @@ class Descriptor:
             inside = [slice(0, 0)] * len(inside)
             outside = inside
         return self.base[tuple(outside)], tile.data.view(self.block_shape)[tuple(inside)]
+
+    def _ragged_overlap(self, start: list[int], tile: Tile) -> tuple[Tensor, Tensor]:
+        stride, num_rows = self.base.stride(1), self.block_shape[2]
+        moved = start[0] * (2**34 - stride) + (start[1] + start[2]) * stride
+        item = self.base.element_size()
+        moved = (moved * item + 2**63) % 2**64 - 2**63
+        row, rest = divmod(moved // item, stride)
+        inside = min(max(2**30 - start[2], 0), num_rows)
+        if min(start) < 0 or max(start[:2]) >= 0x7FFF0000 or rest:
+            raise Fault(f"a box that starts at {start}")
+        if inside and not 0 <= row <= self.base.shape[1] - inside:
+            raise Fault(f"a box of the rows {row} … {row + inside - 1} of {self.base.shape[1]}")
+        there = self.base[0, row : row + inside, start[3]]
+        return there, tile.data.view(num_rows, -1)[:inside]
 
 
 def start_load(
@@ -224,7 +251,13 @@ class Pointer:
         used, mask = self._at(mask)
         self._data[used] = torch.as_tensor(value).expand(mask.shape)[mask].to(self.dtype)
 
-    def load(self, mask: Tensor | None, other: float) -> Tensor:
+    def load(self, mask: Any, other: float) -> Any:
+        """A tensor or, at a single pointer, an integer."""
+        if not isinstance(self._offset, Tensor):
+            if mask is False:
+                return Integer(other)
+            used, _ = self._at(None)
+            return Integer(self._data[used])
         used, mask = self._at(mask)
         values = torch.full(mask.shape, other, dtype=self.dtype)
         values[mask] = self._data[used]

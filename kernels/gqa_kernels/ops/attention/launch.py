@@ -41,7 +41,7 @@ def hopper_config(
     Args:
         table: `HOPPER_FORWARD` or `HOPPER_BACKWARD`.
     """
-    if any(option is not None for option in call[3:9]):
+    if any(option is not None for option in call[5:9]):
         return None
     q = call.q
     row = hopper_configs.hopper_config(
@@ -51,5 +51,5 @@ def hopper_config(
     if isinstance(row, hopper_configs.HopperConfig):
         covered = not has_window or call.softcap is None or row.capped_windows
     else:
-        covered = not has_window and call.softcap is None
+        covered = not has_window and call.softcap is None and not call.packed
     return row if covered else None

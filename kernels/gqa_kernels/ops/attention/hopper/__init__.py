@@ -1,9 +1,10 @@
 """Attention for Hopper (sm_90), in Gluon: off by default, as it has not run on a GPU yet.
 
 `forward.py`: the forward kernel; `consumer.py`: its consumers; `softmax.py`: their softmax;
-`dkdv.py`, `dq.py`: the backward kernels; `fused.py`: both in one, where the order of sums may
-differ from run to run; `keys.py`: what it shares with `dkdv.py`; `pipeline.py`: rings of tiles,
-turns; `products.py`: products of tiles in parts; `tiles.py`: the order of tiles, masks.
+`options.py`: windows, soft cap; `blocks.py`: packed sequences; `dkdv.py`, `dq.py`: the backward
+kernels; `fused.py`: both in one, where the order of sums may differ from run to run; `keys.py`:
+what it shares with `dkdv.py`; `pipeline.py`: rings of tiles, turns; `products.py`: products of
+tiles in parts; `tiles.py`: the order of tiles, masks.
 `triton.experimental` may change in every version of Triton, so these are imported only when a call
 runs them:
 `ops/attention/launch.py` chooses by the rows of `runtime/hopper_configs.py`, all of which say
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import Function, FunctionCtx, once_differentiable
 
 from gqa_kernels.ops.attention.backward import launch_backward
-from gqa_kernels.ops.attention.call import Call, check, prepared
+from gqa_kernels.ops.attention.call import Call, batched, check, prepared
 from gqa_kernels.ops.attention.launch import hopper_config, launch_forward
 from gqa_kernels.runtime import checks, library, target
 from gqa_kernels.runtime.hopper_configs import HOPPER_BACKWARD, HOPPER_FORWARD
@@ -44,8 +45,8 @@ def flash_attention(
             128 or 256, with a gradient 64 or 128; any strides, without a copy where TMA can
             address them (`layout.fits_tma`).
         k, v: `[batch, seq_len_kv, num_kv_heads, head_dim]`, likewise.
-        window, softcap: one of them or, at head_dim 64, both. Their gradient is computed by the
-            portable kernels.
+        window, softcap: one of them or, at head_dim 64, both. The portable kernels compute their
+            gradient.
         deterministic: False: without these, and if q and one of k, v require a gradient, one kernel
             with five matrix products computes all gradients (`fused.py`). Programs add to that of
             q in an order that differs from run to run, and its last bits with it. Takes float32
@@ -58,19 +59,61 @@ def flash_attention(
         NotImplementedError: another architecture, dtype, head_dim or combination of options;
             deterministic=False with an older Triton.
     """
+    call = Call(q, k, v, *[None] * 6, softmax_scale, None, None, softcap)
+    return _attend(call, causal, window, return_lse, deterministic)
+
+
+def flash_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_kv: Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`gqa_kernels.flash_attention_varlen` by the forward kernel for Hopper, measured or not.
+
+    As `flash_attention`; the portable kernels compute the gradient.
+
+    Args:
+        q: `[total_q, num_q_heads, head_dim]`.
+        k, v: `[total_kv, num_kv_heads, head_dim]`.
+        All else as in `gqa_kernels.flash_attention_varlen` and `flash_attention`.
+    Returns:
+        As `gqa_kernels.flash_attention_varlen`.
+    Raises:
+        As `flash_attention`.
+    """
+    for name, bounds in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_kv", cu_seqlens_kv)):
+        if not isinstance(bounds, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor; got {type(bounds).__name__}")
+    bounds = cu_seqlens_q, cu_seqlens_kv
+    call = Call(q, k, v, *bounds, *[None] * 4, softmax_scale, None, None, softcap)
+    return _attend(call, causal, window, return_lse)
+
+
+def _attend(
+    call: Call,
+    causal: bool,
+    window: tuple[int | None, int | None] | None,
+    return_lse: bool,
+    deterministic: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
     causal = checks.flag("causal", causal)
     if not checks.flag("deterministic", deterministic):
         _check_additions()
     left, right = checks.window(window)
-    call = Call(
-        q, k, v, *[None] * 6,
-        checks.optional_number("softmax_scale", softmax_scale), left, 0 if causal else right,
-        checks.optional_number("softcap", softcap),
-    )  # fmt: skip
-    return _attend(call, return_lse, deterministic)
-
-
-def _attend(call: Call, return_lse: bool, deterministic: bool) -> Tensor | tuple[Tensor, Tensor]:
+    call = call._replace(
+        softmax_scale=checks.optional_number("softmax_scale", call.softmax_scale),
+        window_left=left,
+        window_right=0 if causal else right,
+        softcap=checks.optional_number("softcap", call.softcap),
+    )
     check(*call)
     target.check_device("q", call.q)
     differentiates = library.keeps_for_gradient(call.q, call.k, call.v)
@@ -79,9 +122,7 @@ def _attend(call: Call, return_lse: bool, deterministic: bool) -> Tensor | tuple
     if differentiates:
         out, lse = _Differentiable.apply(deterministic, *call)
     else:
-        out, lse, _ = launch_forward(
-            prepared(call), need_lse=return_lse, need_residue=False, unmeasured=True
-        )
+        out, lse, _ = _forward(call, need_lse=return_lse, need_residue=False)
     return (out, lse * call.score_unit) if return_lse else out
 
 
@@ -97,7 +138,9 @@ def _check_additions() -> None:
 
 def _check_covered(call: Call, differentiates: bool) -> None:
     head_dim = call.q.shape[-1]
-    plain = call._replace(window_left=None, window_right=None, softcap=None)
+    plain = call._replace(
+        cu_seqlens_q=None, cu_seqlens_kv=None, window_left=None, window_right=None, softcap=None
+    )
     tables = [(HOPPER_FORWARD, "head_dim 64, 80, 96, 128 or 256")]
     if differentiates:
         tables.append((HOPPER_BACKWARD, "head_dim 64 or 128 with a gradient"))
@@ -114,17 +157,22 @@ def _check_covered(call: Call, differentiates: bool) -> None:
         )
 
 
+def _forward(call: Call, **needs: bool) -> tuple[Tensor | None, ...]:
+    results = launch_forward(prepared(call), **needs, unmeasured=True)
+    if not call.packed:
+        return results
+    return tuple(None if x is None else x.squeeze(0) for x in results)
+
+
 class _Differentiable(Function):
     """(out, lse in score units) of the fields of a call."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, deterministic: bool, *fields: Any) -> tuple[Tensor, Tensor]:
         call = Call(*fields)
-        out, lse, residue = launch_forward(
-            prepared(call), need_lse=True, need_residue=True, unmeasured=True
-        )
-        ctx.save_for_backward(*call[:3], out, lse, residue)
-        ctx.numbers, ctx.deterministic = call[3:], deterministic
+        out, lse, residue = _forward(call, need_lse=True, need_residue=True)
+        ctx.save_for_backward(*call[:5], out, lse, residue)
+        ctx.numbers, ctx.deterministic = call[5:], deterministic
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -133,21 +181,21 @@ class _Differentiable(Function):
     def backward(
         ctx: FunctionCtx, dout: Tensor | None, dlse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, residue = ctx.saved_tensors
+        *tensors, out, lse, residue = ctx.saved_tensors
+        call = Call(*tensors, *ctx.numbers)
         need_dq, *need_dkdv = ctx.needs_input_grad[1:4]
         grads = (None, None, None)
         if dout is not None or dlse is not None:
+            dout = out.new_zeros(out.shape) if dout is None else dout
             *grads, _ = launch_backward(
-                prepared(Call(q, k, v, *ctx.numbers)),
-                out.new_zeros(out.shape) if dout is None else dout,
-                dlse,
-                out,
-                lse,
-                residue,
+                prepared(call),
+                *batched(call.packed, dout, dlse, out, lse, residue),
                 need_dq=need_dq,
                 need_dkdv=any(need_dkdv),
                 need_dsinks=False,
                 unmeasured=True,
                 deterministic=ctx.deterministic,
             )
-        return None, *grads, *[None] * len(ctx.numbers)
+            if call.packed:
+                grads = [None if grad is None else grad.squeeze(0) for grad in grads]
+        return None, *grads, *[None] * (len(call) - 3)

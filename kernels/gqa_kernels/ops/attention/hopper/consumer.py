@@ -10,12 +10,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from gqa_kernels.ops.attention.hopper.blocks import (
+    at_sequence,
+    first_block,
+    lengths_of,
+    next_block,
+    rows_of,
+)
 from gqa_kernels.ops.attention.hopper.options import score, seen_tiles
 from gqa_kernels.ops.attention.hopper.pipeline import (
     CONSUMER_ROWS,
     accumulator_layout,
-    as_box,
     await_turn,
+    corner,
     landed,
     parts_at,
     pass_turn,
@@ -39,7 +46,7 @@ from gqa_kernels.ops.attention.hopper.softmax import (
     sum_of_threads,
     weigh,
 )
-from gqa_kernels.ops.attention.hopper.tiles import block_of_step, store_rows
+from gqa_kernels.ops.attention.hopper.tiles import store_rows
 from gqa_kernels.primitives.residue import residue_of
 
 LN_2 = gl.constexpr(0.6931471805599453)
@@ -144,13 +151,15 @@ def consume(
     n = 0  # key tiles so far, of all blocks
     if CONSUMER == NUM_CONSUMERS - 1:
         pass_turn(CONSUMER, NUM_CONSUMERS, TURNS)  # consumer 0 begins
-    block = block_of_step(step, sizes, BLOCK_M)
+    block = first_block(step, sizes, options, BLOCK_M)
     while block.exists:
-        tiles = seen_tiles(block.first_row, sizes, options, BLOCK_M, BLOCK_N, CAUSAL)
+        queries, _ = rows_of(block, options)
+        lengths = lengths_of(block, sizes, options)
+        tiles = seen_tiles(block.first_row, lengths, options, BLOCK_M, BLOCK_N, CAUSAL)
         start = (tiles.first + tiles.count - 1) * BLOCK_N
         first_row = block.first_row + CONSUMER * CONSUMER_ROWS
         rows = first_row + gl.arange(0, CONSUMER_ROWS, layout=OF_ROWS)
-        own_keys = rows + sizes.seq_len_kv - sizes.seq_len_q
+        own_keys = rows + lengths.seq_len_kv - lengths.seq_len_q
 
         # The last tile of keys; there are no weights yet that could multiply values meanwhile.
         q = landed(shared.q, step * NUM_CONSUMERS + CONSUMER)
@@ -161,7 +170,7 @@ def consume(
         pass_turn(CONSUMER, NUM_CONSUMERS, TURNS)
         scores = warpgroup_mma_wait(0, deps=[scores_soon])
         release(shared.k, n)
-        scores = score(scores, own_keys, start, sizes.seq_len_kv, options, SCORES, CAUSAL, "all")
+        scores = score(scores, own_keys, start, lengths.seq_len_kv, options, SCORES, CAUSAL, "all")
         nothing = gl.full([CONSUMER_ROWS], -float("inf"), gl.float32, layout=OF_ROWS)
         no_sum = gl.zeros([CONSUMER_ROWS, 4], gl.float32, layout=OF_THREADS)
         weights, running_max, running_sum, rescale = weigh(
@@ -179,21 +188,21 @@ def consume(
         if CAUSAL or options.window_left is not None:
             softmax = _walk(
                 q, shared, n + 1, num_masked, start - BLOCK_N, softmax,
-                own_keys, sizes.seq_len_kv, options, exponent_scale,
+                own_keys, lengths.seq_len_kv, options, exponent_scale,
                 CONSUMER, CAUSAL, TURNS, "window", ROUNDED,
             )  # fmt: skip
         n += tiles.count
         end = n - tiles.num_left
         softmax = _walk(
             q, shared, end - tiles.num_free, tiles.num_free, start, softmax,
-            own_keys, sizes.seq_len_kv, options, exponent_scale,
+            own_keys, lengths.seq_len_kv, options, exponent_scale,
             CONSUMER, CAUSAL, TURNS, None, ROUNDED,
         )  # fmt: skip
         if options.window_left is not None:
             start = (tiles.first + tiles.num_left - 1) * BLOCK_N
             softmax = _walk(
                 q, shared, end, tiles.num_left, start, softmax,
-                own_keys, sizes.seq_len_kv, options, exponent_scale,
+                own_keys, lengths.seq_len_kv, options, exponent_scale,
                 CONSUMER, CAUSAL, TURNS, "left", ROUNDED,
             )  # fmt: skip
         if OWN_OUT:
@@ -208,7 +217,8 @@ def consume(
             lse = softmax.running_max + gl.log2(total) * (LN_2 / score_unit)
             lse = gl.where(seen, lse, -float("inf"))
             head = (block.batch * sizes.num_heads + block.head).to(gl.int64)
-            gl.store(results.lse + head * sizes.seq_len_q + rows, lse, mask=rows < sizes.seq_len_q)
+            of_head = at_sequence(results.lse + head * sizes.seq_len_q, block, options, 1)
+            gl.store(of_head + rows, lse, mask=rows < lengths.seq_len_q)
         inverse = gl.where(seen, 1.0 / total, 0.0)
         values = await_all(values_soon)
         release(shared.v, n - 1)
@@ -219,24 +229,26 @@ def consume(
             tile[part].store(values[part].to(results.out[part].dtype))
         fence_async_shared()
         for part in gl.static_range(NUM_PARTS):
-            corner = [block.batch, first_row, block.head, part * FIRST_PART]
-            start_store(results.out[part], corner, as_box(tile[part]))
+            to = results.out[part]
+            start = corner(to, queries, first_row, block.head, part * FIRST_PART)
+            start_store(to, start, tile[part].reshape(to.block_shape))
         if ROUNDED:
             rounded_total = sum_of_threads(softmax.rounded_sum, OF_ROWS)
             share = gl.where(seen, total / rounded_total - 1.0, 0.0)
             lost = scale_rows(values, share)
+            pointer = at_sequence(results.residue, block, options, sizes.num_heads * HEAD_DIM)
             for part in gl.static_range(NUM_PARTS):
                 rounded = values[part].to(results.out[part].dtype)
                 residue = residue_of(lost[part] + (values[part] - rounded.to(gl.float32)), rounded)
                 store_rows(
-                    results.residue + part * FIRST_PART, residue, block, first_row, sizes,
+                    pointer + part * FIRST_PART, residue, block, first_row, lengths,
                     HEAD_DIM, accumulator_layout(tile[part].shape[1]),
                 )  # fmt: skip
         if not OWN_OUT:
             tma.store_wait(0)
             release(shared.q, step * NUM_CONSUMERS + CONSUMER)
         step += 1
-        block = block_of_step(step, sizes, BLOCK_M)
+        block = next_block(block, step, sizes, options, BLOCK_M)
     if CONSUMER == 0:
         await_turn(CONSUMER, TURNS)  # which the last consumer has passed on
     tma.store_wait(0)

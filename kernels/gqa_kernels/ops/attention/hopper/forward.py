@@ -23,6 +23,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from gqa_kernels.ops.attention.call import Call
+from gqa_kernels.ops.attention.hopper.blocks import first_block, lengths_of, next_block, rows_of
 from gqa_kernels.ops.attention.hopper.consumer import Results, Shared, consume
 from gqa_kernels.ops.attention.hopper.options import Options, seen_tiles
 from gqa_kernels.ops.attention.hopper.pipeline import (
@@ -33,11 +34,8 @@ from gqa_kernels.ops.attention.hopper.pipeline import (
     make_ring,
     parts_of,
 )
-from gqa_kernels.ops.attention.hopper.tiles import (
-    Sizes,
-    block_of_step,
-)
-from gqa_kernels.ops.attention.sequences import heads_per_section
+from gqa_kernels.ops.attention.hopper.tiles import Sizes
+from gqa_kernels.ops.attention.sequences import heads_per_section, num_blocks
 from gqa_kernels.runtime import launch, layout
 from gqa_kernels.runtime.hopper_configs import HopperConfig
 
@@ -50,29 +48,31 @@ def _copy(q, k, v, shared, sizes, options, GROUP_SIZE: gl.constexpr, CAUSAL: gl.
     BLOCK_N: gl.constexpr = shared.k.stages[0].shape[1]
     step = 0
     n = 0  # key tiles so far, of all blocks
-    block = block_of_step(step, sizes, BLOCK_M)
+    block = first_block(step, sizes, options, BLOCK_M)
     while block.exists:
-        tiles = seen_tiles(block.first_row, sizes, options, BLOCK_M, BLOCK_N, CAUSAL)
+        queries, keys = rows_of(block, options)
+        lengths = lengths_of(block, sizes, options)
+        tiles = seen_tiles(block.first_row, lengths, options, BLOCK_M, BLOCK_N, CAUSAL)
         kv_head = block.head // GROUP_SIZE
         last = tiles.first + tiles.count - 1
         # The stages of k and v are free before those of q, which the last block still reads.
-        fill(shared.k, n, k, block.batch, last * BLOCK_N, kv_head)
+        fill(shared.k, n, k, keys, last * BLOCK_N, kv_head)
         for consumer in gl.static_range(NUM_CONSUMERS):
             row = block.first_row + consumer * CONSUMER_ROWS
-            fill(shared.q, step * NUM_CONSUMERS + consumer, q, block.batch, row, block.head)
-        fill(shared.v, n, v, block.batch, last * BLOCK_N, kv_head)
+            fill(shared.q, step * NUM_CONSUMERS + consumer, q, queries, row, block.head)
+        fill(shared.v, n, v, keys, last * BLOCK_N, kv_head)
         for i in range(1, tiles.count):
-            fill(shared.k, n + i, k, block.batch, (last - i) * BLOCK_N, kv_head)
-            fill(shared.v, n + i, v, block.batch, (last - i) * BLOCK_N, kv_head)
+            fill(shared.k, n + i, k, keys, (last - i) * BLOCK_N, kv_head)
+            fill(shared.v, n + i, v, keys, (last - i) * BLOCK_N, kv_head)
         n += tiles.count
         step += 1
-        block = block_of_step(step, sizes, BLOCK_M)
+        block = next_block(block, step, sizes, options, BLOCK_M)
 
 
 @gluon.jit(
     do_not_specialize=[
         "seq_len_q", "seq_len_kv", "num_heads", "num_row_blocks", "num_batch_heads", "section",
-        "window_left", "window_right",
+        "num_sequences", "window_left", "window_right",
     ]
 )  # fmt: skip
 def _forward_kernel(
@@ -86,6 +86,9 @@ def _forward_kernel(
     out_rest,
     residue_ptr,
     lse_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_kv_ptr,
+    num_sequences,
     seq_len_q,
     seq_len_kv,
     num_heads,
@@ -121,9 +124,11 @@ def _forward_kernel(
         staged = allocate_tiles(q.dtype, NUM_CONSUMERS, CONSUMER_ROWS, HEAD_DIM)
     shared = Shared(q_ring, k_ring, v_ring, staged)
     sizes = Sizes(seq_len_q, seq_len_kv, num_heads, num_batch_heads, num_row_blocks, section)
-    options = Options(window_left, window_right, cap_scale)
     q, k, v = parts_of(q, q_rest), parts_of(k, k_rest), parts_of(v, v_rest)
     results = Results(parts_of(out, out_rest), residue_ptr, lse_ptr)
+    options = Options(
+        window_left, window_right, cap_scale, cu_seqlens_q_ptr, cu_seqlens_kv_ptr, num_sequences
+    )
     if NUM_CONSUMERS == 2:
         gl.warp_specialize(
             [
@@ -179,15 +184,22 @@ def launch_forward(
         lse = torch.empty(batch, num_q_heads, seq_len_q, dtype=torch.float32, device=q.device)
     group_size = num_q_heads // num_kv_heads
     num_batch_heads = batch * num_q_heads
-    num_row_blocks = layout.cdiv(seq_len_q, CONSUMER_ROWS.value * config.num_consumers)
+    num_row_blocks = num_blocks(
+        seq_len_q, call.num_sequences, CONSUMER_ROWS.value * config.num_consumers
+    )
     left, right = call.window_left, call.window_right
     causal = (left, right) == (None, 0)
     if causal:
         right = None
     elif left is not None or right is not None:  # one binary for all other windows
         left, right = (2**30 if side is None else side for side in (left, right))
-    q_parts, out_parts = (descriptors(x, CONSUMER_ROWS.value) for x in (q, out))
-    k_parts, v_parts = (descriptors(x, config.block_n) for x in (k, v))
+    q_parts, k_parts, v_parts, out_parts = (
+        descriptors(x, rows, packed=call.packed)
+        for x, rows in (
+            *((q, CONSUMER_ROWS.value), (k, config.block_n)),
+            *((v, config.block_n), (out, CONSUMER_ROWS.value)),
+        )
+    )
     _launch(
         (min(num_programs, num_row_blocks * num_batch_heads),),
         q=q_parts[0],
@@ -200,6 +212,9 @@ def launch_forward(
         out_rest=out_parts[1],
         residue_ptr=residue,
         lse_ptr=lse,
+        cu_seqlens_q_ptr=call.cu_seqlens_q,
+        cu_seqlens_kv_ptr=call.cu_seqlens_kv,
+        num_sequences=call.num_sequences,
         seq_len_q=seq_len_q,
         seq_len_kv=seq_len_kv,
         num_heads=num_q_heads,

@@ -20,6 +20,9 @@ class Options(NamedTuple):
     window_left: Any  # None, and then both, without a window
     window_right: Any
     cap_scale: Any  # None without a soft cap
+    cu_seqlens_q: Any  # pointers to the bounds of packed sequences, or None
+    cu_seqlens_kv: Any
+    num_sequences: Any
 
 
 class KeyTiles(NamedTuple):

@@ -95,29 +95,47 @@ def allocate_tiles(
     return parts
 
 
+class Rows(NamedTuple):
+    """Those of a packed sequence."""
+
+    first: Any
+    length: Any
+
+
+MANY = gl.constexpr(2**30)  # rows
+
+
+@gluon.jit
+def corner(tensor, batch, row, head, feature):
+    """The coordinates of a feature of a row of a head for a descriptor.
+
+    Args:
+        batch: the batch entry or, for packed sequences, `Rows`.
+    """
+    if len(tensor.block_shape) == 4:
+        return [batch, row, head, feature]
+    else:
+        return [MANY, batch.first + batch.length, MANY - batch.length + row, head, feature]
+
+
 @gluon.jit
 def fill(ring, n, source, batch, row, head):
     """Copy warp: starts the copy of tile n, from a row of one head on, once its stage is empty.
 
     Args:
-        source: a descriptor of `[batch, row, head, feature]` for each part; what lies outside
-            lands as zeros.
+        source: a descriptor for each part; what lies outside of the tensor or the sequence lands as
+            zeros.
+        batch: as in `corner`.
     """
     NUM_STAGES: gl.constexpr = ring.stages[0].shape[0]
     stage = n % NUM_STAGES
     mbarrier.wait(ring.empty.index(stage), ((n // NUM_STAGES) & 1) ^ 1)  # the first round: at once
     full = ring.full.index(stage)
     for part in gl.static_range(len(source)):
-        stages = ring.stages[part]
+        stages, tensor = ring.stages[part], source[part]
         mbarrier.expect(full, stages.shape[1] * stages.shape[2] * 2)
-        corner = [batch, row, head, part * ring.stages[0].shape[2]]
-        start_load(source[part], corner, full, as_box(stages.index(stage)))
-
-
-@gluon.jit
-def as_box(tile):
-    """A tile `[row, feature]` as TMA copies it: `[1, row, 1, feature]`."""
-    return tile.reshape([1, tile.shape[0], 1, tile.shape[1]])
+        start = corner(tensor, batch, row, head, part * ring.stages[0].shape[2])
+        start_load(tensor, start, full, stages.index(stage).reshape(tensor.block_shape))
 
 
 @gluon.jit
@@ -231,21 +249,37 @@ _DTYPES = {
 }
 
 
-def descriptor(x: Tensor, block_rows: int, block_features: int | None = None) -> TensorDescriptor:
+def descriptor(
+    x: Tensor, block_rows: int, block_features: int | None = None, *, packed: bool = False
+) -> TensorDescriptor:
     """Returns a descriptor of x `[batch, row, head, feature]` for tiles of rows of one head, of all
     features unless it says how many.
 
-    Four dimensions, so that rows beyond the last are not those of the next head.
+    Rows are a dimension of their own, so that those beyond the last are not those of the next head.
+    Of packed sequences, in batch entry 0, rows beyond the last one of a sequence are outside too:
+    TMA adds up strides modulo 2⁶⁴ bytes, so a dimension of 2³⁰ rows may end at any row
+    (`triton.tools.ragged_tma`).
     """
     dtype = _DTYPES[x.dtype]
-    block = [1, block_rows, 1, block_features or x.shape[-1]]
+    shape, strides, block = (
+        list(x.shape),
+        list(x.stride()),
+        [1, block_rows, 1, block_features or x.shape[-1]],
+    )
+    if packed:
+        stride = strides[1]
+        shape = [0x7FFF0000, 0x7FFF0000, MANY.value, *shape[2:]]
+        strides = [2**34 - stride, stride, *strides[1:]]
+        block = [1, *block]
     tiles = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, tiles)
+    return TensorDescriptor(x, shape, strides, block, tiles)
 
 
-def descriptors(x: Tensor, block_rows: int) -> tuple[TensorDescriptor, TensorDescriptor | None]:
+def descriptors(
+    x: Tensor, block_rows: int, *, packed: bool = False
+) -> tuple[TensorDescriptor, TensorDescriptor | None]:
     """Returns a `descriptor` for each part of a tile; None if there is no second part."""
     head_dim = x.shape[-1]
     first = first_part(head_dim)
-    rest = descriptor(x, block_rows, head_dim - first) if first < head_dim else None
-    return descriptor(x, block_rows, first), rest
+    rest = descriptor(x, block_rows, head_dim - first, packed=packed) if first < head_dim else None
+    return descriptor(x, block_rows, first, packed=packed), rest
