@@ -40,7 +40,6 @@ from gqa_kernels.ops.attention.hopper.pipeline import (
     CONSUMER_ROWS,
     accumulator_layout,
     allocate_tiles,
-    as_box,
     descriptor,
     landed,
     pin_tile,
@@ -142,7 +141,7 @@ def _walk(
         start_add(
             dq_out,
             [work.batch, work.first_query + i * BLOCK_M, head, CONSUMER * HALF],
-            as_box(exchange.dq.index(CONSUMER)),
+            exchange.dq.index(CONSUMER).reshape(dq_out.block_shape),
         )
         dk, _ = warpgroup_mma_wait(0, deps=[dk_soon, d_scores])
         release(shared.q, n + i)

@@ -13,7 +13,6 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from gqa_kernels.ops.attention.hopper.pipeline import (
     CONSUMER_ROWS,
-    as_box,
     fill,
     make_ring,
     start_store,
@@ -135,6 +134,6 @@ def store_gradients(dk_out, dv_out, k, v, dk, dv, work, first_key):
     k.store(dk.to(dk_out.dtype))
     fence_async_shared()
     start = [work.batch, first_key, work.kv_head, 0]
-    start_store(dv_out, start, as_box(v))
-    start_store(dk_out, start, as_box(k))
+    start_store(dv_out, start, v.reshape(dv_out.block_shape))
+    start_store(dk_out, start, k.reshape(dk_out.block_shape))
     tma.store_wait(0)
