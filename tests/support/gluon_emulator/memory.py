@@ -176,7 +176,9 @@ class Descriptor:
             raise Fault(f"a box that starts at {start}")
         if inside and not 0 <= row <= self.base.shape[1] - inside:
             raise Fault(f"a box of the rows {row} … {row + inside - 1} of {self.base.shape[1]}")
-        there = self.base[0, row : row + inside, start[3]]
+        there = self.base[
+            0, row : row + inside, start[3], start[4] : start[4] + tile.data.shape[-1]
+        ]
         return there, tile.data.view(num_rows, -1)[:inside]
 
 
