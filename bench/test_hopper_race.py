@@ -53,7 +53,9 @@ def test_a_process_that_hangs_is_ended_and_its_results_stay(tmp_path):
 
 def test_what_is_compiled_beside_the_jobs_ends_with_them(monkeypatch, tmp_path):
     child = tmp_path / "child.py"
-    child.write_text("import sys, time; print(sys.argv[1:], flush=True); time.sleep(60)")
+    # One write per process: Python may write a print's text and the end of its line in two.
+    line = "sys.stdout.write(f'{sys.argv[1:]}\\n'); sys.stdout.flush()"
+    child.write_text(f"import sys, time; {line}; time.sleep(60)")
     monkeypatch.setattr(hopper, "CHILD", child)
     (jobs, _), log = variants.plan(dry=False), tmp_path / "log"
     start = time.monotonic()
