@@ -60,6 +60,19 @@ def test_the_order_of_blocks_keeps_the_sms_busy(seq_len, percent):
     assert max(sums) - min(sums) <= 2 * blocks
 
 
+@pytest.mark.parametrize(
+    ("sizes", "least"), [((4, 32, 32, 2048), 0.82), ((1, 64, 64, 4096), 0.91)], ids=str
+)
+def test_sections_of_heads_cost_little_balance(sizes, least):
+    """Each of the sections begins with blocks like those with which the last one ends."""
+    from balance import FORWARD, Shape, section_of
+    from hopper_schedule import useful_share
+
+    shape = Shape(*sizes)
+    assert section_of(FORWARD, shape) < shape.batch * shape.num_q_heads
+    assert useful_share(shape, 128, 128, step_cycles=2185.0) >= least
+
+
 def test_a_version_replaces_its_own_section_only():
     from hopper_compiled import INTRODUCTION, page
 

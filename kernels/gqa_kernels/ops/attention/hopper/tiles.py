@@ -32,18 +32,22 @@ def block_of_step(step, sizes, NUM_ROWS: gl.constexpr):
 
     The blocks with the most keys under a causal mask, those of the last rows, come first. They are
     dealt to the programs there and back again, so that each gets heavy and light ones alike. Heads
-    follow each other in sections, whose keys and values fit the L2 cache.
+    follow each other in sections, whose keys and values fit the L2 cache; every other section, from
+    the last but one, begins with the light blocks, so that work changes little from step to step.
     """
     num_programs = gl.num_programs(0)
     program = gl.program_id(0)
     if step % 2 == 1:
         program = num_programs - 1 - program
     number = step * num_programs + program
-    first_head = number // (sizes.section * sizes.num_row_blocks) * sizes.section
+    section = number // (sizes.section * sizes.num_row_blocks)
+    first_head = section * sizes.section
     heads_here = gl.maximum(gl.minimum(sizes.section, sizes.num_batch_heads - first_head), 1)
     rest = number - first_head * sizes.num_row_blocks
     batch_head = first_head + rest % heads_here
-    row_block = sizes.num_row_blocks - 1 - rest // heads_here
+    row_block = rest // heads_here
+    if ((sizes.num_batch_heads - 1) // sizes.section - section) % 2 == 0:
+        row_block = sizes.num_row_blocks - 1 - row_block
     return Block(
         number < sizes.num_row_blocks * sizes.num_batch_heads,
         batch_head // sizes.num_heads,
