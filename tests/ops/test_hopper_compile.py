@@ -193,6 +193,7 @@ def test_a_bad_configuration_is_noticed():
 )
 def test_ptx_of_random_calls(module, cases):
     """Executed without a GPU: the error budget, races, missing waits and fences, the same bits
-    under two schedules."""
+    under two schedules. Runs with Triton 3.6, 3.7, 3.8 and 3.9; the faults of `make test-hopper`
+    are listed for 3.7."""
     done = compiling("-m", module, "--ptx", "--cases", str(cases))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

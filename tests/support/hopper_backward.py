@@ -3,6 +3,7 @@
     python -m hopper_backward --cases 500              as they are written, by gluon_emulator
     python -m hopper_backward --faults                 one synchronisation less at a time
     python -m hopper_backward --ptx --cases 10         as they are compiled, by ptx_emulator
+    python -m hopper_backward --ptx --faults           a line of the PTX changed at a time
     timeout 300 python -m hopper_backward --gpu --cases 200        on a GPU, if this machine has one
 
 Every gradient is held to its error budget. `tests/ops/test_hopper_backward.py` runs a sample.
@@ -116,14 +117,17 @@ def on_gpu(case: Case, seed: int) -> Callable[..., Any]:
     return _attend(modules, case, lambda run: _same_bits([run(), run()], case))
 
 
-def as_compiled(case: Case, seed: int) -> Callable[..., Any]:
+def as_compiled(
+    case: Case, seed: int, change: Callable[[str, str], str] | None = None
+) -> Callable[..., Any]:
     """The same by the kernels' PTX, which must give the same bits under two schedules."""
     from ptx_emulator.driver import emulating
 
     def run_twice(run: Callable[[], Any]) -> Any:
         results = []
         for schedule in ("lockstep", "random"):
-            with emulating("sm_90", schedule=schedule, seed=seed, mbarrier_fence=True):
+            options = {"schedule": schedule, "seed": seed, "mbarrier_fence": True}
+            with emulating("sm_90", mutate=change, **options):
                 results.append(run())
         return _same_bits(results, case)
 
@@ -226,10 +230,43 @@ def _shapes() -> Iterator[Case]:
 how_noticed = functools.partial(random_calls.how_noticed, complaints, as_written, _shapes)
 
 
+def _ptx_families() -> Iterator[tuple[Case, ...]]:
+    """Calls of the same PTX."""
+    yield (Case(HopperBackwardConfig(64, 64, 2), 1, 1, 1, 264, 264),)
+
+
+# What another synchronisation implies, in the PTX of Triton 3.7, kernel and family, kind, and which
+# of its lines.
+PTX_IMPLIED = tuple(
+    f"{kernel} 0: {kind} {line}"
+    for kernel, kinds, lines in (
+        # The copy warp waits for two stages each that it fills once: they are free. In the loop,
+        # the consumers release the second stage of a step before the first one: values before
+        # keys, dO before queries.
+        ("_dq_kernel", ("no wait for an mbarrier",), (12, 13, 14, 15, 17)),
+        ("_dkdv_kernel", ("no wait for an mbarrier",), (10, 11, 12, 13, 15)),
+        # dO is released once dv is computed; the queries of the step, which the copy warp waits for
+        # before it brings the next dO, later, once dk is computed.
+        ("_dkdv_kernel", ("no wait for products", "a wait for one product less"), (1, 5)),
+    )
+    for kind in kinds
+    for line in lines
+)
+
+
 def main() -> None:
     description = __doc__.partition("\n")[0]
     runs = {"written": as_written, "ptx": as_compiled, "gpu": on_gpu}
-    random_calls.command(description, draw_case, runs, complaints, all_faults, how_noticed)
+    random_calls.command(
+        description,
+        draw_case,
+        runs,
+        complaints,
+        all_faults,
+        how_noticed,
+        _ptx_families(),
+        PTX_IMPLIED,
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python -m hopper_forward --cases 1000              as it is written, by gluon_emulator
     python -m hopper_forward --faults                  one synchronisation less at a time
     python -m hopper_forward --ptx --cases 30          as it is compiled, by ptx_emulator
+    python -m hopper_forward --ptx --faults            a line of the PTX changed at a time
     timeout 300 python -m hopper_forward --gpu --cases 300         on a GPU, if this machine has one
 
 Every call is held to its error budget. `tests/ops/test_hopper_forward.py` runs a sample.
@@ -175,7 +176,7 @@ def on_gpu(case: Case, seed: int) -> Attend:
     return attend
 
 
-def as_compiled(case: Case, seed: int) -> Attend:
+def as_compiled(case: Case, seed: int, change: Callable[[str, str], str] | None = None) -> Attend:
     """`flash_attention` by the kernel's PTX, which must give the same bits under two schedules."""
     from ptx_emulator.driver import emulating
 
@@ -186,7 +187,8 @@ def as_compiled(case: Case, seed: int) -> Attend:
     def attend(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         results = []
         for schedule in ("lockstep", "random"):
-            with emulating("sm_90", schedule=schedule, seed=seed, mbarrier_fence=True):
+            options = {"schedule": schedule, "seed": seed, "mbarrier_fence": True}
+            with emulating("sm_90", mutate=change, **options):
                 found = run(*args, **kwargs)
             results.append(found if isinstance(found, tuple) else (found,))
         for one, other in zip(*results, strict=True):
@@ -378,10 +380,32 @@ def _shapes() -> Iterator[Case]:
 how_noticed = functools.partial(random_calls.how_noticed, complaints, as_written, _shapes)
 
 
+def _ptx_families() -> Iterator[tuple[Case, ...]]:
+    """Calls of the same PTX: several blocks for a program; few tiles of keys without turns."""
+    narrow = HopperConfig(64, 2, 64, 2, own_out=True)
+    some = Case(narrow, 1, 1, 1, 200, 264, num_programs=1)
+    yield some, some._replace(seq_len_q=300, seq_len_kv=100)
+    few = Case(narrow._replace(turns=False), 1, 1, 1, 300, 128, causal=False, num_programs=1)
+    yield few, few._replace(seq_len_kv=300)
+
+
+_NO_WAIT = "_forward_kernel {}: no wait for an mbarrier {}".format
+# What another synchronisation implies, in the PTX of Triton 3.7.
+PTX_IMPLIED = (
+    # Consumer 1 has its turn when consumer 0 has waited for the same tiles: keys of the first tile;
+    # keys and values in the loop with a mask, and in the one without.
+    *(_NO_WAIT(0, line) for line in range(8, 13)),
+    # The copy warp's first values of a block: it waited for the stage of the queries before.
+    *(_NO_WAIT(0, 17), _NO_WAIT(1, 13)),
+)
+
+
 def main() -> None:
     description = __doc__.partition("\n")[0]
     runs = {"written": as_written, "ptx": as_compiled, "gpu": on_gpu}
-    random_calls.command(description, draw_case, runs, complaints, faults, how_noticed)
+    random_calls.command(
+        description, draw_case, runs, complaints, faults, how_noticed, _ptx_families(), PTX_IMPLIED
+    )
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
 """The command of modules that check a kernel by random calls and by faults put into it."""
 
 import argparse
+import functools
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
+import ptx_faults
 import torch
 
 from gqa_kernels.runtime import target
+
+PTX_SEEDS = 3  # interleavings in which a fault in the PTX may be noticed
 
 
 def complaints(
@@ -51,6 +55,8 @@ def command(
     complaints: Callable[[Any, int, Any, str], list[str]],
     faults: Callable[[], Iterable[Any]],
     how_noticed: Callable[[Any], str | None],
+    ptx_families: Iterable[tuple[Any, ...]],
+    ptx_implied: Container[str],
 ) -> None:
     """Runs what the command line asks for; exits with status 1 if a call was wrong or a fault was
     not noticed.
@@ -59,11 +65,15 @@ def command(
         runs: by "written", "ptx" and "gpu", a function of (case, seed) that returns what
             `complaints(case, seed, …, device)` judges.
         how_noticed: returns what the first call that notices a fault says; None if none does.
+        ptx_families, ptx_implied: of `ptx_faults.faults`.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--cases", type=int, default=0, help="random calls")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--faults", action="store_true", help="break the kernel")
+    parser.add_argument("--faults", action="store_true", help="break the kernel, or its PTX")
+    parser.add_argument(
+        "--part", type=int, nargs=2, default=(0, 1), metavar=("K", "N"), help="of faults: K of N"
+    )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--ptx", action="store_true", help="run random calls as compiled")
     where.add_argument("--gpu", action="store_true", help="run random calls on a GPU")
@@ -83,6 +93,11 @@ def command(
             print(f"failed {number} {case}: {complaint}", flush=True)
     if options.cases:
         print(f"{options.cases} calls, {failed} complaints, {time.time() - started:.0f} s")
+    if options.faults and options.ptx:
+        faults = functools.partial(
+            ptx_faults.faults, ptx_families, ptx_implied, run, complaints, options.part
+        )
+        how_noticed = functools.partial(ptx_faults.how_noticed, complaints, run, PTX_SEEDS)
     for fault in faults() if options.faults else ():
         found = how_noticed(fault)
         failed += found is None
