@@ -144,6 +144,11 @@ def test_what_the_kernel_covers(monkeypatch):
         assert launch.hopper_config(call, table, unmeasured=True) == table[0]
         of_gradient = launch.hopper_config(call, hopper_configs.HOPPER_BACKWARD, unmeasured=True)
         assert (of_gradient is None) == bool(options)
+        measured = tuple(row._replace(measured=True) for row in table)
+        found = launch.hopper_config(call, measured, unmeasured=False)
+        assert found == (None if options else measured[0])
+        measured = tuple(row._replace(options_measured=True) for row in measured)
+        assert launch.hopper_config(call, measured, unmeasured=False) == measured[0]
     call = a_call(window_left=3, softcap=2.0)
     assert launch.hopper_config(call, table, unmeasured=True) == table[0]
     for call in (

@@ -21,6 +21,7 @@ class HopperConfig(NamedTuple):
     turns: bool = True  # whether the consumers take turns at issuing products
     capped_windows: bool = False  # whether there are registers for a soft cap with a window
     measured: bool = False  # on a GPU; other rows run only where a caller asks for them
+    options_measured: bool = False  # likewise, with windows, a soft cap or packed sequences
 
 
 HOPPER_FORWARD = (

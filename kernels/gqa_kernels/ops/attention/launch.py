@@ -48,8 +48,9 @@ def hopper_config(
         table, target.current().arch, q.element_size(), q.shape[-1], unmeasured
     )
     has_window = call.window_left is not None or call.window_right not in (None, 0)
-    if isinstance(row, hopper_configs.HopperConfig):
-        covered = not has_window or call.softcap is None or row.capped_windows
-    else:
-        covered = not has_window and call.softcap is None and not call.packed
-    return row if covered else None
+    if row is None or not (has_window or call.softcap is not None or call.packed):
+        return row
+    if not isinstance(row, hopper_configs.HopperConfig):
+        return None
+    covered = not has_window or call.softcap is None or row.capped_windows
+    return row if covered and (row.options_measured or unmeasured) else None
