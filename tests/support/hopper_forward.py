@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import hopper_residue
 import random_calls
 import torch
 from gluon_emulator import load
@@ -141,6 +142,14 @@ def inputs_of(case: Case, seed: int) -> dict[str, Tensor]:
     return {"q": q, "k": k, "v": v} | {name: torch.tensor(x) for name, x in bounds.items()}
 
 
+def _parts(call: Call, case: Case) -> Iterator[tuple[range, range]]:
+    """(queries, keys) of each sequence of a batched call."""
+    total_q, total_kv = call.q.shape[1], call.k.shape[1]
+    if case.bounds is None:
+        return iter([(range(total_q), range(total_kv))])
+    return _sequences(case.bounds, total_q, total_kv)
+
+
 def _sequences(bounds: Any, total_q: int, total_kv: int) -> Iterator[tuple[range, range]]:
     """(queries, keys) of packed sequences; then the queries and the keys after the last one."""
     for i in range(len(bounds[0]) - 1):
@@ -231,63 +240,12 @@ def _attend(module: types.ModuleType, case: Case) -> Attend:
         finally:
             module.heads_per_section = chosen
         if case.need_residue:
-            check_residue(call, case, out, residue)
+            hopper_residue.check(call, case.config.block_n, _parts(call, case), out, residue)
         if call.packed:
             out, lse = (None if x is None else x.squeeze(0) for x in (out, lse))
         return (out, lse * call.score_unit) if return_lse else out
 
     return attend
-
-
-def check_residue(call: Call, case: Case, out: Tensor, residue: Tensor) -> None:
-    """Raises unless the residue leaves at most a fiftieth of the difference between out and the
-    mean of the values under the weights as they were rounded."""
-    q, k, v = call[:3]
-    parts = [(range(q.shape[1]), range(k.shape[1]))]
-    if case.bounds is not None:
-        parts = list(_sequences(case.bounds, q.shape[1], k.shape[1]))
-    before = after = 0.0
-    for rows, keys in parts:
-        if len(rows) and len(keys):
-            rows, keys = (slice(x.start, x.stop) for x in (rows, keys))
-            part = call._replace(q=q[:, rows], k=k[:, keys], v=v[:, keys])
-            errors = _errors(part, case.config.block_n, out[:, rows], residue[:, rows])
-            before, after = before + errors[0] ** 2, after + errors[1] ** 2
-    before, after = before**0.5, after**0.5
-    assert 50 * after <= before, f"the residue leaves {after:.2e} of {before:.2e}"
-
-
-def _errors(call: Call, block_n: int, out: Tensor, residue: Tensor) -> tuple[float, ...]:
-    """The norms of the differences from the mean of the values under the rounded weights, of out
-    and of out with its residue."""
-    q, k, v = (x.double().transpose(1, 2) for x in call[:3])
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    scores = q @ k.transpose(-1, -2) * call.softmax_scale
-    if call.softcap is not None:
-        scores = call.softcap * (scores / call.softcap).tanh()
-    keys = torch.arange(k.shape[2], device=q.device)
-    own = torch.arange(q.shape[2], device=q.device)[:, None] + k.shape[2] - q.shape[2]
-    if call.window_right is not None:
-        scores = scores.masked_fill(keys > own + call.window_right, -torch.inf)
-    if call.window_left is not None:
-        scores = scores.masked_fill(keys < own - call.window_left, -torch.inf)
-    # A weight is rounded relative to the largest score so far, from the last tile downwards.
-    tiles = scores.split(block_n, dim=-1)
-    largest = torch.stack([tile.amax(-1) for tile in tiles])
-    anchors = largest.flip(0).cummax(0).values.flip(0).nan_to_num(neginf=0.0)[..., None]
-    weights = torch.cat(
-        [
-            (tile - anchor).exp().to(out.dtype).double() * (anchor - anchors[0]).exp()
-            for tile, anchor in zip(tiles, anchors, strict=True)
-        ],
-        dim=-1,
-    )
-    mean = (weights @ v / weights.sum(-1, keepdim=True)).nan_to_num().transpose(1, 2)
-    exponent = out.double().abs().clamp(min=2.0**-14).log2().floor()
-    restored = (
-        out.double() + residue * (exponent - (14 if out.dtype == torch.bfloat16 else 17)).exp2()
-    )
-    return tuple((x - mean).norm().item() for x in (out.double(), restored))
 
 
 def measure(case: Case, seed: int, attend: Attend, device: str = "cpu") -> list[accuracy.Measured]:
