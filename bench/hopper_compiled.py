@@ -178,10 +178,12 @@ def _rate_rows(forward: Iterable[Entry], backward: Sequence[Entry]) -> Iterator[
                 _form_text(entry),
                 *(f"{x:.0f}" for x in forward_rates(entry)),
             )
+    # Causal or not, dq has a loop without a mask; that of the others applies it in a branch, so the
+    # steps of the full form are those of most tiles.
     plain = {
         (entry["row"]["head_dim"], _name(entry)): entry
         for entry in backward
-        if _is_plain(entry, causal=True)
+        if _is_plain(entry, causal=_name(entry) == "dq")
     }
     for head_dim in dict.fromkeys(head_dim for head_dim, _ in plain):
         for products in ({"dkdv": 4, "dq": 3}, {"fused": 5}):  # fused: only where Triton can
