@@ -1,8 +1,8 @@
 """Configurations of the warp-specialised kernels in `ops/attention/hopper/`: 16 bits, sm_90.
 
-Chosen from compiled code: with Triton 3.7, no accesses to local memory in the loops with products.
-Registers are per thread; those of two consumers and of the copy warp, with three idle warps beside
-it, are 65536 in all.
+Chosen from compiled code: with Triton 3.7, no or few accesses to local memory in the loops with
+products. Registers are per thread; those of two consumers and of the copy warp, with three idle
+warps beside it, are 65536 in all.
 """
 
 from typing import NamedTuple, TypeVar
