@@ -270,18 +270,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=13.0, help="default: %(default)g")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, without a GPU")
     options = parser.parse_args(arguments)
+    if not options.minutes > 0:  # NaN, too
+        parser.error(f"--minutes: expected a positive number; got {options.minutes}")
+    if options.out.suffix in (".md", ".log"):
+        parser.error(f"--out: expected another suffix than .md and .log; got {options.out}")
     if not options.dry_run and not _has_gpu():
         parser.error("expected a GPU of compute capability 9.0; --dry-run needs none")
     out = options.out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
     kind = record.DRY_RUN if options.dry_run else record.MEASUREMENT
     results = Record(out, kind, {"gpu": None})
-    if out.exists():
-        before = record.read(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        before = record.read(out) if out.exists() else results.content
+        log = out.with_suffix(".log").open("a", encoding="utf-8")
+    except (OSError, ValueError) as error:
+        parser.error(f"--out: {error}")
+    with log:
         if before["kind"] != kind:
             parser.error(f"--out: expected a file of a {kind}; got one of a {before['kind']}")
         results.content = before
-    with out.with_suffix(".log").open("a", encoding="utf-8") as log:
         deadline = time.monotonic() + 60 * options.minutes
         try:
             describe(results, log, options.dry_run)

@@ -2,6 +2,9 @@
 
 import contextlib
 import itertools
+import re
+import signal
+import subprocess
 import sys
 import time
 
@@ -67,6 +70,22 @@ def test_what_is_compiled_beside_the_jobs_ends_with_them(monkeypatch, tmp_path):
     compiled = [str(["compile", job.what]) for job in jobs if job.kind == "consan"]
     assert sorted(log.read_text(encoding="utf-8").split("\n")[:-1]) == sorted(compiled)
     assert time.monotonic() < start + 50 and len(compiled) == 2
+
+
+def test_a_job_ends_with_the_command_from_its_first_import_on():
+    script = """if True:
+        import ctypes, runpy, sys, types
+
+        def report():
+            found = ctypes.c_int()
+            ctypes.CDLL(None).prctl(2, ctypes.byref(found))  # PR_GET_PDEATHSIG
+            raise SystemExit(found.value)
+
+        sys.modules["importable"] = types.SimpleNamespace(make_importable=report)
+        runpy.run_path(sys.argv[1], run_name="__main__")
+    """
+    done = subprocess.run([sys.executable, "-S", "-c", script, str(hopper.CHILD)], check=False)
+    assert done.returncode == signal.SIGKILL
 
 
 @pytest.fixture
@@ -193,6 +212,28 @@ def test_results_of_another_gpu_are_not_continued(in_process, tmp_path, capsys):
     with pytest.raises(SystemExit):
         hopper.main(["--dry-run", "--out", str(out)])
     assert record.MEASUREMENT in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "minutes", "complaint"),
+    [
+        ("x.json", "nan", "--minutes: expected a positive number; got nan"),
+        ("x.json", "-1", "--minutes: expected a positive number; got -1"),
+        ("x.md", "1", r"--out: expected another suffix .*x\.md"),  # the page's own name
+        ("x.log", "1", r"--out: expected another suffix .*x\.log"),
+        ("broken.json", "1", r"--out: .*broken\.json: expected a result file"),
+        (".", "1", "--out: .*Is a directory"),
+        ("broken.json/x.json", "1", "--out: .*broken"),
+    ],
+)
+def test_wrong_options_are_named_before_anything_runs(
+    in_process, tmp_path, capsys, name, minutes, complaint
+):
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(SystemExit):
+        hopper.main(["--dry-run", "--minutes", minutes, "--out", str(tmp_path / name)])
+    assert re.search(complaint, capsys.readouterr().err) and not in_process
+    assert (tmp_path / "broken.json").read_text() == "{"
 
 
 def test_without_time_jobs_are_left_and_said(in_process, tmp_path, capsys):
