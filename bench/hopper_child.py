@@ -8,12 +8,19 @@ a GPU, in a dry run, the kernel runs in the emulator of Gluon and times are simu
 
 # ruff: noqa: E402  (what makes the rest importable comes first)
 
-import argparse
 import ctypes
+import signal
+
+PR_SET_PDEATHSIG = 1  # prctl(2)
+if __name__ == "__main__":
+    # Linux ends this process with the one that started it, which may be killed, also while the rest
+    # is imported, which takes seconds.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+import argparse
 import itertools
 import json
 import math
-import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +51,6 @@ from torch.utils._pytree import tree_leaves
 
 from gqa_kernels.spec import OPS, Case
 
-PR_SET_PDEATHSIG = 1  # prctl(2)
 COMPLAINTS = 3  # after that many, a check ends: a GPU that has trapped fails every further call
 # The other variants are raced beside the first two only, which leaves time for more of them.
 PEERS = ("triton", "sdpa_cudnn", "sdpa_flash", "fa3", "fa3_source")
@@ -273,6 +279,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # Linux ends this process with the one that started it, which may be killed.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     main()
