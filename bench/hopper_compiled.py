@@ -20,6 +20,7 @@ structure reach 0.80 to 0.93 of such figures forward and 0.75 to 0.87 backward.
 # ruff: noqa: E402  (what makes the rest importable comes first)
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -219,7 +220,8 @@ def page(before: str, new: str) -> str:
     sections = {part.split("\n")[0]: part.strip() for part in before.split("\n## ")[1:]}
     new = new.removeprefix("## ")
     sections[new.split("\n")[0]] = new
-    ordered = [f"## {sections[name]}" for name in sorted(sections)]
+    versions = sorted(sections, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
+    ordered = [f"## {sections[name]}" for name in versions]
     return "\n\n".join([TITLE, INTRODUCTION, *ordered]) + "\n"
 
 
@@ -229,6 +231,19 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if interpreter.is_enabled():
         parser.error("TRITON_INTERPRET: expected it to be unset; the interpreter compiles nothing")
+    before = ""
+    if options.write is not None:  # read first, as compiling takes minutes
+        try:
+            before = options.write.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            if not options.write.parent.is_dir():
+                parser.error(
+                    f"--write: expected a file in a folder that exists; got {options.write}"
+                )
+        except (OSError, ValueError) as error:
+            parser.error(f"--write: {options.write}: {error}")
+        if before and not before.startswith(TITLE):
+            parser.error(f"--write: expected a page of this command; got {options.write}")
     new = section(
         list(hopper_binaries.entries(fewer=False)),
         list(hopper_binaries.backward_entries(fewer=False)),
@@ -236,7 +251,6 @@ def main(arguments: list[str] | None = None) -> None:
     if options.write is None:
         print(new)
         return
-    before = options.write.read_text(encoding="utf-8") if options.write.exists() else ""
     write_text(options.write, page(before, new))
 
 

@@ -81,3 +81,26 @@ def test_a_version_replaces_its_own_section_only():
     assert both.index("other") < both.index("old") and both.count(INTRODUCTION) == 1
     assert page(both, "## Triton 3.7.1\n\nnew") == both.replace("old", "new")
     assert page(both, "## Triton 3.6.0\n\nother") == both
+
+
+def test_sections_are_in_the_order_of_versions():
+    from hopper_compiled import page
+
+    found = page(page("", "## Triton 3.10.0\n\nnew"), "## Triton 3.9.1\n\nold")
+    assert found.index("3.9.1") < found.index("3.10.0")
+
+
+@pytest.mark.parametrize("name", ["other.md", "binary.md", ".", "missing/page.md"])
+def test_what_is_no_page_is_refused_before_anything_is_compiled(
+    monkeypatch, tmp_path, capsys, name
+):
+    import hopper_compiled
+
+    (tmp_path / "other.md").write_text("# Another text\n", encoding="utf-8")
+    (tmp_path / "binary.md").write_bytes(b"\xff")
+    monkeypatch.setattr(hopper_compiled.interpreter, "is_enabled", lambda: False)
+    monkeypatch.setattr(hopper_compiled, "hopper_binaries", None)
+    with pytest.raises(SystemExit):
+        hopper_compiled.main(["--write", str(tmp_path / name)])
+    assert "--write: " in capsys.readouterr().err
+    assert (tmp_path / "other.md").read_text(encoding="utf-8") == "# Another text\n"
