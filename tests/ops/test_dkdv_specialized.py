@@ -66,6 +66,18 @@ def test_strides_and_one_gradient(on_sm_90):
         assert torch.equal(*found) and found[0].abs().sum() > 0
 
 
+@pytest.mark.parametrize("sizes", [(0, 8, 8), (1, 0, 8), (1, 8, 0)])
+def test_nothing_to_compute(on_sm_90, sizes):
+    """No batch entries, queries or keys: gradients are 0."""
+    inputs = draw((*sizes, 2, 1, 64))
+    tensors = [x.requires_grad_() for x in inputs.values()]
+    out = specialized.flash_attention(*tensors, causal=True)
+    gradients = torch.autograd.grad(out.sum(), tensors)
+    assert out.shape == inputs["q"].shape and not out.any()
+    for gradient, x in zip(gradients, tensors, strict=True):
+        assert gradient.shape == x.shape and not gradient.any()
+
+
 def test_it_runs_only_where_it_is_asked_for(on_sm_90, monkeypatch):
     ran = []
     for name, module in (("specialised", dkdv_specialized), ("portable", backward)):

@@ -7,9 +7,9 @@ from torch.autograd.function import Function, FunctionCtx, once_differentiable
 
 from gqa_kernels.ops.attention.backward import launch_backward
 from gqa_kernels.ops.attention.call import Call, check, prepared
-from gqa_kernels.ops.attention.dkdv_specialized import config_of
 from gqa_kernels.ops.attention.launch import launch_forward
 from gqa_kernels.runtime import checks, target
+from gqa_kernels.runtime.hopper_configs import SPECIALIZED_DKDV, hopper_config
 
 
 def flash_attention(
@@ -40,7 +40,10 @@ def flash_attention(
     check(*call)
     target.check_device("q", q)
     with target.device_of(q):
-        if config_of(prepared(call), unmeasured=True) is None:
+        config = hopper_config(
+            SPECIALIZED_DKDV, target.current().arch, q.element_size(), q.shape[-1], unmeasured=True
+        )
+        if config is None:
             dtype = str(q.dtype).removeprefix("torch.")
             raise NotImplementedError(
                 "q: expected float16 or bfloat16, head_dim 64 or 128, on sm_90; "
