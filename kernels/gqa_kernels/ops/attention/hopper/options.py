@@ -95,7 +95,7 @@ def score(
             seen = keys >= gl.expand_dims(own_keys - (start + options.window_left), 1)
         else:  # one comparison of the distance from the last key, unsigned, saves registers
             last = gl.expand_dims(own_keys - (start - options.window_right), 1)
-            width = (options.window_left + options.window_right).to(gl.uint32)
+            width = options.window_left.to(gl.uint32) + options.window_right.to(gl.uint32)
             seen = (last - keys).to(gl.uint32) <= width
         if MASK == "all":
             seen = seen & (keys < seq_len_kv - start)
