@@ -252,6 +252,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     dry = options.dry_run
     table = variants.TINY_VARIANTS if dry else variants.VARIANTS
+    names = {"describe": ("",), "check": (*table, variants.PORTABLE)}.get(options.kind, table)
+    if options.what not in names:
+        parser.error(f"WHAT: expected one of {', '.join(names)}; got {options.what!r}")
     variant = table.get(options.what)
     if dry:
         torch.set_num_threads(1)

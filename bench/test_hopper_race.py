@@ -287,6 +287,15 @@ def test_a_wrong_gradient_is_a_complaint(in_process, monkeypatch):
     assert [complaint for complaint in found["complaints"] if "d k" in complaint]
 
 
+@pytest.mark.parametrize(
+    ("kind", "what"), [("check", "unknown"), ("check", ""), ("race", "portable"), ("describe", "x")]
+)
+def test_an_unknown_variant_is_refused(in_process, capsys, kind, what):
+    with pytest.raises(SystemExit):
+        hopper_child.main([kind, what, "--dry-run"])
+    assert f"got {what!r}" in capsys.readouterr().err
+
+
 def test_two_runs_make_different_calls():
     for calls in hopper_calls.calls_of(None, dry=True):
         first, second = (list(itertools.islice(calls.cases(seed), 4)) for seed in (0, 1))
