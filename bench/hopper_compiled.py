@@ -12,8 +12,8 @@ nothing here was measured on one. The model of a rate, in TFLOP/s:
 
 The simulation is `simulation.simulate_consumers`, the shares are those of `hopper_schedule.py` and,
 for the backward kernels, `balance.py`; 790 and 30 are assumptions of `prediction.py`. A backward
-pass is counted as five products, of which two kernels execute seven; one kernel with five adds to
-the gradient of queries in memory, which the model leaves out. Published kernels of this
+pass counts as five products, for which the two kernels execute seven. `fused` executes five and
+adds to the gradient of queries in memory, which the model leaves out. Published kernels of this
 structure reach 0.80 to 0.93 of such figures forward and 0.75 to 0.87 backward.
 """
 
@@ -49,14 +49,16 @@ TITLE = "# What the attention kernels for Hopper compile to"
 INTRODUCTION = """\
 Written by `python bench/hopper_compiled.py --write`, a section per version of Triton. **Nothing
 here was measured on a GPU.** Read from the binaries for sm_90 in bfloat16: registers, up to the
-highest that a loop with products names; accesses to local memory in these loops + elsewhere; shared
-memory; instructions per warp of the loops over tiles, with a mask / without one, and of the latter
-the matrix products (HGMMA), exponentials (EX2) and shuffles (SHFL). **Columns with * are
-predictions** of a cycle model that the docstring of `bench/hopper_compiled.py` states: cycles of a
-step, those of its products / simulated / for its bytes from L2; TFLOP/s, of the loop alone and, in
-the second table, with the useful share of the schedule. Multiply them by 0.80 to 0.93 (forward) or
-0.75 to 0.87 (backward), as far as published kernels of this structure stay below such figures. They
-rank variants; they are no measurement."""
+highest that a loop with products names; accesses to local memory in these loops, of both consumers
+together, + elsewhere; shared memory; instructions per warp of the loops over tiles, with a mask /
+without one (a single number where a branch in the loop applies the mask), and of the last loop the
+matrix products (HGMMA), exponentials (EX2) and shuffles (SHFL). **Columns with * are predictions**
+of a cycle model that the docstring of `bench/hopper_compiled.py` states: the cycles of a step, of
+its products / simulated / for its bytes from L2; TFLOP/s, of the loop alone and, in the second
+table, with the useful share of the schedule. Published kernels of this structure reach 0.80 to 0.93
+of such figures forward and 0.75 to 0.87 backward: multiply by that. The model leaves out that
+`fused` adds to the gradient of queries in memory: its figures are too high. All figures rank
+variants; they are not measurements."""
 _HEAD = ("kernel", "row", "form", "registers", "local", "shared KB", "instructions", "HGMMA", "EX2",
          "SHFL", "cycles *", "TFLOP/s *")  # fmt: skip
 
