@@ -8,11 +8,11 @@ kernels and of each variant (`hopper_variants.py`), held to the error budget, ea
 of the variants that passed, forward or backward, beside the portable kernels, cuDNN and
 FlashAttention 2 through PyTorch, and FlashAttention 3 where it is installed. The plan gives every
 job its seconds; what decides about the tables comes first, and a race that is short of time goes on
-when the rest of that is done. Every result is written at once: the same command goes on where an
-interrupted one stopped. Prints, and writes beside OUT as Markdown, the results and the rows for
-`kernels/gqa_kernels/runtime/hopper_configs.py` (`hopper_report.py`). Needs PyTorch, Triton and
-pytest; the packages of this checkout need not be installed. `--dry-run` goes through all kinds of
-jobs without a GPU.
+when the other jobs of the tables are done. Every result is written at once: the same command goes
+on where an interrupted one stopped. Prints, and writes beside OUT as Markdown, the results and the
+rows for `kernels/gqa_kernels/runtime/hopper_configs.py` (`hopper_report.py`). Needs PyTorch, Triton
+and pytest; the packages of this checkout need not be installed. `--dry-run` goes through all kinds
+of jobs without a GPU.
 """
 
 # ruff: noqa: E402  (what makes the rest importable comes first)
@@ -266,7 +266,9 @@ def _has_gpu() -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="result file, continued if it is")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="result file; continued if it exists"
+    )
     parser.add_argument("--minutes", type=float, default=13.0, help="default: %(default)g")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, without a GPU")
     options = parser.parse_args(arguments)

@@ -130,7 +130,7 @@ class Job(NamedTuple):
 
     kind: str  # "describe", "consan", "check" or "race"
     what: str  # a variant, "portable", or ""
-    planned: float  # seconds that it gets, on an H200 with Triton 3.6
+    planned: float  # seconds that it gets: an estimate for an H200 with Triton 3.6
     limit: float  # it is killed after that many seconds: a deadlock
     run: int = 1
 

@@ -258,7 +258,8 @@ def _hopper_attention(inputs: dict[str, Any]) -> Call:
     covered = q.element_size() == 2 and q.shape[-1] in {row.head_dim for row in table}
     if not covered or given.keys() - {"q", "k", "v", "causal", "softmax_scale"}:
         raise Lacks(
-            "the kernels for Hopper have 16-bit heads of 64, 128 and, without a gradient, 256"
+            "the kernels for Hopper are timed without other options than causal, with 16-bit heads "
+            "of 64, 128 and, without a gradient, 80, 96 and 256"
         )
     return functools.partial(hopper.flash_attention, **given)
 
