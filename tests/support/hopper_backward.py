@@ -1,4 +1,4 @@
-"""The backward kernels for Hopper on random calls, in random interleavings, without a GPU.
+"""The backward kernels for Hopper on random calls: in emulators without a GPU, or on one.
 
     python -m hopper_backward --cases 500              as they are written, by gluon_emulator
     python -m hopper_backward --faults                 one synchronisation less at a time

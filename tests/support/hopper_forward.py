@@ -1,4 +1,4 @@
-"""The forward kernel for Hopper on random calls, in random interleavings, without a GPU.
+"""The forward kernel for Hopper on random calls: in emulators without a GPU, or on one.
 
     python -m hopper_forward --cases 1000              as it is written, by gluon_emulator
     python -m hopper_forward --faults                  one synchronisation less at a time

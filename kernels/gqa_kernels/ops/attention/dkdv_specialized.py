@@ -5,7 +5,8 @@ branches over tiles that descriptors load, so every tile is masked. One warp cop
 and dout by TMA, and two groups of four warps own 64 keys each. Triton cannot split a tile of a
 descriptor that the host makes, so programs make those of keys and values, in scratch memory.
 
-`backward.py` runs it only where a caller asks for it, as `specialized.flash_attention` does.
+`backward.py` runs it where a row of `SPECIALIZED_DKDV` says `measured=True`, which none does yet,
+or where a caller asks for it, as `specialized.flash_attention` does.
 """
 
 import contextvars

@@ -6,9 +6,8 @@ kernels; `fused.py`: both in one, where the order of sums may differ from run to
 what it shares with `dkdv.py`; `pipeline.py`: rings of tiles, turns; `products.py`: products of
 tiles in parts; `tiles.py`: the order of tiles, masks.
 `triton.experimental` may change in every version of Triton, so these are imported only when a call
-runs them:
-`ops/attention/launch.py` chooses by the rows of `runtime/hopper_configs.py`, all of which say
-`measured=False`, and `flash_attention` below asks for such a row.
+runs them: `ops/attention/launch.py` chooses by the rows of `runtime/hopper_configs.py`, all of
+which say `measured=False`, and `flash_attention` below asks for such a row.
 """
 
 from typing import Any
@@ -47,10 +46,11 @@ def flash_attention(
         k, v: `[batch, seq_len_kv, num_kv_heads, head_dim]`, likewise.
         window, softcap: one of them or, at head_dim 64, both. The portable kernels compute their
             gradient.
-        deterministic: False: without these, and if q and one of k, v require a gradient, one kernel
-            with five matrix products computes all gradients (`fused.py`). Programs add to that of
-            q in an order that differs from run to run, and its last bits with it. Takes float32
-            memory of q's shape, and Triton 3.8 or newer.
+        deterministic: False: one kernel with five matrix products computes all gradients
+            (`fused.py`), unless the call has a window or a soft cap, q requires no gradient, or
+            neither k nor v does. Programs add to the gradient of q in an order that differs from
+            run to run, and so do its last bits. Takes float32 memory of q's shape, and Triton 3.8
+            or newer.
         All else as in `gqa_kernels.flash_attention`.
     Returns:
         out; or (out, lse) as `gqa_kernels.flash_attention` returns them.
