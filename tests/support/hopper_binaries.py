@@ -73,7 +73,7 @@ def entries(fewer: bool) -> Iterator[dict]:
     rows = [row for row in HOPPER_FORWARD if row.head_dim == 128] if fewer else HOPPER_FORWARD
     for row in rows:
         for form in [Form()] if fewer else _forms(row):
-            call = _call(row.head_dim, form.causal)
+            call = call_of(row.head_dim, form.causal)
             bounds = torch.empty(9, dtype=torch.int32) if form.packed else None
             call = call._replace(
                 window_left=100 if form.window else None,
@@ -87,14 +87,14 @@ def entries(fewer: bool) -> Iterator[dict]:
                     call, need_lse=True, need_residue=form.training, unmeasured=True
                 ),
             )
-            yield {"row": row._asdict(), "form": form._asdict(), **_read(launch)}
+            yield {"row": row._asdict(), "form": form._asdict(), **read(launch)}
 
 
 def backward_entries(fewer: bool) -> Iterator[dict]:
     rows = [row for row in HOPPER_BACKWARD if row.head_dim == 128] if fewer else HOPPER_BACKWARD
     for row in rows:
         for causal in (True,) if fewer else (True, False):
-            call = _call(row.head_dim, causal)
+            call = call_of(row.head_dim, causal)
             lse = torch.empty(1, 64, 8192, dtype=torch.float32)
             residue = torch.empty(call.q.shape, dtype=torch.int8)
             for deterministic in (True, False) if start_add and not fewer else (True,):
@@ -109,16 +109,16 @@ def backward_entries(fewer: bool) -> Iterator[dict]:
                 )  # fmt: skip
                 for launch in launches:
                     if ".hopper." in launch.kernel:
-                        yield {"row": row._asdict(), "causal": causal, **_read(launch)}
+                        yield {"row": row._asdict(), "causal": causal, **read(launch)}
 
 
-def _call(head_dim: int, causal: bool) -> Call:
+def call_of(head_dim: int, causal: bool) -> Call:
     q = torch.empty(1, 8192, 64, head_dim, dtype=torch.bfloat16)
     k = torch.empty(1, 8192, 8, head_dim, dtype=torch.bfloat16)
     return prepared(Call(q, k, k, *[None] * 8, 0 if causal else None, None))
 
 
-def _read(launch: capture.Launch) -> dict:
+def read(launch: capture.Launch) -> dict:
     binary = examine(launch)
     ptx = Path(launch.files()["ptx"]).read_text(encoding="utf-8")
     return {

@@ -6,16 +6,14 @@ Every row of the table, causal and full; --fewer: head_dim 128, causal.
 """
 
 import json
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import capture
 import torch
-from binary import examine, product_loops
+from hopper_binaries import call_of, read
 
-from gqa_kernels.ops.attention.call import Call, prepared
 from gqa_kernels.ops.attention.dkdv_specialized import key_value_gradients
 from gqa_kernels.runtime.hopper_configs import SPECIALIZED_DKDV
 
@@ -23,9 +21,7 @@ from gqa_kernels.runtime.hopper_configs import SPECIALIZED_DKDV
 def entries(fewer: bool) -> Iterator[dict]:
     for row in SPECIALIZED_DKDV[-1:] if fewer else SPECIALIZED_DKDV:
         for causal in (True,) if fewer else (True, False):
-            q = torch.empty(1, 8192, 64, row.head_dim, dtype=torch.bfloat16)
-            k = torch.empty(1, 8192, 8, row.head_dim, dtype=torch.bfloat16)
-            call = prepared(Call(q, k, k, *[None] * 8, 0 if causal else None, None))
+            call = call_of(row.head_dim, causal)
             lse = torch.empty(1, 64, 8192, dtype=torch.float32)
             (launch,) = capture.capture(
                 "sm_90",
@@ -33,20 +29,10 @@ def entries(fewer: bool) -> Iterator[dict]:
                     call, call.q, lse, lse, row
                 ),
             )
-            binary, files = examine(launch), launch.files()
-            ptx = Path(files["ptx"]).read_text(encoding="utf-8")
-            yield {
-                "row": row._asdict(),
-                "causal": causal,
-                "specialised": "ttg.warp_specialize" in Path(files["ttgir"]).read_text("utf-8"),
-                "shared": launch.shared,
-                "mix": binary.mix,
-                "serialized": binary.serialized,
-                "local": binary.spills,
-                "loops": [loop.mix for loop in product_loops(launch)],
-                "threads": int(re.search(r"\.reqntid\s+(\d+)", ptx)[1]),
-                "max_registers": int(re.search(r"\.maxnreg\s+(\d+)", ptx)[1]),
-            }
+            ttgir = Path(launch.files()["ttgir"]).read_text(encoding="utf-8")
+            specialised = "ttg.warp_specialize" in ttgir
+            entry = {"row": row._asdict(), "causal": causal, "specialised": specialised}
+            yield entry | read(launch)
 
 
 if __name__ == "__main__":
