@@ -226,9 +226,9 @@ def _attend(module: types.ModuleType, case: Case) -> Attend:
         right = 0 if causal else right
         bounds = cu_seqlens_q, cu_seqlens_kv
         call = prepared(Call(q, k, v, *bounds, *[None] * 5, left, right, softcap))
-        chosen = module.heads_per_section
+        chosen = module.query_heads_in_cache
         section = case.section or case.batch * case.num_q_heads
-        module.heads_per_section = lambda *_: section
+        module.query_heads_in_cache = lambda *_: section
         try:
             out, lse, residue = module.launch_forward(
                 call,
@@ -238,7 +238,7 @@ def _attend(module: types.ModuleType, case: Case) -> Attend:
                 need_residue=case.need_residue,
             )
         finally:
-            module.heads_per_section = chosen
+            module.query_heads_in_cache = chosen
         if case.need_residue:
             hopper_residue.check(call, case.config.block_n, _parts(call, case), out, residue)
         if call.packed:

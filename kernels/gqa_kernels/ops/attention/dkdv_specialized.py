@@ -18,14 +18,11 @@ from torch import Tensor
 
 from gqa_kernels.ops.attention import sequences
 from gqa_kernels.ops.attention.call import Call, block_d
+from gqa_kernels.ops.attention.launch import hopper_config
 from gqa_kernels.ops.attention.sequences import locate
 from gqa_kernels.primitives.tiles import LOG2_E, Rows, load_tile, store_rows
-from gqa_kernels.runtime import launch, layout, target
-from gqa_kernels.runtime.hopper_configs import (
-    SPECIALIZED_DKDV,
-    SpecializedConfig,
-    hopper_config,
-)
+from gqa_kernels.runtime import launch, layout
+from gqa_kernels.runtime.hopper_configs import SPECIALIZED_DKDV, SpecializedConfig
 
 
 @triton.jit(do_not_specialize=["seq_len_q", "seq_len_kv", "section"])
@@ -123,12 +120,7 @@ def config_of(call: Call, *, unmeasured: bool) -> SpecializedConfig | None:
     """
     if call.q.numel() == 0 or call.k.numel() == 0:
         return None
-    options = (*call[3:9], call.window_left, call.softcap)
-    if any(option is not None for option in options) or call.window_right not in (None, 0):
-        return None
-    q = call.q
-    arch = target.current().arch
-    return hopper_config(SPECIALIZED_DKDV, arch, q.element_size(), q.shape[-1], unmeasured)
+    return hopper_config(call, SPECIALIZED_DKDV, unmeasured=unmeasured)
 
 
 def key_value_gradients(

@@ -39,7 +39,7 @@ def hopper_config(
     """The configuration of a kernel for Hopper; None if it does not cover the call.
 
     Args:
-        table: `HOPPER_FORWARD` or `HOPPER_BACKWARD`.
+        table: `HOPPER_FORWARD`, `HOPPER_BACKWARD` or `SPECIALIZED_DKDV`.
     """
     if any(option is not None for option in call[5:9]):
         return None

@@ -89,10 +89,15 @@ def section_of_queries(call: Call) -> int:
     """The number of heads in a section of programs that own queries, for a prepared call."""
     if call.window_right is None:
         return 1  # the blocks of a head have equal work: one head after another
+    return query_heads_in_cache(call)
+
+
+def query_heads_in_cache(call: Call) -> int:
+    """The number of query heads, in whole groups, whose keys and values fit the L2 cache."""
     batch, _, num_heads, _ = call.q.shape
     _, seq_len_kv, num_kv_heads, head_dim = call.k.shape
     num_bytes = 2 * seq_len_kv * head_dim * call.k.element_size()
-    return heads_per_section(num_bytes, num_heads // num_kv_heads, batch * num_heads)
+    return _heads_in_cache(num_bytes, num_heads // num_kv_heads, batch * num_heads)
 
 
 def section_of_keys(call: Call) -> int:
@@ -104,10 +109,10 @@ def section_of_keys(call: Call) -> int:
         return 1
     batch, seq_len_q, _, head_dim = call.q.shape
     num_bytes = 2 * seq_len_q * head_dim * call.q.element_size()
-    return heads_per_section(num_bytes, 1, batch * call.k.shape[2])
+    return _heads_in_cache(num_bytes, 1, batch * call.k.shape[2])
 
 
-def heads_per_section(num_bytes: int, group_size: int, num_batch_heads: int) -> int:
+def _heads_in_cache(num_bytes: int, group_size: int, num_batch_heads: int) -> int:
     """The number of heads, in whole groups, whose bytes fit the L2 cache; at least one group.
 
     Args:

@@ -45,7 +45,7 @@ from gqa_kernels.ops.attention.hopper.tiles import (
     key_tiles,
     load_statistics,
 )
-from gqa_kernels.ops.attention.sequences import heads_per_section
+from gqa_kernels.ops.attention.sequences import query_heads_in_cache
 from gqa_kernels.runtime import launch, layout
 from gqa_kernels.runtime.hopper_configs import HopperBackwardConfig
 
@@ -167,8 +167,8 @@ def _consume(
     )  # fmt: skip
     q.store((dq * softmax_scale).to(dq_out.dtype))  # where no product reads any more
     fence_async_shared()
-    tile = q.reshape([1, CONSUMER_ROWS, 1, HEAD_DIM])
-    start_store(dq_out, [block.batch, first_row, block.head, 0], tile)
+    start = [block.batch, first_row, block.head, 0]
+    start_store(dq_out, start, q.reshape(dq_out.block_shape))
     tma.store_wait(0)
 
 
@@ -254,9 +254,7 @@ def query_gradient(
         num_heads=num_q_heads,
         num_row_blocks=num_row_blocks,
         num_batch_heads=num_batch_heads,
-        section=heads_per_section(
-            2 * seq_len_kv * head_dim * k.element_size(), group_size, num_batch_heads
-        ),
+        section=query_heads_in_cache(call),
         softmax_scale=call.score_unit,
         GROUP_SIZE=group_size,
         HEAD_DIM=head_dim,

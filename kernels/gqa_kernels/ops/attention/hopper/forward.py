@@ -35,7 +35,7 @@ from gqa_kernels.ops.attention.hopper.pipeline import (
     parts_of,
 )
 from gqa_kernels.ops.attention.hopper.tiles import Sizes
-from gqa_kernels.ops.attention.sequences import heads_per_section, num_blocks
+from gqa_kernels.ops.attention.sequences import num_blocks, query_heads_in_cache
 from gqa_kernels.runtime import launch, layout
 from gqa_kernels.runtime.hopper_configs import HopperConfig
 
@@ -220,9 +220,7 @@ def launch_forward(
         num_heads=num_q_heads,
         num_row_blocks=num_row_blocks,
         num_batch_heads=num_batch_heads,
-        section=heads_per_section(
-            2 * seq_len_kv * head_dim * k.element_size(), group_size, num_batch_heads
-        ),
+        section=query_heads_in_cache(call),
         window_left=left,
         window_right=right,
         score_unit=call.score_unit,

@@ -28,10 +28,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from gqa_kernels.ops.attention.call import Call
 from gqa_kernels.ops.attention.hopper.keys import (
-    BLOCK_N,
     NUM_CONSUMERS,
     Sizes,
     copy_operands,
+    launch_arguments,
     make_shared,
     store_gradients,
     work_of_program,
@@ -48,7 +48,7 @@ from gqa_kernels.ops.attention.hopper.pipeline import (
 )
 from gqa_kernels.ops.attention.hopper.softmax import LOG2_E, as_operand
 from gqa_kernels.ops.attention.hopper.tiles import Statistics, hide_keys
-from gqa_kernels.runtime import launch, layout
+from gqa_kernels.runtime import launch
 from gqa_kernels.runtime.hopper_configs import HopperBackwardConfig
 
 
@@ -268,35 +268,9 @@ def gradients(
     Args:
         call, dout, lse, delta: as in `dq.query_gradient`.
     """
-    q, k, v, dout = map(layout.aligned, (call.q, call.k, call.v, dout))
-    _, seq_len_q, num_q_heads, head_dim = q.shape
-    batch, seq_len_kv, num_kv_heads, _ = k.shape
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in call[:3])
     total = torch.zeros_like(dq, dtype=torch.float32)
-    num_batch_heads = batch * num_kv_heads
-    _launch(
-        (layout.cdiv(seq_len_kv, BLOCK_N.value) * num_batch_heads,),
-        q=descriptor(q, config.block),
-        k=descriptor(k, CONSUMER_ROWS.value),
-        v=descriptor(v, CONSUMER_ROWS.value),
-        d_out=descriptor(dout, config.block),
-        dq=descriptor(total, config.block, head_dim // NUM_CONSUMERS.value),
-        dk=descriptor(dk, CONSUMER_ROWS.value),
-        dv=descriptor(dv, CONSUMER_ROWS.value),
-        lse_ptr=lse,
-        delta_ptr=delta,
-        seq_len_q=seq_len_q,
-        seq_len_kv=seq_len_kv,
-        num_heads=num_q_heads,
-        num_batch_heads=num_batch_heads,
-        softmax_scale=call.score_unit,
-        GROUP_SIZE=num_q_heads // num_kv_heads,
-        HEAD_DIM=head_dim,
-        BLOCK_M=config.block,
-        NUM_STAGES=config.num_stages,
-        CAUSAL=call.window_right is not None,
-        CONSUMER_REGISTERS=config.consumer_registers,
-        COPY_REGISTERS=config.copy_registers,
-        num_warps=4,
-    )
+    grid, arguments = launch_arguments(call, dout, lse, delta, dk, dv, config)
+    half = call.q.shape[-1] // NUM_CONSUMERS.value
+    _launch(grid, dq=descriptor(total, config.block, half), **arguments)
     return torch.mul(total, call.score_unit, out=dq), dk, dv

@@ -7,17 +7,22 @@ keys, with their lse and delta.
 
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from gqa_kernels.ops.attention.call import Call
 from gqa_kernels.ops.attention.hopper.pipeline import (
     CONSUMER_ROWS,
+    descriptor,
     fill,
     make_ring,
     start_store,
 )
 from gqa_kernels.ops.attention.hopper.tiles import load_statistics
+from gqa_kernels.runtime import layout
+from gqa_kernels.runtime.hopper_configs import HopperBackwardConfig
 
 NUM_CONSUMERS = gl.constexpr(2)
 BLOCK_N = gl.constexpr(128)  # NUM_CONSUMERS * CONSUMER_ROWS
@@ -137,3 +142,47 @@ def store_gradients(dk_out, dv_out, k, v, dk, dv, work, first_key):
     start_store(dv_out, start, v.reshape(dv_out.block_shape))
     start_store(dk_out, start, k.reshape(dk_out.block_shape))
     tma.store_wait(0)
+
+
+def launch_arguments(
+    call: Call,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    config: HopperBackwardConfig,
+) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid and the arguments of either kernel.
+
+    Args:
+        call, dout, lse, delta: as in `dq.query_gradient`.
+        dk, dv: contiguous, for the results.
+    """
+    q, k, v, dout = map(layout.aligned, (call.q, call.k, call.v, dout))
+    _, seq_len_q, num_q_heads, head_dim = q.shape
+    batch, seq_len_kv, num_kv_heads, _ = k.shape
+    num_batch_heads = batch * num_kv_heads
+    return (layout.cdiv(seq_len_kv, BLOCK_N.value) * num_batch_heads,), {
+        "q": descriptor(q, config.block),
+        "k": descriptor(k, CONSUMER_ROWS.value),
+        "v": descriptor(v, CONSUMER_ROWS.value),
+        "d_out": descriptor(dout, config.block),
+        "dk": descriptor(dk, CONSUMER_ROWS.value),
+        "dv": descriptor(dv, CONSUMER_ROWS.value),
+        "lse_ptr": lse,
+        "delta_ptr": delta,
+        "seq_len_q": seq_len_q,
+        "seq_len_kv": seq_len_kv,
+        "num_heads": num_q_heads,
+        "num_batch_heads": num_batch_heads,
+        "softmax_scale": call.score_unit,
+        "GROUP_SIZE": num_q_heads // num_kv_heads,
+        "HEAD_DIM": head_dim,
+        "BLOCK_M": config.block,
+        "NUM_STAGES": config.num_stages,
+        "CAUSAL": call.window_right is not None,
+        "CONSUMER_REGISTERS": config.consumer_registers,
+        "COPY_REGISTERS": config.copy_registers,
+        "num_warps": 4,
+    }

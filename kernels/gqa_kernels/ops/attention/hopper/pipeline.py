@@ -261,11 +261,8 @@ def descriptor(
     (`triton.tools.ragged_tma`).
     """
     dtype = _DTYPES[x.dtype]
-    shape, strides, block = (
-        list(x.shape),
-        list(x.stride()),
-        [1, block_rows, 1, block_features or x.shape[-1]],
-    )
+    shape, strides = list(x.shape), list(x.stride())
+    block = [1, block_rows, 1, block_features or x.shape[-1]]
     if packed:
         stride = strides[1]
         shape = [0x7FFF0000, 0x7FFF0000, MANY.value, *shape[2:]]

@@ -14,7 +14,7 @@ class Sizes(NamedTuple):
     num_heads: Any
     num_batch_heads: Any
     num_row_blocks: Any  # of a head
-    section: Any  # `block_of_step`, `sequences.heads_per_section`
+    section: Any  # `block_of_step`, `sequences.query_heads_in_cache`
 
 
 class Block(NamedTuple):
